@@ -1,0 +1,91 @@
+"""What both programs do at the terminal: exit codes, messages on stderr, results on stdout, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import DsocrError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# A bar that is gone before it is read only flickers.
+_BAR_AFTER_SECONDS = 0.5
+
+
+def run(app: Callable[[], object]) -> int:
+    """Run a program; its exit code. Errors a user can cause are told in a few lines, bugs keep their traceback."""
+    try:
+        app()
+    except DsocrError as error:
+        first, *rest = printable(str(error)).split("\n")
+        say(f"error: {first}")
+        for line in rest:
+            say(f"  {line}")
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: names in a file must not steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+def result(text: str) -> None:
+    """The command's result, on stdout."""
+    print(printable(text))
+
+
+def result_json(document: dict[str, Any]) -> None:
+    """The command's result as one JSON document, on stdout."""
+    print(json.dumps(document, indent=2))
+
+
+class Bar:
+    """A progress bar on stderr, drawn only at a terminal and only where the work takes a while.
+
+    rich is imported when it is first drawn: 50 ms that short conversions do not pay.
+    """
+
+    def __init__(self, what: str, enabled: bool) -> None:
+        self._what = what
+        self._enabled = enabled and sys.stderr.isatty()
+        self._begin = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total` bytes."""
+        if not self._enabled or time.monotonic() - self._begin < _BAR_AFTER_SECONDS:
+            return
+        if self._bar is None or self._task is None:
+            self._bar = self._make()
+            self._task = self._bar.add_task(self._what, total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+
+    def _make(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        return Progress(*columns, console=Console(stderr=True), transient=True)

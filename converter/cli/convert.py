@@ -1,0 +1,182 @@
+"""`dsocr-convert`: SAM and CLIP checkpoints into the DeepEncoder's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from converter import catalogue, pipeline
+from converter.cli import console, views
+from converter.report import Card
+from converter.version import __version__
+
+# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
+_APP = {"no_args_is_help": True, "rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
+app = typer.Typer(help="Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder.", pretty_exceptions_enable=False, **_APP)
+mapping_app = typer.Typer(help="List, show and check the mapping files that describe layouts.", **_APP)
+app.add_typer(mapping_app, name="mapping")
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint: a file, its folder, or a sharded index.")]
+Output = Annotated[
+    Optional[Path],
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: deepencoder-FAMILY.FORMAT]"),
+]
+MappingFile = Annotated[
+    Optional[Path], typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
+]
+Dtype = Annotated[
+    Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")
+]
+Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
+StateDict = Annotated[
+    Optional[str],
+    typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
+]
+ImageSize = Annotated[
+    Optional[int], typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
+
+
+def _complete_layout(incomplete: str) -> list[str]:
+    return [name for name in catalogue.names() if name.startswith(incomplete)]
+
+
+@app.command()
+def sam(
+    source: Source,
+    output: Output = None,
+    mapping: MappingFile = None,
+    dtype: Dtype = "keep",
+    format: Format = "safetensors",
+    state_dict: StateDict = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
+    with console.Bar(source, enabled=not quiet) as bar:
+        card = pipeline.convert(
+            source,
+            "sam",
+            out=output,
+            mapping=mapping,
+            dtype=dtype,
+            format=format,
+            state_dict=state_dict,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    _show(card, json, quiet)
+
+
+@app.command()
+def clip(
+    source: Source,
+    output: Output = None,
+    mapping: MappingFile = None,
+    dtype: Dtype = "keep",
+    image_size: ImageSize = None,
+    format: Format = "safetensors",
+    state_dict: StateDict = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
+    with console.Bar(source, enabled=not quiet) as bar:
+        card = pipeline.convert(
+            source,
+            "clip",
+            out=output,
+            mapping=mapping,
+            dtype=dtype,
+            image_size=image_size,
+            format=format,
+            state_dict=state_dict,
+            force=force,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    _show(card, json, quiet)
+
+
+@app.command()
+def inspect(source: Source, state_dict: StateDict = None, json: Json = False) -> None:
+    """Show what a checkpoint holds, which layout it is and what would be converted. Reads no weights."""
+    found = pipeline.inspect(source, state_dict=state_dict)
+    if json:
+        console.result_json(found.to_json())
+    else:
+        console.result("\n".join(views.inspection(found)))
+
+
+@mapping_app.command("list")
+def list_mappings() -> None:
+    """List the layouts that are known."""
+    width = max(map(len, catalogue.names()))
+    for name in catalogue.names():
+        console.result(f"{name:{width}}  {catalogue.load(name).description}")
+
+
+@mapping_app.command("show")
+def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=_complete_layout)]) -> None:
+    """Print the mapping file of a layout, to read or to start one's own from."""
+    console.result(catalogue.text(name).rstrip())
+
+
+@mapping_app.command("check")
+def check_mapping(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A mapping file.")],
+    source: Annotated[Optional[str], typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
+) -> None:
+    """Check a mapping file, and what it would make of a checkpoint."""
+    mapping = catalogue.load_file(file)
+    lossy = mapping.lossy()
+    console.result(f"{file}: {mapping.name}, {len(mapping.rules) + len(mapping.beside)} rules, valid")
+    for rule, why in lossy:
+        console.result(f"  {rule.place}: cannot be inverted: {why}")
+    if source is not None:
+        card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)
+        console.result("\n".join(views.summary(card)))
+
+
+def _show(card: Card, json: bool, quiet: bool) -> None:
+    """The result on stdout, the rest on stderr."""
+    if not quiet:
+        for line in views.summary(card):
+            console.say(line)
+    if json:
+        console.result_json(card.to_json())
+    elif card.written:
+        console.result(card.output)
+    else:
+        console.result("\n".join(views.plan(card)))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"dsocr-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder."""
+
+
+def main() -> int:
+    """The program; returns its exit code."""
+    return console.run(app)

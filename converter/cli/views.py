@@ -1,0 +1,120 @@
+"""Cards and inspections as text for people. Plain text: importing rich would take longer than most conversions' plans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from converter.report import Card, Group, Inspection, Recognised, by_reason
+
+_NAMES_SHOWN = 3
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit that leaves one to three digits before the point, as `ls -h --si` and the hubs count."""
+    value, units = float(nbytes), ("B", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if value < 1000 or unit == units[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return ""
+
+
+def summary(card: Card) -> Iterable[str]:
+    """What was converted into what, and everything a user should know of it."""
+    layout = f"{', '.join(card.containers)}, layout {card.mapping}"
+    if card.wrapper:
+        layout += f", prefix {card.wrapper} removed"
+    yield f"{card.source}: {layout}"
+    dtypes = " and ".join(f"{count} {name}" for name, count in card.dtypes.items())
+    verb = "wrote" if card.written else "would write"
+    yield f"{verb} {card.output}: {card.tensors} tensors ({dtypes}), {size(card.nbytes)}"
+    yield from remarks(card)
+
+
+def remarks(card: Card) -> Iterable[str]:
+    """What is missing, filled in, left out or unusual."""
+    if card.unusual:
+        found = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in card.unusual.items())
+        yield f"  not the DeepEncoder's size: {found}"
+    for reason, names in by_reason(card.missing).items():
+        yield f"  missing {', '.join(names)}: {reason}"
+    for name, how in card.filled.items():
+        yield f"  filled in {name}: {how}"
+    for reason, names in by_reason(card.dropped).items():
+        yield f"  dropped {_some(names)}: {reason}"
+
+
+def _some(names: list[str]) -> str:
+    if len(names) <= _NAMES_SHOWN:
+        return ", ".join(names)
+    return f"{len(names)} tensors ({names[0]}, ...)"
+
+
+def plan(card: Card) -> Iterable[str]:
+    """Every output tensor and what it is made of, layers folded."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, parts in card.converted.items():
+        made_of = " + ".join(parts) if parts else f"filled in: {card.filled.get(name, '')}"
+        rows.setdefault((_pattern(name), _pattern(made_of)), []).append(name)
+    width = max((len(_folded(name, names)) for (name, _), names in rows.items()), default=0)
+    for (name, made_of), names in rows.items():
+        yield f"{_folded(name, names):{width}}  <- {made_of if len(names) > 1 else _plain(card, names[0])}"
+
+
+def _plain(card: Card, name: str) -> str:
+    return " + ".join(card.converted[name]) or card.filled.get(name, "")
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", name)
+
+
+def _folded(pattern: str, names: list[str]) -> str:
+    return f"{pattern} (x {len(names)})" if len(names) > 1 else names[0]
+
+
+def inspection(found: Inspection) -> Iterable[str]:
+    """What a checkpoint holds, at a glance."""
+    total = sum(found.files.values())
+    yield f"{found.source}: {', '.join(found.containers)}, {_count(len(found.files), 'file')}, {size(total)}"
+    if len(found.state_dicts) > 1 or "." not in found.state_dicts:
+        yield "state dicts: " + ", ".join(f"{path} ({count} tensors)" for path, count in found.state_dicts.items())
+    dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
+    yield f"{found.tensors} tensors, {size(found.nbytes)}: {dtypes}"
+    yield ""
+    yield from _table(found.groups)
+    for recognised in found.recognised:
+        yield ""
+        yield from _recognised(recognised)
+    if not found.recognised:
+        yield ""
+        yield "no known layout fits"
+        yield from found.nearest
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _table(groups: list[Group]) -> Iterable[str]:
+    rows = [("tensor", "layers", "type", "shape", "size")]
+    for group in groups:
+        shapes = " or ".join(str(shape) for shape in group.shapes)
+        rows.append((group.name, group.layers, "/".join(group.dtypes), shapes, size(group.nbytes)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
+
+
+def _recognised(found: Recognised) -> Iterable[str]:
+    yield f"{found.family}: layout {found.layout}, {found.description}"
+    yield f"  known by {', '.join(found.evidence)}"
+    if len(found.state_dicts) > 1:
+        yield f"  choose one with --state-dict: {', '.join(found.state_dicts)}"
+    if found.card is None:
+        yield from (f"  {line}" for line in found.problem.split("\n"))
+        return
+    card = found.card
+    yield f"  `dsocr-convert {card.family}` would write {card.tensors} tensors, {size(card.nbytes)}"
+    yield from remarks(card)

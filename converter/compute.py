@@ -1,0 +1,86 @@
+"""Expressions that take more than copying, evaluated with torch, one output tensor at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from converter.checkpoint import Tensor
+from converter.mapping.expr import Arange, Cast, Concat, Expr, Permute, Read, Resample, Reshape, Slice
+
+
+def materialise(expr: Expr) -> memoryview:
+    """The bytes of the tensor, little-endian and row-major."""
+    tensor = evaluate(expr).contiguous()
+    if not tensor.numel():
+        return memoryview(b"")
+    # The array keeps the tensor alive, and spares a copy.
+    array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
+def evaluate(expr: Expr) -> torch.Tensor:
+    """The tensor that an expression stands for, on the CPU."""
+    match expr:
+        case Read(tensor=tensor):
+            return load(tensor)
+        case Concat(parts=parts, dim=dim):
+            return torch.cat([evaluate(part) for part in parts], dim)
+        case Slice(of=of, dim=dim, start=start):
+            return evaluate(of).narrow(dim, start, expr.shape[dim])
+        case Reshape(of=of):
+            return evaluate(of).reshape(expr.shape)
+        case Permute(of=of, dims=dims):
+            return evaluate(of).permute(dims)
+        case Cast(of=of):
+            return evaluate(of).to(torch_dtype(expr.dtype.name))
+        case Resample(of=of, grid=grid):
+            return resample_positions(evaluate(of), grid)
+        case Arange():
+            return torch.arange(math.prod(expr.shape)).reshape(expr.shape)
+    raise TypeError(f"no way to evaluate {type(expr).__name__}")
+
+
+def load(tensor: Tensor) -> torch.Tensor:
+    """A tensor of a checkpoint, read whole with the storage it lies in."""
+    dtype = torch_dtype(tensor.dtype.name)
+    data = bytearray(tensor.storage.read())
+    if tensor.storage.big_endian:
+        data = swapped(data, tensor.dtype.itemsize)
+    if not math.prod(tensor.shape):
+        return torch.empty(tensor.shape, dtype=dtype)
+    # `start` need not be a multiple of the element size in a hostile file; frombuffer would take it all the same.
+    count = (len(data) - tensor.start) // tensor.dtype.itemsize
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=tensor.start)
+    return flat.as_strided(tensor.shape, tensor.strides)
+
+
+def swapped(data: bytearray, itemsize: int) -> bytearray:
+    """The elements with their bytes in reverse order."""
+    result = bytearray(len(data))
+    for i in range(itemsize):
+        result[i::itemsize] = data[itemsize - 1 - i :: itemsize]
+    return result
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's own object for an element type."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """A table [1 + n*n, width] resampled to [1 + grid*grid, width]: bicubic, antialiased, in float32.
+
+    As DeepSeek-OCR's CLIP does when it runs at another size; the class token, the first row, is kept.
+    """
+    token, positions = table[:1], table[1:].float()
+    side = math.isqrt(positions.shape[0])
+    image = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = torch.nn.functional.interpolate(image, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    flat = image.permute(0, 2, 3, 1).reshape(grid * grid, -1)
+    return torch.cat([token, flat.to(table.dtype)])

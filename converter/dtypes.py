@@ -1,0 +1,45 @@
+"""The tensor element types that checkpoints hold, under the names that torch and safetensors give them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class DType(NamedTuple):
+    """One element type: torch's name, bytes an element, safetensors' code, torch's storage class if it has one."""
+
+    name: str
+    itemsize: int
+    code: str
+    storage: str | None
+
+    @property
+    def is_float(self) -> bool:
+        return self.name.startswith(("float", "bfloat"))
+
+
+# torch gave the types below without a storage class no class of their own: it saves them as untyped storages.
+_ALL = (
+    DType("float64", 8, "F64", "DoubleStorage"),
+    DType("float32", 4, "F32", "FloatStorage"),
+    DType("float16", 2, "F16", "HalfStorage"),
+    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
+    DType("float8_e4m3fn", 1, "F8_E4M3", None),
+    DType("float8_e5m2", 1, "F8_E5M2", None),
+    DType("int64", 8, "I64", "LongStorage"),
+    DType("int32", 4, "I32", "IntStorage"),
+    DType("int16", 2, "I16", "ShortStorage"),
+    DType("int8", 1, "I8", "CharStorage"),
+    DType("uint64", 8, "U64", None),
+    DType("uint32", 4, "U32", None),
+    DType("uint16", 2, "U16", None),
+    DType("uint8", 1, "U8", "ByteStorage"),
+    DType("bool", 1, "BOOL", "BoolStorage"),
+)
+
+BY_NAME = {dtype.name: dtype for dtype in _ALL}
+BY_CODE = {dtype.code: dtype for dtype in _ALL}
+BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
+
+FLOAT32 = BY_NAME["float32"]
+INT64 = BY_NAME["int64"]

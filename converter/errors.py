@@ -1,0 +1,50 @@
+"""Every error that a user can cause or meet, each with the exit code the command line gives it.
+
+    DsocrError
+    ├── UsageError       2   options that contradict each other or the source
+    ├── SourceError      3   the input is bad
+    │   ├── ContainerError   a file is missing, truncated, hostile or of an unknown kind
+    │   ├── LayoutError      the tensors fit no layout, several, or are converted already
+    │   └── MappingError     a mapping file is wrong, or its rules do not fit the checkpoint
+    └── OutputError      4   the output could not be written
+
+A message has one line a fact: the file, the cause, then the next step.
+"""
+
+from __future__ import annotations
+
+
+class DsocrError(Exception):
+    """Base of all errors that are not bugs; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class UsageError(DsocrError):
+    """The options given cannot be honoured together, or not for this source."""
+
+    exit_code = 2
+
+
+class SourceError(DsocrError):
+    """The input cannot be converted."""
+
+    exit_code = 3
+
+
+class ContainerError(SourceError):
+    """A file is missing, truncated, hostile, or of no kind that a loader reads."""
+
+
+class LayoutError(SourceError):
+    """The tensors fit no known layout, fit several, or are in the target's layout already."""
+
+
+class MappingError(SourceError):
+    """A mapping file is malformed, or its rules and the checkpoint's tensors disagree."""
+
+
+class OutputError(DsocrError):
+    """The output exists already, has no room, or could not be written."""
+
+    exit_code = 4

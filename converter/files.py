@@ -1,0 +1,86 @@
+"""Files that tensors are read from by offset, wherever they lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from converter.errors import ContainerError
+
+
+class SourceFile(Protocol):
+    """Bytes that can be read at any offset; the one door through which checkpoints are read.
+
+    `name` is what messages call the file, `size` its length in bytes.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` on; ContainerError where the file ends before it is full."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The `length` bytes at `offset`; ContainerError where the file ends before that."""
+
+    def check_unchanged(self) -> None:
+        """ContainerError if the file was written to or cut since it was opened."""
+
+
+class LocalFile:
+    """A file on this machine, opened once and kept open, so that a replaced file cannot be mixed with its successor.
+
+    Reads by `pread`: a memory map would count every page that was touched as the process's own memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._stat = os.fstat(self._fd)
+        except OSError as error:
+            raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
+        self.size = self._stat.st_size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: two paths with the same pair are one file."""
+        return self._stat.st_dev, self._stat.st_ino
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[filled:]], offset + filled)
+            except OSError as error:
+                raise ContainerError(f"{self.name}: cannot be read at byte {offset}: {error.strerror}") from error
+            if not count:
+                raise ContainerError(
+                    f"{self.name}: truncated: {len(buffer)} bytes wanted at byte {offset}, the file has {self.size}\n"
+                    "download or copy it again"
+                )
+            filled += count
+
+    def read(self, offset: int, length: int) -> bytes:
+        # Asked before the buffer is made: a file may claim any length it likes.
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ContainerError(
+                f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}\n"
+                "download or copy it again"
+            )
+        data = bytearray(length)
+        self.readinto(memoryview(data), offset)
+        return bytes(data)
+
+    def check_unchanged(self) -> None:
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise ContainerError(f"{self.name}: changed while it was being read\nwait until it is complete, then rerun")

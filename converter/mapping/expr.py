@@ -1,0 +1,175 @@
+"""What an output tensor is made of: a small expression over the source's tensors, with its shape and dtype known.
+
+Two readers exist: `extents` says which bytes to copy, where copying is all there is to do; `converter.compute`
+evaluates everything else with torch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from converter.checkpoint import Storage, Tensor
+from converter.dtypes import DType
+
+
+class Extent(NamedTuple):
+    """`length` bytes from byte `start` of a storage's data, to be copied verbatim."""
+
+    storage: Storage
+    start: int
+    length: int
+
+
+# Bytes to write: from a file, or made up (position_ids).
+Piece = Extent | bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expr:
+    """A tensor to be: element type and shape."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read(Expr):
+    """A tensor of the source as it is."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Concat(Expr):
+    """`parts` one after another along `dim`."""
+
+    parts: tuple[Expr, ...]
+    dim: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice(Expr):
+    """`of[start:start + shape[dim]]` along `dim`."""
+
+    of: Expr
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reshape(Expr):
+    """The same elements in the same order under another shape."""
+
+    of: Expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Permute(Expr):
+    """Dimension i of the result is dimension `dims[i]` of `of`."""
+
+    of: Expr
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cast(Expr):
+    """The values rounded to another element type."""
+
+    of: Expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resample(Expr):
+    """A table of position embeddings resampled to a grid of `grid` x `grid`, its class token kept."""
+
+    of: Expr
+    grid: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arange(Expr):
+    """0, 1, 2, ... as int64."""
+
+
+def read(tensor: Tensor) -> Expr:
+    """The expression for a tensor of the source."""
+    return Read(tensor.dtype, tensor.shape, tensor)
+
+
+def sources(expr: Expr) -> Iterator[Tensor]:
+    """The source tensors an expression reads, in order."""
+    match expr:
+        case Read(tensor=tensor):
+            yield tensor
+        case Concat(parts=parts):
+            for part in parts:
+                yield from sources(part)
+        case Slice(of=of) | Reshape(of=of) | Permute(of=of) | Cast(of=of) | Resample(of=of):
+            yield from sources(of)
+
+
+def extents(expr: Expr) -> list[Piece] | None:
+    """The bytes that make up the tensor, in order, or None where it takes more than copying."""
+    match expr:
+        case Read(tensor=tensor):
+            return [Extent(tensor.storage, tensor.start, tensor.nbytes)] if tensor.verbatim else None
+        case Reshape(of=of):
+            return extents(of)
+        case Concat(parts=parts, dim=0):
+            found = [extents(part) for part in parts]
+            return None if None in found else [piece for part in found for piece in part or ()]
+        case Slice(of=of, dim=0, start=start) if of.shape[0]:
+            row = of.nbytes // of.shape[0]
+            whole = extents(of)
+            return None if whole is None else _cut(whole, start * row, expr.nbytes)
+        case Arange():
+            count = math.prod(expr.shape)
+            return [struct.pack(f"<{count}q", *range(count))]
+    return None
+
+
+def _cut(pieces: list[Piece], start: int, length: int) -> list[Piece]:
+    """The part of `pieces`, laid end to end, from byte `start` on."""
+    result: list[Piece] = []
+    for piece in pieces:
+        size = len(piece) if isinstance(piece, bytes) else piece.length
+        first, last = max(start, 0), min(start + length, size)
+        if first < last:
+            if isinstance(piece, bytes):
+                result.append(piece[first:last])
+            else:
+                result.append(Extent(piece.storage, piece.start + first, last - first))
+        start -= size
+    return result
+
+
+def merge(pieces: list[Piece]) -> list[Piece]:
+    """The same bytes in as few extents as possible: neighbours in one storage, or in one file without checksums."""
+    result: list[Piece] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if isinstance(piece, Extent) and isinstance(last, Extent):
+            joined = _join(last, piece)
+            if joined is not None:
+                result[-1] = joined
+                continue
+        result.append(piece)
+    return result
+
+
+def _join(a: Extent, b: Extent) -> Extent | None:
+    if a.storage is b.storage and a.start + a.length == b.start:
+        return Extent(a.storage, a.start, a.length + b.length)
+    unchecked = a.storage.crc32 is None and b.storage.crc32 is None
+    adjacent = a.storage.offset + a.start + a.length == b.storage.offset + b.start
+    if a.storage.file is b.storage.file and unchecked and adjacent:
+        return Extent(a.storage, a.start, a.length + b.length)
+    return None

@@ -1,0 +1,206 @@
+"""What a rule does to tensors. Every operation knows its inverse or says why it has none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from converter.dtypes import BY_NAME
+from converter.mapping.expr import Cast, Concat, Expr, Permute, Resample, Reshape, Slice
+
+Values = tuple[Expr, ...]
+
+
+class LossyError(Exception):
+    """The operation cannot be undone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An operation on the tensors of one rule; `apply` raises ValueError where their shapes do not allow it."""
+
+    lossy: ClassVar[str | None] = None
+
+    def apply(self, values: Values) -> Values:
+        return tuple(self.one(value) for value in values)
+
+    def one(self, value: Expr) -> Expr:
+        """What becomes of a single tensor."""
+        raise NotImplementedError
+
+    def inverse(self) -> Op:
+        """The operation that undoes this one; LossyError where none does."""
+        raise LossyError(self.lossy)
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse(Op):
+    """Concatenates `parts` tensors along `dim`; undone by Split."""
+
+    parts: int
+    dim: int = 0
+
+    def apply(self, values: Values) -> Values:
+        first = values[0]
+        _axis(first, self.dim)
+        for value in values[1:]:
+            if value.dtype != first.dtype:
+                raise ValueError(f"cannot fuse {first.dtype.name} with {value.dtype.name}")
+            # Equal sizes only: a split could not tell unequal ones apart.
+            if value.shape != first.shape:
+                raise ValueError(f"cannot fuse shapes {list(first.shape)} and {list(value.shape)}")
+        return (Concat(first.dtype, _replace(first.shape, self.dim, first.shape[self.dim] * len(values)), values, self.dim),)
+
+    def inverse(self) -> Op:
+        return Split(self.parts, self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Split(Op):
+    """Cuts a tensor into `parts` equal parts along `dim`; undone by Fuse."""
+
+    parts: int
+    dim: int = 0
+
+    def apply(self, values: Values) -> Values:
+        (value,) = values
+        size = value.shape[_axis(value, self.dim)]
+        if size % self.parts:
+            raise ValueError(f"cannot split shape {list(value.shape)} into {self.parts} equal parts")
+        step = size // self.parts
+        shape = _replace(value.shape, self.dim, step)
+        return tuple(Slice(value.dtype, shape, value, self.dim, i * step) for i in range(self.parts))
+
+    def inverse(self) -> Op:
+        return Fuse(self.parts, self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Squeeze(Op):
+    """Removes dimensions of one element, numbered as before; undone by Unsqueeze."""
+
+    dims: tuple[int, ...]
+
+    def one(self, value: Expr) -> Expr:
+        if any(value.shape[_axis(value, dim)] != 1 for dim in self.dims):
+            raise ValueError(f"cannot squeeze dimensions {list(self.dims)} of shape {list(value.shape)}")
+        return Reshape(value.dtype, tuple(n for i, n in enumerate(value.shape) if i not in self.dims), value)
+
+    def inverse(self) -> Op:
+        return Unsqueeze(self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsqueeze(Op):
+    """Inserts dimensions of one element, numbered as afterwards; undone by Squeeze."""
+
+    dims: tuple[int, ...]
+
+    def one(self, value: Expr) -> Expr:
+        shape = list(value.shape)
+        for dim in sorted(self.dims):
+            if dim > len(shape):
+                raise ValueError(f"cannot insert dimension {dim} into shape {list(value.shape)}")
+            shape.insert(dim, 1)
+        return Reshape(value.dtype, tuple(shape), value)
+
+    def inverse(self) -> Op:
+        return Squeeze(self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Reshaped(Op):
+    """The shape `before` becomes `after`, both given in numbers; undone by the reverse."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def one(self, value: Expr) -> Expr:
+        if value.shape != self.before:
+            raise ValueError(f"expected shape {list(self.before)}, found {list(value.shape)}")
+        return Reshape(value.dtype, self.after, value)
+
+    def inverse(self) -> Op:
+        return Reshaped(self.after, self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class Permuted(Op):
+    """Dimension i of the result is dimension `dims[i]` of the tensor; undone by the inverse permutation."""
+
+    dims: tuple[int, ...]
+
+    def one(self, value: Expr) -> Expr:
+        if len(value.shape) != len(self.dims):
+            raise ValueError(f"cannot permute shape {list(value.shape)} by {list(self.dims)}")
+        return Permute(value.dtype, tuple(value.shape[dim] for dim in self.dims), value, self.dims)
+
+    def inverse(self) -> Op:
+        return Permuted(tuple(self.dims.index(i) for i in range(len(self.dims))))
+
+
+@dataclass(frozen=True, slots=True)
+class Deinterleave(Op):
+    """Rows ordered head by head (q0 k0 v0 q1 k1 v1 ...) become part by part (q0 q1 ... k0 k1 ... v0 v1 ...).
+
+    The first dimension holds `heads` x `parts` x head width rows. Only rows move, so this still is a copy. Undone by
+    the same operation with the numbers exchanged.
+    """
+
+    heads: int
+    parts: int
+
+    def one(self, value: Expr) -> Expr:
+        rows = value.shape[_axis(value, 0)]
+        if rows % (self.heads * self.parts):
+            raise ValueError(f"cannot take {self.heads} heads of {self.parts} parts from shape {list(value.shape)}")
+        step = rows // (self.heads * self.parts)
+        shape = _replace(value.shape, 0, step)
+        order = [head * self.parts + part for part in range(self.parts) for head in range(self.heads)]
+        return Concat(value.dtype, value.shape, tuple(Slice(value.dtype, shape, value, 0, i * step) for i in order), 0)
+
+    def inverse(self) -> Op:
+        return Deinterleave(self.parts, self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class CastTo(Op):
+    """Rounds a floating-point tensor to another element type."""
+
+    lossy: ClassVar[str | None] = "rounding to another type cannot be undone"
+    dtype: str
+
+    def one(self, value: Expr) -> Expr:
+        if not value.dtype.is_float:
+            raise ValueError(f"cannot cast {value.dtype.name} to {self.dtype}")
+        return value if value.dtype.name == self.dtype else Cast(BY_NAME[self.dtype], value.shape, value)
+
+
+@dataclass(frozen=True, slots=True)
+class ResamplePositions(Op):
+    """Resamples a table [1 + n*n, width] of a class token and a square grid of positions to another grid.
+
+    Bicubic and antialiased, as DeepSeek-OCR and the papers it follows do it; the class token is kept.
+    """
+
+    lossy: ClassVar[str | None] = "resampling cannot be undone"
+    grid: int
+
+    def one(self, value: Expr) -> Expr:
+        positions = value.shape[_axis(value, 0)] - 1
+        if len(value.shape) != 2 or positions < 1 or math.isqrt(positions) ** 2 != positions:
+            raise ValueError(f"cannot resample shape {list(value.shape)}: not a class token and a square grid")
+        if positions == self.grid**2:
+            return value
+        return Resample(value.dtype, (1 + self.grid**2, value.shape[1]), value, self.grid)
+
+
+def _axis(value: Expr, dim: int) -> int:
+    if dim >= len(value.shape):
+        raise ValueError(f"shape {list(value.shape)} has no dimension {dim}")
+    return dim
+
+
+def _replace(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])

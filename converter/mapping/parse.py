@@ -1,0 +1,291 @@
+"""Mapping files read into rules: what each key of the YAML means and must look like."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+
+from converter.dtypes import BY_NAME
+from converter.mapping.ops import (
+    CastTo,
+    Deinterleave,
+    Fuse,
+    Op,
+    Permuted,
+    Reshaped,
+    ResamplePositions,
+    Split,
+    Squeeze,
+    Unsqueeze,
+)
+from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
+from converter.mapping.shapes import Shape, parse_dim
+from converter.mapping.template import Kind, Template
+from converter.mapping.yamltree import Tree, parse
+
+_HEAD = ("layout", "family", "description", "variables", "recognise")
+_KINDS = ("int", "name", "path")
+FAMILIES = ("sam", "clip")
+
+
+def parse_mapping(text: str, file: str) -> Mapping | Layout:
+    """The mapping or hub layout that a YAML text holds; MappingError with file and line for anything amiss."""
+    tree = parse(text, file)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    is_hub = tree.is_map and "tensors" in tree.fields("a mapping file")
+    return _layout(tree, digest) if is_hub else _mapping(tree, digest)
+
+
+def _mapping(tree: Tree, digest: str) -> Mapping:
+    fields = tree.fields("a mapping file", (*_HEAD, "strip", "rules", "beside", "elsewhere"))
+    _require(tree, fields, "layout", "family", "description", "recognise", "rules")
+    variables = _variables(fields)
+    strip = tuple(fields["strip"].words("a prefix, or a list of prefixes")) if "strip" in fields else ("",)
+    for name in ("beside", "elsewhere"):
+        if name in fields and not any(strip):
+            raise fields[name].fail(f"`{name}` speaks of names without the prefix, but there is no `strip`")
+    if "beside" in fields and "elsewhere" in fields:
+        raise fields["elsewhere"].fail("expected `beside` (rules for the other names) or `elsewhere`, not both")
+    return Mapping(
+        name=fields["layout"].text("the layout's name"),
+        family=_family(fields["family"]),
+        description=fields["description"].text("one line on what the layout is"),
+        strip=strip,
+        recognise=_recognise(fields["recognise"]),
+        rules=_rules(fields["rules"], variables),
+        beside=_rules(fields["beside"], variables) if "beside" in fields else (),
+        elsewhere=fields["elsewhere"].text("why names without the prefix are dropped") if "elsewhere" in fields else "",
+        place=tree.place,
+        digest=digest,
+    )
+
+
+def _layout(tree: Tree, digest: str) -> Layout:
+    fields = tree.fields("a hub layout", (*_HEAD, "sizes", "tensors", "beyond"))
+    _require(tree, fields, "layout", "family", "description", "recognise", "sizes")
+    variables = _variables(fields)
+    beyond = fields["beyond"].fields("names and reasons") if "beyond" in fields else {}
+    return Layout(
+        name=fields["layout"].text("the layout's name"),
+        family=_family(fields["family"]),
+        description=fields["description"].text("one line on what the layout is"),
+        sizes={name: size.number("a size") for name, size in fields["sizes"].fields("names and sizes").items()},
+        recognise=_recognise(fields["recognise"]),
+        tensors=tuple(
+            _tensor(name, spec, variables) for name, spec in fields["tensors"].fields("names and shapes").items()
+        ),
+        beyond=tuple(
+            (_template(name, reason, variables), reason.text("why the DeepEncoder has no such tensor"))
+            for name, reason in beyond.items()
+        ),
+        place=tree.place,
+        digest=digest,
+    )
+
+
+def _require(tree: Tree, fields: dict[str, Tree], *names: str) -> None:
+    for name in names:
+        if name not in fields:
+            raise tree.fail(f"the key {name!r} is missing")
+
+
+def _family(tree: Tree) -> str:
+    family = tree.text("a family")
+    if family not in FAMILIES:
+        raise tree.fail(f"expected one of the families {', '.join(FAMILIES)}, found {family!r}")
+    return family
+
+
+def _variables(fields: dict[str, Tree]) -> dict[str, Kind]:
+    if "variables" not in fields:
+        return {}
+    declared = fields["variables"].fields("variables and their kinds")
+    return {name: _variable(name, tree) for name, tree in declared.items()}
+
+
+def _variable(name: str, tree: Tree) -> Kind:
+    expected = "int, name, path, or a list of words"
+    if tree.is_text:
+        kind = tree.text(expected)
+        if kind not in _KINDS:
+            raise tree.fail(f"variable {name!r}: expected {expected}, found {kind!r}")
+        return kind
+    words = tuple(item.text("a word") for item in tree.items(expected))
+    if not words or len(set(words)) < len(words) or any("." in word or not word for word in words):
+        raise tree.fail(f"variable {name!r}: expected different words without dots")
+    return words
+
+
+def _recognise(tree: Tree) -> dict[str, Shape]:
+    found = {key: _shape(shape) for key, shape in tree.fields("names and shapes").items()}
+    if not found:
+        raise tree.fail("expected at least one name and its shape: nothing would be recognised by this")
+    return found
+
+
+def _shape(tree: Tree) -> Shape:
+    items = tree.items("a shape such as [3*width, width]")
+    return tuple(item.checked(lambda item=item: parse_dim(item.text("a dimension"))) for item in items)  # type: ignore[misc]
+
+
+def _template(text: str, tree: Tree, variables: dict[str, Kind]) -> Template:
+    return tree.checked(lambda: Template.parse(text, variables))
+
+
+def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
+    template = _template(name, tree, variables)
+    if any(field.kind in ("name", "path") or field.offset for field in template.fields):
+        raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
+    if not tree.is_map:
+        return TensorSpec(template, _shape(tree), "", "", "", False, tree.place)
+    fields = tree.fields("a shape, or shape and more", ("shape", "dtype", "optional", "fill", "positions"))
+    _require(tree, fields, "shape")
+    dtype = fields["dtype"].text("an element type") if "dtype" in fields else ""
+    if dtype and dtype not in BY_NAME:
+        raise fields["dtype"].fail(f"unknown element type {dtype!r}; expected one of {', '.join(BY_NAME)}")
+    fill = fields["fill"].text("arange") if "fill" in fields else ""
+    if fill and (fill != "arange" or dtype != "int64"):
+        raise fields["fill"].fail("expected arange, of dtype int64")
+    optional = fields["optional"].text("why it may be missing") if "optional" in fields else ""
+    positions = "positions" in fields and fields["positions"].flag()
+    return TensorSpec(template, _shape(fields["shape"]), dtype, optional, fill, positions, tree.place)
+
+
+def _rules(tree: Tree, variables: dict[str, Kind]) -> tuple[Rule, ...]:
+    return tuple(itertools.chain.from_iterable(_rule(item, variables) for item in tree.items("a list of rules")))
+
+
+def _rule(tree: Tree, variables: dict[str, Kind]) -> list[Rule]:
+    """The rules of one list item: one, or for a drop that lists several names, one each."""
+    present = tree.fields("a rule")
+    verb = next((verb for verb in _VERBS if verb in present), None)
+    if verb is None:
+        raise tree.fail(f"expected a rule: one of {', '.join(_VERBS)}")
+    read, others = _VERBS[verb]
+    fields = tree.fields("a rule", (verb, *others, "optional"))
+    _require(tree, fields, *(name for name in others if name not in ("then", "dim")))
+    optional = "optional" in fields and fields["optional"].flag()
+    return read(tree, fields, variables, optional)
+
+
+def _keep(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+    name = _template(fields["keep"].text("a name"), fields["keep"], variables)
+    return [Rule((name,), (name,), _then(fields), optional, "", tree.place)]
+
+
+def _rename(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+    source = _template(fields["rename"].text("a name"), fields["rename"], variables)
+    target = _template(fields["to"].text("a name"), fields["to"], variables)
+    _same_variables(fields["to"], source, target)
+    return [Rule((source,), (target,), _then(fields), optional, "", tree.place)]
+
+
+def _fuse(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+    parts = _parts(fields["fuse"], fields["parts"], variables)
+    target = _template(fields["into"].text("a name"), fields["into"], variables)
+    _same_variables(fields["into"], parts[0], target)
+    ops = (Fuse(len(parts), _dim(fields)), *_then(fields))
+    return [Rule(parts, (target,), ops, optional, "", tree.place)]
+
+
+def _split(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+    source = _template(fields["split"].text("a name"), fields["split"], variables)
+    parts = _parts(fields["into"], fields["parts"], variables)
+    _same_variables(fields["into"], source, parts[0])
+    return [Rule((source,), parts, (Split(len(parts), _dim(fields)), *_then(fields)), optional, "", tree.place)]
+
+
+def _drop(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+    reason = fields["because"].text("a reason in words")
+    if not reason.strip():
+        raise fields["because"].fail("expected a reason in words")
+    names = [_template(name, fields["drop"], variables) for name in fields["drop"].words("a name, or a list of names")]
+    return [Rule((name,), (), (), optional, reason, tree.place) for name in names]
+
+
+_Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], list[Rule]]
+_VERBS: dict[str, tuple[_Read, tuple[str, ...]]] = {
+    "keep": (_keep, ("then",)),
+    "rename": (_rename, ("to", "then")),
+    "fuse": (_fuse, ("parts", "into", "dim", "then")),
+    "split": (_split, ("parts", "into", "dim", "then")),
+    "drop": (_drop, ("because",)),
+}
+
+
+def _parts(tree: Tree, order: Tree, variables: dict[str, Kind]) -> tuple[Template, ...]:
+    """The template once for each part, in the order that `parts` gives."""
+    template = _template(tree.text("a name"), tree, variables)
+    chosen = order.fields("one variable and its words in order, such as {proj: [q, k, v]}")
+    if len(chosen) != 1:
+        raise order.fail("expected one variable and its words in order, such as {proj: [q, k, v]}")
+    ((name, words_tree),) = chosen.items()
+    words = words_tree.words("a word")
+    if name not in [field.name for field in template.fields]:
+        raise order.fail(f"{template.text!r} does not use the variable {name!r}")
+    kind = variables[name]
+    if not isinstance(kind, tuple) or sorted(words) != sorted(kind) or len(words) < 2:
+        raise order.fail(f"expected all words of the variable {name!r}, in order, each once")
+    return tuple(template.bind(name, word) for word in words)
+
+
+def _same_variables(tree: Tree, source: Template, target: Template) -> None:
+    used, made = ({field.name for field in template.fields} for template in (source, target))
+    if used != made:
+        raise tree.fail(f"{source.text!r} and {target.text!r} use different variables: {', '.join(sorted(used ^ made))}")
+
+
+def _dim(fields: dict[str, Tree]) -> int:
+    return fields["dim"].number("a dimension") if "dim" in fields else 0
+
+
+def _then(fields: dict[str, Tree]) -> tuple[Op, ...]:
+    if "then" not in fields:
+        return ()
+    return tuple(_op(item) for item in fields["then"].items("a list of operations"))
+
+
+def _op(tree: Tree) -> Op:
+    fields = tree.fields("an operation", _OPS)
+    if len(fields) != 1:
+        raise tree.fail("expected one operation an item")
+    ((name, argument),) = fields.items()
+    return _OPS[name](argument)
+
+
+def _permuted(tree: Tree) -> Op:
+    dims = tree.numbers("the dimensions in their new order")
+    if sorted(dims) != list(range(len(dims))):
+        raise tree.fail(f"expected each of 0 to {len(dims) - 1} once, found {list(dims)}")
+    return Permuted(dims)
+
+
+def _reshaped(tree: Tree) -> Op:
+    fields = tree.fields("{from: [...], to: [...]}", ("from", "to"))
+    _require(tree, fields, "from", "to")
+    return Reshaped(fields["from"].numbers("a shape in numbers"), fields["to"].numbers("a shape in numbers"))
+
+
+def _deinterleave(tree: Tree) -> Op:
+    fields = tree.fields("{heads: N, parts: N}", ("heads", "parts"))
+    _require(tree, fields, "heads", "parts")
+    return Deinterleave(fields["heads"].number("a number of heads"), fields["parts"].number("a number of parts"))
+
+
+def _cast(tree: Tree) -> Op:
+    dtype = tree.text("an element type")
+    if dtype not in BY_NAME or not BY_NAME[dtype].is_float:
+        raise tree.fail(f"expected a floating-point type, found {dtype!r}")
+    return CastTo(dtype)
+
+
+_OPS: dict[str, Callable[[Tree], Op]] = {
+    "squeeze": lambda tree: Squeeze(tree.numbers("dimensions")),
+    "unsqueeze": lambda tree: Unsqueeze(tree.numbers("dimensions")),
+    "reshape": _reshaped,
+    "permute": _permuted,
+    "deinterleave": _deinterleave,
+    "cast": _cast,
+    "resample": lambda tree: ResamplePositions(tree.number("the side of the new grid of positions")),
+}

@@ -1,0 +1,180 @@
+"""The plan of a conversion: every output tensor and what it is made of, known before any weight is read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field
+
+from converter.dtypes import INT64
+from converter.errors import MappingError, UsageError
+from converter.mapping.apply import Applied, apply, summary
+from converter.mapping.expr import Arange, Expr, sources
+from converter.mapping.ops import CastTo, ResamplePositions
+from converter.mapping.rules import Layout, Mapping, TensorSpec
+from converter.mapping.shapes import Sizes, fits, resolve, written
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one checkpoint becomes: `outputs` by name, in the order they are written.
+
+    `dropped` gives each source tensor that is left out and why; `missing` each target tensor that the source cannot
+    give and may lack, and why; `filled` each tensor that was made up. `sizes` holds the sizes found and `unusual`
+    those that are not the DeepEncoder's, as name -> (found, DeepEncoder's).
+    """
+
+    mapping: Mapping
+    target: Layout
+    outputs: dict[str, Expr]
+    dropped: dict[str, str]
+    missing: dict[str, str] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
+    unusual: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the output."""
+        return sum(value.nbytes for value in self.outputs.values())
+
+
+def make_plan(
+    mapping: Mapping,
+    prefix: str,
+    target: Layout,
+    tensors: MappingABC[str, Expr],
+    source: str,
+    *,
+    dtype: str = "keep",
+    image_size: int | None = None,
+) -> Plan:
+    """The plan that turns `tensors` (by source name) into `target`; MappingError where they do not fit."""
+    kept = {name: value for name, value in tensors.items() if not (mapping.elsewhere and not name.startswith(prefix))}
+    applied = apply(mapping.rules_for(prefix), kept, source)
+    applied.dropped.update((name, mapping.elsewhere) for name in tensors if name not in kept)
+    plan = Plan(mapping, target, {}, applied.dropped)
+    plan.sizes["depth"] = depth = _depth(target, applied)
+    # Said here, before a name is made for every layer that a single wild index stands for.
+    if depth > len(applied.values):
+        raise MappingError(f"{source}: as {mapping.name}: layer {depth - 1} of only {len(applied.values)} tensors")
+    if image_size is not None:
+        _resample(plan, applied, image_size)
+    _settle(plan, applied, source)
+    if dtype != "keep":
+        cast = CastTo(dtype)
+        plan.outputs = {n: cast.one(value) if value.dtype.is_float else value for n, value in plan.outputs.items()}
+    plan.unusual = {
+        name: (plan.sizes[name], usual)
+        for name, usual in target.sizes.items()
+        if plan.sizes.get(name, usual) != usual
+    }
+    # safetensors' own order: wider types first, so that every tensor is aligned, then by name.
+    plan.outputs = dict(sorted(plan.outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    return plan
+
+
+def _depth(target: Layout, applied: Applied) -> int:
+    """How many layers there are: one more than the highest index."""
+    numbered = [spec.name for spec in target.tensors if any(field.kind == "int" for field in spec.name.fields)]
+    found = (template.match(name) for name in applied.values for template in numbered)
+    return max((int(value) + 1 for bindings in found if bindings for value in _ints(bindings)), default=0)
+
+
+def _ints(bindings: MappingABC[str, str]) -> Iterator[str]:
+    return (value for value in bindings.values() if value.isdigit())
+
+
+def _expected(spec: TensorSpec, depth: int) -> Iterator[str]:
+    """The names a spec stands for in a model of `depth` layers."""
+    choices = [field.kind if isinstance(field.kind, tuple) else map(str, range(depth)) for field in spec.name.fields]
+    names = [field.name for field in spec.name.fields]
+    for values in itertools.product(*choices):
+        yield spec.name.fill(dict(zip(names, values, strict=True)))
+
+
+def _settle(plan: Plan, applied: Applied, source: str) -> None:
+    """Fit what the rules made into the target: every tensor there, of the right shape, and nothing left over."""
+    values = dict(applied.values)
+    problems: list[str] = []
+    absent: list[tuple[TensorSpec, str]] = []
+    for spec in plan.target.tensors:
+        for name in _expected(spec, plan.sizes["depth"]):
+            if name in values:
+                value = values.pop(name)
+                problems += _misfit(spec, name, value, plan.sizes)
+                plan.outputs[name] = value
+            else:
+                absent.append((spec, name))
+    problems += [problem for spec, name in absent for problem in _supply(plan, spec, name)]
+    for name, value in values.items():
+        reason = _reason_beyond(plan.target, name)
+        if reason is None:
+            problems.append(f"{plan.target.name} has no tensor {name!r} ({applied.rules[name].place} makes it)")
+        else:
+            plan.dropped.update((tensor.key, reason) for tensor in sources(value))
+    if problems:
+        raise MappingError(f"{source}: as {plan.mapping.name}: {summary(problems)}")
+
+
+def _misfit(spec: TensorSpec, name: str, value: Expr, sizes: Sizes) -> list[str]:
+    origin = next((f" (from {tensor.key!r})" for tensor in sources(value)), "")
+    if spec.dtype and value.dtype.name != spec.dtype:
+        return [f"{name!r}{origin} is {value.dtype.name}; expected {spec.dtype}"]
+    if not spec.dtype and not value.dtype.is_float:
+        return [f"{name!r}{origin} is {value.dtype.name}; expected a floating-point type"]
+    if fits(spec.shape, value.shape, sizes):
+        return []
+    known = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
+    return [f"{name!r}{origin} has shape {list(value.shape)}; expected {written(spec.shape)}, where {known or 'any'}"]
+
+
+def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
+    """Make up, or do without, a tensor that the source does not give."""
+    if spec.fill == "arange":
+        plan.outputs[name] = Arange(INT64, resolve(spec.shape, plan.sizes))
+        plan.filled[name] = "0, 1, 2, ..."
+    elif spec.optional:
+        plan.missing[name] = spec.optional
+    else:
+        return [f"nothing gives {name!r}"]
+    return []
+
+
+def _patch_size(target: Layout, applied: Applied) -> int:
+    """Pixels along a side of a patch: the source's, or the target's own where the source has no patch embedding."""
+    sizes: Sizes = {}
+    for spec in target.tensors:
+        if any(dim.name == "patch" for dim in spec.shape) and spec.name.text in applied.values:
+            fits(spec.shape, applied.values[spec.name.text].shape, sizes)
+    return sizes.get("patch", target.sizes["patch"])
+
+
+def _reason_beyond(target: Layout, name: str) -> str | None:
+    return next((reason for template, reason in target.beyond if template.match(name) is not None), None)
+
+
+def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
+    """Resample the table of positions, and leave the position indices to be made anew."""
+    spec = next((spec for spec in plan.target.tensors if spec.positions), None)
+    if spec is None:
+        raise UsageError(f"--image-size: {plan.target.name} takes images of any size: there is nothing to resample")
+    name = spec.name.text
+    patch = _patch_size(plan.target, applied)
+    if image_size < patch or image_size % patch:
+        raise UsageError(f"--image-size {image_size}: not a multiple of the patch size, {patch}")
+    if name not in applied.values:
+        return
+    before = applied.values[name].shape
+    try:
+        applied.values[name] = ResamplePositions(image_size // patch).one(applied.values[name])
+    except ValueError as error:
+        raise MappingError(f"{name}: {error}") from error
+    if applied.values[name].shape == before:
+        return
+    for other in plan.target.tensors:
+        if other.fill and other.name.text in applied.values:
+            value = applied.values.pop(other.name.text)
+            applied.dropped.update((tensor.key, "made anew for the new number of positions") for tensor in sources(value))
+

@@ -1,0 +1,133 @@
+"""Rules, the mappings that hold them, and the hub layouts they lead to: all frozen, all made by `mapping.parse`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field, replace
+
+from converter.mapping.ops import Op
+from converter.mapping.shapes import Shape
+from converter.mapping.template import Template
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line in a mapping file, for messages."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Takes the tensors that `sources` match, applies `ops` in order, and gives them the names of `targets`.
+
+    A rule without targets drops its tensors, because of `reason`. A rule that is not `optional` must match something.
+    """
+
+    sources: tuple[Template, ...]
+    targets: tuple[Template, ...]
+    ops: tuple[Op, ...]
+    optional: bool
+    reason: str
+    place: Place
+
+    @property
+    def text(self) -> str:
+        """The rule on one line, for people."""
+        names = " + ".join(template.text for template in self.sources)
+        if not self.targets:
+            return f"drop {names}"
+        return f"{names} -> {' + '.join(template.text for template in self.targets)}"
+
+    @property
+    def lossy(self) -> str:
+        """Why the rule cannot be undone, or nothing if it can."""
+        if not self.targets:
+            return f"dropped: {self.reason}"
+        return "; ".join(op.lossy for op in self.ops if op.lossy)
+
+    def prefixed(self, prefix: str) -> Rule:
+        """The rule for names that carry a prefix still."""
+        return replace(self, sources=tuple(template.prefixed(prefix) for template in self.sources))
+
+    def inverse(self) -> Rule:
+        """The rule in the other direction; LossyError where an operation has no inverse."""
+        ops = tuple(op.inverse() for op in reversed(self.ops))
+        return replace(self, sources=self.targets, targets=self.sources, ops=ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """How one layout becomes the family's hub layout.
+
+    `strip` lists the prefixes that the encoder's names may carry; `rules` speak of those names without the prefix,
+    `beside` of the names that lack it. Where `elsewhere` is set, it is why all names that lack it are dropped.
+    `recognise` gives names (without prefix) and shapes by which the layout is known. `digest` is the SHA-256 of the file.
+    """
+
+    name: str
+    family: str
+    description: str
+    strip: tuple[str, ...]
+    recognise: MappingABC[str, Shape]
+    rules: tuple[Rule, ...]
+    beside: tuple[Rule, ...]
+    elsewhere: str
+    place: Place
+    digest: str
+
+    def rules_for(self, prefix: str) -> tuple[Rule, ...]:
+        """All rules in terms of full names, for a checkpoint whose names carry `prefix`."""
+        if not prefix:
+            return self.rules
+        return (*(rule.prefixed(prefix) for rule in self.rules), *self.beside)
+
+    def lossy(self) -> list[tuple[Rule, str]]:
+        """The rules that cannot be undone, and why."""
+        return [(rule, why) for rule in (*self.rules, *self.beside) if (why := rule.lossy)]
+
+
+def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules from targets back to sources; drops vanish. LossyError where an operation has no inverse."""
+    return tuple(rule.inverse() for rule in rules if rule.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Tensors that a hub layout has: name, shape, and element type where it is not the checkpoint's choice.
+
+    `optional` says why they may be missing; `fill` says how they are made where the source has none.
+    `positions` marks the table that `--image-size` resamples.
+    """
+
+    name: Template
+    shape: Shape
+    dtype: str
+    optional: str
+    fill: str
+    positions: bool
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A hub layout: the DeepEncoder's own tensors, its sizes, and the family's tensors `beyond` it.
+
+    Those have names, so that layouts that hold them can be converted into each other; the DeepEncoder drops them for
+    the reason given.
+    """
+
+    name: str
+    family: str
+    description: str
+    sizes: MappingABC[str, int]
+    recognise: MappingABC[str, Shape]
+    tensors: tuple[TensorSpec, ...]
+    beyond: tuple[tuple[Template, str], ...]
+    place: Place
+    digest: str
+    strip: tuple[str, ...] = field(default=("",))

@@ -1,0 +1,139 @@
+"""YAML as a tree that remembers its lines: every complaint about a mapping file names the line and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import yaml
+
+from converter.errors import MappingError
+from converter.mapping.rules import Place
+
+# The C parser is ten times as fast; a PyYAML built without libyaml has only the other.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LARGEST = 1 << 20
+_DEEPEST = 16
+
+T = TypeVar("T")
+
+
+class Tree:
+    """One node of a YAML document and the accessors that check what it is."""
+
+    def __init__(self, node: yaml.Node, file: str) -> None:
+        self._node = node
+        self.place = Place(file, node.start_mark.line + 1)
+
+    def fail(self, message: str) -> MappingError:
+        """The error that `message` makes at this line."""
+        return MappingError(f"{self.place}: {message}")
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self._node, yaml.ScalarNode)
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self._node, yaml.SequenceNode)
+
+    @property
+    def is_map(self) -> bool:
+        return isinstance(self._node, yaml.MappingNode)
+
+    def text(self, what: str) -> str:
+        """The scalar as it is written, whatever YAML would make of it."""
+        if not isinstance(self._node, yaml.ScalarNode):
+            raise self.fail(f"expected {what}, found {self._kind()}")
+        return str(self._node.value)
+
+    def items(self, what: str) -> list[Tree]:
+        """The elements of a list."""
+        if not isinstance(self._node, yaml.SequenceNode):
+            raise self.fail(f"expected {what}, found {self._kind()}")
+        return [Tree(node, self.place.file) for node in self._node.value]
+
+    def fields(self, what: str, allowed: Collection[str] | None = None) -> dict[str, Tree]:
+        """The entries of a mapping, by key; unknown and repeated keys are errors."""
+        if not isinstance(self._node, yaml.MappingNode):
+            raise self.fail(f"expected {what}, found {self._kind()}")
+        found: dict[str, Tree] = {}
+        for key_node, value_node in self._node.value:
+            key_tree = Tree(key_node, self.place.file)
+            key = key_tree.text("a key")
+            if allowed is not None and key not in allowed:
+                raise key_tree.fail(f"unknown key {key!r}; expected one of {', '.join(sorted(allowed))}")
+            if key in found:
+                raise key_tree.fail(f"the key {key!r} stands here twice")
+            found[key] = Tree(value_node, self.place.file)
+        return found
+
+    def words(self, what: str) -> list[str]:
+        """One scalar, or a list of scalars."""
+        return [self.text(what)] if self.is_text else [item.text(what) for item in self.items(what)]
+
+    def flag(self) -> bool:
+        text = self.text("true or false")
+        if text not in ("true", "false"):
+            raise self.fail(f"expected true or false, found {text!r}")
+        return text == "true"
+
+    def number(self, what: str) -> int:
+        text = self.text(what)
+        if not (text.isascii() and text.isdigit() and len(text) <= 9):
+            raise self.fail(f"expected {what}, found {text!r}")
+        return int(text)
+
+    def numbers(self, what: str) -> tuple[int, ...]:
+        """One number, or a list of numbers."""
+        return (self.number(what),) if self.is_text else tuple(item.number(what) for item in self.items(what))
+
+    def checked(self, make: Callable[[], T]) -> T:
+        """`make()`, its ValueError told with this line."""
+        try:
+            return make()
+        except ValueError as error:
+            raise self.fail(str(error)) from error
+
+    def _kind(self) -> str:
+        if isinstance(self._node, yaml.ScalarNode):
+            return f"{self._node.value!r}" if self._node.value else "nothing"
+        return "a list" if self.is_list else "a mapping"
+
+
+def parse(text: str, file: str) -> Tree:
+    """The document's root; MappingError for anything that is not one plain YAML document."""
+    if len(text) > _LARGEST:
+        raise MappingError(f"{file}: larger than {_LARGEST} characters: not a mapping file")
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise MappingError(f"{file}: not valid YAML: {_cause(error)}") from error
+    if node is None:
+        raise MappingError(f"{file}: empty")
+    _check_plain(node, file, set(), 0)
+    return Tree(node, file)
+
+
+def _cause(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _check_plain(node: yaml.Node, file: str, seen: set[int], depth: int) -> None:
+    """Refuse what a mapping file has no use for: tags, anchors used twice, deep nesting."""
+    tree = Tree(node, file)
+    # An alias makes the same node appear again: a few lines of them can stand for a billion nodes.
+    if id(node) in seen:
+        raise tree.fail("YAML aliases are not allowed in a mapping file")
+    seen.add(id(node))
+    if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag.removeprefix("tag:yaml.org,2002:"):
+        raise tree.fail(f"the YAML tag {node.tag!r} is not allowed in a mapping file")
+    if depth > _DEEPEST:
+        raise tree.fail("nested too deeply")
+    if isinstance(node, yaml.ScalarNode):
+        return
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _check_plain(part, file, seen, depth + 1)

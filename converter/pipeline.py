@@ -1,0 +1,211 @@
+"""The straight line of a conversion: locate, open, plan, write, card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from converter import catalogue
+from converter.dtypes import BY_NAME
+from converter.errors import DsocrError, LayoutError, OutputError, UsageError
+from converter.mapping.expr import Expr, read, sources
+from converter.mapping.parse import FAMILIES
+from converter.mapping.plan import Plan, make_plan
+from converter.mapping.rules import Layout, Mapping
+from converter.report import Card, Inspection, Recognised, fold
+from converter.source import (
+    Identified,
+    Source,
+    chosen_state_dicts,
+    identified,
+    identify,
+    nearest_layout,
+    open_source,
+)
+from converter.stage import check_target, staged
+from converter.unwrap import StateDict
+from converter.version import __version__
+from converter.write import write_pth, write_safetensors
+
+# Told the bytes written so far and those to write.
+Progress = Callable[[int, int], None]
+
+FORMATS = ("safetensors", "pth")
+DTYPES = ("keep", "float32", "float16", "bfloat16")
+
+
+def convert(
+    source: str,
+    family: str,
+    *,
+    out: str | Path | None = None,
+    mapping: str | Path | None = None,
+    dtype: str = "keep",
+    image_size: int | None = None,
+    format: str = "safetensors",
+    state_dict: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Card:
+    """Convert a checkpoint into the DeepEncoder's layout and return the card of the conversion.
+
+    `source` is a file, a folder or an index; `family` is "sam" or "clip". `out` defaults to
+    `deepencoder-<family>.<format>` in the current folder. `mapping` is a mapping file to use instead of recognising the
+    layout. `dtype` casts floating-point tensors; `image_size`, in pixels, resamples CLIP's positions. `state_dict`
+    chooses among several in one file (`model`, `ema`; `.` for the top). `progress` is called as bytes are written.
+
+    With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
+    still then.
+    """
+    _check_choices(family=(family, FAMILIES), dtype=(dtype, DTYPES), format=(format, FORMATS))
+    opened = open_source(source)
+    known = identify(opened, family, _layouts(family, mapping), state_dict)
+    plan = _plan(opened, known, family, dtype, image_size)
+    target = Path(out) if out is not None else Path(f"deepencoder-{family}.{format}")
+    card = _card(opened, known, plan, family, target, dtype, format)
+    if dry_run:
+        return card
+    _check_not_source(target, opened)
+    check_target(target, force, plan.nbytes)
+    count = _counter(progress, plan.nbytes)
+    with staged(target, force) as fd:
+        if format == "pth":
+            write_pth(fd, plan.outputs, count)
+        else:
+            write_safetensors(fd, plan.outputs, card.metadata(), count)
+        # Before the output takes its place: a source that changed midway may have given halves of two files.
+        for file in opened.files:
+            file.check_unchanged()
+    return replace(card, written=True)
+
+
+def _counter(progress: Progress, total: int) -> Callable[[int], None]:
+    """A sum of the bytes it is told, passed on to `progress`."""
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return count
+
+
+def inspect(source: str, *, state_dict: str | None = None) -> Inspection:
+    """What a checkpoint holds, which layout of each family that is, and what a conversion would do. Reads no weights."""
+    opened = open_source(source)
+    entries = chosen_state_dicts(opened, state_dict)
+    largest = max(entries, key=lambda entry: len(entry.tensors))
+    recognised = [found for family in FAMILIES if (found := _recognised(opened, family, entries))]
+    mappings = [mapping for family in FAMILIES for mapping in catalogue.mappings(family)]
+    return Inspection(
+        source=opened.name,
+        files={file.name: file.size for file in opened.files},
+        containers=sorted(set(opened.containers)),
+        state_dicts={entry.path or ".": len(entry.tensors) for entry in entries},
+        tensors=len(largest.tensors),
+        nbytes=sum(tensor.nbytes for tensor in largest.tensors.values()),
+        dtypes=_dtypes([read(tensor) for tensor in largest.tensors.values()]),
+        groups=fold(largest.tensors),
+        recognised=recognised,
+        nearest=[] if recognised else nearest_layout(opened, largest, mappings),
+    )
+
+
+def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _layouts(family: str, mapping: str | Path | None) -> Sequence[Mapping | Layout]:
+    if mapping is None:
+        return catalogue.layouts(family)
+    own = catalogue.load_file(Path(mapping))
+    if own.family != family:
+        raise UsageError(f"--mapping {mapping}: is for the family {own.family!r}, not {family!r}")
+    return [own]
+
+
+def _plan(opened: Source, known: Identified, family: str, dtype: str, image_size: int | None) -> Plan:
+    layout = known.match.layout
+    if isinstance(layout, Layout):
+        raise LayoutError(
+            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\n"
+            f"it was known by {', '.join(known.match.evidence)}"
+        )
+    tensors: dict[str, Expr] = {name: read(tensor) for name, tensor in known.tensors.items()}
+    hub = catalogue.hub(family)
+    return make_plan(
+        layout, known.match.prefix, hub, tensors, opened.name, dtype=dtype, image_size=image_size
+    )
+
+
+def _check_not_source(target: Path, opened: Source) -> None:
+    try:
+        stat = target.stat()
+    except OSError:
+        # There is no such file yet, or it cannot be looked at: either way it is not one that was opened.
+        return
+    if (stat.st_dev, stat.st_ino) in [file.identity for file in opened.files]:
+        raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
+
+
+def _card(
+    opened: Source, known: Identified, plan: Plan, family: str, target: Path | None, dtype: str, format: str
+) -> Card:
+    return Card(
+        tool=f"dsocr-convert {__version__}",
+        source=opened.name,
+        files={file.name: file.size for file in opened.files},
+        containers=sorted(set(opened.containers)),
+        state_dict=known.state_dict.path,
+        wrapper=known.wrapper,
+        family=family,
+        mapping=plan.mapping.name,
+        mapping_sha256=plan.mapping.digest,
+        target=plan.target.name,
+        output=str(target) if target else "",
+        format=format,
+        dtype=dtype,
+        tensors=len(plan.outputs),
+        nbytes=plan.nbytes,
+        dtypes=_dtypes(list(plan.outputs.values())),
+        converted={name: [tensor.key for tensor in sources(value)] for name, value in plan.outputs.items()},
+        filled=plan.filled,
+        missing=plan.missing,
+        dropped=plan.dropped,
+        sizes=plan.sizes,
+        unusual={name: list(pair) for name, pair in plan.unusual.items()},
+    )
+
+
+def _recognised(opened: Source, family: str, entries: list[StateDict]) -> Recognised | None:
+    """What `convert` would make of a source, or None where it is not of this family."""
+    found = identified(opened, catalogue.layouts(family), entries)
+    if not found:
+        return None
+    layout = found[0].match.layout
+    try:
+        card = _card(opened, found[0], _plan(opened, found[0], family, "keep", None), family, None, "keep", FORMATS[0])
+        problem = ""
+    except DsocrError as error:
+        card, problem = None, str(error)
+    return Recognised(
+        family=family,
+        layout=layout.name,
+        description=layout.description,
+        prefix=found[0].wrapper + found[0].match.prefix,
+        state_dicts=[hit.state_dict.path or "." for hit in found],
+        evidence=found[0].match.evidence,
+        card=card,
+        problem=problem,
+    )
+
+
+def _dtypes(values: list[Expr]) -> dict[str, int]:
+    """How many tensors have each element type, in the order of the table of types."""
+    names = [value.dtype.name for value in values]
+    return {name: names.count(name) for name in BY_NAME if name in names}

@@ -1,0 +1,155 @@
+"""What a command found out, as values; the terminal's text and the JSON documents are views of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from converter.checkpoint import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The record of one conversion.
+
+    `files` are the source's, with their sizes in bytes. `converted` gives each output tensor the source tensors it is
+    made of, in order; `dropped` each source tensor that was left out and why; `missing` each tensor of the target that
+    the source cannot give, and why it may be missing; `filled` each that was made up. `sizes` are the model's, and
+    `unusual` those of them that differ from DeepSeek-OCR's, as [found, DeepSeek-OCR's]. `wrapper` is the prefix that
+    was removed from all names first. `written` tells a conversion from a dry run.
+    """
+
+    tool: str
+    source: str
+    files: dict[str, int]
+    containers: list[str]
+    state_dict: str
+    wrapper: str
+    family: str
+    mapping: str
+    mapping_sha256: str
+    target: str
+    output: str
+    format: str
+    dtype: str
+    tensors: int
+    nbytes: int
+    dtypes: dict[str, int]
+    converted: dict[str, list[str]]
+    filled: dict[str, str]
+    missing: dict[str, str]
+    dropped: dict[str, str]
+    sizes: dict[str, int]
+    unusual: dict[str, list[int]]
+    written: bool = False
+
+    def metadata(self) -> dict[str, str]:
+        """What a safetensors file says of its making; nothing in it depends on when or where that was."""
+        return {
+            # transformers refuses files that do not name their framework.
+            "format": "pt",
+            "tool": self.tool,
+            "layout": self.target,
+            "mapping": self.mapping,
+            "mapping_sha256": self.mapping_sha256,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that differ by their layer alone: `name` has `{}` where their indices were, of which `layers` says which.
+
+    `shapes` lists what shapes they have, most frequent first.
+    """
+
+    name: str
+    layers: str
+    count: int
+    dtypes: list[str]
+    shapes: list[list[int]]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A layout that a checkpoint fits, the names it was known by, and the card that a conversion would have.
+
+    `card` is None where a conversion is not possible; `problem` says why.
+    """
+
+    family: str
+    layout: str
+    description: str
+    prefix: str
+    state_dicts: list[str]
+    evidence: list[str]
+    card: Card | None
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint holds. Counts are of the state dict with most tensors; `state_dicts` counts them all."""
+
+    source: str
+    files: dict[str, int]
+    containers: list[str]
+    state_dicts: dict[str, int]
+    tensors: int
+    nbytes: int
+    dtypes: dict[str, int]
+    groups: list[Group]
+    recognised: list[Recognised]
+    nearest: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fold(tensors: Mapping[str, Tensor]) -> list[Group]:
+    """The tensors with repeated layers folded into one group, in the order they were first met."""
+    members: dict[str, list[str]] = {}
+    for name in tensors:
+        members.setdefault(re.sub(r"(?<![^.])[0-9]+(?![^.])", "{}", name), []).append(name)
+    groups = []
+    for pattern, names in members.items():
+        parts = [tensors[name] for name in names]
+        shapes = [list(tensor.shape) for tensor in parts]
+        unique = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+        groups.append(
+            Group(
+                name=pattern if len(names) > 1 else names[0],
+                layers=_ranges(pattern, names) if len(names) > 1 else "",
+                count=len(names),
+                dtypes=sorted({tensor.dtype.name for tensor in parts}),
+                shapes=sorted(unique, key=lambda shape: -shapes.count(shape)),
+                nbytes=sum(tensor.nbytes for tensor in parts),
+            )
+        )
+    return groups
+
+
+def _ranges(pattern: str, names: list[str]) -> str:
+    """The indices that stand in a pattern's places, such as `0..23`."""
+    places = [i for i, segment in enumerate(pattern.split(".")) if segment == "{}"]
+    columns = [sorted({int(name.split(".")[place]) for name in names}) for place in places]
+    return ", ".join(_range(column) for column in columns)
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return " ".join(map(str, numbers))
+
+
+def by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Dropped names grouped by why."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        groups.setdefault(reason, []).append(name)
+    return groups

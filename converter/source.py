@@ -1,0 +1,156 @@
+"""A checkpoint opened: its files, what they hold, and which layout of a family that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from converter import catalogue
+from converter.catalogue import Match
+from converter.checkpoint import Contents, Tensor
+from converter.errors import ContainerError, LayoutError, UsageError
+from converter.files import LocalFile
+from converter.loaders import open_file
+from converter.locate import Located, locate
+from converter.mapping.apply import SHOWN
+from converter.mapping.parse import FAMILIES
+from converter.mapping.rules import Layout, Mapping
+from converter.unwrap import StateDict, plain_names, state_dicts, without_common_prefixes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint as found: `containers` names the kind of each file, `contents` holds what all of them hold."""
+
+    name: str
+    files: tuple[LocalFile, ...]
+    containers: tuple[str, ...]
+    contents: Contents
+
+
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """The state dict of a source that a layout fits.
+
+    `wrapper` is the prefix that was removed from all names to get `tensors`, whose keys are those the layout knows.
+    """
+
+    state_dict: StateDict
+    wrapper: str
+    tensors: dict[str, Tensor]
+    match: Match
+
+
+def open_source(name: str) -> Source:
+    """Open all files of SOURCE and read what they say of their tensors, not the tensors."""
+    located = locate(name)
+    files = tuple(LocalFile(path) for path in located.files)
+    opened = [open_file(file) for file in files]
+    containers = tuple(container for container, _ in opened)
+    if located.weight_map is None:
+        return Source(located.name, files, containers, opened[0][1])
+    return Source(located.name, files, containers, _joined(located, [contents for _, contents in opened]))
+
+
+def _joined(located: Located, shards: list[Contents]) -> Contents:
+    """The tensors of all shards, which must be those that the index lists, where it lists them."""
+    joined: Contents = {}
+    for path, contents in zip(located.files, shards, strict=True):
+        for key, value in contents.items():
+            if key in joined:
+                raise ContainerError(f"{path}: {key!r} stands in another shard too")
+            listed = (located.weight_map or {}).get(key)
+            if isinstance(value, Tensor) and listed != path.name:
+                where = f"puts it into {listed!r}" if listed else "does not list it"
+                raise ContainerError(f"{path}: holds {key!r}, but {located.name} {where}")
+            joined[key] = value
+    absent = [key for key in located.weight_map or {} if not isinstance(joined.get(key), Tensor)]
+    if absent:
+        raise ContainerError(
+            f"{located.name}: lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}\n"
+            "download the checkpoint again"
+        )
+    return joined
+
+
+def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
+    """The state dicts of a source; with `path` (the option --state-dict, `.` for the top) that one alone."""
+    found = state_dicts(source.contents)
+    if not found:
+        raise LayoutError(f"{source.name}: holds no tensors under names")
+    if path is None:
+        return found
+    chosen = [entry for entry in found if entry.path == path.strip(".")]
+    if not chosen:
+        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict\nit has: {_paths(found)}")
+    return chosen
+
+
+def identify(source: Source, family: str, layouts: Sequence[Mapping | Layout], path: str | None) -> Identified:
+    """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
+    candidates = chosen_state_dicts(source, path)
+    found = identified(source, layouts, candidates)
+    if not found:
+        raise _unknown(source, family, layouts, candidates)
+    if len(found) > 1:
+        raise LayoutError(
+            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}\n"
+            f"choose one, such as --state-dict {found[0].state_dict.path or '.'}"
+        )
+    return found[0]
+
+
+def identified(
+    source: Source, layouts: Sequence[Mapping | Layout], candidates: list[StateDict]
+) -> list[Identified]:
+    """Those of the candidates that one of `layouts` fits."""
+    return [hit for hit in (_known(source, candidate, layouts) for candidate in candidates) if hit]
+
+
+def _known(source: Source, state_dict: StateDict, layouts: Sequence[Mapping | Layout]) -> Identified | None:
+    """The layout of a state dict, tried under its own names first, then with common prefixes removed."""
+    plain = plain_names(state_dict.tensors, source.name)
+    for wrapper, tensors in without_common_prefixes(plain, source.name):
+        matches = catalogue.recognise(tensors, layouts)
+        if len(matches) > 1:
+            names = ", ".join(match.layout.name for match in matches)
+            raise LayoutError(f"{source.name}: fits several layouts: {names}\nchoose one with --mapping")
+        if matches:
+            return Identified(state_dict, wrapper, tensors, matches[0])
+    return None
+
+
+def _paths(entries: Sequence[StateDict]) -> str:
+    return ", ".join(f"{entry.path or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
+
+
+def _unknown(
+    source: Source, family: str, layouts: Sequence[Mapping | Layout], candidates: list[StateDict]
+) -> LayoutError:
+    """What to say of a source that no layout fits: the other family's, or the nearest layout and the differences."""
+    largest = max(candidates, key=lambda entry: len(entry.tensors))
+    for other in FAMILIES:
+        if other != family and _known(source, largest, catalogue.layouts(other)):
+            return LayoutError(
+                f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other} ..."
+            )
+    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
+    lines += nearest_layout(source, largest, [layout for layout in layouts if isinstance(layout, Mapping)])
+    lines.append("write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)")
+    return LayoutError("\n".join(lines))
+
+
+def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping]) -> list[str]:
+    """Lines on the mapping that comes closest to a state dict, and where the two first differ."""
+    tensors = plain_names(state_dict.tensors, source.name)
+    near = catalogue.nearest(tensors, mappings)
+    if near is None:
+        return [f"its first names: {', '.join(sorted(tensors)[:SHOWN])}"]
+    lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
+    lines += [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
+    lines += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
+    for key, shape in near.mapping.recognise.items():
+        tensor = tensors.get(near.prefix + key)
+        if tensor and len(tensor.shape) != len(shape):
+            lines.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
+    return lines

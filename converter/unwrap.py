@@ -1,0 +1,77 @@
+"""Finding the state dict in what a file holds, and the names it would have without the wrappers around its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from converter.checkpoint import Contents, Tensor
+from converter.errors import ContainerError
+
+# Segments that torch.compile and FSDP put into names, wherever the wrapped module sits.
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Training states nest a few levels; nothing deeper is a state dict.
+_DEEPEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """Named tensors at one place in a file: `path` is the keys that lead there, dotted; empty at the top."""
+
+    path: str
+    tensors: dict[str, Tensor]
+
+
+def state_dicts(contents: Contents) -> list[StateDict]:
+    """Every dict in a file that holds tensors under names, outermost first."""
+    return list(_search(contents, "", 0))
+
+
+def _search(contents: Contents, path: str, depth: int) -> Iterator[StateDict]:
+    tensors = {key: value for key, value in contents.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield StateDict(path, tensors)
+    if depth < _DEEPEST:
+        for key, value in contents.items():
+            if isinstance(value, dict):
+                yield from _search(value, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def plain_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors under names without the segments that torch.compile, DDP and FSDP add."""
+    if not any(segment in name for name in tensors for segment in (*_INNER, "module.")):
+        return tensors
+    return _renamed(tensors, {name: _without_wrappers(name) for name in tensors}, source)
+
+
+def _without_wrappers(name: str) -> str:
+    segments = [segment for segment in name.split(".") if segment not in _INNER]
+    # DistributedDataParallel adds this to the whole model's names; further in it may be the model's own word.
+    while len(segments) > 1 and segments[0] == "module":
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def without_common_prefixes(tensors: dict[str, Tensor], source: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors with their common leading segments removed, one more each time, and the prefix removed so far."""
+    prefix = ""
+    while tensors:
+        yield prefix, tensors
+        heads = {name.partition(".")[0] for name in tensors}
+        if len(heads) > 1 or any("." not in name for name in tensors):
+            return
+        head = heads.pop() + "."
+        prefix += head
+        tensors = _renamed(tensors, {name: name.removeprefix(head) for name in tensors}, source)
+
+
+def _renamed(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dict[str, Tensor]:
+    """The tensors under new names; their `key` stays the one in the file, which is what messages show."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if names[name] in result:
+            raise ContainerError(
+                f"{source}: {name!r} and {result[names[name]].key!r} are both {names[name]!r} without their wrappers"
+            )
+        result[names[name]] = tensor
+    return result

@@ -1,0 +1,1 @@
+"""The mapping files, one flat YAML a layout; read through `importlib.resources`."""
