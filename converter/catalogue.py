@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
 from converter.mapping.apply import claim
-from converter.mapping.parse import FAMILIES, parse_mapping
-from converter.mapping.rules import Layout, Mapping
+from converter.mapping.parse import parse_mapping, parse_signature
+from converter.mapping.rules import Layout, Mapping, Signature
 from converter.mapping.shapes import Sizes, fits
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A layout that fits a checkpoint whose names carry `prefix`, and the tensors it was known by."""
+class Candidate(NamedTuple):
+    """A layout that a checkpoint may have; `load` reads its rules, which takes longer than its signature."""
 
-    layout: Mapping | Layout
+    name: str
+    signature: Signature
+    load: Callable[[], Mapping | Layout]
+
+
+class Match(NamedTuple):
+    """A layout that fits a checkpoint whose names carry `prefix`."""
+
+    candidate: Candidate
     prefix: str
 
     @property
     def evidence(self) -> list[str]:
-        return [self.prefix + key for key in self.layout.recognise]
+        """The tensors by which the layout was known."""
+        return [self.prefix + key for key in self.candidate.signature.tensors]
 
 
 @cache
 def names() -> tuple[str, ...]:
     """The names of all layouts that ship, hubs first."""
-    found = [entry.name.removesuffix(".yaml") for entry in files("converter.mappings").iterdir()]
-    layouts = [name for name in found if name.startswith(("deepencoder-", *(f"{family}-" for family in FAMILIES)))]
-    return tuple(sorted(layouts, key=lambda name: (not name.startswith("deepencoder-"), name)))
+    found = [path.stem for path in _folder().glob("*.yaml")]
+    return tuple(sorted(found, key=lambda name: (not name.startswith("deepencoder-"), name)))
+
+
+def _folder() -> Path:
+    """Where the mapping files are. `importlib.resources` would tell too, for 8 ms of imports at every start."""
+    return Path(import_module("converter.mappings").__path__[0])
 
 
 def text(name: str) -> str:
     """The YAML of a layout that ships."""
     if name not in names():
         raise LayoutError(f"no layout is called {name!r}\nlayouts: {', '.join(names())}")
-    return files("converter.mappings").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @cache
@@ -76,30 +88,34 @@ def mappings(family: str) -> list[Mapping]:
     return [mapping for mapping in found if isinstance(mapping, Mapping)]
 
 
-def layouts(family: str) -> list[Mapping | Layout]:
+def candidates(family: str) -> list[Candidate]:
     """All that a checkpoint of the family can be recognised as."""
-    return [hub(family), *mappings(family)]
+    ours = [name for name in names() if name.startswith(f"{family}-") or name == f"deepencoder-{family}"]
+    return [Candidate(name, parse_signature(text(name), f"{name}.yaml"), partial(load, name)) for name in ours]
 
 
-def recognise(tensors: MappingABC[str, Tensor], layouts: Iterable[Mapping | Layout]) -> list[Match]:
+def only(mapping: Mapping) -> list[Candidate]:
+    """A mapping that the user has chosen."""
+    return [Candidate(mapping.name, mapping.signature, lambda: mapping)]
+
+
+def recognise(tensors: MappingABC[str, Tensor], candidates: Iterable[Candidate]) -> list[Match]:
     """The layouts that fit, each with the first of its prefixes that does."""
-    return [match for match in (fit(tensors, layout) for layout in layouts) if match]
+    return [match for match in (_fit(tensors, candidate) for candidate in candidates) if match]
 
 
-def fit(tensors: MappingABC[str, Tensor], layout: Mapping | Layout) -> Match | None:
-    """The layout with the first of its prefixes under which all that it is recognised by is there, or None."""
-    for prefix in layout.strip:
+def _fit(tensors: MappingABC[str, Tensor], candidate: Candidate) -> Match | None:
+    for prefix in candidate.signature.prefixes:
         sizes: Sizes = {}
         if all(
             prefix + key in tensors and fits(shape, tensors[prefix + key].shape, sizes)
-            for key, shape in layout.recognise.items()
+            for key, shape in candidate.signature.tensors.items()
         ):
-            return Match(layout, prefix)
+            return Match(candidate, prefix)
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Nearest:
+class Nearest(NamedTuple):
     """The mapping that comes closest to tensors that fit none, and where it first differs from them."""
 
     mapping: Mapping
@@ -113,7 +129,7 @@ def nearest(tensors: MappingABC[str, Tensor], candidates: list[Mapping]) -> Near
     best: Nearest | None = None
     best_score = 0.0
     for mapping in candidates:
-        for prefix in mapping.strip:
+        for prefix in mapping.signature.prefixes:
             rules = mapping.rules_for(prefix)
             claims = claim(rules, tensors)
             alive = len({index for index, _ in claims.groups})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from converter.errors import ContainerError
 
@@ -20,8 +20,7 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _LARGEST_INDEX = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """The files of one checkpoint; `weight_map` is tensor name -> file name, where an index gives it."""
 
     name: str
@@ -49,7 +48,8 @@ def _in_folder(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ContainerError(f"{folder}: holds no checkpoint\nlooked for {', '.join(_STANDARD)}, *{', *'.join(_WEIGHTS)}")
+        wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in _WEIGHTS)))
+        raise ContainerError(f"{folder}: holds no checkpoint\nlooked for {wanted}")
     names = ", ".join(path.name for path in found)
     raise ContainerError(f"{folder}: holds several checkpoints: {names}\nname the one to convert")
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from converter import catalogue
+from converter.catalogue import Candidate
 from converter.dtypes import BY_NAME
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
-from converter.mapping.rules import Layout, Mapping
+from converter.mapping.rules import Layout
 from converter.report import Card, Inspection, Recognised, fold
 from converter.source import (
     Identified,
@@ -26,7 +27,7 @@ from converter.source import (
 from converter.stage import check_target, staged
 from converter.unwrap import StateDict
 from converter.version import __version__
-from converter.write import write_pth, write_safetensors
+from converter.write import write_safetensors
 
 # Told the bytes written so far and those to write.
 Progress = Callable[[int, int], None]
@@ -72,6 +73,9 @@ def convert(
     count = _counter(progress, plan.nbytes)
     with staged(target, force) as fd:
         if format == "pth":
+            # Imported here: the zip module is for those alone who ask for it.
+            from converter.pth import write_pth
+
             write_pth(fd, plan.outputs, count)
         else:
             write_safetensors(fd, plan.outputs, card.metadata(), count)
@@ -94,7 +98,7 @@ def _counter(progress: Progress, total: int) -> Callable[[int], None]:
 
 
 def inspect(source: str, *, state_dict: str | None = None) -> Inspection:
-    """What a checkpoint holds, which layout of each family that is, and what a conversion would do. Reads no weights."""
+    """What a checkpoint holds, which layouts it fits and what a conversion would do; no weights are read."""
     opened = open_source(source)
     entries = chosen_state_dicts(opened, state_dict)
     largest = max(entries, key=lambda entry: len(entry.tensors))
@@ -120,17 +124,17 @@ def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
             raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
 
 
-def _layouts(family: str, mapping: str | Path | None) -> Sequence[Mapping | Layout]:
+def _layouts(family: str, mapping: str | Path | None) -> Sequence[Candidate]:
     if mapping is None:
-        return catalogue.layouts(family)
+        return catalogue.candidates(family)
     own = catalogue.load_file(Path(mapping))
     if own.family != family:
         raise UsageError(f"--mapping {mapping}: is for the family {own.family!r}, not {family!r}")
-    return [own]
+    return catalogue.only(own)
 
 
 def _plan(opened: Source, known: Identified, family: str, dtype: str, image_size: int | None) -> Plan:
-    layout = known.match.layout
+    layout = known.match.candidate.load()
     if isinstance(layout, Layout):
         raise LayoutError(
             f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\n"
@@ -138,9 +142,7 @@ def _plan(opened: Source, known: Identified, family: str, dtype: str, image_size
         )
     tensors: dict[str, Expr] = {name: read(tensor) for name, tensor in known.tensors.items()}
     hub = catalogue.hub(family)
-    return make_plan(
-        layout, known.match.prefix, hub, tensors, opened.name, dtype=dtype, image_size=image_size
-    )
+    return make_plan(layout, known.match.prefix, hub, tensors, opened.name, dtype=dtype, image_size=image_size)
 
 
 def _check_not_source(target: Path, opened: Source) -> None:
@@ -184,10 +186,10 @@ def _card(
 
 def _recognised(opened: Source, family: str, entries: list[StateDict]) -> Recognised | None:
     """What `convert` would make of a source, or None where it is not of this family."""
-    found = identified(opened, catalogue.layouts(family), entries)
+    found = identified(opened, catalogue.candidates(family), entries)
     if not found:
         return None
-    layout = found[0].match.layout
+    layout = found[0].match.candidate.load()
     try:
         card = _card(opened, found[0], _plan(opened, found[0], family, "keep", None), family, None, "keep", FORMATS[0])
         problem = ""

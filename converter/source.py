@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from converter import catalogue
-from converter.catalogue import Match
+from converter.catalogue import Candidate, Match
 from converter.checkpoint import Contents, Tensor
 from converter.errors import ContainerError, LayoutError, UsageError
 from converter.files import LocalFile
@@ -14,12 +14,11 @@ from converter.loaders import open_file
 from converter.locate import Located, locate
 from converter.mapping.apply import SHOWN
 from converter.mapping.parse import FAMILIES
-from converter.mapping.rules import Layout, Mapping
+from converter.mapping.rules import Mapping
 from converter.unwrap import StateDict, plain_names, state_dicts, without_common_prefixes
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A checkpoint as found: `containers` names the kind of each file, `contents` holds what all of them hold."""
 
     name: str
@@ -28,8 +27,7 @@ class Source:
     contents: Contents
 
 
-@dataclass(frozen=True, slots=True)
-class Identified:
+class Identified(NamedTuple):
     """The state dict of a source that a layout fits.
 
     `wrapper` is the prefix that was removed from all names to get `tensors`, whose keys are those the layout knows.
@@ -86,7 +84,7 @@ def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
     return chosen
 
 
-def identify(source: Source, family: str, layouts: Sequence[Mapping | Layout], path: str | None) -> Identified:
+def identify(source: Source, family: str, layouts: Sequence[Candidate], path: str | None) -> Identified:
     """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
     candidates = chosen_state_dicts(source, path)
     found = identified(source, layouts, candidates)
@@ -100,20 +98,18 @@ def identify(source: Source, family: str, layouts: Sequence[Mapping | Layout], p
     return found[0]
 
 
-def identified(
-    source: Source, layouts: Sequence[Mapping | Layout], candidates: list[StateDict]
-) -> list[Identified]:
+def identified(source: Source, layouts: Sequence[Candidate], candidates: list[StateDict]) -> list[Identified]:
     """Those of the candidates that one of `layouts` fits."""
     return [hit for hit in (_known(source, candidate, layouts) for candidate in candidates) if hit]
 
 
-def _known(source: Source, state_dict: StateDict, layouts: Sequence[Mapping | Layout]) -> Identified | None:
+def _known(source: Source, state_dict: StateDict, layouts: Sequence[Candidate]) -> Identified | None:
     """The layout of a state dict, tried under its own names first, then with common prefixes removed."""
     plain = plain_names(state_dict.tensors, source.name)
     for wrapper, tensors in without_common_prefixes(plain, source.name):
         matches = catalogue.recognise(tensors, layouts)
         if len(matches) > 1:
-            names = ", ".join(match.layout.name for match in matches)
+            names = ", ".join(match.candidate.name for match in matches)
             raise LayoutError(f"{source.name}: fits several layouts: {names}\nchoose one with --mapping")
         if matches:
             return Identified(state_dict, wrapper, tensors, matches[0])
@@ -124,18 +120,17 @@ def _paths(entries: Sequence[StateDict]) -> str:
     return ", ".join(f"{entry.path or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
 
 
-def _unknown(
-    source: Source, family: str, layouts: Sequence[Mapping | Layout], candidates: list[StateDict]
-) -> LayoutError:
+def _unknown(source: Source, family: str, layouts: Sequence[Candidate], candidates: list[StateDict]) -> LayoutError:
     """What to say of a source that no layout fits: the other family's, or the nearest layout and the differences."""
     largest = max(candidates, key=lambda entry: len(entry.tensors))
     for other in FAMILIES:
-        if other != family and _known(source, largest, catalogue.layouts(other)):
+        if other != family and _known(source, largest, catalogue.candidates(other)):
             return LayoutError(
                 f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other} ..."
             )
     lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
-    lines += nearest_layout(source, largest, [layout for layout in layouts if isinstance(layout, Mapping)])
+    mappings = [loaded for candidate in layouts if isinstance(loaded := candidate.load(), Mapping)]
+    lines += nearest_layout(source, largest, mappings)
     lines.append("write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)")
     return LayoutError("\n".join(lines))
 
@@ -149,7 +144,7 @@ def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping
     lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
     lines += [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
     lines += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
-    for key, shape in near.mapping.recognise.items():
+    for key, shape in near.mapping.signature.tensors.items():
         tensor = tensors.get(near.prefix + key)
         if tensor and len(tensor.shape) != len(shape):
             lines.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")

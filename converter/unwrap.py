@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from converter.checkpoint import Contents, Tensor
 from converter.errors import ContainerError
@@ -14,8 +14,7 @@ _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DEEPEST = 4
 
 
-@dataclass(frozen=True, slots=True)
-class StateDict:
+class StateDict(NamedTuple):
     """Named tensors at one place in a file: `path` is the keys that lead there, dotted; empty at the top."""
 
     path: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,29 +13,35 @@ from converter.report import Card
 from converter.version import __version__
 
 # No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
-_APP = {"no_args_is_help": True, "rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
-app = typer.Typer(help="Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder.", pretty_exceptions_enable=False, **_APP)
-mapping_app = typer.Typer(help="List, show and check the mapping files that describe layouts.", **_APP)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+mapping_app = typer.Typer(
+    help="List, show and check the mapping files that describe layouts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(mapping_app, name="mapping")
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint: a file, its folder, or a sharded index.")]
 Output = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: deepencoder-FAMILY.FORMAT]"),
 ]
 MappingFile = Annotated[
-    Optional[Path], typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
+    Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
 ]
-Dtype = Annotated[
-    Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")
-]
+Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
 Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
 StateDict = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
 ]
 ImageSize = Annotated[
-    Optional[int], typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
+    int | None, typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
@@ -136,7 +142,7 @@ def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompl
 @mapping_app.command("check")
 def check_mapping(
     file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A mapping file.")],
-    source: Annotated[Optional[str], typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
 ) -> None:
     """Check a mapping file, and what it would make of a checkpoint."""
     mapping = catalogue.load_file(file)

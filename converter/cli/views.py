@@ -1,4 +1,4 @@
-"""Cards and inspections as text for people. Plain text: importing rich would take longer than most conversions' plans."""
+"""Cards and inspections as plain text: importing rich would take longer than most plans."""
 
 from __future__ import annotations
 

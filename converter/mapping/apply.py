@@ -1,4 +1,4 @@
-"""Rules applied to tensors: all at once, every name claimed by exactly one rule and every new name made exactly once."""
+"""Rules applied to tensors, all at once: each name is claimed by exactly one rule, each new name made exactly once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from converter.errors import MappingError
 from converter.mapping.expr import Expr
+from converter.mapping.ops import run
 from converter.mapping.rules import Rule
 from converter.mapping.template import Bindings
 
@@ -15,7 +16,7 @@ from converter.mapping.template import Bindings
 SHOWN = 5
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Applied:
     """What the rules made: tensors by their new names, the rule behind each, and why others were dropped."""
 
@@ -24,7 +25,7 @@ class Applied:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Claims:
     """Which rule claims which names; `groups` holds, per rule and variable values, the names of its parts."""
 
@@ -88,7 +89,7 @@ def _apply_one(
     try:
         values = tuple(tensors[parts[i]] for i in range(len(rule.sources)))
         for op in rule.ops:
-            values = op.apply(values)
+            values = run(op, values)
         names = [target.fill(bindings) for target in rule.targets]
     except ValueError as error:
         return [f"{rule.place}: {parts[0]!r}: {error}"]

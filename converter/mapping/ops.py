@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 from converter.dtypes import BY_NAME
 from converter.mapping.expr import Cast, Concat, Expr, Permute, Resample, Reshape, Slice
@@ -16,26 +15,7 @@ class LossyError(Exception):
     """The operation cannot be undone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
-    """An operation on the tensors of one rule; `apply` raises ValueError where their shapes do not allow it."""
-
-    lossy: ClassVar[str | None] = None
-
-    def apply(self, values: Values) -> Values:
-        return tuple(self.one(value) for value in values)
-
-    def one(self, value: Expr) -> Expr:
-        """What becomes of a single tensor."""
-        raise NotImplementedError
-
-    def inverse(self) -> Op:
-        """The operation that undoes this one; LossyError where none does."""
-        raise LossyError(self.lossy)
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse(Op):
+class Fuse(NamedTuple):
     """Concatenates `parts` tensors along `dim`; undone by Split."""
 
     parts: int
@@ -50,14 +30,14 @@ class Fuse(Op):
             # Equal sizes only: a split could not tell unequal ones apart.
             if value.shape != first.shape:
                 raise ValueError(f"cannot fuse shapes {list(first.shape)} and {list(value.shape)}")
-        return (Concat(first.dtype, _replace(first.shape, self.dim, first.shape[self.dim] * len(values)), values, self.dim),)
+        shape = _replace(first.shape, self.dim, first.shape[self.dim] * len(values))
+        return (Concat(first.dtype, shape, values, self.dim),)
 
     def inverse(self) -> Op:
         return Split(self.parts, self.dim)
 
 
-@dataclass(frozen=True, slots=True)
-class Split(Op):
+class Split(NamedTuple):
     """Cuts a tensor into `parts` equal parts along `dim`; undone by Fuse."""
 
     parts: int
@@ -76,8 +56,7 @@ class Split(Op):
         return Fuse(self.parts, self.dim)
 
 
-@dataclass(frozen=True, slots=True)
-class Squeeze(Op):
+class Squeeze(NamedTuple):
     """Removes dimensions of one element, numbered as before; undone by Unsqueeze."""
 
     dims: tuple[int, ...]
@@ -91,8 +70,7 @@ class Squeeze(Op):
         return Unsqueeze(self.dims)
 
 
-@dataclass(frozen=True, slots=True)
-class Unsqueeze(Op):
+class Unsqueeze(NamedTuple):
     """Inserts dimensions of one element, numbered as afterwards; undone by Squeeze."""
 
     dims: tuple[int, ...]
@@ -109,8 +87,7 @@ class Unsqueeze(Op):
         return Squeeze(self.dims)
 
 
-@dataclass(frozen=True, slots=True)
-class Reshaped(Op):
+class Reshaped(NamedTuple):
     """The shape `before` becomes `after`, both given in numbers; undone by the reverse."""
 
     before: tuple[int, ...]
@@ -125,8 +102,7 @@ class Reshaped(Op):
         return Reshaped(self.after, self.before)
 
 
-@dataclass(frozen=True, slots=True)
-class Permuted(Op):
+class Permuted(NamedTuple):
     """Dimension i of the result is dimension `dims[i]` of the tensor; undone by the inverse permutation."""
 
     dims: tuple[int, ...]
@@ -140,8 +116,7 @@ class Permuted(Op):
         return Permuted(tuple(self.dims.index(i) for i in range(len(self.dims))))
 
 
-@dataclass(frozen=True, slots=True)
-class Deinterleave(Op):
+class Deinterleave(NamedTuple):
     """Rows ordered head by head (q0 k0 v0 q1 k1 v1 ...) become part by part (q0 q1 ... k0 k1 ... v0 v1 ...).
 
     The first dimension holds `heads` x `parts` x head width rows. Only rows move, so this still is a copy. Undone by
@@ -164,11 +139,9 @@ class Deinterleave(Op):
         return Deinterleave(self.parts, self.heads)
 
 
-@dataclass(frozen=True, slots=True)
-class CastTo(Op):
+class CastTo(NamedTuple):
     """Rounds a floating-point tensor to another element type."""
 
-    lossy: ClassVar[str | None] = "rounding to another type cannot be undone"
     dtype: str
 
     def one(self, value: Expr) -> Expr:
@@ -176,15 +149,16 @@ class CastTo(Op):
             raise ValueError(f"cannot cast {value.dtype.name} to {self.dtype}")
         return value if value.dtype.name == self.dtype else Cast(BY_NAME[self.dtype], value.shape, value)
 
+    def inverse(self) -> Op:
+        raise LossyError("rounding to another type cannot be undone")
 
-@dataclass(frozen=True, slots=True)
-class ResamplePositions(Op):
+
+class ResamplePositions(NamedTuple):
     """Resamples a table [1 + n*n, width] of a class token and a square grid of positions to another grid.
 
     Bicubic and antialiased, as DeepSeek-OCR and the papers it follows do it; the class token is kept.
     """
 
-    lossy: ClassVar[str | None] = "resampling cannot be undone"
     grid: int
 
     def one(self, value: Expr) -> Expr:
@@ -194,6 +168,28 @@ class ResamplePositions(Op):
         if positions == self.grid**2:
             return value
         return Resample(value.dtype, (1 + self.grid**2, value.shape[1]), value, self.grid)
+
+    def inverse(self) -> Op:
+        raise LossyError("resampling cannot be undone")
+
+
+Op = Fuse | Split | Squeeze | Unsqueeze | Reshaped | Permuted | Deinterleave | CastTo | ResamplePositions
+
+
+def run(op: Op, values: Values) -> Values:
+    """The operation applied to the tensors of one rule; ValueError where their shapes or types do not allow it."""
+    if isinstance(op, Fuse | Split):
+        return op.apply(values)
+    return tuple(op.one(value) for value in values)
+
+
+def why_lossy(op: Op) -> str:
+    """Why the operation cannot be undone, or nothing if it can."""
+    try:
+        op.inverse()
+    except LossyError as error:
+        return str(error)
+    return ""
 
 
 def _axis(value: Expr, dim: int) -> int:

@@ -13,13 +13,13 @@ from converter.mapping.ops import (
     Fuse,
     Op,
     Permuted,
-    Reshaped,
     ResamplePositions,
+    Reshaped,
     Split,
     Squeeze,
     Unsqueeze,
 )
-from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
+from converter.mapping.rules import Layout, Mapping, Rule, Signature, TensorSpec
 from converter.mapping.shapes import Shape, parse_dim
 from converter.mapping.template import Kind, Template
 from converter.mapping.yamltree import Tree, parse
@@ -27,6 +27,14 @@ from converter.mapping.yamltree import Tree, parse
 _HEAD = ("layout", "family", "description", "variables", "recognise")
 _KINDS = ("int", "name", "path")
 FAMILIES = ("sam", "clip")
+
+
+def parse_signature(text: str, file: str) -> Signature:
+    """A file's signature alone: finding out a checkpoint's layout takes a family's signatures but one file's rules."""
+    tree = parse(text, file)
+    fields = tree.fields("a mapping file")
+    _require(tree, fields, "recognise")
+    return _signature(fields)
 
 
 def parse_mapping(text: str, file: str) -> Mapping | Layout:
@@ -41,9 +49,9 @@ def _mapping(tree: Tree, digest: str) -> Mapping:
     fields = tree.fields("a mapping file", (*_HEAD, "strip", "rules", "beside", "elsewhere"))
     _require(tree, fields, "layout", "family", "description", "recognise", "rules")
     variables = _variables(fields)
-    strip = tuple(fields["strip"].words("a prefix, or a list of prefixes")) if "strip" in fields else ("",)
+    signature = _signature(fields)
     for name in ("beside", "elsewhere"):
-        if name in fields and not any(strip):
+        if name in fields and not any(signature.prefixes):
             raise fields[name].fail(f"`{name}` speaks of names without the prefix, but there is no `strip`")
     if "beside" in fields and "elsewhere" in fields:
         raise fields["elsewhere"].fail("expected `beside` (rules for the other names) or `elsewhere`, not both")
@@ -51,8 +59,7 @@ def _mapping(tree: Tree, digest: str) -> Mapping:
         name=fields["layout"].text("the layout's name"),
         family=_family(fields["family"]),
         description=fields["description"].text("one line on what the layout is"),
-        strip=strip,
-        recognise=_recognise(fields["recognise"]),
+        signature=signature,
         rules=_rules(fields["rules"], variables),
         beside=_rules(fields["beside"], variables) if "beside" in fields else (),
         elsewhere=fields["elsewhere"].text("why names without the prefix are dropped") if "elsewhere" in fields else "",
@@ -71,7 +78,7 @@ def _layout(tree: Tree, digest: str) -> Layout:
         family=_family(fields["family"]),
         description=fields["description"].text("one line on what the layout is"),
         sizes={name: size.number("a size") for name, size in fields["sizes"].fields("names and sizes").items()},
-        recognise=_recognise(fields["recognise"]),
+        signature=_signature(fields),
         tensors=tuple(
             _tensor(name, spec, variables) for name, spec in fields["tensors"].fields("names and shapes").items()
         ),
@@ -115,6 +122,11 @@ def _variable(name: str, tree: Tree) -> Kind:
     if not words or len(set(words)) < len(words) or any("." in word or not word for word in words):
         raise tree.fail(f"variable {name!r}: expected different words without dots")
     return words
+
+
+def _signature(fields: dict[str, Tree]) -> Signature:
+    prefixes = fields["strip"].words("a prefix, or a list of prefixes") if "strip" in fields else [""]
+    return Signature(tuple(prefixes), _recognise(fields["recognise"]))
 
 
 def _recognise(tree: Tree) -> dict[str, Shape]:
@@ -233,7 +245,8 @@ def _parts(tree: Tree, order: Tree, variables: dict[str, Kind]) -> tuple[Templat
 def _same_variables(tree: Tree, source: Template, target: Template) -> None:
     used, made = ({field.name for field in template.fields} for template in (source, target))
     if used != made:
-        raise tree.fail(f"{source.text!r} and {target.text!r} use different variables: {', '.join(sorted(used ^ made))}")
+        names = ", ".join(sorted(used ^ made))
+        raise tree.fail(f"{source.text!r} and {target.text!r} use different variables: {names}")
 
 
 def _dim(fields: dict[str, Tree]) -> int:

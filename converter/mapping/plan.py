@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from converter.dtypes import INT64
 from converter.errors import MappingError, UsageError
 from converter.mapping.apply import Applied, apply, summary
-from converter.mapping.expr import Arange, Expr, sources
+from converter.mapping.expr import Arange, Expr, nbytes, sources
 from converter.mapping.ops import CastTo, ResamplePositions
 from converter.mapping.rules import Layout, Mapping, TensorSpec
 from converter.mapping.shapes import Sizes, fits, resolve, written
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """What one checkpoint becomes: `outputs` by name, in the order they are written.
 
@@ -37,7 +37,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
-        return sum(value.nbytes for value in self.outputs.values())
+        return sum(nbytes(value) for value in self.outputs.values())
 
 
 def make_plan(
@@ -66,9 +66,7 @@ def make_plan(
         cast = CastTo(dtype)
         plan.outputs = {n: cast.one(value) if value.dtype.is_float else value for n, value in plan.outputs.items()}
     plan.unusual = {
-        name: (plan.sizes[name], usual)
-        for name, usual in target.sizes.items()
-        if plan.sizes.get(name, usual) != usual
+        name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
     }
     # safetensors' own order: wider types first, so that every tensor is aligned, then by name.
     plan.outputs = dict(sorted(plan.outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
@@ -176,5 +174,5 @@ def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
     for other in plan.target.tensors:
         if other.fill and other.name.text in applied.values:
             value = applied.values.pop(other.name.text)
-            applied.dropped.update((tensor.key, "made anew for the new number of positions") for tensor in sources(value))
-
+            reason = "made anew for the new number of positions"
+            applied.dropped.update((tensor.key, reason) for tensor in sources(value))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from converter.mapping.ops import Op
+from converter.mapping.ops import Op, why_lossy
 from converter.mapping.shapes import Shape
 from converter.mapping.template import Template
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A line in a mapping file, for messages."""
 
     file: str
@@ -21,8 +20,7 @@ class Place:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """Takes the tensors that `sources` match, applies `ops` in order, and gives them the names of `targets`.
 
     A rule without targets drops its tensors, because of `reason`. A rule that is not `optional` must match something.
@@ -48,32 +46,36 @@ class Rule:
         """Why the rule cannot be undone, or nothing if it can."""
         if not self.targets:
             return f"dropped: {self.reason}"
-        return "; ".join(op.lossy for op in self.ops if op.lossy)
+        return "; ".join(why for op in self.ops if (why := why_lossy(op)))
 
     def prefixed(self, prefix: str) -> Rule:
         """The rule for names that carry a prefix still."""
-        return replace(self, sources=tuple(template.prefixed(prefix) for template in self.sources))
+        return self._replace(sources=tuple(template.prefixed(prefix) for template in self.sources))
 
     def inverse(self) -> Rule:
         """The rule in the other direction; LossyError where an operation has no inverse."""
         ops = tuple(op.inverse() for op in reversed(self.ops))
-        return replace(self, sources=self.targets, targets=self.sources, ops=ops)
+        return self._replace(sources=self.targets, targets=self.sources, ops=ops)
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Signature(NamedTuple):
+    """By what a layout is known: prefixes its names may carry, and some names (without prefix) with their shapes."""
+
+    prefixes: tuple[str, ...]
+    tensors: MappingABC[str, Shape]
+
+
+class Mapping(NamedTuple):
     """How one layout becomes the family's hub layout.
 
-    `strip` lists the prefixes that the encoder's names may carry; `rules` speak of those names without the prefix,
-    `beside` of the names that lack it. Where `elsewhere` is set, it is why all names that lack it are dropped.
-    `recognise` gives names (without prefix) and shapes by which the layout is known. `digest` is the SHA-256 of the file.
+    `rules` speak of names without the signature's prefix, `beside` of the names that lack it. Where `elsewhere` is set,
+    it is why all names that lack it are dropped. `digest` is the SHA-256 of the file.
     """
 
     name: str
     family: str
     description: str
-    strip: tuple[str, ...]
-    recognise: MappingABC[str, Shape]
+    signature: Signature
     rules: tuple[Rule, ...]
     beside: tuple[Rule, ...]
     elsewhere: str
@@ -96,8 +98,7 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule.inverse() for rule in rules if rule.targets)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Tensors that a hub layout has: name, shape, and element type where it is not the checkpoint's choice.
 
     `optional` says why they may be missing; `fill` says how they are made where the source has none.
@@ -113,8 +114,7 @@ class TensorSpec:
     place: Place
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """A hub layout: the DeepEncoder's own tensors, its sizes, and the family's tensors `beyond` it.
 
     Those have names, so that layouts that hold them can be converted into each other; the DeepEncoder drops them for
@@ -125,9 +125,8 @@ class Layout:
     family: str
     description: str
     sizes: MappingABC[str, int]
-    recognise: MappingABC[str, Shape]
+    signature: Signature
     tensors: tuple[TensorSpec, ...]
     beyond: tuple[tuple[Template, str], ...]
     place: Place
     digest: str
-    strip: tuple[str, ...] = field(default=("",))

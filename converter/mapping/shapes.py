@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _DIM = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)")
 
@@ -11,8 +11,7 @@ _DIM = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)")
 Sizes = dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Dim:
+class Dim(NamedTuple):
     """One dimension: `factor` times the size `name`, or just `factor` where `name` is None; factor 0 is any size."""
 
     factor: int

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 # Longer numbers than this are not layer indices, and Python's int() takes quadratic time on them.
 _INT = "0|[1-9][0-9]{0,5}"
@@ -23,8 +23,7 @@ Kind = str | tuple[str, ...]
 Bindings = dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """A variable in a template; `{layer+1}` has offset 1: it matches 1 where the variable is 0."""
 
     name: str
@@ -32,11 +31,20 @@ class Field:
     kind: Kind
 
 
-@dataclass(frozen=True)
 class Template:
     """A pattern for tensor names: literal text and fields in turn."""
 
-    parts: tuple[str | Field, ...]
+    def __init__(self, parts: tuple[str | Field, ...]) -> None:
+        self.parts = parts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Template) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __repr__(self) -> str:
+        return f"Template({self.text!r})"
 
     @classmethod
     def parse(cls, text: str, variables: Mapping[str, Kind]) -> Template:

@@ -1,4 +1,4 @@
-"""YAML as a tree that remembers its lines: every complaint about a mapping file names the line and what was expected."""
+"""YAML as a tree that remembers its lines, so that complaints name the line and what was expected there."""
 
 from __future__ import annotations
 

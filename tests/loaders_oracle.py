@@ -1,0 +1,67 @@
+"""Turns what our loaders describe into torch tensors, to compare with what the real libraries load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converter.checkpoint import Contents, Tensor
+from converter.files import LocalFile
+from converter.loaders import open_file
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    torch.bool,
+]
+
+
+def opened(path: Path, container: str) -> Contents:
+    """The file's contents; fails unless the loader called `container` read it."""
+    name, contents = open_file(LocalFile(path))
+    assert name == container
+    return contents
+
+
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """The tensor that `tensor` describes."""
+    data = tensor.storage.read()
+    if tensor.storage.big_endian:
+        size = tensor.dtype.itemsize
+        data = b"".join(data[i : i + size][::-1] for i in range(0, len(data), size))
+    dtype = getattr(torch, tensor.dtype.name)
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    usable = flat[tensor.start :]
+    usable = usable[: len(usable) // tensor.dtype.itemsize * tensor.dtype.itemsize].clone().view(dtype)
+    return torch.as_strided(usable, tensor.shape, tensor.strides)
+
+
+def assert_same(ours: Any, theirs: Any, key: Any = None) -> None:
+    """Same keys in the same order; same dtype, shape and bytes of every tensor; all else a scalar or None."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for name in theirs:
+            assert_same(ours[name], theirs[name], name)
+    elif isinstance(theirs, torch.Tensor):
+        assert ours.key == str(key)
+        made = to_torch(ours)
+        assert (made.dtype, made.shape) == (theirs.dtype, theirs.shape)
+        assert raw(made) == raw(theirs.detach()), key
+        if ours.verbatim:
+            data = ours.storage.file.read(ours.storage.offset + ours.start, ours.nbytes)
+            assert data == raw(theirs.detach())
+    else:
+        assert ours is None or ours == theirs
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> Path:
+    """The file with its bytes changed."""
+    path.write_bytes(change(path.read_bytes()))
+    return path

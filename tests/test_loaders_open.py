@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import io
+import json
+import pickle
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from loaders_oracle import opened
+
+from converter import loaders
+from converter.errors import ContainerError
+from converter.files import LocalFile
+from converter.loaders import open_file
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, "x")
+    return buffer.getvalue()
+
+
+def tarred(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return buffer.getvalue()
+
+
+def numpy_file() -> bytes:
+    buffer = io.BytesIO()
+    numpy.save(buffer, numpy.ones(2))
+    return buffer.getvalue()
+
+
+UNKNOWN = {
+    "empty": (b"", "an empty file"),
+    "zeros": (bytes(5000), "nothing but zeros"),
+    "html": (b"\n<!DOCTYPE html><html>", "a web page"),
+    "html without doctype": (b"<HTML><head>", "a web page"),
+    "xml": (b"<?xml version='1.0'?><Error>", "XML"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
+    "gzip": (gzip.compress(b"x"), "gzip"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "7z"),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
+    "numpy": (numpy_file(), "numpy"),
+    "pickle": (pickle.dumps({"a": 1}), "not one that torch.save wrote"),
+    "json": (json.dumps({"weight_map": {}}).encode(), "JSON"),
+    "json list": (b"[1]", "JSON"),
+    "zip": (zipped("a/b.txt"), "not one that torch.save"),
+    "tar": (tarred("model/a.txt"), "a tar archive"),
+    "old torch": (tarred("sys_info"), "before 0.1.10"),
+    "short": (b"abc", "unknown kind: it begins with 61 62 63"),
+    "text": (b"hello, world, this is text", "unknown kind"),
+    "noise": (bytes(range(1, 250)), "unknown kind"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_files_are_named(name: str, tmp_path: Path) -> None:
+    data, message = UNKNOWN[name]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ContainerError, match=message) as caught:
+        open_file(LocalFile(path))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" in str(caught.value)
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(1)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.pth")
+    torch.save(tensors, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "y.safetensors", _use_new_zipfile_serialization=False)
+    assert opened(tmp_path / "x.pth", "safetensors")
+    assert opened(tmp_path / "x.safetensors", "torch zip")
+    assert opened(tmp_path / "y.safetensors", "torch legacy")
+
+
+def plugin(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    entry = importlib.metadata.EntryPoint("mine", value, loaders.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+
+
+def test_plugins_are_asked_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module: Any = types.ModuleType("my_loader")
+    module.CONTAINER, module.recognises, module.load = "mine", lambda file: file.size == 3, lambda file: {"a": None}
+    monkeypatch.setitem(__import__("sys").modules, "my_loader", module)
+    plugin(monkeypatch, "my_loader")
+    (tmp_path / "x").write_bytes(b"abc")
+    assert open_file(LocalFile(tmp_path / "x")) == ("mine", {"a": None})
+
+
+def test_a_broken_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plugin(monkeypatch, "no_such_package.loader")
+    (tmp_path / "x").write_bytes(b"abc")
+    with pytest.raises(ContainerError, match=r"'mine' \(no_such_package.loader\) cannot be imported"):
+        open_file(LocalFile(tmp_path / "x"))
+    torch.save({}, tmp_path / "y")
+    assert open_file(LocalFile(tmp_path / "y")) == ("torch zip", {})
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loaders, "DISTRIBUTION", "no-such-distribution")
+    (tmp_path / "x").write_bytes(b"abc")
+    with pytest.raises(ContainerError, match="pip install"):
+        open_file(LocalFile(tmp_path / "x"))
+
+
+def test_loaders_import_no_numeric_library() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from converter.loaders import safetensors, torch_legacy, torch_zip, torchscript, unknown;"
+        "sys.exit(str({'torch', 'numpy', 'pickle', 'zipfile'} & set(sys.modules)) if "
+        "{'torch', 'numpy', 'pickle'} & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
