@@ -1,0 +1,67 @@
+"""Tensors of a checkpoint that lies in memory, and the bytes that a copy of them gives."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import torch
+
+from converter.checkpoint import Storage, Tensor, make_tensor
+from converter.copier import Copier
+from converter.dtypes import BY_NAME
+from converter.errors import ContainerError
+from converter.mapping.expr import Expr, Piece, read
+
+
+class Memory:
+    """A SourceFile made of bytes."""
+
+    name = "memory"
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.size = len(data)
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = self.read(offset, len(buffer))
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self.data[offset : offset + length]
+        if len(data) < length:
+            raise ContainerError(f"{self.name}: truncated")
+        return data
+
+    def check_unchanged(self) -> None: ...
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's elements in order, as bytes."""
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Tensor:
+    """`tensor` as a loader would describe it, strides and offset too, its storage not at the file's beginning."""
+    data = bytes(tensor.untyped_storage())
+    crc = zlib.crc32(data) ^ damaged
+    storage = Storage(Memory(b"head" + data + b"tail"), 4, len(data), len(data), key, crc)
+    dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+    return make_tensor(key, dtype, tuple(tensor.shape), storage, tensor.storage_offset(), tuple(tensor.stride()))
+
+
+def expr(tensor: torch.Tensor, key: str = "x") -> Expr:
+    return read(stored(tensor, key))
+
+
+def copied(pieces: Iterable[Piece | memoryview]) -> bytes:
+    """What a Copier writes of `pieces`."""
+    result = bytearray()
+
+    def exchange(full: memoryview) -> memoryview:
+        result.extend(full)
+        return memoryview(full.obj)
+
+    copier = Copier(exchange, lambda count: None)
+    copier.copy(pieces)
+    copier.flush()
+    return bytes(result)

@@ -1,0 +1,188 @@
+"""Tiny models of the true architectures, built by the libraries that define the layouts, with random weights.
+
+Every parameter and float buffer is drawn at random: libraries start norms, biases and relative positions as constants,
+under which exchanged tensors would compare equal.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+DEPTH, WIDTH, HEADS, MLP, GRID, PATCH, NECK = 3, 24, 2, 40, 4, 16, 16
+CLIP_DEPTH, CLIP_WIDTH, CLIP_HEADS, CLIP_MLP, CLIP_PATCH, CLIP_IMAGE = 3, 64, 2, 256, 14, 56
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    return model
+
+
+@functools.cache
+def sam_meta() -> torch.nn.Module:
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    encoder = ImageEncoderViT(
+        img_size=GRID * PATCH,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=MLP / WIDTH,
+        out_chans=NECK,
+        qkv_bias=True,
+        use_rel_pos=True,
+        window_size=2,
+        global_attn_indexes=(1,),
+    )
+    prompt = PromptEncoder(
+        embed_dim=NECK, image_embedding_size=(GRID, GRID), input_image_size=(GRID * PATCH,) * 2, mask_in_chans=16
+    )
+    transformer = TwoWayTransformer(depth=2, embedding_dim=NECK, mlp_dim=32, num_heads=2)
+    decoder = MaskDecoder(transformer_dim=NECK, transformer=transformer, iou_head_depth=3, iou_head_hidden_dim=NECK)
+    return randomised(Sam(encoder, prompt, decoder))
+
+
+def _sam_config(kind: type, **more: object) -> object:
+    return kind(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        mlp_dim=MLP,
+        image_size=GRID * PATCH,
+        patch_size=PATCH,
+        output_channels=NECK,
+        window_size=2,
+        global_attn_indexes=[1],
+        **more,
+    )
+
+
+@functools.cache
+def sam_hf() -> torch.nn.Module:
+    from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+
+    config = SamConfig(
+        vision_config=_sam_config(SamVisionConfig),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=NECK, image_size=GRID * PATCH, patch_size=PATCH, mask_input_channels=16
+        ),
+        mask_decoder_config=SamMaskDecoderConfig(
+            hidden_size=NECK, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=NECK
+        ),
+    )
+    return randomised(SamModel(config))
+
+
+@functools.cache
+def sam_timm() -> torch.nn.Module:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    return randomised(
+        VisionTransformerSAM(
+            img_size=GRID * PATCH,
+            patch_size=PATCH,
+            embed_dim=WIDTH,
+            depth=DEPTH,
+            num_heads=HEADS,
+            mlp_ratio=MLP / WIDTH,
+            num_classes=0,
+            neck_chans=NECK,
+            use_rel_pos=True,
+            window_size=2,
+            global_attn_indexes=(1,),
+        )
+    )
+
+
+@functools.cache
+def got_ocr2_hf() -> torch.nn.Module:
+    from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
+    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
+
+    return randomised(GotOcr2VisionEncoder(_sam_config(GotOcr2VisionConfig)))
+
+
+@functools.cache
+def clip_hf() -> torch.nn.Module:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    text = CLIPTextConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=CLIP_MLP,
+        num_hidden_layers=CLIP_DEPTH,
+        num_attention_heads=CLIP_HEADS,
+        image_size=CLIP_IMAGE,
+        patch_size=CLIP_PATCH,
+    )
+    return randomised(
+        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
+    )
+
+
+@functools.cache
+def clip_hf_vision() -> torch.nn.Module:
+    from transformers import CLIPVisionModel
+
+    return randomised(CLIPVisionModel(clip_hf().config.vision_config), seed=1)
+
+
+@functools.cache
+def open_clip() -> torch.nn.Module:
+    from open_clip.model import CLIP
+
+    vision = {
+        "image_size": CLIP_IMAGE,
+        "patch_size": CLIP_PATCH,
+        "width": CLIP_WIDTH,
+        "layers": CLIP_DEPTH,
+        "head_width": CLIP_WIDTH // CLIP_HEADS,
+    }
+    text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
+    return randomised(CLIP(16, vision, text, quick_gelu=True))
+
+
+@functools.cache
+def clip_timm() -> torch.nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return randomised(
+        VisionTransformer(
+            img_size=CLIP_IMAGE,
+            patch_size=CLIP_PATCH,
+            embed_dim=CLIP_WIDTH,
+            depth=CLIP_DEPTH,
+            num_heads=CLIP_HEADS,
+            mlp_ratio=CLIP_MLP / CLIP_WIDTH,
+            num_classes=10,
+            pre_norm=True,
+        )
+    )
+
+
+@functools.cache
+def unlimited_ocr_hf() -> torch.nn.Module:
+    from transformers.models.unlimited_ocr.configuration_unlimited_ocr import (
+        UnlimitedOcrSamVisionConfig,
+        UnlimitedOcrVisionConfig,
+        UnlimitedOcrVisionEncoderConfig,
+    )
+    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
+
+    sam = _sam_config(UnlimitedOcrSamVisionConfig, downsample_channels=[2 * NECK, CLIP_WIDTH])
+    clip = UnlimitedOcrVisionEncoderConfig(
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=CLIP_MLP,
+        num_hidden_layers=CLIP_DEPTH,
+        num_attention_heads=CLIP_HEADS,
+        image_size=CLIP_IMAGE,
+        patch_size=CLIP_PATCH,
+    )
+    return randomised(UnlimitedOcrVisionModel(UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
