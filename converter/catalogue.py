@@ -15,6 +15,7 @@ from converter.mapping.apply import claim
 from converter.mapping.parse import parse_mapping, parse_signature
 from converter.mapping.rules import Layout, Mapping, Signature
 from converter.mapping.shapes import Sizes, fits
+from converter.mapping.yamltree import LARGEST
 
 
 class Candidate(NamedTuple):
@@ -65,7 +66,9 @@ def load(name: str) -> Mapping | Layout:
 def load_file(path: Path) -> Mapping:
     """A user's own mapping file."""
     try:
-        found = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:
+            # One more than is allowed, and so refused, however large the file.
+            found = parse_mapping(file.read(LARGEST + 1), str(path))
     except OSError as error:
         raise MappingError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.dtypes import DType
 from converter.errors import ContainerError
 from converter.files import SourceFile
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Storage:
+class Storage(NamedTuple):
     """A run of bytes in a file that one or more tensors view.
 
     `offset` and `length` say where it lies in `file`, in bytes. `crc32` is the checksum the file gives for it, where
@@ -40,8 +38,7 @@ class Storage:
         return data
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a checkpoint: `start` is its first byte in `storage`, `strides` count elements.
 
     The loader has checked that every element lies within the storage.

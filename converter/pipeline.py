@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from converter import catalogue
@@ -82,7 +81,7 @@ def convert(
         # Before the output takes its place: a source that changed midway may have given halves of two files.
         for file in opened.files:
             file.check_unchanged()
-    return replace(card, written=True)
+    return card._replace(written=True)
 
 
 def _counter(progress: Progress, total: int) -> Callable[[int], None]:

@@ -26,7 +26,7 @@ _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 def write_pth(fd: int, outputs: Outputs, progress: Progress) -> None:
     """Write what torch.save would make of an ordered dict of tensors: a zip of a pickle and stored members."""
-    with open(fd, "wb", buffering=0, closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
+    with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", [state_dict_pickle(outputs)])
         _add(archive, "byteorder", [b"little"])
         for index, value in enumerate(outputs.values()):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """The record of one conversion.
 
     `files` are the source's, with their sizes in bytes. `converted` gives each output tensor the source tensors it is
@@ -57,11 +55,11 @@ class Card:
         }
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The document that `--json` prints."""
+        return self._asdict()
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Tensors that differ by their layer alone: `name` has `{}` where their indices were, of which `layers` says which.
 
     `shapes` lists what shapes they have, most frequent first.
@@ -69,14 +67,13 @@ class Group:
 
     name: str
     layers: str
-    count: int
+    tensors: int
     dtypes: list[str]
     shapes: list[list[int]]
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recognised:
+class Recognised(NamedTuple):
     """A layout that a checkpoint fits, the names it was known by, and the card that a conversion would have.
 
     `card` is None where a conversion is not possible; `problem` says why.
@@ -91,9 +88,11 @@ class Recognised:
     card: Card | None
     problem: str
 
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "card": self.card.to_json() if self.card else None}
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+
+class Inspection(NamedTuple):
     """What a checkpoint holds. Counts are of the state dict with most tensors; `state_dicts` counts them all."""
 
     source: str
@@ -108,16 +107,20 @@ class Inspection:
     nearest: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The document that `--json` prints."""
+        groups = [group._asdict() for group in self.groups]
+        return {**self._asdict(), "groups": groups, "recognised": [found.to_json() for found in self.recognised]}
 
 
 def fold(tensors: Mapping[str, Tensor]) -> list[Group]:
     """The tensors with repeated layers folded into one group, in the order they were first met."""
-    members: dict[str, list[str]] = {}
-    for name in tensors:
-        members.setdefault(re.sub(r"(?<![^.])[0-9]+(?![^.])", "{}", name), []).append(name)
+    members: dict[tuple[str, int], list[str]] = {}
+    for name, tensor in tensors.items():
+        # Numbers may also tell apart the stages of a sequence; layers have tensors of one rank.
+        pattern = re.sub(r"(?<![^.])[0-9]+(?![^.])", "{}", name)
+        members.setdefault((pattern, len(tensor.shape)), []).append(name)
     groups = []
-    for pattern, names in members.items():
+    for (pattern, _), names in members.items():
         parts = [tensors[name] for name in names]
         shapes = [list(tensor.shape) for tensor in parts]
         unique = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
@@ -125,7 +128,7 @@ def fold(tensors: Mapping[str, Tensor]) -> list[Group]:
             Group(
                 name=pattern if len(names) > 1 else names[0],
                 layers=_ranges(pattern, names) if len(names) > 1 else "",
-                count=len(names),
+                tensors=len(names),
                 dtypes=sorted({tensor.dtype.name for tensor in parts}),
                 shapes=sorted(unique, key=lambda shape: -shapes.count(shape)),
                 nbytes=sum(tensor.nbytes for tensor in parts),

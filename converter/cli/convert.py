@@ -1,6 +1,7 @@
-"""`dsocr-convert`: SAM and CLIP checkpoints into the DeepEncoder's layout."""
+"""`dsocr-convert`: SAM and CLIP checkpoints into the DeepEncoder's layout.
 
-from __future__ import annotations
+Annotations are not postponed here: typer would have to compile each of them again at every start.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -99,12 +99,30 @@ def _count(number: int, noun: str) -> str:
 
 def _table(groups: list[Group]) -> Iterable[str]:
     rows = [("tensor", "layers", "type", "shape", "size")]
-    for group in groups:
-        shapes = " or ".join(str(shape) for shape in group.shapes)
-        rows.append((group.name, group.layers, "/".join(group.dtypes), shapes, size(group.nbytes)))
+    for group, partner in _paired(groups):
+        name, shapes, nbytes = group.name, _shapes(group), group.nbytes
+        if partner is not None:
+            name = f"{name.removesuffix('weight')}{{weight,bias}}"
+            shapes, nbytes = f"{shapes}, {_shapes(partner)}", nbytes + partner.nbytes
+        rows.append((name, group.layers, "/".join(group.dtypes), shapes, size(nbytes)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
+
+
+def _paired(groups: list[Group]) -> Iterable[tuple[Group, Group | None]]:
+    """The groups, each weight with its bias where it has one: a module a line."""
+    by_name = {(group.name, group.layers, *group.dtypes): group for group in groups}
+    for group in groups:
+        module, _, kind = group.name.rpartition(".")
+        other = {"weight": "bias", "bias": "weight"}.get(kind, "")
+        partner = by_name.get((f"{module}.{other}", group.layers, *group.dtypes))
+        if partner is None or kind == "weight":
+            yield group, partner
+
+
+def _shapes(group: Group) -> str:
+    return " or ".join(str(shape) for shape in group.shapes)
 
 
 def _recognised(found: Recognised) -> Iterable[str]:

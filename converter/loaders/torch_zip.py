@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from converter.checkpoint import Contents, Storage
 from converter.errors import ContainerError
 from converter.files import SourceFile
@@ -63,4 +61,4 @@ class Archive:
                 f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}\n"
                 "the file is damaged: download or copy it again"
             )
-        return dataclasses.replace(storage, big_endian=True) if self._big_endian else storage
+        return storage._replace(big_endian=True) if self._big_endian else storage

@@ -132,8 +132,8 @@ def extents(expr: Expr) -> list[Piece] | None:
         case Concat(parts=parts, dim=0):
             found = [extents(part) for part in parts]
             return None if None in found else [piece for part in found for piece in part or ()]
-        case Slice(of=of, dim=0, start=start) if of.shape[0]:
-            row = nbytes(of) // of.shape[0]
+        case Slice(of=of, dim=0, start=start):
+            row = nbytes(of) // max(of.shape[0], 1)
             whole = extents(of)
             return None if whole is None else _cut(whole, start * row, nbytes(expr))
         case Arange():

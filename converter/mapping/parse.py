@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
 
 from converter.dtypes import BY_NAME
@@ -62,7 +63,7 @@ def _mapping(tree: Tree, digest: str) -> Mapping:
         signature=signature,
         rules=_rules(fields["rules"], variables),
         beside=_rules(fields["beside"], variables) if "beside" in fields else (),
-        elsewhere=fields["elsewhere"].text("why names without the prefix are dropped") if "elsewhere" in fields else "",
+        elsewhere=_reason(fields["elsewhere"]) if "elsewhere" in fields else "",
         place=tree.place,
         digest=digest,
     )
@@ -126,6 +127,8 @@ def _variable(name: str, tree: Tree) -> Kind:
 
 def _signature(fields: dict[str, Tree]) -> Signature:
     prefixes = fields["strip"].words("a prefix, or a list of prefixes") if "strip" in fields else [""]
+    if not prefixes:
+        raise fields["strip"].fail("expected a prefix, or a list of prefixes")
     return Signature(tuple(prefixes), _recognise(fields["recognise"]))
 
 
@@ -209,11 +212,16 @@ def _split(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], opti
 
 
 def _drop(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
-    reason = fields["because"].text("a reason in words")
-    if not reason.strip():
-        raise fields["because"].fail("expected a reason in words")
+    reason = _reason(fields["because"])
     names = [_template(name, fields["drop"], variables) for name in fields["drop"].words("a name, or a list of names")]
     return [Rule((name,), (), (), optional, reason, tree.place) for name in names]
+
+
+def _reason(tree: Tree) -> str:
+    reason = tree.text("a reason in words")
+    if not reason.strip():
+        raise tree.fail("expected a reason in words")
+    return reason
 
 
 _Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], list[Rule]]
@@ -277,13 +285,32 @@ def _permuted(tree: Tree) -> Op:
 def _reshaped(tree: Tree) -> Op:
     fields = tree.fields("{from: [...], to: [...]}", ("from", "to"))
     _require(tree, fields, "from", "to")
-    return Reshaped(fields["from"].numbers("a shape in numbers"), fields["to"].numbers("a shape in numbers"))
+    before, after = (fields[name].numbers("a shape in numbers") for name in ("from", "to"))
+    if math.prod(before) != math.prod(after):
+        raise tree.fail(f"{list(before)} and {list(after)} have different numbers of elements")
+    return Reshaped(before, after)
+
+
+def _dims(tree: Tree) -> tuple[int, ...]:
+    dims = tree.numbers("a dimension, or a list of them")
+    if not dims or len(set(dims)) < len(dims):
+        raise tree.fail("expected different dimensions")
+    return dims
 
 
 def _deinterleave(tree: Tree) -> Op:
     fields = tree.fields("{heads: N, parts: N}", ("heads", "parts"))
     _require(tree, fields, "heads", "parts")
-    return Deinterleave(fields["heads"].number("a number of heads"), fields["parts"].number("a number of parts"))
+    return Deinterleave(
+        _positive(fields["heads"], "a number of heads"), _positive(fields["parts"], "a number of parts")
+    )
+
+
+def _positive(tree: Tree, what: str) -> int:
+    number = tree.number(what)
+    if not number:
+        raise tree.fail(f"expected {what}, found 0")
+    return number
 
 
 def _cast(tree: Tree) -> Op:
@@ -294,11 +321,11 @@ def _cast(tree: Tree) -> Op:
 
 
 _OPS: dict[str, Callable[[Tree], Op]] = {
-    "squeeze": lambda tree: Squeeze(tree.numbers("dimensions")),
-    "unsqueeze": lambda tree: Unsqueeze(tree.numbers("dimensions")),
+    "squeeze": lambda tree: Squeeze(_dims(tree)),
+    "unsqueeze": lambda tree: Unsqueeze(_dims(tree)),
     "reshape": _reshaped,
     "permute": _permuted,
     "deinterleave": _deinterleave,
     "cast": _cast,
-    "resample": lambda tree: ResamplePositions(tree.number("the side of the new grid of positions")),
+    "resample": lambda tree: ResamplePositions(_positive(tree, "the side of the new grid of positions")),
 }

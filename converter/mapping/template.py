@@ -8,6 +8,7 @@ variables never touch, a segment with an open-ended variable holds no other, and
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 # Longer numbers than this are not layer indices, and Python's int() takes quadratic time on them.
 _INT = "0|[1-9][0-9]{0,5}"
+# Combinations of words in one segment that are compared with each other: more would only make a parser hang.
+_MOST_READINGS = 10_000
 _FIELD = re.compile(r"\{([a-z][a-z_0-9]*)(?:([+-])([0-9]{1,3}))?\}")
 
 # What a variable may stand for: "int" a layer index, "name" one segment, "path" one or more segments, or one of the
@@ -101,6 +104,11 @@ class Template:
         return "".join(part if isinstance(part, str) else _written(part) for part in self.parts)
 
     @cached_property
+    def _head(self) -> str:
+        """The literal text before the first variable."""
+        return next((part for part in self.parts if isinstance(part, str)), "")
+
+    @cached_property
     def _regex(self) -> re.Pattern[str]:
         # `name` and `path` cannot make it backtrack: each segment has at most one open-ended group.
         pieces = [re.escape(part) if isinstance(part, str) else f"({_pattern(part.kind)})" for part in self.parts]
@@ -108,7 +116,8 @@ class Template:
 
     def match(self, name: str) -> Bindings | None:
         """The variables' values if the whole of `name` fits, or None."""
-        found = self._regex.fullmatch(name)
+        # Most names fail at the first letters, and most templates never need their expression compiled.
+        found = self._regex.fullmatch(name) if name.startswith(self._head) else None
         if found is None:
             return None
         bindings = {}
@@ -170,8 +179,14 @@ def _check_segment(segment: list[str | Field], text: str) -> None:
         return
     if any(field.kind in ("name", "path") for field in fields):
         raise ValueError(f"{text!r} has a variable beside one of kind name or path, with no dot between them")
-    # Words and numbers in one segment: every combination must read differently.
+    # Words and numbers in one segment: every combination must read differently. A 0 stands for all numbers, which it
+    # cannot beside several words if those hold digits themselves.
+    listed = [field.kind for field in fields if isinstance(field.kind, tuple)]
+    if 1 < len(listed) < len(fields) and any(re.search("[0-9]", word) for words in listed for word in words):
+        raise ValueError(f"{text!r} has a number beside words with digits, with no dot between them")
     choices = [_choices(part) for part in segment]
+    if math.prod(map(len, choices)) > _MOST_READINGS:
+        raise ValueError(f"{text!r} has more than {_MOST_READINGS} combinations of words in one segment")
     readings = ["".join(words) for words in itertools.product(*choices)]
     if len(set(readings)) < len(readings):
         raise ValueError(f"{text!r} can match one name in two ways")

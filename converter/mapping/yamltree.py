@@ -12,7 +12,7 @@ from converter.mapping.rules import Place
 
 # The C parser is ten times as fast; a PyYAML built without libyaml has only the other.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 _DEEPEST = 16
 
 T = TypeVar("T")
@@ -42,8 +42,8 @@ class Tree:
         return isinstance(self._node, yaml.MappingNode)
 
     def text(self, what: str) -> str:
-        """The scalar as it is written, whatever YAML would make of it."""
-        if not isinstance(self._node, yaml.ScalarNode):
+        """The scalar as it is written, whatever YAML would make of it; an empty one must be quoted."""
+        if not isinstance(self._node, yaml.ScalarNode) or not (self._node.value or self._node.style):
             raise self.fail(f"expected {what}, found {self._kind()}")
         return str(self._node.value)
 
@@ -103,37 +103,36 @@ class Tree:
 
 def parse(text: str, file: str) -> Tree:
     """The document's root; MappingError for anything that is not one plain YAML document."""
-    if len(text) > _LARGEST:
-        raise MappingError(f"{file}: larger than {_LARGEST} characters: not a mapping file")
+    if len(text) > LARGEST:
+        raise MappingError(f"{file}: larger than {LARGEST} characters: not a mapping file")
     try:
+        _check_plain(text, file)
         node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise MappingError(f"{file}: not valid YAML: {_cause(error)}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = Place(file, mark.line + 1) if mark else file
+        raise MappingError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if node is None:
         raise MappingError(f"{file}: empty")
-    _check_plain(node, file, set(), 0)
     return Tree(node, file)
 
 
-def _cause(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-    return f"line {mark.line + 1}: {problem}" if mark else problem
+def _check_plain(text: str, file: str) -> None:
+    """Refuse what a mapping file has no use for: tags, anchors, aliases, deep nesting.
 
-
-def _check_plain(node: yaml.Node, file: str, seen: set[int], depth: int) -> None:
-    """Refuse what a mapping file has no use for: tags, anchors used twice, deep nesting."""
-    tree = Tree(node, file)
-    # An alias makes the same node appear again: a few lines of them can stand for a billion nodes.
-    if id(node) in seen:
-        raise tree.fail("YAML aliases are not allowed in a mapping file")
-    seen.add(id(node))
-    if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag.removeprefix("tag:yaml.org,2002:"):
-        raise tree.fail(f"the YAML tag {node.tag!r} is not allowed in a mapping file")
-    if depth > _DEEPEST:
-        raise tree.fail("nested too deeply")
-    if isinstance(node, yaml.ScalarNode):
-        return
-    for child in node.value:
-        for part in child if isinstance(child, tuple) else (child,):
-            _check_plain(part, file, seen, depth + 1)
+    Asked of the parser's events, before nodes are made of them: a few lines of aliases can stand for a billion nodes,
+    and libyaml's composer overflows the stack on deep nesting.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        problem = ""
+        if getattr(event, "anchor", None):
+            problem = "YAML anchors and aliases are not allowed in a mapping file"
+        elif tag := getattr(event, "tag", None):
+            problem = f"the YAML tag {tag!r} is not allowed in a mapping file"
+        elif depth > _DEEPEST:
+            problem = "nested too deeply"
+        if problem:
+            assert event.start_mark is not None
+            raise MappingError(f"{Place(file, event.start_mark.line + 1)}: {problem}")
