@@ -6,6 +6,8 @@ import math
 import zlib
 from typing import Any, NamedTuple
 
+from isal import isal_zlib
+
 from converter.dtypes import DType
 from converter.errors import ContainerError
 from converter.files import SourceFile
@@ -33,7 +35,7 @@ class Storage(NamedTuple):
         data = self.file.read(self.offset, self.length)
         if self.deflated:
             data = inflate(data, self.size, f"{self.file.name}: {self.name}")
-        if self.crc32 is not None and zlib.crc32(data) != self.crc32:
+        if self.crc32 is not None and isal_zlib.crc32(data) != self.crc32:
             raise crc_error(self)
         return data
 

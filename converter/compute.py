@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -22,29 +23,7 @@ def materialise(expr: Expr) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def evaluate(expr: Expr) -> torch.Tensor:
-    """The tensor that an expression stands for, on the CPU."""
-    match expr:
-        case Read(tensor=tensor):
-            return load(tensor)
-        case Concat(parts=parts, dim=dim):
-            return torch.cat([evaluate(part) for part in parts], dim)
-        case Slice(of=of, dim=dim, start=start):
-            return evaluate(of).narrow(dim, start, expr.shape[dim])
-        case Reshape(of=of):
-            return evaluate(of).reshape(expr.shape)
-        case Permute(of=of, dims=dims):
-            return evaluate(of).permute(dims)
-        case Cast(of=of):
-            return evaluate(of).to(torch_dtype(expr.dtype.name))
-        case Resample(of=of, grid=grid):
-            return resample_positions(evaluate(of), grid)
-        case Arange():
-            return torch.arange(math.prod(expr.shape)).reshape(expr.shape)
-    raise TypeError(f"no way to evaluate {type(expr).__name__}")
-
-
-def load(tensor: Tensor) -> torch.Tensor:
+def load_tensor(tensor: Tensor) -> torch.Tensor:
     """A tensor of a checkpoint, read whole with the storage it lies in."""
     dtype = torch_dtype(tensor.dtype.name)
     data = bytearray(tensor.storage.read())
@@ -56,6 +35,27 @@ def load(tensor: Tensor) -> torch.Tensor:
     count = (len(data) - tensor.start) // tensor.dtype.itemsize
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=tensor.start)
     return flat.as_strided(tensor.shape, tensor.strides)
+
+
+def evaluate(expr: Expr, load: Callable[[Tensor], torch.Tensor] = load_tensor) -> torch.Tensor:
+    """The tensor that an expression stands for, on the CPU; `load` gives the source's tensors."""
+    match expr:
+        case Read(tensor=tensor):
+            return load(tensor)
+        case Concat(parts=parts, dim=dim):
+            return torch.cat([evaluate(part, load) for part in parts], dim)
+        case Slice(of=of, dim=dim, start=start):
+            return evaluate(of, load).narrow(dim, start, expr.shape[dim])
+        case Reshape(of=of):
+            return evaluate(of, load).reshape(expr.shape)
+        case Permute(of=of, dims=dims):
+            return evaluate(of, load).permute(dims)
+        case Cast(of=of):
+            return evaluate(of, load).to(torch_dtype(expr.dtype.name))
+        case Resample(of=of, grid=grid):
+            return resample_positions(evaluate(of, load), grid)
+        case Arange():
+            return torch.arange(math.prod(expr.shape)).reshape(expr.shape)
 
 
 def swapped(data: bytearray, itemsize: int) -> bytearray:

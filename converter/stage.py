@@ -18,7 +18,7 @@ def check_target(path: Path, force: bool, needed: int) -> None:
         raise OutputError(f"{path}: there is no folder {folder}\ncreate it, or choose another path with --output")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder\ngive a file's path to --output")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise OutputError(f"{path}: exists already\nchoose another path with --output, or replace it with --force")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{path}: the folder {folder} is not writable\nchoose another path with --output")
@@ -45,7 +45,7 @@ def staged(path: Path, force: bool) -> Iterator[int]:
             os.fsync(fd)
         finally:
             os.close(fd)
-        if path.exists() and not force:
+        if os.path.lexists(path) and not force:
             raise OutputError(f"{path}: appeared while it was being written; it was left as it is")
         stage.replace(path)
         _sync_folder(path.parent)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.copier import BackgroundWriter, Copier, Progress
 from converter.mapping.expr import Expr, Piece, extents, merge, nbytes
+from converter.stage import write_all
 
 # Output tensors by name, in the order they are written.
 Outputs = dict[str, Expr]
@@ -15,9 +16,10 @@ Outputs = dict[str, Expr]
 
 def write_safetensors(fd: int, outputs: Outputs, metadata: dict[str, str], progress: Progress) -> None:
     """Write a safetensors file: length of the header, header, then the tensors in the header's order."""
+    # Apart from the tensors, whose bytes alone `progress` counts.
+    write_all(fd, memoryview(safetensors_header(outputs, metadata)))
     with BackgroundWriter(fd) as writer:
         copier = Copier(writer.exchange, progress)
-        copier.copy([safetensors_header(outputs, metadata)])
         for run in _runs(outputs.values()):
             copier.copy(run)
         copier.flush()

@@ -42,7 +42,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Tensor:
     """`tensor` as a loader would describe it, strides and offset too, its storage not at the file's beginning."""
-    data = bytes(tensor.untyped_storage())
+    data = raw(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
     crc = zlib.crc32(data) ^ damaged
     storage = Storage(Memory(b"head" + data + b"tail"), 4, len(data), len(data), key, crc)
     dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]

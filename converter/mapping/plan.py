@@ -54,7 +54,9 @@ def make_plan(
     kept = {name: value for name, value in tensors.items() if not (mapping.elsewhere and not name.startswith(prefix))}
     applied = apply(mapping.rules_for(prefix), kept, source)
     applied.dropped.update((name, mapping.elsewhere) for name in tensors if name not in kept)
-    plan = Plan(mapping, target, {}, applied.dropped)
+    # By the names in the file, which may have wrappers that `tensors` was rid of.
+    dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in sources(tensors[name])}
+    plan = Plan(mapping, target, {}, dropped)
     plan.sizes["depth"] = depth = _depth(target, applied)
     # Said here, before a name is made for every layer that a single wild index stands for.
     if depth > len(applied.values):
@@ -175,4 +177,4 @@ def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
         if other.fill and other.name.text in applied.values:
             value = applied.values.pop(other.name.text)
             reason = "made anew for the new number of positions"
-            applied.dropped.update((tensor.key, reason) for tensor in sources(value))
+            plan.dropped.update((tensor.key, reason) for tensor in sources(value))

@@ -69,7 +69,7 @@ class Mapping(NamedTuple):
     """How one layout becomes the family's hub layout.
 
     `rules` speak of names without the signature's prefix, `beside` of the names that lack it. Where `elsewhere` is set,
-    it is why all names that lack it are dropped. `digest` is the SHA-256 of the file.
+    it is why all names that lack it are dropped. `digest` is the SHA-256 of the text.
     """
 
     name: str

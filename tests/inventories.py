@@ -1,0 +1,55 @@
+"""Names, element types and shapes of real checkpoints, and files that have them but hold no weights.
+
+`data/inventories.json.gz` is one JSON document, keys sorted: checkpoint -> family, origin (where names and shapes were
+read), note, and tensors as name -> [type, shape].
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import struct
+from functools import cache
+from pathlib import Path
+
+from converter.dtypes import BY_NAME
+
+# Name -> element type and shape.
+Inventory = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@cache
+def inventories() -> dict[str, Inventory]:
+    """Every inventory by its checkpoint's name, and those that differ from another by a prefix alone."""
+    text = gzip.decompress((Path(__file__).parent / "data" / "inventories.json.gz").read_bytes())
+    found = {
+        name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in entry["tensors"].items()}
+        for name, entry in json.loads(text).items()
+    }
+    language = {"lm_head.weight": ("bfloat16", (8, 4)), "model.layers.0.mlp.up_proj.weight": ("bfloat16", (4, 4))}
+    sam = {f"model.vision_tower_high.{key}": value for key, value in found["deepencoder-sam"].items()}
+    found["got-ocr2"] = {**sam, **language}
+    # OpenAI's own file is open_clip's with three numbers beside.
+    scalars = ("input_resolution", "context_length", "vocab_size")
+    found["clip-openai"] = {**found["clip-open_clip"], **dict.fromkeys(scalars, ("int64", ()))}
+    # DeepSeek-OCR-2 has another second encoder and a narrower compressor.
+    compressor = "model.sam_model.net_3.weight"
+    second = {key: value for key, value in found["deepseek-ocr"].items() if not key.startswith("model.vision_model.")}
+    dtype, (_, *others) = second[compressor]
+    found["deepseek-ocr-2"] = {**second, compressor: (dtype, (896, *others))}
+    return found
+
+
+def sparse(path: Path, inventory: Inventory) -> Path:
+    """A safetensors file of these tensors, whose data is one hole in the file."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, (dtype, shape) in inventory.items():
+        begin, end = end, end + math.prod(shape) * BY_NAME[dtype].itemsize
+        header[name] = {"dtype": BY_NAME[dtype].code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path
