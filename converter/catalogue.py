@@ -118,6 +118,12 @@ def _fit(tensors: MappingABC[str, Tensor], candidate: Candidate) -> Match | None
     return None
 
 
+def count_known(family: str, tensors: MappingABC[str, Tensor]) -> int:
+    """How many of the tensors have names of the family's hub layout."""
+    templates = [spec.name for spec in hub(family).tensors]
+    return sum(any(template.match(name) is not None for template in templates) for name in tensors)
+
+
 class Nearest(NamedTuple):
     """The mapping that comes closest to tensors that fit none, and where it first differs from them."""
 

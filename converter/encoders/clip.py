@@ -1,0 +1,124 @@
+"""CLIP's vision tower (Radford et al. 2021), which the DeepEncoder runs on SAM's features instead of pixels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from converter.encoders.config import ClipConfig
+from converter.encoders.functional import check_sides, resample_grid, split_heads
+
+EPS = 1e-5
+
+
+class ClipEncoder(nn.Module):
+    """CLIP's vision tower up to its last block: DeepSeek leaves out the norm and the projection after it.
+
+    For comparisons, hook `transformer.layers[i]`: each takes and returns (B, 1 + h*w, width).
+    """
+
+    def __init__(self, config: ClipConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ClipConfig()
+        self.embeddings = _Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.width, EPS)
+        self.transformer = _Transformer(config)
+
+    def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) pixels, or (B, width, h, w) instead of the patch convolution's output -> (B, 1 + h*w, width).
+
+        The class token comes first, then patches row by row. `pixels` are not looked at where `patch_embeds` is given.
+        Raises ValueError where a side is no multiple of the patch, or where neither can be used.
+        """
+        x: Tensor = self.transformer(self.pre_layrnorm(self.embeddings(pixels, patch_embeds)))
+        return x
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        count = config.grid**2 + 1
+        self.class_embedding = nn.Parameter(torch.zeros(config.width))
+        if config.patch_convolution:
+            self.patch_embedding = nn.Conv2d(
+                config.channels, config.width, config.patch, stride=config.patch, bias=False
+            )
+        self.position_embedding = nn.Embedding(count, config.width)
+        self.position_ids: Tensor
+        self.register_buffer("position_ids", torch.arange(count)[None])
+
+    def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None) -> Tensor:
+        patches = self._patches(pixels) if patch_embeds is None else patch_embeds
+        batch, _, h, w = patches.shape
+        classes = self.class_embedding.expand(batch, 1, -1)
+        return torch.cat([classes, patches.flatten(2).transpose(1, 2)], dim=1) + self._positions(h, w)
+
+    def _patches(self, pixels: Tensor | None) -> Tensor:
+        if pixels is None or not self.config.patch_convolution:
+            raise ValueError("patch_embeds is needed: there are no pixels, or no patch convolution to run on them")
+        check_sides(pixels, self.config.patch)
+        patches: Tensor = self.patch_embedding(pixels)
+        return patches
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """(1, 1 + h*w, width): the class token's position as it is, the patches' resampled."""
+        # Through position_ids, as in DeepSeek's module: a wrong one shows in the outputs.
+        table: Tensor = self.position_embedding(self.position_ids)
+        grid = self.config.grid
+        patches = resample_grid(table[:, 1:].reshape(1, grid, grid, -1), h, w)
+        return torch.cat([table[:, :1], patches.flatten(1, 2)], dim=1)
+
+
+class _Transformer(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _Block(nn.Module):
+    """A transformer block on (B, N, C)."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, EPS)
+        self.self_attn = _Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width, EPS)
+        self.mlp = _Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        y: Tensor = self.mlp(self.layer_norm2(x))
+        return x + y
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv_proj = nn.Linear(config.width, 3 * config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv_proj(x), self.heads)
+        y: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        # quick_gelu, OpenAI's approximation: neither torch's exact GELU nor its tanh one.
+        y: Tensor = self.fc2(x * torch.sigmoid(1.702 * x))
+        return y

@@ -1,0 +1,33 @@
+"""The whole chain: SAM, compressor, CLIP on SAM's features, both side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from converter.encoders.clip import ClipEncoder
+from converter.encoders.config import ClipConfig, SamConfig
+from converter.encoders.sam import SamEncoder
+
+
+class DeepEncoder(nn.Module):
+    """DeepSeek-OCR's vision encoder (Wei et al. 2025): `sam_model`, with the compressor in it, and `vision_model`."""
+
+    def __init__(self, sam: SamConfig | None = None, clip: ClipConfig | None = None) -> None:
+        """Raises ValueError unless the compressor ends in as many channels as CLIP has."""
+        super().__init__()
+        sam, clip = sam or SamConfig(), clip or ClipConfig()
+        if sam.compressor is None or sam.compressor[-1] != clip.width:
+            raise ValueError(f"SAM's compressor {sam.compressor} must end in CLIP's {clip.width} channels")
+        self.sam_model = SamEncoder(sam)
+        self.vision_model = ClipEncoder(clip)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, 2 * width), N = ceil(H/64) * ceil(W/64) row by row: CLIP's channels, then SAM's.
+
+        Sides of 512, 640, 1024 and 1280 give 64, 100, 256 and 400 tokens of 2048. CLIP's class token is left out.
+        Raises ValueError where a side is no multiple of SAM's patch.
+        """
+        features: Tensor = self.sam_model(pixels)
+        semantic: Tensor = self.vision_model(None, features)
+        return torch.cat([semantic[:, 1:], features.flatten(2).transpose(1, 2)], dim=-1)
