@@ -1,0 +1,128 @@
+"""The whole DeepEncoder with the converted part in it, at DeepSeek-OCR's sizes.
+
+Only at sizes other than the trained one are positions resampled, so only there does a wrong resampling show. What the
+converted file does not hold is seeded, the same in both chains: ours, with the converted tensors, and transformers' own
+UnlimitedOcrVisionModel, with the source's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from converter.encoders import ClipConfig, DeepEncoder, SamConfig
+from converter.verify.outputs import Tested, check_encoder, images
+from converter.verify.references import Reference, State, in_layout, label, load_model
+from converter.verify.result import Check, Trace, failed, passed
+
+PROOF = "outputs"
+_MODULE = "transformers.models.unlimited_ocr"
+
+
+class Chain(NamedTuple):
+    """A DeepEncoder around a converted encoder, and the same chain by transformers where that has it."""
+
+    whole: DeepEncoder
+    reference: Reference | None
+
+
+def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.device) -> Chain:
+    """`encoder` is the converted one; `hub` the source's tensors by the hub's names, for the reference."""
+    whole = _around(family, encoder)
+    part = "sam_model." if family == "sam" else "vision_model."
+    state = whole.state_dict()
+    truth = {**state, **{part + name: tensor for name, tensor in hub.items()}}
+    reference = None
+    if importlib.util.find_spec(_MODULE) is not None and hub:
+        reference = _transformers_chain(whole, truth)
+        reference.model.to(device)
+    return Chain(whole.to(device), reference)
+
+
+def _around(family: str, encoder: nn.Module) -> DeepEncoder:
+    config: Any = encoder.config
+    if isinstance(config, SamConfig):
+        sam = config if config.compressor else dataclasses.replace(config, compressor=(2 * config.neck, 1024))
+        width = sam.compressor[1] if sam.compressor else 1024
+        # Heads of 64 channels, as CLIP has them everywhere.
+        clip = ClipConfig(width=width, heads=max(width // 64, 1), mlp=4 * width)
+    else:
+        clip, sam = config, SamConfig(compressor=(512, config.width))
+    whole = DeepEncoder(sam, clip).eval()
+    _seed(whole)
+    part = whole.sam_model if family == "sam" else whole.vision_model
+    part.load_state_dict(encoder.state_dict(), strict=False)
+    return whole
+
+
+def _seed(model: nn.Module) -> None:
+    """Weights that keep a signal alive through 36 blocks, none constant."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.named_parameters():
+        noise = torch.randn(tensor.shape, generator=generator) * 0.02
+        tensor.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+
+
+def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Reference:
+    """transformers' chain with `truth`, tensors by DeepSeek's names."""
+    from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
+    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
+
+    sam, clip = whole.sam_model.config, whole.vision_model.config
+    assert sam.compressor is not None
+    sam_config = configuration.UnlimitedOcrSamVisionConfig(
+        hidden_size=sam.width,
+        output_channels=sam.neck,
+        num_hidden_layers=sam.depth,
+        num_attention_heads=sam.heads,
+        image_size=sam.image_size,
+        patch_size=sam.patch,
+        window_size=sam.window,
+        global_attn_indexes=list(sam.global_blocks),
+        mlp_dim=sam.mlp,
+        downsample_channels=list(sam.compressor),
+    )
+    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(
+        hidden_size=clip.width,
+        intermediate_size=clip.mlp,
+        num_hidden_layers=clip.depth,
+        num_attention_heads=clip.heads,
+        image_size=clip.image_size,
+        patch_size=clip.patch,
+    )
+    sizes = configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
+    model = UnlimitedOcrVisionModel(sizes).eval()
+    state: State = {}
+    for layout, part, prefix in (
+        ("sam-unlimited-ocr-hf", "sam_model.", "model.vision_tower."),
+        ("clip-unlimited-ocr-hf", "vision_model.", "model.vision_tower."),
+    ):
+        hub = {name.removeprefix(part): tensor for name, tensor in truth.items() if name.startswith(part)}
+        state |= {name.removeprefix(prefix): tensor for name, tensor in in_layout(layout, hub).items()}
+    load_model(model, {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")})
+    blocks = [*model.sam_encoder.layers, *model.vision_encoder.encoder.layers]
+    return Reference(label("transformers", "UnlimitedOcrVisionModel"), model, blocks, model)
+
+
+def check_chain(chain: Chain, size: int, device: torch.device, precision: torch.dtype) -> tuple[Check, Trace | None]:
+    """The chain at one size (pixels along a side): its shape, and its values where there is a reference."""
+    whole = chain.whole
+    pixels = images(1, size, device, torch.float32)
+    names = [f"sam_model.blocks.{i}" for i in range(len(whole.sam_model.blocks))]
+    names += [f"vision_model.transformer.layers.{i}" for i in range(len(whole.vision_model.transformer.layers))]
+    blocks = [*whole.sam_model.blocks, *whole.vision_model.transformer.layers]
+    if chain.reference is not None:
+        tested = Tested(whole, blocks, [*names, "concatenation"], whole)
+        return check_encoder(tested, chain.reference, pixels, precision)
+    with torch.inference_mode():
+        tokens = whole.to(precision)(pixels.to(precision))
+    side = -(-size // (4 * whole.sam_model.config.patch))
+    expected = (1, side * side, 2 * whole.vision_model.config.width)
+    what = f"DeepEncoder at {size} x {size}"
+    if tuple(tokens.shape) != expected or not bool(torch.isfinite(tokens).all()):
+        return failed(PROOF, what, f"tokens {list(tokens.shape)}, expected {list(expected)}, finite", [what]), None
+    return passed(PROOF, what, f"tokens {list(tokens.shape)}, finite; no second implementation to compare with"), None

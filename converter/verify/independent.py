@@ -1,0 +1,77 @@
+"""Checkpoints read by the libraries that define their formats: what our own reading is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import safetensors
+import torch
+
+from converter.checkpoint import Tensor
+from converter.files import LocalFile
+from converter.source import Source
+from converter.unwrap import StateDict
+
+# Gives a source's tensor by the key it has in its state dict.
+Reader = Callable[[str], torch.Tensor]
+
+
+def open_independently(source: Source, state_dict: StateDict) -> Reader:
+    """A reader of one state dict of a checkpoint, through torch.load, torch.jit.load or safetensors."""
+    readers = [
+        _READERS[container](file, state_dict) for container, file in zip(source.containers, source.files, strict=True)
+    ]
+    by_key = {key: read for keys, read in readers for key in keys}
+
+    def read(key: str) -> torch.Tensor:
+        return by_key[key](key).detach()
+
+    return read
+
+
+def _safetensors(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+    opened: Any = safetensors.safe_open(file.name, "pt")
+    return list(opened.keys()), opened.get_tensor
+
+
+def _torch(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+    # Mapped, a checkpoint's unused tensors cost nothing; torch's older format cannot be.
+    found = torch.load(file.name, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    tensors = _at(found, state_dict.path)
+    return [key for key in tensors if isinstance(key, str)], tensors.__getitem__
+
+
+def _torchscript(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+    # Our loader has refused modules with code that restores them: what remains is deserialised, not run.
+    tensors = torch.jit.load(file.name, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    return list(tensors), tensors.__getitem__
+
+
+_READERS: dict[str, Callable[[LocalFile, StateDict], tuple[list[str], Reader]]] = {
+    "safetensors": _safetensors,
+    "torch zip": _torch,
+    "torch legacy": _torch,
+    "TorchScript": _torchscript,
+}
+
+
+def _is_zip(file: LocalFile) -> bool:
+    return file.read(0, 2) == b"PK"
+
+
+def _at(contents: Any, path: str) -> Any:
+    """The dict at a dotted path, whose keys may have dots of their own."""
+    if not path:
+        return contents
+    for key, value in contents.items():
+        if path == str(key):
+            return value
+        if path.startswith(f"{key}.") and isinstance(value, dict):
+            return _at(value, path[len(str(key)) + 1 :])
+    raise KeyError(path)
+
+
+def checked_as(read: Reader) -> Callable[[Tensor], torch.Tensor]:
+    """The reader for expressions, whose leaves are our own descriptions of tensors."""
+    return lambda tensor: read(tensor.key)

@@ -1,0 +1,134 @@
+"""The third proof: the converted encoder computes what the source's own implementation computes.
+
+The bar is not chosen but measured. The reference runs in the tested precision and in float64; its distance from itself
+is the rounding error that any correct implementation has in that precision, block by block. Two correct implementations
+lie at most the sum of their errors apart, so the bar is a small multiple of that floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from converter.verify.references import Reference
+from converter.verify.result import Check, Trace, failed, passed
+
+PROOF = "outputs"
+
+# Twice the sum of two floors: the errors of two implementations add, and either may be twice as unlucky.
+MARGIN = 4.0
+
+
+def images(count: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Seeded images (count, 3, size, size), normalised as the encoders expect: shapes with edges, and some noise."""
+    generator = torch.Generator().manual_seed(size)
+    place = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    layers = []
+    for _ in range(count * 3):
+        a, b, c, d = (torch.rand(4, generator=generator) * 2 - 1).tolist()
+        waves = torch.sin(9 * (a * x + b * y)) + ((x - c) ** 2 + (y - d) ** 2 < 0.2).float()
+        layers.append(waves + 0.1 * torch.randn(size, size, generator=generator))
+    return torch.stack(layers).reshape(count, 3, size, size).to(device, dtype)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 without TensorFloat-32, whose ten bits of mantissa would hide what is looked for."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def run_recorded(run: Callable[[Tensor], Any], blocks: list[nn.Module], pixels: Tensor) -> list[Tensor]:
+    """The outputs of every block and, last, of the whole, in float64 on the CPU's or the GPU's own device."""
+    recorded: list[Tensor] = []
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        recorded.append(_tensor(output).detach().clone())
+
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        with torch.inference_mode():
+            final = _tensor(run(pixels)).detach()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*recorded, final]
+
+
+def _tensor(output: Any) -> Tensor:
+    """The features in what a module returns: a tensor, a tuple that begins with it, or transformers' output object."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "last_hidden_state"):
+        found: Tensor = output.last_hidden_state
+        return found
+    return _tensor(output[0])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The norm of the difference relative to the norm of `b`; infinite where either is not finite."""
+    a, b = a.double(), b.double()
+    value = float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return value if math.isfinite(value) else math.inf
+
+
+class Tested(NamedTuple):
+    """The converted encoder: its blocks and their names, the last name for the whole, and how to run it on pixels."""
+
+    encoder: nn.Module
+    blocks: list[nn.Module]
+    names: list[str]
+    run: Callable[[Tensor], Any]
+
+
+def check_encoder(tested: Tested, reference: Reference, pixels: Tensor, precision: torch.dtype) -> tuple[Check, Trace]:
+    """The converted encoder against the reference on the same pixels, and the floor measured in the same run.
+
+    Both models are left in `precision`.
+    """
+    with exact_float32():
+        # From the source's own type down: a model once rounded does not get its weights back.
+        exact = run_recorded(reference.run, reference.blocks, *_to(torch.float64, reference.model, pixels))
+        rounded = run_recorded(reference.run, reference.blocks, *_to(precision, reference.model, pixels))
+        found = run_recorded(tested.run, tested.blocks, *_to(precision, tested.encoder, pixels))
+    size = pixels.shape[-1]
+    return judge(f"{reference.label} at {size} x {size}", tested.names, found, rounded, exact, precision)
+
+
+def _to(precision: torch.dtype, model: nn.Module, pixels: Tensor) -> tuple[Tensor]:
+    model.to(precision)
+    return (pixels.to(precision),)
+
+
+def judge(
+    what: str, names: list[str], found: list[Tensor], rounded: list[Tensor], exact: list[Tensor], precision: torch.dtype
+) -> tuple[Check, Trace]:
+    """Errors against the rounded reference, floors of that reference against the exact one, and the verdict."""
+    # A reference may go on where the DeepEncoder ends: its last output then has no name here.
+    rounded, exact = rounded[: len(names)], exact[: len(names)]
+    found = found[: len(names)]
+    if [tuple(tensor.shape) for tensor in found] != [tuple(tensor.shape) for tensor in rounded]:
+        shapes = f"{[list(t.shape) for t in found[-1:]]} and {[list(t.shape) for t in rounded[-1:]]}"
+        return failed(PROOF, what, f"outputs have other shapes: {shapes}", []), Trace(what, [], [], [], 0.0)
+    # No floor lies below one rounding, even where the reference happens to round nothing.
+    smallest = torch.finfo(precision).eps
+    floors = [max(distance(a, b), smallest) for a, b in zip(rounded, exact, strict=True)]
+    errors = [distance(a, b) for a, b in zip(found, rounded, strict=True)]
+    over = [name for name, error, floor in zip(names, errors, floors, strict=True) if not error <= MARGIN * floor]
+    bar = MARGIN * floors[-1]
+    detail = f"relative error {errors[-1]:.2g}; bar {bar:.2g}, {MARGIN:g} times the noise floor {floors[-1]:.2g}"
+    trace = Trace(what, names, errors, floors, MARGIN)
+    figures = {"error": errors[-1], "bar": bar, "floor": floors[-1]}
+    if over:
+        return failed(PROOF, what, f"{detail}; {over[0]} is the first to diverge", over, **figures), trace
+    return passed(PROOF, what, detail, **figures), trace

@@ -1,0 +1,80 @@
+"""What a verification found, as values; the terminal, JSON, JUnit and HTML are views of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+PASSED, FAILED, SKIPPED, NOTED = "passed", "failed", "skipped", "noted"
+
+
+class Check(NamedTuple):
+    """One thing that was looked at: which of the three proofs it belongs to, its verdict, and what was seen.
+
+    `culprits` names the tensors, rules or blocks at fault, worst first. `figures` are what was measured; a measured
+    `error` stands beside the `bar` it must not exceed.
+    """
+
+    proof: str
+    name: str
+    verdict: str
+    detail: str
+    culprits: list[str]
+    figures: dict[str, float]
+
+
+class Trace(NamedTuple):
+    """Relative errors along an encoder, block by block: of the conversion, and of the reference against itself."""
+
+    name: str
+    blocks: list[str]
+    errors: list[float]
+    floors: list[float]
+    bar: float
+
+
+class Verification(NamedTuple):
+    """All checks of one converted checkpoint, and what they ran on.
+
+    `reference` names the implementation that the outputs were compared with; `seconds` says where the time went.
+    """
+
+    converted: str
+    source: str
+    family: str
+    mapping: str
+    reference: str
+    device: str
+    dtype: str
+    environment: dict[str, str]
+    checks: list[Check]
+    traces: list[Trace]
+    seconds: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed, and at least one check could have."""
+        verdicts = [check.verdict for check in self.checks]
+        return FAILED not in verdicts and PASSED in verdicts
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        checks = [check._asdict() for check in self.checks]
+        traces = [trace._asdict() for trace in self.traces]
+        return {"verified": self.ok, **self._asdict(), "checks": checks, "traces": traces}
+
+
+def passed(proof: str, name: str, detail: str, **figures: float) -> Check:
+    return Check(proof, name, PASSED, detail, [], figures)
+
+
+def failed(proof: str, name: str, detail: str, culprits: list[str], **figures: float) -> Check:
+    return Check(proof, name, FAILED, detail, culprits, figures)
+
+
+def noted(proof: str, name: str, detail: str, culprits: list[str]) -> Check:
+    """Something that is not wrong in itself, and that whoever relies on the verdict should know."""
+    return Check(proof, name, NOTED, detail, culprits, {})
+
+
+def skipped(proof: str, name: str, detail: str) -> Check:
+    return Check(proof, name, SKIPPED, detail, [], {})

@@ -1,0 +1,79 @@
+"""The second proof: every output tensor, bit by bit, against its source tensors read by the formats' own libraries.
+
+It alone sees what outputs do not show: k's bias, which the softmax cancels, and any change below the noise floor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from converter.checkpoint import Tensor
+from converter.compute import evaluate
+from converter.mapping.expr import Concat, Expr, sources
+from converter.verify.result import Check, failed
+
+PROOF = "bytes"
+
+Load = Callable[[Tensor], torch.Tensor]
+
+
+def compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load) -> Check | None:
+    """None if the two are equal in every bit; else what differs, and which mistake would look like that."""
+    origin = " + ".join(tensor.key for tensor in sources(value)) or "filled in"
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        detail = f"{name} is {_kind(found)}; {origin} gives {_kind(expected)}"
+        return failed(PROOF, name, detail, [name])
+    if torch.equal(_bits(found), _bits(expected)):
+        return None
+    differing = int((_bits(found) != _bits(expected)).sum()) if found.dim() else 1
+    error = float((found.double() - expected.double()).abs().max())
+    detail = f"{name} differs from {origin}: {differing} of {found.numel()} elements, by at most {error:.3g}"
+    guess = _guess(found, expected, value, load)
+    if guess:
+        detail += f"; {guess}"
+    return failed(PROOF, name, detail, [name], differing=float(differing), error=error)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers: a NaN equals itself, and 0 does not equal -0."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(sizes[tensor.element_size()])
+
+
+def _guess(found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load) -> str:
+    """The mistake in words, if it is one of those that are often made."""
+    if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
+        parts = [evaluate(part, load) for part in value.parts]
+        for order in itertools.permutations(range(len(parts))):
+            if torch.equal(found, torch.cat([parts[i] for i in order])):
+                return f"its parts are there in the order {', '.join(str(i + 1) for i in order)}"
+    if found.dim() == 2 and found.shape[0] == found.shape[1] and torch.equal(found, expected.T):
+        return "it is transposed"
+    if found.dim() and torch.equal(found, expected.flip(0)):
+        return "its rows are in reverse order"
+    for step in (1, -1):
+        if found.dim() and torch.equal(found, expected.roll(step, 0)):
+            return f"its rows are shifted by {step}"
+    for dtype in (torch.bfloat16, torch.float16):
+        if found.is_floating_point() and torch.equal(found, expected.to(dtype).to(found.dtype)):
+            return f"it has been rounded to {str(dtype).removeprefix('torch.')} on the way"
+    if not bool(found.any()):
+        return "it is all zero"
+    return ""
+
+
+def elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, Expr], load: Load) -> Check:
+    """The fault, with the name under which the tensor's content belongs, if there is one: a layer shifted, say."""
+    for other, value in outputs.items():
+        if other == name or value.shape != tuple(found.shape) or value.dtype.name != _kind(found).split()[0]:
+            continue
+        if torch.equal(found, evaluate(value, load)):
+            return fault._replace(detail=f"{fault.detail}; it holds what belongs to {other}", culprits=[name, other])
+    return fault
