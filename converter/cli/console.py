@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import DsocrError
 
@@ -58,8 +58,9 @@ class Bar:
     rich is imported when it is first drawn: 50 ms that short conversions do not pay.
     """
 
-    def __init__(self, what: str, enabled: bool) -> None:
+    def __init__(self, what: str, enabled: bool, unit: Literal["bytes", "steps"] = "bytes") -> None:
         self._what = what
+        self._unit = unit
         self._enabled = enabled and sys.stderr.isatty()
         self._begin = time.monotonic()
         self._bar: Progress | None = None
@@ -73,18 +74,27 @@ class Bar:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show `done` of `total` bytes."""
+        """Show `done` of `total`."""
         if not self._enabled or time.monotonic() - self._begin < _BAR_AFTER_SECONDS:
             return
         if self._bar is None or self._task is None:
             self._bar = self._make()
             self._task = self._bar.add_task(self._what, total=total)
             self._bar.start()
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done, total=total)
 
     def _make(self) -> Progress:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        return Progress(*columns, console=Console(stderr=True), transient=True)
+        # Markup off: a file's name may look like it.
+        columns = (TextColumn("{task.description}", markup=False), BarColumn())
+        counts = (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
+        return Progress(*columns, *counts, console=Console(stderr=True), transient=True)

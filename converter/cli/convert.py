@@ -10,8 +10,8 @@ import typer
 
 from converter import catalogue, pipeline
 from converter.cli import console, views
+from converter.cli.options import Json, MappingFile, Quiet, StateDict, Version
 from converter.report import Card
-from converter.version import __version__
 
 # No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
 app = typer.Typer(
@@ -32,22 +32,13 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: deepencoder-FAMILY.FORMAT]"),
 ]
-MappingFile = Annotated[
-    Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
-]
 Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
 Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
-StateDict = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
-]
 ImageSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
 
 
 def _complete_layout(incomplete: str) -> list[str]:
@@ -169,18 +160,8 @@ def _show(card: Card, json: bool, quiet: bool) -> None:
         console.result("\n".join(views.plan(card)))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        console.result(f"dsocr-convert {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder."""
 
 

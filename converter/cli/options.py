@@ -1,0 +1,31 @@
+"""Options that both programs have, spelt and explained once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from converter.cli import console
+from converter.version import __version__
+
+MappingFile = Annotated[
+    Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
+]
+StateDict = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"{Path(sys.argv[0]).name} {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+]

@@ -1,0 +1,96 @@
+"""`dsocr-verify`: proves that a converted checkpoint holds its source's weights and computes what the source computes.
+
+Annotations are not postponed here: typer would have to compile each of them again at every start.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from converter.cli import console
+from converter.cli.options import Json, MappingFile, Quiet, StateDict, Version
+from converter.errors import UsageError
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
+Source = Annotated[
+    str | None,
+    typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index."),
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
+Sizes = Annotated[
+    str | None,
+    typer.Option(metavar="PIXELS,...", help="Sizes for the whole chain. [default: 512,640,1024,1280; on a CPU 512]"),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Structure and bytes alone; run nothing.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case a check, for CI systems.")]
+Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Actions run, and write its step summary.")]
+
+
+@app.command()
+def verify(
+    converted: Converted,
+    source: Source = None,
+    mapping: MappingFile = None,
+    state_dict: StateDict = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    sizes: Sizes = None,
+    fast: Fast = False,
+    html: Html = None,
+    junit: Junit = None,
+    github: Github = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> None:
+    """Prove a conversion by structure, by bytes, and by outputs beside the source's own implementation."""
+    chosen = _sizes(sizes)
+    # Two seconds of torch, which --help and a mistyped option need not wait for.
+    from converter.verify import views
+    from converter.verify.run import verify as run
+
+    with console.Bar("verifying", enabled=not quiet, unit="steps") as bar:
+        found = run(
+            converted,
+            source,
+            mapping=mapping,
+            state_dict=state_dict,
+            device=device,
+            dtype=dtype,
+            sizes=chosen,
+            fast=fast,
+            progress=lambda _, done, total: bar(done, total),
+        )
+    if not quiet:
+        views.terminal(found)
+    views.write_files(found, html=html, junit=junit)
+    if github:
+        views.github(found)
+    if json:
+        console.result_json(found.to_json())
+    else:
+        console.result("verified" if found.ok else "not verified")
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 4096 and int(word) % 64 == 0 for word in words):
+        raise UsageError(f"--sizes {text}: expected multiples of 64 up to 4096, such as 512,640,1024,1280")
+    return tuple(int(word) for word in words)
+
+
+def main() -> int:
+    """The program; returns its exit code."""
+    return console.run(app)
