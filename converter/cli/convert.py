@@ -4,7 +4,7 @@ Annotations are not postponed here: typer would have to compile each of them aga
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -165,6 +165,6 @@ def options(version: Version = False) -> None:
     """Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder."""
 
 
-def main() -> int:
-    """The program; returns its exit code."""
-    return console.run(app)
+def main() -> NoReturn:
+    """The program."""
+    console.leave(console.run(app))

@@ -4,7 +4,7 @@ Annotations are not postponed here: typer would have to compile each of them aga
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -91,6 +91,6 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(word) for word in words)
 
 
-def main() -> int:
-    """The program; returns its exit code."""
-    return console.run(app)
+def main() -> NoReturn:
+    """The program."""
+    console.leave(console.run(app))
