@@ -137,7 +137,7 @@ def _plan(opened: Source, known: Identified, family: str, dtype: str, image_size
     if isinstance(layout, Layout):
         raise LayoutError(
             f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\n"
-            f"it was known by {', '.join(known.match.evidence)}"
+            "load it as it is"
         )
     tensors: dict[str, Expr] = {name: read(tensor) for name, tensor in known.tensors.items()}
     hub = catalogue.hub(family)

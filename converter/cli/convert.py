@@ -139,7 +139,8 @@ def check_mapping(
     """Check a mapping file, and what it would make of a checkpoint."""
     mapping = catalogue.load_file(file)
     lossy = mapping.lossy()
-    console.result(f"{file}: {mapping.name}, {len(mapping.rules) + len(mapping.beside)} rules, valid")
+    rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
+    console.result(f"{file}: {mapping.name}, {rules}, valid")
     for rule, why in lossy:
         console.result(f"  {rule.place}: cannot be inverted: {why}")
     if source is not None:

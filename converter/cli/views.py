@@ -77,7 +77,7 @@ def _folded(pattern: str, names: list[str]) -> str:
 def inspection(found: Inspection) -> Iterable[str]:
     """What a checkpoint holds, at a glance."""
     total = sum(found.files.values())
-    yield f"{found.source}: {', '.join(found.containers)}, {_count(len(found.files), 'file')}, {size(total)}"
+    yield f"{found.source}: {', '.join(found.containers)}, {count(len(found.files), 'file')}, {size(total)}"
     if len(found.state_dicts) > 1 or "." not in found.state_dicts:
         yield "state dicts: " + ", ".join(f"{path} ({count} tensors)" for path, count in found.state_dicts.items())
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
@@ -93,7 +93,8 @@ def inspection(found: Inspection) -> Iterable[str]:
         yield from found.nearest
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """The number and its noun, in the plural where it takes one."""
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 

@@ -176,7 +176,8 @@ def _rule(tree: Tree, variables: dict[str, Kind]) -> list[Rule]:
     present = tree.fields("a rule")
     verb = next((verb for verb in _VERBS if verb in present), None)
     if verb is None:
-        raise tree.fail(f"expected a rule: one of {', '.join(_VERBS)}")
+        found = ", ".join(map(repr, present)) or "nothing"
+        raise tree.fail(f"expected a rule ({', '.join(_VERBS)}), found {found}")
     read, others = _VERBS[verb]
     fields = tree.fields("a rule", (verb, *others, "optional"))
     _require(tree, fields, *(name for name in others if name not in ("then", "dim")))

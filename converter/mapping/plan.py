@@ -52,7 +52,8 @@ def make_plan(
 ) -> Plan:
     """The plan that turns `tensors` (by source name) into `target`; MappingError where they do not fit."""
     kept = {name: value for name, value in tensors.items() if not (mapping.elsewhere and not name.startswith(prefix))}
-    applied = apply(mapping.rules_for(prefix), kept, source)
+    where = f"{source}: by {mapping.place.file}"
+    applied = apply(mapping.rules_for(prefix), kept, where)
     applied.dropped.update((name, mapping.elsewhere) for name in tensors if name not in kept)
     # By the names in the file, which may have wrappers that `tensors` was rid of.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in sources(tensors[name])}
@@ -60,10 +61,10 @@ def make_plan(
     plan.sizes["depth"] = depth = _depth(target, applied)
     # Said here, before a name is made for every layer that a single wild index stands for.
     if depth > len(applied.values):
-        raise MappingError(f"{source}: as {mapping.name}: layer {depth - 1} of only {len(applied.values)} tensors")
+        raise MappingError(f"{where}: layer {depth - 1} of only {len(applied.values)} tensors")
     if image_size is not None:
         _resample(plan, applied, image_size)
-    _settle(plan, applied, source)
+    _settle(plan, applied, where)
     if dtype != "keep":
         cast = CastTo(dtype)
         plan.outputs = {n: cast.one(value) if value.dtype.is_float else value for n, value in plan.outputs.items()}
@@ -94,7 +95,7 @@ def _expected(spec: TensorSpec, depth: int) -> Iterator[str]:
         yield spec.name.fill(dict(zip(names, values, strict=True)))
 
 
-def _settle(plan: Plan, applied: Applied, source: str) -> None:
+def _settle(plan: Plan, applied: Applied, where: str) -> None:
     """Fit what the rules made into the target: every tensor there, of the right shape, and nothing left over."""
     values = dict(applied.values)
     problems: list[str] = []
@@ -115,7 +116,7 @@ def _settle(plan: Plan, applied: Applied, source: str) -> None:
         else:
             plan.dropped.update((tensor.key, reason) for tensor in sources(value))
     if problems:
-        raise MappingError(f"{source}: as {plan.mapping.name}: {summary(problems)}")
+        raise MappingError(f"{where}: {summary(problems)}")
 
 
 def _misfit(spec: TensorSpec, name: str, value: Expr, sizes: Sizes) -> list[str]:
