@@ -97,7 +97,7 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "dim map": ("3*width, 7", "{a: b}, 7", 12, "expected a dimension, found a mapping"),
     "rules a map": ("beside:\n  - {keep: e, optional: true}", "beside: {keep: e}", 24, "a list of rules, found a map"),
     "rule a word": ("  - {keep: e, optional: true}", "  - keep", 25, "expected a rule, found 'keep'"),
-    "verb": ("keep: e,", "copy: e,", 25, "expected a rule (keep, rename, fuse, split, drop), found 'copy', 'optional'"),
+    "verb": ("keep: e,", "copy: e,", 25, "expected a rule .keep, rename, fuse, split, drop., found 'copy', 'optional'"),
     "two verbs": ("keep: e,", "keep: e, drop: e,", 25, "unknown key 'drop'"),
     "optional": ("keep: e, optional: true", "keep: e, optional: maybe", 25, "expected true or false, found 'maybe'"),
     "keep a list": ("keep: e,", "keep: [e],", 25, "expected a name, found a list"),
