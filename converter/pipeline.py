@@ -136,8 +136,7 @@ def _plan(opened: Source, known: Identified, family: str, dtype: str, image_size
     layout = known.match.candidate.load()
     if isinstance(layout, Layout):
         raise LayoutError(
-            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\n"
-            "load it as it is"
+            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\nload it as it is"
         )
     tensors: dict[str, Expr] = {name: read(tensor) for name, tensor in known.tensors.items()}
     hub = catalogue.hub(family)

@@ -11,6 +11,7 @@ import functools
 import torch
 
 DEPTH, WIDTH, HEADS, MLP, GRID, PATCH, NECK = 3, 24, 2, 40, 4, 16, 16
+WINDOW, GLOBAL_BLOCKS = 2, (1,)
 CLIP_DEPTH, CLIP_WIDTH, CLIP_HEADS, CLIP_MLP, CLIP_PATCH, CLIP_IMAGE = 3, 64, 2, 256, 14, 56
 
 
@@ -36,8 +37,8 @@ def sam_meta() -> torch.nn.Module:
         out_chans=NECK,
         qkv_bias=True,
         use_rel_pos=True,
-        window_size=2,
-        global_attn_indexes=(1,),
+        window_size=WINDOW,
+        global_attn_indexes=GLOBAL_BLOCKS,
     )
     prompt = PromptEncoder(
         embed_dim=NECK, image_embedding_size=(GRID, GRID), input_image_size=(GRID * PATCH,) * 2, mask_in_chans=16
@@ -56,8 +57,8 @@ def _sam_config(kind: type, **more: object) -> object:
         image_size=GRID * PATCH,
         patch_size=PATCH,
         output_channels=NECK,
-        window_size=2,
-        global_attn_indexes=[1],
+        window_size=WINDOW,
+        global_attn_indexes=list(GLOBAL_BLOCKS),
         **more,
     )
 
@@ -93,8 +94,8 @@ def sam_timm() -> torch.nn.Module:
             num_classes=0,
             neck_chans=NECK,
             use_rel_pos=True,
-            window_size=2,
-            global_attn_indexes=(1,),
+            window_size=WINDOW,
+            global_attn_indexes=GLOBAL_BLOCKS,
         )
     )
 

@@ -3,6 +3,8 @@
 Annotations are not postponed here: typer would have to compile each of them again at every start.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -30,6 +32,9 @@ Sizes = Annotated[
     typer.Option(metavar="PIXELS,...", help="Sizes for the whole chain. [default: 512,640,1024,1280; on a CPU 512]"),
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Structure and bytes alone; run nothing.")]
+Image = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Let the encoders look at this image. [default: a drawn page]")
+]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case a check, for CI systems.")]
 Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Actions run, and write its step summary.")]
@@ -45,6 +50,7 @@ def verify(
     dtype: Dtype = "float32",
     sizes: Sizes = None,
     fast: Fast = False,
+    image: Image = None,
     html: Html = None,
     junit: Junit = None,
     github: Github = False,
@@ -58,6 +64,7 @@ def verify(
     from converter.verify import views
     from converter.verify.run import verify as run
 
+    views.check_files(html, junit)
     with console.Bar("verifying", enabled=not quiet, unit="steps") as bar:
         found = run(
             converted,
@@ -68,11 +75,13 @@ def verify(
             dtype=dtype,
             sizes=chosen,
             fast=fast,
+            image=image,
+            draw=html is not None,
             progress=lambda _, done, total: bar(done, total),
         )
     if not quiet:
         views.terminal(found)
-    views.write_files(found, html=html, junit=junit)
+    views.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
     if github:
         views.github(found)
     if json:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from converter.encoders import ClipConfig, DeepEncoder, SamConfig
-from converter.verify.outputs import Tested, check_encoder, images
-from converter.verify.references import Reference, State, in_layout, label, load_model
+from converter.encoders import ClipConfig, ClipEncoder, DeepEncoder, SamConfig
+from converter.verify.assembled import assembled_chain
+from converter.verify.outputs import Look, Tested, check_encoder
+from converter.verify.references import Reference, State, in_layout, label, load_model, uninitialised
 from converter.verify.result import Check, Trace, failed, passed
 
 PROOF = "outputs"
+_PATCHES = "embeddings.patch_embedding.weight"
 _MODULE = "transformers.models.unlimited_ocr"
 
 
@@ -32,39 +34,76 @@ class Chain(NamedTuple):
 
 def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.device) -> Chain:
     """`encoder` is the converted one; `hub` the source's tensors by the hub's names, for the reference."""
-    whole = _around(family, encoder)
+    whole = _around(family, encoder, device)
     part = "sam_model." if family == "sam" else "vision_model."
     state = whole.state_dict()
     truth = {**state, **{part + name: tensor for name, tensor in hub.items()}}
     reference = None
-    if importlib.util.find_spec(_MODULE) is not None and hub:
-        reference = _transformers_chain(whole, truth)
+    if hub:
+        make = _transformers_chain if importlib.util.find_spec(_MODULE) is not None else assembled_chain
+        # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
+        with device:
+            reference = make(whole, truth)
+        # Tensors of the source that it took as they are lie where they were read.
         reference.model.to(device)
-    return Chain(whole.to(device), reference)
+    return Chain(whole, reference)
 
 
-def _around(family: str, encoder: nn.Module) -> DeepEncoder:
+def _around(family: str, encoder: nn.Module, device: torch.device) -> DeepEncoder:
+    """The other encoder in DeepSeek-OCR's proportions: beside SAM-base or CLIP-L it has DeepSeek's own sizes."""
     config: Any = encoder.config
     if isinstance(config, SamConfig):
-        sam = config if config.compressor else dataclasses.replace(config, compressor=(2 * config.neck, 1024))
-        width = sam.compressor[1] if sam.compressor else 1024
+        compressor = config.compressor or (2 * config.neck, 4 * config.neck)
+        sam = dataclasses.replace(config, compressor=compressor)
+        width = compressor[1]
         # Heads of 64 channels, as CLIP has them everywhere.
-        clip = ClipConfig(width=width, heads=max(width // 64, 1), mlp=4 * width)
+        clip = ClipConfig(width=width, depth=2 * sam.depth, heads=max(width // 64, 1), mlp=4 * width)
     else:
-        clip, sam = config, SamConfig(compressor=(512, config.width))
-    whole = DeepEncoder(sam, clip).eval()
-    _seed(whole)
+        heads, neck = max(3 * config.width // 256, 1), max(config.width // 4, 1)
+        depth = -(-config.depth // 2)
+        clip, sam = (
+            config,
+            SamConfig(
+                width=64 * heads,
+                depth=depth,
+                heads=heads,
+                mlp=256 * heads,
+                global_blocks=tuple(i for i in range(depth) if i % 3 == 2),
+                neck=neck,
+                compressor=(2 * neck, config.width),
+            ),
+        )
+    with torch.device("meta"):
+        whole = DeepEncoder(sam, clip).eval()
+    whole.to_empty(device=device)
+    _seed(whole, device)
     part = whole.sam_model if family == "sam" else whole.vision_model
     part.load_state_dict(encoder.state_dict(), strict=False)
     return whole
 
 
-def _seed(model: nn.Module) -> None:
+def _seed(model: DeepEncoder, device: torch.device) -> None:
     """Weights that keep a signal alive through 36 blocks, none constant."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for name, tensor in model.named_parameters():
-        noise = torch.randn(tensor.shape, generator=generator) * 0.02
-        tensor.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+        tensor.data.normal_(0.0, 0.02, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            tensor.data += 1
+    ids = model.vision_model.embeddings.position_ids
+    ids.copy_(torch.arange(ids.shape[-1])[None])
+
+
+def with_patches(encoder: Any, hub: State) -> tuple[ClipEncoder, State]:
+    """A CLIP that came without patch embedding, which the chain never runs, with a seeded one; and so its source."""
+    config = dataclasses.replace(encoder.config, patch_convolution=True)
+    shape = (config.width, config.channels, config.patch, config.patch)
+    patches = {_PATCHES: torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02}
+    with torch.device("meta"):
+        whole = ClipEncoder(config).eval()
+    state = encoder.state_dict()
+    device = state["embeddings.class_embedding"].device
+    whole.load_state_dict({**state, _PATCHES: patches[_PATCHES].to(device)}, assign=True)
+    return whole, {**hub, **patches}
 
 
 def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Reference:
@@ -95,7 +134,8 @@ def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Referen
         patch_size=clip.patch,
     )
     sizes = configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
-    model = UnlimitedOcrVisionModel(sizes).eval()
+    with uninitialised():
+        model = UnlimitedOcrVisionModel(sizes).eval()
     state: State = {}
     for layout, part, prefix in (
         ("sam-unlimited-ocr-hf", "sam_model.", "model.vision_tower."),
@@ -108,16 +148,15 @@ def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Referen
     return Reference(label("transformers", "UnlimitedOcrVisionModel"), model, blocks, model)
 
 
-def check_chain(chain: Chain, size: int, device: torch.device, precision: torch.dtype) -> tuple[Check, Trace | None]:
-    """The chain at one size (pixels along a side): its shape, and its values where there is a reference."""
-    whole = chain.whole
-    pixels = images(1, size, device, torch.float32)
+def check_chain(chain: Chain, pixels: Tensor, precision: torch.dtype, look: Look) -> tuple[Check, Trace | None]:
+    """The chain on pixels (1, 3, size, size): its shape, and its values where there is a reference."""
+    whole, size = chain.whole, pixels.shape[-1]
     names = [f"sam_model.blocks.{i}" for i in range(len(whole.sam_model.blocks))]
     names += [f"vision_model.transformer.layers.{i}" for i in range(len(whole.vision_model.transformer.layers))]
     blocks = [*whole.sam_model.blocks, *whole.vision_model.transformer.layers]
     if chain.reference is not None:
         tested = Tested(whole, blocks, [*names, "concatenation"], whole)
-        return check_encoder(tested, chain.reference, pixels, precision)
+        return check_encoder(tested, chain.reference, pixels, precision, look)
     with torch.inference_mode():
         tokens = whole.to(precision)(pixels.to(precision))
     side = -(-size // (4 * whole.sam_model.config.patch))

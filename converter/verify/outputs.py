@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,30 @@ from torch import Tensor, nn
 from converter.verify.references import Reference
 from converter.verify.result import Check, Trace, failed, passed
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PROOF = "outputs"
+
+# Told what was compared, what both saw, the reference's final features and the converted encoder's.
+Look = Callable[[str, Tensor, Tensor, Tensor], None]
 
 # Twice the sum of two floors: the errors of two implementations add, and either may be twice as unlucky.
 MARGIN = 4.0
 
 
-def images(count: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Seeded images (count, 3, size, size), normalised as the encoders expect: shapes with edges, and some noise."""
+def images(count: int, size: int, device: torch.device, dtype: torch.dtype, image: Image | None = None) -> Tensor:
+    """Images (count, 3, size, size) as DeepSeek-OCR prepares them: `image`, or a page that has what documents have.
+
+    Faint seeded noise tells them apart, and keeps a blank patch from being as blank as the next.
+    """
+    # PIL, which a verification that runs nothing can do without.
+    from converter.verify import pictures
+
     generator = torch.Generator().manual_seed(size)
-    place = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(place, place, indexing="ij")
-    layers = []
-    for _ in range(count * 3):
-        a, b, c, d = (torch.rand(4, generator=generator) * 2 - 1).tolist()
-        waves = torch.sin(9 * (a * x + b * y)) + ((x - c) ** 2 + (y - d) ** 2 < 0.2).float()
-        layers.append(waves + 0.1 * torch.randn(size, size, generator=generator))
-    return torch.stack(layers).reshape(count, 3, size, size).to(device, dtype)
+    looked_at = pictures.pixels(image or pictures.page(size), size)
+    noise = torch.randn(count, 3, size, size, generator=generator)
+    return (looked_at + 0.02 * noise).to(device, dtype)
 
 
 @contextmanager
@@ -91,18 +98,27 @@ class Tested(NamedTuple):
     run: Callable[[Tensor], Any]
 
 
-def check_encoder(tested: Tested, reference: Reference, pixels: Tensor, precision: torch.dtype) -> tuple[Check, Trace]:
+def check_encoder(
+    tested: Tested,
+    reference: Reference,
+    pixels: Tensor,
+    precision: torch.dtype,
+    look: Look = lambda what, seen, reference, converted: None,
+) -> tuple[Check, Trace]:
     """The converted encoder against the reference on the same pixels, and the floor measured in the same run.
 
-    Both models are left in `precision`.
+    Both models are left in `precision`. `look` is shown the features at the end.
     """
     with exact_float32():
         # From the source's own type down: a model once rounded does not get its weights back.
         exact = run_recorded(reference.run, reference.blocks, *_to(torch.float64, reference.model, pixels))
         rounded = run_recorded(reference.run, reference.blocks, *_to(precision, reference.model, pixels))
         found = run_recorded(tested.run, tested.blocks, *_to(precision, tested.encoder, pixels))
-    size = pixels.shape[-1]
-    return judge(f"{reference.label} at {size} x {size}", tested.names, found, rounded, exact, precision)
+    what = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}"
+    last = len(tested.names) - 1
+    if len(found) > last:
+        look(what, pixels, rounded[last], found[last])
+    return judge(what, tested.names, found, rounded, exact, precision)
 
 
 def _to(precision: torch.dtype, model: nn.Module, pixels: Tensor) -> tuple[Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def segment_anything_sam(config: SamConfig, state: State) -> Reference:
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
-        mlp_ratio=config.mlp / config.width,
+        mlp_ratio=_mlp_ratio(config),
         out_chans=config.neck,
         norm_layer=_layer_norm(1e-6),
         use_rel_pos=True,
@@ -78,7 +79,7 @@ def timm_sam(config: SamConfig, state: State) -> Reference:
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
-        mlp_ratio=config.mlp / config.width,
+        mlp_ratio=_mlp_ratio(config),
         norm_layer=_layer_norm(1e-6),
         neck_chans=config.neck,
         use_rel_pos=True,
@@ -132,7 +133,7 @@ def open_clip_clip(config: ClipConfig, state: State) -> Reference:
         layers=config.depth,
         width=config.width,
         head_width=config.width // config.heads,
-        mlp_ratio=config.mlp / config.width,
+        mlp_ratio=_mlp_ratio(config),
         patch_size=config.patch,
         image_size=config.image_size,
     )
@@ -155,7 +156,7 @@ def timm_clip(config: ClipConfig, state: State) -> Reference:
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
-        mlp_ratio=config.mlp / config.width,
+        mlp_ratio=_mlp_ratio(config),
         pre_norm=True,
         norm_layer=_layer_norm(1e-5),
         act_layer=QuickGELU,
@@ -182,6 +183,24 @@ _COMMON: dict[str, tuple[str, Callable[..., Reference]]] = {
 }
 
 
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Layers made inside hold whatever lay in memory: all of it is overwritten next, and drawing it takes seconds."""
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding)
+    before = [kind.reset_parameters for kind in kinds]
+    for kind in kinds:
+        kind.reset_parameters = _nothing
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, before, strict=True):
+            kind.reset_parameters = method
+
+
+def _nothing(layer: nn.Module) -> None:
+    pass
+
+
 def build(mapping: Mapping, config: Config, own: State, hub: State) -> Reference:
     """The reference for a source: `own` are its tensors by their own names, `hub` the same by the hub's names.
 
@@ -190,10 +209,12 @@ def build(mapping: Mapping, config: Config, own: State, hub: State) -> Reference
     """
     package, make = _OWN.get(mapping.name, ("", transformers_sam))
     if own and package and importlib.util.find_spec(package) is not None:
-        found: Reference = make(config, own)
+        with uninitialised():
+            found: Reference = make(config, own)
         return found
     layout, make = _COMMON[mapping.family]
-    reference: Reference = make(config, in_layout(layout, hub))
+    with uninitialised():
+        reference: Reference = make(config, in_layout(layout, hub))
     return reference._replace(label=f"{reference.label}, loaded through {mapping.name} -> {layout}")
 
 
@@ -230,6 +251,11 @@ def _sam_sizes(config: SamConfig) -> dict[str, Any]:
         "global_attn_indexes": list(config.global_blocks),
         "layer_norm_eps": 1e-6,
     }
+
+
+def _mlp_ratio(config: Config) -> float:
+    """What libraries multiply the width by, and then cut: the half keeps rounding from taking one off."""
+    return (config.mlp + 0.5) / config.width
 
 
 def _under(prefix: str, state: State) -> State:

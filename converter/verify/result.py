@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 PASSED, FAILED, SKIPPED, NOTED = "passed", "failed", "skipped", "noted"
@@ -32,10 +33,20 @@ class Trace(NamedTuple):
     bar: float
 
 
+class Picture(NamedTuple):
+    """A PNG of what one run saw or computed; `name` is image, source, converted or difference."""
+
+    run: str
+    name: str
+    png: bytes
+
+
 class Verification(NamedTuple):
     """All checks of one converted checkpoint, and what they ran on.
 
     `reference` names the implementation that the outputs were compared with; `seconds` says where the time went.
+    `key_map` gives each tensor that the source makes the source tensors it is made of, in order; none for one that is
+    filled in. `pictures` are there if they were asked for.
     """
 
     converted: str
@@ -49,6 +60,8 @@ class Verification(NamedTuple):
     checks: list[Check]
     traces: list[Trace]
     seconds: dict[str, float]
+    key_map: dict[str, list[str]] = {}  # noqa: RUF012
+    pictures: list[Picture] = []  # noqa: RUF012
 
     @property
     def ok(self) -> bool:
@@ -57,10 +70,21 @@ class Verification(NamedTuple):
         return FAILED not in verdicts and PASSED in verdicts
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
-        checks = [check._asdict() for check in self.checks]
-        traces = [trace._asdict() for trace in self.traces]
-        return {"verified": self.ok, **self._asdict(), "checks": checks, "traces": traces}
+        """The document that `--json` prints: without pictures, and null for a number that is not finite."""
+        checks = [{**check._asdict(), "figures": _finite(check.figures)} for check in self.checks]
+        traces = [_finite(trace._asdict()) for trace in self.traces]
+        document = {"verified": self.ok, **self._asdict(), "checks": checks, "traces": traces}
+        del document["pictures"]
+        return document
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON has no way to write."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def passed(proof: str, name: str, detail: str, **figures: float) -> Check:

@@ -8,27 +8,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from converter import catalogue
 from converter.compute import evaluate, torch_dtype
+from converter.encoders import ClipConfig
 from converter.errors import LayoutError, UsageError
-from converter.mapping.expr import read
+from converter.mapping.expr import read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.rules import Mapping
 from converter.source import Identified, Source, chosen_state_dicts, identify, open_source
 from converter.unwrap import StateDict
 from converter.verify import structure
-from converter.verify.chain import build_chain, check_chain
+from converter.verify.chain import build_chain, check_chain, with_patches
 from converter.verify.independent import Reader, checked_as, open_independently
 from converter.verify.outputs import Tested, check_encoder, images
 from converter.verify.references import State, build
-from converter.verify.result import Check, Trace, Verification, failed, passed, skipped
+from converter.verify.result import Check, Picture, Trace, Verification, failed, passed, skipped
 from converter.verify.weights import compare, elsewhere
 from converter.version import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Told what is being done, how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -71,6 +75,8 @@ def verify(
     dtype: str = "float32",
     sizes: Sequence[int] | None = None,
     fast: bool = False,
+    image: str | Path | None = None,
+    draw: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
     """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
@@ -78,12 +84,14 @@ def verify(
     `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
     proved, and that the encoder runs. `mapping` and `state_dict` are what `convert` was given. `device` is auto, cpu,
     cuda or cuda:N; `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole
-    chain runs. With `fast`, nothing runs. Raises a DsocrError for a file that cannot be read, and ImportError where a
+    chain runs. With `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of
+    what the encoders see in it. Raises a DsocrError for a file that cannot be read, and ImportError where a
     reference's library is missing; a wrong conversion is a verdict, not an error.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     place = _device(device)
+    looked_at = _load(Path(image)) if image is not None else None
     seconds: dict[str, float] = {}
     target = _open_converted(converted)
     origin = _open_origin(source, target, mapping, state_dict) if source is not None else None
@@ -94,15 +102,16 @@ def verify(
         hub, faults = _prove_bytes(target, origin, found, progress)
     checks += faults
     traces: list[Trace] = []
+    drawn: list[Picture] = []
     reference = ""
     if fast:
         checks.append(skipped("outputs", "encoder", "--fast: nothing was run"))
     else:
         with _timed(seconds, "outputs"):
             chosen = tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
-            run = _Run(target, origin, found, hub, place, torch_dtype(dtype), progress)
+            run = _Run(target, origin, found, hub, place, torch_dtype(dtype), progress, looked_at, draw)
             reference = run.prove(chosen)
-        checks, traces = checks + run.checks, run.traces
+        checks, traces, drawn = checks + run.checks, run.traces, run.pictures
     return Verification(
         converted=converted,
         source=source or "",
@@ -115,7 +124,19 @@ def verify(
         checks=checks,
         traces=traces,
         seconds=seconds,
+        key_map=_key_map(origin.plan) if origin else {},
+        pictures=drawn,
     )
+
+
+def _load(image: Path) -> Image:
+    from converter.verify.pictures import load
+
+    return load(image)
+
+
+def _key_map(plan: Plan) -> dict[str, list[str]]:
+    return {name: [tensor.key for tensor in sources(value)] for name, value in plan.outputs.items()}
 
 
 @contextmanager
@@ -235,11 +256,15 @@ class _Run:
         device: torch.device,
         precision: torch.dtype,
         progress: Progress,
+        image: Image | None,
+        draw: bool,
     ) -> None:
         self._target, self._origin, self._found, self._hub = target, origin, found, hub
         self._device, self._precision, self._progress = device, precision, progress
         self.checks: list[Check] = []
+        self._image, self._draw = image, draw
         self.traces: list[Trace] = []
+        self.pictures: list[Picture] = []
 
     def prove(self, sizes: Sequence[int]) -> str:
         """The encoder at its trained size, then the whole chain at `sizes`; the label of the reference."""
@@ -249,22 +274,30 @@ class _Run:
         if encoder is None:
             self.checks.append(skipped("outputs", "encoder", "it could not be loaded, so it was not run"))
             return ""
+        fault = structure.check_sizes(self._target.family, encoder, self._hub) if self._hub else None
+        if fault is not None:
+            self.checks += [fault, skipped("outputs", "encoder", "the source's is built otherwise, so it was not run")]
+            return ""
         label = self._alone(encoder, self._origin, len(sizes) + 1) if self._origin is not None else ""
         chain = build_chain(self._target.family, encoder, self._hub, self._device)
         for done, size in enumerate(sizes):
-            check, trace = check_chain(chain, size, self._device, self._precision)
+            check, trace = check_chain(chain, self._pixels(size), self._precision, self._look)
             self._add(check, trace)
             self._progress("outputs", done + 2, len(sizes) + 1)
         return label
 
-    def _alone(self, encoder: torch.nn.Module, origin: Origin, total: int) -> str:
+    def _alone(self, encoder: Any, origin: Origin, total: int) -> str:
         """The encoder by itself against the source's own implementation."""
-        config: Any = encoder.config
-        own = {} if origin.resampled else self._own(origin)
-        reference = build(origin.plan.mapping, config, own, self._hub)
+        config = encoder.config
+        own, hub = {} if origin.resampled else self._own(origin), self._hub
+        if isinstance(config, ClipConfig) and not config.patch_convolution:
+            encoder, hub = with_patches(encoder, hub)
+        # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
+        with self._device:
+            reference = build(origin.plan.mapping, encoder.config, own, hub)
         reference.model.eval().to(self._device)
-        pixels = images(1, config.image_size, self._device, torch.float32)
-        self._add(*check_encoder(_tested(self._target.family, encoder), reference, pixels, self._precision))
+        tested, pixels = _tested(self._target.family, encoder), self._pixels(config.image_size)
+        self._add(*check_encoder(tested, reference, pixels, self._precision, self._look))
         self._progress("outputs", 1, total)
         return reference.label
 
@@ -276,6 +309,15 @@ class _Run:
             return own
         dtype = torch_dtype(cast.pop())
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
+
+    def _pixels(self, size: int) -> torch.Tensor:
+        return images(1, size, self._device, torch.float32, self._image)
+
+    def _look(self, what: str, seen: torch.Tensor, reference: torch.Tensor, converted: torch.Tensor) -> None:
+        if self._draw:
+            from converter.verify.pictures import draw
+
+            self.pictures += draw(what, seen, reference, converted)
 
     def _add(self, check: Check, trace: Trace | None) -> None:
         self.checks.append(check)

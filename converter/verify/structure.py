@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from converter import catalogue
@@ -59,6 +61,10 @@ def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, t
     from converter.encoders import ClipEncoder, SamEncoder, clip_config_from, sam_config_from
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = _wrong_indices(tensors)
+    if wrong:
+        detail = f"{wrong[0]} is of no integer type, or points outside its table"
+        return failed(PROOF, "loads", detail, wrong), None
     try:
         with torch.device("meta"):
             encoder = SamEncoder(sam_config_from(shapes)) if family == "sam" else ClipEncoder(clip_config_from(shapes))
@@ -69,19 +75,49 @@ def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, t
     return passed(PROOF, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
 
 
+def _wrong_indices(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """position_ids that cannot be run: on a GPU an index out of range ends the whole process."""
+    ids, table = tensors.get("embeddings.position_ids"), tensors.get("embeddings.position_embedding.weight")
+    if ids is None or table is None or not ids.numel():
+        return []
+    fits = ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
+    return [] if fits else ["embeddings.position_ids"]
+
+
+def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tensor]) -> Check | None:
+    """None if the encoder is built as the source's tensors, by the hub's names, say that theirs is."""
+    from converter.encoders import clip_config_from, sam_config_from
+
+    shapes = {name: tensor.shape for name, tensor in hub.items()}
+    theirs = vars(sam_config_from(shapes) if family == "sam" else clip_config_from(shapes))
+    ours = vars(encoder.config)
+    differing = [name for name, value in theirs.items() if ours[name] != value]
+    detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
+    return failed(PROOF, "sizes", detail, []) if differing else None
+
+
 def check_values(names: list[str], get: Reader) -> list[Check]:
     """NaN and infinity are wrong; constant tensors are pointed out, for exchanging them would change nothing."""
     broken, constant = [], []
     for name in names:
-        tensor = get(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        lowest, highest = _range(get(name))
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken.append(name)
-        elif tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
+        elif lowest == highest and math.prod(get(name).shape) > 1:
             constant.append(name)
     if broken:
         detail = f"{len(broken)} tensors hold NaN or infinity, {broken[0]} first"
         return [failed(PROOF, "finite", detail, broken), *_constant(constant)]
     return [passed(PROOF, "finite", f"no NaN and no infinity in {len(names)} tensors"), *_constant(constant)]
+
+
+def _range(tensor: torch.Tensor) -> tuple[float, float]:
+    """The lowest and the highest element, found in one pass; NaN where any is."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    # Types of one byte have no such operation of their own.
+    lowest, highest = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    return float(lowest), float(highest)
 
 
 def _constant(names: list[str]) -> list[Check]:

@@ -1,0 +1,57 @@
+"""A verification for people and machines: a table on the terminal, JUnit, GitHub annotations, a page to open.
+
+Each view imports its library when it is asked for: a verdict on the terminal waits for no template engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converter.errors import OutputError
+from converter.stage import staged, write_all
+from converter.verify.result import Verification
+
+
+def terminal(found: Verification) -> None:
+    """The verdict and what it rests on, as a table on stderr."""
+    from converter.verify.views.table import show
+
+    show(found)
+
+
+def github(found: Verification) -> None:
+    """Annotations on stderr, and a summary in the file that $GITHUB_STEP_SUMMARY names."""
+    from converter.verify.views.actions import annotate
+
+    annotate(found)
+
+
+def check_files(*paths: Path | None) -> None:
+    """OutputError if a report could not be written there, asked before the minutes that it would report on."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: there is no folder {path.parent}\ncreate it, or choose another path")
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder\ngive a file's path")
+
+
+def write_files(
+    found: Verification, html: Path | None = None, junit: Path | None = None, command: str | None = None
+) -> None:
+    """Write the reports that were asked for, over older ones, each whole or not at all.
+
+    `command` is the command line that the page gives for repeating the verification.
+    """
+    if html is not None:
+        from converter.verify.views.html import page
+
+        _write(html, page(found, command))
+    if junit is not None:
+        from converter.verify.views.junit import document
+
+        _write(junit, document(found))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with staged(path, force=True) as fd:
+        write_all(fd, memoryview(data))

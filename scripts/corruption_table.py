@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Runs the catalogue of corruptions on tiny encoders and writes docs/verification/corruptions.md: who caught what.
+
+With `--gpu results.json`, from verify_on_gpu.py, the table also holds what was seen at true size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+TABLE = ROOT / "docs" / "verification" / "corruptions.md"
+TITLES = {
+    "weights": (
+        "Wrong weights",
+        "Tensors changed in a correct conversion. Names and shapes stay right, so structure alone sees few of them.",
+    ),
+    "file": ("Wrong files", "Names, types, bytes, or a source that the file was not made from."),
+    "architecture": (
+        "Wrong encoders",
+        "The file is right; a mistake was patched into our encoder for one run. Only running it beside another "
+        "implementation can tell.",
+    ),
+}
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=TABLE, help="default %(default)s")
+    parser.add_argument("--gpu", type=Path, metavar="RESULTS", help="results.json of verify_on_gpu.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--only", default="", metavar="NAMES", help="these corruptions alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
+    args = parser.parse_args()
+    rows = run_all([name for name in args.only.split(",") if name], args.jobs)
+    if args.json:
+        args.json.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    gpu = json.loads(args.gpu.read_text()) if args.gpu else None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(document(rows, gpu)) + "\n")
+    missed = [f"{name} ({family})" for (name, family), row in rows.items() if row["ok"]]
+    print(f"{args.out}: {len(rows)} runs, {len(missed)} missed {' '.join(missed)}")
+    return 1 if missed else 0
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def run_all(only: list[str], jobs: int) -> Rows:
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        parts = pool.starmap(run_part, [(only, index, jobs) for index in range(jobs)])
+    return {(row["name"], row["family"]): row for part in parts for row in part}
+
+
+def run_part(only: list[str], index: int, count: int) -> list[dict[str, Any]]:
+    import corruptions
+    import torch
+
+    torch.set_num_threads(1)
+    cases = [(c, kind) for c, kind in corruptions.cases() if not only or c.name in only]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subjects = corruptions.tiny_subjects(folder)
+        rows = [corruptions.run(c, subjects[kind], folder, device="cpu")[0] for c, kind in cases[index::count]]
+    return corruptions.as_json(rows)
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
+    true: Rows = {}
+    if gpu is not None:
+        found = gpu["corruptions"]["rows"]
+        true = {(row["name"], row["family"]): row for row in found if row["name"] != "none" and "error" not in row}
+    names = {name for name, _ in rows}
+    caught = sum(not row["ok"] for row in rows.values())
+    yield "# What the verification catches"
+    yield ""
+    yield (
+        f"{len(names)} ways to get a conversion wrong (`tests/corruptions.py`), each applied to a correct conversion "
+        f"of SAM, of CLIP, or of both: {len(rows)} runs, {caught} caught. This page is written by "
+        "`scripts/corruption_table.py`; `tests/test_corruptions.py` holds the same in the test suite, and that 200 "
+        "correct conversions of random layouts and sizes pass."
+    )
+    yield ""
+    yield (
+        "S, B, O: caught by structure, bytes, outputs. The figure is the largest error of any block over its bar, "
+        "which is 4 times the noise floor measured in the same run: what is over 1 fails. No figure: the file's shapes "
+        "fit no such encoder, or its values are not finite. Refused: the files were not accepted at all."
+    )
+    yield ""
+    yield from seen_on(gpu, true)
+    for kind, (title, text) in TITLES.items():
+        chosen = {key: row for key, row in rows.items() if row["kind"] == kind}
+        if chosen:
+            yield from section(title, text, chosen, true)
+    quiet = sorted({row["name"] for row in rows.values() if row["quiet"]})
+    yield "## What no output shows"
+    yield ""
+    yield ", ".join(f"`{name}`" for name in quiet) + (
+        ": the outputs stay within the noise of float32, or do not change at all (the softmax cancels k's bias; the "
+        "class embedding and its position are only ever added). A check of outputs alone passes them, however exact. "
+        "Bytes catch them."
+    )
+
+
+def seen_on(gpu: dict[str, Any] | None, true: Rows) -> Iterator[str]:
+    import torch
+    import transformers
+
+    yield (
+        f"Tiny: twelve layers of 48 (SAM) and 128 (CLIP) channels on a CPU, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}."
+    )
+    if gpu is not None:
+        about, not_run = gpu["environment"], len(gpu["corruptions"]["not_run"])
+        caught = sum(not row["ok"] for row in true.values())
+        yield (
+            f"True size: SAM-base and CLIP-L with seeded weights on one {about.get('gpu', 'CPU')}, "
+            f"torch {about['libraries']['torch']}, transformers {about['libraries']['transformers']}; "
+            f"{len(true)} runs, {caught} caught" + (f", {not_run} for which there was no time." if not_run else ".")
+        )
+    yield ""
+
+
+def section(title: str, text: str, rows: Rows, true: Rows) -> Iterator[str]:
+    yield f"## {title}"
+    yield ""
+    yield text
+    yield ""
+    columns = ["SAM", "CLIP", *(["SAM, true size", "CLIP, true size"] if true else [])]
+    yield f"| name | mistake | {' | '.join(columns)} |"
+    yield "|---" * (2 + len(columns)) + "|"
+    for name in dict.fromkeys(sorted_names(rows)):
+        cells = [
+            cell(table, name, family) for table in ([rows, true] if true else [rows]) for family in ("sam", "clip")
+        ]
+        what = next(row["what"] for (other, _), row in rows.items() if other == name)
+        yield f"| `{name}` | {what} | {' | '.join(cells)} |"
+    yield ""
+
+
+def sorted_names(rows: Rows) -> list[str]:
+    """In the catalogue's order."""
+    import corruptions
+
+    names = {name for name, _ in rows}
+    return [corruption.name for corruption in corruptions.CATALOGUE if corruption.name in names]
+
+
+def cell(rows: Rows, name: str, family: str) -> str:
+    row = rows.get((name, family)) or (rows.get((name, "compressor")) if family == "sam" else None)
+    if row is None:
+        return ""
+    if row["refused"]:
+        return "refused"
+    if row["ok"]:
+        return "**missed**"
+    proofs = " ".join(proof[0].upper() for proof, caught in row["caught"].items() if caught)
+    ratio = row["ratio"]
+    return f"{proofs} {figure(ratio)}" if isinstance(ratio, float) else proofs
+
+
+def figure(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

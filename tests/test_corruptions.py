@@ -1,0 +1,197 @@
+"""The verification notices: every corruption of the catalogue is caught and named, and correct conversions pass."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import corruptions
+import models
+import pytest
+import test_oracles
+import torch
+from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
+
+import converter
+from converter.verify import verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only wait for each other, and for the other tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    return corruptions.tiny_subjects(tmp_path_factory.mktemp("subjects"))
+
+
+def test_the_catalogue_is_large_enough() -> None:
+    assert len({corruption.name for corruption in corruptions.CATALOGUE}) == len(corruptions.CATALOGUE) >= 150
+    families = Counter(family for corruption in corruptions.CATALOGUE for family in corruption.families)
+    assert min(families["sam"], families["clip"]) >= 60
+    for corruption in corruptions.CATALOGUE:
+        assert (corruption.kind == ARCHITECTURE) == bool(corruption.patch) == bool(corruption.culprit), corruption.name
+
+
+@pytest.mark.parametrize("kind", ["sam", "clip", "compressor"])
+def test_uncorrupted_they_pass(kind: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
+    row, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
+    assert row.ok and row.caught == {"structure": False, "bytes": False, "outputs": False}
+    # Not passed narrowly: the two implementations do the same steps in the same order.
+    assert row.ratio is not None and row.ratio < 0.5
+
+
+@pytest.mark.parametrize(("corruption", "kind"), corruptions.cases(), ids=lambda value: getattr(value, "name", value))
+def test_every_corruption_is_caught_and_named(
+    corruption: Corruption, kind: str, subjects: dict[str, Subject], tmp_path: Path
+) -> None:
+    row, found = corruptions.run(corruption, subjects[kind], tmp_path, device="cpu")
+    assert not row.ok
+    if row.refused:
+        assert corruption.kind == FILE
+        return
+    assert found is not None and corruptions.unnamed(row, found) == []
+    if corruption.kind == ARCHITECTURE:
+        # The file is right: only running it can tell, and what is blamed first is where the mistake is.
+        assert row.caught == {"structure": False, "bytes": False, "outputs": True}
+        assert row.first.endswith(row.expected)
+    else:
+        assert row.caught["structure"] or row.caught["bytes"]
+        _check_blame(row, subjects[kind])
+    if corruption.kind == WEIGHTS:
+        assert row.caught["bytes"]
+        # Shapes that fit no encoder cannot be run.
+        assert row.caught["outputs"] in ([False] if corruption.quiet else [True, None])
+        assert row.caught["outputs"] or row.quiet or row.caught["structure"]
+
+
+def _check_blame(row: Row, subject: Subject) -> None:
+    """No block before the first changed tensor's is blamed by the outputs; where it shows at all, that one is first."""
+    if not row.caught["outputs"] or not row.changed:
+        return
+    order = [*(f"{subject.names.block}.{i}." for i in range(subject.names.depth)), "neck", "vision_model."]
+    expected = min(_stage(name, order) for name in row.changed)
+    assert _stage(row.first + ".", order) == expected
+
+
+def _stage(name: str, order: list[str]) -> int:
+    """Where a tensor comes into the computation: everything before the blocks is felt in the first of them."""
+    if name.startswith("net_"):
+        name = "vision_model."
+    return next((i for i, prefix in enumerate(order) if name.startswith(prefix)), 0)
+
+
+IN_THE_CHAIN = [
+    case for case in corruptions.cases() if case[0].name.startswith("chain-") or "antialias" in case[0].name
+]
+
+
+@pytest.mark.parametrize(("corruption", "kind"), IN_THE_CHAIN, ids=lambda value: getattr(value, "name", value))
+def test_a_transformers_without_the_chain_notices_too(
+    corruption: Corruption, kind: str, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("converter.verify.chain._MODULE", "transformers.models.none_such")
+    right, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
+    assert right.ok and right.ratio is not None and right.ratio < 0.5
+    row, found = corruptions.run(corruption, subjects[kind], tmp_path, device="cpu")
+    assert (
+        found is not None and found.traces[-1].name.startswith("transformers") and "together" in found.traces[-1].name
+    )
+    assert row.caught["outputs"] and row.first.endswith(row.expected)
+
+
+# The scripts ----------------------------------------------------------------------------------------------------------
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path) -> None:
+    only = "qkv-order-kqv,sam-eps,clip-no-antialias,net-3-zeroed,data-truncated"
+    command = [sys.executable, str(SCRIPTS / "verify_on_gpu.py"), str(tmp_path), "--tiny", "--device", "cpu"]
+    subprocess.run([*command, "--dtypes", "bfloat16", "--workers", "2", "--only", only], check=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["summary"]["ok"] and results["summary"]["verified"] == 4
+    assert results["summary"]["caught"] == 7 and results["summary"]["caught_by"]["outputs"] == 5
+    assert {row["exit_code"] for row in results["verifications"]} == {0}
+    table = [sys.executable, str(SCRIPTS / "corruption_table.py"), "-o", str(tmp_path / "table.md"), "--jobs", "1"]
+    subprocess.run([*table, "--only", only, "--gpu", str(tmp_path / "results.json")], check=True)
+    text = (tmp_path / "table.md").read_text()
+    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "7 runs, 7 caught" in text
+
+
+# No false alarms ------------------------------------------------------------------------------------------------------
+
+ROUNDS = 200
+SETTINGS = ("DEPTH", "WIDTH", "HEADS", "MLP", "GRID", "PATCH", "NECK", "WINDOW", "GLOBAL_BLOCKS")
+CLIP_SETTINGS = ("CLIP_DEPTH", "CLIP_WIDTH", "CLIP_HEADS", "CLIP_MLP", "CLIP_PATCH", "CLIP_IMAGE")
+
+
+def resize(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
+    """Other sizes for the tiny models."""
+    depth, heads, grid = draw.randint(1, 4), draw.randint(1, 3), draw.randint(3, 8)
+    blocks = tuple(sorted(draw.sample(range(depth), draw.randint(0, depth))))
+    width = heads * draw.choice([4, 8, 12])
+    neck = 8 * draw.randint(1, 4)
+    sizes = (depth, width, heads, draw.randint(5, 80), grid, draw.choice([4, 8, 16]), neck, draw.randint(2, 5), blocks)
+    for name, value in zip(SETTINGS, sizes, strict=True):
+        monkeypatch.setattr(models, name, value)
+    heads, patch = draw.randint(1, 2), draw.choice([7, 14, 16])
+    # Only transformers' and timm's take a width of the MLP of its own.
+    clip = (draw.randint(1, 4), 64 * heads, heads, 256 * heads, patch, patch * draw.randint(2, 6))
+    for name, value in zip(CLIP_SETTINGS, clip, strict=True):
+        monkeypatch.setattr(models, name, value)
+    forget()
+
+
+def forget() -> None:
+    """The models module keeps what it made."""
+    for function in vars(models).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+@pytest.fixture
+def _models_as_they_were() -> Iterator[None]:
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("_models_as_they_were")
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_correct_conversions_pass(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    draw = random.Random(number)
+    with monkeypatch.context() as patched:
+        resize(patched, draw)
+        layout = list(test_oracles.LAYOUTS)[number % len(test_oracles.LAYOUTS)]
+        family, mapping, make = test_oracles.LAYOUTS[layout]
+        state, _ = make()
+        # Without a patch embedding (Unlimited-OCR) a conversion takes the patch to be 14 pixels.
+        resampled = family == "clip" and mapping != "clip-unlimited-ocr-hf" and draw.random() < 0.3
+        image_size = models.CLIP_PATCH * draw.randint(2, 6) if resampled else None
+    stored = getattr(torch, draw.choice(["float32", "float32", "float32", "float64", "float16", "bfloat16"]))
+    state = {
+        name: tensor.to(stored) if tensor.is_floating_point() else tensor
+        for name, tensor in corruptions.calm(state, number).items()
+    }
+    save = draw.choice([test_oracles.save_zip, test_oracles.save_legacy, test_oracles.save_safetensors])
+    source = save(state, tmp_path)
+    out = tmp_path / "out.safetensors"
+    dtype = draw.choice(["keep", "keep", "float32", "bfloat16", "float16"])
+    converter.convert(str(source), family, out=out, dtype=dtype, image_size=image_size)
+    precision = draw.choice(["float32", "float32", "float32", "bfloat16", "float16"])
+    size = 16 * draw.randint(3, 12)
+    found = verify(str(out), str(source), device="cpu", dtype=precision, sizes=[size])
+    assert found.mapping == mapping
+    assert {check.proof for check in found.checks if check.verdict == "passed"} == {"structure", "bytes", "outputs"}
+    assert [check for check in found.checks if check.verdict in ("failed", "skipped")] == []
+    assert found.ok

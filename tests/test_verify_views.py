@@ -1,0 +1,505 @@
+"""What people and machines are shown of a verification: nothing lost, nothing from a file that steers the reader."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import junitparser
+import models
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+import converter
+from converter.errors import ContainerError, OutputError
+from converter.verify import pictures, views
+from converter.verify.result import Picture, Trace, Verification, failed, noted, passed, skipped
+from converter.verify.views import actions, html, junit, plot, table, words
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "<script>alert('x')</script>]]>\x1b[31m\r\n::set-env name=a::b%0A|`c`[d](http://e.f)\u202e\x00&amp;"
+
+GOOD = Trace("reference at 224 x 224", [f"blocks.{i}" for i in range(12)] + ["neck"], [3e-7] * 13, [6e-7] * 13, 4.0)
+BAD = GOOD._replace(errors=[0.0] + [3e-7] * 5 + [1e-2] * 6 + [math.inf])
+
+
+def verification(**changes: object) -> Verification:
+    checks = [
+        passed("structure", "layout", "294 tensors have the names, shapes and types of deepencoder-clip"),
+        noted("structure", "missing", "loading it misses exactly net_2.weight", ["net_2.weight"]),
+        passed("bytes", "tensors", "294 tensors equal their sources in every bit"),
+        passed("outputs", GOOD.name, "relative error 3e-07; bar 2.4e-06", error=3e-7, bar=2.4e-6),
+    ]
+    found = Verification(
+        converted="deepencoder-clip.safetensors",
+        source="clip",
+        family="clip",
+        mapping="clip-hf",
+        reference="transformers 5.0 CLIPVisionModel",
+        device="CPU, 2 threads",
+        dtype="float32",
+        environment={"dsocr-convert": "1.0", "torch": "2.9"},
+        checks=checks,
+        traces=[GOOD],
+        seconds={"structure": 0.1, "bytes": 0.5, "outputs": 12.3},
+        key_map={f"layers.{i}.qkv.weight": [f"h.{i}.{part}" for part in "qkv"] for i in range(3)}
+        | {"position_ids": []},
+    )
+    return found._replace(**changes)
+
+
+def wrong(count: int = 40, name: str = "layers.{}.weight") -> Verification:
+    """A verification with `count` wrong tensors."""
+    names = [name.format(i) for i in range(count)]
+    faults = [failed("bytes", n, f"{n} differs from its source", [n], error=math.nan) for n in names]
+    blamed = failed("outputs", "chain", "blocks.6 is the first to diverge", ["blocks.6", "blocks.7", "rule 3"])
+    return verification(checks=[*verification().checks[:2], *faults, blamed], traces=[BAD])
+
+
+def hostile() -> Verification:
+    """Hostile text wherever text goes."""
+    found = wrong(3, HOSTILE + "{}")
+    texts = dict.fromkeys(("converted", "source", "family", "mapping", "reference", "device", "dtype"), HOSTILE)
+    return found._replace(
+        **texts,
+        environment={"torch": HOSTILE},
+        checks=[*found.checks, skipped("outputs", HOSTILE, HOSTILE), noted("structure", HOSTILE, HOSTILE, [HOSTILE])],
+        traces=[BAD._replace(name=HOSTILE, blocks=[f"{HOSTILE}.{i}" for i in range(13)])],
+        key_map={HOSTILE: [HOSTILE]},
+        pictures=[Picture(HOSTILE, HOSTILE, b"")],
+    )
+
+
+ALL = {"good": verification, "wrong": wrong, "hostile": hostile, "empty": lambda: verification(checks=[], traces=[])}
+
+
+@pytest.fixture(params=ALL)
+def found(request: pytest.FixtureRequest) -> Verification:
+    return ALL[request.param]()
+
+
+# Words ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_what_it_leaves_open() -> None:
+    assert words.verdict(verification()) == "VERIFIED: 3 checks passed, none failed"
+    partly = verification(checks=[passed("structure", "layout", ""), skipped("bytes", "tensors", "no --source")])
+    assert words.verdict(partly) == "VERIFIED as far as was checked: 1 check passed; not checked: bytes"
+    assert words.verdict(verification(checks=[])) == "NOT VERIFIED: nothing was proved"
+    assert words.verdict(wrong(1)) == "NOT VERIFIED: 2 checks failed, first bytes: layers.0.weight"
+
+
+def test_culprits_are_told_once_each_by_their_whole_names() -> None:
+    check = failed("outputs", "chain", "layers.10 is the first to diverge", ["layers.10", "layers.1", "chain"])
+    assert words.unsaid(check) == ["layers.1"]
+
+
+# Terminal ---------------------------------------------------------------------------------------------------------
+
+
+def shown(found: Verification, **options: object) -> str:
+    file = io.StringIO()
+    table.show(found, Console(file=file, width=150, markup=False, **options))
+    return file.getvalue()
+
+
+def test_terminal_without_colours_has_no_escapes(found: Verification, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(found)
+    assert text.replace("\n", "").isprintable()
+    assert words.printable(words.verdict(found)) in text
+    # No line that GitHub would take for a command.
+    assert not any(line.lstrip().startswith("::") for line in text.splitlines())
+
+
+def test_terminal_has_colours_where_it_can() -> None:
+    assert "\x1b[1;31mNOT VERIFIED" in shown(wrong(1), force_terminal=True, color_system="standard", no_color=False)
+
+
+def test_terminal_folds_many_failures_and_lists_culprits() -> None:
+    text = shown(wrong(40))
+    assert "layers.11.weight" in text and "layers.12.weight" not in text and "and 28 more" in text
+    assert "also: blocks.7, rule 3" in text
+    for part in ("structure 0.1 s, bytes 0.5 s, outputs 12.3 s", "CPU, 2 threads, float32", "CLIPVisionModel"):
+        assert part in text
+
+
+def test_terminal_writes_to_stderr_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    views.terminal(verification())
+    out, err = capfd.readouterr()
+    assert out == "" and "VERIFIED: 3 checks passed" in err
+
+
+# JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_strict_and_complete(found: Verification) -> None:
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert document["verified"] is found.ok and "pictures" not in document
+    assert [check["name"] for check in document["checks"]] == [check.name for check in found.checks]
+    assert document["key_map"] == found.key_map
+    for trace, same in zip(document["traces"], found.traces, strict=True):
+        assert trace["errors"] == [error if math.isfinite(error) else None for error in same.errors]
+
+
+# JUnit ------------------------------------------------------------------------------------------------------------
+
+
+def test_junit_parses_back_with_every_check(found: Verification) -> None:
+    report = junitparser.JUnitXml.fromstring(junit.document(found))
+    cases = [case for suite in report for case in suite]
+    kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped}
+    ordered = [check for checks in words.proofs(found).values() for check in checks]
+    assert [case.name for case in cases] == [words.printable(check.name) for check in ordered]
+    assert len(cases) == report.tests == len(found.checks)
+    for case, check in zip(cases, ordered, strict=True):
+        assert [type(result) for result in case.result] == ([kinds[check.verdict]] if check.verdict in kinds else [])
+        if check.verdict in ("passed", "noted"):
+            assert words.printable(check.detail, keep="\n") in case.system_out
+    assert report.failures == sum(check.verdict == "failed" for check in found.checks)
+    assert report.skipped == sum(check.verdict == "skipped" for check in found.checks)
+
+
+def test_junit_names_suites_culprits_times_and_what_it_ran_on() -> None:
+    report = junitparser.JUnitXml.fromstring(junit.document(wrong(1)))
+    suites = {suite.name: suite for suite in report}
+    assert list(suites) == ["dsocr-verify.structure", "dsocr-verify.bytes", "dsocr-verify.outputs"]
+    assert suites["dsocr-verify.outputs"].time == 12.3
+    (case,) = suites["dsocr-verify.outputs"]
+    assert "at fault: rule 3" in case.result[0].text
+    properties = {entry.name: entry.value for entry in suites["dsocr-verify.bytes"].properties()}
+    assert properties["reference"] == "transformers 5.0 CLIPVisionModel" and properties["torch"] == "2.9"
+    assert properties["device"] == "CPU, 2 threads"
+
+
+# GitHub -----------------------------------------------------------------------------------------------------------
+
+
+def test_github_escapes_as_its_toolkit_does() -> None:
+    assert actions.escape_data("50%\r\na:b,c") == "50%25%0D%0Aa:b,c"
+    assert actions.escape_property("50%\r\na:b,c") == "50%25%0D%0Aa%3Ab%2Cc"
+
+
+def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Verification) -> None:
+    lines = actions.commands(found)
+    assert all(
+        re.fullmatch(r"::(error|notice) title=[^:,\n\r]*::[^\n\r]*", line) and line.isprintable() for line in lines
+    )
+    assert sum(line.startswith("::error") for line in lines) <= 10
+
+
+def test_github_counts_what_it_does_not_show() -> None:
+    lines = actions.commands(wrong(40))
+    assert lines[9] == "::error title=dsocr-verify::and 32 more checks failed"
+    assert lines[0] == (
+        "::error title=dsocr-verify%2C bytes%3A layers.0.weight::layers.0.weight differs from its source"
+    )
+
+
+def test_github_annotates_stderr_and_appends_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "summary.md"
+    path.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    views.github(wrong(1))
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("::error ") == 2 and err.count("::notice ") == 1
+    text = path.read_text()
+    assert text.startswith("before\n## ❌ NOT VERIFIED") and text.count("✗ failed") == 2
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    with pytest.raises(OutputError, match="step summary"):
+        views.github(wrong(1))
+
+
+def test_github_summary_has_no_markup_from_names() -> None:
+    text = actions.summary(hostile())
+    assert "<script" not in text and "`" not in text and "](" not in text and "http:" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(hostile().checks) and all(row.count("|") == 5 for row in rows)
+
+
+# HTML -------------------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "img", "br", "line", "link", "input", "hr", "polyline", "circle", "path"}
+
+
+class Outline(HTMLParser):
+    """Tags, with what they hold; every tag is closed by its own."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.data: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.data.append(data)
+
+    def find(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_html_is_well_formed_self_contained_and_passive(found: Verification) -> None:
+    text = html.page(found).decode()
+    outline = Outline(text)
+    names = {tag for tag, _ in outline.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "form", "base"}
+    for tag, attributes in outline.tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    shown = "".join(outline.data)
+    assert words.printable(words.verdict(found), keep="\n").replace("\n", "") in shown.replace("\n", "")
+    assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
+
+
+def test_html_shows_every_block_once(found: Verification) -> None:
+    outline = Outline(html.page(found).decode())
+    marks = [a for tag, a in outline.tags if tag in ("circle", "path") and "point" in str(a.get("class"))]
+    assert len(marks) == sum(len(trace.blocks) for trace in found.traces)
+    over = [a for a in marks if "over" in str(a["class"])]
+    assert len(over) == sum(
+        not error <= trace.bar * floor
+        for trace in found.traces
+        for error, floor in zip(trace.errors, trace.floors, strict=True)
+    )
+    assert len(outline.find("polyline")) == 2 * len(found.traces)
+    # What is not to be seen has words.
+    assert all(image["alt"] for image in outline.find("img"))
+    assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in outline.find("svg"))
+
+
+def test_html_folds_layers_and_gives_the_command() -> None:
+    text = html.page(verification(), "dsocr-verify a --source b").decode()
+    assert "dsocr-verify a --source b" in text
+    assert html.fold(verification().key_map) == [
+        ("layers.{}.qkv.weight", 3, ["h.{}.q", "h.{}.k", "h.{}.v"]),
+        ("position_ids", 1, []),
+    ]
+    assert (
+        "dsocr-verify deepencoder-clip.safetensors --source clip --dtype float32" in html.page(verification()).decode()
+    )
+
+
+def test_a_plot_keeps_every_mark_and_name_within_it() -> None:
+    names = ["patch_embed", *(f"sam_model.blocks.{i}" for i in range(12)), "sam_model.neck"]
+    names += [*(f"vision_model.transformer.layers.{i}" for i in range(24)), "concatenation"]
+    for errors in ([0.0] * 39, [math.nan] * 39, [10.0 ** (i - 30) for i in range(39)], [1e300] * 39):
+        drawn = plot.plot(Trace("chain", names, errors, [1e-7] * 39, 4.0))
+        assert drawn is not None and len(drawn.points) == 39
+        assert all(plot.TOP <= point.y <= plot.BOTTOM for point in drawn.points)
+        assert all(plot.LEFT < point.x < plot.RIGHT for point in drawn.points)
+        ys = [label.y for label in drawn.ends]
+        assert all(b - a >= 13.9 for a, b in itertools.pairwise(ys)) and ys[-1] <= plot.BOTTOM
+        assert all(0 < len(group.text) * 3.5 <= group.middle <= plot.WIDTH for group in drawn.groups)
+    assert plot.plot(Trace("nothing", [], [], [], 0.0)) is None
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("make", "colour"), [(verification, (26, 127, 55)), (wrong, (179, 38, 30))])
+def test_html_in_a_browser(make: object, colour: tuple[int, int, int], dark: bool, tmp_path: Path) -> None:
+    assert callable(make)
+    found = make()
+    seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(1, 16, 8, 8)
+    found = found._replace(pictures=pictures.draw("encoder at 64 x 64", seen, reference, reference))
+    views.write_files(found, html=tmp_path / "page.html")
+    shot = tmp_path / "page.png"
+    dom = browse(tmp_path, "--dump-dom", dark=dark)
+    assert words.verdict(found) in dom and dom.count("<svg") == 1
+    browse(tmp_path, f"--screenshot={shot}", dark=dark)
+    with Image.open(shot) as image:
+        pixels = image.convert("RGB")
+    counts = {value: count for count, value in pixels.getcolors(1 << 24)}
+    background = max(counts, key=lambda value: counts[value])
+    assert background == ((15, 19, 24) if dark else (255, 255, 255))
+    # The verdict's edge in its colour, the plot's lines and points, the pictures: all drawn.
+    verdict = {(26, 127, 55): (87, 196, 111), (179, 38, 30): (255, 138, 128)}[colour] if dark else colour
+    assert counts.get(verdict, 0) > 400
+    assert counts.get((130, 177, 255) if dark else (11, 87, 208), 0) > 100
+    assert len(counts) > 1000
+
+
+QUIET = [
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "hide-scrollbars", "window-size=1000,2600",
+]  # fmt: skip
+
+
+def browse(folder: Path, *options: str, dark: bool) -> str:
+    """What headless Chromium prints of the folder's page."""
+    assert CHROMIUM is not None
+    quiet = [f"--{name}" for name in QUIET]
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [CHROMIUM, *quiet, *scheme, profile, *options, (folder / "page.html").as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=90).stdout
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_replace_older_ones_whole_or_not_at_all(tmp_path: Path) -> None:
+    page, report = tmp_path / "a.html", tmp_path / "a.xml"
+    page.write_text("old")
+    views.write_files(verification(), html=page, junit=report)
+    assert page.read_bytes().startswith(b"<!DOCTYPE html>") and report.read_bytes().startswith(b"<?xml")
+    assert sorted(tmp_path.iterdir()) == [page, report]
+
+
+def test_a_file_that_cannot_be_written_is_told_beforehand_and_after(tmp_path: Path) -> None:
+    for path in (tmp_path / "none" / "a.html", tmp_path):
+        with pytest.raises(OutputError):
+            views.check_files(None, path)
+        with pytest.raises(OutputError):
+            views.write_files(verification(), html=path)
+    views.check_files(None, tmp_path / "a.html")
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_normalised_and_the_same_at_every_size() -> None:
+    small, large = (pictures.pixels(pictures.page(size), size) for size in (128, 512))
+    assert small.shape == (1, 3, 128, 128) and large.shape == (1, 3, 512, 512)
+    assert -1 <= large.min() < -0.6 and 0.9 < large.max() <= 1
+    shrunk = torch.nn.functional.interpolate(large, size=128, mode="area")
+    assert (shrunk - small).abs().mean() < 0.05
+    assert torch.equal(large, pictures.pixels(pictures.page(512), 512))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 8, 8), (1, 8, 8, 16), (1, 64, 16), (1, 65, 16)])
+def test_features_are_drawn_in_the_colours_of_the_source(shape: tuple[int, ...]) -> None:
+    seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(shape)
+    other = reference.clone()
+    other[0, -1] += 5
+    drawn = {picture.name: picture.png for picture in pictures.draw("run", seen, reference, reference)}
+    assert list(drawn) == ["image", "source", "converted", "difference"] and drawn["source"] == drawn["converted"]
+    assert Image.open(io.BytesIO(drawn["difference"])).getextrema() == ((0, 0),) * 3
+    changed = {picture.name: picture.png for picture in pictures.draw("run", seen, reference, other)}
+    assert changed["source"] == drawn["source"] != changed["converted"]
+    assert Image.open(io.BytesIO(changed["difference"])).getextrema()[0][1] > 200
+
+
+def test_features_that_lie_on_no_grid_or_are_not_finite() -> None:
+    seen = torch.zeros(1, 3, 32, 32)
+    assert pictures.draw("run", seen, torch.randn(1, 7, 4), torch.randn(1, 7, 4)) == []
+    assert len(pictures.draw("run", seen, torch.zeros(1, 16, 4), torch.full((1, 16, 4), math.nan))) == 4
+    assert len(pictures.draw("run", seen, torch.randn(1, 16, 2), torch.randn(1, 16, 2))) == 4
+
+
+def test_an_image_of_ones_own(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "a.png")
+    values = pictures.pixels(pictures.load(tmp_path / "a.png"), 64)
+    assert values[0, :, 32, 32].tolist() == [1, -1, -1] and abs(float(values[0, 0, 0, 0])) < 0.01
+    (tmp_path / "b.png").write_text("none")
+    for name in ("b.png", "c.png"):
+        with pytest.raises(ContainerError, match="cannot be read as an image"):
+            pictures.load(tmp_path / name)
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP, converted, and one in which q and k have been exchanged."""
+    path = tmp_path_factory.mktemp("views")
+    torch.save(models.clip_hf().state_dict(), path / "clip.bin")
+    converter.convert(path / "clip.bin", "clip", out=path / "good.safetensors")
+    converter.convert(path / "clip.bin", "clip", out=path / "bad.pth", format="pth")
+    state = torch.load(path / "bad.pth", weights_only=True)
+    key = "transformer.layers.1.self_attn.qkv_proj.weight"
+    q, k, v = state[key].chunk(3)
+    torch.save({**state, key: torch.cat([k, q, v])}, path / "bad.pth")
+    return path
+
+
+def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("dsocr-verify")
+    return subprocess.run(
+        [program, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "code"), [("good.safetensors", 0), ("bad.pth", 1)])
+def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 50), "#336699").save(tmp_path / "mine.png")
+    options = ["--sizes", "512", "--device", "cpu", "--image", "mine.png", "--html", "r.html", "--junit", "r.xml"]
+    arguments = [folder / name, "--source", folder / "clip.bin", *options, "--json", "--github"]
+    done = run(*arguments, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "s.md"))
+    assert done.returncode == code, done.stderr
+    document = json.loads(done.stdout)
+    faults = [check for check in document["checks"] if check["verdict"] == "failed"]
+    assert document["verified"] is (code == 0) and bool(faults) is (code == 1)
+    qkv = [f"vision_model.encoder.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
+    assert document["key_map"]["transformer.layers.1.self_attn.qkv_proj.weight"] == qkv
+    report = junitparser.JUnitXml.fromfile(str(tmp_path / "r.xml"))
+    assert (report.tests, report.failures) == (len(document["checks"]), len(faults))
+    assert done.stderr.count("::error ") == len(faults)
+    assert ("❌" if code else "✅") in (tmp_path / "s.md").read_text()
+    outline = Outline((tmp_path / "r.html").read_text())
+    assert len(outline.find("svg")) == len(document["traces"]) == 2
+    assert len(outline.find("img")) == 8
+    assert f"dsocr-verify {folder / name} --source" in "".join(outline.data)
+
+
+def test_a_report_that_cannot_be_written_costs_no_verification(folder: Path, tmp_path: Path) -> None:
+    done = run(folder / "good.safetensors", "--fast", "--html", "none/r.html", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (4, "") and "there is no folder none" in done.stderr
+
+
+def test_the_action_runs_the_command(folder: Path, tmp_path: Path) -> None:
+    action = yaml.safe_load((ROOT / ".github" / "actions" / "verify" / "action.yml").read_text())
+    install, verify = action["runs"]["steps"]
+    # Inputs reach the script by its environment alone: text pasted into a script could be one.
+    assert "${{" not in install["run"] + verify["run"]
+    taken = {
+        name for value in {**install["env"], **verify["env"]}.values() for name in re.findall(r"inputs\.(\w+)", value)
+    }
+    assert taken == set(action["inputs"])
+    for name, code in (("good.safetensors", 0), ("bad.pth", 1)):
+        inputs = {
+            "BIN": str(Path(sys.executable).parent), "CONVERTED": str(folder / name),
+            "SOURCE": str(folder / "clip.bin"), "FAST": "true", "SIZES": "", "DEVICE": "cpu",
+            "JUNIT": "r.xml", "HTML": "",
+            "GITHUB_OUTPUT": str(tmp_path / name), "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md"),
+        }  # fmt: skip
+        assert set(verify["env"]) <= set(inputs)
+        shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", verify["run"]]
+        done = subprocess.run(shell, cwd=tmp_path, env={**os.environ, **inputs}, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert (tmp_path / name).read_text() == f"verified={'false' if code else 'true'}\n"
+        assert (tmp_path / "r.xml").is_file()
