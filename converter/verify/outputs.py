@@ -146,5 +146,6 @@ def judge(
     trace = Trace(what, names, errors, floors, MARGIN)
     figures = {"error": errors[-1], "bar": bar, "floor": floors[-1]}
     if over:
-        return failed(PROOF, what, f"{detail}; {over[0]} is the first to diverge", over, **figures), trace
+        where = f"{over[0]} is the first of {len(over)} to diverge"
+        return failed(PROOF, what, f"{detail}; {where}", over[:1], **figures), trace
     return passed(PROOF, what, detail, **figures), trace
