@@ -204,12 +204,17 @@ def test_ctrl_c_during_a_copy_leaves_nothing_and_no_thread(format: str, tmp_path
     def interrupt(count: int) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False) as fd:
-        outputs = {"x": expr(torch.zeros(BUFFER * 4))}
-        if format == "pth":
-            write_pth(fd, outputs, interrupt)
-        else:
-            write_safetensors(fd, outputs, {}, interrupt)
+    # A shell starts background jobs with this signal ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False) as fd:
+            outputs = {"x": expr(torch.zeros(BUFFER * 4))}
+            if format == "pth":
+                write_pth(fd, outputs, interrupt)
+            else:
+                write_safetensors(fd, outputs, {}, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
 
