@@ -3,6 +3,7 @@
 Annotations are not postponed here: typer would have to compile each of them again at every start.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def verify(
 ) -> None:
     """Prove a conversion by structure, by bytes, and by outputs beside the source's own implementation."""
     chosen = _sizes(sizes)
+    # Gigabytes of attention scores in pages of 4 KiB cost the kernel as much time as the arithmetic takes. torch reads
+    # this as it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Two seconds of torch, which --help and a mistyped option need not wait for.
     from converter.verify import views
     from converter.verify.run import verify as run
