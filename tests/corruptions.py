@@ -1005,22 +1005,22 @@ CATALOGUE: list[Corruption] = [
         lambda: mock.patch.multiple(sam, _to_windows=to_windows_above, _from_windows=from_windows_above),
         "{block}.0",
     ),
-    _a("sam-no-positions", SAM, "positions not added", replace(sam, "resample_grid", no_positions), "{block}.0"),
+    _a("sam-no-positions", SAM, "positions not added", replace(sam, "resample_grid", no_positions), "pos_embed"),
     _a(
         "sam-positions-transposed",
         SAM,
         "positions added column by column",
         replace(sam, "resample_grid", transposed_positions),
-        "{block}.0",
+        "pos_embed",
     ),
     _a(
         "sam-relu-in-compressor",
         SAM,
         "relu between the compressor's convolutions",
         replace(sam.SamEncoder, "forward", compressed_with_relu),
-        "vision_model.transformer.layers.0",
+        "vision_model.pre_layrnorm",
     ),
-    _a("clip-eps", CLIP, "norms with an eps of 1e-6", replace(clip, "EPS", 1e-6), "{block}.0"),
+    _a("clip-eps", CLIP, "norms with an eps of 1e-6", replace(clip, "EPS", 1e-6), "pre_layrnorm"),
     _a("clip-gelu", CLIP, "gelu for quick_gelu", clip_mlp(F.gelu), "{block}.0"),
     _a("clip-gelu-tanh", CLIP, "gelu's tanh approximation for quick_gelu", clip_mlp(tanh_gelu), "{block}.0"),
     _a(
@@ -1035,7 +1035,7 @@ CATALOGUE: list[Corruption] = [
         CLIP,
         "the norm before the blocks left out",
         replace(clip.ClipEncoder, "forward", without_pre_norm),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a(
         "clip-post-norm",
@@ -1056,35 +1056,35 @@ CATALOGUE: list[Corruption] = [
         CLIP,
         "the class token after the patches",
         embeddings(lambda c, p, pos: torch.cat([p, c], 1) + pos),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a(
         "clip-no-class-token",
         CLIP,
         "a class token of zeros",
         embeddings(lambda c, p, pos: torch.cat([c * 0, p], 1) + pos),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a(
         "clip-positions-twice",
         CLIP,
         "positions added twice",
         embeddings(lambda c, p, pos: torch.cat([c, p], 1) + 2 * pos),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a(
         "clip-no-positions",
         CLIP,
         "positions not added",
         embeddings(lambda c, p, pos: torch.cat([c, p], 1)),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a(
         "clip-patches-by-column",
         CLIP,
         "patches column by column",
         embeddings(lambda c, p, pos: torch.cat([c, _by_column(p)], 1) + pos),
-        "{block}.0",
+        "pre_layrnorm",
     ),
     _a("clip-causal", CLIP, "the text tower's causal mask", replace(clip._Attention, "forward", causal), "{block}.0"),
     _a(
@@ -1119,7 +1119,7 @@ def _by_column(patches: Tensor) -> Tensor:
 def _in_both() -> list[Corruption]:
     """Mistakes that either encoder may have, patched into the one under test."""
     found = []
-    for family, module in (("sam", sam), ("clip", clip)):
+    for family, module, positions in (("sam", sam, "pos_embed"), ("clip", clip, "pre_layrnorm")):
         for name, what, patch in (
             ("no-antialias", "positions resampled without antialias", resampled(module)),
             ("bilinear", "positions resampled bilinearly", resampled(module, mode="bilinear", antialias=True)),
@@ -1134,7 +1134,8 @@ def _in_both() -> list[Corruption]:
             ("split-heads", "the fused matrix read head by head", replace(module, "split_heads", split_interleaved)),
             ("norms-last", "norms after attention and MLP", replace(module._Block, "forward", post_norm)),
         ):
-            found.append(_a(f"{family}-{name}", (family,), what, patch, "{block}.0"))
+            first = positions if what.startswith("positions") else "{block}.0"
+            found.append(_a(f"{family}-{name}", (family,), what, patch, first))
     return found
 
 

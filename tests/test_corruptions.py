@@ -18,7 +18,8 @@ import torch
 from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
 
 import converter
-from converter.verify import verify
+from converter import catalogue
+from converter.verify import stages, verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,16 +80,11 @@ def _check_blame(row: Row, subject: Subject) -> None:
     """No block before the first changed tensor's is blamed by the outputs; where it shows at all, that one is first."""
     if not row.caught["outputs"] or not row.changed:
         return
-    order = [*(f"{subject.names.block}.{i}." for i in range(subject.names.depth)), "neck", "vision_model."]
-    expected = min(_stage(name, order) for name in row.changed)
-    assert _stage(row.first + ".", order) == expected
-
-
-def _stage(name: str, order: list[str]) -> int:
-    """Where a tensor comes into the computation: everything before the blocks is felt in the first of them."""
-    if name.startswith("net_"):
-        name = "vision_model."
-    return next((i for i, prefix in enumerate(order) if name.startswith(prefix)), 0)
+    order = stages.names_of(subject.family, subject.names.depth)
+    # SAM alone ends in its neck; its compressor runs in the chain alone, before CLIP's first block.
+    order += ["neck", "vision_model.pre_layrnorm"] * (subject.family == "sam")
+    used = {place: stages.at_work(subject.family, place, row.changed) for place in order}
+    assert row.first.removeprefix("sam_model.") == next(place for place in order if used[place])
 
 
 IN_THE_CHAIN = [
@@ -108,6 +104,28 @@ def test_a_transformers_without_the_chain_notices_too(
         found is not None and found.traces[-1].name.startswith("transformers") and "together" in found.traces[-1].name
     )
     assert row.caught["outputs"] and row.first.endswith(row.expected)
+
+
+def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    """The bytes follow the mapping, wrong as it is; the outputs do not, and lead to the line."""
+    text = catalogue.text("sam-hf")
+    lines = text.splitlines()
+    mapping = tmp_path / "mine.yaml"
+    wrong = [line.replace("neck.layer_norm1", "neck.layer_norm@").replace("neck.layer_norm2", "neck.layer_norm1")
+             .replace("neck.layer_norm@", "neck.layer_norm2") for line in lines]  # fmt: skip
+    assert wrong != lines
+    mapping.write_text("\n".join(wrong))
+    out = tmp_path / "out.safetensors"
+    source = subjects["sam"].source
+    converter.convert(source, "sam", out=out, mapping=mapping)
+    found = verify(str(out), source, mapping=mapping, device="cpu", sizes=subjects["sam"].sizes)
+    (alone,) = [check for check in found.checks if check.proof == "outputs" and check.name.startswith("transformers")][
+        :1
+    ]
+    assert all(check.verdict == "passed" for check in found.checks if check.proof == "bytes")
+    assert alone.verdict == "failed" and alone.culprits[0] == "neck" and "neck.1.weight" in alone.culprits
+    at = [number for number, line in enumerate(wrong, 1) if "neck.layer_norm" in line and "rename" in line]
+    assert at and all(f"{mapping}:{number}" in alone.detail for number in at)
 
 
 # The scripts ----------------------------------------------------------------------------------------------------------

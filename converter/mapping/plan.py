@@ -12,7 +12,7 @@ from converter.errors import MappingError, UsageError
 from converter.mapping.apply import Applied, apply, summary
 from converter.mapping.expr import Arange, Expr, nbytes, sources
 from converter.mapping.ops import CastTo, ResamplePositions
-from converter.mapping.rules import Layout, Mapping, TensorSpec
+from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
 from converter.mapping.shapes import Sizes, fits, resolve, written
 
 
@@ -22,7 +22,8 @@ class Plan:
 
     `dropped` gives each source tensor that is left out and why; `missing` each target tensor that the source cannot
     give and may lack, and why; `filled` each tensor that was made up. `sizes` holds the sizes found and `unusual`
-    those that are not the DeepEncoder's, as name -> (found, DeepEncoder's).
+    those that are not the DeepEncoder's, as name -> (found, DeepEncoder's). `rules` gives each output the rule that
+    made it, but for those filled in.
     """
 
     mapping: Mapping
@@ -33,6 +34,7 @@ class Plan:
     filled: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=dict)
     unusual: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +107,7 @@ def _settle(plan: Plan, applied: Applied, where: str) -> None:
             if name in values:
                 value = values.pop(name)
                 problems += _misfit(spec, name, value, plan.sizes)
-                plan.outputs[name] = value
+                plan.outputs[name], plan.rules[name] = value, applied.rules[name]
             else:
                 absent.append((spec, name))
     problems += [problem for spec, name in absent for problem in _supply(plan, spec, name)]

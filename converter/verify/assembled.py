@@ -86,4 +86,5 @@ def assembled_chain(whole: DeepEncoder, truth: State) -> Reference:
     nets = (parts["sam_model."][f"net_{i}.weight"] for i in (2, 3))
     model = Assembled(sam.model.vision_encoder, inner, *nets).eval()
     name = label("transformers", "SamVisionModel and CLIPVisionModel, put together")
-    return Reference(name, model, [*sam.blocks, *clip.blocks], model)
+    # CLIP's patch convolution is not run: its other places follow SAM's.
+    return Reference(name, model, [*sam.places, *clip.places[1:]], model)

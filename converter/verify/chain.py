@@ -19,6 +19,7 @@ from converter.verify.assembled import assembled_chain
 from converter.verify.outputs import Look, Tested, check_encoder
 from converter.verify.references import Reference, State, in_layout, label, load_model, uninitialised
 from converter.verify.result import Check, Trace, failed, passed
+from converter.verify.stages import names_of, probes
 
 PROOF = "outputs"
 _PATCHES = "embeddings.patch_embedding.weight"
@@ -144,18 +145,21 @@ def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Referen
         hub = {name.removeprefix(part): tensor for name, tensor in truth.items() if name.startswith(part)}
         state |= {name.removeprefix(prefix): tensor for name, tensor in in_layout(layout, hub).items()}
     load_model(model, {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")})
-    blocks = [*model.sam_encoder.layers, *model.vision_encoder.encoder.layers]
-    return Reference(label("transformers", "UnlimitedOcrVisionModel"), model, blocks, model)
+    sam_part = model.sam_encoder
+    places = probes(sam_part.patch_embed.projection, sam_part.layers, model.vision_encoder.encoder.layers)
+    return Reference(label("transformers", "UnlimitedOcrVisionModel"), model, places, model)
 
 
 def check_chain(chain: Chain, pixels: Tensor, precision: torch.dtype, look: Look) -> tuple[Check, Trace | None]:
     """The chain on pixels (1, 3, size, size): its shape, and its values where there is a reference."""
     whole, size = chain.whole, pixels.shape[-1]
-    names = [f"sam_model.blocks.{i}" for i in range(len(whole.sam_model.blocks))]
-    names += [f"vision_model.transformer.layers.{i}" for i in range(len(whole.vision_model.transformer.layers))]
-    blocks = [*whole.sam_model.blocks, *whole.vision_model.transformer.layers]
+    sam, layers = whole.sam_model, whole.vision_model.transformer.layers
+    names = [f"sam_model.{name}" for name in names_of("sam", len(sam.blocks))]
+    # Without the patch convolution, which the chain never runs.
+    names += [f"vision_model.{name}" for name in names_of("clip", len(layers))[1:]]
+    places = probes(sam.patch_embed.proj, sam.blocks, layers)
     if chain.reference is not None:
-        tested = Tested(whole, blocks, [*names, "concatenation"], whole)
+        tested = Tested(whole, places, [*names, "concatenation"], whole)
         return check_encoder(tested, chain.reference, pixels, precision, look)
     with torch.inference_mode():
         tokens = whole.to(precision)(pixels.to(precision))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from converter.verify.references import Reference
 from converter.verify.result import Check, Trace, failed, passed
+from converter.verify.stages import Probe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,14 +56,22 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def run_recorded(run: Callable[[Tensor], Any], blocks: list[nn.Module], pixels: Tensor) -> list[Tensor]:
-    """The outputs of every block and, last, of the whole, in float64 on the CPU's or the GPU's own device."""
+def run_recorded(run: Callable[[Tensor], Any], places: list[Probe], pixels: Tensor) -> list[Tensor]:
+    """The features at every place, in the order in which they are passed, and last what the whole gives."""
     recorded: list[Tensor] = []
 
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+    def leaving(module: nn.Module, arguments: Any, output: Any) -> None:
         recorded.append(_tensor(output).detach().clone())
 
-    handles = [block.register_forward_hook(hook) for block in blocks]
+    def entering(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
+        recorded.append((arguments or tuple(named.values()))[0].detach().clone())
+
+    handles = [
+        place.module.register_forward_pre_hook(entering, with_kwargs=True)
+        if place.entering
+        else place.module.register_forward_hook(leaving)
+        for place in places
+    ]
     try:
         with torch.inference_mode():
             final = _tensor(run(pixels)).detach()
@@ -90,10 +99,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 class Tested(NamedTuple):
-    """The converted encoder: its blocks and their names, the last name for the whole, and how to run it on pixels."""
+    """The converted encoder: its places and their names, the last name for the whole, and how to run it on pixels."""
 
     encoder: nn.Module
-    blocks: list[nn.Module]
+    places: list[Probe]
     names: list[str]
     run: Callable[[Tensor], Any]
 
@@ -111,9 +120,9 @@ def check_encoder(
     """
     with exact_float32():
         # From the source's own type down: a model once rounded does not get its weights back.
-        exact = run_recorded(reference.run, reference.blocks, *_to(torch.float64, reference.model, pixels))
-        rounded = run_recorded(reference.run, reference.blocks, *_to(precision, reference.model, pixels))
-        found = run_recorded(tested.run, tested.blocks, *_to(precision, tested.encoder, pixels))
+        exact = run_recorded(reference.run, reference.places, *_to(torch.float64, reference.model, pixels))
+        rounded = run_recorded(reference.run, reference.places, *_to(precision, reference.model, pixels))
+        found = run_recorded(tested.run, tested.places, *_to(precision, tested.encoder, pixels))
     what = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}"
     last = len(tested.names) - 1
     if len(found) > last:

@@ -23,6 +23,7 @@ from converter.encoders import ClipConfig, SamConfig
 from converter.mapping.apply import apply
 from converter.mapping.expr import Expr, Read
 from converter.mapping.rules import Mapping, Rule, invert
+from converter.verify.stages import Probe, probes
 
 State = dict[str, Tensor]
 
@@ -30,11 +31,11 @@ _NOWHERE = checkpoint.Storage(None, 0, 0, 0, "memory")  # type: ignore[arg-type]
 
 
 class Reference(NamedTuple):
-    """A loaded encoder of somebody else's: its `blocks` in order, and how to run it on pixels (B, 3, H, W)."""
+    """A loaded encoder of somebody else's: the places to look at in order, and how to run it on pixels (B, 3, H, W)."""
 
     label: str
     model: nn.Module
-    blocks: list[nn.Module]
+    places: list[Probe]
     run: Callable[[Tensor], Any]
 
 
@@ -44,7 +45,9 @@ def transformers_sam(config: SamConfig, state: State) -> Reference:
 
     model = SamVisionModel(SamVisionConfig(**_sam_sizes(config)))
     load_model(model, {name: tensor for name, tensor in state.items() if name.startswith("vision_encoder.")})
-    return Reference(label("transformers", "SamVisionModel"), model, list(model.vision_encoder.layers), model)
+    inner = model.vision_encoder
+    places = probes(inner.patch_embed.projection, inner.layers)
+    return Reference(label("transformers", "SamVisionModel"), model, places, model)
 
 
 def segment_anything_sam(config: SamConfig, state: State) -> Reference:
@@ -65,7 +68,8 @@ def segment_anything_sam(config: SamConfig, state: State) -> Reference:
         global_attn_indexes=config.global_blocks,
     )
     load_model(model, _under("image_encoder.", state))
-    return Reference(label("segment-anything", "ImageEncoderViT"), model, list(model.blocks), model)
+    places = probes(model.patch_embed.proj, model.blocks)
+    return Reference(label("segment-anything", "ImageEncoderViT"), model, places, model)
 
 
 def timm_sam(config: SamConfig, state: State) -> Reference:
@@ -87,7 +91,8 @@ def timm_sam(config: SamConfig, state: State) -> Reference:
         global_attn_indexes=config.global_blocks,
     )
     load_model(model, state)
-    return Reference(label("timm", "VisionTransformerSAM"), model, list(model.blocks), model.forward_features)
+    places = probes(model.patch_embed.proj, model.blocks)
+    return Reference(label("timm", "VisionTransformerSAM"), model, places, model.forward_features)
 
 
 def got_ocr2_sam(config: SamConfig, state: State) -> Reference:
@@ -97,7 +102,8 @@ def got_ocr2_sam(config: SamConfig, state: State) -> Reference:
 
     model = GotOcr2VisionEncoder(GotOcr2VisionConfig(**_sam_sizes(config)))
     load_model(model, _under("model.vision_tower.", _under("vision_tower.", state)))
-    return Reference(label("transformers", "GotOcr2VisionEncoder"), model, list(model.layers), model)
+    places = probes(model.patch_embed.projection, model.layers)
+    return Reference(label("transformers", "GotOcr2VisionEncoder"), model, places, model)
 
 
 def transformers_clip(config: ClipConfig, state: State) -> Reference:
@@ -122,7 +128,8 @@ def transformers_clip(config: ClipConfig, state: State) -> Reference:
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     load_model(model, named, may_lack=(f"{prefix}post_layernorm.",))
     inner = getattr(model, "vision_model", model)
-    return Reference(label("transformers", "CLIPVisionModel"), model, list(inner.encoder.layers), model)
+    places = probes(inner.embeddings.patch_embedding, inner.encoder.layers)
+    return Reference(label("transformers", "CLIPVisionModel"), model, places, model)
 
 
 def open_clip_clip(config: ClipConfig, state: State) -> Reference:
@@ -141,7 +148,8 @@ def open_clip_clip(config: ClipConfig, state: State) -> Reference:
     model = _build_vision_tower(tensors["proj"].shape[1] if "proj" in tensors else config.width, sizes, quick_gelu=True)
     own = model.state_dict()
     load_model(model, {name: tensor for name, tensor in tensors.items() if name in own}, may_lack=("ln_post.", "proj"))
-    return Reference(label("open_clip_torch", "VisionTransformer"), model, list(model.transformer.resblocks), model)
+    places = probes(model.conv1, model.transformer.resblocks)
+    return Reference(label("open_clip_torch", "VisionTransformer"), model, places, model)
 
 
 def timm_clip(config: ClipConfig, state: State) -> Reference:
@@ -162,7 +170,8 @@ def timm_clip(config: ClipConfig, state: State) -> Reference:
         act_layer=QuickGELU,
     )
     load_model(model, {n: t for n, t in state.items() if not n.startswith("head.")}, may_lack=("norm.",))
-    return Reference(label("timm", "VisionTransformer"), model, list(model.blocks), model.forward_features)
+    places = probes(model.patch_embed.proj, model.blocks)
+    return Reference(label("timm", "VisionTransformer"), model, places, model.forward_features)
 
 
 Config = SamConfig | ClipConfig

@@ -47,6 +47,19 @@ def check_layout(name: str, family: str, tensors: dict[str, Tensor]) -> tuple[Ch
     return passed(PROOF, "layout", f"{len(tensors)} tensors have the names, shapes and types of {hub.name}"), plan
 
 
+def check_types(tensors: dict[str, Tensor]) -> Check | None:
+    """Floating-point tensors of several types, which no loader minds and no training script expects."""
+    by_type: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_float:
+            by_type.setdefault(tensor.dtype.name, []).append(name)
+    if len(by_type) < 2:
+        return None
+    *_, few = sorted(by_type.values(), key=len, reverse=True)
+    counts = ", ".join(f"{len(names)} {dtype}" for dtype, names in by_type.items())
+    return noted(PROOF, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)
+
+
 def check_missing(plan: Plan) -> Check | None:
     """What the target has and the file may lack, which those who load it strictly should know."""
     if not plan.missing:

@@ -1,0 +1,84 @@
+"""The two sides of a verification: the converted file, and the source with the plan that should have made it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from converter import catalogue
+from converter.errors import LayoutError, UsageError
+from converter.mapping.expr import read
+from converter.mapping.parse import FAMILIES
+from converter.mapping.plan import Plan, make_plan
+from converter.mapping.rules import Mapping
+from converter.source import Identified, Source, chosen_state_dicts, identify, open_source
+from converter.unwrap import StateDict
+from converter.verify.independent import Reader, open_independently
+
+
+class Converted(NamedTuple):
+    """The file to be verified: where its tensors are, and the family they are of."""
+
+    source: Source
+    state_dict: StateDict
+    family: str
+
+
+class Origin(NamedTuple):
+    """The source it was converted from, the plan by which it should have been, and a reader that is not ours.
+
+    `resampled` tells that positions were: the source's own library then cannot run what was made of it.
+    """
+
+    source: Source
+    known: Identified
+    plan: Plan
+    read: Reader
+    resampled: bool
+
+
+def open_converted(name: str) -> Converted:
+    """The family is the one whose names most of the tensors have: a few wrong ones are for the checks to find."""
+    source = open_source(name)
+    entry = max(chosen_state_dicts(source, None), key=lambda entry: len(entry.tensors))
+    counts = {family: catalogue.count_known(family, entry.tensors) for family in FAMILIES}
+    family = max(counts, key=lambda family: counts[family])
+    if counts[family] <= len(entry.tensors) / 2:
+        raise LayoutError(f"{name}: is not in the DeepEncoder's layout\nconvert it first: dsocr-convert sam or clip")
+    return Converted(source, entry, family)
+
+
+def open_origin(name: str, target: Converted, mapping: str | Path | None, state_dict: str | None) -> Origin:
+    """The source, and the plan that `convert` would have made with the options that the converted file shows."""
+    source = open_source(name)
+    candidates = catalogue.candidates(target.family)
+    if mapping is not None:
+        candidates = catalogue.only(catalogue.load_file(Path(mapping)))
+    known = identify(source, target.family, candidates, state_dict)
+    layout = known.match.candidate.load()
+    if not isinstance(layout, Mapping):
+        raise UsageError(f"--source {name}: is itself in the layout {layout.name}\ngive what it was converted from")
+    tensors = {key: read(tensor) for key, tensor in known.tensors.items()}
+    hub = catalogue.hub(target.family)
+    plan = make_plan(layout, known.match.prefix, hub, tensors, name)
+    dtype, pixels = _options(plan, target)
+    if dtype != "keep" or pixels is not None:
+        plan = make_plan(layout, known.match.prefix, hub, tensors, name, dtype=dtype, image_size=pixels)
+    return Origin(source, known, plan, open_independently(source, known.state_dict), pixels is not None)
+
+
+def _options(plan: Plan, target: Converted) -> tuple[str, int | None]:
+    """`--dtype` and `--image-size` as they must have been, told from the converted tensors."""
+    found = {tensor.dtype.name for tensor in target.state_dict.tensors.values() if tensor.dtype.is_float}
+    kept = {value.dtype.name for value in plan.outputs.values() if value.dtype.is_float}
+    dtype = found.pop() if len(found) == 1 and found != kept else "keep"
+    for spec in plan.target.tensors:
+        tensor = target.state_dict.tensors.get(spec.name.text) if spec.positions else None
+        if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
+            continue
+        grid = math.isqrt(max(tensor.shape[0] - 1, 0))
+        # A table that is no class token and square grid was not resampled: it is wrong, and the bytes will tell.
+        if grid and grid**2 + 1 == tensor.shape[0]:
+            return dtype, grid * plan.sizes.get("patch", plan.target.sizes["patch"])
+    return dtype, None
