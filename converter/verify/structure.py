@@ -14,6 +14,7 @@ from converter.mapping.parse import parse_mapping
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.rules import Mapping
 from converter.verify.independent import Reader
+from converter.verify.references import uninitialised
 from converter.verify.result import Check, failed, noted, passed
 
 PROOF = "structure"
@@ -79,7 +80,8 @@ def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, t
         detail = f"{wrong[0]} is of no integer type, or points outside its table"
         return failed(PROOF, "loads", detail, wrong), None
     try:
-        with torch.device("meta"):
+        # Not on the meta device: its arange would import half a second of symbolic shapes.
+        with uninitialised():
             encoder = SamEncoder(sam_config_from(shapes)) if family == "sam" else ClipEncoder(clip_config_from(shapes))
         # Assigned, not copied: the encoder takes the tensors' types, and a gigabyte is not held twice.
         encoder.load_state_dict(tensors, strict=True, assign=True)
