@@ -27,8 +27,9 @@ PROOF = "outputs"
 # Told what was compared, what both saw, the reference's final features and the converted encoder's.
 Look = Callable[[str, Tensor, Tensor, Tensor], None]
 
-# Twice the sum of two floors: the errors of two implementations add, and either may be twice as unlucky.
-MARGIN = 4.0
+# The errors of two implementations add, which makes two floors, and theirs need not be alike: half as much again. Luck
+# has little part in it, for the norms are of a hundred thousand elements and more; correct ones were seen at one floor.
+MARGIN = 3.0
 
 
 def images(count: int, size: int, device: torch.device, dtype: torch.dtype, image: Image | None = None) -> Tensor:

@@ -6,7 +6,7 @@ It alone sees what outputs do not show: k's bias, which the softmax cancels, and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -49,11 +49,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _guess(found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load) -> str:
     """The mistake in words, if it is one of those that are often made."""
-    if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
-        parts = [evaluate(part, load) for part in value.parts]
-        for order in itertools.permutations(range(len(parts))):
-            if torch.equal(found, torch.cat([parts[i] for i in order])):
-                return f"its parts are there in the order {', '.join(str(i + 1) for i in order)}"
+    if order := _order(found, _parts(expected, value, load)):
+        return f"its parts are there in the order {', '.join(str(i + 1) for i in order)}"
     if found.dim() == 2 and found.shape[0] == found.shape[1] and torch.equal(found, expected.T):
         return "it is transposed"
     if found.dim() and torch.equal(found, expected.flip(0)):
@@ -67,6 +64,19 @@ def _guess(found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load)
     if not bool(found.any()):
         return "it is all zero"
     return ""
+
+
+def _parts(expected: torch.Tensor, value: Expr, load: Load) -> Sequence[torch.Tensor]:
+    """What the tensor is put together from: q, k and v, which a source may have fused already."""
+    if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
+        return [evaluate(part, load) for part in value.parts]
+    return expected.chunk(3) if expected.dim() and len(expected) % 3 == 0 else []
+
+
+def _order(found: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
+    """The order in which `parts` make up what was found."""
+    orders = itertools.permutations(range(len(parts))) if parts else ()
+    return next((order for order in orders if torch.equal(found, torch.cat([parts[i] for i in order]))), None)
 
 
 def elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, Expr], load: Load) -> Check:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from converter.verify.result import Trace
 
-WIDTH, HEIGHT = 900.0, 340.0
+WIDTH = 900.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 792.0, 14.0, 278.0
 # Between the baselines of two labels, and between the numbers under the axis.
 _LINE, _NUMBERS = 14.0, 24.0
-_LETTER = 7.0  # a wide one's width
+# The brackets under the axis, the baseline of the first row of their names, and how far apart the rows are.
+_BRACKET, _NAMES, _ROW = 24.0, 39.0, 15.0
+_LETTER = 7.5  # a wide one's width
 
 
 class Point(NamedTuple):
@@ -36,7 +38,7 @@ class Label(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Neighbouring blocks of one module list, bracketed under the axis."""
+    """Neighbouring places of one module list, bracketed under the axis; their name stands in row `row`."""
 
     left: float
     right: float
@@ -44,10 +46,23 @@ class Group(NamedTuple):
     text: str
 
     @property
+    def width(self) -> float:
+        """Of its name, at most."""
+        return len(self.text) * _LETTER
+
+    @property
     def middle(self) -> float:
-        """Where its name is centred: under the bracket, or as near as the edges leave room."""
-        half = len(self.text) * _LETTER / 2
-        return round(min(max((self.left + self.right) / 2, half), WIDTH - half), 1)
+        """Where its name is centred: under the bracket, or from the bracket on, or as near as the edge leaves room."""
+        start = max((self.left + self.right - self.width) / 2, self.left + 4)
+        return round(min(start, WIDTH - self.width) + self.width / 2, 1)
+
+    @property
+    def bracket(self) -> float:
+        return BOTTOM + _BRACKET
+
+    @property
+    def baseline(self) -> float:
+        return BOTTOM + _NAMES + _ROW * self.row
 
 
 class Plot(NamedTuple):
@@ -60,6 +75,10 @@ class Plot(NamedTuple):
     ends: list[Label]
     numbers: list[Label]
     groups: list[Group]
+
+    @property
+    def height(self) -> float:
+        return max(group.baseline for group in self.groups) + 8
 
 
 def plot(trace: Trace) -> Plot | None:
@@ -154,7 +173,10 @@ def _numbers(xs: list[float], names: list[str]) -> list[Label]:
 
 
 def _groups(xs: list[float], names: list[str]) -> list[Group]:
-    """Neighbours of one list under one bracket; names in two rows by turns, for a short bracket has a long name."""
+    """Neighbours of one list under one bracket, each name in the first row where it meets no other.
+
+    From the right: a short bracket's name goes on to the right, under its neighbours', and a line leads down to it.
+    """
     groups: list[Group] = []
     half = (RIGHT - LEFT) / len(xs) / 2 - 1
     for x, name in zip(xs, names, strict=True):
@@ -162,5 +184,12 @@ def _groups(xs: list[float], names: list[str]) -> list[Group]:
         if groups and groups[-1].text == text:
             groups[-1] = groups[-1]._replace(right=x + half)
         else:
-            groups.append(Group(x - half, x + half, len(groups) % 2, text))
+            groups.append(Group(x - half, x + half, 0, text))
+    free: list[float] = []  # in each row, up to where
+    for i in reversed(range(len(groups))):
+        group = groups[i]
+        start, end = group.middle - group.width / 2, group.middle + group.width / 2
+        row = next((row for row, until in enumerate(free) if end + _LETTER < until), len(free))
+        free[: row + 1] = [*[group.left] * row, start]
+        groups[i] = group._replace(row=row)
     return groups
