@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from isal import isal_zlib
 
 from converter.dtypes import DType
 from converter.errors import ContainerError
-from converter.files import SourceFile
+from converter.files import Range, SourceFile
 
 
 class Storage(NamedTuple):
     """A run of bytes in a file that one or more tensors view.
 
-    `offset` and `length` say where it lies in `file`, in bytes. `crc32` is the checksum the file gives for it, where
-    it gives one. A `deflated` storage holds `size` bytes once inflated; for any other `size` equals `length`.
-    `big_endian` storages have their elements' bytes the other way round.
+    Its `length` bytes lie in `file` somewhere in `span`, with nothing else of interest: `find` tells where, and reads a
+    zip member's own header for it. `crc32` is the checksum the file gives for it, where it gives one. A `deflated`
+    storage holds `size` bytes once inflated; for any other `size` equals `length`. `big_endian` storages have their
+    elements' bytes the other way round.
     """
 
     file: SourceFile
-    offset: int
+    span: Range
     length: int
     size: int
     name: str
     crc32: int | None = None
     deflated: bool = False
     big_endian: bool = False
+    find: Callable[[], int] | None = None
+
+    @property
+    def offset(self) -> int:
+        """Where in the file it begins, in bytes; ContainerError where the file contradicts itself about that."""
+        return self.span[0] if self.find is None else self.find()
 
     def read(self) -> bytes:
         """All `size` bytes, inflated and checked against the CRC."""

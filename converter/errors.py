@@ -6,7 +6,9 @@
     │   ├── ContainerError   a file is missing, truncated, hostile or of an unknown kind
     │   ├── LayoutError      the tensors fit no layout, several, or are converted already
     │   └── MappingError     a mapping file is wrong, or its rules do not fit the checkpoint
-    └── OutputError      4   the output could not be written
+    ├── OutputError      4   the output could not be written
+    └── HubError         5   a hub could not be reached, or does not give the file
+        └── UnreachableError
 
 A message has one line a fact: the file, the cause, then the next step.
 """
@@ -48,3 +50,17 @@ class OutputError(DsocrError):
     """The output exists already, has no room, or could not be written."""
 
     exit_code = 4
+
+
+class HubError(DsocrError):
+    """A hub could not be reached, refuses access, or does not have what was asked for."""
+
+    exit_code = 5
+
+
+class UnreachableError(HubError):
+    """A hub does not answer; `what` says so in a few words."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}\ncheck the network, the proxy and the hub's endpoint setting, then run again")
+        self.what = what

@@ -8,17 +8,29 @@ from typing import Protocol
 
 from converter.errors import ContainerError
 
+# First byte, and the one after the last.
+Range = tuple[int, int]
+
 
 class SourceFile(Protocol):
     """Bytes that can be read at any offset; the one door through which checkpoints are read.
 
-    `name` is what messages call the file, `size` its length in bytes.
+    `name` is what messages call the file, `size` its length in bytes. `identity` is device and inode of a local file:
+    two paths with the same pair are one file, and a remote one has none. `path` is where other libraries find what has
+    been read of it.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def size(self) -> int: ...
+    @property
+    def identity(self) -> tuple[int, int] | None: ...
+    @property
+    def path(self) -> str: ...
+
+    def close(self) -> None:
+        """Let go of it: nothing is read any more."""
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on; ContainerError where the file ends before it is full."""
@@ -36,23 +48,28 @@ class LocalFile:
     Reads by `pread`: a memory map would count every page that was touched as the process's own memory.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: Path, name: str = "") -> None:
+        """`name` is what messages call it, if not by its path."""
+        self.name = name or str(path)
+        self.path = str(path)
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self._stat = os.fstat(self._fd)
         except OSError as error:
-            raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
+            raise ContainerError(f"{self.name}: cannot be read: {error.strerror}") from error
         self.size = self._stat.st_size
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Device and inode: two paths with the same pair are one file."""
         return self._stat.st_dev, self._stat.st_ino
 
     def readinto(self, buffer: memoryview, offset: int) -> None:

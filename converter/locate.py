@@ -1,12 +1,15 @@
-"""From what a user names to the files that hold the tensors: a file, a folder, or the index of a sharded checkpoint."""
+"""From what a user names to the files that hold the tensors: files here or on a hub, a folder, a sharded checkpoint."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from converter.errors import ContainerError
+from converter.errors import ContainerError, DsocrError, HubError, UsageError
+from converter.files import LocalFile, SourceFile
+from converter.hubs.address import Access, is_address, looks_like_repository, parse
 
 # In a folder, the first of these that is there: transformers looks in the same order.
 _STANDARD = (
@@ -16,61 +19,132 @@ _STANDARD = (
     "pytorch_model.bin.index.json",
 )
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_INDEX = ".index.json"
 # An index names a few thousand tensors; DeepSeek-OCR's has 250 KB.
 _LARGEST_INDEX = 64 << 20
 
 
 class Located(NamedTuple):
-    """The files of one checkpoint; `weight_map` is tensor name -> file name, where an index gives it."""
+    """The files of one checkpoint; `weight_map` is tensor name -> file name, where an index gives it.
+
+    `commit` is the one that a hub had them at, `notes` what a user should know of where they were found.
+    """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[SourceFile, ...]
     weight_map: dict[str, str] | None = None
+    commit: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def locate(source: str) -> Located:
-    """The files behind SOURCE; ContainerError where it is missing, or a folder that leaves a choice."""
+def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a tuple)
+    """The files behind SOURCE; ContainerError where it is missing or leaves a choice, HubError where a hub fails."""
     path = Path(source)
+    if is_address(source) or access.hub is not None:
+        return _on_hub(source, access)
+    if path.exists():
+        if access.revision is not None or access.download:
+            raise UsageError(f"{source}: is here already: --revision and --download are for repositories on a hub")
+        return _here(path)
+    if looks_like_repository(source) and path.suffix not in (*_WEIGHTS, ".json"):
+        return _on_hub(source, access)
+    raise ContainerError(
+        f"{source}: no such file or folder\ngive a checkpoint file, its folder or its index, or hf://org/name"
+    )
+
+
+def _here(path: Path) -> Located:
     if path.is_dir():
-        path = _in_folder(path)
-    elif not path.exists():
-        raise ContainerError(f"{source}: no such file or folder\ngive a checkpoint file, its folder or its index")
-    if path.name.endswith(".index.json"):
-        return _sharded(path)
-    return Located(source, (path,))
+        path = path / choose((file.name for file in path.iterdir() if file.is_file()), str(path))
+    if not path.name.endswith(_INDEX):
+        return Located(str(path), (LocalFile(path),))
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise ContainerError(f"{path}: larger than any index of a sharded checkpoint")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
+    weight_map, shards = read_index(text, str(path), lambda shard: (path.parent / shard).is_file())
+    return Located(str(path), tuple(LocalFile(path.parent / shard) for shard in shards), weight_map)
 
 
-def _in_folder(folder: Path) -> Path:
+def _on_hub(source: str, access: Access) -> Located:
+    # Two libraries that conversions of local files need not wait for.
+    from converter.hubs import open_repository
+    from converter.hubs.remote import RemoteFile
+
+    address = parse(source, access)
+    repository, notes = open_repository(address)
+    folder = repository.folder()
+    if folder is not None:
+        found = folder / address.path
+        if not found.exists():
+            raise HubError(f"{repository.name}: {address.path} is not in the cache ({folder}), and no hub can be asked")
+        return _here(found)._replace(commit=repository.commit, notes=tuple(notes))
+    path = _chosen(repository.files, address.path, repository.name)
+
+    def open_(path: str) -> SourceFile:
+        local = repository.download(path) if access.download else repository.cached(path)
+        return LocalFile(local) if local is not None else RemoteFile(repository, path)
+
+    name = f"{repository.name}/{path}"
+    if not path.endswith(_INDEX):
+        return Located(name, (open_(path),), None, repository.commit, tuple(notes))
+    if repository.files[path].size > _LARGEST_INDEX:
+        raise ContainerError(f"{name}: larger than any index of a sharded checkpoint")
+    index = open_(path)
+    weight_map, shards = read_index(
+        index.read(0, index.size), name, lambda shard: _beside(path, shard) in repository.files
+    )
+    index.close()
+    files = tuple(open_(_beside(path, shard)) for shard in shards)
+    return Located(name, files, weight_map, repository.commit, tuple(notes))
+
+
+def _beside(path: str, name: str) -> str:
+    return str(PurePosixPath(path).with_name(name))
+
+
+def _chosen(files: Iterable[str], path: str, where: str) -> str:
+    """The file that `path` names in a repository, or the checkpoint in the folder that it names."""
+    if path in files:
+        return path
+    prefix = f"{path}/" if path else ""
+    inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+    if not inside:
+        candidates = [name for name in files if name.endswith((*_WEIGHTS, _INDEX))]
+        raise HubError(f"{where}: there is no file {path!r}\nits checkpoints: {', '.join(candidates) or 'none'}")
+    return prefix + choose((name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError)
+
+
+def choose(names: Iterable[str], where: str, error: type[DsocrError] = ContainerError) -> str:
+    """The checkpoint among the files of a folder; an error where there is none, or more than one could be meant."""
+    there = sorted(names)
     for name in _STANDARD:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+        if name in there:
+            return name
+    found = [name for name in there if name.endswith(_WEIGHTS)]
     if len(found) == 1:
         return found[0]
     if not found:
         wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in _WEIGHTS)))
-        raise ContainerError(f"{folder}: holds no checkpoint\nlooked for {wanted}")
-    names = ", ".join(path.name for path in found)
-    raise ContainerError(f"{folder}: holds several checkpoints: {names}\nname the one to convert")
+        raise error(f"{where}: holds no checkpoint\nlooked for {wanted}")
+    raise error(f"{where}: holds several checkpoints: {', '.join(found)}\nname the one to convert")
 
 
-def _sharded(index: Path) -> Located:
-    """The shards that an index lists, which must lie beside it."""
+def read_index(text: bytes, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
+    """The `weight_map` of an index, and the shards it lists, which must lie beside it: `there` tells."""
     try:
-        if index.stat().st_size > _LARGEST_INDEX:
-            raise ContainerError(f"{index}: larger than any index of a sharded checkpoint")
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(text)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except OSError as error:
-        raise ContainerError(f"{index}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ContainerError(f"{index}: no index of a sharded checkpoint: expected a `weight_map` of names") from error
-    if not shards or not all(isinstance(name, str) for name in (*weight_map, *shards)):
-        raise ContainerError(f"{index}: its `weight_map` lists no files")
+        raise ContainerError(f"{name}: no index of a sharded checkpoint: expected a `weight_map` of names") from error
+    if not shards or not all(isinstance(shard, str) for shard in (*weight_map, *shards)):
+        raise ContainerError(f"{name}: its `weight_map` lists no files")
     for shard in shards:
         # Separators of any system: an index made to leave its folder on Windows is as hostile here.
         if shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
-            raise ContainerError(f"{index}: the shard {shard!r} is not a file beside the index")
-        if not (index.parent / shard).is_file():
-            raise ContainerError(f"{index}: the shard {shard!r} is missing\ndownload the rest of the checkpoint")
-    return Located(str(index), tuple(index.parent / shard for shard in shards), weight_map)
+            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index")
+        if not there(shard):
+            raise ContainerError(f"{name}: the shard {shard!r} is missing\ndownload the rest of the checkpoint")
+    return weight_map, shards

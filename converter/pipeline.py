@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from converter import catalogue
 from converter.catalogue import Candidate
 from converter.dtypes import BY_NAME
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
+from converter.hubs.address import Access
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
@@ -16,6 +18,7 @@ from converter.mapping.rules import Layout
 from converter.report import Card, Inspection, Recognised, fold
 from converter.source import (
     Identified,
+    Progress,
     Source,
     chosen_state_dicts,
     identified,
@@ -28,15 +31,12 @@ from converter.unwrap import StateDict
 from converter.version import __version__
 from converter.write import write_safetensors
 
-# Told the bytes written so far and those to write.
-Progress = Callable[[int, int], None]
-
 FORMATS = ("safetensors", "pth")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
 def convert(
-    source: str,
+    source: str | Path,
     family: str,
     *,
     out: str | Path | None = None,
@@ -47,31 +47,45 @@ def convert(
     state_dict: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda done, total: None,
+    revision: str | None = None,
+    hub: str | None = None,
+    download: bool = False,
+    progress: Progress = lambda what, done, total: None,
 ) -> Card:
     """Convert a checkpoint into the DeepEncoder's layout and return the card of the conversion.
 
-    `source` is a file, a folder or an index; `family` is "sam" or "clip". `out` defaults to
+    `source` is a file, a folder or an index, here or on a hub (`hf://org/name`, `ms://org/name`, `org/name`).
+    `revision` pins what is on a hub, `hub` says which is meant (hf or modelscope); with `download` whole files are
+    fetched into the hub's cache, and not the needed bytes alone. `family` is "sam" or "clip". `out` defaults to
     `deepencoder-<family>.<format>` in the current folder. `mapping` is a mapping file to use instead of recognising the
     layout. `dtype` casts floating-point tensors; `image_size`, in pixels, resamples CLIP's positions. `state_dict`
-    chooses among several in one file (`model`, `ema`; `.` for the top). `progress` is called as bytes are written.
+    chooses among several in one file (`model`, `ema`; `.` for the top). `progress` is called as bytes are written or,
+    from a hub, as they come; then also from other threads, one at a time.
 
     With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
     still then.
     """
     _check_choices(family=(family, FAMILIES), dtype=(dtype, DTYPES), format=(format, FORMATS))
-    opened = open_source(source)
-    known = identify(opened, family, _layouts(family, mapping), state_dict)
-    plan = _plan(opened, known, family, dtype, image_size)
+    layouts = _layouts(family, mapping)
     target = Path(out) if out is not None else Path(f"deepencoder-{family}.{format}")
-    card = _card(opened, known, plan, family, target, dtype, format)
-    if dry_run:
-        return card
-    _check_not_source(target, opened)
-    check_target(target, force, plan.nbytes)
-    count = _counter(progress, plan.nbytes)
+    with closing(open_source(source, Access(revision, hub, download))) as opened:
+        known = identify(opened, family, layouts, state_dict)
+        plan = _plan(opened, known, family, dtype, image_size)
+        card = _card(opened, known, plan, family, target, dtype, format)
+        if dry_run:
+            return card
+        _check_not_source(target, opened)
+        check_target(target, force, plan.nbytes)
+        _write(opened, plan, card, target, force, progress)
+        return card._replace(written=True, fetched=_fetched(opened))
+
+
+def _write(opened: Source, plan: Plan, card: Card, target: Path, force: bool, progress: Progress) -> None:
+    """The tensors of the plan into the file `target`, which appears whole or not at all."""
+    count = (lambda nbytes: None) if opened.remote else _counter(progress, plan.nbytes)
     with staged(target, force) as fd:
-        if format == "pth":
+        opened.prefetch((tensor for value in plan.outputs.values() for tensor in sources(value)), progress)
+        if card.format == "pth":
             # Imported here: the zip module is for those alone who ask for it.
             from converter.pth import write_pth
 
@@ -81,7 +95,11 @@ def convert(
         # Before the output takes its place: a source that changed midway may have given halves of two files.
         for file in opened.files:
             file.check_unchanged()
-    return card._replace(written=True)
+
+
+def _fetched(opened: Source) -> dict[str, int]:
+    """Bytes that came over the network, by remote file."""
+    return {file.name: file.fetched for file in opened.remote}
 
 
 def _counter(progress: Progress, total: int) -> Callable[[int], None]:
@@ -91,14 +109,25 @@ def _counter(progress: Progress, total: int) -> Callable[[int], None]:
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        progress(done, total)
+        progress("converting", done, total)
 
     return count
 
 
-def inspect(source: str, *, state_dict: str | None = None) -> Inspection:
+def inspect(
+    source: str | Path,
+    *,
+    state_dict: str | None = None,
+    revision: str | None = None,
+    hub: str | None = None,
+    download: bool = False,
+) -> Inspection:
     """What a checkpoint holds, which layouts it fits and what a conversion would do; no weights are read."""
-    opened = open_source(source)
+    with closing(open_source(source, Access(revision, hub, download))) as opened:
+        return _inspect(opened, state_dict)
+
+
+def _inspect(opened: Source, state_dict: str | None) -> Inspection:
     entries = chosen_state_dicts(opened, state_dict)
     largest = max(entries, key=lambda entry: len(entry.tensors))
     recognised = [found for family in FAMILIES if (found := _recognised(opened, family, entries))]
@@ -179,6 +208,8 @@ def _card(
         dropped=plan.dropped,
         sizes=plan.sizes,
         unusual={name: list(pair) for name, pair in plan.unusual.items()},
+        commit=opened.commit,
+        notes=list(opened.notes),
     )
 
 

@@ -16,7 +16,8 @@ class Card(NamedTuple):
     made of, in order; `dropped` each source tensor that was left out and why; `missing` each tensor of the target that
     the source cannot give, and why it may be missing; `filled` each that was made up. `sizes` are the model's, and
     `unusual` those of them that differ from DeepSeek-OCR's, as [found, DeepSeek-OCR's]. `wrapper` is the prefix that
-    was removed from all names first. `written` tells a conversion from a dry run.
+    was removed from all names first. `commit` is a hub's for the files, `fetched` the bytes that came from there by
+    file, `notes` what a user should know of where they were found. `written` tells a conversion from a dry run.
     """
 
     tool: str
@@ -41,6 +42,9 @@ class Card(NamedTuple):
     dropped: dict[str, str]
     sizes: dict[str, int]
     unusual: dict[str, list[int]]
+    commit: str = ""
+    notes: list[str] = []  # noqa: RUF012
+    fetched: dict[str, int] = {}  # noqa: RUF012
     written: bool = False
 
     def metadata(self) -> dict[str, str]:
@@ -52,6 +56,8 @@ class Card(NamedTuple):
             "layout": self.target,
             "mapping": self.mapping,
             "mapping_sha256": self.mapping_sha256,
+            # The names of local files would differ from machine to machine.
+            **({"source": self.source, "commit": self.commit} if self.commit else {}),
         }
 
     def to_json(self) -> dict[str, Any]:

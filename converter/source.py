@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePath
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from converter import catalogue
 from converter.catalogue import Candidate, Match
 from converter.checkpoint import Contents, Tensor
 from converter.errors import ContainerError, LayoutError, UsageError
-from converter.files import LocalFile
+from converter.files import Range, SourceFile
+from converter.hubs.address import Access
 from converter.loaders import open_file
 from converter.locate import Located, locate
 from converter.mapping.apply import SHOWN
@@ -17,14 +20,59 @@ from converter.mapping.parse import FAMILIES
 from converter.mapping.rules import Mapping
 from converter.unwrap import StateDict, plain_names, state_dicts, without_common_prefixes
 
+if TYPE_CHECKING:
+    from converter.hubs.remote import RemoteFile
+
+
+# Told what is being done, how much of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
 
 class Source(NamedTuple):
     """A checkpoint as found: `containers` names the kind of each file, `contents` holds what all of them hold."""
 
     name: str
-    files: tuple[LocalFile, ...]
+    files: tuple[SourceFile, ...]
     containers: tuple[str, ...]
     contents: Contents
+    commit: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remote(self) -> list[RemoteFile]:
+        """Those of the files that are fetched as they are read."""
+        return [cast("RemoteFile", file) for file in self.files if file.identity is None]
+
+    def prefetch(self, tensors: Iterable[Tensor], progress: Progress) -> None:
+        """Have remote files fetch ahead what will be read once, in the order of `tensors`; `progress` is told of it."""
+        self._fetch(tensors, progress, keep=False)
+
+    def fetch(self, tensors: Iterable[Tensor], progress: Progress) -> None:
+        """Have remote files fetch `tensors`, for others to read."""
+        self._fetch(tensors, progress, keep=True)
+
+    def _fetch(self, tensors: Iterable[Tensor], progress: Progress, keep: bool) -> None:
+        remote = self.remote
+        if not remote:
+            return
+        spans: dict[SourceFile, list[Range]] = {file: [] for file in remote}
+        for tensor in tensors:
+            if tensor.storage.file in spans:
+                spans[tensor.storage.file].append(tensor.storage.span)
+        lock, whole = Lock(), sum(file.size for file in self.files)
+
+        def tell() -> None:
+            with lock:
+                fetched, needed = sum(file.fetched for file in remote), sum(file.needed for file in remote)
+                progress(f"fetching {needed / whole:.1%} of {whole / 1e9:.2f} GB", fetched, needed)
+
+        for file in remote:
+            (file.fetch_all if keep else file.prefetch)(spans[file], tell)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self.files:
+            file.close()
 
 
 class Identified(NamedTuple):
@@ -39,28 +87,28 @@ class Identified(NamedTuple):
     match: Match
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str | Path, access: Access = Access()) -> Source:  # noqa: B008 (a tuple)
     """Open all files of SOURCE and read what they say of their tensors, not the tensors."""
-    located = locate(name)
-    files = tuple(LocalFile(path) for path in located.files)
-    opened = [open_file(file) for file in files]
+    located = locate(str(name), access)
+    opened = [open_file(file) for file in located.files]
     containers = tuple(container for container, _ in opened)
-    if located.weight_map is None:
-        return Source(located.name, files, containers, opened[0][1])
-    return Source(located.name, files, containers, _joined(located, [contents for _, contents in opened]))
+    held = [contents for _, contents in opened]
+    contents = held[0] if located.weight_map is None else _joined(located, held)
+    return Source(located.name, located.files, containers, contents, located.commit, located.notes)
 
 
 def _joined(located: Located, shards: list[Contents]) -> Contents:
     """The tensors of all shards, which must be those that the index lists, where it lists them."""
     joined: Contents = {}
-    for path, contents in zip(located.files, shards, strict=True):
+    for file, contents in zip(located.files, shards, strict=True):
+        shard = PurePath(file.name).name
         for key, value in contents.items():
             if key in joined:
-                raise ContainerError(f"{path}: {key!r} stands in another shard too")
+                raise ContainerError(f"{file.name}: {key!r} stands in another shard too")
             listed = (located.weight_map or {}).get(key)
-            if isinstance(value, Tensor) and listed != path.name:
+            if isinstance(value, Tensor) and listed != shard:
                 where = f"puts it into {listed!r}" if listed else "does not list it"
-                raise ContainerError(f"{path}: holds {key!r}, but {located.name} {where}")
+                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}")
             joined[key] = value
     absent = [key for key in located.weight_map or {} if not isinstance(joined.get(key), Tensor)]
     if absent:

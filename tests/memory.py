@@ -44,7 +44,7 @@ def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Te
     """`tensor` as a loader would describe it, strides and offset too, its storage not at the file's beginning."""
     data = raw(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
     crc = zlib.crc32(data) ^ damaged
-    storage = Storage(Memory(b"head" + data + b"tail"), 4, len(data), len(data), key, crc)
+    storage = Storage(Memory(b"head" + data + b"tail"), (4, 4 + len(data)), len(data), len(data), key, crc)
     dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
     return make_tensor(key, dtype, tuple(tensor.shape), storage, tensor.storage_offset(), tuple(tensor.stride()))
 

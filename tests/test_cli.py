@@ -224,14 +224,14 @@ def test_a_progress_bar_is_drawn_at_a_terminal_alone(
     from converter.cli import console
 
     monkeypatch.setattr(console, "_BAR_AFTER_SECONDS", 0)
-    with console.Bar("file", enabled=True) as bar:
-        bar(1, 2)
+    with console.Bar(enabled=True) as bar:
+        bar("file", 1, 2)
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with console.Bar("file", enabled=True) as bar:
-        bar(1, 2)
-        bar(2, 2)
+    with console.Bar(enabled=True) as bar:
+        bar("file", 1, 2)
+        bar("file", 2, 2)
     assert "file" in capfd.readouterr().err
 
 

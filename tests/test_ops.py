@@ -248,11 +248,11 @@ def test_neighbouring_extents_become_one() -> None:
 @pytest.mark.parametrize("crc32", [None, 0])
 def test_neighbouring_storages_are_copied_as_one_unless_they_have_checksums(crc32: int | None) -> None:
     file = Memory(bytes(range(12)))
-    storages = [Storage(file, offset, 4, 4, "x", crc32) for offset in (0, 4, 8)]
+    storages = [Storage(file, (offset, offset + 4), 4, 4, "x", crc32) for offset in (0, 4, 8)]
     pieces: list[Piece] = [Extent(storage, 0, 4) for storage in storages]
     assert merge(pieces) == (pieces if crc32 == 0 else [Extent(storages[0], 0, 12)])
     # Another file's bytes are not neighbours, wherever they lie.
-    other: Piece = Extent(Storage(Memory(bytes(8)), 4, 4, 4, "x", None), 0, 4)
+    other: Piece = Extent(Storage(Memory(bytes(8)), (4, 8), 4, 4, "x", None), 0, 4)
     assert merge([pieces[0], other]) == [pieces[0], other]
 
 

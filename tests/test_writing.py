@@ -396,7 +396,7 @@ def test_a_path_that_cannot_become_a_file_is_refused(source: Path, make: object,
 
 
 def test_a_source_that_changes_midway_gives_no_output(source: Path, tmp_path: Path) -> None:
-    def grow(done: int, total: int) -> None:
+    def grow(what: str, done: int, total: int) -> None:
         with source.open("ab") as file:
             file.write(b"more")
 
@@ -409,7 +409,7 @@ def test_a_source_that_changes_midway_gives_no_output(source: Path, tmp_path: Pa
 def test_progress_ends_at_all_bytes(source: Path, tmp_path: Path, format: str) -> None:
     told: list[tuple[int, int]] = []
 
-    def tell(done: int, total: int) -> None:
+    def tell(what: str, done: int, total: int) -> None:
         told.append((done, total))
 
     card = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, progress=tell)

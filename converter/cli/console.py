@@ -69,8 +69,7 @@ class Bar:
     rich is imported when it is first drawn: 50 ms that short conversions do not pay.
     """
 
-    def __init__(self, what: str, enabled: bool, unit: Literal["bytes", "steps"] = "bytes") -> None:
-        self._what = what
+    def __init__(self, enabled: bool, unit: Literal["bytes", "steps"] = "bytes") -> None:
         self._unit = unit
         self._enabled = enabled and sys.stderr.isatty()
         self._begin = time.monotonic()
@@ -84,15 +83,18 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Show `done` of `total`."""
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show `done` of `total`, and what is being done."""
         if not self._enabled or time.monotonic() - self._begin < _BAR_AFTER_SECONDS:
             return
         if self._bar is None or self._task is None:
             self._bar = self._make()
-            self._task = self._bar.add_task(self._what, total=total)
+            self._task = self._bar.add_task(what, total=total)
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, description=what, completed=done, total=total)
+        if done >= total:
+            # Another bar may follow.
+            self._bar.stop()
 
     def _make(self) -> Progress:
         from rich.console import Console

@@ -10,7 +10,7 @@ import typer
 
 from converter import catalogue, pipeline
 from converter.cli import console, views
-from converter.cli.options import Json, MappingFile, Quiet, StateDict, Version
+from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.report import Card
 
 # No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
@@ -27,7 +27,9 @@ mapping_app = typer.Typer(
 )
 app.add_typer(mapping_app, name="mapping")
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint: a file, its folder, or a sharded index.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A checkpoint: file, folder, sharded index, or org/name on a hub.")
+]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: deepencoder-FAMILY.FORMAT]"),
@@ -53,13 +55,16 @@ def sam(
     dtype: Dtype = "keep",
     format: Format = "safetensors",
     state_dict: StateDict = None,
+    revision: Revision = None,
+    hub: Hub = None,
+    download: Download = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
-    with console.Bar(source, enabled=not quiet) as bar:
+    with console.Bar(enabled=not quiet) as bar:
         card = pipeline.convert(
             source,
             "sam",
@@ -70,6 +75,9 @@ def sam(
             state_dict=state_dict,
             force=force,
             dry_run=dry_run,
+            revision=revision,
+            hub=hub,
+            download=download,
             progress=bar,
         )
     _show(card, json, quiet)
@@ -84,13 +92,16 @@ def clip(
     image_size: ImageSize = None,
     format: Format = "safetensors",
     state_dict: StateDict = None,
+    revision: Revision = None,
+    hub: Hub = None,
+    download: Download = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
-    with console.Bar(source, enabled=not quiet) as bar:
+    with console.Bar(enabled=not quiet) as bar:
         card = pipeline.convert(
             source,
             "clip",
@@ -102,15 +113,25 @@ def clip(
             state_dict=state_dict,
             force=force,
             dry_run=dry_run,
+            revision=revision,
+            hub=hub,
+            download=download,
             progress=bar,
         )
     _show(card, json, quiet)
 
 
 @app.command()
-def inspect(source: Source, state_dict: StateDict = None, json: Json = False) -> None:
+def inspect(
+    source: Source,
+    state_dict: StateDict = None,
+    revision: Revision = None,
+    hub: Hub = None,
+    download: Download = False,
+    json: Json = False,
+) -> None:
     """Show what a checkpoint holds, which layout it is and what would be converted. Reads no weights."""
-    found = pipeline.inspect(source, state_dict=state_dict)
+    found = pipeline.inspect(source, state_dict=state_dict, revision=revision, hub=hub, download=download)
     if json:
         console.result_json(found.to_json())
     else:

@@ -16,6 +16,11 @@ StateDict = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
 ]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="On a hub: the branch, tag or commit. [default: the main branch]")
+]
+Hub = Annotated[str | None, typer.Option(metavar="hf|modelscope", help="The hub that SOURCE is on.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch whole files into the hub's own cache.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from converter.cli import console
-from converter.cli.options import Json, MappingFile, Quiet, StateDict, Version
+from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.errors import UsageError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
 Source = Annotated[
     str | None,
-    typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index."),
+    typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index, org/name."),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
@@ -47,6 +47,9 @@ def verify(
     source: Source = None,
     mapping: MappingFile = None,
     state_dict: StateDict = None,
+    revision: Revision = None,
+    hub: Hub = None,
+    download: Download = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     sizes: Sizes = None,
@@ -69,7 +72,7 @@ def verify(
     from converter.verify.run import verify as run
 
     views.check_files(html, junit)
-    with console.Bar("verifying", enabled=not quiet, unit="steps") as bar:
+    with console.Bar(not quiet) as fetching, console.Bar(not quiet, "steps") as steps:
         found = run(
             converted,
             source,
@@ -81,7 +84,10 @@ def verify(
             fast=fast,
             image=image,
             draw=html is not None,
-            progress=lambda _, done, total: bar(done, total),
+            revision=revision,
+            hub=hub,
+            download=download,
+            progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
         )
     if not quiet:
         views.terminal(found)

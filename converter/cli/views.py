@@ -29,7 +29,23 @@ def summary(card: Card) -> Iterable[str]:
     dtypes = " and ".join(f"{count} {name}" for name, count in card.dtypes.items())
     verb = "wrote" if card.written else "would write"
     yield f"{verb} {card.output}: {card.tensors} tensors ({dtypes}), {size(card.nbytes)}"
+    yield from transfers(card)
     yield from remarks(card)
+
+
+def transfers(card: Card) -> Iterable[str]:
+    """What came from a hub, and what of it could be checked."""
+    yield from (f"  {note}" for note in card.notes)
+    if card.commit:
+        yield f"  commit {card.commit}"
+    if card.fetched:
+        whole = sum(card.files.values())
+        fetched = sum(card.fetched.values())
+        yield f"  fetched {size(fetched)} of {size(whole)}, {fetched / whole:.1%}"
+        if "safetensors" in card.containers:
+            yield "  checked: sizes, ranges, ETags; safetensors has no checksums, the hub's SHA-256 is of whole files"
+        else:
+            yield "  checked: sizes, ranges, ETags, and the CRC-32 of every tensor"
 
 
 def remarks(card: Card) -> Iterable[str]:

@@ -80,7 +80,7 @@ def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> Tensor:
     begin, end = offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise _error(file, f"tensor {key!r}: {dtype.name} of shape {shape} does not take {end - begin} bytes")
-    storage = Storage(file, start + begin, end - begin, end - begin, key)
+    storage = Storage(file, (start + begin, start + end), end - begin, end - begin, key)
     return Tensor(key, dtype, shape, storage, 0, contiguous_strides(shape))
 
 

@@ -114,6 +114,6 @@ def _storages(file: SourceFile, keys: Any, refs: dict[str, StorageRef], at: int)
         at += 8
         if at + ref.nbytes > file.size:
             raise ContainerError(f"{file.name}: truncated in storage {key}\ndownload or copy the file again")
-        storages[key] = Storage(file, at, ref.nbytes, ref.nbytes, f"storage {key}")
+        storages[key] = Storage(file, (at, at + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
         at += ref.nbytes
     return storages

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,7 +46,7 @@ class _Member(NamedTuple):
 class Directory(Mapping[str, Storage]):
     """A zip file's members by name.
 
-    A member's local header is read when the member is asked for, not before: over a network each is a request.
+    A member's local header is read when its bytes are, not before: over a network each is a request.
     """
 
     def __init__(self, file: SourceFile, members: dict[str, _Member]) -> None:
@@ -62,9 +63,18 @@ class Directory(Mapping[str, Storage]):
 
     def __getitem__(self, name: str) -> Storage:
         member = self._members[name]
-        offset = _data_offset(self._file, name, member)
-        deflated = member.method == _DEFLATED
-        return Storage(self._file, offset, member.length, member.size, name, member.crc32, deflated)
+        # The next member bounds it, and the longest header it could have.
+        longest = _LOCAL.size + len(member.raw_name) + 0xFFFF + member.length
+        return Storage(
+            self._file,
+            (member.header, min(member.end, member.header + longest)),
+            member.length,
+            member.size,
+            name,
+            member.crc32,
+            deflated=member.method == _DEFLATED,
+            find=cache(partial(_data_offset, self._file, name, member)),
+        )
 
     @property
     def root(self) -> str:

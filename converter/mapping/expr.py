@@ -174,8 +174,7 @@ def merge(pieces: list[Piece]) -> list[Piece]:
 def _join(a: Extent, b: Extent) -> Extent | None:
     if a.storage is b.storage and a.start + a.length == b.start:
         return Extent(a.storage, a.start, a.length + b.length)
-    unchecked = a.storage.crc32 is None and b.storage.crc32 is None
+    if a.storage.file is not b.storage.file or a.storage.crc32 is not None or b.storage.crc32 is not None:
+        return None
     adjacent = a.storage.offset + a.start + a.length == b.storage.offset + b.start
-    if a.storage.file is b.storage.file and unchecked and adjacent:
-        return Extent(a.storage, a.start, a.length + b.length)
-    return None
+    return Extent(a.storage, a.start, a.length + b.length) if adjacent else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from converter.compute import evaluate, torch_dtype
 from converter.encoders import ClipConfig
 from converter.mapping.expr import Resample
+from converter.source import Progress
 from converter.verify import structure
 from converter.verify.chain import build_chain, check_chain, with_patches
 from converter.verify.independent import Reader
@@ -23,9 +24,6 @@ from converter.verify.upload import Uploader
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# Told what is being done, how much of it is done, and of how much.
-Progress = Callable[[str, int, int], None]
 
 
 class Setting(NamedTuple):

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import safetensors
 import torch
 
 from converter.checkpoint import Tensor
-from converter.files import LocalFile
-from converter.source import Source
+from converter.files import SourceFile
+from converter.source import Progress, Source
 from converter.unwrap import StateDict
+
+# Containers whose library reads the tensors that are asked for, where they lie; others are read whole.
+_IN_PLACE = ("safetensors", "torch zip")
 
 # Gives a source's tensor by the key it has in its state dict.
 Reader = Callable[[str], torch.Tensor]
 
 
-def open_independently(source: Source, state_dict: StateDict) -> Reader:
-    """A reader of one state dict of a checkpoint, through torch.load, torch.jit.load or safetensors."""
+def open_independently(source: Source, state_dict: StateDict, wanted: Iterable[Tensor], progress: Progress) -> Reader:
+    """A reader of one state dict of a checkpoint, through torch.load, torch.jit.load or safetensors.
+
+    Of a remote checkpoint it reads the tensors `wanted` alone, which are fetched first.
+    """
+    source.fetch(wanted, progress)
+    for file in source.remote:
+        if source.containers[source.files.index(file)] not in _IN_PLACE:
+            file.fetch_all([(0, file.size)])
     readers = [
         _READERS[container](file, state_dict) for container, file in zip(source.containers, source.files, strict=True)
     ]
@@ -30,25 +40,25 @@ def open_independently(source: Source, state_dict: StateDict) -> Reader:
     return read
 
 
-def _safetensors(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
-    opened: Any = safetensors.safe_open(file.name, "pt")
+def _safetensors(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+    opened: Any = safetensors.safe_open(file.path, "pt")
     return list(opened.keys()), opened.get_tensor
 
 
-def _torch(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+def _torch(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
     # Mapped, a checkpoint's unused tensors cost nothing; torch's older format cannot be.
-    found = torch.load(file.name, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    found = torch.load(file.path, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     tensors = _at(found, state_dict.path)
     return [key for key in tensors if isinstance(key, str)], tensors.__getitem__
 
 
-def _torchscript(file: LocalFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+def _torchscript(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
     # Our loader has refused modules with code that restores them: what remains is deserialised, not run.
-    tensors = torch.jit.load(file.name, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     return list(tensors), tensors.__getitem__
 
 
-_READERS: dict[str, Callable[[LocalFile, StateDict], tuple[list[str], Reader]]] = {
+_READERS: dict[str, Callable[[SourceFile, StateDict], tuple[list[str], Reader]]] = {
     "safetensors": _safetensors,
     "torch zip": _torch,
     "torch legacy": _torch,
@@ -56,7 +66,7 @@ _READERS: dict[str, Callable[[LocalFile, StateDict], tuple[list[str], Reader]]] 
 }
 
 
-def _is_zip(file: LocalFile) -> bool:
+def _is_zip(file: SourceFile) -> bool:
     return file.read(0, 2) == b"PK"
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.errors import LayoutError, UsageError
-from converter.mapping.expr import read
+from converter.mapping.expr import read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.rules import Mapping
-from converter.source import Identified, Source, chosen_state_dicts, identify, open_source
+from converter.source import Identified, Progress, Source, chosen_state_dicts, identify
 from converter.unwrap import StateDict
 from converter.verify.independent import Reader, open_independently
 
@@ -38,20 +38,23 @@ class Origin(NamedTuple):
     resampled: bool
 
 
-def open_converted(name: str) -> Converted:
+def as_converted(source: Source) -> Converted:
     """The family is the one whose names most of the tensors have: a few wrong ones are for the checks to find."""
-    source = open_source(name)
     entry = max(chosen_state_dicts(source, None), key=lambda entry: len(entry.tensors))
     counts = {family: catalogue.count_known(family, entry.tensors) for family in FAMILIES}
     family = max(counts, key=lambda family: counts[family])
     if counts[family] <= len(entry.tensors) / 2:
-        raise LayoutError(f"{name}: is not in the DeepEncoder's layout\nconvert it first: dsocr-convert sam or clip")
+        raise LayoutError(
+            f"{source.name}: is not in the DeepEncoder's layout\nconvert it first: dsocr-convert sam or clip"
+        )
     return Converted(source, entry, family)
 
 
-def open_origin(name: str, target: Converted, mapping: str | Path | None, state_dict: str | None) -> Origin:
+def as_origin(
+    source: Source, target: Converted, mapping: str | Path | None, state_dict: str | None, progress: Progress
+) -> Origin:
     """The source, and the plan that `convert` would have made with the options that the converted file shows."""
-    source = open_source(name)
+    name = source.name
     candidates = catalogue.candidates(target.family)
     if mapping is not None:
         candidates = catalogue.only(catalogue.load_file(Path(mapping)))
@@ -65,7 +68,11 @@ def open_origin(name: str, target: Converted, mapping: str | Path | None, state_
     dtype, pixels = _options(plan, target)
     if dtype != "keep" or pixels is not None:
         plan = make_plan(layout, known.match.prefix, hub, tensors, name, dtype=dtype, image_size=pixels)
-    return Origin(source, known, plan, open_independently(source, known.state_dict), pixels is not None)
+    # What the source's own library is loaded with, too, and the DeepEncoder has no use for.
+    own = [tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)]
+    wanted = [*(tensor for value in plan.outputs.values() for tensor in sources(value)), *own]
+    reader = open_independently(source, known.state_dict, wanted, progress)
+    return Origin(source, known, plan, reader, pixels is not None)
 
 
 def _options(plan: Plan, target: Converted) -> tuple[str, int | None]:

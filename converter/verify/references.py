@@ -27,7 +27,7 @@ from converter.verify.stages import Probe, probes
 
 State = dict[str, Tensor]
 
-_NOWHERE = checkpoint.Storage(None, 0, 0, 0, "memory")  # type: ignore[arg-type]
+_NOWHERE = checkpoint.Storage(None, (0, 0), 0, 0, "memory")  # type: ignore[arg-type]
 
 
 class Reference(NamedTuple):

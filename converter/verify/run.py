@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,16 @@ import torch
 
 from converter.compute import evaluate, torch_dtype
 from converter.errors import UsageError
+from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
+from converter.source import Progress, open_source
 from converter.verify import structure
-from converter.verify.forward import Expected, Progress, Runs, Setting
+from converter.verify.forward import Expected, Runs, Setting
 from converter.verify.independent import Reader, checked_as, open_independently
-from converter.verify.opened import Converted, Origin, open_converted, open_origin
+from converter.verify.opened import Converted, Origin, as_converted, as_origin
 from converter.verify.references import State
-from converter.verify.result import FAILED, Check, Picture, Trace, Verification, failed, passed, skipped
+from converter.verify.result import FAILED, Check, Verification, failed, passed, skipped
 from converter.verify.weights import compare, elsewhere
 from converter.version import __version__
 
@@ -37,8 +39,8 @@ SEARCHED = 12
 
 
 def verify(
-    converted: str,
-    source: str | None = None,
+    converted: str | Path,
+    source: str | Path | None = None,
     *,
     mapping: str | Path | None = None,
     state_dict: str | None = None,
@@ -48,60 +50,69 @@ def verify(
     fast: bool = False,
     image: str | Path | None = None,
     draw: bool = False,
+    revision: str | None = None,
+    hub: str | None = None,
+    download: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
     """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
 
     `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
-    proved, and that the encoder runs. `mapping` and `state_dict` are what `convert` was given. `device` is auto, cpu,
-    cuda or cuda:N; `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole
-    chain runs. With `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of
-    what the encoders see in it. Raises a DsocrError for a file that cannot be read, and ImportError where a
-    reference's library is missing; a wrong conversion is a verdict, not an error.
+    proved, and that the encoder runs. `mapping`, `state_dict`, `revision`, `hub` and `download` are what `convert` was
+    given. `device` is auto, cpu, cuda or cuda:N; `dtype` the precision that the encoders run in; `sizes` the pixels
+    along a side at which the whole chain runs. With `fast`, nothing runs. `image` is a file to look at in place of our
+    page; `draw` makes pictures of what the encoders see in it. Raises a DsocrError for a file that cannot be read, and
+    ImportError where a reference's library is missing; a wrong conversion is a verdict, not an error.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     place = _device(device)
     looked_at = _load(Path(image)) if image is not None else None
+    chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
+    setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, progress)
+    with ExitStack() as stack:
+        target = as_converted(stack.enter_context(closing(open_source(converted))))
+        origin = None
+        if source is not None:
+            opened = stack.enter_context(closing(open_source(source, Access(revision, hub, download))))
+            origin = as_origin(opened, target, mapping, state_dict, progress)
+        found = _prove(target, origin, setting)
+    return found._replace(converted=str(converted), source=str(source or ""))
+
+
+def _prove(target: Converted, origin: Origin | None, setting: Setting) -> Verification:
+    """The three proofs; without sizes to run at, nothing runs."""
     seconds: dict[str, float] = {}
-    target = open_converted(converted)
-    origin = open_origin(source, target, mapping, state_dict) if source is not None else None
-    found = open_independently(target.source, target.state_dict)
+    tensors = target.state_dict.tensors
+    found = open_independently(target.source, target.state_dict, tensors.values(), setting.progress)
     with _timed(seconds, "structure"):
         checks = _prove_structure(target, found)
     with _timed(seconds, "bytes"):
-        hub, compared = _prove_bytes(target, origin, found, progress)
+        hub, compared = _prove_bytes(target, origin, found, setting.progress)
     checks += compared
-    traces: list[Trace] = []
-    drawn: list[Picture] = []
-    reference = ""
-    if fast:
-        with _timed(seconds, "loading"):
-            tensors = {name: found(name) for name in target.state_dict.tensors}
-            checks.append(structure.check_loads(target.family, tensors)[0])
-        checks.append(skipped("outputs", "encoder", "--fast: nothing was run"))
-    else:
+    faulty = [name for check in compared if check.verdict == FAILED for name in check.culprits[:1]]
+    runs = Runs(target, origin, Expected(hub, faulty), setting)
+    if setting.sizes:
         with _timed(seconds, "outputs"):
-            chosen = tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
-            setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, progress)
-            faulty = [name for check in compared if check.verdict == FAILED for name in check.culprits[:1]]
-            runs = Runs(target, origin, Expected(hub, faulty), setting)
-            _installed(lambda: runs.prove(found, list(target.state_dict.tensors)))
-        checks, traces, drawn, reference = checks + runs.checks, runs.traces, runs.pictures, runs.reference
+            _installed(lambda: runs.prove(found, list(tensors)))
+    else:
+        with _timed(seconds, "loading"):
+            checks.append(structure.check_loads(target.family, {name: found(name) for name in tensors})[0])
+        checks.append(skipped("outputs", "encoder", "--fast: nothing was run"))
     return Verification(
-        converted=converted,
-        source=source or "",
+        converted=target.source.name,
+        source=origin.source.name if origin else "",
         family=target.family,
         mapping=origin.plan.mapping.name if origin else "",
-        reference=reference,
-        device=_device_name(place),
-        dtype=dtype,
+        reference=runs.reference,
+        device=_device_name(setting.device),
+        dtype=str(setting.precision).removeprefix("torch."),
         environment=_environment(),
-        checks=checks,
-        traces=traces,
+        checks=checks + runs.checks,
+        traces=runs.traces,
         seconds=seconds,
         key_map=_key_map(origin.plan) if origin else {},
-        pictures=drawn,
+        pictures=runs.pictures,
     )
 
 

@@ -1,0 +1,141 @@
+"""Hugging Face, through huggingface_hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import requests
+from huggingface_hub import constants, errors, utils
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+
+from converter.errors import HubError, UnreachableError
+from converter.hubs.repository import TIMEOUT, Answer, Entry, check_sha256
+from converter.hubs.transfer import patiently
+from converter.version import __version__
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# No answer at all, by whichever HTTP library this version is built on.
+_NO_ANSWER: tuple[type[Exception], ...] = (OSError, errors.HTTPError)  # type: ignore[attr-defined]
+
+# It tells on stderr of its own retries; ours are told by the bar, and failures by one message.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+class HuggingFace:
+    """A repository on Hugging Face or, by HF_ENDPOINT, on a mirror of it; see Repository."""
+
+    def __init__(self, repository: str, revision: str | None) -> None:
+        """Raises UnreachableError where neither the hub nor its cache has it, and HubError for what the hub refuses."""
+        self._id, self._asked = repository, revision or constants.DEFAULT_REVISION
+        self.name = f"hf://{repository}" + (f"@{revision}" if revision else "")
+        self.files: dict[str, Entry] = {}
+        self.notes: list[str] = []
+        self.commit = self._commit_in_cache()
+        self._folder: Path | None = None
+        # A commit's files never change: what the cache has of it need not be asked for.
+        if constants.HF_HUB_OFFLINE or (_COMMIT.fullmatch(self._asked) and self.commit):
+            self._folder = self._snapshot()
+        if constants.HF_HUB_OFFLINE and self._folder is None:
+            raise HubError(
+                f"{self.name}: is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set\n"
+                "unset it, or download the repository first"
+            )
+        if self._folder is None:
+            self._list()
+
+    def folder(self) -> Path | None:
+        return self._folder
+
+    def _list(self) -> None:
+        """Ask for commit and files; where the hub cannot be reached, go by the cache as transformers does."""
+        api = huggingface_hub.HfApi()
+        try:
+            info = patiently(lambda: self._asking(api))
+        except Answer as answer:
+            raise self.refused(answer, "") from None
+        except UnreachableError as unreachable:
+            self._folder = self._snapshot()
+            if self._folder is None:
+                raise
+            self.notes.append(f"{unreachable.what}: taken from the cache, commit {self._folder.name}")
+            return
+        self.commit = info.sha or ""
+        for file in info.siblings or []:
+            self.files[file.rfilename] = Entry(file.size or 0, file.lfs.sha256 if file.lfs else "")
+
+    def _asking(self, api: huggingface_hub.HfApi) -> huggingface_hub.ModelInfo:
+        try:
+            return api.model_info(self._id, revision=self._asked, files_metadata=True, timeout=TIMEOUT[0])
+        except HFValidationError as error:
+            raise HubError(f"{self.name}: {error}") from None
+        except HfHubHTTPError as error:
+            raise Answer.of(_response(error)) from None
+        except _NO_ANSWER as error:
+            raise UnreachableError(f"{constants.ENDPOINT} cannot be reached", str(error)) from None
+
+    def _repository_folder(self) -> Path:
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._id, repo_type="model")
+
+    def _commit_in_cache(self) -> str:
+        """The commit that the cache last knew the revision to be."""
+        if (self._repository_folder() / "snapshots" / self._asked).is_dir():
+            return self._asked
+        reference = self._repository_folder() / "refs" / self._asked
+        return reference.read_text().strip() if reference.is_file() else ""
+
+    def _snapshot(self) -> Path | None:
+        folder = self._repository_folder() / "snapshots" / self.commit
+        return folder if self.commit and folder.is_dir() else None
+
+    def cached(self, path: str) -> Path | None:
+        found = huggingface_hub.try_to_load_from_cache(self._id, path, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(self, path: str) -> Path:
+        try:
+            found = Path(huggingface_hub.hf_hub_download(self._id, path, revision=self.commit))
+        except HfHubHTTPError as error:
+            raise self.refused(Answer.of(_response(error)), path) from None
+        except _NO_ANSWER as error:
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {error}\ntry again") from None
+        check_sha256(found, self.files[path], f"{self.name}/{path}")
+        return found
+
+    def open(self, path: str, headers: dict[str, str]) -> requests.Response:
+        url = huggingface_hub.hf_hub_url(self._id, path, revision=self.commit)
+        own = utils.build_hf_headers(  # type: ignore[attr-defined]
+            library_name="dsocr-convert", library_version=__version__
+        )
+        # requests drops the token where the hub sends us to another host.
+        return requests.get(url, headers={**own, **headers}, stream=True, timeout=TIMEOUT)
+
+    def refused(self, answer: Answer, path: str) -> HubError:
+        where = f"{self.name}/{path}" if path else self.name
+        page, has_token = f"{constants.ENDPOINT}/{self._id}", huggingface_hub.get_token() is not None
+        log_in = "log in with `hf auth login`, or set HF_TOKEN"
+        if answer.code == "GatedRepo":
+            step = "" if has_token else f", then {log_in}"
+            return HubError(f"{where}: is gated, and you have no access to it\naccept its conditions at {page}{step}")
+        if answer.code == "RevisionNotFound":
+            return HubError(f"{where}: there is no revision {self._asked!r}\nits branches and tags are at {page}")
+        if answer.code == "EntryNotFound":
+            return HubError(f"{where}: there is no such file\nits files are at {page}/tree/{self.commit}")
+        if answer.code == "RepoNotFound" or answer.status in (401, 404):
+            hidden = "your token does not show it" if has_token else f"it is private: {log_in}"
+            return HubError(f"{where}: there is no such repository at {constants.ENDPOINT}, or {hidden}")
+        if answer.status == 403:
+            return HubError(f"{where}: access is refused: {answer.told}\nsee {page}")
+        return HubError(f"{where}: {constants.ENDPOINT} answers {answer}\ntry again later")
+
+
+def _response(error: HfHubHTTPError) -> Any:
+    """The response behind an error: requests' or httpx's, by the library's version; both have what is read of it."""
+    response: Any = error.response
+    if not hasattr(response, "reason"):
+        response.reason = getattr(response, "reason_phrase", "")
+    return response

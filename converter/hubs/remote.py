@@ -1,0 +1,167 @@
+"""A file on a hub that is read as if it lay here: what is read is fetched, and nothing else.
+
+Fetched bytes go into a sparse file of the remote one's size, at their own places. Everything that reads local files
+(checksums, computed tensors, torch.load for the verification) can so read remote ones, and memory holds none of them.
+A conversion, which reads each byte once, has them removed behind it: they are never more than a few chunks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from converter.errors import OutputError
+from converter.files import LocalFile, Range
+from converter.hubs.ranges import Chunk, Ranges, chunks, punch_hole
+from converter.hubs.repository import Repository
+from converter.hubs.transfer import Transfer
+
+# Headers, directories and pickles lie at a file's ends: one request brings what several small reads want.
+_BLOCK = 128 << 10
+# Requests under way, and chunks that may lie ahead of the reader: enough for a line with a long delay, few enough for
+# what is kept to stay small.
+_WORKERS, _AHEAD = 4, 8
+
+
+class RemoteFile:
+    """A SourceFile on a hub. `fetched` counts the bytes that have come, `needed` those and what they are to become."""
+
+    identity = None
+
+    def __init__(self, repository: Repository, path: str) -> None:
+        self.name = f"{repository.name}/{path}"
+        self.size = repository.files[path].size
+        self.fetched = self.needed = 0
+        self._transfer = Transfer(repository, path, self.size)
+        # Named, for the libraries that open files by name; the suffix is what some of them go by.
+        self._spool = tempfile.NamedTemporaryFile(prefix="dsocr-", suffix=PurePosixPath(path).suffix)  # noqa: SIM115
+        os.truncate(self._spool.fileno(), self.size)
+        self._local = LocalFile(Path(self._spool.name), self.name)
+        self._have, self._lock = Ranges(), threading.Lock()
+        self._pool = ThreadPoolExecutor(_WORKERS, "fetch")
+        # What will be read, in order, and the place in it that the reader has come to.
+        self._wanted: list[Range] = []
+        self._place = 0
+        # Chunks not yet asked for, and those asked for whose bytes are still of use.
+        self._ahead: deque[Chunk] = deque()
+        self._asked: list[tuple[Chunk, Future[None]]] = []
+        self._tell: Callable[[], None] = lambda: None
+
+    @property
+    def path(self) -> str:
+        """A local file that holds what was fetched, and zeros elsewhere."""
+        return self._spool.name
+
+    def close(self) -> None:
+        """Stop what is under way and remove what was fetched."""
+        self._transfer.stop()
+        # A thread that still wrote would write into whatever file has the number next.
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._local.close()
+        with suppress(OSError):
+            self._spool.close()
+
+    def prefetch(self, wanted: Sequence[Range], tell: Callable[[], None]) -> None:
+        """Fetch ahead what will be read once, in this order; `tell` is called as bytes come."""
+        self._tell, self._place = tell, 0
+        self._wanted = [(start, min(end, self.size)) for start, end in wanted]
+        self._ahead = deque(chunks(self._wanted))
+        self.needed = self.fetched + sum(chunk.end - chunk.start for chunk in self._ahead)
+        self._ask_ahead()
+
+    def fetch_all(self, wanted: Sequence[Range], tell: Callable[[], None] = lambda: None) -> None:
+        """Fetch what others will read from `path`, and return when it is there."""
+        self._tell = tell
+        asked = [
+            part
+            for chunk in chunks([(start, min(end, self.size)) for start, end in wanted])
+            for part in self._missing(chunk.start, chunk.end)
+        ]
+        self.needed = self.fetched + sum(end - start for start, end in asked)
+        self._check_room()
+        for future in [self._pool.submit(self._fetch, start, end) for start, end in asked]:
+            future.result()
+
+    def _check_room(self) -> None:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if free < self.needed - self.fetched:
+            raise OutputError(
+                f"{folder}: {self.needed} bytes of {self.name} are kept there for a while, and {free} are free\n"
+                "free some room, or set TMPDIR to a folder that has it"
+            )
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        self._ensure(offset, offset + len(buffer))
+        self._local.readinto(buffer, offset)
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._ensure(max(offset, 0), min(offset + length, self.size))
+        return self._local.read(offset, length)
+
+    def check_unchanged(self) -> None:
+        """Nothing to do: every answer was checked to be of the same file."""
+
+    def _missing(self, start: int, end: int) -> list[Range]:
+        with self._lock:
+            return list(self._have.missing(start, end))
+
+    def _ensure(self, start: int, end: int) -> None:
+        """Have start to end fetched: wait for it if it was to be, else ask for it now, with what lies around it."""
+        self._advance(start)
+        while any(chunk.start < end and start < chunk.end for chunk in self._ahead):
+            self._ask(self._ahead.popleft())
+        for chunk, future in self._asked:
+            if chunk.start < end and start < chunk.end:
+                future.result()
+        for low, high in self._missing(start, end):
+            if high - low < _BLOCK:
+                low, high = low - low % _BLOCK, min(high + -high % _BLOCK, self.size)
+            for part in self._missing(low, high):
+                self._fetch(*part)
+
+    def _advance(self, offset: int) -> None:
+        """The reader is at `offset`: remove what lies behind it, and ask for what comes next."""
+        rest = range(self._place, len(self._wanted))
+        place = next((i for i in rest if self._wanted[i][0] <= offset < self._wanted[i][1]), self._place)
+        if place == self._place:
+            return
+        self._place = place
+        for chunk, _ in self._asked:
+            if chunk.last < place:
+                self._remove(chunk)
+        self._asked = [(chunk, future) for chunk, future in self._asked if chunk.last >= place]
+        self._ask_ahead()
+
+    def _ask_ahead(self) -> None:
+        while self._ahead and sum(chunk.first > self._place for chunk, _ in self._asked) < _AHEAD:
+            self._ask(self._ahead.popleft())
+
+    def _ask(self, chunk: Chunk) -> None:
+        self._asked.append((chunk, self._pool.submit(self._fetch, chunk.start, chunk.end)))
+
+    def _remove(self, chunk: Chunk) -> None:
+        """Let go of a chunk's bytes: should they be read again after all, they are fetched again."""
+        with self._lock:
+            self._have.remove(chunk.start, chunk.end)
+        punch_hole(self._spool.fileno(), chunk.start, chunk.end - chunk.start)
+
+    def _fetch(self, start: int, end: int) -> None:
+        self._transfer.fetch(start, end, self._keep)
+
+    def _keep(self, piece: memoryview, at: int) -> None:
+        end = at + len(piece)
+        rest = piece
+        while rest:
+            rest = rest[os.pwrite(self._spool.fileno(), rest, end - len(rest)) :]
+        with self._lock:
+            self._have.add(at, end)
+            self.fetched += len(piece)
+        self._tell()
