@@ -9,7 +9,8 @@ Both return values of `converter.report` and raise what is drawn in `converter.e
 
 from __future__ import annotations
 
-from converter.pipeline import convert, inspect
+from converter.inspection import inspect
+from converter.pipeline import convert
 from converter.version import __version__
 
 __all__ = ["__version__", "convert", "inspect"]

@@ -103,10 +103,11 @@ def test_does_what_torch_does(op: Op, given: Tensors, copies: bool) -> None:
 
 @pytest.mark.parametrize(("op", "given", "copies"), OPS.values(), ids=OPS)
 def test_the_inverse_undoes_it(op: Op, given: Tensors, copies: bool) -> None:
+    # Whether or not one way is a copy, both ways are.
     undone = run(op.inverse(), run(op, tuple(map(expr, given))))
     for value, original in zip(undone, given, strict=True):
         assert_is(value, original)
-        assert (extents(value) is not None) == copies
+        assert extents(value) is not None
     assert repr(op.inverse().inverse()) == repr(op)
     assert why_lossy(op) == ""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from converter import catalogue, pipeline
+from converter import catalogue, inspection, pipeline
 from converter.cli import console, views
 from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.report import Card
@@ -32,7 +32,26 @@ Source = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: deepencoder-FAMILY.FORMAT]"),
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: LAYOUT.FORMAT]"),
+]
+
+
+def _complete_layout(incomplete: str) -> list[str]:
+    return [name for name in catalogue.names() if name.startswith(incomplete)]
+
+
+To = Annotated[
+    str,
+    typer.Option(
+        metavar="LAYOUT",
+        autocompletion=_complete_layout,
+        show_default=False,
+        help="The layout to write, as `mapping list` names it. [default: the DeepEncoder's]",
+    ),
+]
+Whole = Annotated[bool, typer.Option("--whole", help="With --to: what lies beside the encoder, too.")]
+FillFrom = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="A checkpoint to take from what LAYOUT has and SOURCE lacks.")
 ]
 Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
 Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
@@ -43,14 +62,13 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 
 
-def _complete_layout(incomplete: str) -> list[str]:
-    return [name for name in catalogue.names() if name.startswith(incomplete)]
-
-
 @app.command()
 def sam(
     source: Source,
     output: Output = None,
+    to: To = "",
+    whole: Whole = False,
+    fill_from: FillFrom = None,
     mapping: MappingFile = None,
     dtype: Dtype = "keep",
     format: Format = "safetensors",
@@ -69,6 +87,9 @@ def sam(
             source,
             "sam",
             out=output,
+            to=to,
+            whole=whole,
+            fill_from=fill_from,
             mapping=mapping,
             dtype=dtype,
             format=format,
@@ -87,6 +108,9 @@ def sam(
 def clip(
     source: Source,
     output: Output = None,
+    to: To = "",
+    whole: Whole = False,
+    fill_from: FillFrom = None,
     mapping: MappingFile = None,
     dtype: Dtype = "keep",
     image_size: ImageSize = None,
@@ -106,6 +130,9 @@ def clip(
             source,
             "clip",
             out=output,
+            to=to,
+            whole=whole,
+            fill_from=fill_from,
             mapping=mapping,
             dtype=dtype,
             image_size=image_size,
@@ -131,7 +158,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what a checkpoint holds, which layout it is and what would be converted. Reads no weights."""
-    found = pipeline.inspect(source, state_dict=state_dict, revision=revision, hub=hub, download=download)
+    found = inspection.inspect(source, state_dict=state_dict, revision=revision, hub=hub, download=download)
     if json:
         console.result_json(found.to_json())
     else:

@@ -122,6 +122,50 @@ def sources(expr: Expr) -> Iterator[Tensor]:
             yield from sources(of)
 
 
+def joined(parts: tuple[Expr, ...], dim: int) -> Expr:
+    """A concatenation of tensors that agree in all other dimensions; of all slices of one tensor, that tensor."""
+    size = sum(part.shape[dim] for part in parts)
+    first = parts[0]
+    if isinstance(first, Slice) and first.of.shape[dim] == size and _follow(parts, first.of, dim):
+        return first.of
+    return Concat(first.dtype, (*first.shape[:dim], size, *first.shape[dim + 1 :]), parts, dim)
+
+
+def _follow(parts: tuple[Expr, ...], of: Expr, dim: int) -> bool:
+    """Whether `parts` are slices of one tensor, each from where the one before it ended."""
+    at = 0
+    for part in parts:
+        if not isinstance(part, Slice) or part.of is not of or (part.dim, part.start) != (dim, at):
+            return False
+        at += part.shape[dim]
+    return True
+
+
+def sliced(of: Expr, dim: int, start: int, size: int) -> Expr:
+    """A slice; of a concatenation along the same dimension that it is one part of, that part."""
+    if isinstance(of, Concat) and of.dim == dim:
+        at = 0
+        for part in of.parts:
+            if (at, part.shape[dim]) == (start, size):
+                return part
+            at += part.shape[dim]
+    return Slice(of.dtype, (*of.shape[:dim], size, *of.shape[dim + 1 :]), of, dim, start)
+
+
+def reshaped(of: Expr, shape: tuple[int, ...]) -> Expr:
+    """A reshape; one that undoes another vanishes."""
+    if isinstance(of, Reshape):
+        of = of.of
+    return of if of.shape == shape else Reshape(of.dtype, shape, of)
+
+
+def permuted(of: Expr, dims: tuple[int, ...]) -> Expr:
+    """A permutation; one that undoes another vanishes."""
+    if isinstance(of, Permute) and tuple(of.dims[dim] for dim in dims) == tuple(range(len(dims))):
+        return of.of
+    return Permute(of.dtype, tuple(of.shape[dim] for dim in dims), of, dims)
+
+
 def extents(expr: Expr) -> list[Piece] | None:
     """The bytes that make up the tensor, in order, or None where it takes more than copying."""
     match expr:

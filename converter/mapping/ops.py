@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from converter.dtypes import BY_NAME
-from converter.mapping.expr import Cast, Concat, Expr, Permute, Resample, Reshape, Slice
+from converter.mapping.expr import Cast, Expr, Resample, joined, permuted, reshaped, sliced
 
 Values = tuple[Expr, ...]
 
@@ -30,8 +30,7 @@ class Fuse(NamedTuple):
             # Equal sizes only: a split could not tell unequal ones apart.
             if value.shape != first.shape:
                 raise ValueError(f"cannot fuse shapes {list(first.shape)} and {list(value.shape)}")
-        shape = _replace(first.shape, self.dim, first.shape[self.dim] * len(values))
-        return (Concat(first.dtype, shape, values, self.dim),)
+        return (joined(values, self.dim),)
 
     def inverse(self) -> Op:
         return Split(self.parts, self.dim)
@@ -49,8 +48,7 @@ class Split(NamedTuple):
         if size % self.parts:
             raise ValueError(f"cannot split shape {list(value.shape)} into {self.parts} equal parts")
         step = size // self.parts
-        shape = _replace(value.shape, self.dim, step)
-        return tuple(Slice(value.dtype, shape, value, self.dim, i * step) for i in range(self.parts))
+        return tuple(sliced(value, self.dim, i * step, step) for i in range(self.parts))
 
     def inverse(self) -> Op:
         return Fuse(self.parts, self.dim)
@@ -64,7 +62,7 @@ class Squeeze(NamedTuple):
     def one(self, value: Expr) -> Expr:
         if any(value.shape[_axis(value, dim)] != 1 for dim in self.dims):
             raise ValueError(f"cannot squeeze dimensions {list(self.dims)} of shape {list(value.shape)}")
-        return Reshape(value.dtype, tuple(n for i, n in enumerate(value.shape) if i not in self.dims), value)
+        return reshaped(value, tuple(n for i, n in enumerate(value.shape) if i not in self.dims))
 
     def inverse(self) -> Op:
         return Unsqueeze(self.dims)
@@ -81,7 +79,7 @@ class Unsqueeze(NamedTuple):
             if dim > len(shape):
                 raise ValueError(f"cannot insert dimension {dim} into shape {list(value.shape)}")
             shape.insert(dim, 1)
-        return Reshape(value.dtype, tuple(shape), value)
+        return reshaped(value, tuple(shape))
 
     def inverse(self) -> Op:
         return Squeeze(self.dims)
@@ -96,7 +94,7 @@ class Reshaped(NamedTuple):
     def one(self, value: Expr) -> Expr:
         if value.shape != self.before:
             raise ValueError(f"expected shape {list(self.before)}, found {list(value.shape)}")
-        return Reshape(value.dtype, self.after, value)
+        return reshaped(value, self.after)
 
     def inverse(self) -> Op:
         return Reshaped(self.after, self.before)
@@ -110,7 +108,7 @@ class Permuted(NamedTuple):
     def one(self, value: Expr) -> Expr:
         if len(value.shape) != len(self.dims):
             raise ValueError(f"cannot permute shape {list(value.shape)} by {list(self.dims)}")
-        return Permute(value.dtype, tuple(value.shape[dim] for dim in self.dims), value, self.dims)
+        return permuted(value, self.dims)
 
     def inverse(self) -> Op:
         return Permuted(tuple(self.dims.index(i) for i in range(len(self.dims))))
@@ -131,9 +129,8 @@ class Deinterleave(NamedTuple):
         if rows % (self.heads * self.parts):
             raise ValueError(f"cannot take {self.heads} heads of {self.parts} parts from shape {list(value.shape)}")
         step = rows // (self.heads * self.parts)
-        shape = _replace(value.shape, 0, step)
         order = [head * self.parts + part for part in range(self.parts) for head in range(self.heads)]
-        return Concat(value.dtype, value.shape, tuple(Slice(value.dtype, shape, value, 0, i * step) for i in order), 0)
+        return joined(tuple(sliced(value, 0, i * step, step) for i in order), 0)
 
     def inverse(self) -> Op:
         return Deinterleave(self.parts, self.heads)
@@ -196,7 +193,3 @@ def _axis(value: Expr, dim: int) -> int:
     if dim >= len(value.shape):
         raise ValueError(f"shape {list(value.shape)} has no dimension {dim}")
     return dim
-
-
-def _replace(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
-    return (*shape[:dim], size, *shape[dim + 1 :])

@@ -181,8 +181,10 @@ def _rule(tree: Tree, variables: dict[str, Kind]) -> list[Rule]:
     read, others = _VERBS[verb]
     fields = tree.fields("a rule", (verb, *others, "optional"))
     _require(tree, fields, *(name for name in others if name not in ("then", "dim")))
-    optional = "optional" in fields and fields["optional"].flag()
-    return read(tree, fields, variables, optional)
+    # `reading`: files without it are read, and what reads the written ones wants it.
+    demanded = "optional" in fields and fields["optional"].is_text and fields["optional"].text("") == "reading"
+    optional = demanded or ("optional" in fields and fields["optional"].flag())
+    return [rule._replace(demanded=demanded) for rule in read(tree, fields, variables, optional)]
 
 
 def _keep(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:

@@ -23,7 +23,8 @@ class Plan:
     `dropped` gives each source tensor that is left out and why; `missing` each target tensor that the source cannot
     give and may lack, and why; `filled` each tensor that was made up. `sizes` holds the sizes found and `unusual`
     those that are not the DeepEncoder's, as name -> (found, DeepEncoder's). `rules` gives each output the rule that
-    made it, but for those filled in.
+    made it, but for those filled in. `beyond` holds tensors that the family has and the target does not. `layout` is
+    what the outputs are named after: the target, or a spoke that was reached through it.
     """
 
     mapping: Mapping
@@ -35,6 +36,8 @@ class Plan:
     sizes: Sizes = field(default_factory=dict)
     unusual: dict[str, tuple[int, int]] = field(default_factory=dict)
     rules: dict[str, Rule] = field(default_factory=dict)
+    beyond: dict[str, Expr] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +62,7 @@ def make_plan(
     applied.dropped.update((name, mapping.elsewhere) for name in tensors if name not in kept)
     # By the names in the file, which may have wrappers that `tensors` was rid of.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in sources(tensors[name])}
-    plan = Plan(mapping, target, {}, dropped)
+    plan = Plan(mapping, target, {}, dropped, layout=target.name)
     plan.sizes["depth"] = depth = _depth(target, applied)
     # Said here, before a name is made for every layer that a single wild index stands for.
     if depth > len(applied.values):
@@ -67,15 +70,22 @@ def make_plan(
     if image_size is not None:
         _resample(plan, applied, image_size)
     _settle(plan, applied, where)
-    if dtype != "keep":
-        cast = CastTo(dtype)
-        plan.outputs = {n: cast.one(value) if value.dtype.is_float else value for n, value in plan.outputs.items()}
+    plan.outputs = in_order(plan.outputs, dtype)
     plan.unusual = {
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
     }
-    # safetensors' own order: wider types first, so that every tensor is aligned, then by name.
-    plan.outputs = dict(sorted(plan.outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     return plan
+
+
+def in_order(outputs: dict[str, Expr], dtype: str) -> dict[str, Expr]:
+    """The tensors in safetensors' own order, floating-point ones cast unless `dtype` is keep.
+
+    Wider types come first, so that every tensor is aligned, then names.
+    """
+    if dtype != "keep":
+        cast = CastTo(dtype)
+        outputs = {name: cast.one(value) if value.dtype.is_float else value for name, value in outputs.items()}
+    return dict(sorted(outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
 def _depth(target: Layout, applied: Applied) -> int:
@@ -116,6 +126,7 @@ def _settle(plan: Plan, applied: Applied, where: str) -> None:
         if reason is None:
             problems.append(f"{plan.target.name} has no tensor {name!r} ({applied.rules[name].place} makes it)")
         else:
+            plan.beyond[name] = value
             plan.dropped.update((tensor.key, reason) for tensor in sources(value))
     if problems:
         raise MappingError(f"{where}: {summary(problems)}")

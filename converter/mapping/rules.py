@@ -23,7 +23,8 @@ class Place(NamedTuple):
 class Rule(NamedTuple):
     """Takes the tensors that `sources` match, applies `ops` in order, and gives them the names of `targets`.
 
-    A rule without targets drops its tensors, because of `reason`. A rule that is not `optional` must match something.
+    A rule without targets drops its tensors, because of `reason`. A rule that is not `optional` must match something;
+    one that is `demanded` may match nothing when its layout is read, and must when it is written.
     """
 
     sources: tuple[Template, ...]
@@ -32,6 +33,7 @@ class Rule(NamedTuple):
     optional: bool
     reason: str
     place: Place
+    demanded: bool = False
 
     @property
     def text(self) -> str:
@@ -55,7 +57,8 @@ class Rule(NamedTuple):
     def inverse(self) -> Rule:
         """The rule in the other direction; LossyError where an operation has no inverse."""
         ops = tuple(op.inverse() for op in reversed(self.ops))
-        return self._replace(sources=self.targets, targets=self.sources, ops=ops)
+        optional = self.optional and not self.demanded
+        return self._replace(sources=self.targets, targets=self.sources, ops=ops, optional=optional)
 
 
 class Signature(NamedTuple):

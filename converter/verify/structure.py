@@ -10,34 +10,20 @@ from converter import catalogue
 from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
 from converter.mapping.expr import read
-from converter.mapping.parse import parse_mapping
 from converter.mapping.plan import Plan, make_plan
-from converter.mapping.rules import Mapping
+from converter.mapping.route import identity
 from converter.verify.independent import Reader
 from converter.verify.references import uninitialised
 from converter.verify.result import Check, failed, noted, passed
 
 PROOF = "structure"
 
-# A converted file's own layout as a mapping, so that the planner's checks hold for it too.
-_IDENTITY = """\
-layout: deepencoder-{family}
-family: {family}
-description: itself
-variables: {{rest: path}}
-recognise: {{"{key}": [_]}}
-rules:
-  - keep: "{{rest}}"
-"""
-
 
 def check_layout(name: str, family: str, tensors: dict[str, Tensor]) -> tuple[Check, Plan | None]:
     """Names, shapes and types against the target layout; the plan is what the file says it is."""
     hub = catalogue.hub(family)
-    identity = parse_mapping(_IDENTITY.format(family=family, key="any"), "identity")
-    assert isinstance(identity, Mapping)
     try:
-        plan = make_plan(identity, "", hub, {key: read(tensor) for key, tensor in tensors.items()}, name)
+        plan = make_plan(identity(hub), "", hub, {key: read(tensor) for key, tensor in tensors.items()}, name)
     except MappingError as error:
         lines = str(error).split("\n")
         return failed(PROOF, "layout", f"does not fit {hub.name}: {lines[0]}", lines), None
