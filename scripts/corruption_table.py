@@ -97,7 +97,7 @@ def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     yield ""
     yield (
         "S, B, O: caught by structure, bytes, outputs. The figure is the largest error at any place over its bar, "
-        "which is 4 times the noise floor measured in the same run: what is over 1 fails. No figure: the file's shapes "
+        "which is 3 times the noise floor measured in the same run: what is over 1 fails. No figure: the file's shapes "
         "fit no such encoder, or its values are not finite. Refused: the files were not accepted at all."
     )
     yield ""
