@@ -59,8 +59,8 @@ class HubError(DsocrError):
 
 
 class UnreachableError(HubError):
-    """A hub does not answer; `what` says so in a few words."""
+    """A hub does not answer; `what` says so in a few words, `why` is what its library says."""
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}\ncheck the network, the proxy and the hub's endpoint setting, then run again")
-        self.what = what
+        self.what, self.why = what, why

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from contextlib import ExitStack, closing
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from converter.errors import ContainerError, DsocrError, HubError, UsageError
@@ -22,6 +23,8 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _INDEX = ".index.json"
 # An index names a few thousand tensors; DeepSeek-OCR's has 250 KB.
 _LARGEST_INDEX = 64 << 20
+# Names in a message: some repositories have a checkpoint for every thousandth step.
+_SHOWN = 20
 
 
 class Located(NamedTuple):
@@ -46,11 +49,16 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
         if access.revision is not None or access.download:
             raise UsageError(f"{source}: is here already: --revision and --download are for repositories on a hub")
         return _here(path)
-    if looks_like_repository(source) and path.suffix not in (*_WEIGHTS, ".json"):
+    if looks_like_repository(source) and not _meant_here(path):
         return _on_hub(source, access)
     raise ContainerError(
         f"{source}: no such file or folder\ngive a checkpoint file, its folder or its index, or hf://org/name"
     )
+
+
+def _meant_here(path: Path) -> bool:
+    """Whether a path to nothing is a mistyped file's, not a repository's: by its suffix, and the folder it is in."""
+    return path.suffix in (*_WEIGHTS, ".json") and (len(path.parts) == 2 or Path(path.parts[0]).exists())
 
 
 def _here(path: Path) -> Located:
@@ -74,13 +82,13 @@ def _on_hub(source: str, access: Access) -> Located:
     from converter.hubs.remote import RemoteFile
 
     address = parse(source, access)
-    repository, notes = open_repository(address)
+    repository, notes = open_repository(address, lambda folder: _is_whole(folder / address.path))
     folder = repository.folder()
     if folder is not None:
-        found = folder / address.path
-        if not found.exists():
-            raise HubError(f"{repository.name}: {address.path} is not in the cache ({folder}), and no hub can be asked")
-        return _here(found)._replace(commit=repository.commit, notes=tuple(notes))
+        found = _here(folder / address.path)
+        # The name goes into the output, which is to be the same wherever the cache lies.
+        name = f"{repository.name}/{PurePath(found.name).relative_to(folder).as_posix()}"
+        return found._replace(name=name, commit=repository.commit, notes=tuple(notes))
     path = _chosen(repository.files, address.path, repository.name)
 
     def open_(path: str) -> SourceFile:
@@ -89,16 +97,35 @@ def _on_hub(source: str, access: Access) -> Located:
 
     name = f"{repository.name}/{path}"
     if not path.endswith(_INDEX):
-        return Located(name, (open_(path),), None, repository.commit, tuple(notes))
-    if repository.files[path].size > _LARGEST_INDEX:
+        file = open_(path)
+        return Located(name, (file,), None, repository.commit, (*notes, *_whence([file], access)))
+    if (repository.files[path].size or 0) > _LARGEST_INDEX:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint")
-    index = open_(path)
-    weight_map, shards = read_index(
-        index.read(0, index.size), name, lambda shard: _beside(path, shard) in repository.files
-    )
-    index.close()
-    files = tuple(open_(_beside(path, shard)) for shard in shards)
-    return Located(name, files, weight_map, repository.commit, tuple(notes))
+    with closing(open_(path)) as index:
+        text = index.read(0, index.size)
+    weight_map, shards = read_index(text, name, lambda shard: _beside(path, shard) in repository.files)
+    with ExitStack() as stack:
+        files = tuple(stack.enter_context(closing(open_(_beside(path, shard)))) for shard in shards)
+        stack.pop_all()
+    return Located(name, files, weight_map, repository.commit, (*notes, *_whence(files, access)))
+
+
+def _whence(files: Iterable[SourceFile], access: Access) -> list[str]:
+    """A word on files that are here already."""
+    if any(file.identity is None for file in files):
+        return []
+    return ["downloaded into the hub's cache, SHA-256 checked" if access.download else "taken from the hub's cache"]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint lies at a path in a cache, with all its shards."""
+    try:
+        located = _here(path)
+    except ContainerError:
+        return False
+    for file in located.files:
+        file.close()
+    return True
 
 
 def _beside(path: str, name: str) -> str:
@@ -113,7 +140,8 @@ def _chosen(files: Iterable[str], path: str, where: str) -> str:
     inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
     if not inside:
         candidates = [name for name in files if name.endswith((*_WEIGHTS, _INDEX))]
-        raise HubError(f"{where}: there is no file {path!r}\nits checkpoints: {', '.join(candidates) or 'none'}")
+        shown = ", ".join(sorted(candidates)[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
+        raise HubError(f"{where}: there is no file {path!r}\nits checkpoints: {shown or 'none'}")
     return prefix + choose((name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError)
 
 

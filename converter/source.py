@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -64,7 +65,7 @@ class Source(NamedTuple):
         def tell() -> None:
             with lock:
                 fetched, needed = sum(file.fetched for file in remote), sum(file.needed for file in remote)
-                progress(f"fetching {needed / whole:.1%} of {whole / 1e9:.2f} GB", fetched, needed)
+                progress(f"fetching ({1 - needed / whole:.1%} of {whole / 1e9:.2f} GB spared)", fetched, needed)
 
         for file in remote:
             (file.fetch_all if keep else file.prefetch)(spans[file], tell)
@@ -90,10 +91,14 @@ class Identified(NamedTuple):
 def open_source(name: str | Path, access: Access = Access()) -> Source:  # noqa: B008 (a tuple)
     """Open all files of SOURCE and read what they say of their tensors, not the tensors."""
     located = locate(str(name), access)
-    opened = [open_file(file) for file in located.files]
-    containers = tuple(container for container, _ in opened)
-    held = [contents for _, contents in opened]
-    contents = held[0] if located.weight_map is None else _joined(located, held)
+    with ExitStack() as stack:
+        for file in located.files:
+            stack.callback(file.close)
+        opened = [open_file(file) for file in located.files]
+        containers = tuple(container for container, _ in opened)
+        held = [contents for _, contents in opened]
+        contents = held[0] if located.weight_map is None else _joined(located, held)
+        stack.pop_all()
     return Source(located.name, located.files, containers, contents, located.commit, located.notes)
 
 

@@ -101,6 +101,7 @@ class Repo:
 class Faults:
     """What goes wrong, among the requests whose URL matches `where`; 0 is never, and bodies are those of files.
 
+    `answer` (status, body, headers) comes in the place of all others; where `silent`, none comes for `stall` seconds.
     Each Nth body is hurt: `drop_every` sends half of it and closes the connection; `truncate_every` sends half of it as
     if that were all; `stall_every` sends half, then nothing for `stall` seconds. The first `busy` requests are answered
     by 503, the next `limited` by 429 with Retry-After. A signed URL of the CDN serves `url_uses` requests, then 403.
@@ -108,6 +109,8 @@ class Faults:
     """
 
     where: str = ""
+    answer: tuple[int, bytes, Mapping[str, str]] | None = None
+    silent: bool = False
     drop_every: int = 0
     truncate_every: int = 0
     stall_every: int = 0
@@ -196,7 +199,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.faults = faults = self.hub.faults if re.search(self.hub.faults.where, self.path) else Faults()
         try:
             with self.hub.answer(self.request_log):
-                if faults.busy and self.hub.count("busy") <= faults.busy:
+                if faults.silent:
+                    self.hub.closing.wait(faults.stall)
+                    self.close_connection = True
+                elif faults.answer:
+                    self.reply(*faults.answer)
+                elif faults.busy and self.hub.count("busy") <= faults.busy:
                     self.reply(503, b"busy")
                 elif faults.limited and self.hub.count("limited") <= faults.limited:
                     self.reply(429, b"slow down", {"Retry-After": str(faults.retry_after)})
@@ -263,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
             every > 0 and number % every == 0
             for every in (faults.truncate_every, faults.drop_every, faults.stall_every)
         )
-        middle = (first + end) // 2 if short or broken or stalled else end
+        # The larger half: one byte that is left comes, however often.
+        middle = (first + end + 1) // 2 if short or broken or stalled else end
         self.close_connection |= broken or stalled
         self.start(status, (middle if short else end) - first, headers)
         self.send_bytes(content, first, middle)
@@ -317,7 +326,7 @@ class _HuggingFace(_Handler):
             wanted = parse_qs(self.form)["paths"]
             return self.reply(200, [described(content) for name, content in repo.contents.items() if name in wanted])
         siblings: list[dict[str, Any]] = [{"rfilename": name} for name in repo.contents]
-        if self.query.get("blobs") == "true":
+        if self.query.get("blobs", "").lower() == "true":  # huggingface_hub before 1.0 says True.
             siblings = [described(content, "rfilename", "blobId", "sha256") for content in repo.contents.values()]
         gated = "manual" if repo.gated else False
         info = {"id": repo.id, "sha": repo.commit, "private": repo.private, "gated": gated, "siblings": siblings}

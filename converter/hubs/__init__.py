@@ -6,6 +6,8 @@ imported for remote sources alone: a fifth of a second each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import HubError, UnreachableError
@@ -15,35 +17,38 @@ if TYPE_CHECKING:
     from converter.hubs.repository import Repository
 
 
-def open_repository(address: Address) -> tuple[Repository, list[str]]:
+def open_repository(address: Address, holds: Callable[[Path], bool]) -> tuple[Repository, list[str]]:
     """The repository at its revision, and what the user should know of how it was found.
 
     Where no hub was named, Hugging Face is asked first, and ModelScope if that cannot be reached. Raises HubError.
+    `holds` tells of a repository's folder in a hub's cache whether all that is wanted is there.
     """
     if address.hub == "ms":
-        return _modelscope(address), []
+        found = _modelscope(address, holds)
+        return found, found.notes
     try:
-        return _hugging_face(address)
+        found = _hugging_face(address, holds)
+        return found, found.notes
     except UnreachableError as unreachable:
         if address.hub:
             raise
         try:
             # The branches are called otherwise there; what is pinned on one hub is unknown to the other.
-            return _modelscope(address), [f"{unreachable.what}: taken from ModelScope instead"]
-        except UnreachableError:
-            raise unreachable from None
+            found = _modelscope(address, holds)
+            return found, [f"{unreachable.what}: taken from ModelScope instead", *found.notes]
+        except UnreachableError as other:
+            raise UnreachableError(f"{unreachable.what}, and {other.what}", unreachable.why) from None
         except HubError as error:
             raise HubError(f"{unreachable.what}\n{error}") from None
 
 
-def _hugging_face(address: Address) -> tuple[Repository, list[str]]:
+def _hugging_face(address: Address, holds: Callable[[Path], bool]) -> Repository:
     from converter.hubs.huggingface import HuggingFace
 
-    found = HuggingFace(address.repository, address.revision)
-    return found, found.notes
+    return HuggingFace(address.repository, address.revision, holds)
 
 
-def _modelscope(address: Address) -> Repository:
+def _modelscope(address: Address, holds: Callable[[Path], bool]) -> Repository:
     from converter.hubs.modelscope import ModelScope
 
-    return ModelScope(address.repository, address.revision)
+    return ModelScope(address.repository, address.revision, holds)

@@ -50,6 +50,8 @@ def parse(source: str, access: Access) -> Address:
     match = _ADDRESS.fullmatch(rest)
     if match is None:
         raise UsageError(f"{source}: expected {scheme or 'hf'}://org/name[@revision][/file]")
+    if ".." in (match["path"] or "").split("/"):
+        raise UsageError(f"{source}: the path leaves the repository")
     if access.hub is not None and access.hub not in _HUBS:
         raise UsageError(f"--hub {access.hub}: expected hf or modelscope")
     chosen = _HUBS[access.hub] if access.hub is not None else ""

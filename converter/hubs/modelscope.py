@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import requests
+
+# Its bars cannot be turned off by a call, and fill the logs of whatever is not a terminal.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
 from modelscope_hub import HubApi
 from modelscope_hub import errors as library
 from modelscope_hub.config import get_default_config
+from modelscope_hub.constants import API_CONNECT_TIMEOUT, DOWNLOAD_TIMEOUT
 
 from converter.errors import HubError, UnreachableError
-from converter.hubs.repository import Answer, Entry
+from converter.hubs.repository import Answer, Entry, ignore_netrc, listed, sha256_of
 from converter.hubs.transfer import patiently
 
 _KIND, _DEFAULT = "model", "master"
@@ -24,30 +33,62 @@ logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
 class ModelScope:
     """A repository on ModelScope; see Repository."""
 
-    def __init__(self, repository: str, revision: str | None) -> None:
-        """Raises UnreachableError, and HubError for what the hub refuses or does not have."""
-        self._id, self._revision = repository, revision or _DEFAULT
+    def __init__(self, repository: str, revision: str | None, holds: Callable[[Path], bool]) -> None:
+        """Raises UnreachableError where neither the hub nor its cache has it, and HubError for what the hub refuses."""
+        self._id, self._asked, self._revision = repository, revision, revision or _DEFAULT
         self.name = f"ms://{repository}" + (f"@{revision}" if revision else "")
+        self.timeout = (float(API_CONNECT_TIMEOUT), float(DOWNLOAD_TIMEOUT))
+        self.files: dict[str, Entry] = {}
+        self.notes: list[str] = []
+        self.commit = ""
+        self._folder: Path | None = None
+        self._holds = holds
         self._api = HubApi()
+        # The session that download_stream uses; another release may call it otherwise.
+        ignore_netrc(getattr(self._api.legacy, "_read_session", requests.Session()))
+        self._list()
+
+    def folder(self) -> Path | None:
+        return self._folder
+
+    def _list(self) -> None:
+        """Ask for the files; where the hub cannot be reached, go by its cache."""
         try:
             entries = patiently(self._listing)
         except Answer as answer:
             raise self.refused(answer, "") from None
+        except UnreachableError as unreachable:
+            self._folder = self._snapshot()
+            if self._folder is None:
+                raise
+            # The cache does not record commits.
+            self.notes.append(f"{unreachable.what}: taken from the cache, {self._folder}")
+            return
         files = [entry for entry in entries if entry.get("Type") != "tree"]
         if not files:
             self._explain_emptiness()
-        self.files = {entry["Path"]: Entry(entry["Size"], entry.get("Sha256") or "") for entry in files}
+        self.files = listed((entry.get("Path"), entry.get("Size"), entry.get("Sha256")) for entry in files)
         # No commit of the whole is given: its files' newest is it, unless a later one only removed some.
-        newest = max(files, key=lambda entry: entry.get("CommittedDate") or 0)
+        newest = max(files, key=lambda entry: entry["CommittedDate"])
         self.commit = str(newest.get("Revision") or "")
 
-    def folder(self) -> Path | None:
-        return None
+    def _snapshot(self) -> Path | None:
+        try:
+            folder = Path(self._api.download_repo(self._id, _KIND, revision=self._asked, local_files_only=True))
+        except library.CacheNotFound:
+            return None
+        return folder if self._holds(folder) else None
 
     def _listing(self) -> list[dict[str, Any]]:
         with _answers():
-            found: list[dict[str, Any]] = self._api.legacy.list_repo_files(self._id, _KIND, self._revision)
-            return found
+            try:
+                found = self._api.legacy.list_repo_files(self._id, _KIND, self._revision)
+                return [{**entry, "CommittedDate": int(entry.get("CommittedDate") or 0)} for entry in found]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(error, library.HubError):
+                    raise
+                # The page at which a hotel's network wants one to log in, for one.
+                raise UnreachableError("ModelScope cannot be reached", "its answer is not a hub's") from None
 
     def _explain_emptiness(self) -> None:
         """An unknown revision is listed as one without files."""
@@ -62,8 +103,10 @@ class ModelScope:
             found = Path(self._api.download_file(self._id, _KIND, path, revision=self._revision, local_files_only=True))
         except library.CacheNotFound:
             return None
-        # A branch's folder is not told by its commit: an older file of another size is not the one that is meant.
-        return found if found.stat().st_size == self.files[path].size else None
+        # The folder is called by the branch, not by its commit: what lies there may be older than what is meant.
+        size, sha256 = self.files[path]
+        current = found.stat().st_size == size and (not sha256 or sha256_of(found) == sha256)
+        return found if current else None
 
     def download(self, path: str) -> Path:
         size, sha256 = self.files[path]
@@ -76,7 +119,8 @@ class ModelScope:
         except library.APIError as error:
             raise self.refused(_answer(error), path) from None
         except (library.HubError, OSError) as error:
-            raise HubError(f"{self.name}/{path}: could not be downloaded: {error}\ntry again") from None
+            why = (getattr(error, "message", "") or str(error)).partition("\n")[0]
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {why}\ntry again") from None
 
     def open(self, path: str, headers: dict[str, str]) -> requests.Response:
         with _answers():
@@ -87,7 +131,10 @@ class ModelScope:
         log_in = "log in with `modelscope login`, or set MODELSCOPE_API_TOKEN"
         if answer.status == 404:
             what = "file" if path else "repository"
-            return HubError(f"{where}: ModelScope has no such {what}, or it is private: {log_in}")
+            return HubError(
+                f"{where}: there is no such {what} at ModelScope, or it is private\n"
+                f"see whether the name is right; for a private one, {log_in}"
+            )
         if answer.status in (401, 403):
             return HubError(
                 f"{where}: ModelScope refuses access: {answer.told}\n"
@@ -106,7 +153,8 @@ class _answers:  # noqa: N801 (used as a context manager)
         if isinstance(error, library.APIError):
             raise _answer(error) from None
         if isinstance(error, (library.NetworkError, requests.ConnectionError, requests.Timeout)):
-            raise UnreachableError("ModelScope cannot be reached", str(error)) from None
+            why = (getattr(error, "message", "") or str(error)).partition("\n")[0]
+            raise UnreachableError("ModelScope cannot be reached", why) from None
 
 
 def _answer(error: library.APIError) -> Answer:

@@ -12,12 +12,12 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import IO
 
-from converter.errors import OutputError
+from converter.errors import HubError, OutputError
 from converter.files import LocalFile, Range
 from converter.hubs.ranges import Chunk, Ranges, chunks, punch_hole
 from converter.hubs.repository import Repository
@@ -25,69 +25,78 @@ from converter.hubs.transfer import Transfer
 
 # Headers, directories and pickles lie at a file's ends: one request brings what several small reads want.
 _BLOCK = 128 << 10
+# Before a torch zip's directory lie members of a few bytes that torch.load asks for, and we do not.
+_BEFORE = 4 << 10
 # Requests under way, and chunks that may lie ahead of the reader: enough for a line with a long delay, few enough for
 # what is kept to stay small.
 _WORKERS, _AHEAD = 4, 8
+# Seconds that a thread gets to notice that it is no longer wanted; while a server has not begun to answer, it cannot.
+_LEAVING = 1.0
 
 
 class RemoteFile:
-    """A SourceFile on a hub. `fetched` counts the bytes that have come, `needed` those and what they are to become."""
+    """A SourceFile on a hub. `fetched` counts the bytes that have come, `needed` those and what they are to become.
+
+    Threads may read it, one at a time: what is removed behind one reader would be zeros to another.
+    """
 
     identity = None
 
     def __init__(self, repository: Repository, path: str) -> None:
         self.name = f"{repository.name}/{path}"
-        self.size = repository.files[path].size
+        size = repository.files[path].size
+        if size is None:
+            raise HubError(f"{self.name}: the hub does not tell its size\nadd --download to fetch it whole")
+        self.size = size
         self.fetched = self.needed = 0
         self._transfer = Transfer(repository, path, self.size)
-        # Named, for the libraries that open files by name; the suffix is what some of them go by.
-        self._spool = tempfile.NamedTemporaryFile(prefix="dsocr-", suffix=PurePosixPath(path).suffix)  # noqa: SIM115
-        os.truncate(self._spool.fileno(), self.size)
-        self._local = LocalFile(Path(self._spool.name), self.name)
+        self._spool, self.path = _spool(self.size, self.name)
+        self._local = LocalFile(Path(self.path), self.name)
         self._have, self._lock = Ranges(), threading.Lock()
+        self._reading = threading.RLock()
         self._pool = ThreadPoolExecutor(_WORKERS, "fetch")
         # What will be read, in order, and the place in it that the reader has come to.
         self._wanted: list[Range] = []
         self._place = 0
+        # Whether it is known what will be read: until then it is headers and directories.
+        self._announced = False
         # Chunks not yet asked for, and those asked for whose bytes are still of use.
         self._ahead: deque[Chunk] = deque()
         self._asked: list[tuple[Chunk, Future[None]]] = []
+        self._under_way: set[Future[None]] = set()
         self._tell: Callable[[], None] = lambda: None
-
-    @property
-    def path(self) -> str:
-        """A local file that holds what was fetched, and zeros elsewhere."""
-        return self._spool.name
 
     def close(self) -> None:
         """Stop what is under way and remove what was fetched."""
         self._transfer.stop()
-        # A thread that still wrote would write into whatever file has the number next.
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._local.close()
-        with suppress(OSError):
+        # A thread that wrote after this would write into whatever file has the number next: the last one closes it.
+        if not wait(list(self._under_way), _LEAVING).not_done:
             self._spool.close()
+        self._transfer.close()
 
     def prefetch(self, wanted: Sequence[Range], tell: Callable[[], None]) -> None:
         """Fetch ahead what will be read once, in this order; `tell` is called as bytes come."""
         self._tell, self._place = tell, 0
         self._wanted = [(start, min(end, self.size)) for start, end in wanted]
         self._ahead = deque(chunks(self._wanted))
-        self.needed = self.fetched + sum(chunk.end - chunk.start for chunk in self._ahead)
+        self._expect(self._ahead)
         self._ask_ahead()
 
     def fetch_all(self, wanted: Sequence[Range], tell: Callable[[], None] = lambda: None) -> None:
         """Fetch what others will read from `path`, and return when it is there."""
         self._tell = tell
-        asked = [
-            part
-            for chunk in chunks([(start, min(end, self.size)) for start, end in wanted])
-            for part in self._missing(chunk.start, chunk.end)
-        ]
-        self.needed = self.fetched + sum(end - start for start, end in asked)
+        asked = chunks([(start, min(end, self.size)) for start, end in wanted])
+        self._expect(asked)
         self._check_room()
-        for future in [self._pool.submit(self._fetch, start, end) for start, end in asked]:
+        for future in [self._submit(chunk.start, chunk.end) for chunk in asked]:
             future.result()
+
+    def _expect(self, asked: Iterable[Chunk]) -> None:
+        self._announced = True
+        missing = [part for chunk in asked for part in self._missing(chunk.start, chunk.end)]
+        self.needed = self.fetched + sum(end - start for start, end in missing)
 
     def _check_room(self) -> None:
         folder = tempfile.gettempdir()
@@ -99,12 +108,14 @@ class RemoteFile:
             )
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        self._ensure(offset, offset + len(buffer))
-        self._local.readinto(buffer, offset)
+        with self._reading:
+            self._ensure(offset, min(offset + len(buffer), self.size))
+            self._local.readinto(buffer, offset)
 
     def read(self, offset: int, length: int) -> bytes:
-        self._ensure(max(offset, 0), min(offset + length, self.size))
-        return self._local.read(offset, length)
+        with self._reading:
+            self._ensure(max(offset, 0), min(offset + length, self.size))
+            return self._local.read(offset, length)
 
     def check_unchanged(self) -> None:
         """Nothing to do: every answer was checked to be of the same file."""
@@ -121,11 +132,8 @@ class RemoteFile:
         for chunk, future in self._asked:
             if chunk.start < end and start < chunk.end:
                 future.result()
-        for low, high in self._missing(start, end):
-            if high - low < _BLOCK:
-                low, high = low - low % _BLOCK, min(high + -high % _BLOCK, self.size)
-            for part in self._missing(low, high):
-                self._fetch(*part)
+        for low, high in self._missing(start if self._announced else max(start - _BEFORE, 0), end):
+            self._fetch(low - low % _BLOCK, min(high + -high % _BLOCK, self.size))
 
     def _advance(self, offset: int) -> None:
         """The reader is at `offset`: remove what lies behind it, and ask for what comes next."""
@@ -134,8 +142,10 @@ class RemoteFile:
         if place == self._place:
             return
         self._place = place
-        for chunk, _ in self._asked:
+        for chunk, future in self._asked:
             if chunk.last < place:
+                # One that the reader passed by may still be written to.
+                future.cancel() or wait([future])
                 self._remove(chunk)
         self._asked = [(chunk, future) for chunk, future in self._asked if chunk.last >= place]
         self._ask_ahead()
@@ -145,7 +155,13 @@ class RemoteFile:
             self._ask(self._ahead.popleft())
 
     def _ask(self, chunk: Chunk) -> None:
-        self._asked.append((chunk, self._pool.submit(self._fetch, chunk.start, chunk.end)))
+        self._asked.append((chunk, self._submit(chunk.start, chunk.end)))
+
+    def _submit(self, start: int, end: int) -> Future[None]:
+        future = self._pool.submit(self._fetch, start, end)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
     def _remove(self, chunk: Chunk) -> None:
         """Let go of a chunk's bytes: should they be read again after all, they are fetched again."""
@@ -154,14 +170,45 @@ class RemoteFile:
         punch_hole(self._spool.fileno(), chunk.start, chunk.end - chunk.start)
 
     def _fetch(self, start: int, end: int) -> None:
-        self._transfer.fetch(start, end, self._keep)
+        """Have start to end here; what came with the metadata is."""
+        for part in self._missing(start, end):
+            for piece, at in self._transfer.fetch(*part):
+                self._keep(piece, at)
 
     def _keep(self, piece: memoryview, at: int) -> None:
         end = at + len(piece)
         rest = piece
-        while rest:
-            rest = rest[os.pwrite(self._spool.fileno(), rest, end - len(rest)) :]
+        try:
+            while rest:
+                rest = rest[os.pwrite(self._spool.fileno(), rest, end - len(rest)) :]
+        except OSError as error:
+            raise _no_room(self.name, error) from error
         with self._lock:
             self._have.add(at, end)
             self.fetched += len(piece)
         self._tell()
+
+
+def _spool(size: int, name: str) -> tuple[IO[bytes], str]:
+    """A sparse file of `size` bytes, and a path for the libraries that open files by theirs.
+
+    Where a file without a name can be opened by its number, it has none: then nothing is left, however we end.
+    """
+    try:
+        if Path("/proc/self/fd").is_dir():
+            file: IO[bytes] = tempfile.TemporaryFile(prefix="dsocr-")  # noqa: SIM115
+            path = f"/proc/self/fd/{file.fileno()}"
+        else:
+            file = tempfile.NamedTemporaryFile(prefix="dsocr-")  # noqa: SIM115
+            path = file.name
+        os.truncate(file.fileno(), size)
+    except (OSError, OverflowError) as error:
+        raise _no_room(f"{name} ({size} bytes)", error) from error
+    return file, path
+
+
+def _no_room(name: str, error: Exception) -> OutputError:
+    return OutputError(
+        f"{tempfile.gettempdir()}: parts of {name} cannot be kept there: {error}\n"
+        "free some room, or set TMPDIR to a folder that has it"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -10,15 +12,26 @@ import requests
 
 from converter.errors import HubError
 
-# Seconds to wait for a connection, and for the next bytes of an answer.
-TIMEOUT = (10, 60)
-
 
 class Entry(NamedTuple):
-    """A file of a repository: its size in bytes, and its SHA-256 where the hub gives one."""
+    """A file of a repository: its size in bytes and its SHA-256, where the hub gives them."""
 
-    size: int
+    size: int | None
     sha256: str = ""
+
+
+def listed(rows: Iterable[tuple[object, object, object]]) -> dict[str, Entry]:
+    """The files of a hub's listing, of which nothing is trusted: path, size and SHA-256 of each.
+
+    Those that would leave the folder they are put into are left out: nobody means them.
+    """
+    files = {}
+    for path, size, sha256 in rows:
+        if isinstance(path, str) and path.isprintable() and not {"", ".", ".."} & set(re.split(r"[/\\]", path)):
+            known = isinstance(size, int) and size >= 0
+            digest = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
+            files[path] = Entry(size if known else None, sha256 if digest else "")  # type: ignore[arg-type]
+    return files
 
 
 class Answer(Exception):  # noqa: N818 (an answer from a hub, not an error of ours)
@@ -53,8 +66,16 @@ class Repository(Protocol):
     def files(self) -> dict[str, Entry]:
         """All files by their paths."""
 
+    @property
+    def timeout(self) -> tuple[float, float]:
+        """Seconds to wait for a connection, and for the next bytes of an answer, as the user has set them."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of where it was found."""
+
     def folder(self) -> Path | None:
-        """Where the hub's cache has this revision, if the hub was not asked; files are then taken from there."""
+        """Where the hub's cache has what is wanted, if the hub was not asked; it is then taken from there."""
 
     def cached(self, path: str) -> Path | None:
         """The file in the hub's own cache, if it is there whole."""
@@ -69,16 +90,26 @@ class Repository(Protocol):
         """What an answer means, in words, with the next step."""
 
 
-def check_sha256(path: Path, entry: Entry, name: str) -> None:
-    """HubError unless a downloaded file has the digest that its hub gives."""
-    if not entry.sha256:
-        return
+def sha256_of(path: Path) -> str:
+    """The digest of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    if digest.hexdigest() != entry.sha256:
-        raise HubError(
-            f"{name}: the download in {path} does not have the SHA-256 that the hub gives\n"
-            f"expected {entry.sha256}, found {digest.hexdigest()}\nremove it, then run again"
-        )
+    return digest.hexdigest()
+
+
+def ignore_netrc(session: requests.Session) -> None:
+    """Have a session send the token it is given, to the host it is meant for, and nothing else.
+
+    Left alone, requests puts what ~/.netrc has for a host in the token's place, and sends it to the host that a
+    redirect leads to: a CDN refuses signed addresses that come with credentials.
+    """
+
+    def rebuild_auth(request: requests.PreparedRequest, response: requests.Response) -> None:
+        if session.should_strip_auth(response.request.url, request.url):  # type: ignore[no-untyped-call]
+            request.headers.pop("Authorization", None)
+
+    # An authentication of its own keeps it from looking for another.
+    session.auth = lambda request: request
+    session.rebuild_auth = rebuild_auth  # type: ignore[method-assign]

@@ -6,18 +6,19 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import requests
 import urllib3
 
 from converter.errors import ContainerError, HubError, UnreachableError
-from converter.hubs.repository import TIMEOUT, Answer, Repository
+from converter.hubs.repository import Answer, Repository, ignore_netrc
 
 # Attempts without a byte of progress, the first one included; waits double from the first one's.
 _TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 30.0
-_ASKING_TRIES = 3
+# A question is asked again so often, unless getting no answer took longer than this.
+_ASKING_TRIES, _ASKING_SECONDS = 3, 5.0
 _BUFFER = 1 << 20
 
 # What passes by itself: a busy hub, a gateway restarting.
@@ -27,15 +28,15 @@ _EXPIRED = frozenset({400, 401, 403, 404, 410})
 
 # A server that closes early, a stalled connection, a name that does not resolve.
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
-
-# Takes the bytes that have come, and where in the file they belong.
-Sink = Callable[[memoryview, int], None]
+# Redirects that lead nowhere, now or later.
+_ASTRAY = (requests.TooManyRedirects, requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)
 
 T = TypeVar("T")
 
 
 def patiently(ask: Callable[[], T]) -> T:
     """The answer to a question that may meet a busy hub; raises the last Answer or UnreachableError."""
+    begin = time.monotonic()
     for tried in range(1, _ASKING_TRIES + 1):
         try:
             return ask()
@@ -44,7 +45,8 @@ def patiently(ask: Callable[[], T]) -> T:
                 raise
             time.sleep(_wait(tried, answer.retry_after))
         except UnreachableError:
-            if tried == _ASKING_TRIES:
+            # Where nothing comes back, each attempt takes a timeout's length.
+            if tried == _ASKING_TRIES or time.monotonic() - begin > _ASKING_SECONDS:
                 raise
             time.sleep(_wait(tried, None))
     raise AssertionError
@@ -65,9 +67,9 @@ class Transfer:
         # Where the hub's redirect led: asking the hub again for each range would double the requests.
         self._location = ""
         self._etag = ""
+        # No token goes to the CDN.
         self._session = requests.Session()
-        # No token goes to the CDN; an authentication of one's own keeps requests from looking for one in ~/.netrc.
-        self._session.auth = lambda request: request
+        ignore_netrc(self._session)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._open_now: list[requests.Response] = []
@@ -78,28 +80,37 @@ class Transfer:
         with self._lock:
             for response in self._open_now:
                 # urllib3 before 2.3 cannot: the wait then ends with its timeout.
-                getattr(response.raw, "shutdown", lambda: None)()
+                with suppress(*_BROKEN, RuntimeError, ValueError):
+                    getattr(response.raw, "shutdown", lambda: None)()
 
-    def fetch(self, start: int, end: int, sink: Sink) -> None:
-        """Bytes `start` to `end` (exclusive) into `sink`, as they come and in order; HubError where they do not."""
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._session.close()
+
+    def fetch(self, start: int, end: int) -> Iterator[tuple[memoryview, int]]:
+        """Bytes `start` to `end` (exclusive) as they come, in order, each piece with its place in the file.
+
+        A piece is valid until the next one. HubError where they do not come. (A generator: errors of who takes the
+        pieces are not met here, and not mistaken for those of the connection.)
+        """
         at, tried = start, 0
         while at < end:
             before, wait = at, None
             try:
                 for piece in self._pieces(at, end):
-                    sink(piece, at)
+                    yield piece, at
                     at += len(piece)
                 why = "the connection ended early"
             except Answer as answer:
-                if answer.status in _EXPIRED and self._forget_location():
-                    continue
                 if answer.status == 416:
                     raise self._changed() from None
                 if answer.status not in _PASSING:
                     raise self._repository.refused(answer, self._path) from None
                 why, wait = str(answer), answer.retry_after
+            except _ASTRAY as error:
+                raise HubError(f"{self._name}: {error}\nsee whether the hub's endpoint is set right") from None
             except (UnreachableError, *_BROKEN) as error:
-                why = str(error)
+                why = str(error).partition("\n")[0] or type(error).__name__
             tried = 1 if at > before else tried + 1
             if at < end:
                 self._pause(tried, wait, why)
@@ -139,46 +150,63 @@ class Transfer:
         headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
         location = self._location
         if location:
-            response = self._session.get(location, headers=headers, stream=True, timeout=TIMEOUT)
-        else:
-            response = self._repository.open(self._path, headers)
-        if response.status_code >= 400:
+            response = self._session.get(location, headers=headers, stream=True, timeout=self._repository.timeout)
+            if response.status_code not in _EXPIRED:
+                return _good(response)
             response.close()
-            raise Answer.of(response)
-        with self._lock:
-            # To the hub's own host a token must go along: there, the library asks each time.
-            if not location and response.history and _host(response) != _host(response.history[0]):
-                self._location = response.url
+        response = _good(self._repository.open(self._path, headers))
+        # To the hub's own host a token must go along: there, the library asks each time.
+        if response.history and _host(response) != _host(response.history[0]):
+            self._location = response.url
         return response
 
-    def _forget_location(self) -> bool:
-        """Whether there was one: the hub is then to be asked for another."""
-        with self._lock:
-            known, self._location = bool(self._location), ""
-        return known
-
     def _check(self, response: requests.Response, at: int, end: int) -> None:
-        """That the answer is the range asked for, of the file as it was when the first one came."""
-        if response.status_code != 206:
-            if response.status_code == 200 and (at, end) == (0, self._size):
-                return
+        """That the answer is the range asked for, of the file that the hub lists, as it was when the first one came."""
+        headers = response.headers
+        if headers.get("Content-Type", "").startswith("text/html"):
+            raise HubError(
+                f"{self._name}: {_host(response)} answers with a web page\nsee whether the network wants you to log in"
+            )
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise HubError(
+                f"{self._name}: {_host(response)} compresses what it was asked for as it is\n"
+                "add --download to fetch it whole"
+            )
+        if response.status_code == 206:
+            size = self._size_in_range(headers.get("Content-Range", ""), at, end)
+        elif response.status_code == 200 and (at, end) == (0, self._size):
+            length = headers.get("Content-Length", "")
+            size = int(length) if length.isdecimal() else self._size
+        else:
             raise HubError(
                 f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range\n"
                 "add --download to fetch it whole"
             )
-        given = response.headers.get("Content-Range", "")
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
-        if found is None or int(found[1]) != at or int(found[2]) >= end:
-            raise HubError(f"{self._name}: bytes {at} to {end - 1} were asked for, and the answer is {given!r}")
-        etag = response.headers.get("ETag", "")
+        etag, linked = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
         with self._lock:
             self._etag = self._etag or etag
             same = etag in ("", self._etag)
-        if int(found[3]) != self._size or not same:
+        # A digest, where both tell one: ModelScope lists a branch, which may move before the first bytes are asked for.
+        digest = self._repository.files[self._path].sha256
+        if size != self._size or not same or (digest and len(linked) == len(digest) and linked != digest):
             raise self._changed()
+
+    def _size_in_range(self, given: str, at: int, end: int) -> int:
+        """The file's size as a Content-Range tells it, which must be of the bytes asked for or fewer."""
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
+        if found is None or int(found[1]) != at or int(found[2]) >= end:
+            raise HubError(f"{self._name}: bytes {at} to {end - 1} were asked for, and the answer is {given!r}")
+        return int(found[3])
 
     def _changed(self) -> ContainerError:
         return ContainerError(f"{self._name}: changed while it was being read\nrun again, or pin it with --revision")
+
+
+def _good(response: requests.Response) -> requests.Response:
+    if response.status_code >= 400:
+        response.close()
+        raise Answer.of(response)
+    return response
 
 
 def _host(response: requests.Response) -> str:

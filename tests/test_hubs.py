@@ -1,0 +1,921 @@
+"""Sources on the hubs: the real client libraries against a server that speaks both hubs' HTTP, faults included.
+
+DSOCR_BIN may name the folder of another environment's programs, such as one with an older huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import requests
+import safetensors
+import safetensors.torch
+import torch
+from hubserver import Faults, HubServer, Repo, environment, hub_server
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.errors import HubError, OutputError, UsageError
+from converter.hubs import remote, transfer
+from converter.hubs.address import Access, Address, parse
+from converter.hubs.ranges import Ranges, chunks
+from converter.hubs.remote import RemoteFile
+from converter.hubs.repository import Answer, Entry, listed
+from converter.hubs.transfer import Transfer
+
+BIN = Path(os.environ.get("DSOCR_BIN", Path(sys.executable).parent))
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+PR, ODD = "refs/pr/1", "v1.0+cu 12%2F#é"
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny checkpoints in the containers of the field."""
+    path = tmp_path_factory.mktemp("hubs")
+    sam = models.sam_hf().state_dict()
+    safetensors.torch.save_file({key: value.clone() for key, value in sam.items()}, path / "model.safetensors")
+    torch.save(sam, path / "pytorch_model.bin")
+    torch.save(models.sam_meta().state_dict(), path / "sam_vit_b.pth")
+    torch.save(models.sam_meta().state_dict(), path / "legacy.pth", _use_new_zipfile_serialization=False)
+    script = torch.jit.trace(
+        models.clip_hf().vision_model, torch.zeros(1, 3, models.CLIP_IMAGE, models.CLIP_IMAGE), strict=False
+    )
+    torch.jit.save(script, path / "clip.pt")
+    models.clip_hf().save_pretrained(path / "clip", max_shard_size="100KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def repos(made: Path) -> list[Repo]:
+    sam: dict[str, Path | bytes] = {name: made / name for name in ("model.safetensors", "pytorch_model.bin")}
+    sam |= {"meta/sam_vit_b.pth": made / "sam_vit_b.pth", "old/legacy.pth": made / "legacy.pth"}
+    sam |= {"several/a.pth": b"a", "several/b.pth": b"b", "config.json": b"{}"}
+    clip: dict[str, Path | bytes] = {f"sharded/{file.name}": file for file in (made / "clip").iterdir()}
+    clip["script/clip.pt"] = made / "clip.pt"
+    kept = {"model.safetensors": made / "model.safetensors"}
+    return [
+        Repo("org/sam", sam, tags=("v1", PR, ODD)),
+        Repo("org/clip.v1.0", clip),
+        Repo("org/gated", kept, gated=True, token="good"),
+        Repo("org/private", kept, private=True, token="good"),
+        Repo("org/hf-only", kept, hubs=("hf",)),
+    ]
+
+
+@pytest.fixture
+def server(repos: list[Repo]) -> Iterator[HubServer]:
+    with hub_server(repos) as running:
+        yield running
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    """A user's machine: a folder to work in, the hubs' caches and a TMPDIR beside it."""
+
+    def __init__(self, folder: Path, server: HubServer) -> None:
+        self.work, self.tmp, self.caches, self.server = folder / "work", folder / "tmp", folder / "caches", server
+        for path in (self.work, self.tmp):
+            path.mkdir()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        home = {"TMPDIR": str(self.tmp), "HOME": str(self.caches), "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+        return {**os.environ, **environment(self.server, self.caches), **home, **more}
+
+    def run(self, *args: object, program: str = "dsocr-convert", **more: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / program), *map(str, args)]
+        return subprocess.run(
+            command, cwd=self.work, capture_output=True, text=True, timeout=60, env=self.environment(**more)
+        )
+
+    def convert(self, *args: object, **more: str) -> Path:
+        """The output of a conversion that must succeed, and leave nothing else."""
+        done = self.run(*args, "-o", "out", "-f", **more)
+        assert done.returncode == 0, done.stderr
+        self.said = done.stderr
+        self.check_left("out")
+        return self.work / "out"
+
+    def refused(self, *args: object, code: int = 5, **more: str) -> str:
+        """What a command says that must fail, and leave nothing."""
+        before = sorted(self.work.iterdir())
+        done = self.run(*args, **more)
+        assert done.returncode == code, done.stderr
+        if code != 2:
+            # The hubs' own clients draw bars while they download.
+            bars, error, said = done.stderr.partition("error: ")
+            assert error and (not bars or "--download" in args) and "error: " not in said, done.stderr
+            assert len(said.splitlines()) >= 2, "there is no next step"
+        assert "Traceback" not in done.stderr
+        assert sorted(self.work.iterdir()) == before and not list(self.tmp.iterdir())
+        return done.stderr
+
+    def script(self, code: str, **more: str) -> str:
+        """What a hub's own client prints."""
+        python = next(path for name in ("python3", "python") if (path := BIN / name).exists())
+        done = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, timeout=60, env=self.environment(**more)
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def check_left(self, *names: str) -> None:
+        assert sorted(path.name for path in self.work.iterdir()) == sorted(names) and not list(self.tmp.iterdir())
+
+
+@pytest.fixture
+def place(tmp_path: Path, server: HubServer) -> Place:
+    return Place(tmp_path, server)
+
+
+@pytest.fixture(scope="module")
+def local(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Converts a local checkpoint, each once."""
+    folder, outputs = tmp_path_factory.mktemp("local"), {}
+
+    def convert(family: str, name: str, *options: str) -> Path:
+        key = (family, name, *options)
+        if key not in outputs:
+            outputs[key] = folder / str(len(outputs))
+            command = [BIN / "dsocr-convert", family, made / name, *options, "-o", outputs[key]]
+            subprocess.run([*map(str, command)], check=True, capture_output=True, timeout=60)
+        return outputs[key]
+
+    return convert
+
+
+def parts(path: Path) -> tuple[dict[str, str], dict[str, Any], bytes]:
+    """Metadata, tensors' descriptions and data of a safetensors file."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    return header.pop("__metadata__"), header, data[end:]
+
+
+def same(found: Path, expected: Path, source: str = "", commit: str = "") -> None:
+    """Byte-identical but for source and commit, which are those that are given."""
+    metadata, *rest = parts(found)
+    plain, *wanted = parts(expected)
+    assert rest == wanted
+    told = {"source": source or metadata["source"], "commit": commit or metadata["commit"]}
+    assert metadata == {**plain, **told}
+
+
+def bodies(server: HubServer) -> int:
+    """Bytes of weights that left the server."""
+    server.sent  # noqa: B018 (waits for answers under way)
+    return sum(request.sent for request in server.requests if request.host == "cdn")
+
+
+HF_GET = "from huggingface_hub import hf_hub_download as get\nprint(get('org/sam', '{}', revision={!r}))"
+MS_GET = "from modelscope_hub import HubApi\nprint(HubApi().download_file('org/sam', 'model', '{}'))"
+UNREACHABLE = "http://127.0.0.1:9"
+
+# Addresses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "source"),
+    [
+        (["org/sam"], "model.safetensors", "hf://org/sam/model.safetensors"),
+        (["hf://org/sam@v1/pytorch_model.bin"], "pytorch_model.bin", "hf://org/sam@v1/pytorch_model.bin"),
+        (["org/sam@v1/meta/sam_vit_b.pth"], "sam_vit_b.pth", "hf://org/sam@v1/meta/sam_vit_b.pth"),
+        (["org/sam/meta"], "sam_vit_b.pth", "hf://org/sam/meta/sam_vit_b.pth"),
+        (["hf://org/sam/old/legacy.pth"], "legacy.pth", "hf://org/sam/old/legacy.pth"),
+        (["org/sam", "--revision", PR], "model.safetensors", f"hf://org/sam@{PR}/model.safetensors"),
+        ([f"hf://org/sam@{PR}/old"], "legacy.pth", f"hf://org/sam@{PR}/old/legacy.pth"),
+        (["org/sam", "--revision", ODD], "model.safetensors", f"hf://org/sam@{ODD}/model.safetensors"),
+        (["ms://org/sam"], "model.safetensors", "ms://org/sam/model.safetensors"),
+        (["ms://org/sam@v1/pytorch_model.bin"], "pytorch_model.bin", "ms://org/sam@v1/pytorch_model.bin"),
+        (["org/sam", "--hub", "modelscope"], "model.safetensors", "ms://org/sam/model.safetensors"),
+        (["org/sam/old", "--hub", "ms", "--revision", ODD], "legacy.pth", f"ms://org/sam@{ODD}/old/legacy.pth"),
+        (["org/hf-only", "--hub", "hf"], "model.safetensors", "hf://org/hf-only/model.safetensors"),
+    ],
+    ids=lambda value: "-".join(value).replace("/", "_") if isinstance(value, list) else "",
+)
+def test_addresses(arguments: list[str], file: str, source: str, place: Place, local: Any) -> None:
+    commit = next(repo.commit for repo in place.server.repos if repo.id in source)
+    same(place.convert("sam", *arguments), local("sam", file), source, commit)
+    assert f"commit {commit}" in place.said and "% " not in place.said.split("fetched")[0]
+    assert "checked: sizes, ranges, ETags" in place.said
+    hubs = {request.host for request in place.server.requests}
+    assert hubs == {source[:2], "cdn"}
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_shards(scheme: str, place: Place, local: Any) -> None:
+    source = f"{scheme}://org/clip.v1.0/sharded"
+    index = f"{source}/model.safetensors.index.json"
+    same(place.convert("clip", source), local("clip", "clip"), index)
+    shards = [name for name in place.server.repos[1].contents if name.endswith(".safetensors")]
+    sent = {
+        name: sum(it.sent for it in place.server.requests if name in it.path and it.host == "cdn") for name in shards
+    }
+    assert len(shards) > 4 and all(sent.values())
+    same(place.convert("clip", index), local("clip", "clip"), index)
+
+
+def test_the_card_tells_commit_and_bytes(place: Place) -> None:
+    done = place.run("sam", "hf://org/sam", "--json")
+    card = json.loads(done.stdout)
+    assert card["commit"] == place.server.repos[0].commit and card["source"] == "hf://org/sam/model.safetensors"
+    ((name, fetched),) = card["fetched"].items()
+    assert name == "hf://org/sam/model.safetensors" and 0 < fetched == bodies(place.server)
+
+
+@pytest.mark.parametrize(
+    ("source", "access"),
+    [
+        ("hf://org/name", Access(hub="modelscope")),
+        ("ms://org/name", Access(hub="hf")),
+        ("hf://org/name@v1", Access(revision="v2")),
+        ("org/name", Access(hub="gitee")),
+        ("hf://name", Access()),
+        ("hf://org/name@", Access()),
+        ("hf://org/name/../other", Access()),
+        ("./some/path", Access(hub="hf")),
+    ],
+)
+def test_contradictions(source: str, access: Access) -> None:
+    with pytest.raises(UsageError):
+        parse(source, access)
+
+
+def test_addresses_are_taken_apart() -> None:
+    assert parse("ms://org/n.a-m_e@v1/a/b.bin", Access()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
+    assert parse("org/name@refs/convert/pt/x/", Access()) == Address("", "org/name", "refs/convert/pt", "x")
+    assert parse("org/name", Access("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
+
+
+def test_options_for_hubs_need_one(place: Place, made: Path) -> None:
+    for option in (["--revision", "v1"], ["--download"]):
+        assert "for repositories on a hub" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
+    place.refused("sam", "hf://org/sam", "--hub", "ms", code=2)
+    # A mistyped path is no repository.
+    (place.work / "runs").mkdir()
+    for path in ("runs/sam.pth", "runs/best/sam.pth", "nothing/model.safetensors"):
+        assert "no such file or folder" in place.refused("sam", path, code=3)
+    assert not place.server.requests
+
+
+# Which hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_modelscope_takes_the_place_of_a_hub_that_cannot_be_reached(place: Place, local: Any) -> None:
+    out = place.convert("sam", "org/sam", HF_ENDPOINT=UNREACHABLE)
+    same(out, local("sam", "model.safetensors"), "ms://org/sam/model.safetensors")
+    assert f"{UNREACHABLE} cannot be reached: taken from ModelScope instead" in place.said
+    # A frequent slip: a mirror's name without its scheme.
+    place.convert("sam", "org/sam", HF_ENDPOINT="mirror.example")
+    assert "mirror.example cannot be reached: taken from ModelScope instead" in place.said
+
+
+def test_a_login_page_is_no_hub(place: Place, local: Any) -> None:
+    page = (200, b"<!DOCTYPE html><html>Log in", {"Content-Type": "text/html"})
+    place.server.faults = Faults("/api/models/org/sam", answer=page)
+    out = place.convert("sam", "org/sam")
+    same(out, local("sam", "model.safetensors"), "ms://org/sam/model.safetensors")
+    place.server.faults = Faults("/api/", answer=page)
+    for source in ("hf://org/sam", "ms://org/sam"):
+        assert "its answer is not a hub's" in place.refused("sam", source)
+    place.server.faults = Faults(r"localhost|/model\.safetensors", answer=page)
+    assert "answers with a web page" in place.refused("sam", "hf://org/sam", "-o", "new")
+
+
+def test_modelscope_is_not_asked_for_what_hugging_face_lacks(place: Place) -> None:
+    for source in ("org/missing", "org/private", "org/sam@nothing", "org/sam/nothing.bin"):
+        place.refused("sam", source)
+    assert not [request for request in place.server.requests if request.host == "ms"]
+
+
+def test_no_hub_can_be_reached(place: Place) -> None:
+    gone = {"HF_ENDPOINT": UNREACHABLE, "MODELSCOPE_ENDPOINT": UNREACHABLE}
+    began = time.monotonic()
+    said = place.refused("sam", "org/sam", **gone)
+    assert f"{UNREACHABLE} cannot be reached" in said and "check the network" in said
+    assert "ModelScope cannot be reached" in place.refused("sam", "ms://org/sam", **gone)
+    assert time.monotonic() - began < 15
+    said = place.refused("sam", "org/missing", HF_ENDPOINT=UNREACHABLE)
+    assert f"{UNREACHABLE} cannot be reached" in said and "no such repository at ModelScope" in said
+
+
+def test_a_silent_hub_is_given_up(place: Place, local: Any) -> None:
+    place.server.faults = Faults("/api/models/org/sam", silent=True, stall=30)
+    began = time.monotonic()
+    place.convert("sam", "org/sam", HF_HUB_ETAG_TIMEOUT="6")
+    assert "taken from ModelScope" in place.said and time.monotonic() - began < 12
+
+
+# Caches -------------------------------------------------------------------------------------------------------------
+
+
+def test_hugging_face_cache(place: Place, local: Any) -> None:
+    expected, repo = local("sam", "model.safetensors"), place.server.repos[0]
+    source = "hf://org/sam/model.safetensors"
+    cached = place.script(HF_GET.format("model.safetensors", None))
+    before, asked = bodies(place.server), len(place.server.requests)
+    same(place.convert("sam", "org/sam"), expected, source, repo.commit)
+    assert bodies(place.server) == before and len(place.server.requests) == asked + 1
+    assert "fetched" not in place.said
+
+    # Offline, unreachable, and pinned to what the cache has: the same file, and no request.
+    asked = len(place.server.requests)
+    same(place.convert("sam", "org/sam", HF_HUB_OFFLINE="1"), expected, source, repo.commit)
+    same(place.convert("sam", "org/sam", HF_ENDPOINT=UNREACHABLE), expected, source, repo.commit)
+    assert f"taken from the cache, commit {repo.commit}" in place.said
+    out = place.convert("sam", "org/sam", "--revision", repo.commit)
+    same(out, expected, f"hf://org/sam@{repo.commit}/model.safetensors", repo.commit)
+    assert len(place.server.requests) == asked
+
+    # What the cache lacks: told offline, fetched where it can be.
+    said = place.refused("sam", "org/sam/pytorch_model.bin", "-o", "new", HF_HUB_OFFLINE="1")
+    assert "is not in the cache" in said and "HF_HUB_OFFLINE" in said
+    place.refused("sam", "hf://org/sam/pytorch_model.bin", "-o", "new", HF_ENDPOINT=UNREACHABLE)
+    out = place.convert("sam", f"org/sam@{repo.commit}/pytorch_model.bin")
+    same(out, local("sam", "pytorch_model.bin"), commit=repo.commit)
+    assert bodies(place.server) > before
+
+    # A new commit with the same file: the cache has it under its digest.
+    Path(cached).unlink()
+    before = bodies(place.server)
+    same(place.convert("sam", "org/sam"), expected, source, repo.commit)
+    assert bodies(place.server) == before
+
+
+def test_a_cache_with_configurations_alone_is_none(place: Place, local: Any) -> None:
+    place.script(HF_GET.format("config.json", None))
+    out = place.convert("sam", "org/sam", HF_ENDPOINT=UNREACHABLE)
+    same(out, local("sam", "model.safetensors"), "ms://org/sam/model.safetensors")
+    assert "is not in the cache" in place.refused("sam", "org/sam", "-o", "new", HF_HUB_OFFLINE="1")
+    repo = place.server.repos[0]
+    same(place.convert("sam", "org/sam", "--revision", repo.commit), local("sam", "model.safetensors"))
+
+
+def test_modelscope_cache(place: Place, local: Any) -> None:
+    expected = local("sam", "model.safetensors")
+    cached = Path(place.script(MS_GET.format("model.safetensors")).splitlines()[-1])
+    before = bodies(place.server)
+    same(place.convert("sam", "ms://org/sam"), expected, "ms://org/sam/model.safetensors", place.server.repos[0].commit)
+    assert bodies(place.server) == before
+    out = place.convert("sam", "ms://org/sam", MODELSCOPE_ENDPOINT=UNREACHABLE)
+    assert parts(out)[1:] == parts(expected)[1:] and "taken from the cache" in place.said
+    # A branch's folder may be older than the branch: another file of the same size is not taken for it.
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.write_bytes(data)
+    same(place.convert("sam", "ms://org/sam"), expected)
+    assert bodies(place.server) > before
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_download(scheme: str, place: Place, local: Any, made: Path) -> None:
+    source = f"{scheme}://org/sam/model.safetensors"
+    same(place.convert("sam", source, "--download"), local("sam", "model.safetensors"), source)
+    whole = bodies(place.server)
+    assert whole == (made / "model.safetensors").stat().st_size
+    same(place.convert("sam", source), local("sam", "model.safetensors"), source)
+    same(place.convert("sam", source, "--download"), local("sam", "model.safetensors"), source)
+    assert bodies(place.server) == whole
+    same(place.convert("clip", f"{scheme}://org/clip.v1.0/sharded", "--download"), local("clip", "clip"))
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_a_download_with_another_digest_is_refused_and_not_kept(scheme: str, tmp_path: Path, made: Path) -> None:
+    repo = Repo("org/sam", {"model.safetensors": made / "model.safetensors"}, sha256={"model.safetensors": "5" * 64})
+    with hub_server([repo]) as server:
+        place = Place(tmp_path, server)
+        said = place.refused("sam", f"{scheme}://org/sam", "--download")
+        assert hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest()[:16] in said
+        left = [path for path in place.caches.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+        assert not left
+
+
+def test_folders_that_the_hubs_own_programs_fill(place: Place, local: Any) -> None:
+    hf = "from huggingface_hub import snapshot_download as get\nget('org/sam', local_dir='{}')"
+    ms = "from modelscope_hub import HubApi\nHubApi().download_repo('org/sam', 'model', local_dir='{}')"
+    for script in (hf, ms):
+        folder = place.caches / script[5:10]
+        place.script(script.format(folder))
+        assert parts(place.convert("sam", folder)) == parts(local("sam", "model.safetensors"))
+
+
+# Little is fetched --------------------------------------------------------------------------------------------------
+
+
+def large_clip() -> dict[str, torch.Tensor]:
+    """CLIP whose text tower is larger than all else."""
+    state = {key: value.clone() for key, value in models.clip_hf().state_dict().items()}
+    return {**state, "text_model.embeddings.token_embedding.weight": torch.zeros(1 << 18, 32)}
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_metadata_alone(scheme: str, tmp_path: Path) -> None:
+    safetensors.torch.save_file(large_clip(), tmp_path / "model.safetensors")
+    torch.save(large_clip(), tmp_path / "pytorch_model.bin")
+    names = ("model.safetensors", "pytorch_model.bin")
+    with hub_server([Repo("org/clip", {name: tmp_path / name for name in names})]) as server:
+        place = Place(tmp_path, server)
+        for name in names:
+            for arguments in (["inspect"], ["clip", "--dry-run"]):
+                before = server.sent
+                done = place.run(*arguments, f"{scheme}://org/clip/{name}")
+                assert done.returncode == 0 and "vision_model" in done.stdout, done.stderr
+                assert server.sent - before < 512 << 10
+            before = server.sent
+            done = place.run("clip", f"{scheme}://org/clip/{name}", "-f")
+            assert done.returncode == 0 and server.sent - before < 2 << 20, done.stderr
+        place.check_left("deepencoder-clip.safetensors")
+
+
+def test_only_shards_that_hold_something_are_fetched(tmp_path: Path) -> None:
+    state = large_clip()
+    text = {key: value for key, value in state.items() if key.startswith("text_model")}
+    shards = {"a.safetensors": {key: state[key] for key in state.keys() - text.keys()}, "b.safetensors": text}
+    for name, tensors in shards.items():
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    index = {"weight_map": {key: name for name, tensors in shards.items() for key in tensors}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = {name: tmp_path / name for name in (*shards, "model.safetensors.index.json")}
+    with hub_server([Repo("org/clip", files)]) as server:
+        place = Place(tmp_path, server)
+        place.convert("clip", "org/clip")
+        sent = sum(request.sent for request in server.requests if "b.safetensors" in request.path)
+        assert 0 < sent <= 128 << 10
+
+
+def test_verification(place: Place, local: Any, tmp_path: Path) -> None:
+    cases = [
+        ("sam", "hf://org/sam", "model.safetensors"),
+        ("sam", "ms://org/sam/pytorch_model.bin", "pytorch_model.bin"),
+        ("sam", "org/sam/old/legacy.pth", "legacy.pth"),
+        ("clip", "org/clip.v1.0/script", "clip.pt"),
+        ("clip", "org/clip.v1.0/sharded", "clip"),
+    ]
+    for family, source, name in cases:
+        converted = local(family, name)
+        done = place.run(converted, "--source", source, "--fast", program="dsocr-verify")
+        assert (done.returncode, done.stdout) == (0, "verified\n"), done.stderr
+        place.check_left()
+
+
+def test_verification_where_small_members_lie_in_a_block_of_their_own(tmp_path: Path) -> None:
+    """torch.load asks for members that a conversion does not: `version`, just before the directory."""
+    path, block, state = tmp_path / "pytorch_model.bin", 128 << 10, models.sam_hf().state_dict()
+
+    def directory(padding: int) -> int:
+        unwanted = {"a": torch.ones(padding, dtype=torch.uint8), "b": torch.ones(3 * block, dtype=torch.uint8)}
+        torch.save({"model": state, **unwanted}, path)
+        with zipfile.ZipFile(path) as archive:
+            return archive.start_dir
+
+    assert 0 < directory(128 - directory(64) % block + block) % block < 100
+    with hub_server([Repo("org/sam", {path.name: path})]) as server:
+        place = Place(tmp_path, server)
+        converted = place.convert("sam", "org/sam")
+        done = place.run(converted, "--source", "org/sam", "--fast", program="dsocr-verify")
+        assert (done.returncode, done.stdout) == (0, "verified\n"), done.stderr
+
+
+def test_verification_of_outputs(place: Place, local: Any) -> None:
+    converted = local("sam", "pytorch_model.bin")
+    done = place.run(converted, "--source", "hf://org/sam/pytorch_model.bin", "--device", "cpu", program="dsocr-verify")
+    assert (done.returncode, done.stdout) == (0, "verified\n"), done.stderr
+    place.check_left()
+
+
+def test_other_outputs(place: Place, local: Any) -> None:
+    for source, name in (("org/sam", "model.safetensors"), ("org/sam/old/legacy.pth", "legacy.pth")):
+        remote_out = place.convert("sam", source, "--format", "pth")
+        assert remote_out.read_bytes() == local("sam", name, "--format", "pth").read_bytes()
+    same(place.convert("sam", "org/sam", "--dtype", "float16"), local("sam", "model.safetensors", "--dtype", "float16"))
+    same(
+        place.convert("clip", "org/clip.v1.0/sharded", "--image-size", "112"),
+        local("clip", "clip", "--image-size", "112"),
+    )
+
+
+# What a connection may do -------------------------------------------------------------------------------------------
+
+SOURCES = pytest.mark.parametrize("source", ["hf://org/sam", "ms://org/sam/pytorch_model.bin"], ids=["hf", "ms"])
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        Faults(busy=1, limited=1),
+        Faults(r"\.(safetensors|bin)", busy=1, limited=2, retry_after=1),
+        Faults(drop_every=2),
+        Faults(truncate_every=2),
+        Faults(url_uses=1),
+        Faults(no_head=True),
+    ],
+    ids=["api-busy", "files-busy", "drop", "truncate", "expired", "no-head"],
+)
+@SOURCES
+def test_passing_faults(source: str, faults: Faults, place: Place, local: Any) -> None:
+    place.server.faults = faults
+    same(place.convert("sam", source), local("sam", place_file(source)))
+    assert bodies(place.server) < 4 << 20
+
+
+def place_file(source: str) -> str:
+    return "pytorch_model.bin" if source.endswith(".bin") else "model.safetensors"
+
+
+@SOURCES
+def test_a_server_that_ignores_ranges_is_told(source: str, place: Place) -> None:
+    place.server.faults = Faults(ignore_range=True)
+    said = place.refused("sam", source)
+    assert "ignores Range" in said and "--download" in said
+    if source.startswith("hf"):
+        place.convert("sam", source, "--download")
+
+
+@SOURCES
+def test_a_replaced_file_is_an_error(source: str, place: Place, made: Path) -> None:
+    other = made / ("model.safetensors" if source.endswith(".bin") else "pytorch_model.bin")
+    changed = bytearray((made / place_file(source)).read_bytes())
+    changed[-9] ^= 1
+    for new in (bytes(changed), other):
+        with hub_server([Repo("org/sam", {place_file(source): made / place_file(source)})]) as server:
+            server.faults = Faults(replace_after=1, replacement={place_file(source): new})
+            there = Place(Path(tempfile.mkdtemp(dir=place.caches.parent)), server)
+            said = there.refused("sam", source, code=3)
+            assert "changed while it was being read" in said and "--revision" in said
+
+
+def test_errors_that_stay(place: Place) -> None:
+    loop = (302, b"", {"Location": "/org/sam/resolve/main/model.safetensors"})
+    place.server.faults = Faults("resolve", answer=loop)
+    assert "redirects" in place.refused("sam", "hf://org/sam")
+    zipped = (206, b"x", {"Content-Encoding": "gzip"})
+    place.server.faults = Faults("resolve", answer=zipped)
+    assert "compresses" in place.refused("sam", "hf://org/sam")
+    place.server.faults = Faults("/api/models", answer=(500, b"", {}))
+    assert "HTTP 500" in place.refused("sam", "hf://org/sam")
+    place.server.faults = Faults("resolve", answer=(302, b"", {"Location": "file:///etc/passwd"}))
+    place.refused("sam", "hf://org/sam")
+
+
+@pytest.mark.parametrize(
+    "fault", [Faults(stall_every=1, stall=50), Faults(r"resolve|localhost|repo\?", silent=True, stall=50)]
+)
+@SOURCES
+def test_interruption_of_a_stalled_transfer(source: str, fault: Faults, place: Place) -> None:
+    if not fault.silent:
+        # The metadata comes, the weights do not: a block of 128 KiB holds the header.
+        place.server.faults = Faults()
+        place.server.count("bodies")
+    place.server.faults = fault
+    command = [str(BIN / "dsocr-convert"), "sam", source]
+    process = subprocess.Popen(
+        command,
+        cwd=place.work,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=place.environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 20
+    while place.server.answering == 0 or not any(r.range for r in place.server.requests):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert time.monotonic() - began < 5
+    place.check_left()
+
+
+# What the hubs refuse -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_refusals(scheme: str, place: Place, local: Any) -> None:
+    token = "HF_TOKEN" if scheme == "hf" else "MODELSCOPE_API_TOKEN"
+    endpoint = place.server.hf_endpoint if scheme == "hf" else place.server.ms_endpoint
+
+    said = place.refused("sam", f"{scheme}://org/missing")
+    assert "no such repository" in said and token in said
+    assert "no such repository" in place.refused("sam", f"{scheme}://org/private")
+    assert "no such repository" in place.refused("sam", f"{scheme}://org/private", **{token: "bad"})
+    said = place.refused("sam", f"{scheme}://org/gated")
+    assert token in said and f"{endpoint}/" in said and "org/gated" in said
+    said = place.refused("sam", f"{scheme}://org/gated", **{token: "bad"})
+    assert f"{endpoint}/" in said
+    place.refused("sam", f"{scheme}://org/gated", "--download")
+    for repo in ("gated", "private"):
+        same(place.convert("sam", f"{scheme}://org/{repo}", **{token: "good"}), local("sam", "model.safetensors"))
+    (place.work / "out").unlink()
+    assert any(request.token == "good" for request in place.server.requests)
+    assert {request.token for request in place.server.requests if request.host == "cdn"} == {None}
+
+    assert "there is no revision 'nothing'" in place.refused("sam", f"{scheme}://org/sam@nothing")
+    said = place.refused("sam", f"{scheme}://org/sam/nothing.bin")
+    assert "there is no file 'nothing.bin'" in said and "meta/sam_vit_b.pth" in said and "model.safetensors" in said
+    said = place.refused("sam", f"{scheme}://org/sam/several")
+    assert "a.pth, b.pth" in said and "name the one to convert" in said
+
+
+def test_a_token_that_is_not_valid(place: Place) -> None:
+    message = "Invalid credentials in Authorization header"
+    place.server.faults = Faults(answer=(401, b"", {"X-Error-Message": message}))
+    said = place.refused("sam", "hf://org/sam", HF_TOKEN="hf_old")
+    assert "your token is not valid" in said and "hf auth login" in said
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_netrc_is_not_used(scheme: str, place: Place, local: Any) -> None:
+    place.caches.mkdir()
+    (place.caches / ".netrc").write_text("default login me password secret\n")
+    (place.caches / ".netrc").chmod(0o600)
+    token = {"HF_TOKEN": "good", "MODELSCOPE_API_TOKEN": "good"}
+    same(place.convert("sam", f"{scheme}://org/gated", **token), local("sam", "model.safetensors"))
+    files = [request for request in place.server.requests if request.range]
+    assert {request.token for request in files if request.host == "cdn"} == {None}
+    assert {request.token for request in files if request.host == scheme} == {"good"}
+
+
+def test_hostile_listings(tmp_path: Path) -> None:
+    rows: list[tuple[object, object, object]] = [
+        ("a/../../b", 1, ""), ("/etc/passwd", 1, ""), ("a\\..\\b", 1, ""), ("a\x1b[31m", 1, ""), (None, 1, ""),
+        ("", 1, ""), ("ok", 1, "5" * 64), ("less", -1, "../x"), ("text", "7", None), ("ünï/code.bin", 2, None),
+    ]  # fmt: skip
+    assert listed(rows) == {
+        "ok": Entry(1, "5" * 64),
+        "less": Entry(None),
+        "text": Entry(None),
+        "ünï/code.bin": Entry(2),
+    }
+
+
+@pytest.mark.parametrize("size", [-1, None, 10**19, 2**62, "many"])
+def test_impossible_sizes(size: object, place: Place) -> None:
+    info = {"id": "org/sam", "sha": "5" * 40, "siblings": [{"rfilename": "model.safetensors", "size": size}]}
+    place.server.faults = Faults("/api/models/", answer=(200, json.dumps(info).encode(), {}))
+    done = place.run("sam", "hf://org/sam")
+    assert done.returncode in (3, 4, 5) and "Traceback" not in done.stderr and "model.safetensors" in done.stderr
+    place.check_left()
+
+
+def test_nothing_stays_after_a_later_shard_fails(place: Place, made: Path) -> None:
+    files: dict[str, Path | bytes] = {file.name: file for file in (made / "clip").iterdir()}
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    files[shards[-1]] = b"nothing of the kind"
+    with hub_server([Repo("org/clip", files)]) as server:
+        place.server = server
+        place.refused("clip", "hf://org/clip", code=3)
+
+
+# One file, in this process ------------------------------------------------------------------------------------------
+
+DATA = random.Random(0).randbytes(3 << 20)
+
+
+class OneFile:
+    """A repository of one file, asked for without a hub's library."""
+
+    notes: list[str] = []  # noqa: RUF012
+    commit, timeout = "", (1.0, 0.5)
+
+    def __init__(self, server: HubServer, data: bytes | int) -> None:
+        self.name, self._url = "hf://org/one", f"{server.hf_endpoint}/org/one/resolve/main/file.bin"
+        self.files = {"file.bin": Entry(data if isinstance(data, int) else len(data))}
+
+    def open(self, path: str, headers: dict[str, str]) -> requests.Response:
+        return requests.get(self._url, headers=headers, stream=True, timeout=self.timeout)
+
+    def refused(self, answer: Answer, path: str) -> HubError:
+        return HubError(f"{path}: {answer}")
+
+    def folder(self) -> Path | None:
+        raise NotImplementedError
+
+    cached = download = folder  # type: ignore[assignment]
+
+
+@pytest.fixture
+def one() -> Iterator[HubServer]:
+    with hub_server([Repo("org/one", {"file.bin": DATA})]) as running:
+        yield running
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfer, "_LONGEST_WAIT", 0.05)
+
+
+@pytest.fixture
+def file(one: HubServer, quick: None) -> Iterator[RemoteFile]:
+    opened = RemoteFile(OneFile(one, DATA), "file.bin")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        Faults(),
+        Faults(drop_every=1),
+        Faults(drop_every=10),
+        Faults(truncate_every=1),
+        Faults(stall_every=3, stall=1),
+        Faults(url_uses=1),
+        Faults(busy=3, limited=3, retry_after=0),
+    ],
+)
+def test_bytes_are_right_whatever_happens(
+    faults: Faults, file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.faults = faults
+    wanted = [(at, min(at + 150_000, len(DATA))) for at in range(0, len(DATA), 300_000)]
+    small = [chunk for start, end in wanted for chunk in chunks([(start, end)], size=50_000)]
+    monkeypatch.setattr(
+        remote, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
+    )
+    told: list[int] = []
+    file.prefetch(wanted, lambda: told.append(file.fetched))
+    for start, end in wanted:
+        assert file.read(start, end - start) == DATA[start:end]
+    # Behind the reader, and what nobody had announced.
+    assert file.read(10, 100) == DATA[10:110] and file.read(160_000, 9) == DATA[160_000:160_009]
+    assert file.needed == sum(end - start for start, end in wanted) and told
+
+
+def test_a_file_can_be_read_by_several_threads(file: RemoteFile, one: HubServer) -> None:
+    one.faults = Faults(drop_every=7)
+    wanted = [(at, at + 100_000) for at in range(0, 3_000_000, 100_000)]
+    file.prefetch(wanted, lambda: None)
+    with ThreadPoolExecutor(8) as pool:
+        order = random.Random(1).sample(wanted, len(wanted))
+        found = pool.map(lambda part: file.read(part[0], part[1] - part[0]), order)
+        assert list(found) == [DATA[start:end] for start, end in order]
+
+
+def test_errors_of_a_worker_reach_the_reader(file: RemoteFile, one: HubServer) -> None:
+    one.faults = Faults(answer=(404, b"", {}))
+    file.prefetch([(0, len(DATA))], lambda: None)
+    for _ in range(2):
+        with pytest.raises(HubError, match="HTTP 404"):
+            file.read(5, 5)
+
+
+def test_waits() -> None:
+    assert [transfer._wait(tried, None) for tried in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
+    assert (transfer._wait(1, 7), transfer._wait(1, 3600)) == (7, 30)
+
+
+def test_attempts_end(file: RemoteFile, one: HubServer) -> None:
+    one.faults = Faults(answer=(503, b"", {}))
+    with pytest.raises(HubError, match=r"could not be fetched in 6 attempts: HTTP 503"):
+        file.read(5, 5)
+    assert len(one.requests) == 6
+
+
+def test_a_full_disk_is_no_broken_connection(file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="TMPDIR"):
+        file.read(5, 5)
+    assert len([request for request in one.requests if request.host == "cdn"]) == 1
+
+
+def test_room_is_asked_for_before_all_is_fetched(
+    file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(OutputError, match="TMPDIR"):
+        file.fetch_all([(0, 100_000)])
+    assert not one.requests
+
+
+def test_closing_ends_what_is_under_way(file: RemoteFile, one: HubServer) -> None:
+    one.faults = Faults(stall_every=1, stall=20)
+    file.prefetch([(0, len(DATA))], lambda: None)
+    time.sleep(0.2)
+    began = time.monotonic()
+    file.close()
+    assert time.monotonic() - began < 2
+    for thread in threading.enumerate():
+        if thread.name.startswith("fetch"):
+            thread.join(3)
+            assert not thread.is_alive()
+
+
+def test_what_is_fetched_twice_when_an_address_expires(one: HubServer, quick: None) -> None:
+    """All threads meet the expired address at once, and none takes it for a refusal."""
+    one.faults = Faults(url_uses=3)
+    got = Transfer(OneFile(one, DATA), "file.bin", len(DATA))
+    with ThreadPoolExecutor(8) as pool:
+        starts = range(0, len(DATA), 50_000)
+        found = pool.map(lambda at: b"".join(bytes(p) for p, _ in got.fetch(at, min(at + 50_000, len(DATA)))), starts)
+        assert b"".join(found) == DATA
+
+
+def test_the_spool_is_emptied_behind_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    size = 200 << 20
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"")
+    os.truncate(path, size)
+    with hub_server([Repo("org/one", {"file.bin": path}, sha256={"file.bin": "5" * 64})]) as server:
+        opened = RemoteFile(OneFile(server, size), "file.bin")
+        wanted = [(at, at + (2 << 20)) for at in range(0, size, 2 << 20)]
+        opened.prefetch(wanted, lambda: None)
+        largest, buffer = 0, memoryview(bytearray(1 << 20))
+        for at in range(0, size, 1 << 20):
+            opened.readinto(buffer, at)
+            largest = max(largest, Path(opened.path).stat().st_blocks * 512)
+        assert largest <= (remote._AHEAD + remote._WORKERS) * (16 << 20)
+        assert Path(opened.path).stat().st_blocks * 512 <= 32 << 20
+        assert opened.fetched == size
+        opened.close()
+        assert sorted(tmp_path.iterdir()) == [path]
+
+
+# Ranges -------------------------------------------------------------------------------------------------------------
+
+RANGE = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair) + 1))
+
+
+@given(st.lists(st.tuples(st.booleans(), RANGE), max_size=20), RANGE)
+def test_ranges_are_a_set_of_bytes(changes: list[tuple[bool, tuple[int, int]]], asked: tuple[int, int]) -> None:
+    ranges, expected = Ranges(), set()
+    for adds, (start, end) in changes:
+        (ranges.add if adds else ranges.remove)(start, end)
+        expected = expected | {*range(start, end)} if adds else expected - {*range(start, end)}
+        assert all(low < high for low, high in ranges._ranges)
+        assert all(a[1] < b[0] for a, b in zip(ranges._ranges, ranges._ranges[1:], strict=False))
+    missing = [byte for low, high in ranges.missing(*asked) for byte in range(low, high)]
+    assert missing == sorted({*range(*asked)} - expected)
+
+
+@given(st.lists(RANGE, max_size=20), st.integers(0, 10), st.integers(1, 30))
+def test_chunks_bring_what_is_wanted(wanted: list[tuple[int, int]], gap: int, size: int) -> None:
+    found = chunks(wanted, gap, size)
+    covered = [byte for chunk in found for byte in range(chunk.start, chunk.end)]
+    needed = {byte for start, end in wanted for byte in range(start, end)}
+    assert needed <= set(covered) and len(covered) == len(set(covered))
+    assert all(0 < chunk.end - chunk.start <= size for chunk in found)
+    # A gap costs no more than it may, and lies between two ranges.
+    assert len(covered) <= len(needed) + gap * max(0, len(wanted) - 1)
+    for chunk in found:
+        at = [i for i, (start, end) in enumerate(wanted) if start < chunk.end and chunk.start < end]
+        assert (chunk.first, chunk.last) == (at[0], at[-1])
+    assert [chunk.first for chunk in found] == sorted(chunk.first for chunk in found)
+
+
+# The real hubs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [
+        ("sam", "facebook/sam-vit-base"),
+        ("sam", "hf://facebook/sam-vit-base@main/pytorch_model.bin"),
+        ("clip", "ms://AI-ModelScope/clip-vit-large-patch14"),
+        ("sam", "deepseek-ai/DeepSeek-OCR"),
+    ],
+)
+def test_the_real_hubs(family: str, source: str, tmp_path: Path) -> None:
+    """With the caches, tokens and mirrors of whoever runs it: `pytest -m network`."""
+    program = BIN / "dsocr-convert"
+    done = subprocess.run(
+        [program, family, source, "-o", "out", "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    card = json.loads(done.stdout)
+    assert card["tensors"] == {"sam": 177, "clip": 294}[family] and card["commit"]
+    assert sum(card["fetched"].values()) <= 1.02 * card["nbytes"] + (2 << 20)
+    with safetensors.safe_open(tmp_path / "out", "pt") as opened:
+        assert opened.metadata()["commit"] == card["commit"]
