@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
 from converter.card import make_card
+from converter.cardfiles import CardFiles
 from converter.errors import OutputError
+from converter.folder import folder_files, staged_pretrained, wants_folder
 from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, check_choices, planned
 from converter.report import Card
 from converter.source import Progress, Source, open_source
-from converter.stage import check_target, staged
+from converter.stage import check_folder, check_target, staged
 from converter.write import write_safetensors
 
 FORMATS = ("safetensors", "pth")
@@ -35,6 +37,8 @@ def convert(
     state_dict: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    card: str | Path | Sequence[str | Path] = (),
+    sign: str | Path | None = None,
     revision: str | None = None,
     hub: str | None = None,
     download: bool = False,
@@ -45,7 +49,9 @@ def convert(
     `source` is a file, a folder or an index, here or on a hub (`hf://org/name`, `ms://org/name`, `org/name`).
     `revision` pins what is on a hub, `hub` says which is meant (hf or modelscope); with `download` whole files are
     fetched into the hub's cache, and not the needed bytes alone. `family` is "sam" or "clip". `out` defaults to
-    `<layout>.<format>` in the current folder.
+    `<layout>.<format>` in the current folder. With `to` sam-hf or clip-hf, an `out` whose name does not end in
+    .safetensors, .pth, .pt or .bin is a folder for transformers' from_pretrained: model.safetensors, config.json and
+    preprocessor_config.json; with `force`, an existing one is replaced with all that is in it.
 
     `to` is the layout to write, deepencoder-<family> unless given; what it has and the source lacks is taken from
     `fill_from`, another source. With `whole`, what lies beside the encoder is converted too: SAM's prompt encoder and
@@ -54,31 +60,48 @@ def convert(
     one file (`model`, `ema`; `.` for the top). `progress` is called as bytes are written or, from a hub, as they come;
     then also from other threads, one at a time.
 
+    `card` names files for the card, which appear with the output: .json, with the SHA-256 of every tensor and of local
+    sources, or .md, a model card; `sign` a PEM file with the private key to sign the .json with, into .json.sig.
+
     With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
     still then.
     """
     check_choices(format=(format, FORMATS))
     wish = Wish(family, to, mapping, dtype, image_size, state_dict, whole).checked()
+    files = CardFiles(card, sign)
     target = Path(out) if out is not None else Path(f"{wish.to}.{format}")
+    folder = wants_folder(target, wish.to, format)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_source(source, Access(revision, hub, download))))
         lender = stack.enter_context(closing(open_source(fill_from))) if fill_from is not None else None
         found = planned(opened, wish, lender)
-        card = make_card(opened, found, wish, target, format)
+        # Made before a dry run ends: that sizes contradict each other is known without writing.
+        documents = folder_files(found.plan, wish.whole) if folder else {}
+        record = make_card(opened, found, wish, target, format)
         if dry_run:
-            return card
+            return record
         both = [opened, lender] if lender else [opened]
         _check_not_source(target, both)
-        check_target(target, force, found.plan.nbytes)
-        _write(both, found.plan, card, target, force, progress)
-        return card._replace(written=True, fetched=_fetched(both))
+        (check_folder if folder else check_target)(target, force, found.plan.nbytes)
+        files.check(target, both, force)
+        output = staged_pretrained(target, documents, force) if folder else staged(target, force)
+        _write(both, found.plan, record, files, output, force, progress)
+        return record._replace(written=True, fetched=_fetched(both))
 
 
-def _write(opened: Sequence[Source], plan: Plan, card: Card, target: Path, force: bool, progress: Progress) -> None:
-    """The tensors of the plan into the file `target`, which appears whole or not at all."""
+def _write(
+    opened: Sequence[Source],
+    plan: Plan,
+    card: Card,
+    files: CardFiles,
+    output: AbstractContextManager[int],
+    force: bool,
+    progress: Progress,
+) -> None:
+    """The tensors of the plan into `output`, a file that appears whole or not at all, and its card."""
     remote = any(source.remote for source in opened)
     count = (lambda nbytes: None) if remote else _counter(progress, plan.nbytes)
-    with staged(target, force) as fd:
+    with files.staged(plan.outputs, force) as seen, output as fd:
         read = [tensor for value in plan.outputs.values() for tensor in sources(value)]
         for source in opened:
             source.prefetch(read, progress)
@@ -86,9 +109,10 @@ def _write(opened: Sequence[Source], plan: Plan, card: Card, target: Path, force
             # Imported here: the zip module is for those alone who ask for it.
             from converter.pth import write_pth
 
-            write_pth(fd, plan.outputs, count)
+            write_pth(fd, plan.outputs, count, seen)
         else:
-            write_safetensors(fd, plan.outputs, card.metadata(), count)
+            write_safetensors(fd, plan.outputs, card.metadata(), count, seen)
+        files.write(card, plan, opened, seen, progress)
         # Before the output takes its place: a source that changed midway may have given halves of two files.
         for file in (file for source in opened for file in source.files):
             file.check_unchanged()
@@ -117,5 +141,9 @@ def _check_not_source(target: Path, opened: Sequence[Source]) -> None:
     except OSError:
         # There is no such file yet, or it cannot be looked at: either way it is not one that was opened.
         return
-    if (stat.st_dev, stat.st_ino) in [file.identity for source in opened for file in source.files]:
+    local = [file for source in opened for file in source.files if file.identity]
+    for file in local:
+        if Path(file.name).resolve().parent == target.resolve():
+            raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
+    if (stat.st_dev, stat.st_ino) in [file.identity for file in local]:
         raise OutputError(f"{target}: is the source itself\nchoose another path with --output")

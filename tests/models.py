@@ -68,7 +68,7 @@ def sam_hf() -> torch.nn.Module:
     from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
     config = SamConfig(
-        vision_config=_sam_config(SamVisionConfig),
+        vision_config=_sam_config(SamVisionConfig, num_pos_feats=NECK // 2),
         prompt_encoder_config=SamPromptEncoderConfig(
             hidden_size=NECK, image_size=GRID * PATCH, patch_size=PATCH, mask_input_channels=16
         ),

@@ -20,9 +20,23 @@ Fresh weights are torch's defaults with zeros for positions: they are there to b
 
 from __future__ import annotations
 
-from converter.encoders.clip import ClipEncoder
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from converter.encoders.config import ClipConfig, SamConfig, clip_config_from, sam_config_from
-from converter.encoders.deepencoder import DeepEncoder
-from converter.encoders.sam import SamEncoder
+
+if TYPE_CHECKING:
+    from converter.encoders.clip import ClipEncoder
+    from converter.encoders.deepencoder import DeepEncoder
+    from converter.encoders.sam import SamEncoder
 
 __all__ = ["ClipConfig", "ClipEncoder", "DeepEncoder", "SamConfig", "SamEncoder", "clip_config_from", "sam_config_from"]
+
+_MODULES = {"ClipEncoder": "clip", "DeepEncoder": "deepencoder", "SamEncoder": "sam"}
+
+
+def __getattr__(name: str) -> object:
+    """The encoders, imported when first asked for: a conversion needs the sizes alone, and no torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -24,7 +24,8 @@ class Plan:
     give and may lack, and why; `filled` each tensor that was made up. `sizes` holds the sizes found and `unusual`
     those that are not the DeepEncoder's, as name -> (found, DeepEncoder's). `rules` gives each output the rule that
     made it, but for those filled in. `beyond` holds tensors that the family has and the target does not. `layout` is
-    what the outputs are named after: the target, or a spoke that was reached through it.
+    what the outputs are named after: the target, or a spoke that was reached through it; then `hub` holds the tensors
+    that they are made of, by the hub's names.
     """
 
     mapping: Mapping
@@ -38,6 +39,7 @@ class Plan:
     rules: dict[str, Rule] = field(default_factory=dict)
     beyond: dict[str, Expr] = field(default_factory=dict)
     layout: str = ""
+    hub: dict[str, Expr] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

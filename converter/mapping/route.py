@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from converter.errors import MappingError
@@ -9,7 +11,7 @@ from converter.mapping.apply import apply, claim, summary
 from converter.mapping.expr import Expr, sources
 from converter.mapping.plan import Plan, in_order
 from converter.mapping.rules import Layout, Mapping, Rule, Signature, invert
-from converter.mapping.template import Template
+from converter.mapping.template import Field, Template
 
 
 def identity(hub: Layout) -> Mapping:
@@ -33,11 +35,9 @@ def retarget(plan: Plan, target: Mapping, fill: Plan | None, whole: bool, dtype:
     claimed = claim(rules, {**lent, **have})
     taken = {name for parts in claimed.groups.values() for name in parts.values()} - made
     values = {name: value for name, value in {**lent, **have}.items() if name in taken}
-    _check_complete(source, target, [new.text for rule in claim(rules, values).dead(rules) for new in rule.targets])
-    applied = apply(rules, values, f"{source}: to {target.name}")
-    # Some layouts are known by tensors that others of their family lack.
-    prefix, known = target.signature.prefixes[0], target.signature.tensors
-    _check_complete(source, target, [prefix + key for key in known if prefix + key not in applied.values])
+    # What is lacking is told by name below, not by the rule that found nothing to do.
+    applied = apply(tuple(rule._replace(optional=True) for rule in rules), values, f"{source}: to {target.name}")
+    _check_complete(source, target, lacking(rules, applied.values))
     return Plan(
         plan.mapping,
         plan.target,
@@ -46,7 +46,52 @@ def retarget(plan: Plan, target: Mapping, fill: Plan | None, whole: bool, dtype:
         sizes=plan.sizes,
         rules=applied.rules,
         layout=target.name,
+        hub=values,
     )
+
+
+def lacking(rules: Sequence[Rule], made: Collection[str]) -> list[str]:
+    """The names that `rules` must make and did not; `*` stands for what only a checkpoint could tell.
+
+    There are as many layers as the highest index among `made` says, whatever rule made that name.
+    """
+    templates = [template for rule in rules if not rule.optional for template in rule.targets]
+    layers = _count_layers(templates, made)
+    found = (name for template in templates for name in _expected(template, layers, made) if name not in made)
+    return list(dict.fromkeys(found))
+
+
+def _count_layers(templates: Sequence[Template], made: Collection[str]) -> dict[str, int]:
+    """By what stands before an index in a name: one more than the highest."""
+    heads = {template.head for template in templates if any(field.kind == "int" for field in template.fields)}
+    counts: dict[str, int] = {}
+    for name in made:
+        for start in heads:
+            index = name.removeprefix(start).split(".")[0]
+            if name.startswith(start) and index.isdigit():
+                counts[start] = max(counts.get(start, 0), int(index) + 1)
+    return counts
+
+
+def _expected(template: Template, layers: dict[str, int], made: Collection[str]) -> Iterator[str]:
+    """The names that a template stands for; none where a variable may be anything and something was made."""
+    count = layers.get(template.head, 0)
+    choices = {field.name: _choices(field, count) for field in template.fields}
+    unknown = [name for name, values in choices.items() if not values]
+    if unknown and any(template.match(name) is not None for name in made):
+        return
+    for name in unknown:
+        template = template.bind(name, "*")
+        del choices[name]
+    for values in itertools.product(*choices.values()):
+        yield template.fill(dict(zip(choices, values, strict=True)))
+
+
+def _choices(field: Field, count: int) -> tuple[str, ...]:
+    """What a variable may stand for, where that is known."""
+    if field.kind == "int":
+        return tuple(map(str, range(count - field.offset)))
+    return field.kind if isinstance(field.kind, tuple) else ()
 
 
 def completed(plan: Plan, lent: Plan, dtype: str) -> Plan:
@@ -61,12 +106,15 @@ def completed(plan: Plan, lent: Plan, dtype: str) -> Plan:
 def _dropped(plan: Plan, target: str, made: set[str], outputs: dict[str, Expr]) -> dict[str, str]:
     """Each of the source's tensors that the outputs do not hold, and why."""
     why = dict(plan.dropped)
+    # Not by name: a tensor that was filled in may have the name of one that was left out.
+    used = {id(tensor) for value in outputs.values() for tensor in sources(value)}
     for name, value in {**plan.outputs, **plan.beyond}.items():
         reason = "made anew by what loads it" if name in made else f"{target} has no such tensor"
-        why.update((tensor.key, reason) for tensor in sources(value))
-    for value in outputs.values():
         for tensor in sources(value):
-            why.pop(tensor.key, None)
+            if id(tensor) in used:
+                why.pop(tensor.key, None)
+            else:
+                why[tensor.key] = reason
     return why
 
 

@@ -104,7 +104,7 @@ class Template:
         return "".join(part if isinstance(part, str) else _written(part) for part in self.parts)
 
     @cached_property
-    def _head(self) -> str:
+    def head(self) -> str:
         """The literal text before the first variable."""
         return next((part for part in self.parts if isinstance(part, str)), "")
 
@@ -117,7 +117,7 @@ class Template:
     def match(self, name: str) -> Bindings | None:
         """The variables' values if the whole of `name` fits, or None."""
         # Most names fail at the first letters, and most templates never need their expression compiled.
-        found = self._regex.fullmatch(name) if name.startswith(self._head) else None
+        found = self._regex.fullmatch(name) if name.startswith(self.head) else None
         if found is None:
             return None
         bindings = {}

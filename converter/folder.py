@@ -1,0 +1,69 @@
+"""Folders that transformers loads with `from_pretrained`: the weights, config.json and preprocessor_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from converter.errors import LayoutError, UsageError
+from converter.mapping.plan import Plan
+from converter.stage import new_file, staged_folder, write_all
+
+# What the folder calls the tensors' file.
+WEIGHTS = "model.safetensors"
+# An output whose name ends otherwise is a folder.
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+# Layouts whose folders transformers loads.
+LAYOUTS = ("sam-hf", "clip-hf")
+
+
+def wants_folder(out: Path, layout: str, format: str) -> bool:
+    """Whether `out` names a folder; UsageError where nothing loads the layout, or the format, from one.
+
+    The DeepEncoder's own layouts are one file, whatever its name.
+    """
+    if out.suffix in SUFFIXES or layout.startswith("deepencoder-"):
+        return False
+    if layout not in LAYOUTS:
+        raise UsageError(
+            f"--output {out}: names a folder, and {layout} is one file\n"
+            f"end its name in one of {', '.join(SUFFIXES)}; folders are for {', '.join(LAYOUTS)}"
+        )
+    if format != "safetensors":
+        raise UsageError(f"--output {out}: names a folder, which holds {WEIGHTS}, not {format}\nleave out --format")
+    return True
+
+
+def folder_files(plan: Plan, whole: bool) -> dict[str, bytes]:
+    """What lies beside the weights in a folder, by name; LayoutError where the shapes are of no model of the family."""
+    # Imported here, with its data classes, for folders alone.
+    from converter import pretrained
+
+    make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
+    shapes = {name: value.shape for name, value in plan.hub.items()}
+    floats = [value.dtype.name for value in plan.outputs.values() if value.dtype.is_float]
+    try:
+        config, preprocessor = make(shapes, whole)
+    except LayoutError as error:
+        raise LayoutError(f"{error}\nwrite the tensors alone: end --output in .safetensors") from error
+    # The type that most tensors have: transformers loads all of them as one.
+    config["torch_dtype"] = max(sorted(set(floats)), key=floats.count)
+    return {"config.json": _json(config), "preprocessor_config.json": _json(preprocessor)}
+
+
+@contextmanager
+def staged_pretrained(path: Path, documents: Mapping[str, bytes], force: bool) -> Iterator[int]:
+    """A file descriptor for the weights of a folder, which appears with them and `documents`, or not at all."""
+    with staged_folder(path, force) as folder:
+        for name, data in documents.items():
+            with new_file(folder / name) as fd:
+                write_all(fd, memoryview(data))
+        with new_file(folder / WEIGHTS) as fd:
+            yield fd
+
+
+def _json(document: dict[str, object]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

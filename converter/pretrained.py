@@ -1,0 +1,176 @@
+"""What transformers wants to be told of a SAM or a CLIP: config.json and preprocessor_config.json.
+
+Sizes are read off the tensors' shapes. What no tensor tells is the same in every published model of the family:
+activations, epsilons, heads of 64 channels in CLIP, eight heads in SAM's decoder, and how images are prepared. Keys are
+those that transformers 4.46 to 5.23 read.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from converter.encoders.config import Shapes, clip_config_from, sam_config_from
+from converter.errors import LayoutError
+
+Json = dict[str, Any]
+
+
+def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
+    """Both documents for SamModel and SamProcessor; those for SamVisionModel, unless the tensors are `whole`.
+
+    `shapes` are under the hub's names. Raises LayoutError where they contradict each other.
+    """
+    sizes = sam_config_from(shapes)
+    images = {"image_size": sizes.image_size, "patch_size": sizes.patch}
+    vision = {
+        "model_type": "sam_vision_model",
+        **images,
+        "num_channels": sizes.channels,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "mlp_dim": sizes.mlp,
+        "mlp_ratio": sizes.mlp / sizes.width,
+        "output_channels": sizes.neck,
+        "num_pos_feats": sizes.neck // 2,
+        "window_size": sizes.window,
+        "global_attn_indexes": list(sizes.global_blocks),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+    preprocessor = _sam_preprocessor(sizes.image_size)
+    if not whole:
+        return {"architectures": ["SamVisionModel"], **vision}, preprocessor
+    prompts = {
+        **images,
+        "image_embedding_size": sizes.grid,
+        "hidden_size": sizes.neck,
+        "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        "num_point_embeddings": _count(shapes, "prompt_encoder.point_embeddings."),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+    config = {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": vision,
+        "prompt_encoder_config": prompts,
+        "mask_decoder_config": _sam_decoder(shapes, sizes.neck),
+    }
+    return config, preprocessor | {"processor_class": "SamProcessor"}
+
+
+def _sam_decoder(shapes: Shapes, width: int) -> Json:
+    final = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"]
+    return {
+        "hidden_size": width,
+        "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+        "num_hidden_layers": _count(shapes, "mask_decoder.transformer.layers."),
+        "num_attention_heads": 8,
+        "attention_downsample_rate": width // final[0],
+        # One mask more is for a single answer.
+        "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
+        "iou_head_depth": _count(shapes, "mask_decoder.iou_prediction_head.layers."),
+        "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def _sam_preprocessor(side: int) -> Json:
+    """The longer side resized to `side`, the shorter one padded; masks come out at a quarter of it."""
+    return {
+        **_preprocessor("SamImageProcessor", resample=2),
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "size": {"longest_edge": side},
+        "do_pad": True,
+        "pad_size": {"height": side, "width": side},
+        "mask_size": {"longest_edge": side // 4},
+        "mask_pad_size": {"height": side // 4, "width": side // 4},
+    }
+
+
+def clip(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
+    """Both documents for CLIPVisionModel; for CLIPModel where the tensors are `whole`. No checkpoint holds a tokenizer.
+
+    `shapes` are under the hub's names. Raises LayoutError where they contradict each other, or are not of whole heads.
+    """
+    sizes = clip_config_from(shapes)
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch,
+        "num_channels": sizes.channels,
+        **_tower(sizes.width, sizes.depth, sizes.heads, sizes.mlp),
+    }
+    preprocessor = _clip_preprocessor(sizes.image_size)
+    if not whole:
+        return {"architectures": ["CLIPVisionModel"], **vision}, preprocessor
+    shared = {"projection_dim": shapes["visual_projection.weight"][0]}
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        **shared,
+        "vision_config": vision | shared,
+        "text_config": _clip_text(shapes) | shared,
+    }
+    return config, preprocessor
+
+
+def _clip_text(shapes: Shapes) -> Json:
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    if width % 64:
+        raise LayoutError(f"text_model: {width} channels, expected a multiple of the heads' 64")
+    mlp = shapes["text_model.transformer.layers.0.mlp.fc1.weight"][0]
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        # OpenAI's vocabulary ends with the two tokens that begin and end a text.
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        **_tower(width, _count(shapes, "text_model.transformer.layers."), width // 64, mlp),
+    }
+
+
+def _tower(width: int, depth: int, heads: int, mlp: int) -> Json:
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _clip_preprocessor(side: int) -> Json:
+    return {
+        **_preprocessor("CLIPImageProcessor", resample=3),
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+    }
+
+
+def _preprocessor(kind: str, resample: int) -> Json:
+    """What both prepare alike; `resample` is Pillow's number, 2 bilinear and 3 bicubic."""
+    return {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": resample,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many layers have tensors under `prefix`."""
+    matches = (re.match(rf"{re.escape(prefix)}([0-9]+)\.", name) for name in shapes)
+    return len({match[1] for match in matches if match})
