@@ -45,13 +45,14 @@ def write_files(
     if html is not None:
         from converter.verify.views.html import page
 
-        _write(html, page(found, command))
+        write(html, page(found, command))
     if junit is not None:
         from converter.verify.views.junit import document
 
-        _write(junit, document(found))
+        write(junit, document(found))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
+    """Write a report, over an older one, whole or not at all."""
     with staged(path, force=True) as fd:
         write_all(fd, memoryview(data))

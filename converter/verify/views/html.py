@@ -21,9 +21,9 @@ class Made(NamedTuple):
     parts: list[str]
 
 
-def page(found: Verification, command: str | None = None) -> bytes:
-    """The page in UTF-8. `command` is how to repeat it; without one, what `found` says it was is given."""
-    environment = Environment(
+def environment() -> Environment:
+    """What this package's templates are filled in by."""
+    return Environment(
         loader=PackageLoader("converter.verify", "views"),
         # Everything in it may come from a file.
         autoescape=True,
@@ -33,21 +33,29 @@ def page(found: Verification, command: str | None = None) -> bytes:
         # Names come from files: none may hide a character that reverses the line it stands in.
         finalize=lambda value: words.printable(value, keep="\n") if type(value) is str else value,
     )
-    text = environment.get_template("page.html").render(
-        found=found,
-        verdict=words.verdict(found),
-        signs=words.SIGNS,
-        proofs={proof: words.folded(checks) for proof, checks in words.proofs(found).items()},
-        explained=words.PROOFS,
-        seen=words.seen,
-        faults=words.having(found, FAILED),
-        skipped=words.having(found, SKIPPED),
-        plots=[(trace, plot.plot(trace)) for trace in found.traces],
-        axes=plot,
-        pictures=_by_run(found.pictures),
-        made=fold(found.key_map),
-        command=command or reproduce(found),
-        times=words.times(found),
+
+
+def page(found: Verification, command: str | None = None) -> bytes:
+    """The page in UTF-8. `command` is how to repeat it; without one, what `found` says it was is given."""
+    text = (
+        environment()
+        .get_template("page.html")
+        .render(
+            found=found,
+            verdict=words.verdict(found),
+            signs=words.SIGNS,
+            proofs={proof: words.folded(checks) for proof, checks in words.proofs(found).items()},
+            explained=words.PROOFS,
+            seen=words.seen,
+            faults=words.having(found, FAILED),
+            skipped=words.having(found, SKIPPED),
+            plots=[(trace, plot.plot(trace)) for trace in found.traces],
+            axes=plot,
+            pictures=_by_run(found.pictures),
+            made=fold(found.key_map),
+            command=command or reproduce(found),
+            times=words.times(found),
+        )
     )
     return text.encode("utf-8", "replace")
 

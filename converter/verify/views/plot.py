@@ -96,7 +96,7 @@ def plot(trace: Trace) -> Plot | None:
         share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return round(bottom - min(share, 1.0) * (bottom - top), 1)
 
-    xs = _places(len(trace.blocks))
+    xs = places(len(trace.blocks))
     points = []
     for x, name, error, floor, bar in zip(xs, trace.blocks, trace.errors, trace.floors, bars, strict=True):
         place = "beyond" if not math.isfinite(error) else "zero" if error == 0 else "inside"
@@ -114,8 +114,8 @@ def plot(trace: Trace) -> Plot | None:
         bar=_line(xs, bars, height),
         ticks=ticks,
         ends=_ends(points[-1], height(bars[-1]), height(trace.floors[-1]), trace.bar),
-        numbers=_numbers(xs, trace.blocks),
-        groups=_groups(xs, trace.blocks),
+        numbers=numbers(xs, trace.blocks),
+        groups=groups(xs, trace.blocks),
     )
 
 
@@ -129,7 +129,8 @@ def _powers(low: int, high: int) -> range:
     return range(low, high + 1, 1 if high - low <= 10 else 2 if high - low <= 24 else 20)
 
 
-def _places(count: int) -> list[float]:
+def places(count: int) -> list[float]:
+    """Where each of `count` blocks stands along the axis."""
     step = (RIGHT - LEFT) / count
     return [round(LEFT + (i + 0.5) * step, 1) for i in range(count)]
 
@@ -162,7 +163,8 @@ def _split(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, "")
 
 
-def _numbers(xs: list[float], names: list[str]) -> list[Label]:
+def numbers(xs: list[float], names: list[str]) -> list[Label]:
+    """The layers' numbers under the axis, as many as have room."""
     every = max(math.ceil(_NUMBERS / ((RIGHT - LEFT) / len(xs))), 1)
     found = []
     for x, name in zip(xs, names, strict=True):
@@ -172,7 +174,7 @@ def _numbers(xs: list[float], names: list[str]) -> list[Label]:
     return found
 
 
-def _groups(xs: list[float], names: list[str]) -> list[Group]:
+def groups(xs: list[float], names: list[str]) -> list[Group]:
     """Neighbours of one list under one bracket, each name in the first row where it meets no other.
 
     From the right: a short bracket's name goes on to the right, under its neighbours', and a line leads down to it.

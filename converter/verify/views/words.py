@@ -8,6 +8,7 @@ from converter.verify.result import FAILED, NOTED, PASSED, SKIPPED, Check, Verif
 
 PROOFS = {
     "structure": "Whether names, shapes and types are the target's, and whether the weights could show a mistake.",
+    "card": "Whether the file is the one that its card describes, by every tensor's SHA-256.",
     "bytes": "Whether every tensor equals its source tensors in every bit, as the formats' own libraries read them.",
     "outputs": "Whether the converted encoder computes what the source's own implementation computes.",
 }

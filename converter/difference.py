@@ -1,0 +1,103 @@
+"""How two checkpoints differ, as values; the terminal's table, the JSON document and the page are views of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """A tensor that both have, differently; `dtypes` and `shapes` are A's and B's.
+
+    `differing` counts elements that differ in a bit, or in value where the types differ. `maximum` is the largest
+    absolute difference, `relative` the norm of the difference relative to A's norm, `cosine` that of the angle between
+    the two; all are None where the shapes differ, and NaN where the one holds NaNs that the other does not.
+    """
+
+    name: str
+    dtypes: list[str]
+    shapes: list[list[int]]
+    differing: int | None = None
+    maximum: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+
+
+class Block(NamedTuple):
+    """One layer, or another module: the tensors that both have in one shape, and how far they moved together.
+
+    `relative` and `maximum` are as in Change, over the floating-point elements of all its tensors.
+    """
+
+    name: str
+    tensors: int
+    differing: int
+    relative: float
+    maximum: float
+
+
+class Difference(NamedTuple):
+    """All that differs between checkpoints A and B.
+
+    `layouts` are those they were recognised as, by side, and `names` the layout whose names both were compared under;
+    empty if those are their own. `removed` are A's alone, `added` B's, `renamed` those that have the same bytes under
+    another name. `same` are equal in every bit. `notes` say what else a reader should know.
+    """
+
+    a: str
+    b: str
+    containers: list[list[str]]
+    layouts: list[list[str]]
+    names: list[str]
+    notes: list[str]
+    same: list[str]
+    changed: list[Change]
+    removed: list[str]
+    added: list[str]
+    renamed: dict[str, str]
+    blocks: list[Block]
+
+    @property
+    def equal(self) -> bool:
+        """Whether both hold the same tensors, equal in every bit."""
+        return not (self.changed or self.removed or self.added or self.renamed)
+
+    @property
+    def moved(self) -> list[Change]:
+        """The tensors of one shape that differ, those that moved furthest first."""
+        return sorted((change for change in self.changed if change.relative is not None), key=_furthest)
+
+    @property
+    def reshaped(self) -> list[Change]:
+        """The tensors that have another shape."""
+        return [change for change in self.changed if change.relative is None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `--json` prints: null for a number that is not finite."""
+        changed = [_finite(change._asdict()) for change in self.changed]
+        blocks = [_finite(block._asdict()) for block in self.blocks]
+        return {"equal": self.equal, **self._asdict(), "changed": changed, "blocks": blocks}
+
+
+def _furthest(change: Change) -> tuple[bool, float]:
+    moved = change.relative or 0.0
+    return not math.isnan(moved), -moved
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def block_of(name: str) -> str:
+    """The layer that a tensor belongs to, such as `blocks.3`; for others their module.
+
+    A number is a layer's if a module's name follows it: `neck.0.weight` is of `neck`.
+    """
+    layer = re.match(r"(?:.*?\.)?[0-9]+(?=\.[^.]+\.)", name)
+    return layer[0] if layer else re.sub(r"(?:\.[0-9]+)?\.[^.]+$", "", name)
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

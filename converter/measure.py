@@ -1,0 +1,112 @@
+"""How far tensors have moved, computed with torch a piece at a time: a tensor of 1 GB takes no more than a tiny one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from converter.compute import torch_dtype
+from converter.mapping.expr import Expr
+from converter.streams import Pairs, Stream
+
+# Elements at a time: what is computed of them stays in a processor's own cache.
+_PIECE = 1 << 15
+
+
+class Figures(NamedTuple):
+    """A tensor in A and in B: elements that differ, the largest difference, and sums over all elements in float64.
+
+    `gap` sums the squares of the differences, `a` and `b` those of the elements, `ab` the products.
+    """
+
+    differing: int = 0
+    maximum: float = 0.0
+    gap: float = 0.0
+    a: float = 0.0
+    b: float = 0.0
+    ab: float = 0.0
+
+    def plus(self, other: Figures) -> Figures:
+        """Of two pieces of a tensor, or of two tensors."""
+        largest = max(self.maximum, other.maximum)
+        # max() may lose a NaN.
+        maximum = math.nan if math.isnan(self.maximum + other.maximum) else largest
+        sums = (x + y for x, y in zip(self[2:], other[2:], strict=True))
+        return Figures(self.differing + other.differing, maximum, *sums)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference, relative to the norm of A."""
+        if not self.gap:
+            return 0.0
+        return math.sqrt(self.gap / self.a) if self.a else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between A and B; NaN where one of them is all zero and the other is not."""
+        if not self.gap:
+            return 1.0
+        norms = math.sqrt(self.a) * math.sqrt(self.b)
+        return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
+
+
+def measure(pairs: Pairs, progress: Callable[[int], None]) -> dict[str, Figures]:
+    """The figures of each pair; the two have one shape. `progress` is told the bytes of A that are done.
+
+    Where both have one type, elements differ that differ in a bit, so that a NaN equals itself; else by value.
+    """
+    found: dict[str, Figures] = {}
+    done = 0
+    left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
+    with _one_thread(), left, right:
+        for name, (a, b) in pairs.items():
+            found[name] = Figures()
+            for count in _counts(math.prod(a.shape)):
+                piece = _figures(_elements(left, a, count), _elements(right, b, count))
+                found[name] = found[name].plus(piece)
+                done += count * a.dtype.itemsize
+                progress(done)
+    return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small to share: threads that wait for each other took six times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _counts(elements: int) -> Iterator[int]:
+    for start in range(0, elements, _PIECE):
+        yield min(_PIECE, elements - start)
+
+
+def _elements(stream: Stream, value: Expr, count: int) -> torch.Tensor:
+    return torch.frombuffer(stream.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
+
+
+def _figures(a: torch.Tensor, b: torch.Tensor) -> Figures:
+    same, x, y = _same(a, b), a.double(), b.double()
+    # NaN and infinity on both sides are no difference, and would make all sums meaningless.
+    if not (x.sum() + y.sum()).isfinite():
+        shared = same & ~x.isfinite()
+        x, y = x.masked_fill(shared, 0), y.masked_fill(shared, 0)
+    gap = x - y
+    sums = (float(p.dot(q)) for p, q in ((gap, gap), (x, x), (y, y), (x, y)))
+    return Figures(int((~same).sum()), float(gap.abs().max()), *sums)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dtype == b.dtype:
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        return a.view(bits) == b.view(bits)
+    x, y = a.double(), b.double()
+    return (x == y) | (x.isnan() & y.isnan())

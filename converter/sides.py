@@ -1,0 +1,139 @@
+"""The two checkpoints of a comparison: what each was recognised as, and both their tensors under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import product
+from typing import NamedTuple
+
+from converter import catalogue
+from converter.checkpoint import Tensor
+from converter.errors import LayoutError, MappingError
+from converter.mapping.apply import claim
+from converter.mapping.expr import Expr, read, sources
+from converter.mapping.parse import FAMILIES
+from converter.mapping.rules import Layout
+from converter.planning import Wish, hub_plan
+from converter.source import Identified, Source, chosen_state_dicts, identified
+from converter.unwrap import StateDict, plain_names, without_common_prefixes
+
+# As DeepSeek-OCR prefixes them, where both families are there: their names are kept apart.
+_PREFIXES = {"sam": "sam_model.", "clip": "vision_model."}
+
+Named = dict[str, Expr]
+
+
+class Side(NamedTuple):
+    """One of the two: the state dict that is compared, and what it was recognised as by family."""
+
+    opened: Source
+    state_dict: StateDict
+    known: dict[str, Identified]
+
+
+class Common(NamedTuple):
+    """The tensors of A and of B under the same names: `names` are the layouts that these are of."""
+
+    a: Named
+    b: Named
+    names: list[str]
+    notes: list[str]
+
+
+def side_of(opened: Source, path: str) -> Side:
+    """The state dict at `path`, or the largest if that is empty; LayoutError where several are the largest."""
+    entries = chosen_state_dicts(opened, None)
+    # A file with one state dict alone leaves nothing to choose.
+    if path and len(entries) > 1:
+        entries = chosen_state_dicts(opened, path)
+    chosen = max(entries, key=lambda entry: len(entry.tensors))
+    rivals = [entry.path or "." for entry in entries if len(entry.tensors) == len(chosen.tensors)]
+    if len(rivals) > 1:
+        raise LayoutError(
+            f"{opened.name}: holds {len(rivals)} state dicts of {len(chosen.tensors)} tensors: {', '.join(rivals)}\n"
+            f"choose one, such as --state-dict {rivals[0]}"
+        )
+    known: dict[str, Identified] = {}
+    for family in FAMILIES:
+        # A checkpoint that fits two layouts is compared by its own names.
+        with suppress(LayoutError):
+            known.update((family, hit) for hit in identified(opened, catalogue.candidates(family), [chosen]))
+    return Side(opened, chosen, known)
+
+
+def common(a: Side, b: Side) -> Common:
+    """Both sides under the hubs' names, if they are of the same families, else under their own."""
+    families = [family for family in a.known if family in b.known]
+    notes = [note for side in (a, b) for note in _unread(side)]
+    if families:
+        try:
+            left, right = _by_hub(a, families), _by_hub(b, families)
+        except MappingError as error:
+            notes.append(f"compared under their own names: {str(error).replace(chr(10), '; ')}")
+        else:
+            notes += _made_up(left, right)
+            return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
+    plain = [list(without_common_prefixes(_plain(side), side.opened.name)) for side in (a, b)]
+    # The first of equals: as little as possible is taken from the names.
+    (one, left_own), (other, right_own) = max(product(*plain), key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
+    for side, prefix in (("A", one), ("B", other)):
+        if prefix:
+            notes.append(f"compared without the prefix {prefix} of {side}'s names")
+    return Common(_read(left_own), _read(right_own), [], notes)
+
+
+def _plain(side: Side) -> dict[str, Tensor]:
+    return plain_names(side.state_dict.tensors, side.opened.name)
+
+
+def _read(tensors: Mapping[str, Tensor]) -> Named:
+    return {name: read(tensor) for name, tensor in tensors.items()}
+
+
+def _unread(side: Side) -> Iterator[str]:
+    others = [entry for entry in chosen_state_dicts(side.opened, None) if entry.path != side.state_dict.path]
+    if others:
+        rest = f"{len(others)} more, such as {others[0].path or '.'}"
+        yield f"{side.opened.name}: state dict {side.state_dict.path or '.'} is compared, not {rest}"
+
+
+class _ByHub(NamedTuple):
+    named: Named
+    filled: set[str]
+
+
+def _by_hub(side: Side, families: list[str]) -> _ByHub:
+    """A side's tensors under the names of its families' hubs, and all others under their own."""
+    named: Named = {}
+    filled: set[str] = set()
+    for family in families:
+        known = side.known[family]
+        plan = hub_plan(side.opened, known._replace(tensors=_fitting(known)), Wish(family))
+        prefix = _PREFIXES[family] if len(families) > 1 else ""
+        named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.beyond}.items())
+        filled.update(prefix + name for name in plan.filled)
+    taken = {tensor.key for value in named.values() for tensor in sources(value)}
+    for name, tensor in side.known[families[0]].tensors.items():
+        if tensor.key not in taken:
+            # A name that the hub has too is another tensor's.
+            named[f"{name} (own name)" if name in named else name] = read(tensor)
+    return _ByHub(named, filled)
+
+
+def _fitting(known: Identified) -> dict[str, Tensor]:
+    """The tensors that the layout knows: a head that was added does not keep the rest from being compared."""
+    layout = known.match.candidate.load()
+    if isinstance(layout, Layout):
+        templates = [*(spec.name for spec in layout.tensors), *(template for template, _ in layout.beyond)]
+        return {n: t for n, t in known.tensors.items() if any(template.match(n) is not None for template in templates)}
+    unclaimed = set(claim(layout.rules_for(known.match.prefix), known.tensors).unclaimed)
+    return {name: tensor for name, tensor in known.tensors.items() if name not in unclaimed}
+
+
+def _made_up(a: _ByHub, b: _ByHub) -> list[str]:
+    """Drop what was made up on both sides; notes on what was on one."""
+    for name in a.filled & b.filled:
+        del a.named[name], b.named[name]
+    once = [("A", name) for name in a.filled - b.filled] + [("B", name) for name in b.filled - a.filled]
+    return [f"{side} has no {name}, and needs none: taken as 0, 1, 2, ..." for side, name in once]
