@@ -1,0 +1,81 @@
+"""`dsocr-convert encoder`: one checkpoint that holds a whole DeepEncoder, or DeepSeek-OCR with another one in it.
+
+Annotations are not postponed here: typer would have to compile each of them again at every start.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from converter.cli import console
+from converter.cli.options import Download, Hub, Json, Quiet, Revision
+
+
+def encoder(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint that holds both encoders: DeepSeek-OCR.")
+    ] = None,
+    sam: Annotated[str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: the SAM, of any layout.")] = None,
+    clip: Annotated[str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: the CLIP, of any layout.")] = None,
+    compressor: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE|random:SEED", help="What was trained with net_2 and net_3, or untrained ones."),
+    ] = None,
+    with_projector: Annotated[
+        bool, typer.Option("--with-projector", help="Take projector, image_newline and view_seperator along.")
+    ] = False,
+    prefix: Annotated[str, typer.Option("--prefix", metavar="NAME.", help="What all names begin with.")] = "model.",
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Write a copy of this DeepSeek-OCR with the encoder in it."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Where to write; a folder if CHECKPOINT is. [default: deepencoder.FORMAT]",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["keep", "float32", "float16", "bfloat16"],
+        typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types."),
+    ] = "keep",
+    format: Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")] = (
+        "safetensors"
+    ),
+    revision: Revision = None,
+    hub: Hub = None,
+    download: Download = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a whole DeepEncoder: taken out of SOURCE, or put together from --sam, --clip and --compressor."""
+    # Not at the top: the other commands need neither, and the latter imports this module.
+    from converter import assemble
+    from converter.cli.convert import _show
+
+    with console.Bar(enabled=not quiet) as bar:
+        card = assemble.encoder(
+            source,
+            sam=sam,
+            clip=clip,
+            compressor=compressor,
+            with_projector=with_projector,
+            prefix=prefix,
+            into=into,
+            out=output,
+            dtype=dtype,
+            format=format,
+            force=force,
+            dry_run=dry_run,
+            revision=revision,
+            hub=hub,
+            download=download,
+            progress=bar,
+        )
+    _show(card, json, quiet)

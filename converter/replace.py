@@ -1,0 +1,239 @@
+"""A copy of a DeepSeek-OCR checkpoint with another encoder in it; all else is, byte for byte, as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converter.checkpoint import Tensor
+from converter.copier import BUFFER, BackgroundWriter, Copier
+from converter.errors import LayoutError, OutputError, UsageError
+from converter.files import SourceFile
+from converter.locate import _INDEX, _WEIGHTS
+from converter.mapping.apply import summary
+from converter.mapping.expr import Expr, Read, nbytes, read
+from converter.mapping.ops import CastTo
+from converter.planning import Wish, to_hub
+from converter.source import Source
+from converter.stage import check_folder, check_target, new_file, staged, staged_folder, write_all
+from converter.write import pieces_of
+
+# Where DeepSeek-OCR's model has the two encoders.
+PLACES = {"sam": "sam_model.", "clip": "vision_model."}
+
+_ZEROS = bytes(BUFFER)
+
+Count = Callable[[int], None]
+
+
+class Copy(NamedTuple):
+    """A copy that is to be made: `replaced` holds the new tensors by the checkpoint's own names.
+
+    `names` leads to these from the names inside of DeepSeek-OCR's model. `folder` is the checkpoint's, or None for a
+    single file that was named itself; `beside` are the paths in it of its other files, `notes` tells of those left out.
+    """
+
+    opened: Source
+    names: dict[str, str]
+    replaced: dict[str, Expr]
+    folder: Path | None
+    beside: list[Path]
+    notes: list[str]
+
+    @property
+    def tensors(self) -> dict[str, Expr]:
+        """All of the new checkpoint, in the order of the files' headers."""
+        held = self.opened.contents.items()
+        return {key: self.replaced.get(key) or read(value) for key, value in held if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(map(nbytes, self.tensors.values()))
+
+
+def plan_copy(
+    path: Path,
+    open_: Callable[[Path], Source],
+    encoder: Mapping[str, Expr],
+    constants: Collection[str],
+    dtype: str,
+) -> Copy:
+    """The copy of the checkpoint at `path` in which `encoder` replaces the tensors of its name, each of its shape.
+
+    `encoder` has the names inside of DeepSeek-OCR's model; the checkpoint may lack those of `constants`. Types are the
+    checkpoint's unless `dtype` says otherwise. LayoutError where it is of another kind, UsageError where names, shapes
+    or types do not fit.
+    """
+    if not path.exists():
+        raise UsageError(
+            f"--into {path}: no such file or folder\ndownload the checkpoint first (`hf download`), and give its folder"
+        )
+    opened = open_(path)
+    if set(opened.containers) != {"safetensors"}:
+        kinds = ", ".join(sorted(set(opened.containers)))
+        raise LayoutError(f"{opened.name}: {kinds}: only checkpoints in safetensors are given another encoder")
+    theirs = _encoder_of(opened, encoder)
+    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*theirs, *constants}]
+    problems += [problem for name, tensor in theirs.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
+    if problems:
+        raise UsageError(
+            f"{opened.name}: another encoder does not fit: {summary(problems)}\ntake one of the same sizes"
+        )
+    names = {name: tensor.key for name, tensor in theirs.items()}
+    replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in theirs.items()}
+    folder = path if path.is_dir() else path.parent if path.name.endswith(_INDEX) else None
+    beside, notes = _beside(folder, opened) if folder else ([], [])
+    copy = Copy(opened, names, replaced, folder, beside, notes)
+    files = f" and {len(beside)} other files" if folder else ""
+    notes.insert(0, f"replaced {len(replaced)} tensors; kept {len(copy.tensors) - len(replaced)}{files} as they were")
+    return copy
+
+
+def _encoder_of(opened: Source, encoder: Mapping[str, Expr]) -> dict[str, Tensor]:
+    """The tensors that are to be replaced, by their names inside of DeepSeek-OCR's model."""
+    found: dict[str, Tensor] = {}
+    for family, place in PLACES.items():
+        known, plan = to_hub(opened, Wish(family))
+        prefix = known.match.prefix
+        if not prefix.endswith(place):
+            what = f"its {family.upper()} has the layout {plan.mapping.name}"
+            raise LayoutError(f"{opened.name}: no DeepSeek-OCR: {what}")
+        found |= {place + name: value.tensor for name, value in plan.outputs.items() if isinstance(value, Read)}
+        outer = prefix.removesuffix(place)
+        # Those of the projector, which are nobody's family.
+        found |= {name: known.tensors[outer + name] for name in encoder if outer + name in known.tensors}
+    return found
+
+
+def _misfit(name: str, tensor: Tensor, new: Expr | None) -> str:
+    if new is None:
+        return f"nothing gives {name!r}, which the checkpoint has"
+    if new.shape != tensor.shape:
+        return f"{name!r} has shape {list(new.shape)}; the checkpoint's has {list(tensor.shape)}"
+    if new.dtype != tensor.dtype and not (new.dtype.is_float and tensor.dtype.is_float):
+        return f"{name!r} is {new.dtype.name}; the checkpoint's is {tensor.dtype.name}"
+    return ""
+
+
+def _cast(value: Expr, tensor: Tensor, dtype: str) -> Expr:
+    return CastTo(tensor.dtype.name if dtype == "keep" else dtype).one(value) if value.dtype.is_float else value
+
+
+def _beside(folder: Path, opened: Source) -> tuple[list[Path], list[str]]:
+    """The files of a checkpoint's folder but for its shards, and notes on those that are not copied."""
+    shards = {Path(file.path).name for file in opened.files}
+    found, notes = [], []
+    for where, folders, names in os.walk(folder):
+        # What git and the hubs' libraries keep for themselves.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(where, name) for name in sorted(names)):
+            relative = path.relative_to(folder)
+            if str(relative) in shards:
+                continue
+            if not path.is_file() or not _within(folder, path):
+                notes.append(f"left out {relative}: no file of this folder")
+            elif path.name.endswith((*_WEIGHTS, _INDEX)) and str(path) != opened.name:
+                notes.append(f"left out {relative}: other weights, which may hold the old encoder")
+            else:
+                found.append(relative)
+    return found, notes
+
+
+def _within(folder: Path, path: Path) -> bool:
+    """Whether a file lies in a folder, or is what Hugging Face's cache has there: a link to snapshots/../blobs."""
+    cache = folder.absolute().parent
+    blobs = [cache.with_name("blobs").resolve()] if cache.name == "snapshots" else []
+    return any(path.resolve().is_relative_to(root) for root in (folder.resolve(), *blobs))
+
+
+def check_output(copy: Copy, out: Path, force: bool) -> None:
+    """OutputError if the copy cannot be written to `out`, asked before anything is read."""
+    # Not the files' sizes: what has holes keeps them.
+    needed = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
+    needed += sum(map(nbytes, copy.replaced.values()))
+    if copy.folder is None:
+        check_target(out, force, needed)
+    elif out.resolve().is_relative_to(copy.folder.resolve()):
+        raise OutputError(f"{out}: lies in the checkpoint's own folder\nchoose another path with --output")
+    else:
+        check_folder(out, force, needed)
+
+
+def write_copy(copy: Copy, out: Path, force: bool, count: Count, check: Callable[[], None]) -> None:
+    """Write the copy, which appears whole, after `check` did not raise, or not at all; `count` is told of bytes."""
+    if copy.folder is None:
+        with staged(out, force) as fd:
+            _write_shard(copy, copy.opened.files[0], fd, count)
+            check()
+        return
+    with staged_folder(out, force) as stage:
+        for file in copy.opened.files:
+            with new_file(stage / Path(file.path).name) as fd:
+                _write_shard(copy, file, fd, count)
+        for path in copy.beside:
+            (stage / path).parent.mkdir(parents=True, exist_ok=True)
+            with new_file(stage / path) as fd:
+                _write_beside(copy, copy.folder / path, fd)
+        check()
+
+
+def _write_beside(copy: Copy, path: Path, fd: int) -> None:
+    if str(path) == copy.opened.name:
+        write_all(fd, memoryview(_index(path.read_bytes(), copy.nbytes)))
+        return
+    with path.open("rb") as source, open(fd, "wb", closefd=False) as target:
+        shutil.copyfileobj(source, target, BUFFER)
+
+
+def _index(text: bytes, total: int) -> bytes:
+    """The index with its sum of bytes put right, or as it was where that is right."""
+    index = json.loads(text)
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("total_size", total) == total:
+        return text
+    metadata["total_size"] = total
+    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count) -> None:
+    held = [value for value in copy.opened.contents.values() if isinstance(value, Tensor)]
+    # As they lie in the file: its header may list them in another order.
+    tensors = sorted((t for t in held if t.storage.file is file), key=lambda t: (t.storage.offset, t.storage.length))
+    values = {tensor.key: copy.replaced.get(tensor.key) or read(tensor) for tensor in tensors}
+    write_all(fd, memoryview(_header(file, values)))
+    with BackgroundWriter(fd, write=_write_or_skip) as writer:
+        copier = Copier(writer.exchange, count)
+        for value in values.values():
+            copier.copy(pieces_of(value))
+        copier.flush()
+    # What was skipped last.
+    os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
+
+
+def _write_or_skip(fd: int, full: memoryview) -> None:
+    """Write a buffer, unless all of it is zeros: then a hole says the same and takes no room."""
+    if len(full) == BUFFER and full.obj == _ZEROS:
+        os.lseek(fd, BUFFER, os.SEEK_CUR)
+    else:
+        write_all(fd, full)
+
+
+def _header(file: SourceFile, values: Mapping[str, Expr]) -> bytes:
+    """The header of a shard with its length before it, byte for byte as it was unless a type has changed."""
+    old = file.read(0, 8 + int.from_bytes(file.read(0, 8), "little"))
+    header: dict[str, Any] = json.loads(old[8:])
+    before, end = dict(header), 0
+    for key, value in values.items():
+        begin, end = end, end + nbytes(value)
+        header[key] = {"dtype": value.dtype.code, "shape": list(value.shape), "data_offsets": [begin, end]}
+    if header == before:
+        return old
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
