@@ -1,0 +1,149 @@
+"""`dsocr-convert mapping`: the files that describe layouts, listed, shown, checked and derived.
+
+Annotations are not postponed here: typer would have to compile each of them again at every start.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from converter import catalogue, pipeline
+from converter.cli import console, views
+from converter.cli.options import Json, Quiet, StateDict
+from converter.report import folded_names
+
+if TYPE_CHECKING:
+    from converter.derivation import Derived
+
+# What of a long list is told; --json has all of it.
+_SHOWN = 8
+
+app = typer.Typer(
+    help="List, show, check and derive the mapping files that describe layouts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def complete_layout(incomplete: str) -> list[str]:
+    """Layouts' names that begin so."""
+    return [name for name in catalogue.names() if name.startswith(incomplete)]
+
+
+@app.command("list")
+def list_mappings() -> None:
+    """List the layouts that are known."""
+    width = max(map(len, catalogue.names()))
+    for name in catalogue.names():
+        console.result(f"{name:{width}}  {catalogue.load(name).description}")
+
+
+@app.command("show")
+def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=complete_layout)]) -> None:
+    """Print the mapping file of a layout, to read or to start one's own from."""
+    console.result(catalogue.text(name).rstrip())
+
+
+@app.command("check")
+def check_mapping(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A mapping file.")],
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
+) -> None:
+    """Check a mapping file, and what it would make of a checkpoint."""
+    mapping = catalogue.load_file(file)
+    lossy = mapping.lossy()
+    rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
+    console.result(f"{file}: {mapping.name}, {rules}, valid")
+    for rule, why in lossy:
+        console.result(f"  {rule.place}: cannot be inverted: {why}")
+    if source is not None:
+        card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)
+        console.result("\n".join(views.summary(card)))
+
+
+@app.command("derive")
+def derive_mapping(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a layout of its own.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            autocompletion=complete_layout,
+            help="The same weights in a layout that is known; or the name of a layout, to go by names and shapes.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
+    ] = Path("my.yaml"),
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What to call the layout. [default: FILE]")] = "",
+    family: Annotated[
+        Literal["sam", "clip"] | None, typer.Option(help="Which encoder of a TARGET that holds both.")
+    ] = None,
+    state_dict: StateDict = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Write the file even if something of TARGET was not found."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a mapping file for the layout of SOURCE, by comparing its tensors with those of TARGET."""
+    # Imported here: values are compared with torch.
+    from converter.derivation import derive
+
+    with console.Bar(enabled=not quiet) as bar:
+        found = derive(
+            source,
+            target,
+            out=output,
+            name=name,
+            family=family or "",
+            state_dict=state_dict,
+            force=force,
+            partial=partial,
+            progress=bar,
+        )
+    if not quiet or not found.complete:
+        for line in _summary(found):
+            console.say(line)
+    if json:
+        console.result_json(found.to_json())
+    elif found.written:
+        console.result(found.output)
+    if not found.complete:
+        raise typer.Exit(3)
+
+
+def _summary(found: "Derived") -> list[str]:
+    """What was found how, how sure it is, and what is left, for people."""
+    total = sum(found.found.values())
+    rules = views.count(found.rules, "rule")
+    lines = [f"{found.layout}: {total} of {found.tensors} tensors of {found.target}, in {rules}"]
+    lines += [f"  {count:4} by {how} ({_CONFIDENCE[how]})" for how, count in found.found.items()]
+    lines += _listing("others would have done as well for", [name for name, rivals in found.guessed.items() if rivals])
+    lines += _listing("leads nowhere, and is dropped", found.dropped)
+    lines += [f"  {note}" for note in found.notes]
+    if found.known:
+        lines.append(f"  SOURCE is of the layout {', '.join(found.known)}, which needs no file of its own")
+    if found.unmatched:
+        written = f"{found.output} lacks them" if found.written else "nothing was written; --partial writes the rest"
+        lacking = views.count(len(found.unmatched), "tensor")
+        lines += _listing(f"error: nothing makes {lacking} of {found.target} ({written})", found.unmatched)
+    return lines
+
+
+_CONFIDENCE = {
+    "values": "certain",
+    "values that several tensors have, and name": "the same bytes whichever it is; the names a guess",
+    "shape and name": "guessed: try it on a checkpoint",
+}
+
+
+def _listing(what: str, names: list[str]) -> list[str]:
+    """A heading and names, those of layers folded, if there are any."""
+    folded = folded_names(names)
+    more = [f"    and {len(folded) - _SHOWN} more"] if len(folded) > _SHOWN else []
+    heading = what if what.startswith("error") else f"  {what}"
+    return [f"{heading}:", *(f"    {name}" for name in folded[:_SHOWN]), *more] if names else []

@@ -1,0 +1,210 @@
+"""A mapping file written from two checkpoints of the same weights, or from a checkpoint and a layout's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converter import catalogue
+from converter.derivation.compose import Composed, compose, proved
+from converter.derivation.found import ALIKE, NAME, VALUES, Found
+from converter.derivation.names import Symbols, by_names, depth_of
+from converter.errors import LayoutError, MappingError, UsageError
+from converter.mapping.expr import Expr, nbytes, read, sources
+from converter.mapping.parse import FAMILIES
+from converter.mapping.rules import Layout
+from converter.planning import Wish, hub_plan
+from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
+from converter.stage import check_target, staged, write_all
+from converter.unwrap import StateDict, plain_names
+
+
+class Derived(NamedTuple):
+    """A mapping that was derived, and how sure of it one may be.
+
+    `found` counts the target's tensors by how they were found; `guessed` gives each that its values alone did not
+    decide, with the sources that would have done as well. `unmatched` are the target's tensors that nothing makes,
+    `dropped` the source's that make nothing. `known` are shipped layouts that fit the source already.
+    """
+
+    output: str
+    layout: str
+    family: str
+    source: str
+    target: str
+    tensors: int
+    found: dict[str, int]
+    guessed: dict[str, list[str]]
+    unmatched: list[str]
+    dropped: list[str]
+    rules: int
+    known: list[str]
+    notes: list[str]
+    text: str
+    written: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the target was found."""
+        return not self.unmatched
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as one JSON document."""
+        return {"schema": 1, "kind": "derived", **self._asdict()}
+
+
+class _Target(NamedTuple):
+    """What is to be made: the hub's tensors under its names; none where a layout's name alone was given."""
+
+    name: str
+    hub: Layout
+    layout: str
+    tensors: dict[str, Expr]
+
+
+def derive(
+    source: str | Path,
+    target: str | Path,
+    *,
+    out: str | Path = "my.yaml",
+    name: str = "",
+    family: str = "",
+    state_dict: str | None = None,
+    force: bool = False,
+    partial: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Derived:
+    """Write the mapping file that turns `source`, in a layout of its own, into what `target` holds.
+
+    `target` is a checkpoint of the same weights in a known layout, or the name of one, in which case names and shapes
+    alone decide. Tensors are found by their values: equal, reshaped, permuted, as parts of one that fuses them, as
+    parts of one that is split, or interleaved. What was found is proved before the file is written: the text is parsed,
+    applied to `source`, and gives each of the target's tensors byte for byte.
+
+    `out` is written if all of the target was found, or with `partial`; `Derived.written` says so. `name` is the
+    layout's (default: the file's), `family` decides where a target holds several, `state_dict` as in `convert`.
+    """
+    path = Path(out)
+    check_target(path, force, 0)
+    with ExitStack() as stack:
+        opened = stack.enter_context(closing(open_source(source)))
+        entry = _largest(opened, state_dict)
+        tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
+        wanted, other = _target(stack, str(target), family, progress)
+        opened.fetch(entry.tensors.values() if other else (), progress)
+        found = _found(tensors, wanted, progress)
+        composed = compose(found, tensors, wanted.hub, name or path.stem, opened.name, wanted.name, wanted.tensors)
+        unmatched = [key for key in _needed(wanted, composed.prefix, tensors) if key not in composed.made]
+        derived = _result(path, composed, wanted, opened, unmatched, tensors)
+        try:
+            if not unmatched:
+                proved(composed, tensors, wanted.hub, wanted.tensors, opened.name)
+        except MappingError as error:
+            # Names may have misled: what they suggest is worth a file to whoever asks for one.
+            if not partial or wanted.tensors:
+                raise
+            derived.notes.append(str(error))
+        for file in (*opened.files, *(other.files if other else ())):
+            file.check_unchanged()
+    if composed.made and (partial or not unmatched):
+        with staged(path, force) as fd:
+            write_all(fd, memoryview(composed.text.encode()))
+        return derived._replace(written=True)
+    return derived
+
+
+def _largest(opened: Source, state_dict: str | None) -> StateDict:
+    """The state dict that is meant: the one chosen, or the one that holds most."""
+    entries = sorted(chosen_state_dicts(opened, state_dict), key=lambda entry: -len(entry.tensors))
+    rivals = [entry.path or "." for entry in entries if len(entry.tensors) == len(entries[0].tensors)]
+    if len(rivals) > 1:
+        many = (
+            f"{opened.name}: holds {len(rivals)} state dicts of {len(entries[0].tensors)} tensors: {', '.join(rivals)}"
+        )
+        raise LayoutError(f"{many}\nchoose one, such as --state-dict {rivals[0]}")
+    return entries[0]
+
+
+def _target(stack: ExitStack, target: str, family: str, progress: Progress) -> tuple[_Target, Source | None]:
+    """What TARGET is: a layout's name, or a checkpoint brought to its hub's names."""
+    if target in catalogue.names() and not Path(target).exists():
+        hub = catalogue.hub(catalogue.load(target).family)
+        return _Target(target, hub, target, {}), None
+    opened = stack.enter_context(closing(open_source(target)))
+    entries = chosen_state_dicts(opened, None)
+    known = {f: hits[0] for f in FAMILIES if (hits := identified(opened, catalogue.candidates(f), entries))}
+    chosen = [f for f in known if family in ("", f)]
+    if not chosen:
+        what = f"no {family.upper()} layout" if family else "no layout that is known"
+        names = ", ".join(catalogue.names())
+        raise LayoutError(f"{target}: fits {what}\nTARGET is to be a checkpoint in one of: {names}")
+    if len(chosen) > 1:
+        raise UsageError(f"{target}: holds {' and '.join(chosen)}\nchoose one with --family")
+    plan = hub_plan(opened, known[chosen[0]], Wish(chosen[0]))
+    made = {**plan.outputs, **plan.beyond}
+    opened.fetch((tensor for value in made.values() for tensor in sources(value)), progress)
+    layout = known[chosen[0]].match.candidate.name
+    return _Target(opened.name, plan.target, layout, made), opened
+
+
+def _found(tensors: Mapping[str, Expr], wanted: _Target, progress: Progress) -> list[Found]:
+    if not wanted.tensors:
+        return by_names(tensors, wanted.hub, wanted.layout)
+    # torch is imported where values are read: names alone need none.
+    from converter.derivation.match import by_values
+
+    total, done = sum(map(nbytes, (*tensors.values(), *wanted.tensors.values()))), 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("reading", done, total)
+
+    return by_values(tensors, wanted.tensors, told)
+
+
+def _needed(wanted: _Target, prefix: str, tensors: Mapping[str, Expr]) -> list[str]:
+    """The target's tensors that something must make."""
+    if wanted.tensors:
+        fills = {spec.name.text for spec in wanted.hub.tensors if spec.fill}
+        return [name for name in wanted.tensors if name not in fills]
+    optional = [spec.name for spec in wanted.hub.tensors if spec.optional or spec.fill]
+    names = Symbols(wanted.hub, depth_of(name for name in tensors if name.startswith(prefix))).tensors
+    return [name for name in names if not any(template.match(name) is not None for template in optional)]
+
+
+def _result(
+    path: Path, composed: Composed, wanted: _Target, opened: Source, unmatched: list[str], tensors: Mapping[str, Expr]
+) -> Derived:
+    counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
+    guessed = {t: list(e.rivals) for e in composed.found if e.how != VALUES for t in e.targets}
+    known = catalogue.recognise(
+        {name: tensor for name, value in tensors.items() for tensor in sources(value)},
+        catalogue.candidates(wanted.hub.family),
+    )
+    notes = list(composed.notes)
+    ours, theirs = _floats(tensors), _floats(wanted.tensors)
+    if unmatched and theirs and not ours & theirs:
+        notes.append(f"SOURCE is {', '.join(sorted(ours))}, TARGET {', '.join(sorted(theirs))}: no values can be equal")
+    return Derived(
+        output=str(path),
+        layout=composed.layout,
+        family=wanted.hub.family,
+        source=opened.name,
+        target=wanted.name,
+        tensors=sum(counts.values()) + len(unmatched),
+        found={how: count for how, count in counts.items() if count},
+        guessed=guessed,
+        unmatched=unmatched,
+        dropped=composed.dropped,
+        rules=composed.rules,
+        known=[match.candidate.name for match in known],
+        notes=notes,
+        text=composed.text,
+    )
+
+
+def _floats(tensors: Mapping[str, Expr]) -> set[str]:
+    return {value.dtype.name for value in tensors.values() if value.dtype.is_float}

@@ -1,0 +1,34 @@
+"""What a search finds, whichever way it searches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from converter.mapping.expr import Expr
+from converter.mapping.ops import Op, run
+
+# How a tensor was found.
+VALUES = "values"
+ALIKE = "values that several tensors have, and name"
+NAME = "shape and name"
+
+Named = Mapping[str, Expr]
+
+
+class Found(NamedTuple):
+    """`targets` are what `ops` make of `sources`; `rivals` are other sources that would have done as well."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    ops: tuple[Op, ...]
+    how: str = VALUES
+    rivals: tuple[str, ...] = ()
+
+
+def made_of(entry: Found, source: Named) -> list[tuple[str, Expr]]:
+    """The targets of a finding as expressions over the source's tensors."""
+    values: tuple[Expr, ...] = tuple(source[name] for name in entry.sources)
+    for op in entry.ops:
+        values = run(op, values)
+    return list(zip(entry.targets, values, strict=True))

@@ -1,0 +1,149 @@
+"""Which tensors of a source a layout's tensors are made of, where no weights of that layout are there to compare."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+
+from converter import catalogue
+from converter.derivation.found import NAME, Found, Named
+from converter.derivation.likeness import labels, likeness, pair
+from converter.dtypes import FLOAT32
+from converter.mapping.apply import Applied, apply, claim
+from converter.mapping.expr import Arange, Expr
+from converter.mapping.route import identity
+from converter.mapping.rules import Layout, Rule, invert
+from converter.mapping.shapes import Dim, Shape, Sizes, fits
+from converter.mapping.template import Template
+
+# Of two that a person would call alike; a source that alone has a shape needs no likeness.
+_ENOUGH = 1.3
+# Names under one prefix, at least, to be a model.
+_FEWEST = 10
+# Sizes so odd that a dimension tells which of them it is a multiple of.
+_PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103)
+_ANY = 10111
+
+
+class Symbols:
+    """A hub's tensors with a prime for each size: what is done to a shape can be read back from the numbers."""
+
+    def __init__(self, hub: Layout, depth: int) -> None:
+        names = dict.fromkeys(dim.name for spec in hub.tensors for dim in spec.shape if dim.name)
+        self._sizes = dict(zip(names, _PRIMES, strict=False))
+        self.tensors = {
+            name: Arange(FLOAT32, tuple(self._number(dim) for dim in spec.shape))
+            for spec in hub.tensors
+            for name in _expanded(spec.name, depth)
+        }
+
+    def _number(self, dim: Dim) -> int:
+        return dim.factor * self._sizes[dim.name] if dim.name else dim.factor or _ANY
+
+    def shape(self, value: Expr) -> Shape:
+        """The shape of something made of these tensors, in the hub's own names."""
+        return tuple(map(self._dim, value.shape))
+
+    def _dim(self, size: int) -> Dim:
+        if size == _ANY:
+            return Dim(0, None)
+        named = next((name for name, prime in self._sizes.items() if size % prime == 0), None)
+        return Dim(size // self._sizes[named], named) if named else Dim(size, None)
+
+
+def _expanded(template: Template, depth: int) -> Iterator[str]:
+    """The names a hub's template stands for in a model of `depth` layers."""
+    choices = [field.kind if isinstance(field.kind, tuple) else map(str, range(depth)) for field in template.fields]
+    for values in product(*choices):
+        yield template.fill(dict(zip((field.name for field in template.fields), values, strict=True)))
+
+
+def depth_of(names: Iterable[str]) -> int:
+    """How many layers names speak of: as many as most families of names have members."""
+    sizes = Counter(Counter(re.sub("[0-9]+", "#", name, count=1) for name in names).values())
+    return max(sizes, key=lambda size: (size * sizes[size], size), default=1)
+
+
+def by_names(source: Named, hub: Layout, layout: str) -> list[Found]:
+    """What makes the hub's tensors, by names and shapes as `layout` has them; the hub itself means whichever fits best.
+
+    A source that splits q, k and v is known by a layout that does so too, whose rules then lead on to the hub. Of a
+    source that holds more than one model, the one under whose prefix most is found.
+    """
+    rules = {mapping.name: mapping.rules for mapping in catalogue.mappings(hub.family)}
+    chosen = [rules[layout]] if layout != hub.name else [identity(hub).rules, *rules.values()]
+    tried: list[tuple[tuple[int, int, int], list[Found]]] = []
+    for prefix in _prefixes(source):
+        inside = {name: value for name, value in source.items() if name.startswith(prefix)}
+        symbols = Symbols(hub, depth_of(inside))
+        for dialect in chosen:
+            found = list(_led_on(inside, symbols, dialect))
+            made = sum(len(entry.targets) for entry in found)
+            # What is missing weighs more: most of a deeper encoder beside it is no match for all of the right one.
+            score = made - 3 * (len(symbols.tensors) - made)
+            tried.append(((score, -sum(len(entry.rivals) for entry in found), len(prefix)), found))
+    return max(tried, key=lambda item: item[0])[1]
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What a model's names may begin with: whole segments, none of them a number."""
+    dots = Counter(name[: dot.end()] for name in names for dot in re.finditer(r"\.", name))
+    return ["", *(prefix for prefix, count in dots.items() if count >= _FEWEST and not re.search("[0-9]", prefix))]
+
+
+def _led_on(source: Named, symbols: Symbols, rules: tuple[Rule, ...]) -> Iterator[Found]:
+    """The source's tensors taken for a layout's that are like them, and led to the hub by that layout's rules."""
+    written = _written(rules, symbols)
+    pairs = _pairs(source, {name: symbols.shape(value) for name, value in written.values.items()})
+    claims = claim(rules, pairs)
+    for (index, bound), parts in claims.groups.items():
+        rule = rules[index]
+        if len(parts) == len(rule.sources) and rule.targets:
+            sources = tuple(pairs[parts[i]][0] for i in range(len(parts)))
+            targets = tuple(target.fill(dict(bound)) for target in rule.targets)
+            rivals = tuple(other for name in parts.values() for other in pairs[name][1])
+            yield Found(sources, targets, rule.ops, NAME, rivals)
+
+
+def _written(rules: tuple[Rule, ...], symbols: Symbols) -> Applied:
+    """A layout's tensors, made of the hub's."""
+    inverted = invert(rules)
+    claimed = {name for parts in claim(inverted, symbols.tensors).groups.values() for name in parts.values()}
+    optional = tuple(rule._replace(optional=True) for rule in inverted)
+    return apply(optional, {name: value for name, value in symbols.tensors.items() if name in claimed}, "the hub")
+
+
+def _pairs(source: Named, target: Mapping[str, Shape]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each of a layout's names the source's that is like it and fits, and the others that are as like it."""
+    ours = labels({name: len(value.shape) for name, value in source.items()})
+    theirs = labels({name: len(shape) for name, shape in target.items()})
+    sizes: Sizes = {}
+    ranked: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, label in ours.items():
+        ranked[label.rank, len(source[name].shape)].append(name)
+    # None that differ in rank can be alike enough.
+    scored = [
+        (score, name, other)
+        for other, label in theirs.items()
+        for name in ranked[label.rank, len(target[other])]
+        if (score := likeness(ours[name], label)) >= _ENOUGH
+    ]
+    found = pair(scored, lambda name, other: fits(target[other], source[name].shape, sizes))
+    made = {entry.target: (entry.source, entry.rivals) for entry in found}
+    for other in sorted(target.keys() - made.keys()):
+        _only_one(other, source, target, made, sizes)
+    return made
+
+
+def _only_one(
+    other: str, source: Named, target: Mapping[str, Shape], made: dict[str, tuple[str, tuple[str, ...]]], sizes: Sizes
+) -> None:
+    """Take what no name tells, if one source alone has the shape."""
+    taken = {name for name, _ in made.values()}
+    free = [name for name, value in source.items() if name not in taken and value.dtype.is_float]
+    only = [name for name in free if fits(target[other], source[name].shape, dict(sizes))]
+    if len(only) == 1 and any(dim.name in sizes for dim in target[other]):
+        fits(target[other], source[only[0]].shape, sizes)
+        made[other] = (only[0], ())

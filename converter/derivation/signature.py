@@ -1,0 +1,61 @@
+"""By what a derived layout is to be recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from converter import catalogue
+from converter.derivation.found import Found
+from converter.derivation.names import Symbols
+from converter.mapping.expr import Expr
+from converter.mapping.ops import Deinterleave, run
+from converter.mapping.rules import Layout
+from converter.mapping.shapes import Dim, Shape
+from converter.mapping.template import Template
+
+
+def recognise(found: list[Found], prefix: str, tensors: Mapping[str, Expr], hub: Layout) -> dict[str, Shape]:
+    """Three tensors of which no other layout has all: the hub's own telling ones, and more where these do not tell."""
+    made = {name: one for one in found for name in one.targets}
+    telling = [made[name] for name in hub.signature.tensors if name in made]
+    others = [one for one in found if one not in telling and _is_telling(one, hub, tensors)]
+    chosen = {one.sources[0]: one for one in (telling + others)[:3]}
+    rivals = [rules for rules in _rule_sets(hub) if all(_has(rules, name) for name in chosen)]
+    for rules in rivals:
+        alone = next((one for one in others if not _has(rules, one.sources[0])), None)
+        if alone is not None:
+            chosen[alone.sources[0]] = alone
+    depth = 1 + max((int(part) for name in made for part in name.split(".") if part.isdigit()), default=0)
+    symbols = Symbols(hub, depth)
+    return {name.removeprefix(prefix): _symbolic(one, symbols, tensors[name].shape) for name, one in chosen.items()}
+
+
+def _is_telling(one: Found, hub: Layout, tensors: Mapping[str, Expr]) -> bool:
+    """Whether every file of the layout has it: of the first block, or of none, and nothing the hub can do without."""
+    spec = next((spec for spec in hub.tensors if spec.name.match(one.targets[0]) is not None), None)
+    first = all(not part.isdigit() or part == "0" for part in one.targets[0].split("."))
+    return spec is not None and first and not (spec.optional or spec.fill) and one.sources[0] in tensors
+
+
+def _rule_sets(hub: Layout) -> Iterator[list[Template]]:
+    """What names each shipped layout can have."""
+    yield [spec.name for spec in hub.tensors]
+    for mapping in catalogue.mappings(hub.family):
+        for prefix in mapping.signature.prefixes:
+            yield [template for rule in mapping.rules_for(prefix) for template in rule.sources]
+
+
+def _has(templates: list[Template], name: str) -> bool:
+    return any(template.match(name) is not None for template in templates)
+
+
+def _symbolic(one: Found, symbols: Symbols, shape: tuple[int, ...]) -> Shape:
+    """A source's shape in the hub's sizes, or in numbers where it does not follow from them."""
+    values: tuple[Expr, ...] = tuple(symbols.tensors[name] for name in one.targets if name in symbols.tensors)
+    try:
+        for op in reversed(one.ops):
+            # Rows change places and the shape stays: nothing that primes could be divided by.
+            values = values if isinstance(op, Deinterleave) else run(op.inverse(), values)
+        return symbols.shape(values[0])
+    except (ValueError, IndexError):
+        return tuple(Dim(size, None) for size in shape)

@@ -1,0 +1,143 @@
+"""Rules as the YAML of a mapping file, in the order and the style of those that ship."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from converter.derivation.generalise import Entry, Variables, declared
+from converter.mapping.ops import Deinterleave, Fuse, Op, Permuted, Reshaped, Split, Squeeze, Unsqueeze
+from converter.mapping.shapes import Shape, written
+from converter.mapping.template import Kind
+
+_WIDTH = 120
+
+
+class Draft(NamedTuple):
+    """A mapping file to be: what it begins with, the rules under the prefix and beside it, and why others are left."""
+
+    remarks: list[str]
+    layout: str
+    family: str
+    description: str
+    prefix: str
+    recognise: Mapping[str, Shape]
+    rules: list[Entry]
+    beside: list[Entry]
+    elsewhere: str
+    reason: str
+
+
+def yaml_text(draft: Draft, variables: Variables) -> str:
+    """The text of a mapping file."""
+    lines = [f"# {remark}" for remark in draft.remarks]
+    lines += [f"layout: {_plain(draft.layout)}", f"family: {draft.family}"]
+    lines += [f"description: {_plain(draft.description)}", ""]
+    used = {field for entry in (*draft.rules, *draft.beside) for field in _fields(entry)}
+    if used:
+        lines.append("variables:")
+        lines += [f"  {name}: {_kind(variables.kinds[name])}" for name in declared(variables.kinds) if name in used]
+        lines.append("")
+    if draft.prefix:
+        lines.append(f"strip: {_plain(draft.prefix)}")
+    lines.append("recognise:")
+    lines += [f"  {_plain(name)}: {written(shape)}" for name, shape in draft.recognise.items()]
+    lines += ["", "rules:", *_rules(draft.rules, draft.reason)]
+    if draft.beside:
+        lines += ["", "beside:", *_rules(draft.beside, draft.reason)]
+    if draft.elsewhere:
+        lines += ["", f"elsewhere: {_plain(draft.elsewhere)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _fields(entry: Entry) -> list[str]:
+    return re.findall(r"\{([a-z][a-z_0-9]*)[+}-]", f"{entry.source} {entry.target} ")
+
+
+def _kind(kind: Kind) -> str:
+    return kind if isinstance(kind, str) else f"[{', '.join(_flow(word) for word in kind)}]"
+
+
+def _rules(entries: list[Entry], reason: str) -> list[str]:
+    """The rules, each with its remarks before it; all drops as one."""
+    lines, told = [], frozenset[str]()
+    for entry in (entry for entry in entries if entry.verb != "drop"):
+        if entry.notes != told:
+            lines += [f"  # {note}" for note in sorted(entry.notes)]
+        told = entry.notes
+        lines += _rule(entry)
+    for why in dict.fromkeys(note for entry in entries if entry.verb == "drop" for note in entry.notes or {reason}):
+        names = [entry.source for entry in entries if entry.verb == "drop" and why in (entry.notes or {reason})]
+        lines += _dropped(names, why)
+    return lines
+
+
+def _dropped(names: list[str], reason: str) -> list[str]:
+    one_line = f"  - drop: [{', '.join(map(_flow, names))}]"
+    if len(names) == 1:
+        lines = [f"  - drop: {_plain(names[0])}"]
+    elif len(one_line) <= _WIDTH:
+        lines = [one_line]
+    else:
+        lines = ["  - drop:", *(f"      - {_plain(name)}" for name in names)]
+    return [*lines, f"    because: {_plain(reason)}", "    optional: true"]
+
+
+def _rule(entry: Entry) -> list[str]:
+    fields = _keys(entry)
+    one_line = f"  - {{{', '.join(f'{key}: {_flow(value)}' for key, value in fields)}}}"
+    simple = entry.verb == "rename" and not entry.ops and len(fields) > 1
+    if simple and len(one_line) <= _WIDTH:
+        return [one_line]
+    first, *rest = (f"{key}: {_plain(value)}" for key, value in fields)
+    if entry.parts is not None:
+        rest.insert(0, f"parts: {{{entry.parts[0]}: [{', '.join(map(_flow, entry.parts[1]))}]}}")
+    return [f"  - {first}", *(f"    {line}" for line in rest), *_operations(entry)]
+
+
+def _keys(entry: Entry) -> list[tuple[str, str]]:
+    """The keys of a rule whose values are names or flags."""
+    optional = [("optional", entry.optional)] if entry.optional else []
+    if entry.verb != "rename":
+        return [(entry.verb, entry.source), ("into", entry.target), *optional]
+    if entry.source == entry.target:
+        return [("keep", entry.source), *optional]
+    return [("rename", entry.source), ("to", entry.target), *optional]
+
+
+def _operations(entry: Entry) -> list[str]:
+    """The keys of a rule that say what is done to its tensors."""
+    lines, then = [], []
+    for op in entry.ops:
+        if not isinstance(op, Fuse | Split):
+            then.append(_operation(op))
+        elif op.dim:
+            lines.append(f"    dim: {op.dim}")
+    return [*lines, f"    then: [{', '.join(then)}]"] if then else lines
+
+
+def _operation(op: Op) -> str:
+    match op:
+        case Squeeze(dims) | Unsqueeze(dims):
+            verb = "squeeze" if isinstance(op, Squeeze) else "unsqueeze"
+            return f"{verb}: {dims[0] if len(dims) == 1 else list(dims)}"
+        case Permuted(dims):
+            return f"permute: {list(dims)}"
+        case Reshaped(before, after):
+            return f"reshape: {{from: {list(before)}, to: {list(after)}}}"
+        case Deinterleave(heads, parts):
+            return f"deinterleave: {{heads: {heads}, parts: {parts}}}"
+    raise AssertionError(f"{op} is never derived")
+
+
+def _plain(text: str) -> str:
+    """A scalar on a line of its own, quoted where YAML would read something else."""
+    plain = text.isprintable() and re.match("[A-Za-z0-9_./]", text) and not text.endswith((" ", ":"))
+    return text if plain and ": " not in text and " #" not in text else json.dumps(text)
+
+
+def _flow(text: str) -> str:
+    """A scalar within brackets."""
+    return text if re.fullmatch("[A-Za-z_][A-Za-z0-9_.]*", text) else json.dumps(text)
