@@ -1,15 +1,32 @@
-"""The card of a conversion, from what was found and planned."""
+"""The card of a conversion: from what was found and planned, and as a document with every digest.
+
+The document holds nothing that depends on time, machine or where files lie: the same input gives the same card.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
+from converter import catalogue
 from converter.dtypes import BY_NAME
-from converter.mapping.expr import Expr, sources
+from converter.files import SourceFile
+from converter.hubs.address import is_address
+from converter.mapping.expr import Expr, extents, nbytes, sources
+from converter.mapping.plan import Plan
 from converter.planning import Planned, Wish
 from converter.report import Card
-from converter.source import Source
+from converter.source import Progress, Source
 from converter.version import __version__
+
+# The version of the document's form.
+CARD_FORMAT = 1
+# Bytes that are digested at once.
+_PIECE = 1 << 20
 
 
 def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None, format: str) -> Card:
@@ -47,3 +64,120 @@ def count_dtypes(values: list[Expr]) -> dict[str, int]:
     """How many tensors have each element type, in the order of the table of types."""
     names = [value.dtype.name for value in values]
     return {name: names.count(name) for name in BY_NAME if name in names}
+
+
+class Digests:
+    """The SHA-256 of every output tensor's bytes, taken as they pass: called with them, in the order of the outputs."""
+
+    def __init__(self, outputs: dict[str, Expr]) -> None:
+        self._hashes = {name: hashlib.sha256() for name in outputs}
+        self._todo = deque((self._hashes[name], nbytes(value)) for name, value in outputs.items() if nbytes(value))
+
+    def __call__(self, data: memoryview) -> None:
+        while data:
+            digest, left = self._todo.popleft()
+            digest.update(data[:left])
+            if left > len(data):
+                self._todo.appendleft((digest, left - len(data)))
+            data = data[left:]
+
+    def hex(self, name: str) -> str:
+        """The digest of a tensor, in hexadecimal."""
+        return self._hashes[name].hexdigest()
+
+
+def canonical(document: dict[str, Any]) -> bytes:
+    """JSON in the one form that this document has: sorted keys, no spaces, UTF-8, one newline at the end."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    # Names may hold halves of surrogate pairs, which UTF-8 cannot.
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def card_document(
+    card: Card,
+    plan: Plan,
+    opened: Sequence[Source],
+    digests: Digests,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """The card as a document; `opened` is the source, and what was filled in from another one.
+
+    A tensor's `from` lists what it is made of, in order, each with the index of its source in `sources`.
+    """
+    where = {file: index for index, source in enumerate(opened) for file in source.files}
+    tensors = {
+        name: {
+            "dtype": value.dtype.name,
+            "shape": list(value.shape),
+            "sha256": digests.hex(name),
+            "from": [{"key": tensor.key, "source": where[tensor.storage.file]} for tensor in sources(value)],
+            **({"filled": card.filled[name]} if name in card.filled else {}),
+        }
+        for name, value in plan.outputs.items()
+    }
+    return {
+        "card": CARD_FORMAT,
+        "tools": _tools(plan),
+        "family": card.family,
+        "format": card.format,
+        "dtype": card.dtype,
+        "mapping": {"name": card.mapping, "sha256": card.mapping_sha256},
+        "target": {"name": plan.layout, "sha256": catalogue.load(plan.layout).digest},
+        "state_dict": card.state_dict,
+        "wrapper": card.wrapper,
+        "sources": _sources(opened, progress),
+        "metadata": card.metadata() if card.format == "safetensors" else {},
+        "nbytes": card.nbytes,
+        "tensors": tensors,
+        "dropped": card.dropped,
+        "missing": card.missing,
+        "sizes": card.sizes,
+        "unusual": card.unusual,
+    }
+
+
+def _tools(plan: Plan) -> dict[str, str]:
+    """The versions of what the output's bytes depend on: torch's only where it computed some of them."""
+    tools = {"dsocr-convert": __version__}
+    if any(extents(value) is None for value in plan.outputs.values()):
+        import torch
+
+        tools["torch"] = str(torch.__version__)
+    return tools
+
+
+def _sources(opened: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
+    local = [file for source in opened for file in source.files if file.identity is not None]
+    done, total = 0, sum(file.size for file in local)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("digesting the source", done, total)
+
+    return [
+        {
+            "name": source.name if is_address(source.name) else PurePath(source.name).name,
+            "commit": source.commit,
+            "containers": list(source.containers),
+            "files": [_file(file, count) for file in source.files],
+        }
+        for source in opened
+    ]
+
+
+def _file(file: SourceFile, count: Callable[[int], None]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": PurePath(file.name).name, "size": file.size}
+    if file.identity is None:
+        return {**entry, "sha256": None, "why": "fetched in parts: the commit stands for the whole"}
+    return {**entry, "sha256": _sha256(file, count)}
+
+
+def _sha256(file: SourceFile, count: Callable[[int], None]) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    for start in range(0, file.size, _PIECE):
+        part = buffer[: file.size - start]
+        file.readinto(part, start)
+        digest.update(part)
+        count(len(part))
+    return digest.hexdigest()

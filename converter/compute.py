@@ -14,7 +14,12 @@ from converter.mapping.expr import Arange, Cast, Concat, Expr, Permute, Read, Re
 
 def materialise(expr: Expr) -> memoryview:
     """The bytes of the tensor, little-endian and row-major."""
-    tensor = evaluate(expr).contiguous()
+    return raw(evaluate(expr))
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor on the CPU in order, as bytes: its own memory if it is contiguous."""
+    tensor = tensor.detach().contiguous()
     if not tensor.numel():
         return memoryview(b"")
     # The array keeps the tensor alive, and spares a copy.

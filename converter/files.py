@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 from pathlib import Path
 from typing import Protocol
 
 from converter.errors import ContainerError
+
+# Not to count a map as memory that will be written to: a file may be larger than all there is. Python names it from
+# 3.13 on; the number is that of Linux on x86 and ARM.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # First byte, and the one after the last.
 Range = tuple[int, int]
@@ -96,6 +102,13 @@ class LocalFile:
         data = bytearray(length)
         self.readinto(memoryview(data), offset)
         return bytes(data)
+
+    def map(self) -> mmap.mmap:
+        """The file in memory, read as it is touched; what is written there never reaches the file."""
+        try:
+            return mmap.mmap(self._fd, self.size, mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise ContainerError(f"{self.name}: cannot be mapped into memory: {error.strerror}") from error
 
     def check_unchanged(self) -> None:
         now = os.fstat(self._fd)

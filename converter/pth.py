@@ -15,7 +15,7 @@ from functools import partial
 from typing import IO
 
 from converter.checkpoint import contiguous_strides
-from converter.copier import Copier, Progress
+from converter.copier import Copier, Progress, Seen
 from converter.mapping.expr import Expr, Piece, nbytes
 from converter.write import Outputs, pieces_of
 
@@ -24,13 +24,13 @@ _LOCAL_HEADER = 30
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-def write_pth(fd: int, outputs: Outputs, progress: Progress) -> None:
+def write_pth(fd: int, outputs: Outputs, progress: Progress, seen: Seen | None = None) -> None:
     """Write what torch.save would make of an ordered dict of tensors: a zip of a pickle and stored members."""
     with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", [state_dict_pickle(outputs)])
         _add(archive, "byteorder", [b"little"])
         for index, value in enumerate(outputs.values()):
-            _add(archive, f"data/{index}", pieces_of(value), nbytes(value), progress)
+            _add(archive, f"data/{index}", pieces_of(value), nbytes(value), progress, seen)
         _add(archive, "version", [b"3\n"])
 
 
@@ -40,6 +40,7 @@ def _add(
     pieces: Iterable[Piece | memoryview],
     size: int = 0,
     progress: Progress = lambda _: None,
+    seen: Seen | None = None,
 ) -> None:
     # The date that zip gives to files without one: repeated runs give identical files.
     info = zipfile.ZipInfo(f"archive/{name}")
@@ -50,14 +51,16 @@ def _add(
     padding = -begin % 64
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as member:
-        copier = Copier(partial(_write, member), progress)
+        copier = Copier(partial(_write, member, seen), progress)
         copier.copy(pieces)
         copier.flush()
 
 
-def _write(member: IO[bytes], full: memoryview) -> memoryview:
+def _write(member: IO[bytes], seen: Seen | None, full: memoryview) -> memoryview:
     """Write `full` and give its buffer back."""
     member.write(full)
+    if seen is not None:
+        seen(full)
     return memoryview(full.obj)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
@@ -162,3 +162,30 @@ def by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in dropped.items():
         groups.setdefault(reason, []).append(name)
     return groups
+
+
+def fold_plan(card: Card) -> list[tuple[str, str, list[str]]]:
+    """Output tensors with repeated layers folded: their name, what they are made of, and the names it stands for."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name in card.converted:
+        rows.setdefault((_pattern(name), _pattern(_made_of(card, name))), []).append(name)
+    return [
+        (pattern, made_of, names) if len(names) > 1 else (names[0], _made_of(card, names[0]), names)
+        for (pattern, made_of), names in rows.items()
+    ]
+
+
+def folded_names(names: Iterable[str]) -> list[str]:
+    """Names with those of repeated layers as one, each with how many it stands for where that is more than one."""
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        rows.setdefault(_pattern(name), []).append(name)
+    return [f"{pattern} (x {len(names)})" if len(names) > 1 else names[0] for pattern, names in rows.items()]
+
+
+def _made_of(card: Card, name: str) -> str:
+    return " + ".join(card.converted[name]) or f"filled in: {card.filled.get(name, '')}"
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", name)

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator
 
-from converter.copier import BackgroundWriter, Copier, Progress
+from converter.copier import BackgroundWriter, Copier, Progress, Seen
 from converter.mapping.expr import Expr, Piece, extents, merge, nbytes
 from converter.stage import write_all
 
@@ -14,11 +14,13 @@ from converter.stage import write_all
 Outputs = dict[str, Expr]
 
 
-def write_safetensors(fd: int, outputs: Outputs, metadata: dict[str, str], progress: Progress) -> None:
+def write_safetensors(
+    fd: int, outputs: Outputs, metadata: dict[str, str], progress: Progress, seen: Seen | None = None
+) -> None:
     """Write a safetensors file: length of the header, header, then the tensors in the header's order."""
     # Apart from the tensors, whose bytes alone `progress` counts.
     write_all(fd, memoryview(safetensors_header(outputs, metadata)))
-    with BackgroundWriter(fd) as writer:
+    with BackgroundWriter(fd, seen) as writer:
         copier = Copier(writer.exchange, progress)
         for run in _runs(outputs.values()):
             copier.copy(run)

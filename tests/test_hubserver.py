@@ -217,6 +217,9 @@ def test_faults() -> None:
         whole = (206, len(WEIGHTS))
         assert answers(Faults(busy=1, limited=2), 4) == [(503, 4), (429, 9), (429, 9), whole]
         assert answers(Faults(where="resolve", drop_every=1), 1) == [whole]
+        assert answers(Faults(answer=(401, b"no", {})), 1) == [(401, 2)]
+        with pytest.raises(http.client.RemoteDisconnected):
+            answers(Faults(silent=True, stall=0.05), 1)
         assert answers(Faults(truncate_every=1), 1) == [(206, half)]
         assert answers(Faults(stall_every=1, stall=0.05), 1) == [(206, half)]
         assert answers(Faults(ignore_range=True), 1) == [(200, len(WEIGHTS))]

@@ -39,8 +39,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_modules() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "converter").rglob("*.py")}
     data = {f"converter/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
-    single = {"converter/mappings/__init__.py", "converter/py.typed", "converter/verify/views/page.html"}
-    return modules | data | single
+    views = {f"converter/verify/views/{name}" for name in ("page.html", "movement.html", "axis.html", "style.css")}
+    return modules | data | views | {"converter/mappings/__init__.py", "converter/py.typed"}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:

@@ -90,7 +90,8 @@ class Bar:
         if self._bar is None or self._task is None:
             self._bar = self._make()
             self._task = self._bar.add_task(what, total=total)
-            self._bar.start()
+        # Again, if the stage before has ended.
+        self._bar.start()
         self._bar.update(self._task, description=what, completed=done, total=total)
         if done >= total:
             # Another bar may follow.

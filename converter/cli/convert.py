@@ -3,13 +3,16 @@
 Annotations are not postponed here: typer would have to compile each of them again at every start.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from converter import catalogue, inspection, pipeline
-from converter.cli import console, views
+from converter import inspection, pipeline
+from converter.cli import console, mapping, views
+from converter.cli.diff import diff
+from converter.cli.encoder import encoder
 from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.report import Card
 
@@ -20,31 +23,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-mapping_app = typer.Typer(
-    help="List, show and check the mapping files that describe layouts.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(mapping_app, name="mapping")
+app.add_typer(mapping.app, name="mapping")
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A checkpoint: file, folder, sharded index, or org/name on a hub.")
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write. [default: LAYOUT.FORMAT]"),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Where to write; with --to sam-hf or clip-hf also a folder, for from_pretrained. [default: LAYOUT.FORMAT]",
+    ),
 ]
-
-
-def _complete_layout(incomplete: str) -> list[str]:
-    return [name for name in catalogue.names() if name.startswith(incomplete)]
 
 
 To = Annotated[
     str,
     typer.Option(
         metavar="LAYOUT",
-        autocompletion=_complete_layout,
+        autocompletion=mapping.complete_layout,
         show_default=False,
         help="The layout to write, as `mapping list` names it. [default: the DeepEncoder's]",
     ),
@@ -59,6 +58,11 @@ ImageSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+CardFile = Annotated[
+    list[Path] | None,
+    typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
+]
+Sign = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the card with this private key.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 
 
@@ -78,12 +82,14 @@ def sam(
     download: Download = False,
     force: Force = False,
     dry_run: DryRun = False,
+    card: CardFile = None,
+    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
     with console.Bar(enabled=not quiet) as bar:
-        card = pipeline.convert(
+        made = pipeline.convert(
             source,
             "sam",
             out=output,
@@ -96,12 +102,14 @@ def sam(
             state_dict=state_dict,
             force=force,
             dry_run=dry_run,
+            card=card or (),
+            sign=sign,
             revision=revision,
             hub=hub,
             download=download,
             progress=bar,
         )
-    _show(card, json, quiet)
+    _show(made, json, quiet, card or [])
 
 
 @app.command()
@@ -121,12 +129,14 @@ def clip(
     download: Download = False,
     force: Force = False,
     dry_run: DryRun = False,
+    card: CardFile = None,
+    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
     with console.Bar(enabled=not quiet) as bar:
-        card = pipeline.convert(
+        made = pipeline.convert(
             source,
             "clip",
             out=output,
@@ -140,12 +150,14 @@ def clip(
             state_dict=state_dict,
             force=force,
             dry_run=dry_run,
+            card=card or (),
+            sign=sign,
             revision=revision,
             hub=hub,
             download=download,
             progress=bar,
         )
-    _show(card, json, quiet)
+    _show(made, json, quiet, card or [])
 
 
 @app.command()
@@ -165,42 +177,17 @@ def inspect(
         console.result("\n".join(views.inspection(found)))
 
 
-@mapping_app.command("list")
-def list_mappings() -> None:
-    """List the layouts that are known."""
-    width = max(map(len, catalogue.names()))
-    for name in catalogue.names():
-        console.result(f"{name:{width}}  {catalogue.load(name).description}")
+app.command()(encoder)
+app.command()(diff)
 
 
-@mapping_app.command("show")
-def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=_complete_layout)]) -> None:
-    """Print the mapping file of a layout, to read or to start one's own from."""
-    console.result(catalogue.text(name).rstrip())
-
-
-@mapping_app.command("check")
-def check_mapping(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A mapping file.")],
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
-) -> None:
-    """Check a mapping file, and what it would make of a checkpoint."""
-    mapping = catalogue.load_file(file)
-    lossy = mapping.lossy()
-    rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
-    console.result(f"{file}: {mapping.name}, {rules}, valid")
-    for rule, why in lossy:
-        console.result(f"  {rule.place}: cannot be inverted: {why}")
-    if source is not None:
-        card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)
-        console.result("\n".join(views.summary(card)))
-
-
-def _show(card: Card, json: bool, quiet: bool) -> None:
-    """The result on stdout, the rest on stderr."""
+def _show(card: Card, json: bool, quiet: bool, files: Sequence[Path] = ()) -> None:
+    """The result on stdout, the rest on stderr; `files` hold the card, if it was written."""
     if not quiet:
         for line in views.summary(card):
             console.say(line)
+        if files and card.written:
+            console.say(f"card: {', '.join(map(str, files))}")
     if json:
         console.result_json(card.to_json())
     elif card.written:

@@ -26,6 +26,10 @@ Source = Annotated[
     str | None,
     typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index, org/name."),
 ]
+CardFile = Annotated[
+    Path | None, typer.Option("--card", metavar="FILE.json", help="The card that was written with it: every digest.")
+]
+PublicKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Check the card's signature with this key.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
 Sizes = Annotated[
@@ -45,6 +49,8 @@ Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Action
 def verify(
     converted: Converted,
     source: Source = None,
+    card: CardFile = None,
+    public_key: PublicKey = None,
     mapping: MappingFile = None,
     state_dict: StateDict = None,
     revision: Revision = None,
@@ -76,6 +82,8 @@ def verify(
         found = run(
             converted,
             source,
+            card=card,
+            public_key=public_key,
             mapping=mapping,
             state_dict=state_dict,
             device=device,

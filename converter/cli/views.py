@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-from converter.report import Card, Group, Inspection, Recognised, by_reason
+from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan
 
 _NAMES_SHOWN = 3
 
@@ -69,25 +68,12 @@ def _some(names: list[str]) -> str:
 
 def plan(card: Card) -> Iterable[str]:
     """Every output tensor and what it is made of, layers folded."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    for name, parts in card.converted.items():
-        made_of = " + ".join(parts) if parts else f"filled in: {card.filled.get(name, '')}"
-        rows.setdefault((_pattern(name), _pattern(made_of)), []).append(name)
-    width = max((len(_folded(name, names)) for (name, _), names in rows.items()), default=0)
-    for (name, made_of), names in rows.items():
-        yield f"{_folded(name, names):{width}}  <- {made_of if len(names) > 1 else _plain(card, names[0])}"
-
-
-def _plain(card: Card, name: str) -> str:
-    return " + ".join(card.converted[name]) or card.filled.get(name, "")
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", name)
-
-
-def _folded(pattern: str, names: list[str]) -> str:
-    return f"{pattern} (x {len(names)})" if len(names) > 1 else names[0]
+    rows = [
+        (f"{name} (x {len(names)})" if len(names) > 1 else name, made_of) for name, made_of, names in fold_plan(card)
+    ]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, made_of in rows:
+        yield f"{name:{width}}  <- {made_of}"
 
 
 def inspection(found: Inspection) -> Iterable[str]:

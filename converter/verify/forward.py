@@ -12,6 +12,7 @@ from converter.compute import evaluate, torch_dtype
 from converter.encoders import ClipConfig
 from converter.mapping.expr import Resample
 from converter.source import Progress
+from converter.upload import Uploader
 from converter.verify import structure
 from converter.verify.chain import build_chain, check_chain, with_patches
 from converter.verify.independent import Reader
@@ -20,7 +21,6 @@ from converter.verify.outputs import Tested, check_encoder, images
 from converter.verify.references import State, build
 from converter.verify.result import Check, Picture, Trace, skipped
 from converter.verify.stages import blamed, names_of, probes_of
-from converter.verify.upload import Uploader
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -38,9 +38,14 @@ class Origin(NamedTuple):
     resampled: bool
 
 
+def largest(source: Source) -> StateDict:
+    """The state dict of a file that dsocr-convert wrote, which has one."""
+    return max(chosen_state_dicts(source, None), key=lambda entry: len(entry.tensors))
+
+
 def as_converted(source: Source) -> Converted:
     """The family is the one whose names most of the tensors have: a few wrong ones are for the checks to find."""
-    entry = max(chosen_state_dicts(source, None), key=lambda entry: len(entry.tensors))
+    entry = largest(source)
     counts = {family: catalogue.count_known(family, entry.tensors) for family in FAMILIES}
     family = max(counts, key=lambda family: counts[family])
     if counts[family] <= len(entry.tensors) / 2:

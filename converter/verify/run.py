@@ -16,11 +16,12 @@ from converter.errors import UsageError
 from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
-from converter.source import Progress, open_source
+from converter.source import Progress, Source, open_source
 from converter.verify import structure
+from converter.verify.carded import Recorded, check_card, is_elsewhere, read_card
 from converter.verify.forward import Expected, Runs, Setting
 from converter.verify.independent import Reader, checked_as, open_independently
-from converter.verify.opened import Converted, Origin, as_converted, as_origin
+from converter.verify.opened import Converted, Origin, as_converted, as_origin, largest
 from converter.verify.references import State
 from converter.verify.result import FAILED, Check, Verification, failed, passed, skipped
 from converter.verify.weights import compare, elsewhere
@@ -42,6 +43,8 @@ def verify(
     converted: str | Path,
     source: str | Path | None = None,
     *,
+    card: str | Path | None = None,
+    public_key: str | Path | None = None,
     mapping: str | Path | None = None,
     state_dict: str | None = None,
     device: str = "auto",
@@ -58,29 +61,61 @@ def verify(
     """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
 
     `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
-    proved, and that the encoder runs. `mapping`, `state_dict`, `revision`, `hub` and `download` are what `convert` was
-    given. `device` is auto, cpu, cuda or cuda:N; `dtype` the precision that the encoders run in; `sizes` the pixels
-    along a side at which the whole chain runs. With `fast`, nothing runs. `image` is a file to look at in place of our
-    page; `draw` makes pictures of what the encoders see in it. Raises a DsocrError for a file that cannot be read, and
-    ImportError where a reference's library is missing; a wrong conversion is a verdict, not an error.
+    proved, and that the encoder runs. `card` is the .json that was written with it, and `public_key` a PEM file to
+    check the card's signature with; with a card, files of other layouts are checked too, against it alone. `mapping`,
+    `state_dict`, `revision`, `hub` and `download` are what `convert` was given. `device` is auto, cpu, cuda or cuda:N;
+    `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole chain runs. With
+    `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of what the encoders
+    see in it. Raises a DsocrError for a file that cannot be read, and ImportError where a reference's library is
+    missing; a wrong conversion is a verdict, not an error.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     place = _device(device)
     looked_at = _load(Path(image)) if image is not None else None
     chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
+    if public_key is not None and card is None:
+        raise UsageError("--public-key: checks the signature of a card\nadd --card FILE.json")
+    recorded = read_card(Path(card), Path(public_key) if public_key is not None else None) if card is not None else None
     setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, progress)
     with ExitStack() as stack:
-        target = as_converted(stack.enter_context(closing(open_source(converted))))
+        there = stack.enter_context(closing(open_source(converted)))
+        if recorded is not None and is_elsewhere(recorded):
+            if source is not None:
+                raise UsageError(f"--source: {recorded.layout} is checked against its card alone\nleave --source out")
+            return _carded(there, recorded, setting)._replace(converted=str(converted))
+        target = as_converted(there)
         origin = None
         if source is not None:
             opened = stack.enter_context(closing(open_source(source, Access(revision, hub, download))))
             origin = as_origin(opened, target, mapping, state_dict, progress)
-        found = _prove(target, origin, setting)
+        found = _prove(target, origin, recorded, setting)
     return found._replace(converted=str(converted), source=str(source or ""))
 
 
-def _prove(target: Converted, origin: Origin | None, setting: Setting) -> Verification:
+def _carded(source: Source, card: Recorded, setting: Setting) -> Verification:
+    """A file of another layout than the DeepEncoder's: its card is all there is to check it with."""
+    seconds: dict[str, float] = {}
+    state_dict = largest(source)
+    found = open_independently(source, state_dict, state_dict.tensors.values(), setting.progress)
+    with _timed(seconds, "card"):
+        checks = check_card(card, source, state_dict.tensors, found, setting.progress)
+    return Verification(
+        converted=source.name,
+        source="",
+        family=card.family,
+        mapping=card.mapping,
+        reference="",
+        device="CPU",
+        dtype="as stored",
+        environment=_environment(),
+        checks=checks,
+        traces=[],
+        seconds=seconds,
+    )
+
+
+def _prove(target: Converted, origin: Origin | None, card: Recorded | None, setting: Setting) -> Verification:
     """The three proofs; without sizes to run at, nothing runs."""
     seconds: dict[str, float] = {}
     tensors = target.state_dict.tensors
@@ -90,6 +125,9 @@ def _prove(target: Converted, origin: Origin | None, setting: Setting) -> Verifi
     with _timed(seconds, "bytes"):
         hub, compared = _prove_bytes(target, origin, found, setting.progress)
     checks += compared
+    if card is not None:
+        with _timed(seconds, "card"):
+            checks += check_card(card, target.source, tensors, found, setting.progress)
     faulty = [name for check in compared if check.verdict == FAILED for name in check.culprits[:1]]
     runs = Runs(target, origin, Expected(hub, faulty), setting)
     if setting.sizes:

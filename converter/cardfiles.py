@@ -1,0 +1,104 @@
+"""The files that a conversion's card is written to, which appear with the output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from converter.card import Digests, canonical, card_document
+from converter.errors import OutputError, UsageError
+from converter.mapping.expr import Expr
+from converter.mapping.plan import Plan
+from converter.report import Card
+from converter.source import Progress, Source
+from converter.stage import check_target, staged, write_all
+
+
+class CardFiles:
+    """The files that a conversion's card goes into: .json for machines, .md for a hub; `key` signs the .json ones.
+
+    `key` is the path of a PEM file with an elliptic-curve private key; the signature goes beside the card, as .sig.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None = None) -> None:
+        """UsageError for a file of another kind, or a key and nothing to sign."""
+        self._paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        self._key = Path(key) if key is not None else None
+        self._staged: dict[Path, int] = {}
+        for path in self._paths:
+            if path.suffix not in (".json", ".md"):
+                raise UsageError(f"--card {path}: expected a name that ends in .json, or .md for a model card")
+        if key is not None and not self._documents:
+            raise UsageError("--sign: signs the card, which holds every tensor's digest\nadd --card FILE.json")
+
+    @property
+    def _documents(self) -> list[Path]:
+        return [path for path in self._paths if path.suffix == ".json"]
+
+    @property
+    def _all(self) -> list[Path]:
+        return [*self._paths, *(signature_of(path) for path in self._documents if self._key)]
+
+    def check(self, output: Path, opened: Sequence[Source], force: bool) -> None:
+        """OutputError for a file that could not be written, or is the output's or the source's."""
+        taken = [output.resolve(), *(Path(file.path).resolve() for source in opened for file in source.files)]
+        for path in self._all:
+            if path.resolve() in taken:
+                raise OutputError(f"{path}: cannot be the card: it is another file of this conversion")
+            if output.resolve() in path.resolve().parents:
+                raise OutputError(f"{path}: lies in the output, a folder that appears whole\nmove it there afterwards")
+            _check_place(path, force)
+            taken.append(path.resolve())
+        if self._key is not None:
+            from converter.signing import check_key
+
+            check_key(self._key)
+
+    @contextmanager
+    def staged(self, outputs: dict[str, Expr], force: bool) -> Iterator[Digests | None]:
+        """What to show the outputs' bytes to, if there is a card; at the end, what `write` wrote stands in its place.
+
+        To be entered before the output is staged: its own rename then comes first, and theirs directly after it.
+        """
+        with ExitStack() as stack:
+            self._staged = {path: stack.enter_context(staged(path, force)) for path in self._all}
+            yield Digests(outputs) if self._paths else None
+
+    def write(
+        self, card: Card, plan: Plan, opened: Sequence[Source], digests: Digests | None, progress: Progress
+    ) -> None:
+        """Fill the files, whose tensors' digests are complete. Reads local sources once more, for theirs."""
+        if digests is None:
+            return
+        document = card_document(card, plan, opened, digests, progress)
+        data = canonical(document)
+        for path in self._paths:
+            if path.suffix == ".md":
+                from converter.modelcard import model_card
+
+                self._put(path, model_card(card, document, [path.name for path in self._documents]).encode())
+                continue
+            self._put(path, data)
+            if self._key is not None:
+                from converter.signing import sign
+
+                self._put(signature_of(path), sign(data, path.name, self._key))
+
+    def _put(self, path: Path, data: bytes) -> None:
+        write_all(self._staged[path], memoryview(data))
+
+
+def _check_place(path: Path, force: bool) -> None:
+    """OutputError as for an output, in words that name the option for the card."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}\ncreate it, or choose another path with --card")
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path}: exists already\nchoose another path with --card, or replace it with --force")
+    check_target(path, force, 0)
+
+
+def signature_of(card: Path) -> Path:
+    """Where the signature of a card lies."""
+    return card.with_name(f"{card.name}.sig")
