@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from converter import catalogue
-from converter.card import count_dtypes, make_card
+from converter.cards.card import count_dtypes, make_card
 from converter.errors import DsocrError
 from converter.hubs.address import Access
 from converter.mapping.expr import read

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
-from converter.card import make_card
-from converter.cardfiles import CardFiles
+from converter.cards.card import make_card
+from converter.cards.files import CardFiles
 from converter.errors import OutputError
-from converter.folder import folder_files, staged_pretrained, wants_folder
 from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, check_choices, planned
+from converter.pretrained.folder import folder_files, staged_pretrained, wants_folder
 from converter.report import Card
 from converter.source import Progress, Source, open_source
 from converter.stage import check_folder, check_target, staged

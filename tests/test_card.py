@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import converter
 from converter import stage
-from converter.card import canonical
+from converter.cards.card import canonical
 from converter.cli import convert as cli
 from converter.errors import ContainerError, OutputError, UsageError
 from converter.verify import verify
@@ -79,7 +79,7 @@ def test_large_tensors_and_empty_ones(tmp_path: Path) -> None:
     """Tensors that fill several buffers, begin in the midst of one, or have no bytes."""
     from memory import expr
 
-    from converter.card import Digests
+    from converter.cards.card import Digests
     from converter.copier import BUFFER
     from converter.write import write_safetensors
 
@@ -192,7 +192,7 @@ def test_no_output_without_its_card(folder: Path, tmp_path: Path, monkeypatch: p
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("converter.cardfiles.write_all", full)
+    monkeypatch.setattr("converter.cards.files.write_all", full)
     with pytest.raises(OutputError, match="No space left"):
         converted(folder, tmp_path)
     assert list(tmp_path.iterdir()) == []

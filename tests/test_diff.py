@@ -22,10 +22,10 @@ from test_verify_views import CHROMIUM, Outline, browse
 import converter
 from converter.cli import diff as cli
 from converter.comparison import diff
-from converter.difference import Block, Difference, block_of, in_order
+from converter.comparison.difference import Block, Difference, block_of, in_order
+from converter.comparison.measure import measure
+from converter.comparison.streams import BUFFER
 from converter.errors import ContainerError, LayoutError, UsageError
-from converter.measure import measure
-from converter.streams import BUFFER
 from converter.verify.views import movement
 
 State = dict[str, torch.Tensor]

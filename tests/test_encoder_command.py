@@ -21,7 +21,7 @@ from inventories import inventories, sparse
 
 import converter
 from converter.assemble import encoder
-from converter.compressor import seeded
+from converter.assemble.compressor import seeded
 from converter.encoders import ClipConfig, DeepEncoder, SamConfig
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
 from converter.mapping.expr import Read
@@ -433,7 +433,7 @@ def test_the_folder_appears_whole_or_not_at_all(
         raise error
 
     before = digests(sources / "ocr")
-    monkeypatch.setattr("converter.replace._write_beside", fail)
+    monkeypatch.setattr("converter.assemble.replace._write_beside", fail)
     with pytest.raises((KeyboardInterrupt, OutputError)):
         encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [] and digests(sources / "ocr") == before

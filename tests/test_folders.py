@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import converter
 from converter import stage
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
-from converter.folder import folder_files
 from converter.planning import Wish, planned
-from converter.pretrained import sam as sam_documents
+from converter.pretrained.configs import sam as sam_documents
+from converter.pretrained.folder import folder_files
 from converter.source import open_source
 
 State = dict[str, Tensor]

@@ -26,9 +26,9 @@ import converter
 from converter.errors import ContainerError, LayoutError, MappingError, UsageError
 from converter.files import LocalFile
 from converter.loading import load
+from converter.loading.tensors import Loader
 from converter.mapping.expr import read
 from converter.mapping.ops import Split, run
-from converter.tensors import Loader
 
 
 def check_same(found: State, expected: State) -> None:
@@ -288,7 +288,7 @@ import sys
 from converter.loading import load
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) << 10
 import torch
-import converter.tensors
+import converter.loading.tensors
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = status("VmRSS")

@@ -18,7 +18,7 @@ from converter.cli import console
 from converter.cli.options import Json, Quiet
 from converter.cli.views import count
 from converter.comparison import diff as compare
-from converter.difference import Block, Change, Difference
+from converter.comparison.difference import Block, Change, Difference
 from converter.source import Progress
 
 _NAMES_SHOWN = 3

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from converter.card import CARD_FORMAT
-from converter.cardfiles import signature_of
+from converter.cards.card import CARD_FORMAT
+from converter.cards.files import signature_of
 from converter.checkpoint import Tensor
 from converter.compute import raw
 from converter.errors import ContainerError, UsageError
@@ -133,7 +133,7 @@ def _check_signature(card: Recorded) -> list[Check]:
         return [skipped(PROOF, "signature", why)] if signature.exists() else []
     if not signature.is_file():
         return [failed(PROOF, "signature", f"there is no {signature.name} beside the card", [signature.name])]
-    from converter.signing import problem
+    from converter.cards.signing import problem
 
     wrong = problem(card.path, signature, card.key)
     if wrong:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from converter.compute import evaluate, torch_dtype
 from converter.encoders import ClipConfig
+from converter.loading.upload import Uploader
 from converter.mapping.expr import Resample
 from converter.source import Progress
-from converter.upload import Uploader
 from converter.verify import structure
 from converter.verify.chain import build_chain, check_chain, with_patches
 from converter.verify.independent import Reader

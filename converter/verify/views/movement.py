@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from converter.difference import Block, Difference
+from converter.comparison.difference import Block, Difference
 from converter.verify.views import plot
 from converter.verify.views.html import environment
 from converter.verify.views.plot import BOTTOM, LEFT, RIGHT, TOP, Group, Label

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from converter.comparison.streams import Pairs, Stream
 from converter.compute import torch_dtype
 from converter.mapping.expr import Expr
-from converter.streams import Pairs, Stream
 
 # Elements at a time: what is computed of them stays in a processor's own cache.
 _PIECE = 1 << 15

@@ -40,7 +40,7 @@ def wants_folder(out: Path, layout: str, format: str) -> bool:
 def folder_files(plan: Plan, whole: bool) -> dict[str, bytes]:
     """What lies beside the weights in a folder, by name; LayoutError where the shapes are of no model of the family."""
     # Imported here, with its data classes, for folders alone.
-    from converter import pretrained
+    from converter.pretrained import configs as pretrained
 
     make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
     shapes = {name: value.shape for name, value in plan.hub.items()}

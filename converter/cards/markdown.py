@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from converter import catalogue
-from converter.card import canonical
+from converter.cards.card import canonical
 from converter.hubs.address import Access, is_address, parse
 from converter.mapping.rules import Layout
 from converter.report import Card, by_reason, fold_plan, folded_names

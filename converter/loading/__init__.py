@@ -50,7 +50,7 @@ def load(
     """
     wish = Wish(family, to, mapping, str(dtype).removeprefix("torch."), image_size, state_dict, whole).checked()
     # Two seconds of torch, which a mistyped layout need not wait for.
-    from converter.tensors import Loader, checked_device
+    from converter.loading.tensors import Loader, checked_device
 
     place = checked_device(device)
     with ExitStack() as stack:

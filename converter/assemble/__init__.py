@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter import catalogue
-from converter.card import count_dtypes
-from converter.compressor import NAMES as NETS
-from converter.compressor import check_compressor, find_compressor, seeded
+from converter.assemble.compressor import NAMES as NETS
+from converter.assemble.compressor import check_compressor, find_compressor, seeded
+from converter.assemble.replace import PLACES, Copy, check_output, plan_copy, write_copy
+from converter.cards.card import count_dtypes
 from converter.errors import LayoutError, UsageError
 from converter.hubs.address import Access
 from converter.mapping.expr import Expr, nbytes, read, sources
@@ -18,7 +19,6 @@ from converter.mapping.ops import CastTo
 from converter.mapping.plan import in_order
 from converter.pipeline import FORMATS, _check_not_source, _counter, _fetched
 from converter.planning import DTYPES, Planned, Wish, check_choices, to_hub
-from converter.replace import PLACES, Copy, check_output, plan_copy, write_copy
 from converter.report import Card
 from converter.source import Progress, Source, open_source
 from converter.stage import check_target, staged
@@ -80,7 +80,7 @@ def encoder(
     `with_projector` takes the projector, image_newline and view_seperator along. Or `sam` and `clip` are two
     checkpoints of any layout, and `compressor` a third one that was trained with net_2 [2*neck, neck, 3, 3] and net_3
     [CLIP's width, 2*neck, 3, 3]: a DeepSeek-OCR, a GOT-OCR2 or a Vary. `random:SEED` is an untrained one (see
-    `converter.compressor.seeded`), in SAM's type. A `sam` that holds one needs none.
+    `converter.assemble.compressor.seeded`), in SAM's type. A `sam` that holds one needs none.
 
     `prefix` comes before all names: with `model.` they are those of DeepSeek-OCR's checkpoint, which lacks
     position_ids. `out` defaults to `deepencoder.<format>`; `dtype` casts. `revision`, `hub` and `download` are

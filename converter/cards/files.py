@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from converter.card import Digests, canonical, card_document
+from converter.cards.card import Digests, canonical, card_document
 from converter.errors import OutputError, UsageError
 from converter.mapping.expr import Expr
 from converter.mapping.plan import Plan
@@ -52,7 +52,7 @@ class CardFiles:
             _check_place(path, force)
             taken.append(path.resolve())
         if self._key is not None:
-            from converter.signing import check_key
+            from converter.cards.signing import check_key
 
             check_key(self._key)
 
@@ -76,13 +76,13 @@ class CardFiles:
         data = canonical(document)
         for path in self._paths:
             if path.suffix == ".md":
-                from converter.modelcard import model_card
+                from converter.cards.markdown import model_card
 
                 self._put(path, model_card(card, document, [path.name for path in self._documents]).encode())
                 continue
             self._put(path, data)
             if self._key is not None:
-                from converter.signing import sign
+                from converter.cards.signing import sign
 
                 self._put(signature_of(path), sign(data, path.name, self._key))
 

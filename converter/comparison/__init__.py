@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checkpoint import Tensor
-from converter.difference import Block, Change, Difference, block_of, in_order
+from converter.comparison.difference import Block, Change, Difference, block_of, in_order
+from converter.comparison.sides import Named, Side, common, side_of
+from converter.comparison.streams import Pairs, differing, digests
 from converter.mapping.expr import Expr, nbytes, sources
-from converter.sides import Named, Side, common, side_of
 from converter.source import Progress, open_source
-from converter.streams import Pairs, differing, digests
 
 if TYPE_CHECKING:
-    from converter.measure import Figures
+    from converter.comparison.measure import Figures
 
 
 def diff(
@@ -116,7 +116,7 @@ def _figures(alike: Pairs, unequal: set[str], progress: Progress) -> dict[str, F
     if not moved:
         return {}
     # Two seconds of import, for checkpoints alone that differ.
-    from converter.measure import measure
+    from converter.comparison.measure import measure
 
     measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
     total = sum(nbytes(a) for a, _ in measured.values())

@@ -12,8 +12,8 @@ from converter.copier import Checks
 from converter.errors import UsageError
 from converter.files import LocalFile, SourceFile
 from converter.hubs.ranges import Ranges
+from converter.loading.upload import Uploader
 from converter.mapping.expr import Expr, Extent, Piece, extents, merge
-from converter.upload import Uploader
 
 
 class Loader:

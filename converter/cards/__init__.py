@@ -1,0 +1,1 @@
+"""The record of a conversion: as a value, as JSON, as a model card, signed."""

@@ -1,0 +1,1 @@
+"""Folders that transformers' from_pretrained loads: weights, and the JSON documents beside them."""
