@@ -19,8 +19,8 @@ _STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-_INDEX = ".index.json"
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+INDEX = ".index.json"
 # An index names a few thousand tensors; DeepSeek-OCR's has 250 KB.
 _LARGEST_INDEX = 64 << 20
 # Names in a message: some repositories have a checkpoint for every thousandth step.
@@ -58,13 +58,13 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
 
 def _meant_here(path: Path) -> bool:
     """Whether a path to nothing is a mistyped file's, not a repository's: by its suffix, and the folder it is in."""
-    return path.suffix in (*_WEIGHTS, ".json") and (len(path.parts) == 2 or Path(path.parts[0]).exists())
+    return path.suffix in (*WEIGHTS, ".json") and (len(path.parts) == 2 or Path(path.parts[0]).exists())
 
 
 def _here(path: Path) -> Located:
     if path.is_dir():
         path = path / choose((file.name for file in path.iterdir() if file.is_file()), str(path))
-    if not path.name.endswith(_INDEX):
+    if not path.name.endswith(INDEX):
         return Located(str(path), (LocalFile(path),))
     try:
         if path.stat().st_size > _LARGEST_INDEX:
@@ -96,7 +96,7 @@ def _on_hub(source: str, access: Access) -> Located:
         return LocalFile(local) if local is not None else RemoteFile(repository, path)
 
     name = f"{repository.name}/{path}"
-    if not path.endswith(_INDEX):
+    if not path.endswith(INDEX):
         file = open_(path)
         return Located(name, (file,), None, repository.commit, (*notes, *_whence([file], access)))
     if (repository.files[path].size or 0) > _LARGEST_INDEX:
@@ -139,7 +139,7 @@ def _chosen(files: Iterable[str], path: str, where: str) -> str:
     prefix = f"{path}/" if path else ""
     inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
     if not inside:
-        candidates = [name for name in files if name.endswith((*_WEIGHTS, _INDEX))]
+        candidates = [name for name in files if name.endswith((*WEIGHTS, INDEX))]
         shown = ", ".join(sorted(candidates)[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
         raise HubError(f"{where}: there is no file {path!r}\nits checkpoints: {shown or 'none'}")
     return prefix + choose((name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError)
@@ -151,11 +151,11 @@ def choose(names: Iterable[str], where: str, error: type[DsocrError] = Container
     for name in _STANDARD:
         if name in there:
             return name
-    found = [name for name in there if name.endswith(_WEIGHTS)]
+    found = [name for name in there if name.endswith(WEIGHTS)]
     if len(found) == 1:
         return found[0]
     if not found:
-        wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in _WEIGHTS)))
+        wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in WEIGHTS)))
         raise error(f"{where}: holds no checkpoint\nlooked for {wanted}")
     raise error(f"{where}: holds several checkpoints: {', '.join(found)}\nname the one to convert")
 

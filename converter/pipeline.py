@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
 from converter.cards.card import make_card
 from converter.cards.files import CardFiles
-from converter.errors import OutputError
 from converter.hubs.address import Access
-from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, check_choices, planned
 from converter.pretrained.folder import folder_files, staged_pretrained, wants_folder
 from converter.report import Card
 from converter.source import Progress, Source, open_source
 from converter.stage import check_folder, check_target, staged
-from converter.write import write_safetensors
-
-FORMATS = ("safetensors", "pth")
+from converter.writing import FORMATS, check_not_source, check_unchanged, fetched, read_ahead, write_tensors
 
 
 def convert(
@@ -81,12 +77,12 @@ def convert(
         if dry_run:
             return record
         both = [opened, lender] if lender else [opened]
-        _check_not_source(target, both)
+        check_not_source(target, both)
         (check_folder if folder else check_target)(target, force, found.plan.nbytes)
         files.check(target, both, force)
         output = staged_pretrained(target, documents, force) if folder else staged(target, force)
         _write(both, found.plan, record, files, output, force, progress)
-        return record._replace(written=True, fetched=_fetched(both))
+        return record._replace(written=True, fetched=fetched(both))
 
 
 def _write(
@@ -99,51 +95,8 @@ def _write(
     progress: Progress,
 ) -> None:
     """The tensors of the plan into `output`, a file that appears whole or not at all, and its card."""
-    remote = any(source.remote for source in opened)
-    count = (lambda nbytes: None) if remote else _counter(progress, plan.nbytes)
     with files.staged(plan.outputs, force) as seen, output as fd:
-        read = [tensor for value in plan.outputs.values() for tensor in sources(value)]
-        for source in opened:
-            source.prefetch(read, progress)
-        if card.format == "pth":
-            # Imported here: the zip module is for those alone who ask for it.
-            from converter.pth import write_pth
-
-            write_pth(fd, plan.outputs, count, seen)
-        else:
-            write_safetensors(fd, plan.outputs, card.metadata(), count, seen)
+        count = read_ahead(opened, plan.outputs.values(), plan.nbytes, progress)
+        write_tensors(fd, plan.outputs, card.format, card.metadata(), count, seen)
         files.write(card, plan, opened, seen, progress)
-        # Before the output takes its place: a source that changed midway may have given halves of two files.
-        for file in (file for source in opened for file in source.files):
-            file.check_unchanged()
-
-
-def _fetched(opened: Sequence[Source]) -> dict[str, int]:
-    """Bytes that came over the network, by remote file."""
-    return {file.name: file.fetched for source in opened for file in source.remote}
-
-
-def _counter(progress: Progress, total: int) -> Callable[[int], None]:
-    """A sum of the bytes it is told, passed on to `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("converting", done, total)
-
-    return count
-
-
-def _check_not_source(target: Path, opened: Sequence[Source]) -> None:
-    try:
-        stat = target.stat()
-    except OSError:
-        # There is no such file yet, or it cannot be looked at: either way it is not one that was opened.
-        return
-    local = [file for source in opened for file in source.files if file.identity]
-    for file in local:
-        if Path(file.name).resolve().parent == target.resolve():
-            raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
-    if (stat.st_dev, stat.st_ino) in [file.identity for file in local]:
-        raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
+        check_unchanged(opened)

@@ -242,7 +242,7 @@ def test_interruption_leaves_nothing_and_returns_130(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("converter.pipeline.write_safetensors", interrupt)
+    monkeypatch.setattr("converter.writing.write_safetensors", interrupt)
     done = CliRunner().invoke(cli.app, ["sam", str(folder / "sam.pth")])
     assert done.exit_code == 130
     assert not list(tmp_path.iterdir())

@@ -17,13 +17,13 @@ from converter.hubs.address import Access
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.ops import CastTo
 from converter.mapping.plan import in_order
-from converter.pipeline import FORMATS, _check_not_source, _counter, _fetched
 from converter.planning import DTYPES, Planned, Wish, check_choices, to_hub
 from converter.report import Card
 from converter.source import Progress, Source, open_source
 from converter.stage import check_target, staged
 from converter.version import __version__
-from converter.write import Outputs, write_safetensors
+from converter.write import Outputs
+from converter.writing import FORMATS, check_not_source, check_unchanged, fetched, read_ahead, write_tensors
 
 PREFIX = "model."
 # What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
@@ -276,43 +276,21 @@ def _card_of_copy(card: Card, copy: Copy, into: str | Path) -> Card:
 def _write(opened: Sequence[Source], outputs: Outputs, card: Card, force: bool, progress: Progress) -> Card:
     """One file with the tensors, which appears whole or not at all."""
     target = Path(card.output)
-    _check_not_source(target, opened)
+    check_not_source(target, opened)
     check_target(target, force, card.nbytes)
+    untrained = {"compressor": min(card.filled.values())} if card.filled else {}
     with staged(target, force) as fd:
-        count = _prepared(opened, outputs.values(), card.nbytes, progress)
-        if card.format == "pth":
-            # Imported here: the zip module is for those alone who ask for it.
-            from converter.pth import write_pth
-
-            write_pth(fd, outputs, count)
-        else:
-            untrained = {"compressor": min(card.filled.values())} if card.filled else {}
-            write_safetensors(fd, outputs, {**card.metadata(), **untrained}, count)
-        _check_unchanged(opened)
-    return card._replace(written=True, fetched=_fetched(opened))
+        count = read_ahead(opened, outputs.values(), card.nbytes, progress)
+        write_tensors(fd, outputs, card.format, {**card.metadata(), **untrained}, count)
+        check_unchanged(opened)
+    return card._replace(written=True, fetched=fetched(opened))
 
 
 def _write_copy(opened: Sequence[Source], copy: Copy, card: Card, force: bool, progress: Progress) -> Card:
     """The checkpoint with the encoder replaced, which appears whole or not at all."""
     target, everything = Path(card.output), [*opened, copy.opened]
-    _check_not_source(target, everything)
+    check_not_source(target, everything)
     check_output(copy, target, force)
-    count = _prepared(opened, copy.tensors.values(), card.nbytes, progress)
-    write_copy(copy, target, force, count, lambda: _check_unchanged(everything))
-    return card._replace(written=True, fetched=_fetched(everything))
-
-
-def _prepared(
-    opened: Sequence[Source], values: Iterable[Expr], total: int, progress: Progress
-) -> Callable[[int], None]:
-    """Have what is on hubs fetched ahead; what to tell of bytes that are written."""
-    tensors = [tensor for value in values for tensor in sources(value)]
-    for source in opened:
-        source.prefetch(tensors, progress)
-    return (lambda nbytes: None) if any(source.remote for source in opened) else _counter(progress, total)
-
-
-def _check_unchanged(opened: Sequence[Source]) -> None:
-    """Before the output takes its place: a source that changed midway may have given halves of two files."""
-    for file in (file for source in opened for file in source.files):
-        file.check_unchanged()
+    count = read_ahead(opened, copy.tensors.values(), card.nbytes, progress)
+    write_copy(copy, target, force, count, lambda: check_unchanged(everything))
+    return card._replace(written=True, fetched=fetched(everything))

@@ -14,7 +14,7 @@ from converter.checkpoint import Tensor
 from converter.copier import BUFFER, BackgroundWriter, Copier
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.files import SourceFile
-from converter.locate import _INDEX, _WEIGHTS
+from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
 from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
@@ -87,7 +87,7 @@ def plan_copy(
         )
     names = {name: tensor.key for name, tensor in theirs.items()}
     replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in theirs.items()}
-    folder = path if path.is_dir() else path.parent if path.name.endswith(_INDEX) else None
+    folder = path if path.is_dir() else path.parent if path.name.endswith(INDEX) else None
     beside, notes = _beside(folder, opened) if folder else ([], [])
     copy = Copy(opened, names, replaced, folder, beside, notes)
     files = f" and {len(beside)} other files" if folder else ""
@@ -138,7 +138,7 @@ def _beside(folder: Path, opened: Source) -> tuple[list[Path], list[str]]:
                 continue
             if not path.is_file() or not _within(folder, path):
                 notes.append(f"left out {relative}: no file of this folder")
-            elif path.name.endswith((*_WEIGHTS, _INDEX)) and str(path) != opened.name:
+            elif path.name.endswith((*WEIGHTS, INDEX)) and str(path) != opened.name:
                 notes.append(f"left out {relative}: other weights, which may hold the old encoder")
             else:
                 found.append(relative)

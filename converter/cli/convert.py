@@ -3,9 +3,8 @@
 Annotations are not postponed here: typer would have to compile each of them again at every start.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,8 +12,20 @@ from converter import inspection, pipeline
 from converter.cli import console, mapping, views
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
-from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
-from converter.report import Card
+from converter.cli.options import (
+    Download,
+    DryRun,
+    Dtype,
+    Force,
+    Format,
+    Hub,
+    Json,
+    MappingFile,
+    Quiet,
+    Revision,
+    StateDict,
+    Version,
+)
 
 # No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
 app = typer.Typer(
@@ -52,18 +63,14 @@ Whole = Annotated[bool, typer.Option("--whole", help="With --to: what lies besid
 FillFrom = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="A checkpoint to take from what LAYOUT has and SOURCE lacks.")
 ]
-Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
-Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
 ImageSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 CardFile = Annotated[
     list[Path] | None,
     typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
 ]
 Sign = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the card with this private key.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 
 
 @app.command()
@@ -109,7 +116,7 @@ def sam(
             download=download,
             progress=bar,
         )
-    _show(made, json, quiet, card or [])
+    views.show_card(made, json, quiet, card or [])
 
 
 @app.command()
@@ -157,7 +164,7 @@ def clip(
             download=download,
             progress=bar,
         )
-    _show(made, json, quiet, card or [])
+    views.show_card(made, json, quiet, card or [])
 
 
 @app.command()
@@ -179,21 +186,6 @@ def inspect(
 
 app.command()(encoder)
 app.command()(diff)
-
-
-def _show(card: Card, json: bool, quiet: bool, files: Sequence[Path] = ()) -> None:
-    """The result on stdout, the rest on stderr; `files` hold the card, if it was written."""
-    if not quiet:
-        for line in views.summary(card):
-            console.say(line)
-        if files and card.written:
-            console.say(f"card: {', '.join(map(str, files))}")
-    if json:
-        console.result_json(card.to_json())
-    elif card.written:
-        console.result(card.output)
-    else:
-        console.result("\n".join(views.plan(card)))
 
 
 @app.callback()

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from converter.cli import console
-from converter.cli.options import Download, Hub, Json, Quiet, Revision
+from converter.cli import console, views
+from converter.cli.options import Download, DryRun, Force, Format, Hub, Json, Quiet, Revision
 
 
 def encoder(
@@ -43,21 +43,18 @@ def encoder(
         Literal["keep", "float32", "float16", "bfloat16"],
         typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types."),
     ] = "keep",
-    format: Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")] = (
-        "safetensors"
-    ),
+    format: Format = "safetensors",
     revision: Revision = None,
     hub: Hub = None,
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a whole DeepEncoder: taken out of SOURCE, or put together from --sam, --clip and --compressor."""
-    # Not at the top: the other commands need neither, and the latter imports this module.
+    # Not at the top: the other commands do not need it.
     from converter import assemble
-    from converter.cli.convert import _show
 
     with console.Bar(enabled=not quiet) as bar:
         card = assemble.encoder(
@@ -78,4 +75,4 @@ def encoder(
             download=download,
             progress=bar,
         )
-    _show(card, json, quiet)
+    views.show_card(card, json, quiet)

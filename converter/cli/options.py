@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ StateDict = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
 ]
+Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
+Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="On a hub: the branch, tag or commit. [default: the main branch]")
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from converter.cli import console
 from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan
 
 _NAMES_SHOWN = 3
@@ -139,3 +141,18 @@ def _recognised(found: Recognised) -> Iterable[str]:
     card = found.card
     yield f"  `dsocr-convert {card.family}` would write {card.tensors} tensors, {size(card.nbytes)}"
     yield from remarks(card)
+
+
+def show_card(card: Card, json: bool, quiet: bool, files: Sequence[Path] = ()) -> None:
+    """The result on stdout, the rest on stderr; `files` hold the card, if it was written."""
+    if not quiet:
+        for line in summary(card):
+            console.say(line)
+        if files and card.written:
+            console.say(f"card: {', '.join(map(str, files))}")
+    if json:
+        console.result_json(card.to_json())
+    elif card.written:
+        console.result(card.output)
+    else:
+        console.result("\n".join(plan(card)))

@@ -12,7 +12,7 @@ from converter.mapping.expr import read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.rules import Mapping
-from converter.source import Identified, Progress, Source, chosen_state_dicts, identify
+from converter.source import Identified, Progress, Source, chosen_state_dicts, identified, identify
 from converter.unwrap import StateDict
 from converter.verify.independent import Reader, open_independently
 
@@ -49,9 +49,9 @@ def as_converted(source: Source) -> Converted:
     counts = {family: catalogue.count_known(family, entry.tensors) for family in FAMILIES}
     family = max(counts, key=lambda family: counts[family])
     if counts[family] <= len(entry.tensors) / 2:
-        raise LayoutError(
-            f"{source.name}: is not in the DeepEncoder's layout\nconvert it first: dsocr-convert sam or clip"
-        )
+        known = [family for family in FAMILIES if identified(source, catalogue.candidates(family), [entry])]
+        commands = " or ".join(f"dsocr-convert {family} {source.name}" for family in known or FAMILIES)
+        raise LayoutError(f"{source.name}: is not in the DeepEncoder's layout\nconvert it first: {commands}")
     return Converted(source, entry, family)
 
 
