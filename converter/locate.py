@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path, PurePath, PurePosixPath
@@ -42,10 +43,14 @@ class Located(NamedTuple):
 
 def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a tuple)
     """The files behind SOURCE; ContainerError where it is missing or leaves a choice, HubError where a hub fails."""
+    if not source:
+        # What a shell makes of a variable that is not set; to Path, the current folder.
+        raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
     path = Path(source)
     if is_address(source) or access.hub is not None:
         return _on_hub(source, access)
-    if path.exists():
+    # Unlike Path.exists(), not an error for a name that is too long.
+    if os.path.exists(path):  # noqa: PTH110
         if access.revision is not None or access.download:
             raise UsageError(f"{source}: is here already: --revision and --download are for repositories on a hub")
         return _here(path)
@@ -58,7 +63,7 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
 
 def _meant_here(path: Path) -> bool:
     """Whether a path to nothing is a mistyped file's, not a repository's: by its suffix, and the folder it is in."""
-    return path.suffix in (*WEIGHTS, ".json") and (len(path.parts) == 2 or Path(path.parts[0]).exists())
+    return path.suffix in (*WEIGHTS, ".json") and (len(path.parts) == 2 or os.path.exists(path.parts[0]))  # noqa: PTH110
 
 
 def _here(path: Path) -> Located:

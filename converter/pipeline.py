@@ -9,13 +9,14 @@ from pathlib import Path
 from converter.cards.card import make_card
 from converter.cards.files import CardFiles
 from converter.hubs.address import Access
+from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
-from converter.planning import Wish, check_choices, planned
+from converter.planning import Wish, planned
 from converter.pretrained.folder import folder_files, staged_pretrained, wants_folder
-from converter.report import Card
+from converter.report import Card, some
 from converter.source import Progress, Source, open_source
 from converter.stage import check_folder, check_target, staged
-from converter.writing import FORMATS, check_not_source, check_unchanged, fetched, read_ahead, write_tensors
+from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
 
 
 def convert(
@@ -29,7 +30,7 @@ def convert(
     mapping: str | Path | None = None,
     dtype: str = "keep",
     image_size: int | None = None,
-    format: str = "safetensors",
+    format: str | None = None,
     state_dict: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -45,9 +46,10 @@ def convert(
     `source` is a file, a folder or an index, here or on a hub (`hf://org/name`, `ms://org/name`, `org/name`).
     `revision` pins what is on a hub, `hub` says which is meant (hf or modelscope); with `download` whole files are
     fetched into the hub's cache, and not the needed bytes alone. `family` is "sam" or "clip". `out` defaults to
-    `<layout>.<format>` in the current folder. With `to` sam-hf or clip-hf, an `out` whose name does not end in
-    .safetensors, .pth, .pt or .bin is a folder for transformers' from_pretrained: model.safetensors, config.json and
-    preprocessor_config.json; with `force`, an existing one is replaced with all that is in it.
+    `<layout>.<format>` in the current folder; `format` (safetensors, pth) goes by its ending unless given. With
+    `to` sam-hf or clip-hf, an `out` whose name does not end in .safetensors, .pth, .pt or .bin is a folder for
+    transformers' from_pretrained: model.safetensors, config.json and preprocessor_config.json; with `force`, an
+    existing one is replaced with all that is in it.
 
     `to` is the layout to write, deepencoder-<family> unless given; what it has and the source lacks is taken from
     `fill_from`, another source. With `whole`, what lies beside the encoder is converted too: SAM's prompt encoder and
@@ -62,7 +64,7 @@ def convert(
     With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
     still then.
     """
-    check_choices(format=(format, FORMATS))
+    format = format_for(out, format)
     wish = Wish(family, to, mapping, dtype, image_size, state_dict, whole).checked()
     files = CardFiles(card, sign)
     target = Path(out) if out is not None else Path(f"{wish.to}.{format}")
@@ -74,15 +76,24 @@ def convert(
         # Made before a dry run ends: that sizes contradict each other is known without writing.
         documents = folder_files(found.plan, wish.whole) if folder else {}
         record = make_card(opened, found, wish, target, format)
+        record = record._replace(notes=record.notes + _lent(found.plan, lender))
         if dry_run:
             return record
         both = [opened, lender] if lender else [opened]
-        check_not_source(target, both)
+        check_not_source(target, both, mapping)
         (check_folder if folder else check_target)(target, force, found.plan.nbytes)
-        files.check(target, both, force)
+        files.check(target, both, force, mapping)
         output = staged_pretrained(target, documents, force) if folder else staged(target, force)
         _write(both, found.plan, record, files, output, force, progress)
         return record._replace(written=True, fetched=fetched(both))
+
+
+def _lent(plan: Plan, lender: Source | None) -> list[str]:
+    """A word on what was taken from the checkpoint that was to fill gaps."""
+    if lender is None:
+        return []
+    names = [n for n, value in plan.outputs.items() if any(t.storage.file in lender.files for t in sources(value))]
+    return [f"from {lender.name}: {some(names)}" if names else f"nothing was lacking: {lender.name} was not used"]
 
 
 def _write(

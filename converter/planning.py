@@ -19,6 +19,10 @@ from converter.source import Identified, Source, identify
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
+# Positions of CLIP-L for such images take 1.4 GB, which are computed in memory.
+_LARGEST_IMAGE = 8192
+
+
 class Wish(NamedTuple):
     """What a conversion is to give: tensors of `family` in the layout `to` (the hub's, if empty).
 
@@ -39,6 +43,8 @@ class Wish(NamedTuple):
         layouts = [name for name in catalogue.names() if name.split("-")[0] == self.family or name == self.hub]
         if self.to and self.to not in layouts:
             raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}\nlayouts: {', '.join(layouts)}")
+        if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
+            raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
         if self.whole and self.to in ("", self.hub):
             raise UsageError(f"--whole: {self.hub} holds the encoder alone\nname another layout with --to")
         return self._replace(to=self.to or self.hub)

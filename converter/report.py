@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
@@ -189,3 +189,8 @@ def _made_of(card: Card, name: str) -> str:
 
 def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", name)
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """The names or, of more than a few, their number and the first."""
+    return ", ".join(names) if len(names) <= shown else f"{len(names)} tensors ({names[0]}, ...)"

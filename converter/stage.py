@@ -17,8 +17,12 @@ from converter.errors import OutputError
 
 def check_target(path: Path, force: bool, needed: int) -> None:
     """OutputError if `path` cannot become a file of `needed` bytes, asked before anything is read."""
+    check_name(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a folder\ngive a file's path to --output")
+    if path.exists() and not path.is_file():
+        # A rename would put a file in the place of /dev/null.
+        raise OutputError(f"{path}: is a device or a pipe, which --force does not replace\ngive a file's path")
     _check_place(path, force, needed)
 
 
@@ -27,6 +31,7 @@ def check_folder(path: Path, force: bool, needed: int) -> None:
 
     With `force` a folder is replaced with all that is in it: only one of files alone, and never the current one.
     """
+    check_name(path)
     _check_place(path, force, needed)
     if not os.path.lexists(path):
         return
@@ -37,6 +42,16 @@ def check_folder(path: Path, force: bool, needed: int) -> None:
     inner = next((entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()), None)
     if inner is not None:
         raise OutputError(f"{path}: holds a folder, {inner.name}: not replaced\nremove it, or choose another path")
+
+
+def check_name(path: Path) -> None:
+    """OutputError for a path that the system cannot even look at: too long, or with a NUL in it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from error
 
 
 def _check_place(path: Path, force: bool, needed: int) -> None:

@@ -322,7 +322,7 @@ def test_the_card_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> 
 def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder: Path, tmp_path: Path) -> None:
     out, card = converted(folder, tmp_path, to=layout)
     found = verify(out, card=card)
-    assert found.ok and {check.proof for check in found.checks} == {"card"}
+    assert found.ok and {check.proof for check in found.checks if check.verdict != "skipped"} == {"card"}
     name = next(iter(document(card)["tensors"]))
     rewritten(out, lambda tensors, metadata: tensors[name].zero_())
     assert verdicts(out, card)[name] == FAILED

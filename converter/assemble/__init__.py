@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -23,7 +24,7 @@ from converter.source import Progress, Source, open_source
 from converter.stage import check_target, staged
 from converter.version import __version__
 from converter.write import Outputs
-from converter.writing import FORMATS, check_not_source, check_unchanged, fetched, read_ahead, write_tensors
+from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
 
 PREFIX = "model."
 # What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
@@ -66,7 +67,7 @@ def encoder(
     into: str | Path | None = None,
     out: str | Path | None = None,
     dtype: str = "keep",
-    format: str = "safetensors",
+    format: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
@@ -93,7 +94,11 @@ def encoder(
     Raises a DsocrError: UsageError where options or sizes contradict each other, LayoutError where a checkpoint is not
     of its kind or there is no compressor. Whatever stood at `out` stands there still then.
     """
-    check_choices(format=(format, FORMATS), dtype=(dtype, DTYPES))
+    check_choices(dtype=(dtype, DTYPES))
+    if not re.fullmatch(r"([\w-]+\.)*", prefix):
+        raise UsageError(f"--prefix {prefix!r}: expected names that each end in a dot, such as model.")
+    _refuse("does not go with --into", format=into is not None and format)
+    format = format_for(None if into is not None else out, format)
     with ExitStack() as stack:
 
         def open_(name: str | Path, access: Access = Access()) -> Source:  # noqa: B008 (a tuple)
@@ -111,7 +116,7 @@ def encoder(
             opened = open_(sam)
             parts = _put_together(opened, opened if sam == clip else open_(clip), str(compressor or ""), open_)
         if into is not None:
-            _refuse("does not go with --into", prefix=prefix != PREFIX, format=format != "safetensors")
+            _refuse("does not go with --into", prefix=prefix != PREFIX)
             if out is None:
                 raise UsageError("--into: name what to write with --output")
             copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)

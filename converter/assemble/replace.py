@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
 from converter.copier import BUFFER, BackgroundWriter, Copier
-from converter.errors import LayoutError, OutputError, UsageError
+from converter.errors import ContainerError, LayoutError, OutputError, UsageError
 from converter.files import SourceFile
 from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
@@ -70,7 +70,8 @@ def plan_copy(
     checkpoint's unless `dtype` says otherwise. LayoutError where it is of another kind, UsageError where names, shapes
     or types do not fit.
     """
-    if not path.exists():
+    # Unlike Path.exists(), not an error for a name that is too long.
+    if not os.path.exists(path):  # noqa: PTH110
         raise UsageError(
             f"--into {path}: no such file or folder\ndownload the checkpoint first (`hf download`), and give its folder"
         )
@@ -187,7 +188,12 @@ def _write_beside(copy: Copy, path: Path, fd: int) -> None:
     if str(path) == copy.opened.name:
         write_all(fd, memoryview(_index(path.read_bytes(), copy.nbytes)))
         return
-    with path.open("rb") as source, open(fd, "wb", closefd=False) as target:
+    try:
+        source = path.open("rb")
+    except OSError as error:
+        # Not the output's fault, as all other errors here are.
+        raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
+    with source, open(fd, "wb", closefd=False) as target:
         shutil.copyfileobj(source, target, BUFFER)
 
 
@@ -198,7 +204,8 @@ def _index(text: bytes, total: int) -> bytes:
     if not isinstance(metadata, dict) or metadata.get("total_size", total) == total:
         return text
     metadata["total_size"] = total
-    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+    # In ASCII: escapes may stand for halves of surrogate pairs, which UTF-8 cannot.
+    return json.dumps(index, indent=2).encode() + b"\n"
 
 
 def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count) -> None:
@@ -234,6 +241,6 @@ def _header(file: SourceFile, values: Mapping[str, Expr]) -> bytes:
         header[key] = {"dtype": value.dtype.code, "shape": list(value.shape), "data_offsets": [begin, end]}
     if header == before:
         return old
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

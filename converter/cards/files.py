@@ -13,7 +13,8 @@ from converter.mapping.expr import Expr
 from converter.mapping.plan import Plan
 from converter.report import Card
 from converter.source import Progress, Source
-from converter.stage import check_target, staged, write_all
+from converter.stage import check_name, check_target, staged, write_all
+from converter.writing import is_source
 
 
 class CardFiles:
@@ -41,11 +42,14 @@ class CardFiles:
     def _all(self) -> list[Path]:
         return [*self._paths, *(signature_of(path) for path in self._documents if self._key)]
 
-    def check(self, output: Path, opened: Sequence[Source], force: bool) -> None:
-        """OutputError for a file that could not be written, or is the output's or the source's."""
-        taken = [output.resolve(), *(Path(file.path).resolve() for source in opened for file in source.files)]
+    def check(self, output: Path, opened: Sequence[Source], force: bool, mapping: str | Path | None = None) -> None:
+        """OutputError for a file that could not be written, or is the output's, the source's or another input."""
+        taken = [output.resolve()]
+        if self._key is not None and is_source(output, (), self._key):
+            raise OutputError(f"{output}: is the key to sign with\nchoose another path with --output")
         for path in self._all:
-            if path.resolve() in taken:
+            check_name(path)
+            if path.resolve() in taken or is_source(path, opened, mapping, self._key):
                 raise OutputError(f"{path}: cannot be the card: it is another file of this conversion")
             if output.resolve() in path.resolve().parents:
                 raise OutputError(f"{path}: lies in the output, a folder that appears whole\nmove it there afterwards")
@@ -78,7 +82,9 @@ class CardFiles:
             if path.suffix == ".md":
                 from converter.cards.markdown import model_card
 
-                self._put(path, model_card(card, document, [path.name for path in self._documents]).encode())
+                text = model_card(card, document, [path.name for path in self._documents])
+                # Files' names may hold bytes that are no UTF-8.
+                self._put(path, text.encode(errors="backslashreplace"))
                 continue
             self._put(path, data)
             if self._key is not None:

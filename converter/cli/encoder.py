@@ -43,7 +43,7 @@ def encoder(
         Literal["keep", "float32", "float16", "bfloat16"],
         typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types."),
     ] = "keep",
-    format: Format = "safetensors",
+    format: Format = None,
     revision: Revision = None,
     hub: Hub = None,
     download: Download = False,

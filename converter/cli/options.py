@@ -17,7 +17,10 @@ StateDict = Annotated[
     typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
 ]
 Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
-Format = Annotated[Literal["safetensors", "pth"], typer.Option(help="What to write; pth is for torch.load.")]
+Format = Annotated[
+    Literal["safetensors", "pth"] | None,
+    typer.Option(help="What to write; pth is for torch.load. [default: by the output's ending]"),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 Revision = Annotated[

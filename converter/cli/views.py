@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from converter.cli import console
-from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan
-
-_NAMES_SHOWN = 3
+from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan, some
 
 
 def size(nbytes: int) -> str:
@@ -59,13 +57,7 @@ def remarks(card: Card) -> Iterable[str]:
     for name, how in card.filled.items():
         yield f"  filled in {name}: {how}"
     for reason, names in by_reason(card.dropped).items():
-        yield f"  dropped {_some(names)}: {reason}"
-
-
-def _some(names: list[str]) -> str:
-    if len(names) <= _NAMES_SHOWN:
-        return ", ".join(names)
-    return f"{len(names)} tensors ({names[0]}, ...)"
+        yield f"  dropped {some(names)}: {reason}"
 
 
 def plan(card: Card) -> Iterable[str]:

@@ -12,6 +12,7 @@ from converter.checkpoint import Tensor
 from converter.comparison.difference import Block, Change, Difference, block_of, in_order
 from converter.comparison.sides import Named, Side, common, side_of
 from converter.comparison.streams import Pairs, differing, digests
+from converter.errors import UsageError
 from converter.mapping.expr import Expr, nbytes, sources
 from converter.source import Progress, open_source
 
@@ -38,6 +39,8 @@ def diff(
     Raises a DsocrError where a source cannot be read, or a checksum is not that of its bytes.
     """
     first, _, second = (state_dict or "").partition(",")
+    if "," in second:
+        raise UsageError(f"--state-dict {state_dict}: expected one name, or A's and B's with a comma between")
     with ExitStack() as stack:
         left, right = (stack.enter_context(closing(open_source(name))) for name in (a, b))
         sides = side_of(left, first), side_of(right, second or first)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter import catalogue
-from converter.derivation.compose import Composed, compose, proved
-from converter.derivation.found import ALIKE, NAME, VALUES, Found
+from converter.derivation.compose import Composed, common_prefix, compose, proved
+from converter.derivation.found import ALIKE, NAME, VALUES, Found, Job
 from converter.derivation.names import Symbols, by_names, depth_of
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
-from converter.mapping.rules import Layout
 from converter.planning import Wish, hub_plan
 from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
 from converter.stage import check_target, staged, write_all
@@ -55,15 +54,6 @@ class Derived(NamedTuple):
         return {"schema": 1, "kind": "derived", **self._asdict()}
 
 
-class _Target(NamedTuple):
-    """What is to be made: the hub's tensors under its names; none where a layout's name alone was given."""
-
-    name: str
-    hub: Layout
-    layout: str
-    tensors: dict[str, Expr]
-
-
 def derive(
     source: str | Path,
     target: str | Path,
@@ -92,23 +82,24 @@ def derive(
         opened = stack.enter_context(closing(open_source(source)))
         entry = _largest(opened, state_dict)
         tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
-        wanted, other = _target(stack, str(target), family, progress)
+        job, other = _job(stack, opened.name, tensors, str(target), family, progress)
         opened.fetch(entry.tensors.values() if other else (), progress)
-        found = _found(tensors, wanted, progress)
-        composed = compose(found, tensors, wanted.hub, name or path.stem, opened.name, wanted.name, wanted.tensors)
-        unmatched = [key for key in _needed(wanted, composed.prefix, tensors) if key not in composed.made]
-        derived = _result(path, composed, wanted, opened, unmatched, tensors)
+        found = _found(job, progress)
+        prefix = common_prefix(found, job.hub)
+        symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in tensors if key.startswith(prefix)]))
+        composed = compose(job, found, symbols, prefix, name or path.stem)
+        derived = _result(path, name or path.stem, job, composed, symbols)
         try:
-            if not unmatched:
-                proved(composed, tensors, wanted.hub, wanted.tensors, opened.name)
+            if derived.complete:
+                proved(job, composed, derived.layout)
         except MappingError as error:
             # Names may have misled: what they suggest is worth a file to whoever asks for one.
-            if not partial or wanted.tensors:
+            if not partial or job.wanted:
                 raise
             derived.notes.append(str(error))
         for file in (*opened.files, *(other.files if other else ())):
             file.check_unchanged()
-    if composed.made and (partial or not unmatched):
+    if composed.found and (partial or derived.complete):
         with staged(path, force) as fd:
             write_all(fd, memoryview(composed.text.encode()))
         return derived._replace(written=True)
@@ -127,11 +118,13 @@ def _largest(opened: Source, state_dict: str | None) -> StateDict:
     return entries[0]
 
 
-def _target(stack: ExitStack, target: str, family: str, progress: Progress) -> tuple[_Target, Source | None]:
+def _job(
+    stack: ExitStack, source: str, tensors: Mapping[str, Expr], target: str, family: str, progress: Progress
+) -> tuple[Job, Source | None]:
     """What TARGET is: a layout's name, or a checkpoint brought to its hub's names."""
     if target in catalogue.names() and not Path(target).exists():
         hub = catalogue.hub(catalogue.load(target).family)
-        return _Target(target, hub, target, {}), None
+        return Job(source, tensors, target, target, hub, {}), None
     opened = stack.enter_context(closing(open_source(target)))
     entries = chosen_state_dicts(opened, None)
     known = {f: hits[0] for f in FAMILIES if (hits := identified(opened, catalogue.candidates(f), entries))}
@@ -146,57 +139,53 @@ def _target(stack: ExitStack, target: str, family: str, progress: Progress) -> t
     made = {**plan.outputs, **plan.beyond}
     opened.fetch((tensor for value in made.values() for tensor in sources(value)), progress)
     layout = known[chosen[0]].match.candidate.name
-    return _Target(opened.name, plan.target, layout, made), opened
+    return Job(source, tensors, opened.name, layout, plan.target, made), opened
 
 
-def _found(tensors: Mapping[str, Expr], wanted: _Target, progress: Progress) -> list[Found]:
-    if not wanted.tensors:
-        return by_names(tensors, wanted.hub, wanted.layout)
+def _found(job: Job, progress: Progress) -> list[Found]:
+    if not job.wanted:
+        return by_names(job.tensors, job.hub, job.layout)
     # torch is imported where values are read: names alone need none.
     from converter.derivation.match import by_values
 
-    total, done = sum(map(nbytes, (*tensors.values(), *wanted.tensors.values()))), 0
+    total, done = sum(map(nbytes, (*job.tensors.values(), *job.wanted.values()))), 0
 
     def told(count: int) -> None:
         nonlocal done
         done += count
         progress("reading", done, total)
 
-    return by_values(tensors, wanted.tensors, told)
+    return by_values(job.tensors, job.wanted, told)
 
 
-def _needed(wanted: _Target, prefix: str, tensors: Mapping[str, Expr]) -> list[str]:
-    """The target's tensors that something must make."""
-    if wanted.tensors:
-        fills = {spec.name.text for spec in wanted.hub.tensors if spec.fill}
-        return [name for name in wanted.tensors if name not in fills]
-    optional = [spec.name for spec in wanted.hub.tensors if spec.optional or spec.fill]
-    names = Symbols(wanted.hub, depth_of(name for name in tensors if name.startswith(prefix))).tensors
-    return [name for name in names if not any(template.match(name) is not None for template in optional)]
+def _unmatched(job: Job, composed: Composed, symbols: Symbols) -> list[str]:
+    """The target's tensors that something must make, and nothing does."""
+    made = {name for one in composed.found for name in one.targets}
+    spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
+    names = [name for name in (job.wanted or symbols.tensors) if name not in made]
+    return [name for name in names if not any(template.match(name) is not None for template in spare)]
 
 
-def _result(
-    path: Path, composed: Composed, wanted: _Target, opened: Source, unmatched: list[str], tensors: Mapping[str, Expr]
-) -> Derived:
+def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symbols) -> Derived:
+    unmatched = _unmatched(job, composed, symbols)
     counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
-    guessed = {t: list(e.rivals) for e in composed.found if e.how != VALUES for t in e.targets}
     known = catalogue.recognise(
-        {name: tensor for name, value in tensors.items() for tensor in sources(value)},
-        catalogue.candidates(wanted.hub.family),
+        {name: tensor for name, value in job.tensors.items() for tensor in sources(value)},
+        catalogue.candidates(job.hub.family),
     )
     notes = list(composed.notes)
-    ours, theirs = _floats(tensors), _floats(wanted.tensors)
+    ours, theirs = _floats(job.tensors), _floats(job.wanted)
     if unmatched and theirs and not ours & theirs:
         notes.append(f"SOURCE is {', '.join(sorted(ours))}, TARGET {', '.join(sorted(theirs))}: no values can be equal")
     return Derived(
         output=str(path),
-        layout=composed.layout,
-        family=wanted.hub.family,
-        source=opened.name,
-        target=wanted.name,
+        layout=layout,
+        family=job.hub.family,
+        source=job.source,
+        target=job.target,
         tensors=sum(counts.values()) + len(unmatched),
         found={how: count for how, count in counts.items() if count},
-        guessed=guessed,
+        guessed={t: list(e.rivals) for e in composed.found if e.how != VALUES for t in e.targets},
         unmatched=unmatched,
         dropped=composed.dropped,
         rules=composed.rules,

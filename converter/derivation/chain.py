@@ -12,40 +12,29 @@ from converter.mapping.ops import Deinterleave, Op, Permuted, Reshaped, Squeeze,
 # Interleaved rows: this many tensors in one (q, k, v), and at most so many heads.
 _INTERLEAVED = (2, 3, 4)
 _MOST_HEADS = 128
+# Of more dimensions than a video's patch embedding has, no permutations are tried.
+_MOST_DIMS = 5
 
 
 def chain(tensor: torch.Tensor, wanted: torch.Tensor) -> tuple[Op, ...] | None:
     """The fewest operations that make one tensor of another: reshape, permute, deinterleave; None where they do not."""
     if tensor.numel() != wanted.numel():
         return None
-    if torch.equal(tensor.reshape(-1), wanted.reshape(-1)):
-        return reshaping(tuple(tensor.shape), tuple(wanted.shape))
-    found = [(reshaping(tuple(tensor.shape), shape), dims, shape) for dims, shape in _before(tuple(wanted.shape))]
-    tried = [
-        (
-            (*reshape, Permuted(dims)) if dims != tuple(range(len(dims))) else reshape,
-            tensor.reshape(shape).permute(dims),
-        )
-        for reshape, dims, shape in sorted(found, key=lambda item: (len(item[0]), item[1]))
-    ]
-    equal = next((ops for ops, moved in tried if _equal(moved, wanted)), None)
+    tried = sorted(_moved(tensor, tuple(wanted.shape)), key=lambda item: len(item[0]))
+    equal = next((ops for ops, moved in tried if torch.equal(moved, wanted)), None)
     if equal is not None:
         return equal
     rows = ((ops, _interleaved(moved, wanted)) for ops, moved in tried)
     return next(((*ops, last) for ops, last in rows if last is not None), None)
 
 
-def _before(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Each permutation that gives a shape, and the shape it gives it from."""
-    if len(shape) > 5:
-        return
-    for dims in itertools.permutations(range(len(shape))):
-        yield dims, tuple(shape[dims.index(i)] for i in range(len(dims)))
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all elements are equal; most that are not differ in the first row."""
-    return a.shape == b.shape and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
+def _moved(tensor: torch.Tensor, wanted: tuple[int, ...]) -> Iterator[tuple[tuple[Op, ...], torch.Tensor]]:
+    """The tensor brought to a shape by a reshape and each permutation, the one that moves nothing first."""
+    straight = tuple(range(len(wanted)))
+    for dims in itertools.permutations(straight) if len(wanted) <= _MOST_DIMS else [straight]:
+        shape = tuple(wanted[dims.index(i)] for i in straight)
+        reshape = reshaping(tuple(tensor.shape), shape)
+        yield reshape if dims == straight else (*reshape, Permuted(dims)), tensor.reshape(shape).permute(dims)
 
 
 def _interleaved(tensor: torch.Tensor, wanted: torch.Tensor) -> Deinterleave | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from converter.mapping.expr import Expr
 from converter.mapping.ops import Op, run
+from converter.mapping.rules import Layout
 
 # How a tensor was found.
 VALUES = "values"
@@ -14,6 +15,21 @@ ALIKE = "values that several tensors have, and name"
 NAME = "shape and name"
 
 Named = Mapping[str, Expr]
+
+
+class Job(NamedTuple):
+    """What is to be derived from: two names for people, and what stands behind them.
+
+    `tensors` are the source's. `layout` is the target's, and `wanted` its tensors under the hub's names: none where a
+    layout's name alone was given.
+    """
+
+    source: str
+    tensors: Named
+    target: str
+    layout: str
+    hub: Layout
+    wanted: Named
 
 
 class Found(NamedTuple):

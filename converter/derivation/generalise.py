@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """One rule for the names it covers: at first one source and target each, then templates for many.
 
     `verb` is what a mapping file calls it, `parts` a fuse's or split's variable and its words in order. `covers` are
-    the sources' names, `gives` the targets'. A drop has an empty target.
+    the sources' names, `gives` the targets'. A drop has an empty target, and a `reason`.
     """
 
     verb: str
@@ -42,11 +42,12 @@ class Entry(NamedTuple):
     parts: tuple[str, tuple[str, ...]] | None = None
     optional: str = ""
     notes: frozenset[str] = frozenset()
+    reason: str = ""
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What entries that become one rule have in common."""
-        return self.verb, self.ops, self.parts, self.optional
+        return self.verb, self.ops, self.parts, self.optional, self.reason
 
 
 class Variables:
@@ -76,7 +77,7 @@ class Variables:
         usual = "param" if kind == ("bias", "weight") else "proj" if initials == ("k", "q", "v") else None
         kind = _ORDER.get(kind, kind)
         numbers = all(word.isdigit() for word in kind)
-        names = (*_NUMBERS, "number") if numbers else (usual or _stem(kind),)
+        names = (*_NUMBERS, "number") if numbers else (usual or "part",)
         later = (f"{names[-1]}_{i}" for i in itertools.count(2))
         taken = {*self.kinds, *_INTS, *_RESERVED}
         name = next(new for new in itertools.chain(names, later) if new not in taken)
@@ -84,32 +85,24 @@ class Variables:
         return name
 
 
-def _stem(words: tuple[str, ...]) -> str:
-    """What words have in common at their beginning, if that is a word, or just `part`."""
-    first, last = min(words), max(words)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    stem = re.sub("[^a-z]+", "_", first[:same].lower()).strip("_")
-    return stem if len(stem) > 2 else "part"
-
-
 def listed(names: tuple[str, ...], variables: Variables) -> tuple[str, str, tuple[str, ...]] | None:
-    """Names that differ in one word as template, variable and words; None where they differ in more."""
-    first, last = min(names), max(names)
-    head = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    # Whole numbers, and no empty words.
-    while head and (first[head - 1].isdigit() or any(len(name) == head for name in names)):
-        head -= 1
-    tails = [name[head:] for name in names]
-    tail = 0
-    while all(len(t) > tail + 1 for t in tails) and len({t[-1 - tail] for t in tails}) == 1:
-        tail += 1
-    while tail and tails[0][-tail].isdigit():
-        tail -= 1
-    words = tuple(t[: len(t) - tail] for t in tails)
-    if any("." in word for word in words) or len(set(words)) < len(words):
+    """Names that differ in one part as template, variable and words; None where they differ in more."""
+    # Whole words and numbers, and at least one of each name's.
+    rows = [re.split("([^a-zA-Z0-9]+)", name) for name in names]
+    head = _common([row[:-1] for row in rows])
+    tail = _common([row[:head:-1] for row in rows])
+    words = tuple("".join(row[head : len(row) - tail]) for row in rows)
+    if any("." in word or not word for word in words) or len(set(words)) < len(words):
         return None
     name = variables.words(words)
-    return f"{first[:head]}{{{name}}}{tails[0][len(tails[0]) - tail :]}", name, words
+    first = rows[0]
+    return "".join([*first[:head], f"{{{name}}}", *first[len(first) - tail :]]), name, words
+
+
+def _common(rows: list[list[str]]) -> int:
+    """How many words rows have in common at their beginning."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return sum(1 for _ in same)
 
 
 def generalised(entries: list[Entry], variables: Variables) -> list[Entry]:
@@ -144,17 +137,17 @@ class _Generaliser:
             return None
         if any(entry.verb not in ("rename", "drop") or entry.ops or "{" in entry.source for entry in inside):
             return None
-        heads = {entry.target.removesuffix(entry.source.removeprefix(prefix)) for entry in inside}
-        head = heads.pop()
-        ours = {name for entry in inside for name in entry.gives}
-        dropped = {entry.verb for entry in inside} == {"drop"}
-        same = all(entry.target == head + entry.source.removeprefix(prefix) for entry in inside)
-        if not dropped and (heads or not same or not head.endswith(".")):
+        if len({(entry.verb == "drop", entry.reason) for entry in inside}) > 1:
             return None
-        if not dropped and {name for name in self.targets if name.startswith(head)} != ours:
-            return None
+        first = inside[0]
+        head = first.target.removesuffix(first.source.removeprefix(prefix))
+        if first.verb != "drop":
+            ours = {name for entry in inside for name in entry.gives}
+            same = all(entry.target == head + entry.source.removeprefix(prefix) for entry in inside)
+            if not same or not head.endswith(".") or {name for name in self.targets if name.startswith(head)} != ours:
+                return None
         rest = f"{{{self.variables.rest()}}}"
-        return _merged(inside, prefix + rest, "" if dropped else head + rest)
+        return _merged(inside, prefix + rest, head and head + rest)
 
     def numbers(self, entries: list[Entry]) -> list[Entry]:
         """Entries that differ in numbers alone, with indices for them."""
@@ -168,7 +161,8 @@ class _Generaliser:
         if len(group) == 1:
             yield group[0]
             return
-        sources, targets = ([_numbers(text) for text in texts] for texts in zip(*_texts(group), strict=True))
+        sources = [_numbers(entry.source) for entry in group]
+        targets = [_numbers(entry.target) for entry in group]
         fields = _aligned(sources, targets) if group[0].target else [(i, -1, 0) for i in _varying(sources)]
         if fields is not None:
             merged = self._exact(group, *self._with_indices(group, sources, fields))
@@ -254,10 +248,6 @@ def _merged(group: list[Entry], source: str, target: str) -> Entry:
         # As soon as one must be there, the rule must match.
         optional=min((entry.optional for entry in group), key=bool),
     )
-
-
-def _texts(group: list[Entry]) -> list[tuple[str, str]]:
-    return [(entry.source, entry.target) for entry in group]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

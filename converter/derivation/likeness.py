@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -75,25 +75,13 @@ def _shared(a: tuple[str, ...], b: tuple[str, ...]) -> float:
     return 2 * (Counter(a) & Counter(b)).total() / max(len(a) + len(b), 1)
 
 
-class Known(NamedTuple):
-    """What pairs that are certain say of others: which modules and which last words stand for each other."""
+def likeness(a: Label, b: Label, taught: Container[tuple[str, str]] = ()) -> float:
+    """From 0 to 2 by the names: half of it is that both are of the same rank.
 
-    parents: frozenset[tuple[str, str]]
-    leaves: frozenset[tuple[str, str]]
-
-
-def known(pairs: Iterable[tuple[Label, Label]]) -> Known:
-    """What pairs of labels teach."""
-    held = list(pairs)
-    return Known(frozenset((a.parent, b.parent) for a, b in held), frozenset((a.leaf, b.leaf) for a, b in held))
-
-
-def likeness(a: Label, b: Label, taught: Known | None = None) -> float:
-    """From 0 to 2 by the names: half of it is that both are of the same rank; more where certain pairs confirm it."""
-    score = _shared(a.words, b.words) + (a.rank == b.rank)
-    if taught is not None:
-        score += 2 * ((a.parent, b.parent) in taught.parents) + 0.5 * ((a.leaf, b.leaf) in taught.leaves)
-    return score
+    More where pairs that are certain have `taught` which modules and which last words stand for each other.
+    """
+    modules, leaves = (a.parent, b.parent) in taught, (a.leaf, b.leaf) in taught
+    return _shared(a.words, b.words) + (a.rank == b.rank) + 2 * modules + 0.5 * leaves
 
 
 class Pairing(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from converter import catalogue
-from converter.derivation.found import Found
+from converter.derivation.found import Found, Named
 from converter.derivation.names import Symbols
 from converter.mapping.expr import Expr
 from converter.mapping.ops import Deinterleave, run
@@ -14,27 +14,24 @@ from converter.mapping.shapes import Dim, Shape
 from converter.mapping.template import Template
 
 
-def recognise(found: list[Found], prefix: str, tensors: Mapping[str, Expr], hub: Layout) -> dict[str, Shape]:
+def recognise(found: list[Found], prefix: str, tensors: Named, hub: Layout, symbols: Symbols) -> dict[str, Shape]:
     """Three tensors of which no other layout has all: the hub's own telling ones, and more where these do not tell."""
     made = {name: one for one in found for name in one.targets}
     telling = [made[name] for name in hub.signature.tensors if name in made]
-    others = [one for one in found if one not in telling and _is_telling(one, hub, tensors)]
+    others = [one for one in found if one not in telling and _is_telling(one, hub)]
     chosen = {one.sources[0]: one for one in (telling + others)[:3]}
-    rivals = [rules for rules in _rule_sets(hub) if all(_has(rules, name) for name in chosen)]
-    for rules in rivals:
-        alone = next((one for one in others if not _has(rules, one.sources[0])), None)
-        if alone is not None:
-            chosen[alone.sources[0]] = alone
-    depth = 1 + max((int(part) for name in made for part in name.split(".") if part.isdigit()), default=0)
-    symbols = Symbols(hub, depth)
+    for rules in _rule_sets(hub):
+        if all(_has(rules, name) for name in chosen):
+            alone = [one for one in others if not _has(rules, one.sources[0])]
+            chosen.update((one.sources[0], one) for one in alone[:1])
     return {name.removeprefix(prefix): _symbolic(one, symbols, tensors[name].shape) for name, one in chosen.items()}
 
 
-def _is_telling(one: Found, hub: Layout, tensors: Mapping[str, Expr]) -> bool:
+def _is_telling(one: Found, hub: Layout) -> bool:
     """Whether every file of the layout has it: of the first block, or of none, and nothing the hub can do without."""
     spec = next((spec for spec in hub.tensors if spec.name.match(one.targets[0]) is not None), None)
     first = all(not part.isdigit() or part == "0" for part in one.targets[0].split("."))
-    return spec is not None and first and not (spec.optional or spec.fill) and one.sources[0] in tensors
+    return spec is not None and first and not (spec.optional or spec.fill)
 
 
 def _rule_sets(hub: Layout) -> Iterator[list[Template]]:

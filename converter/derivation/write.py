@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import NamedTuple
 
 from converter.derivation.generalise import Entry, Variables, declared
@@ -18,7 +19,7 @@ _WIDTH = 120
 class Draft(NamedTuple):
     """A mapping file to be: what it begins with, the rules under the prefix and beside it, and why others are left."""
 
-    remarks: list[str]
+    remark: str
     layout: str
     family: str
     description: str
@@ -27,14 +28,13 @@ class Draft(NamedTuple):
     rules: list[Entry]
     beside: list[Entry]
     elsewhere: str
-    reason: str
 
 
 def yaml_text(draft: Draft, variables: Variables) -> str:
     """The text of a mapping file."""
-    lines = [f"# {remark}" for remark in draft.remarks]
-    lines += [f"layout: {_plain(draft.layout)}", f"family: {draft.family}"]
-    lines += [f"description: {_plain(draft.description)}", ""]
+    lines = [f"# {line}" for line in wrap(_text(draft.remark), _WIDTH - 2, break_on_hyphens=False)]
+    lines += [f"layout: {_plain(_text(draft.layout))}", f"family: {draft.family}"]
+    lines += [f"description: {_plain(_text(draft.description))}", ""]
     used = {field for entry in (*draft.rules, *draft.beside) for field in _fields(entry)}
     if used:
         lines.append("variables:")
@@ -44,9 +44,9 @@ def yaml_text(draft: Draft, variables: Variables) -> str:
         lines.append(f"strip: {_plain(draft.prefix)}")
     lines.append("recognise:")
     lines += [f"  {_plain(name)}: {written(shape)}" for name, shape in draft.recognise.items()]
-    lines += ["", "rules:", *_rules(draft.rules, draft.reason)]
+    lines += ["", "rules:", *_rules(draft.rules)]
     if draft.beside:
-        lines += ["", "beside:", *_rules(draft.beside, draft.reason)]
+        lines += ["", "beside:", *_rules(draft.beside)]
     if draft.elsewhere:
         lines += ["", f"elsewhere: {_plain(draft.elsewhere)}"]
     return "\n".join(lines) + "\n"
@@ -60,17 +60,17 @@ def _kind(kind: Kind) -> str:
     return kind if isinstance(kind, str) else f"[{', '.join(_flow(word) for word in kind)}]"
 
 
-def _rules(entries: list[Entry], reason: str) -> list[str]:
-    """The rules, each with its remarks before it; all drops as one."""
+def _rules(entries: list[Entry]) -> list[str]:
+    """The rules, each with its remarks before it; drops as one for each reason."""
     lines, told = [], frozenset[str]()
     for entry in (entry for entry in entries if entry.verb != "drop"):
         if entry.notes != told:
             lines += [f"  # {note}" for note in sorted(entry.notes)]
         told = entry.notes
         lines += _rule(entry)
-    for why in dict.fromkeys(note for entry in entries if entry.verb == "drop" for note in entry.notes or {reason}):
-        names = [entry.source for entry in entries if entry.verb == "drop" and why in (entry.notes or {reason})]
-        lines += _dropped(names, why)
+    drops = [entry for entry in entries if entry.verb == "drop"]
+    for reason in dict.fromkeys(entry.reason for entry in drops):
+        lines += _dropped([entry.source for entry in drops if entry.reason == reason], reason)
     return lines
 
 
@@ -130,6 +130,11 @@ def _operation(op: Op) -> str:
         case Deinterleave(heads, parts):
             return f"deinterleave: {{heads: {heads}, parts: {parts}}}"
     raise AssertionError(f"{op} is never derived")
+
+
+def _text(text: str) -> str:
+    """What YAML can hold of a text with a file's name in it, whose bytes may be no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _plain(text: str) -> str:

@@ -86,7 +86,7 @@ def checked_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(
             f"device {name}: {str(error).splitlines()[0]}\nuse cpu, or a device that torch finds"
         ) from error

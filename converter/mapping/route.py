@@ -42,7 +42,7 @@ def retarget(plan: Plan, target: Mapping, fill: Plan | None, whole: bool, dtype:
         plan.mapping,
         plan.target,
         in_order(applied.values, dtype),
-        _dropped(plan, target.name, made, applied.values),
+        _dropped(plan, target, made, applied.values),
         sizes=plan.sizes,
         rules=applied.rules,
         layout=target.name,
@@ -103,13 +103,19 @@ def completed(plan: Plan, lent: Plan, dtype: str) -> Plan:
     return replace(plan, outputs=outputs, missing=missing, rules=rules)
 
 
-def _dropped(plan: Plan, target: str, made: set[str], outputs: dict[str, Expr]) -> dict[str, str]:
+def _dropped(plan: Plan, target: Mapping, made: set[str], outputs: dict[str, Expr]) -> dict[str, str]:
     """Each of the source's tensors that the outputs do not hold, and why."""
     why = dict(plan.dropped)
+    beside = [template for rule in target.beside for template in rule.targets]
     # Not by name: a tensor that was filled in may have the name of one that was left out.
     used = {id(tensor) for value in outputs.values() for tensor in sources(value)}
     for name, value in {**plan.outputs, **plan.beyond}.items():
-        reason = "made anew by what loads it" if name in made else f"{target} has no such tensor"
+        if name in made:
+            reason = "made anew by what loads it"
+        elif any(template.match(name) is not None for template in beside):
+            reason = "beside the encoder; --whole takes it along"
+        else:
+            reason = f"{target.name} has no such tensor"
         for tensor in sources(value):
             if id(tensor) in used:
                 why.pop(tensor.key, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import safetensors
@@ -44,18 +45,22 @@ def read_card(path: Path, key: Path | None = None) -> Recorded:
     if path.suffix == ".md":
         raise UsageError(f"--card {path}: a model card is for people\ngive the card that ends in .json")
     try:
-        if path.stat().st_size > _LARGEST:
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode) and not path.is_dir():
+            # A pipe would be waited for, and /dev/zero has no end.
+            raise ContainerError(f"{path}: is no file")
+        if stat.st_size > _LARGEST:
             raise ContainerError(f"{path}: larger than any card")
         return _recorded(path, json.loads(path.read_bytes()), key)
     except OSError as error:
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ContainerError(f"{path}: not a card that dsocr-convert wrote ({error})") from error
 
 
 def _recorded(path: Path, document: Any, key: Path | None) -> Recorded:
     if document["card"] != CARD_FORMAT:
-        raise ContainerError(f"{path}: a card of another form, {document['card']!r}\nupdate dsocr-convert")
+        raise ContainerError(f"{path}: a card of another form, {str(document['card'])[:20]!r}\nupdate dsocr-convert")
     tensors = {
         name: (str(entry["dtype"]), [int(size) for size in entry["shape"]], str(entry["sha256"]))
         for name, entry in document["tensors"].items()

@@ -48,10 +48,18 @@ def as_converted(source: Source) -> Converted:
     entry = largest(source)
     counts = {family: catalogue.count_known(family, entry.tensors) for family in FAMILIES}
     family = max(counts, key=lambda family: counts[family])
-    if counts[family] <= len(entry.tensors) / 2:
-        known = [family for family in FAMILIES if identified(source, catalogue.candidates(family), [entry])]
-        commands = " or ".join(f"dsocr-convert {family} {source.name}" for family in known or FAMILIES)
-        raise LayoutError(f"{source.name}: is not in the DeepEncoder's layout\nconvert it first: {commands}")
+    # A damaged conversion fits no layout; one that fits another is no conversion into the DeepEncoder's.
+    fitting = [hit for each in FAMILIES for hit in identified(source, catalogue.candidates(each), [entry])]
+    layouts = [hit.match.candidate.name for hit in fitting]
+    other = next((name for name in layouts if name != f"deepencoder-{family}"), "")
+    if other or counts[family] <= len(entry.tensors) / 2:
+        what = f"is in the layout {other}" if other else "is not in the DeepEncoder's layout"
+        families = [other.split("-")[0]] if other else FAMILIES
+        commands = " or ".join(f"dsocr-convert {each} {source.name}" for each in families)
+        raise LayoutError(
+            f"{source.name}: {what}; the DeepEncoder's is what is verified\n"
+            f"convert it first: {commands}; other layouts are checked against their card, with --card"
+        )
     return Converted(source, entry, family)
 
 

@@ -35,6 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # there, the smallest, which is not the trained one.
 SIZES = (512, 640, 1024, 1280)
 CPU_SIZES = (512,)
+# What a card does not prove.
+_OTHERS = ("structure", "bytes", "outputs")
 # Faulty tensors whose content is looked for under other names.
 SEARCHED = 12
 
@@ -109,7 +111,10 @@ def _carded(source: Source, card: Recorded, setting: Setting) -> Verification:
         device="CPU",
         dtype="as stored",
         environment=_environment(),
-        checks=checks,
+        checks=[
+            *checks,
+            *(skipped(proof, "encoder", f"{card.layout}: its card alone is checked") for proof in _OTHERS),
+        ],
         traces=[],
         seconds=seconds,
     )

@@ -5,11 +5,15 @@ Each view imports its library when it is asked for: a verdict on the terminal wa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from converter.errors import OutputError
-from converter.stage import staged, write_all
+from converter.stage import check_name, staged, write_all
 from converter.verify.result import Verification
+
+# An older report is replaced without a question, but not a checkpoint or a card that was named by mistake.
+_SUFFIXES = (".html", ".htm", ".xml")
 
 
 def terminal(found: Verification) -> None:
@@ -29,10 +33,15 @@ def github(found: Verification) -> None:
 def check_files(*paths: Path | None) -> None:
     """OutputError if a report could not be written there, asked before the minutes that it would report on."""
     for path in filter(None, paths):
+        check_name(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}\ncreate it, or choose another path")
         if path.is_dir():
             raise OutputError(f"{path}: is a folder\ngive a file's path")
+        if os.path.lexists(path) and path.suffix.lower() not in _SUFFIXES:
+            raise OutputError(
+                f"{path}: exists, and is no report by its name\nchoose another path: {', '.join(_SUFFIXES)}"
+            )
 
 
 def write_files(

@@ -1,0 +1,204 @@
+"""What clumsy and hostile users do: every mistake is told in a few lines, and nothing but the output is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import safetensors.torch
+import torch
+from test_encoder_command import deepseek_ocr, save
+
+import converter
+from converter import catalogue
+from converter.cli.diff import diff as diff_command
+from converter.errors import ContainerError, DsocrError, OutputError, UsageError
+from converter.stage import check_folder, check_target
+from converter.verify import verify
+from converter.verify.views import check_files
+
+TOO_LONG = "x" * 5000 + ".safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("abuse")
+    torch.save(models.sam_meta().state_dict(), path / "sam.pth")
+    torch.save(models.clip_hf_vision().state_dict(), path / "clip.pth")
+    models.clip_hf().save_pretrained(path / "clip", max_shard_size="100KB")
+    save(path / "deepseek", deepseek_ocr())
+    return path
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for each test, with copies: what is written over the sources is seen."""
+    for path in (path for path in made.rglob("*") if path.is_file()):
+        (tmp_path / path.relative_to(made)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path.relative_to(made)).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def check_refused(folder: Path, error: type[DsocrError], words: str, call: Callable[[], object]) -> None:
+    """The call fails with a short message that holds the words, and leaves the folder as it was."""
+    before = contents(folder)
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 12
+    assert contents(folder) == before
+
+
+def sam(**options: Any) -> Callable[[], object]:
+    return lambda: converter.convert("sam.pth", "sam", **options)
+
+
+def encoder(**options: Any) -> Callable[[], object]:
+    return lambda: converter.encoder(sam="sam.pth", clip="clip.pth", compressor="random:0", **options)
+
+
+def clip(**options: Any) -> Callable[[], object]:
+    return lambda: converter.convert("clip", "clip", force=True, **options)
+
+
+REFUSED: dict[str, tuple[type[DsocrError], str, Callable[[], object]]] = {
+    "long output": (OutputError, "too long", sam(out=TOO_LONG)),
+    "long folder": (OutputError, "too long", sam(out="x" * 5000, to="sam-hf")),
+    "long card": (OutputError, "too long", sam(card="x" * 5000 + ".json")),
+    "long source": (ContainerError, "no such file", lambda: converter.diff(TOO_LONG, "sam.pth")),
+    "long checkpoint": (UsageError, "no such file", encoder(into=TOO_LONG, out="x.safetensors")),
+    "NUL in output": (OutputError, "null byte", sam(out="a\0b")),
+    "empty source": (UsageError, "SOURCE is empty", lambda: converter.convert("", "sam")),
+    "empty lender": (UsageError, "SOURCE is empty", sam(fill_from="", to="sam-hf", out="x.pth")),
+    "over the index": (OutputError, "is the source", clip(out="clip/model.safetensors.index.json")),
+    "over a pipe": (OutputError, "a device or a pipe", sam(out="pipe", force=True)),
+    "huge images": (UsageError, "larger than", clip(image_size=14_000_000)),
+    "huge images, loaded": (UsageError, "larger than", lambda: converter.load("clip", "clip", image_size=14_000_000)),
+    "no device": (UsageError, "device None", lambda: converter.load("clip", "clip", device=None)),  # type: ignore[arg-type]
+    "three state dicts": (UsageError, "--state-dict a,b,c", lambda: converter.diff("clip", "clip", state_dict="a,b,c")),
+    **{f"prefix {p!r}": (UsageError, "--prefix", encoder(prefix=p)) for p in ("model", "..", "a/b", "\n.", "\udcff.")},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_are_refused_before_anything_is_written(name: str, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    check_refused(folder, *REFUSED[name])
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["itself", "hard link"])
+@pytest.mark.parametrize("what", ["source", "index", "mapping", "key"])
+def test_a_card_never_replaces_an_input(what: str, link: bool, folder: Path) -> None:
+    own = {"source": "sam.json", "index": "clip/model.safetensors.index.json", "mapping": "m.json", "key": "key.json"}
+    (folder / "sam.pth").rename("sam.json")
+    (folder / "m.json").write_text(catalogue.text("sam-meta"))
+    (folder / "key.json").write_text("a private key")
+    card = "card.json" if link else own[what]
+    if link:
+        os.link(own[what], card)
+    source, family = ("clip", "clip") if what == "index" else ("sam.json", "sam")
+    options: dict[str, Any] = {"mapping": {"mapping": "m.json"}, "key": {"sign": "key.json"}}.get(what, {})
+    call = lambda **more: converter.convert(source, family, force=True, **options, **more)  # noqa: E731
+    check_refused(folder, OutputError, "cannot be the card", lambda: call(card=card))
+    if what == "mapping":
+        check_refused(folder, OutputError, "is the source", lambda: call(out=own[what]))
+
+
+def test_the_output_never_replaces_the_key(folder: Path) -> None:
+    (folder / "key.pem").write_text("a private key")
+    check_refused(folder, OutputError, "is the key", sam(out="key.pem", card="c.json", sign="key.pem", force=True))
+
+
+def test_names_that_are_no_utf8(folder: Path) -> None:
+    """On Linux a file's name is bytes: cards and mapping files hold what of it is text."""
+    (folder / "clip.pth").rename("\udcff.pth")
+    converter.convert("\udcff.pth", "clip", out="\udcfe.pth", card=["\udcfd.json", "\udcfd.md"])
+    assert "# \\udcfe.pth" in Path("\udcfd.md").read_text()
+    assert json.loads(Path("\udcfd.json").read_bytes())["sources"][0]["name"]
+    Path("sam.pth").rename("\udcff.pth")
+    assert "\\udcff.pth" in converter.derive("\udcff.pth", "deepencoder-sam").text
+
+
+# Into a checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_halves_of_surrogate_pairs_in_a_checkpoint(folder: Path) -> None:
+    """JSON may write them, UTF-8 may not: what cannot be kept byte for byte is escaped again."""
+    index = folder / "deepseek" / "model.safetensors.index.json"
+    document = json.loads(index.read_bytes())
+    document["metadata"] = {"total_size": 3, "by": "\ud800"}
+    index.write_text(json.dumps(document))
+    shard = folder / "deepseek" / document["weight_map"]["model.sam_model.pos_embed"]
+    data = shard.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8:end]), "__metadata__": {"by": "\ud800"}}).encode()
+    shard.write_bytes(struct.pack("<Q", len(header)) + header + data[end:])
+    encoder(into="deepseek", out="new", dtype="float32")()
+    assert json.loads((folder / "new" / index.name).read_bytes())["metadata"]["by"] == "\ud800"
+    written = (folder / "new" / shard.name).read_bytes()
+    found = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    assert found["__metadata__"] == {"by": "\ud800"} and found["model.sam_model.pos_embed"]["dtype"] == "F32"
+
+
+def test_a_file_beside_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refusing(path: Path, *options: Any, **more: Any) -> Any:
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *options, **more)
+
+    # Root may read everything.
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(ContainerError, match=r"config\.json: cannot be read: Permission denied"):
+        encoder(into="deepseek", out="new")()
+    assert not [path for path in folder.iterdir() if "new" in path.name]
+
+
+# Cards and reports ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hostile", [{"shape": [float("inf")]}, {"shape": [[1]]}, {"shape": None}, {"card": ["x" * 100_000]}], ids=str
+)
+def test_hostile_cards(hostile: dict[str, Any], folder: Path) -> None:
+    converter.convert("clip.pth", "clip", out="out.safetensors", card="card.json")
+    card = json.loads(Path("card.json").read_bytes())
+    next(iter(card["tensors"].values())).update({key: value for key, value in hostile.items() if key != "card"})
+    Path("card.json").write_text(json.dumps({**card, **{k: v for k, v in hostile.items() if k == "card"}}))
+    with pytest.raises(ContainerError, match="card") as caught:
+        verify("out.safetensors", card="card.json", fast=True)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe.json", TOO_LONG], ids=["endless", "pipe", "long"])
+def test_cards_that_are_no_files(path: str, folder: Path) -> None:
+    os.mkfifo("pipe.json")
+    converter.convert("clip.pth", "clip", out="out.safetensors")
+    check_refused(folder, ContainerError, "", lambda: verify("out.safetensors", card=path, fast=True))
+
+
+@pytest.mark.parametrize("name", ["sam.pth", "clip/config.json", TOO_LONG, "/dev/null"], ids=lambda name: name[:20])
+def test_reports_replace_reports_alone(name: str, folder: Path) -> None:
+    check_refused(folder, OutputError, "", lambda: diff_command("sam.pth", "sam.pth", html=Path(name), quiet=True))
+    (folder / "report.html").write_text("an older one")
+    check_files(folder / "report.html", folder / "new", None)
+
+
+def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
+    """A rename over /dev/null, by root, would leave a machine without it."""
+    for check in (check_target, check_folder):
+        with pytest.raises(OutputError):
+            check(Path("/dev/null"), force=True, needed=0)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors")
+    check_target(tmp_path / "old.safetensors", force=True, needed=0)
