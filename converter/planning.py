@@ -17,8 +17,6 @@ from converter.mapping.rules import Layout, Mapping
 from converter.source import Identified, Source, identify
 
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-
-
 # Positions of CLIP-L for such images take 1.4 GB, which are computed in memory.
 _LARGEST_IMAGE = 8192
 

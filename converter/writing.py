@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converter.copier import Seen
 from converter.errors import OutputError
+from converter.locate import WEIGHTS
 from converter.mapping.expr import Expr, sources
 from converter.planning import check_choices
 from converter.source import Progress, Source
@@ -22,7 +23,8 @@ def format_for(out: str | Path | None, format: str | None) -> str:
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format
-    return "pth" if out is not None and Path(out).suffix in (".pth", ".pt", ".bin", ".ckpt") else "safetensors"
+    ending = Path(out).suffix if out is not None else ""
+    return "pth" if ending in WEIGHTS and ending != ".safetensors" else "safetensors"
 
 
 def check_not_source(target: Path, opened: Sequence[Source], mapping: str | Path | None = None) -> None:

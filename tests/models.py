@@ -10,6 +10,8 @@ import functools
 
 import torch
 
+from converter.encoders import ClipConfig, SamConfig
+
 DEPTH, WIDTH, HEADS, MLP, GRID, PATCH, NECK = 3, 24, 2, 40, 4, 16, 16
 WINDOW, GLOBAL_BLOCKS = 2, (1,)
 CLIP_DEPTH, CLIP_WIDTH, CLIP_HEADS, CLIP_MLP, CLIP_PATCH, CLIP_IMAGE = 3, 64, 2, 256, 14, 56
@@ -187,3 +189,31 @@ def unlimited_ocr_hf() -> torch.nn.Module:
         patch_size=CLIP_PATCH,
     )
     return randomised(UnlimitedOcrVisionModel(UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
+
+
+def sam_sizes() -> SamConfig:
+    """The sizes of the SAMs here, for our own encoder, with a compressor that leads to the CLIPs'."""
+    return SamConfig(
+        image_size=GRID * PATCH,
+        patch=PATCH,
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        mlp=MLP,
+        window=WINDOW,
+        global_blocks=GLOBAL_BLOCKS,
+        neck=NECK,
+        compressor=(2 * NECK, CLIP_WIDTH),
+    )
+
+
+def clip_sizes() -> ClipConfig:
+    """The sizes of the CLIPs here, for our own encoder."""
+    return ClipConfig(
+        image_size=CLIP_IMAGE,
+        patch=CLIP_PATCH,
+        width=CLIP_WIDTH,
+        depth=CLIP_DEPTH,
+        heads=CLIP_HEADS,
+        mlp=CLIP_MLP,
+    )

@@ -22,7 +22,7 @@ from inventories import inventories, sparse
 import converter
 from converter.assemble import encoder
 from converter.assemble.compressor import seeded
-from converter.encoders import ClipConfig, DeepEncoder, SamConfig
+from converter.encoders import DeepEncoder
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
 from converter.mapping.expr import Read
 
@@ -35,25 +35,7 @@ NETS = ("net_2.weight", "net_3.weight")
 
 def deepencoder() -> DeepEncoder:
     """Of the sizes of `models`."""
-    sam = SamConfig(
-        image_size=models.GRID * models.PATCH,
-        width=models.WIDTH,
-        depth=models.DEPTH,
-        heads=models.HEADS,
-        mlp=models.MLP,
-        window=models.WINDOW,
-        global_blocks=models.GLOBAL_BLOCKS,
-        neck=models.NECK,
-        compressor=(2 * models.NECK, models.CLIP_WIDTH),
-    )
-    clip = ClipConfig(
-        image_size=models.CLIP_IMAGE,
-        width=models.CLIP_WIDTH,
-        depth=models.CLIP_DEPTH,
-        heads=models.CLIP_HEADS,
-        mlp=models.CLIP_MLP,
-    )
-    return DeepEncoder(sam, clip)
+    return DeepEncoder(models.sam_sizes(), models.clip_sizes())
 
 
 def deepseek_ocr(seed: int = 5) -> State:

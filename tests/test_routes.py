@@ -22,7 +22,7 @@ from memory import raw
 from torch import Tensor, nn
 
 import converter
-from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder
+from converter.encoders import ClipEncoder, SamEncoder
 from converter.errors import MappingError, UsageError
 from converter.mapping.expr import extents
 from converter.planning import Wish, planned
@@ -30,26 +30,7 @@ from converter.source import open_source
 
 State = dict[str, Tensor]
 
-SAM_SIZES = SamConfig(
-    image_size=models.GRID * models.PATCH,
-    patch=models.PATCH,
-    width=models.WIDTH,
-    depth=models.DEPTH,
-    heads=models.HEADS,
-    mlp=models.MLP,
-    window=models.WINDOW,
-    global_blocks=models.GLOBAL_BLOCKS,
-    neck=models.NECK,
-    compressor=(2 * models.NECK, models.CLIP_WIDTH),
-)
-CLIP_SIZES = ClipConfig(
-    image_size=models.CLIP_IMAGE,
-    patch=models.CLIP_PATCH,
-    width=models.CLIP_WIDTH,
-    depth=models.CLIP_DEPTH,
-    heads=models.CLIP_HEADS,
-    mlp=models.CLIP_MLP,
-)
+SAM_SIZES, CLIP_SIZES = models.sam_sizes(), models.clip_sizes()
 
 
 # What the libraries have ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from converter import catalogue
 from converter.dtypes import BY_NAME
-from converter.files import SourceFile
+from converter.files import SourceFile, sha256_of
 from converter.hubs.address import is_address
 from converter.mapping.expr import Expr, extents, nbytes, sources
 from converter.mapping.plan import Plan
@@ -25,8 +25,6 @@ from converter.version import __version__
 
 # The version of the document's form.
 CARD_FORMAT = 1
-# Bytes that are digested at once.
-_PIECE = 1 << 20
 
 
 def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None, format: str) -> Card:
@@ -170,14 +168,4 @@ def _file(file: SourceFile, count: Callable[[int], None]) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": PurePath(file.name).name, "size": file.size}
     if file.identity is None:
         return {**entry, "sha256": None, "why": "fetched in parts: the commit stands for the whole"}
-    return {**entry, "sha256": _sha256(file, count)}
-
-
-def _sha256(file: SourceFile, count: Callable[[int], None]) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    for start in range(0, file.size, _PIECE):
-        part = buffer[: file.size - start]
-        file.readinto(part, start)
-        digest.update(part)
-        count(len(part))
-    return digest.hexdigest()
+    return {**entry, "sha256": sha256_of(file, count)}

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
 from converter.errors import HubError, UnreachableError
-from converter.hubs.repository import Answer, Entry, ignore_netrc, listed, sha256_of
+from converter.files import LocalFile, sha256_of
+from converter.hubs.repository import Answer, Entry, ignore_netrc, listed
 from converter.hubs.transfer import patiently
 from converter.version import __version__
 
@@ -127,7 +128,7 @@ class HuggingFace:
             raise HubError(f"{self.name}/{path}: changed while it was being downloaded\nrun again")
         # The library checks the size alone.
         expected = self.files[path].sha256
-        if expected and (digest := sha256_of(found)) != expected:
+        if expected and (digest := sha256_of(LocalFile(found))) != expected:
             # Left in the cache, it would be taken for the file by whoever looks there next.
             for damaged in (found.resolve(), found):
                 with suppress(OSError):

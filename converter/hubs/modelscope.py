@@ -21,7 +21,7 @@ from modelscope_hub.config import get_default_config
 from modelscope_hub.constants import API_CONNECT_TIMEOUT, DOWNLOAD_TIMEOUT
 
 from converter.errors import HubError, UnreachableError
-from converter.hubs.repository import Answer, Entry, ignore_netrc, listed, sha256_of
+from converter.hubs.repository import Answer, Entry, ignore_netrc, listed
 from converter.hubs.transfer import patiently
 
 _KIND, _DEFAULT = "model", "master"
@@ -105,7 +105,7 @@ class ModelScope:
             return None
         # The folder is called by the branch, not by its commit: what lies there may be older than what is meant.
         size, sha256 = self.files[path]
-        current = found.stat().st_size == size and (not sha256 or sha256_of(found) == sha256)
+        current = found.stat().st_size == size and (not sha256 or sha256_of(LocalFile(found)) == sha256)
         return found if current else None
 
     def download(self, path: str) -> Path:

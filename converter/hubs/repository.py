@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,15 +87,6 @@ class Repository(Protocol):
 
     def refused(self, answer: Answer, path: str) -> HubError:
         """What an answer means, in words, with the next step."""
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def ignore_netrc(session: requests.Session) -> None:

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.errors import LayoutError, UsageError
+from converter.locate import WEIGHTS
 from converter.mapping.plan import Plan
 from converter.stage import new_file, staged_folder, write_all
 
 # What the folder calls the tensors' file.
-WEIGHTS = "model.safetensors"
-# An output whose name ends otherwise is a folder.
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
+_MODEL = "model.safetensors"
 # Layouts whose folders transformers loads.
 LAYOUTS = ("sam-hf", "clip-hf")
 
@@ -25,15 +23,15 @@ def wants_folder(out: Path, layout: str, format: str) -> bool:
 
     The DeepEncoder's own layouts are one file, whatever its name.
     """
-    if out.suffix in SUFFIXES or layout.startswith("deepencoder-"):
+    if out.suffix in WEIGHTS or layout.startswith("deepencoder-"):
         return False
     if layout not in LAYOUTS:
         raise UsageError(
             f"--output {out}: names a folder, and {layout} is one file\n"
-            f"end its name in one of {', '.join(SUFFIXES)}; folders are for {', '.join(LAYOUTS)}"
+            f"end its name in one of {', '.join(WEIGHTS)}; folders are for {', '.join(LAYOUTS)}"
         )
     if format != "safetensors":
-        raise UsageError(f"--output {out}: names a folder, which holds {WEIGHTS}, not {format}\nleave out --format")
+        raise UsageError(f"--output {out}: names a folder, which holds {_MODEL}, not {format}\nleave out --format")
     return True
 
 
@@ -61,7 +59,7 @@ def staged_pretrained(path: Path, documents: Mapping[str, bytes], force: bool) -
         for name, data in documents.items():
             with new_file(folder / name) as fd:
                 write_all(fd, memoryview(data))
-        with new_file(folder / WEIGHTS) as fd:
+        with new_file(folder / _MODEL) as fd:
             yield fd
 
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.errors import LayoutError, UsageError
-from converter.mapping.expr import read, sources
+from converter.mapping.expr import sources
 from converter.mapping.parse import FAMILIES
-from converter.mapping.plan import Plan, make_plan
-from converter.mapping.rules import Mapping
-from converter.source import Identified, Progress, Source, chosen_state_dicts, identified, identify
+from converter.mapping.plan import Plan
+from converter.mapping.rules import Layout
+from converter.planning import Wish, hub_plan, to_hub
+from converter.source import Identified, Progress, Source, chosen_state_dicts, identified
 from converter.unwrap import StateDict
 from converter.verify.independent import Reader, open_independently
 
@@ -67,20 +68,16 @@ def as_origin(
     source: Source, target: Converted, mapping: str | Path | None, state_dict: str | None, progress: Progress
 ) -> Origin:
     """The source, and the plan that `convert` would have made with the options that the converted file shows."""
-    name = source.name
-    candidates = catalogue.candidates(target.family)
-    if mapping is not None:
-        candidates = catalogue.only(catalogue.load_file(Path(mapping)))
-    known = identify(source, target.family, candidates, state_dict)
+    wish = Wish(target.family, mapping=mapping, state_dict=state_dict)
+    known, plan = to_hub(source, wish)
     layout = known.match.candidate.load()
-    if not isinstance(layout, Mapping):
-        raise UsageError(f"--source {name}: is itself in the layout {layout.name}\ngive what it was converted from")
-    tensors = {key: read(tensor) for key, tensor in known.tensors.items()}
-    hub = catalogue.hub(target.family)
-    plan = make_plan(layout, known.match.prefix, hub, tensors, name)
+    if isinstance(layout, Layout):
+        raise UsageError(
+            f"--source {source.name}: is itself in the layout {layout.name}\ngive what it was converted from"
+        )
     dtype, pixels = _options(plan, target)
     if dtype != "keep" or pixels is not None:
-        plan = make_plan(layout, known.match.prefix, hub, tensors, name, dtype=dtype, image_size=pixels)
+        plan = hub_plan(source, known, wish._replace(image_size=pixels), dtype)
     # What the source's own library is loaded with, too, and the DeepEncoder has no use for.
     own = [tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)]
     wanted = [*(tensor for value in plan.outputs.values() for tensor in sources(value)), *own]
