@@ -1,0 +1,128 @@
+"""Nothing executed, nothing exhausted, everything explained: each bad input refused as it should be, each odd one exact.
+
+The inputs are in the package `hostile`, one module a kind. Every case is a run of the installed program.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors.torch
+from hostile.case import Accepted, Case, Refused, State, marker
+from memory import raw
+
+MODULES = ()
+CASES: list[Case] = [case for module in MODULES for case in module.CASES]
+
+PROGRAM = Path(sys.executable).with_name("dsocr-convert")
+# The program takes 30 MiB and a fifth of a second; torch, where something is computed, some hundreds and seconds.
+MEMORY, MEMORY_COMPUTED = 128 << 20, 1 << 30
+SECONDS, SECONDS_COMPUTED = 10, 60
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+    peak: int  # bytes
+    seconds: float
+
+
+def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
+    """The program, its output and what it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen([PROGRAM, *command], cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+        while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() - began > timeout:
+                process.send_signal(signal.SIGKILL)
+                os.wait4(process.pid, 0)
+                pytest.fail(f"still running after {timeout} s")
+            time.sleep(0.01)
+        process.returncode = os.waitstatus_to_exitcode(done[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return Done(process.returncode, *texts, done[2].ru_maxrss * 1024, time.monotonic() - began)
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """All that could change in a folder."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        content: object = os.readlink(path) if path.is_symlink() else None
+        if path.is_file() and stat.st_size < 1 << 24:
+            content = path.read_bytes()
+        found[str(path)] = (stat.st_mode, stat.st_size, stat.st_mtime_ns, content)
+    return found
+
+
+@functools.cache
+def reference(command: tuple[str, ...], like: object) -> State:
+    """What the program makes of plain tensors."""
+    assert callable(like)
+    with tempfile.TemporaryDirectory() as folder:
+        state = {name: tensor.contiguous().clone() for name, tensor in like().items()}
+        safetensors.torch.save_file(state, Path(folder) / "like.safetensors")
+        done = run([*command, "like.safetensors", "-o", "out.safetensors"], Path(folder), SECONDS_COMPUTED)
+        assert done.code == 0, done.err
+        return safetensors.torch.load_file(Path(folder) / "out.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    built = case.build(folder)
+    arguments = [built] if isinstance(built, Path) else built
+    before = snapshot(folder)
+    computed = isinstance(case.expected, Accepted) and case.expected.computed
+    limit = SECONDS_COMPUTED if computed else SECONDS
+    done = run([*case.command, *arguments], out, limit)
+    assert not marker(folder).exists(), "something in the input was executed"
+    assert snapshot(folder) == before, "the input was changed"
+    assert done.peak < (MEMORY_COMPUTED if computed else MEMORY), f"{done.peak >> 20} MiB of memory"
+    assert all(char.isprintable() or char == "\n" for char in done.err + done.out), "control characters"
+    assert "Traceback" not in done.err
+    for word in case.expected.words:
+        assert word in done.err, done.err
+    if isinstance(case.expected, Refused):
+        check_refused(case.expected, done)
+        assert not list(out.iterdir()), "something was left in the output folder"
+    else:
+        check_accepted(case, case.expected, done, out)
+
+
+def check_refused(expected: Refused, done: Done) -> None:
+    assert done.code == expected.code, f"exit code {done.code}: {done.err}"
+    assert done.out == "" and done.err.startswith("error: ")
+    # The file and the cause, then what to do.
+    assert 2 <= len(done.err.splitlines()) <= 12 and len(done.err) < 4000, done.err
+
+
+def check_accepted(case: Case, expected: Accepted, done: Done, out: Path) -> None:
+    assert done.code == 0, done.err
+    (written,) = out.iterdir()
+    found = safetensors.torch.load_file(written)
+    wanted = reference(case.command, expected.like)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        same = (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert same and raw(found[name]) == raw(tensor), name
+
+
+def test_there_are_as_many_cases_as_are_claimed() -> None:
+    assert len(CASES) >= 250 and len({case.name for case in CASES}) == len(CASES)
