@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from test_oracles import LAYOUTS, State, check_equal
 import converter
 from converter import catalogue
 from converter.derivation import Derived, derive
-from converter.errors import LayoutError, OutputError, UsageError
+from converter.errors import LayoutError, MappingError, OutputError, UsageError
 
 
 def saved(state: State, path: Path) -> Path:
@@ -355,3 +356,33 @@ def test_one_of_several_state_dicts_is_chosen(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"holds 2 state dicts of 51 tensors: model, ema\nchoose one, such as"):
         derive(*ask, out=tmp_path / "my.yaml")
     assert derive(*ask, out=tmp_path / "my.yaml", state_dict="ema").written
+
+
+def test_tensors_that_stand_there_twice_are_told(tmp_path: Path) -> None:
+    """What is fused of q, k and v could be made of either; all else is as good from one as from the other."""
+    state, expected = oracles.clip_hf()
+    found = derived({**state, **{f"ema.{name}": tensor for name, tensor in state.items()}}, expected, tmp_path)
+    assert not found.written and all("qkv_proj" in name for name in found.unmatched)
+    (note,) = found.notes
+    assert "have another's values" in note and "save one of each alone" in note
+
+
+def test_a_name_that_no_template_can_write_is_told(tmp_path: Path) -> None:
+    state, expected = oracles.clip_hf()
+    braced = {name.replace("mlp", "m{l}p"): tensor for name, tensor in state.items()}
+    with pytest.raises(MappingError, match=r"'.*m\{l\}p.*' has a brace in its name"):
+        derived(braced, expected, tmp_path)
+    (tmp_path / "my.yaml").unlink(missing_ok=True)
+    # Beside what is converted it is of no consequence.
+    assert derived({**{f"clip.{n}": t for n, t in state.items()}, "other{}": torch.ones(3)}, expected, tmp_path).written
+
+
+def test_many_tensors_beside_it_take_no_time_to_speak_of(tmp_path: Path) -> None:
+    """By names alone: 5,000 tensors of a language model took minutes when each was looked at for every missing one."""
+    inventory = inventories()["clip-hf-vision-336"]
+    words = ("q", "k", "v", "o", "up", "down", "gate", "norm1", "norm2")
+    beside = {f"language.layers.{i // 9}.{words[i % 9]}.weight": ("float32", (16, 16)) for i in range(5000)}
+    path = sparse(tmp_path / "model.safetensors", {**inventory, **beside})  # type: ignore[dict-item]
+    began = time.process_time()
+    found = derive(path, "deepencoder-clip", out=tmp_path / "my.yaml", partial=True)
+    assert found.found == {"shape and name": 288} and time.process_time() - began < 60

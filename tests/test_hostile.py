@@ -1,4 +1,4 @@
-"""Nothing executed, nothing exhausted, everything explained: each bad input refused as it should be, each odd one exact.
+"""Nothing executed, nothing exhausted, everything explained: bad input refused, odd input exact.
 
 The inputs are in the package `hostile`, one module a kind. Every case is a run of the installed program.
 """
@@ -62,7 +62,7 @@ def snapshot(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         stat = path.lstat()
-        content: object = os.readlink(path) if path.is_symlink() else None
+        content: object = path.readlink() if path.is_symlink() else None
         if path.is_file() and stat.st_size < 1 << 24:
             content = path.read_bytes()
         found[str(path)] = (stat.st_mode, stat.st_size, stat.st_mtime_ns, content)

@@ -84,11 +84,13 @@ def derive(
         tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
         job, other = _job(stack, opened.name, tensors, str(target), family, progress)
         opened.fetch(entry.tensors.values() if other else (), progress)
-        found = _found(job, progress)
+        found, copies = _found(job, progress)
         prefix = common_prefix(found, job.hub)
         symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in tensors if key.startswith(prefix)]))
         composed = compose(job, found, symbols, prefix, name or path.stem)
         derived = _result(path, name or path.stem, job, composed, symbols)
+        if copies and derived.unmatched:
+            derived.notes.append(_told_of_copies(copies))
         try:
             if derived.complete:
                 proved(job, composed, derived.layout)
@@ -142,9 +144,10 @@ def _job(
     return Job(source, tensors, opened.name, layout, plan.target, made), opened
 
 
-def _found(job: Job, progress: Progress) -> list[Found]:
+def _found(job: Job, progress: Progress) -> tuple[list[Found], list[tuple[str, ...]]]:
+    """What makes the target's tensors, and the source's that are copies of each other."""
     if not job.wanted:
-        return by_names(job.tensors, job.hub, job.layout)
+        return by_names(job.tensors, job.hub, job.layout), []
     # torch is imported where values are read: names alone need none.
     from converter.derivation.match import by_values
 
@@ -164,6 +167,11 @@ def _unmatched(job: Job, composed: Composed, symbols: Symbols) -> list[str]:
     spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
     names = [name for name in (job.wanted or symbols.tensors) if name not in made]
     return [name for name in names if not any(template.match(name) is not None for template in spare)]
+
+
+def _told_of_copies(copies: list[tuple[str, ...]]) -> str:
+    names = f"{sum(map(len, copies))} tensors of SOURCE have another's values, such as {' and '.join(copies[0][:2])}"
+    return f"{names}: what is fused of them cannot be told; save one of each alone, then derive again"
 
 
 def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symbols) -> Derived:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from converter import catalogue
@@ -51,6 +52,7 @@ def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: s
     dropped = [name for name in job.tensors if name not in used]
     entries += [_drop(name, job, found) for name in dropped]
     inside = [entry for entry in entries if all(name.startswith(prefix) for name in entry.covers)]
+    _check_names(name for entry in inside for name in entry.covers)
     outside = [entry for entry in entries if entry not in inside]
     beside = outside if any(entry.verb != "drop" for entry in outside) else []
     places = {name: i for i, name in enumerate(dict.fromkeys((*symbols.tensors, *job.wanted)))}
@@ -72,6 +74,16 @@ def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: s
         elsewhere=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
     )
     return Composed(yaml_text(draft, variables), said, dropped, len(draft.rules) + len(draft.beside), notes)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """MappingError for a name that no template can write."""
+    braced = next((name for name in names if set(name) & {"{", "}"}), None)
+    if braced is not None:
+        raise MappingError(
+            f"{braced!r} has a brace in its name, which mapping files write variables with: no rule can name it\n"
+            "rename it in the checkpoint, without braces, and derive again"
+        )
 
 
 def proved(job: Job, composed: Composed, name: str) -> None:

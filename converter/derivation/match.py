@@ -30,15 +30,19 @@ Sum = tuple[str, int, int]
 Told = Callable[[int], None]
 
 
-def by_values(source: Named, target: Named, told: Told) -> list[Found]:
-    """What makes the target's tensors; those that nothing makes are in no result. `told` hears of bytes read."""
+def by_values(source: Named, target: Named, told: Told) -> tuple[list[Found], list[tuple[str, ...]]]:
+    """What makes the target's tensors; those that nothing makes are in no result. `told` hears of bytes read.
+
+    Then the source's tensors that seem to be copies of each other and were left for it: what is fused of them cannot
+    be told.
+    """
     search = _Search(source, target, told)
     search.whole()
     search.fused()
     search.split()
     search.siblings()
     search.alike()
-    return sorted(search.found, key=lambda entry: entry.sources)
+    return sorted(search.found, key=lambda entry: entry.sources), search.copies()
 
 
 def _load(value: Expr) -> torch.Tensor:
@@ -156,6 +160,11 @@ class _Search:
         except ValueError:
             return False
         return all(torch.equal(_load(value), _load(self.target[name])) for name, value in made)
+
+    def copies(self) -> list[tuple[str, ...]]:
+        """Sources that nothing was made of, each with those that have its sum."""
+        left = (tuple(name for name in names if name in self.left) for names in self.ours.values())
+        return [names for names in left if len(names) > 1]
 
     def alike(self) -> None:
         """Targets that several sources equal, by their names and by what is certain of their neighbours."""

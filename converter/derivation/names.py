@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import product
 
 from converter import catalogue
 from converter.derivation.found import NAME, Found, Named
 from converter.derivation.likeness import labels, likeness, pair
 from converter.dtypes import FLOAT32
-from converter.mapping.apply import Applied, apply, claim
+from converter.mapping.apply import apply, claim
 from converter.mapping.expr import Arange, Expr
 from converter.mapping.route import identity
 from converter.mapping.rules import Layout, Rule, invert
@@ -75,28 +76,35 @@ def by_names(source: Named, hub: Layout, layout: str) -> list[Found]:
     rules = {mapping.name: mapping.rules for mapping in catalogue.mappings(hub.family)}
     chosen = [rules[layout]] if layout != hub.name else [identity(hub).rules, *rules.values()]
     tried: list[tuple[tuple[int, int, int], list[Found]]] = []
+
+    @cache
+    def wanted(depth: int) -> tuple[int, list[dict[str, Shape]]]:
+        symbols = Symbols(hub, depth)
+        return len(symbols.tensors), [_written(dialect, symbols) for dialect in chosen]
+
     for prefix in _prefixes(source):
         inside = {name: value for name, value in source.items() if name.startswith(prefix)}
-        symbols = Symbols(hub, depth_of(inside))
-        for dialect in chosen:
-            found = list(_led_on(inside, symbols, dialect))
+        tensors, written = wanted(depth_of(inside))
+        for dialect, shapes in zip(chosen, written, strict=True):
+            found = list(_led_on(inside, shapes, dialect))
             made = sum(len(entry.targets) for entry in found)
             # What is missing weighs more: most of a deeper encoder beside it is no match for all of the right one.
-            score = made - 3 * (len(symbols.tensors) - made)
+            score = made - 3 * (tensors - made)
             tried.append(((score, -sum(len(entry.rivals) for entry in found), len(prefix)), found))
     return max(tried, key=lambda item: item[0])[1]
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """What a model's names may begin with: whole segments, none of them a number."""
+    """What a model's names may begin with: whole segments, none of them a number; the longest of the same names."""
     dots = Counter(name[: dot.end()] for name in names for dot in re.finditer(r"\.", name))
-    return ["", *(prefix for prefix, count in dots.items() if count >= _FEWEST and not re.search("[0-9]", prefix))]
+    found = [prefix for prefix, count in dots.items() if count >= _FEWEST and not re.search("[0-9]", prefix)]
+    shorter = {a for a in found for b in found if a != b and b.startswith(a) and dots[a] == dots[b]}
+    return ["", *(prefix for prefix in found if prefix not in shorter)]
 
 
-def _led_on(source: Named, symbols: Symbols, rules: tuple[Rule, ...]) -> Iterator[Found]:
+def _led_on(source: Named, wanted: Mapping[str, Shape], rules: tuple[Rule, ...]) -> Iterator[Found]:
     """The source's tensors taken for a layout's that are like them, and led to the hub by that layout's rules."""
-    written = _written(rules, symbols)
-    pairs = _pairs(source, {name: symbols.shape(value) for name, value in written.values.items()})
+    pairs = _pairs(source, wanted)
     claims = claim(rules, pairs)
     for (index, bound), parts in claims.groups.items():
         rule = rules[index]
@@ -107,12 +115,13 @@ def _led_on(source: Named, symbols: Symbols, rules: tuple[Rule, ...]) -> Iterato
             yield Found(sources, targets, rule.ops, NAME, rivals)
 
 
-def _written(rules: tuple[Rule, ...], symbols: Symbols) -> Applied:
-    """A layout's tensors, made of the hub's."""
+def _written(rules: tuple[Rule, ...], symbols: Symbols) -> dict[str, Shape]:
+    """A layout's tensors, made of the hub's: their shapes, in the hub's sizes."""
     inverted = invert(rules)
     claimed = {name for parts in claim(inverted, symbols.tensors).groups.values() for name in parts.values()}
     optional = tuple(rule._replace(optional=True) for rule in inverted)
-    return apply(optional, {name: value for name, value in symbols.tensors.items() if name in claimed}, "the hub")
+    made = apply(optional, {name: value for name, value in symbols.tensors.items() if name in claimed}, "the hub")
+    return {name: symbols.shape(value) for name, value in made.values.items()}
 
 
 def _pairs(source: Named, target: Mapping[str, Shape]) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -132,18 +141,27 @@ def _pairs(source: Named, target: Mapping[str, Shape]) -> dict[str, tuple[str, t
     ]
     found = pair(scored, lambda name, other: fits(target[other], source[name].shape, sizes))
     made = {entry.target: (entry.source, entry.rivals) for entry in found}
+    free = _by_shape(source, {entry.source for entry in found})
     for other in sorted(target.keys() - made.keys()):
-        _only_one(other, source, target, made, sizes)
+        only = _only_one(target[other], free, sizes)
+        if only:
+            fits(target[other], only, sizes)
+            made[other] = (free.pop(only)[0], ())
     return made
 
 
-def _only_one(
-    other: str, source: Named, target: Mapping[str, Shape], made: dict[str, tuple[str, tuple[str, ...]]], sizes: Sizes
-) -> None:
-    """Take what no name tells, if one source alone has the shape."""
-    taken = {name for name, _ in made.values()}
-    free = [name for name, value in source.items() if name not in taken and value.dtype.is_float]
-    only = [name for name in free if fits(target[other], source[name].shape, dict(sizes))]
-    if len(only) == 1 and any(dim.name in sizes for dim in target[other]):
-        fits(target[other], source[only[0]].shape, sizes)
-        made[other] = (only[0], ())
+def _by_shape(source: Named, taken: Container[str]) -> dict[tuple[int, ...], list[str]]:
+    """The floating-point tensors that are not taken, by their shapes: a model has many tensors and few shapes."""
+    free: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, value in source.items():
+        if name not in taken and value.dtype.is_float:
+            free[value.shape].append(name)
+    return dict(free)
+
+
+def _only_one(wanted: Shape, free: Mapping[tuple[int, ...], list[str]], sizes: Sizes) -> tuple[int, ...] | None:
+    """What no name tells: the shape of the one source that fits, if part of what is wanted is known; else None."""
+    if not any(dim.name in sizes for dim in wanted):
+        return None
+    fitting = [shape for shape in free if fits(wanted, shape, dict(sizes))]
+    return fitting[0] if len(fitting) == 1 and len(free[fitting[0]]) == 1 else None

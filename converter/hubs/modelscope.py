@@ -21,6 +21,7 @@ from modelscope_hub.config import get_default_config
 from modelscope_hub.constants import API_CONNECT_TIMEOUT, DOWNLOAD_TIMEOUT
 
 from converter.errors import HubError, UnreachableError
+from converter.files import LocalFile, sha256_of
 from converter.hubs.repository import Answer, Entry, ignore_netrc, listed
 from converter.hubs.transfer import patiently
 
