@@ -12,7 +12,7 @@ from typing import NamedTuple
 from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
 from converter.mapping.apply import claim
-from converter.mapping.parse import parse_mapping, parse_signature
+from converter.mapping.parse import FAMILIES, parse_mapping, parse_signature
 from converter.mapping.rules import Layout, Mapping, Signature
 from converter.mapping.shapes import Sizes, fits
 from converter.mapping.yamltree import LARGEST
@@ -83,6 +83,11 @@ def hub(family: str) -> Layout:
     layout = load(f"deepencoder-{family}")
     assert isinstance(layout, Layout)
     return layout
+
+
+def layouts_of(target: str) -> list[Mapping | Layout]:
+    """The layouts of what a card calls its target: `deepencoder` is a whole one, of two."""
+    return [hub(family) for family in FAMILIES] if target == "deepencoder" else [load(target)]
 
 
 def mappings(family: str) -> list[Mapping]:

@@ -109,5 +109,7 @@ def _write(
     with files.staged(plan.outputs, force) as seen, output as fd:
         count = read_ahead(opened, plan.outputs.values(), plan.nbytes, progress)
         write_tensors(fd, plan.outputs, card.format, card.metadata(), count, seen)
-        files.write(card, plan, opened, seen, progress)
+        files.write(
+            card, plan.outputs, opened, seen, card.metadata() if card.format == "safetensors" else None, progress
+        )
         check_unchanged(opened)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +17,6 @@ from converter.dtypes import BY_NAME
 from converter.files import SourceFile, sha256_of
 from converter.hubs.address import is_address
 from converter.mapping.expr import Expr, extents, nbytes, sources
-from converter.mapping.plan import Plan
 from converter.planning import Planned, Wish
 from converter.report import Card
 from converter.source import Progress, Source
@@ -93,12 +92,13 @@ def canonical(document: dict[str, Any]) -> bytes:
 
 def card_document(
     card: Card,
-    plan: Plan,
+    outputs: Mapping[str, Expr],
     opened: Sequence[Source],
     digests: Digests,
+    metadata: dict[str, str] | None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """The card as a document; `opened` is the source, and what was filled in from another one.
+    """The card as a document; `opened` are the sources, `metadata` what the output says of its making, if it does.
 
     A tensor's `from` lists what it is made of, in order, each with the index of its source in `sources`.
     """
@@ -111,20 +111,23 @@ def card_document(
             "from": [{"key": tensor.key, "source": where[tensor.storage.file]} for tensor in sources(value)],
             **({"filled": card.filled[name]} if name in card.filled else {}),
         }
-        for name, value in plan.outputs.items()
+        for name, value in outputs.items()
     }
     return {
         "card": CARD_FORMAT,
-        "tools": _tools(plan),
+        "tools": _tools(outputs),
         "family": card.family,
         "format": card.format,
         "dtype": card.dtype,
         "mapping": {"name": card.mapping, "sha256": card.mapping_sha256},
-        "target": {"name": plan.layout, "sha256": catalogue.load(plan.layout).digest},
+        "target": {
+            "name": card.target,
+            "sha256": " + ".join(part.digest for part in catalogue.layouts_of(card.target)),
+        },
         "state_dict": card.state_dict,
         "wrapper": card.wrapper,
         "sources": _sources(opened, progress),
-        "metadata": card.metadata() if card.format == "safetensors" else {},
+        "metadata": metadata,
         "nbytes": card.nbytes,
         "tensors": tensors,
         "dropped": card.dropped,
@@ -134,10 +137,10 @@ def card_document(
     }
 
 
-def _tools(plan: Plan) -> dict[str, str]:
+def _tools(outputs: Mapping[str, Expr]) -> dict[str, str]:
     """The versions of what the output's bytes depend on: torch's only where it computed some of them."""
     tools = {"dsocr-convert": __version__}
-    if any(extents(value) is None for value in plan.outputs.values()):
+    if any(extents(value) is None for value in outputs.values()):
         import torch
 
         tools["torch"] = str(torch.__version__)

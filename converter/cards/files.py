@@ -10,7 +10,6 @@ from pathlib import Path
 from converter.cards.card import Digests, canonical, card_document
 from converter.errors import OutputError, UsageError
 from converter.mapping.expr import Expr
-from converter.mapping.plan import Plan
 from converter.report import Card
 from converter.source import Progress, Source
 from converter.stage import check_name, check_target, staged, write_all
@@ -71,12 +70,21 @@ class CardFiles:
             yield Digests(outputs) if self._paths else None
 
     def write(
-        self, card: Card, plan: Plan, opened: Sequence[Source], digests: Digests | None, progress: Progress
+        self,
+        card: Card,
+        outputs: dict[str, Expr],
+        opened: Sequence[Source],
+        digests: Digests | None,
+        metadata: dict[str, str] | None,
+        progress: Progress,
     ) -> None:
-        """Fill the files, whose tensors' digests are complete. Reads local sources once more, for theirs."""
+        """Fill the files, whose tensors' digests are complete. Reads local sources once more, for theirs.
+
+        `metadata` is what the output says of its making, if it says anything.
+        """
         if digests is None:
             return
-        document = card_document(card, plan, opened, digests, progress)
+        document = card_document(card, outputs, opened, digests, metadata, progress)
         data = canonical(document)
         for path in self._paths:
             if path.suffix == ".md":

@@ -13,7 +13,6 @@ from typing import Any
 from converter import catalogue
 from converter.cards.card import canonical
 from converter.hubs.address import Access, is_address, parse
-from converter.mapping.rules import Layout
 from converter.report import Card, by_reason, fold_plan, folded_names
 
 # What loads a layout, by the end of its name, as the hubs call it.
@@ -23,7 +22,8 @@ _LIBRARIES = {"-hf": "transformers", "-timm": "timm", "-open_clip": "open_clip"}
 def model_card(card: Card, document: dict[str, Any], documents: Sequence[str]) -> str:
     """The text of the model card; `document` is the card as JSON, and `documents` the files beside that hold it."""
     name = PurePath(card.output).name
-    lines = ["---", *_front_matter(card), "---", "", f"# {name}", "", *_what(card), ""]
+    sources = [source["name"] for source in document["sources"]]
+    lines = ["---", *_front_matter(card, sources), "---", "", f"# {name}", "", *_what(card), ""]
     lines += [*_table(("", ""), _facts(card, document)), "", "## Tensors", "", *_tensors(card, document), ""]
     lines += [*_left_out(card), "## How to verify", "", *_verify(card, name, documents), ""]
     digest = hashlib.sha256(canonical(document)).hexdigest()
@@ -31,19 +31,15 @@ def model_card(card: Card, document: dict[str, Any], documents: Sequence[str]) -
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(card: Card) -> Iterator[str]:
-    """YAML, whose strings are written as JSON: that is YAML too, and needs no rules for quoting."""
-    base = _repository(card)
+def _front_matter(card: Card, names: Sequence[str]) -> Iterator[str]:
+    """YAML, given the sources' names. Strings are written as JSON: that is YAML too, and needs no rules for quoting."""
+    base = [parse(name, Access()).repository for name in names if is_address(name)]
     if base:
-        yield f"base_model: {json.dumps(base)}"
+        yield f"base_model: {json.dumps(base[0] if len(base) == 1 else base)}"
     yield f"library_name: {json.dumps(_library(card.target))}"
     yield "tags:"
-    for tag in ("deepseek-ocr", card.family, card.target, "dsocr-convert"):
+    for tag in dict.fromkeys(("deepseek-ocr", card.family, card.target, "dsocr-convert")):
         yield f"- {json.dumps(tag)}"
-
-
-def _repository(card: Card) -> str:
-    return parse(card.source, Access()).repository if is_address(card.source) else ""
 
 
 def _pinned(card: Card) -> list[str]:
@@ -59,7 +55,7 @@ def _library(layout: str) -> str:
 
 
 def _what(card: Card) -> Iterator[str]:
-    description = catalogue.load(card.target).description
+    description = "; ".join(layout.description for layout in catalogue.layouts_of(card.target))
     yield f"{card.family.upper()} in the layout `{card.target}`: {description}. Converted by {card.tool}."
     yield "Nothing was trained: the weights, and their licence, are the source's."
 
@@ -103,7 +99,7 @@ def _verify(card: Card, name: str, documents: Sequence[str]) -> Iterator[str]:
     yield "pip install dsocr-convert"
     for document in documents:
         yield shlex.join(["dsocr-verify", name, "--card", document])
-    if isinstance(catalogue.load(card.target), Layout):
+    if card.target == f"deepencoder-{card.family}":
         yield shlex.join(["dsocr-verify", name, "--source", *_pinned(card)])
     yield "```"
 

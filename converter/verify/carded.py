@@ -28,7 +28,7 @@ _LARGEST = 64 << 20
 class Recorded(NamedTuple):
     """What a card file says: `tensors` gives each tensor its type, shape and SHA-256.
 
-    `key` is the public key that the card must be signed for, if any; `metadata` is None for a format that has none.
+    `key` is the public key that the card must be signed for, if any; `metadata` is None where none were written.
     """
 
     path: Path
@@ -65,21 +65,21 @@ def _recorded(path: Path, document: Any, key: Path | None) -> Recorded:
         name: (str(entry["dtype"]), [int(size) for size in entry["shape"]], str(entry["sha256"]))
         for name, entry in document["tensors"].items()
     }
-    metadata = dict(document["metadata"]) if document["format"] == "safetensors" else None
+    written = document["metadata"]
     return Recorded(
         path,
         str(document["family"]),
         str(document["target"]["name"]),
         str(document["mapping"]["name"]),
-        metadata,
+        dict(written) if written is not None else None,
         tensors,
         key,
     )
 
 
 def is_elsewhere(card: Recorded) -> bool:
-    """Whether it is the card of a file in another layout than the DeepEncoder's."""
-    return not card.layout.startswith("deepencoder")
+    """Whether it is the card of a whole encoder, or of a file in another layout than the DeepEncoder's."""
+    return not card.layout.startswith("deepencoder-")
 
 
 def check_card(
