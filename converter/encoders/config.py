@@ -68,11 +68,11 @@ def sam_config_from(shapes: Shapes) -> SamConfig:
     A block is global where its position tables fit the whole image, so a window as large as the image counts as global.
     Raises LayoutError where a tensor is missing or shapes contradict each other.
     """
-    width, channels, patch, _ = _shape(shapes, "patch_embed.proj.weight", 4)
-    _, rows, columns, _ = _shape(shapes, "pos_embed", 4)
+    width, channels, patch, _ = shape_of(shapes, "patch_embed.proj.weight", 4)
+    _, rows, columns, _ = shape_of(shapes, "pos_embed", 4)
     if rows != columns:
         raise LayoutError(f"pos_embed: {rows} rows and {columns} columns, expected a square")
-    tables = [_shape(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
+    tables = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
     windows = {length for length, _ in tables} - {2 * rows - 1}
     if len(windows) > 1:
         raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(windows)} offsets, expected windows of one size")
@@ -86,10 +86,10 @@ def sam_config_from(shapes: Shapes) -> SamConfig:
         width=width,
         depth=len(tables),
         heads=width // head_width,
-        mlp=_shape(shapes, "blocks.0.mlp.lin1.weight", 2)[0],
+        mlp=shape_of(shapes, "blocks.0.mlp.lin1.weight", 2)[0],
         window=(windows.pop() + 1) // 2 if windows else SamConfig.window,
         global_blocks=tuple(index for index, (length, _) in enumerate(tables) if length == 2 * rows - 1),
-        neck=_shape(shapes, "neck.0.weight", 4)[0],
+        neck=shape_of(shapes, "neck.0.weight", 4)[0],
         compressor=_compressor(shapes),
     )
 
@@ -97,7 +97,7 @@ def sam_config_from(shapes: Shapes) -> SamConfig:
 def _compressor(shapes: Shapes) -> tuple[int, int] | None:
     if "net_2.weight" not in shapes and "net_3.weight" not in shapes:
         return None
-    return _shape(shapes, "net_2.weight", 4)[0], _shape(shapes, "net_3.weight", 4)[0]
+    return shape_of(shapes, "net_2.weight", 4)[0], shape_of(shapes, "net_3.weight", 4)[0]
 
 
 def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
@@ -108,7 +108,7 @@ def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
     shapes contradict each other.
     """
     table = "embeddings.position_embedding.weight"
-    count, width = _shape(shapes, table, 2)
+    count, width = shape_of(shapes, table, 2)
     grid = isqrt(count - 1)
     if not grid or grid**2 != count - 1:
         raise LayoutError(f"{table}: {count} positions, expected a square of patches and the class token")
@@ -117,7 +117,7 @@ def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
     channels, patch = ClipConfig.channels, ClipConfig.patch
     convolution = "embeddings.patch_embedding.weight"
     if convolution in shapes:
-        _, channels, patch, _ = _shape(shapes, convolution, 4)
+        _, channels, patch, _ = shape_of(shapes, convolution, 4)
     return ClipConfig(
         image_size=grid * patch,
         patch=patch,
@@ -125,12 +125,12 @@ def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
         width=width,
         depth=_depth(shapes, "transformer.layers."),
         heads=width // head_width,
-        mlp=_shape(shapes, "transformer.layers.0.mlp.fc1.weight", 2)[0],
+        mlp=shape_of(shapes, "transformer.layers.0.mlp.fc1.weight", 2)[0],
         patch_convolution=convolution in shapes,
     )
 
 
-def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, with as many dimensions, none of them 0."""
     shape = tuple(shapes.get(name, ()))
     if len(shape) != dimensions or min(shape) < 1:

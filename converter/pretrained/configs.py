@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from converter.encoders.config import Shapes, clip_config_from, sam_config_from
+from converter.encoders.config import Shapes, clip_config_from, sam_config_from, shape_of
 from converter.errors import LayoutError
 
 Json = dict[str, Any]
@@ -46,7 +46,7 @@ def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
         **images,
         "image_embedding_size": sizes.grid,
         "hidden_size": sizes.neck,
-        "mask_input_channels": shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        "mask_input_channels": shape_of(shapes, "prompt_encoder.mask_downscaling.3.weight", 4)[0],
         "num_point_embeddings": _count(shapes, "prompt_encoder.point_embeddings."),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
@@ -62,17 +62,17 @@ def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
 
 
 def _sam_decoder(shapes: Shapes, width: int) -> Json:
-    final = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"]
+    final = shape_of(shapes, "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)
     return {
         "hidden_size": width,
-        "mlp_dim": shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+        "mlp_dim": shape_of(shapes, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
         "num_hidden_layers": _count(shapes, "mask_decoder.transformer.layers."),
         "num_attention_heads": 8,
         "attention_downsample_rate": width // final[0],
         # One mask more is for a single answer.
-        "num_multimask_outputs": shapes["mask_decoder.mask_tokens.weight"][0] - 1,
+        "num_multimask_outputs": shape_of(shapes, "mask_decoder.mask_tokens.weight", 2)[0] - 1,
         "iou_head_depth": _count(shapes, "mask_decoder.iou_prediction_head.layers."),
-        "iou_head_hidden_dim": shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+        "iou_head_hidden_dim": shape_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
         "hidden_act": "relu",
         "layer_norm_eps": 1e-6,
     }
@@ -108,7 +108,7 @@ def clip(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
     preprocessor = _clip_preprocessor(sizes.image_size)
     if not whole:
         return {"architectures": ["CLIPVisionModel"], **vision}, preprocessor
-    shared = {"projection_dim": shapes["visual_projection.weight"][0]}
+    shared = {"projection_dim": shape_of(shapes, "visual_projection.weight", 2)[0]}
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -120,14 +120,14 @@ def clip(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
 
 
 def _clip_text(shapes: Shapes) -> Json:
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    vocabulary, width = shape_of(shapes, "text_model.embeddings.token_embedding.weight", 2)
     if width % 64:
         raise LayoutError(f"text_model: {width} channels, expected a multiple of the heads' 64")
-    mlp = shapes["text_model.transformer.layers.0.mlp.fc1.weight"][0]
+    mlp = shape_of(shapes, "text_model.transformer.layers.0.mlp.fc1.weight", 2)[0]
     return {
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "max_position_embeddings": shape_of(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
         # OpenAI's vocabulary ends with the two tokens that begin and end a text.
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
