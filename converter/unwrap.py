@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import NamedTuple
 
 from converter.checkpoint import Contents, Tensor
@@ -12,6 +13,8 @@ from converter.errors import ContainerError
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Training states nest a few levels; nothing deeper is a state dict.
 _DEEPEST = 4
+# Models lie a few modules deep in others; the names of all tensors are copied for each.
+_MOST_PREFIXES = 16
 
 
 class StateDict(NamedTuple):
@@ -46,15 +49,14 @@ def plain_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 def _without_wrappers(name: str) -> str:
     segments = [segment for segment in name.split(".") if segment not in _INNER]
     # DistributedDataParallel adds this to the whole model's names; further in it may be the model's own word.
-    while len(segments) > 1 and segments[0] == "module":
-        segments = segments[1:]
-    return ".".join(segments)
+    wrappers = sum(1 for _ in takewhile(lambda segment: segment == "module", segments[:-1]))
+    return ".".join(segments[wrappers:])
 
 
 def without_common_prefixes(tensors: dict[str, Tensor], source: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors with their common leading segments removed, one more each time, and the prefix removed so far."""
     prefix = ""
-    while tensors:
+    for _ in range(_MOST_PREFIXES if tensors else 0):
         yield prefix, tensors
         heads = {name.partition(".")[0] for name in tensors}
         if len(heads) > 1 or any("." not in name for name in tensors):
