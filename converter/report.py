@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,15 +129,14 @@ def fold(tensors: Mapping[str, Tensor]) -> list[Group]:
     groups = []
     for (pattern, _), names in members.items():
         parts = [tensors[name] for name in names]
-        shapes = [list(tensor.shape) for tensor in parts]
-        unique = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+        shapes = Counter(tensor.shape for tensor in parts)
         groups.append(
             Group(
                 name=pattern if len(names) > 1 else names[0],
                 layers=_ranges(pattern, names) if len(names) > 1 else "",
                 tensors=len(names),
                 dtypes=sorted({tensor.dtype.name for tensor in parts}),
-                shapes=sorted(unique, key=lambda shape: -shapes.count(shape)),
+                shapes=[list(shape) for shape, _ in shapes.most_common()],
                 nbytes=sum(tensor.nbytes for tensor in parts),
             )
         )
