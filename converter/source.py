@@ -194,11 +194,12 @@ def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping
     near = catalogue.nearest(tensors, mappings)
     if near is None:
         return [f"its first names: {', '.join(sorted(tensors)[:SHOWN])}"]
-    lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
-    lines += [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
-    lines += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
+    differences = [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
+    differences += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
     for key, shape in near.mapping.signature.tensors.items():
         tensor = tensors.get(near.prefix + key)
         if tensor and len(tensor.shape) != len(shape):
-            lines.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
-    return lines
+            differences.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
+    prefix = f" (prefix {near.prefix})" if near.prefix else ""
+    # With the lines around them a dozen.
+    return [f"nearest is {near.mapping.name}{prefix}:", *differences[:9]]
