@@ -149,6 +149,8 @@ def _misfit(spec: TensorSpec, name: str, value: Expr, sizes: Sizes) -> list[str]
 def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
     """Make up, or do without, a tensor that the source does not give."""
     if spec.fill == "arange":
+        if unknown := [str(dim.name) for dim in spec.shape if dim.name not in (None, *plan.sizes)]:
+            return [f"{name!r} cannot be made: nothing of the right shape tells {', '.join(unknown)}"]
         plan.outputs[name] = Arange(INT64, resolve(spec.shape, plan.sizes))
         plan.filled[name] = "0, 1, 2, ..."
     elif spec.optional:

@@ -43,7 +43,10 @@ def written(shape: Shape) -> str:
 
 
 def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Whether `actual` has this shape given `sizes`; names met for the first time are added to `sizes`."""
+    """Whether `actual` has this shape given `sizes`; names met for the first time are added to `sizes`.
+
+    No name stands for 0: of tensors without elements a file may claim any size.
+    """
     if len(shape) != len(actual):
         return False
     found = dict(sizes)
@@ -51,7 +54,7 @@ def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
         if dim.name is None:
             if dim.factor not in (0, size):
                 return False
-        elif size % dim.factor or found.setdefault(dim.name, size // dim.factor) != size // dim.factor:
+        elif not size or size % dim.factor or found.setdefault(dim.name, size // dim.factor) != size // dim.factor:
             return False
     sizes.update(found)
     return True
