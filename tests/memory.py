@@ -6,33 +6,12 @@ import zlib
 from collections.abc import Iterable
 
 import torch
+from memory_file import Memory
 
 from converter.checkpoint import Storage, Tensor, make_tensor
 from converter.copier import Copier
 from converter.dtypes import BY_NAME
-from converter.errors import ContainerError
 from converter.mapping.expr import Expr, Piece, read
-
-
-class Memory:
-    """A SourceFile made of bytes."""
-
-    name = "memory"
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.size = len(data)
-
-    def readinto(self, buffer: memoryview, offset: int) -> None:
-        buffer[:] = self.read(offset, len(buffer))
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = self.data[offset : offset + length]
-        if len(data) < length:
-            raise ContainerError(f"{self.name}: truncated")
-        return data
-
-    def check_unchanged(self) -> None: ...
 
 
 def raw(tensor: torch.Tensor) -> bytes:

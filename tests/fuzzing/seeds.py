@@ -1,0 +1,185 @@
+"""The inputs that fuzzing starts from: seeds.py FOLDER writes FOLDER/<target>/<digest>.
+
+Tiny checkpoints in every container, as torch, transformers' and safetensors' own code write them, the mappings that
+ship, real checkpoints' names, and the hostile corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import safetensors.torch
+import torch
+
+import converter
+from converter import catalogue
+from fuzzing import targets
+
+# The longest input that is tried.
+LARGEST = 64 << 10
+
+Seeds = dict[str, list[bytes]]
+
+
+def states() -> list[dict[str, Any]]:
+    """Small state dicts, with every type and way to lie in memory."""
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    types = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+    shared = torch.arange(12.0)
+    return [
+        {"weight": base.clone(), "bias": torch.ones(3)},
+        {"model": OrderedDict(a=base, b=base.t(), c=base[1:3, ::2]), "epoch": 3, "lr": 0.1, "name": "x", "none": None},
+        {f"{dtype}".split(".")[1]: torch.zeros(3).to(dtype) for dtype in types},
+        {"a": shared[:5], "b": shared[5:], "whole": shared, "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0)},
+        {"p": torch.nn.Parameter(base.clone()), "wide": torch.ones(1).expand(2, 3), 7: torch.ones(2), "s": {1, 2}},
+        {"module.x.weight": torch.ones(2, 2), "module._orig_mod.y": torch.ones(2), "text": b"bytes", "t": (1, [2.5])},
+        _few(_models().sam_meta()),
+    ]
+
+
+def _models() -> Any:
+    # Imports the libraries that define the layouts.
+    return import_module("models")
+
+
+def _few(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's names, each a tensor of as many dimensions, of sizes that a seed has room for."""
+    state = model.state_dict()
+    return {name: tensor[tuple(slice(2) for _ in tensor.shape)].clone() for name, tensor in state.items()}
+
+
+def saved(value: object, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+class _Module(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 2)
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.register_buffer("extra", torch.ones(2, dtype=torch.float16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.inner(x)) * self.extra
+
+
+def scripted() -> list[bytes]:
+    found = []
+    for module in (torch.jit.script(_Module().eval()), torch.jit.trace(_Module().eval(), torch.ones(1, 3))):
+        buffer = io.BytesIO()
+        torch.jit.save(module, buffer)
+        found.append(buffer.getvalue())
+    return found
+
+
+def seeds() -> Seeds:
+    """Inputs by target."""
+    from fuzzing.mutators import packed
+
+    zips = [saved(state) for state in states()]
+    legacy = [saved(state, _use_new_zipfile_serialization=False) for state in states()]
+    legacy += [
+        saved(states()[1], _use_new_zipfile_serialization=False, pickle_protocol=protocol) for protocol in (0, 4)
+    ]
+    plain = [
+        {key: value.contiguous().clone() for key, value in state.items() if isinstance(value, torch.Tensor)}
+        for state in states()
+    ]
+    tables = [safetensors.torch.save({str(key): value for key, value in state.items()}) for state in plain]
+    tables.append(safetensors.torch.save({"x": torch.ones(2)}, {"format": "pt"}))
+    scripts = scripted()
+    deflated = [packed([(name, data, 8) for name, data in _members(file)]) for file in (*zips[:3], *scripts)]
+    return {
+        "safetensors": tables,
+        "torch-zip": zips + [file for file in deflated if b"constants.pkl" not in file],
+        "torch-legacy": legacy,
+        "torchscript": scripts + [file for file in deflated if b"constants.pkl" in file],
+        "container": [tables[0], zips[0], legacy[0], scripts[0], b"version https://git-lfs", b"<html>", b"\x1f\x8b"],
+        "pickle": [data for file in zips for name, data in _members(file) if name.endswith("data.pkl")],
+        "zip": [*zips[:2], *deflated, packed([("a/b", b"data", 0)])],
+        "mapping": [catalogue.text(name).encode() for name in catalogue.names()],
+        "plan": [text.encode() for text in targets.inventories().values()],
+        "index": [json.dumps(document).encode() for document in _indexes()],
+        "card": _cards(),
+    }
+
+
+def _members(file: bytes) -> Iterator[tuple[str, bytes]]:
+    import zipfile
+
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        for info in archive.infolist():
+            yield info.filename, archive.read(info)
+
+
+def _indexes() -> list[object]:
+    return [
+        {"metadata": {"total_size": 16}, "weight_map": {shard[:11]: shard for shard in targets.SHARDS}},
+        {"weight_map": {"model-00001": targets.SHARDS[0]}},
+        {"weight_map": {"x": "../x.safetensors"}},
+    ]
+
+
+def _cards() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        safetensors.torch.save_file(_models().clip_hf_vision().state_dict(), path / "x.safetensors")
+        converter.convert(path / "x.safetensors", "clip", out=path / "out.safetensors", card=path / "card.json")
+        return [(path / "card.json").read_bytes()]
+
+
+def hostile() -> Iterator[bytes]:
+    """The files of the hostile corpus that are small enough."""
+    for path in sorted((Path(__file__).parent.parent / "hostile").glob("*.py")):
+        for case in getattr(import_module(f"hostile.{path.stem}"), "CASES", ()):
+            with tempfile.TemporaryDirectory() as folder:
+                inside = Path(folder, "in")
+                inside.mkdir()
+                case.build(inside)
+                for file in sorted(inside.rglob("*")):
+                    if file.is_file() and not file.is_symlink() and file.stat().st_size <= LARGEST:
+                        yield file.read_bytes()
+
+
+# Which targets a file of the corpus is a seed of: all that could make something of it.
+_KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
+    (lambda data: data[8:9] == b"{", ("safetensors", "container")),
+    (lambda data: data[:2] == b"PK" and b"constants.pkl" in data, ("torchscript", "zip")),
+    (lambda data: data[:2] == b"PK", ("torch-zip", "zip")),
+    (lambda data: data[:1] in (b"\x80", b"L"), ("torch-legacy", "container")),
+    (lambda data: b"weight_map" in data, ("index",)),
+    (lambda data: b"recognise" in data or b"layout" in data, ("mapping",)),
+    (lambda data: True, ("container",)),
+)
+
+
+def main() -> None:
+    found = seeds()
+    for data in hostile():
+        names = next(names for fits, names in _KINDS if fits(data))
+        for name in names:
+            found[name].append(data)
+    for name, inputs in found.items():
+        folder = Path(sys.argv[1], name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for data in inputs:
+            if len(data) <= LARGEST:
+                (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+        print(f"{name}: {len(list(folder.iterdir()))} inputs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What is fuzzed: functions of bytes that read them as the program would, and on to every tensor that was accepted.
+
+Nothing but a DsocrError may leave one. No torch: a target would wait seconds for it, and readers do without.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memory_file import Memory
+
+from converter import catalogue, inspection, loaders, report
+from converter.catalogue import load_file
+from converter.checkpoint import Contents, Storage, Tensor, contiguous_strides
+from converter.copier import Copier
+from converter.dtypes import BY_NAME
+from converter.errors import DsocrError
+from converter.loaders import safetensors, torch_legacy, torch_pickle, torch_zip, torchscript, unpickler, zipdir
+from converter.loaders.torch_pickle import StorageRef
+from converter.mapping.expr import extents, read
+from converter.mapping.parse import FAMILIES
+from converter.mapping.plan import Plan, make_plan
+from converter.planning import Wish, planned
+from converter.pretrained.folder import LAYOUTS, folder_files
+from converter.source import Source, open_source
+from converter.unwrap import plain_names, state_dicts, without_common_prefixes
+from fuzzing import mutators
+from fuzzing.mutators import Mutator
+
+# Tensors' bytes that are read of one input: more would say no more of the reader.
+MOST_READ = 4 << 20
+
+# What stands beside an index.
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+class Target(NamedTuple):
+    """`run` reads an input: its bytes or, with `file`, a file of that name which holds them.
+
+    `mutate` makes another input of one, and keeps its form where bytes alone would lose it.
+    """
+
+    run: Callable[[Any], object]
+    mutate: Mutator = mutators.plain
+    file: str = ""
+
+
+def prepare(folder: Path) -> None:
+    """Load and keep what the program reads anew in every run, and write what inputs in `folder` may refer to."""
+    built_in, plugins = loaders._built_in(), loaders._plugins()
+    loaders._built_in, loaders._plugins = (lambda: built_in), (lambda: plugins)
+    catalogue.candidates = functools.cache(catalogue.candidates)
+    for name in catalogue.names():
+        catalogue.load(name)
+    for family in FAMILIES:
+        catalogue.candidates(family)
+    _known()
+    for name in SHARDS:
+        (folder / name).write_bytes(mutators.safetensors_file({name[:11]: ("F32", [2])}))
+
+
+# ---- what is done with contents that a reader accepted
+
+
+def use(contents: Contents) -> None:
+    """Read every tensor, look for state dicts and shorten their names, as the commands do."""
+    copier = Copier(lambda full: memoryview(full.obj), lambda count: None)
+    left = MOST_READ
+    for tensor in _tensors(contents):
+        check(tensor)
+        left -= tensor.storage.length + tensor.storage.size
+        if left >= 0:
+            _read(tensor, copier)
+    for found in state_dicts(contents):
+        report.fold(found.tensors)
+        for _ in without_common_prefixes(plain_names(found.tensors, "input"), "input"):
+            pass
+
+
+def _tensors(contents: Contents) -> Iterator[Tensor]:
+    for value in contents.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
+
+
+def check(tensor: Tensor) -> None:
+    """What the rest of the program relies on."""
+    assert type(tensor.key) is str and len(tensor.shape) == len(tensor.strides)
+    assert min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 not in tensor.shape:
+        assert tensor.start + (last + 1) * tensor.dtype.itemsize <= tensor.storage.size
+
+
+def _read(tensor: Tensor, copier: Copier) -> None:
+    pieces = extents(read(tensor))
+    if pieces is None:
+        assert len(tensor.storage.read()) == tensor.storage.size
+    else:
+        copier.copy(pieces)
+
+
+# ---- the readers
+
+
+def _loaded(loader: loaders.Loader) -> Callable[[bytes], None]:
+    def run(data: bytes) -> None:
+        file = Memory(data)
+        if loader.recognises(file):
+            use(loader.load(file))
+
+    return run
+
+
+def container(data: bytes) -> None:
+    """A file of a kind that is to be found out."""
+    _, contents = loaders.open_file(Memory(data))
+    use(contents)
+
+
+def pickle(data: bytes) -> None:
+    """A pickle with a state dict, whose storages all exist."""
+    file = Memory(b"")
+
+    def storage(ref: StorageRef) -> Storage:
+        return Storage(file, (0, ref.nbytes), ref.nbytes, ref.nbytes, ref.key)
+
+    value, end = unpickler.unpickle(data, "input", torch_pickle.GLOBALS, torch_pickle.storage_ref)
+    assert 0 < end <= len(data)
+    for tensor in _tensors(torch_pickle.contents(file, value, storage)):
+        check(tensor)
+
+
+def zip_directory(data: bytes) -> None:
+    """A zip archive, of which every member is read."""
+    file = Memory(data)
+    if not zipdir.is_zip(file):
+        return
+    left = MOST_READ
+    for storage in zipdir.read_directory(file).values():
+        left -= storage.length + storage.size
+        if left >= 0:
+            with suppress(DsocrError):
+                assert len(storage.read()) == storage.size
+
+
+# ---- what stands beside tensors
+
+
+@functools.cache
+def _known() -> dict[str, list[dict[str, Tensor]]]:
+    """Tensors that mappings are tried on: those of real checkpoints, two layers of each."""
+    found: dict[str, list[dict[str, Tensor]]] = {family: [] for family in FAMILIES}
+    for name, text in inventories().items():
+        found["clip" if "clip" in name else "sam"].append(dict(_described(json.loads(text))))
+    return found
+
+
+def inventories() -> dict[str, str]:
+    """Two layers of each real checkpoint, as the target `plan` reads them."""
+    from inventories import inventories
+
+    def few(key: str) -> bool:
+        return all(not part.isdigit() or int(part) < 2 for part in key.split("."))
+
+    return {
+        name: json.dumps({key: entry for key, entry in inventory.items() if few(key)}, indent=0)
+        for name, inventory in inventories().items()
+    }
+
+
+def mapping(path: Path) -> None:
+    """A mapping file, applied to tensors of its family."""
+    found = load_file(path)
+    hub = catalogue.hub(found.family)
+    for prefix in found.signature.prefixes:
+        for tensors in _known()[found.family]:
+            with suppress(DsocrError):
+                values = {name: read(tensor) for name, tensor in tensors.items()}
+                _use_plan(make_plan(found, prefix, hub, values, "input"))
+
+
+def plan(data: bytes) -> None:
+    """Names, types and shapes as JSON, recognised and planned in one of several ways."""
+    try:
+        contents: Contents = dict(_described(json.loads(data)))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return
+    opened = Source("input", (Memory(b""),), ("safetensors",), contents)
+    with suppress(DsocrError):
+        inspection._inspect(opened, None).to_json()
+    wish = _WISHES[len(data) % len(_WISHES)]
+    found = planned(opened, wish.checked(), None)
+    _use_plan(found.plan)
+    if wish.to in LAYOUTS:
+        folder_files(found.plan, wish.whole)
+
+
+_WISHES = [
+    *(Wish(family, dtype=dtype) for family in FAMILIES for dtype in ("keep", "float16")),
+    Wish("clip", image_size=336),
+    *(Wish(family, to=f"{family}-{of}") for family in FAMILIES for of in ("hf", "timm")),
+    *(Wish(family, to=f"{family}-hf", whole=True) for family in FAMILIES),
+    Wish("sam", to="sam-meta"),
+]
+
+
+def _described(document: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of these names, types and shapes; whatever a container would refuse is an error here."""
+    file = Memory(b"")
+    for key, (dtype, shape) in document.items():
+        if not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 64:
+            raise ValueError
+        nbytes = math.prod(shape) * BY_NAME[dtype].itemsize
+        # The format's headers are not larger, and no disk is.
+        if nbytes >= 1 << 50:
+            raise ValueError
+        storage = Storage(file, (0, nbytes), nbytes, nbytes, key)
+        yield key, Tensor(key, BY_NAME[dtype], tuple(shape), storage, 0, contiguous_strides(tuple(shape)))
+
+
+def _use_plan(plan: Plan) -> None:
+    assert plan.nbytes >= 0
+    for value in plan.outputs.values():
+        extents(value)
+
+
+def index(path: Path) -> None:
+    """The index of a sharded checkpoint, and its shards."""
+    with closing(open_source(path)) as opened:
+        use(opened.contents)
+
+
+def card(path: Path) -> None:
+    """A card as `dsocr-verify --card` reads it."""
+    # Imports torch.
+    from converter.verify.carded import is_elsewhere, read_card
+
+    is_elsewhere(read_card(path))
+
+
+TARGETS: dict[str, Target] = {
+    "safetensors": Target(_loaded(safetensors), mutators.safetensors),
+    "torch-zip": Target(_loaded(torch_zip), mutators.archive),
+    "torch-legacy": Target(_loaded(torch_legacy), mutators.pickle),
+    "torchscript": Target(_loaded(torchscript), mutators.archive),
+    "container": Target(container),
+    "pickle": Target(pickle, mutators.pickle),
+    "zip": Target(zip_directory, mutators.archive),
+    "mapping": Target(mapping, mutators.lines, "mapping.yaml"),
+    "plan": Target(plan, mutators.json_document),
+    "index": Target(index, mutators.json_document, "model.safetensors.index.json"),
+    "card": Target(card, mutators.json_document, "card.json"),
+}

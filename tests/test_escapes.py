@@ -1,0 +1,106 @@
+"""What fuzzing found, and reading with its eyes: inputs that once raised an error of Python's own, or took hours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from inventories import inventories
+from memory_file import Memory
+
+from converter import catalogue, report
+from converter.checkpoint import Contents, Storage, Tensor, contiguous_strides
+from converter.dtypes import BY_NAME
+from converter.errors import LayoutError, MappingError
+from converter.mapping.shapes import fits, parse_dim
+from converter.planning import Wish, to_hub
+from converter.pretrained import configs
+from converter.source import Source, identify
+from converter.unwrap import plain_names, without_common_prefixes
+
+# Far more than any takes now, and far less than all took.
+SECONDS = 5.0
+
+
+def tensor(key: str, *shape: int) -> Tensor:
+    storage = Storage(Memory(b""), (0, 0), 0, 0, key)
+    return Tensor(key, BY_NAME["float32"], shape, storage, 0, contiguous_strides(shape))
+
+
+def described(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: tensor(name, *shape) for name, shape in shapes.items()}
+
+
+def source(tensors: dict[str, Tensor]) -> Source:
+    contents: Contents = dict(tensors)
+    return Source("x.safetensors", (Memory(b""),), ("safetensors",), contents)
+
+
+def inventory(name: str) -> dict[str, tuple[int, ...]]:
+    # Made anew where they lack, and of another type than what is described here.
+    return {key: shape for key, (_, shape) in inventories()[name].items() if not key.endswith("position_ids")}
+
+
+MANY = 100_000
+QUICK: dict[str, Callable[[], object]] = {
+    "a name of a million segments": lambda: list(without_common_prefixes({"a." * 10**6 + "b": tensor("x")}, "x")),
+    "a million wrappers": lambda: plain_names({"module." * 10**6 + "b": tensor("x")}, "x"),
+    "a hundred thousand shapes": lambda: report.fold({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_time_does_not_grow_with_the_square_of_the_input(name: str) -> None:
+    began = time.process_time()
+    QUICK[name]()
+    assert time.process_time() - began < SECONDS
+
+
+def test_shapes_of_a_group_come_with_the_most_frequent_first() -> None:
+    (group,) = report.fold(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
+    assert group.shapes == [[2], [9], [7]]
+
+
+def test_no_size_of_a_model_is_zero() -> None:
+    """Else tensors without elements could make up a table of positions of any length."""
+    assert not fits((parse_dim("positions"), parse_dim("width")), (10**12, 0), {})
+    assert fits((parse_dim("positions"), parse_dim("_")), (10, 0), {})
+
+
+CONFIGS = {
+    "clip-hf": (configs.clip, ("visual_projection.weight", "text_model.embeddings.position_embedding.weight")),
+    "sam-meta": (configs.sam, ("mask_decoder.mask_tokens.weight", "prompt_encoder.mask_downscaling.3.weight")),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (0, 2), (1,) * 5])
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -> None:
+    plan = to_hub(source(described(inventory(layout))), Wish(layout.partition("-")[0])).plan
+    shapes = {name: value.shape for name, value in {**plan.outputs, **plan.beyond}.items()}
+    make, names = CONFIGS[layout]
+    assert make(shapes, True)
+    for name in names:
+        with pytest.raises(LayoutError, match=name):
+            make({**shapes, name: shape}, True)
+
+
+def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
+    (mapping,) = (mapping for mapping in catalogue.mappings("sam") if mapping.name == "sam-meta")
+    telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
+    tensors = telling | described({f"unheard.of.{i}.y": (1,) for i in range(9)})
+    with pytest.raises(LayoutError) as caught:
+        identify(source(tensors), "sam", catalogue.candidates("sam"), None)
+    message = str(caught.value)
+    for words in ("sam-meta has nothing for 'unheard.of.0.y'", "the checkpoint has nothing for"):
+        assert words in message
+    assert len(message.splitlines()) <= 12
+
+
+def test_indices_whose_number_nothing_tells() -> None:
+    """They are made up where they lack: as many as there are positions."""
+    shapes = inventory("clip-hf")
+    tensors = described({**shapes, "vision_model.embeddings.position_embedding.weight": (2, 2, 2)})
+    with pytest.raises(MappingError, match=r"position_ids' cannot be made: nothing of the right shape tells positions"):
+        to_hub(source(tensors), Wish("clip"))
