@@ -7,6 +7,7 @@ from collections.abc import Mapping as MappingABC
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from converter.checkpoint import Tensor
@@ -66,16 +67,26 @@ def load(name: str) -> Mapping | Layout:
 def load_file(path: Path) -> Mapping:
     """A user's own mapping file."""
     try:
+        found = parse_mapping(_text_of(path), str(path))
+        if isinstance(found, Layout):
+            raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)")
+    except MappingError as error:
+        raise MappingError(f"{error}\nread one that ships: dsocr-convert mapping show clip-hf") from error
+    return found
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if not S_ISREG(path.stat().st_mode) and not path.is_dir():
+            # A pipe would be waited for.
+            raise MappingError(f"{path}: is no file")
         with path.open(encoding="utf-8") as file:
             # One more than is allowed, and so refused, however large the file.
-            found = parse_mapping(file.read(LARGEST + 1), str(path))
+            return file.read(LARGEST + 1)
     except OSError as error:
         raise MappingError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise MappingError(f"{path}: not UTF-8 text: not a mapping file") from error
-    if isinstance(found, Layout):
-        raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)")
-    return found
 
 
 def hub(family: str) -> Layout:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.catalogue import Candidate
-from converter.errors import LayoutError, UsageError
+from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, read
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
@@ -71,7 +71,21 @@ def hub_plan(opened: Source, known: Identified, wish: Wish, dtype: str = "keep")
     hub = catalogue.hub(wish.family)
     mapping = identity(hub) if isinstance(layout, Layout) else layout
     tensors: dict[str, Expr] = {name: read(tensor) for name, tensor in known.tensors.items()}
-    return make_plan(mapping, known.match.prefix, hub, tensors, opened.name, dtype=dtype, image_size=wish.image_size)
+    prefix, pixels = known.match.prefix, wish.image_size
+    try:
+        return make_plan(mapping, prefix, hub, tensors, opened.name, dtype=dtype, image_size=pixels)
+    except MappingError as error:
+        raise MappingError(f"{error}\n{_next_step(mapping, wish)}") from error
+
+
+def _next_step(mapping: Mapping, wish: Wish) -> str:
+    """What to do where a checkpoint was recognised and does not fit all the same."""
+    if wish.mapping is not None:
+        return f"correct {wish.mapping}, or leave --mapping out if the checkpoint is of a known layout"
+    return (
+        f"the checkpoint is incomplete, or differs from {mapping.name}: get a whole one, or say what is to be done\n"
+        f"in a mapping of your own: dsocr-convert mapping show {mapping.name} > mine.yaml; then --mapping mine.yaml"
+    )
 
 
 def planned(opened: Source, wish: Wish, lender: Source | None) -> Planned:
@@ -110,7 +124,10 @@ def _layouts(wish: Wish) -> Sequence[Candidate]:
         return catalogue.candidates(wish.family)
     own = catalogue.load_file(Path(wish.mapping))
     if own.family != wish.family:
-        raise UsageError(f"--mapping {wish.mapping}: is for the family {own.family!r}, not {wish.family!r}")
+        raise UsageError(
+            f"--mapping {wish.mapping}: is for the family {own.family!r}, not {wish.family!r}\n"
+            f"run: dsocr-convert {own.family} ... --mapping {wish.mapping}"
+        )
     return catalogue.only(own)
 
 

@@ -128,7 +128,10 @@ def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
     """The state dicts of a source; with `path` (the option --state-dict, `.` for the top) that one alone."""
     found = state_dicts(source.contents)
     if not found:
-        raise LayoutError(f"{source.name}: holds no tensors under names")
+        raise LayoutError(
+            f"{source.name}: holds no tensors under names\n"
+            "save the model's state dict, not a list of tensors or a training record without one, and convert that"
+        )
     if path is None:
         return found
     chosen = [entry for entry in found if entry.path == path.strip(".")]

@@ -72,7 +72,8 @@ def _renamed(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> 
     for name, tensor in tensors.items():
         if names[name] in result:
             raise ContainerError(
-                f"{source}: {name!r} and {result[names[name]].key!r} are both {names[name]!r} without their wrappers"
+                f"{source}: {name!r} and {result[names[name]].key!r} are both {names[name]!r} without their wrappers\n"
+                "two models were saved into one dict: save each into a file of its own"
             )
         result[names[name]] = tensor
     return result

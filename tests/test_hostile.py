@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import pytest
 import safetensors.torch
+from hostile import mappings
 from hostile.case import Accepted, Case, Refused, State, marker
 from memory import raw
 
-MODULES = ()
+MODULES = (mappings,)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 PROGRAM = Path(sys.executable).with_name("dsocr-convert")
@@ -43,18 +44,25 @@ def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
     began = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen([PROGRAM, *command], cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
-        while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, highest(process.pid))
             if time.monotonic() - began > timeout:
-                process.send_signal(signal.SIGKILL)
-                os.wait4(process.pid, 0)
+                process.kill()
+                process.wait()
                 pytest.fail(f"still running after {timeout} s")
-            time.sleep(0.01)
-        process.returncode = os.waitstatus_to_exitcode(done[1])
+            time.sleep(0.003)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return Done(process.returncode, *texts, done[2].ru_maxrss * 1024, time.monotonic() - began)
+    return Done(process.returncode, *texts, peak, time.monotonic() - began)
+
+
+def highest(process: int) -> int:
+    """The most memory that a process has held, in bytes; wait4 would tell what this one holds, if that is more."""
+    found = re.search(r"VmHWM:\s+([0-9]+)", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 def snapshot(folder: Path) -> dict[str, object]:

@@ -187,7 +187,9 @@ def test_a_malformed_file_is_told_by_line_and_what_was_expected(old: str, new: s
     ],
 )
 def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
-    with pytest.raises(MappingError, match=f"^{re.escape(complaint)}"):
+    # Some releases of libyaml have a limit of their own, which they may come to first.
+    own = re.escape(complaint.replace("nested too deeply", "not valid YAML: exceeded maximum nesting depth"))
+    with pytest.raises(MappingError, match=f"^({re.escape(complaint)}|{own})"):
         mapping_of(text)
 
 
@@ -216,7 +218,7 @@ def test_a_malformed_hub_is_refused(old: str, new: str, complaint: str) -> None:
         (lambda path: None, "cannot be read: No such file"),
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"layout: \xff"), "not UTF-8 text"),
-        (lambda path: path.symlink_to("/dev/zero"), "larger than 1048576 characters"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no file"),
         (lambda path: path.write_text(catalogue.text("deepencoder-sam")), "describes a hub layout"),
     ],
 )

@@ -14,6 +14,8 @@ from converter.mapping.template import Bindings
 
 # Errors list this many names, then count: a wrong mapping can disagree with every tensor of a checkpoint.
 SHOWN = 5
+# Names times templates, a few seconds: 3,000 rules for the 3,000 tensors of a language model.
+_MOST_COMPARED = 10_000_000
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,11 @@ class Claims:
 def claim(rules: tuple[Rule, ...], names: MappingABC[str, object]) -> Claims:
     """Match every name against every rule."""
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
+    if len(templates) * len(names) > _MOST_COMPARED:
+        raise MappingError(
+            f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors\n"
+            "a template such as blocks.{i}.{rest} stands for many names at once"
+        )
     claims = Claims(defaultdict(dict), [], [])
     for name in names:
         owner: Rule | None = None

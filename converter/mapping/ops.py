@@ -10,6 +10,9 @@ from converter.mapping.expr import Cast, Expr, Resample, joined, permuted, resha
 
 Values = tuple[Expr, ...]
 
+# Of positions along a side: an image of 8192 pixels in CLIP-L's patches, 1.4 GB of positions, computed in memory.
+LARGEST_GRID = 585
+
 
 class LossyError(Exception):
     """The operation cannot be undone."""
@@ -126,7 +129,7 @@ class Deinterleave(NamedTuple):
 
     def one(self, value: Expr) -> Expr:
         rows = value.shape[_axis(value, 0)]
-        if rows % (self.heads * self.parts):
+        if not rows or rows % (self.heads * self.parts):
             raise ValueError(f"cannot take {self.heads} heads of {self.parts} parts from shape {list(value.shape)}")
         step = rows // (self.heads * self.parts)
         order = [head * self.parts + part for part in range(self.parts) for head in range(self.heads)]
@@ -160,6 +163,8 @@ class ResamplePositions(NamedTuple):
 
     def one(self, value: Expr) -> Expr:
         positions = value.shape[_axis(value, 0)] - 1
+        if self.grid > LARGEST_GRID:
+            raise ValueError(f"cannot resample to a grid of {self.grid}: larger than {LARGEST_GRID}")
         if len(value.shape) != 2 or positions < 1 or math.isqrt(positions) ** 2 != positions:
             raise ValueError(f"cannot resample shape {list(value.shape)}: not a class token and a square grid")
         if positions == self.grid**2:

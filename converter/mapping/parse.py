@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from converter.dtypes import BY_NAME
 from converter.mapping.ops import (
@@ -22,12 +22,14 @@ from converter.mapping.ops import (
 )
 from converter.mapping.rules import Layout, Mapping, Rule, Signature, TensorSpec
 from converter.mapping.shapes import Shape, parse_dim
-from converter.mapping.template import Kind, Template
-from converter.mapping.yamltree import Tree, parse
+from converter.mapping.template import LONGEST_WORD, Kind, Template
+from converter.mapping.yamltree import LARGEST, Tree, parse
 
 _HEAD = ("layout", "family", "description", "variables", "recognise")
 _KINDS = ("int", "name", "path")
 FAMILIES = ("sam", "clip")
+# Each is compared with every name of a checkpoint.
+_MOST_RULES = 4096
 
 
 def parse_signature(text: str, file: str) -> Signature:
@@ -57,9 +59,9 @@ def _mapping(tree: Tree, digest: str) -> Mapping:
     if "beside" in fields and "elsewhere" in fields:
         raise fields["elsewhere"].fail("expected `beside` (rules for the other names) or `elsewhere`, not both")
     return Mapping(
-        name=fields["layout"].text("the layout's name"),
+        name=_line(fields["layout"], "the layout's name"),
         family=_family(fields["family"]),
-        description=fields["description"].text("one line on what the layout is"),
+        description=_line(fields["description"], "one line on what the layout is"),
         signature=signature,
         rules=_rules(fields["rules"], variables),
         beside=_rules(fields["beside"], variables) if "beside" in fields else (),
@@ -75,9 +77,9 @@ def _layout(tree: Tree, digest: str) -> Layout:
     variables = _variables(fields)
     beyond = fields["beyond"].fields("names and reasons") if "beyond" in fields else {}
     return Layout(
-        name=fields["layout"].text("the layout's name"),
+        name=_line(fields["layout"], "the layout's name"),
         family=_family(fields["family"]),
-        description=fields["description"].text("one line on what the layout is"),
+        description=_line(fields["description"], "one line on what the layout is"),
         sizes={name: size.number("a size") for name, size in fields["sizes"].fields("names and sizes").items()},
         signature=_signature(fields),
         tensors=tuple(
@@ -96,6 +98,11 @@ def _require(tree: Tree, fields: dict[str, Tree], *names: str) -> None:
     for name in names:
         if name not in fields:
             raise tree.fail(f"the key {name!r} is missing")
+
+
+def _line(tree: Tree, what: str) -> str:
+    """Words for people, on one line however the file breaks them."""
+    return " ".join(tree.text(what).split())
 
 
 def _family(tree: Tree) -> str:
@@ -122,6 +129,8 @@ def _variable(name: str, tree: Tree) -> Kind:
     words = tuple(item.text("a word") for item in tree.items(expected))
     if not words or len(set(words)) < len(words) or any("." in word or not word for word in words):
         raise tree.fail(f"variable {name!r}: expected different words without dots")
+    if any(len(word) > LONGEST_WORD for word in words):
+        raise tree.fail(f"variable {name!r}: expected words of at most {LONGEST_WORD} characters")
     return words
 
 
@@ -168,10 +177,18 @@ def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
 
 
 def _rules(tree: Tree, variables: dict[str, Kind]) -> tuple[Rule, ...]:
-    return tuple(itertools.chain.from_iterable(_rule(item, variables) for item in tree.items("a list of rules")))
+    found = itertools.chain.from_iterable(_rule(item, variables) for item in tree.items("a list of rules"))
+    rules = tuple(itertools.islice(found, _MOST_RULES + 1))
+    if len(rules) > _MOST_RULES:
+        raise tree.fail(f"more than {_MOST_RULES} rules")
+    # The expressions that match names are made of them all.
+    sizes = (name.size for rule in rules for name in rule.sources)
+    if any(total > LARGEST for total in itertools.accumulate(sizes)):
+        raise tree.fail(f"with all words of their variables, the rules have more than {LARGEST} characters")
+    return rules
 
 
-def _rule(tree: Tree, variables: dict[str, Kind]) -> list[Rule]:
+def _rule(tree: Tree, variables: dict[str, Kind]) -> Iterator[Rule]:
     """The rules of one list item: one, or for a drop that lists several names, one each."""
     present = tree.fields("a rule")
     verb = next((verb for verb in _VERBS if verb in present), None)
@@ -184,7 +201,7 @@ def _rule(tree: Tree, variables: dict[str, Kind]) -> list[Rule]:
     # `reading`: files without it are read, and what reads the written ones wants it.
     demanded = "optional" in fields and fields["optional"].is_text and fields["optional"].text("") == "reading"
     optional = demanded or ("optional" in fields and fields["optional"].flag())
-    return [rule._replace(demanded=demanded) for rule in read(tree, fields, variables, optional)]
+    return (rule._replace(demanded=demanded) for rule in read(tree, fields, variables, optional))
 
 
 def _keep(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
@@ -214,20 +231,21 @@ def _split(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], opti
     return [Rule((source,), parts, (Split(len(parts), _dim(fields)), *_then(fields)), optional, "", tree.place)]
 
 
-def _drop(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
+def _drop(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> Iterator[Rule]:
     reason = _reason(fields["because"])
-    names = [_template(name, fields["drop"], variables) for name in fields["drop"].words("a name, or a list of names")]
-    return [Rule((name,), (), (), optional, reason, tree.place) for name in names]
+    names = fields["drop"].words("a name, or a list of names")
+    templates = (_template(name, fields["drop"], variables) for name in names)
+    return (Rule((name,), (), (), optional, reason, tree.place) for name in templates)
 
 
 def _reason(tree: Tree) -> str:
-    reason = tree.text("a reason in words")
-    if not reason.strip():
+    reason = _line(tree, "a reason in words")
+    if not reason:
         raise tree.fail("expected a reason in words")
     return reason
 
 
-_Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], list[Rule]]
+_Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], Iterable[Rule]]
 _VERBS: dict[str, tuple[_Read, tuple[str, ...]]] = {
     "keep": (_keep, ("then",)),
     "rename": (_rename, ("to", "then")),

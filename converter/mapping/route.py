@@ -69,7 +69,8 @@ def _count_layers(templates: Sequence[Template], made: Collection[str]) -> dict[
         for start in heads:
             index = name.removeprefix(start).split(".")[0]
             if name.startswith(start) and index.isdigit():
-                counts[start] = max(counts.get(start, 0), int(index) + 1)
+                # One more than there are names is lacking something all the same, however wild the index.
+                counts[start] = max(counts.get(start, 0), min(int(index), len(made)) + 1)
     return counts
 
 

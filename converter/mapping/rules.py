@@ -38,10 +38,8 @@ class Rule(NamedTuple):
     @property
     def text(self) -> str:
         """The rule on one line, for people."""
-        names = " + ".join(template.text for template in self.sources)
-        if not self.targets:
-            return f"drop {names}"
-        return f"{names} -> {' + '.join(template.text for template in self.targets)}"
+        names, made = (" + ".join(repr(name.text)[1:-1] for name in names) for names in (self.sources, self.targets))
+        return f"{names} -> {made}" if self.targets else f"drop {names}"
 
     @property
     def lossy(self) -> str:

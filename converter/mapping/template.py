@@ -17,7 +17,10 @@ from typing import NamedTuple
 # Longer numbers than this are not layer indices, and Python's int() takes quadratic time on them.
 _INT = "0|[1-9][0-9]{0,5}"
 # Combinations of words in one segment that are compared with each other: more would only make a parser hang.
-_MOST_READINGS = 10_000
+_MOST_READINGS = 1000
+# Characters of a tensor's name, of a template, and of one of its words: nesting gives a few hundred at most, and longer
+# ones could make matching take minutes.
+LONGEST_NAME, LONGEST_WORD = 1000, 100
 _FIELD = re.compile(r"\{([a-z][a-z_0-9]*)(?:([+-])([0-9]{1,3}))?\}")
 
 # What a variable may stand for: "int" a layer index, "name" one segment, "path" one or more segments, or one of the
@@ -52,6 +55,8 @@ class Template:
     @classmethod
     def parse(cls, text: str, variables: Mapping[str, Kind]) -> Template:
         """The template that `text` writes; ValueError says what is wrong with it."""
+        if len(text) > LONGEST_NAME:
+            raise ValueError(f"{text[:20]!r}... has {len(text)} characters: no tensor's name has over {LONGEST_NAME}")
         parts: list[str | Field] = []
         end = 0
         for found in _FIELD.finditer(text):
@@ -103,6 +108,12 @@ class Template:
         """The template as it is written."""
         return "".join(part if isinstance(part, str) else _written(part) for part in self.parts)
 
+    @property
+    def size(self) -> int:
+        """Characters of the template with all words of its variables written out."""
+        words = (field.kind for field in self.fields if isinstance(field.kind, tuple))
+        return len(self.text) + sum(len(word) for listed in words for word in listed)
+
     @cached_property
     def head(self) -> str:
         """The literal text before the first variable."""
@@ -115,9 +126,10 @@ class Template:
         return re.compile("".join(pieces), re.DOTALL)
 
     def match(self, name: str) -> Bindings | None:
-        """The variables' values if the whole of `name` fits, or None."""
+        """The variables' values if the whole of `name` fits, or None; nothing fits a name over LONGEST_NAME."""
         # Most names fail at the first letters, and most templates never need their expression compiled.
-        found = self._regex.fullmatch(name) if name.startswith(self.head) else None
+        fits = name.startswith(self.head) and len(name) <= LONGEST_NAME
+        found = self._regex.fullmatch(name) if fits else None
         if found is None:
             return None
         bindings = {}

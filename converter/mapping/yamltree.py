@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from converter.mapping.rules import Place
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 LARGEST = 1 << 20
 _DEEPEST = 16
+# torch's own limit.
+_MOST_DIMENSIONS = 64
 
 T = TypeVar("T")
 
@@ -80,13 +83,17 @@ class Tree:
 
     def number(self, what: str) -> int:
         text = self.text(what)
-        if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        # YAML's octal 010 would be eight to some, and ten to others.
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
             raise self.fail(f"expected {what}, found {text!r}")
         return int(text)
 
     def numbers(self, what: str) -> tuple[int, ...]:
-        """One number, or a list of numbers."""
-        return (self.number(what),) if self.is_text else tuple(item.number(what) for item in self.items(what))
+        """One number, or a list of numbers: no more than a tensor may have dimensions."""
+        items = [self] if self.is_text else self.items(what)
+        if len(items) > _MOST_DIMENSIONS:
+            raise self.fail(f"expected {what}, found {len(items)} numbers: no tensor has more than {_MOST_DIMENSIONS}")
+        return tuple(item.number(what) for item in items)
 
     def checked(self, make: Callable[[], T]) -> T:
         """`make()`, its ValueError told with this line."""
