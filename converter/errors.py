@@ -10,10 +10,35 @@
     └── HubError         5   a hub could not be reached, or does not give the file
         └── UnreachableError
 
-A message has one line a fact: the file, the cause, then the next step.
+A message has one line a fact: the file, the cause, then the next step. What a file calls its tensors stands in it as
+`repr` writes it, or `printable`; what files are called is a `Name`.
 """
 
 from __future__ import annotations
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters written out: names in a file must steer neither terminal nor parser.
+
+    `keep` are characters to leave as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else _written_out(char) for char in text)
+
+
+def _written_out(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class Name(str):
+    """What a file or a part of it is called: itself to whoever opens or compares it, printable where it is shown."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return str.__format__(printable(self), spec)
 
 
 class DsocrError(Exception):

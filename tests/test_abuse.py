@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +204,35 @@ def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
             check(Path("/dev/null"), force=True, needed=0)
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors")
     check_target(tmp_path / "old.safetensors", force=True, needed=0)
+
+
+# Names that steer --------------------------------------------------------------------------------------------------
+
+# What a terminal obeys, and what GitHub's runner takes for a command at the beginning of a line.
+STEERING = "a\r\n::error::b\x1b[2J\u202e\u2028"
+SHOWN: dict[str, tuple[str, ...]] = {
+    "inspected": ("inspect", "odd.safetensors"),
+    "planned": ("sam", "odd.safetensors", "--dry-run"),
+    "compared": ("diff", "odd.safetensors", "other.safetensors"),
+    "derived": ("mapping", "derive", "odd.safetensors", "deepencoder-sam", "-o", "x.yaml"),
+    "several state dicts": ("sam", "several.pth"),
+    "no such state dict": ("sam", "several.pth", "--state-dict", "x"),
+    "several to compare": ("diff", "several.pth", "odd.safetensors"),
+    "several to derive from": ("mapping", "derive", "several.pth", "deepencoder-sam", "-o", "x.yaml"),
+    "a file of that name": ("sam", f"{STEERING}.pth"),
+    "no file of that name": ("sam", f"{STEERING}.safetensors"),
+}
+
+
+@pytest.mark.parametrize("how", SHOWN)
+def test_names_in_files_and_of_files_never_reach_the_terminal_as_they_are(how: str, tmp_path: Path) -> None:
+    state = {f"{STEERING}.{name}": tensor.contiguous() for name, tensor in models.sam_meta().state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "odd.safetensors")
+    safetensors.torch.save_file({STEERING: torch.ones(2), "b": torch.ones(1)}, tmp_path / "other.safetensors")
+    torch.save({STEERING: models.sam_meta().state_dict(), f"{STEERING}2": state}, tmp_path / "several.pth")
+    (tmp_path / f"{STEERING}.pth").write_bytes(b"")
+    program = Path(sys.executable).with_name("dsocr-convert")
+    done = subprocess.run([program, *SHOWN[how]], cwd=tmp_path, capture_output=True, check=False)
+    text = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in text and "::error::b" in text
+    assert all(line.isprintable() and not line.lstrip().startswith("::") for line in text.split("\n"))

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 import converter
-from converter.errors import ContainerError, OutputError
+from converter.errors import ContainerError, OutputError, printable
 from converter.verify import pictures, views
 from converter.verify.result import Picture, Trace, Verification, failed, noted, passed, skipped
 from converter.verify.views import actions, html, junit, plot, table, words
@@ -120,7 +120,7 @@ def test_terminal_without_colours_has_no_escapes(found: Verification, monkeypatc
     monkeypatch.setenv("NO_COLOR", "1")
     text = shown(found)
     assert text.replace("\n", "").isprintable()
-    assert words.printable(words.verdict(found)) in text
+    assert printable(words.verdict(found)) in text
     # No line that GitHub would take for a command.
     assert not any(line.lstrip().startswith("::") for line in text.splitlines())
 
@@ -163,12 +163,12 @@ def test_junit_parses_back_with_every_check(found: Verification) -> None:
     cases = [case for suite in report for case in suite]
     kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped}
     ordered = [check for checks in words.proofs(found).values() for check in checks]
-    assert [case.name for case in cases] == [words.printable(check.name) for check in ordered]
+    assert [case.name for case in cases] == [printable(check.name) for check in ordered]
     assert len(cases) == report.tests == len(found.checks)
     for case, check in zip(cases, ordered, strict=True):
         assert [type(result) for result in case.result] == ([kinds[check.verdict]] if check.verdict in kinds else [])
         if check.verdict in ("passed", "noted"):
-            assert words.printable(check.detail, keep="\n") in case.system_out
+            assert printable(check.detail, keep="\n") in case.system_out
     assert report.failures == sum(check.verdict == "failed" for check in found.checks)
     assert report.skipped == sum(check.verdict == "skipped" for check in found.checks)
 
@@ -280,7 +280,7 @@ def test_html_is_well_formed_self_contained_and_passive(found: Verification) -> 
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
     shown = "".join(outline.data)
-    assert words.printable(words.verdict(found), keep="\n").replace("\n", "") in shown.replace("\n", "")
+    assert printable(words.verdict(found), keep="\n").replace("\n", "") in shown.replace("\n", "")
     assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
 
 

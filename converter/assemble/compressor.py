@@ -13,7 +13,7 @@ from functools import cached_property
 from converter import catalogue
 from converter.checkpoint import Storage, Tensor, contiguous_strides
 from converter.dtypes import FLOAT32
-from converter.errors import LayoutError, UsageError
+from converter.errors import LayoutError, UsageError, printable
 from converter.mapping.expr import Expr, read
 from converter.mapping.shapes import Sizes, fits
 from converter.source import Source
@@ -35,7 +35,7 @@ def find_compressor(opened: Source) -> dict[str, Expr]:
     """net_2 [2*neck, neck, 3, 3] and net_3 [compressed, 2*neck, 3, 3] of a checkpoint; LayoutError if not just one."""
     found = [pair for state_dict in state_dicts(opened.contents) for pair in _pairs(state_dict)]
     if len(found) != 1:
-        names = ", ".join(pair[1].key for pair in found)
+        names = ", ".join(printable(pair[1].key) for pair in found)
         what = f"holds {len(found)} compressors: {names}" if found else f"holds no compressor ({', '.join(NAMES)})"
         raise LayoutError(
             f"{opened.name}: {what}\ngive one that was trained with one, such as deepseek-ai/DeepSeek-OCR"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from converter.errors import DsocrError
+from converter.errors import DsocrError, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 # A bar that is gone before it is read only flickers.
 _BAR_AFTER_SECONDS = 0.5
 
+# Characters of a line for people; a file may give its tensors names of megabytes.
+_LONGEST = 1000
+
 
 def run(app: Callable[[], object]) -> int:
     """Run a program; its exit code. Errors a user can cause are told in a few lines, bugs keep their traceback."""
     try:
         app()
     except DsocrError as error:
-        first, *rest = printable(str(error)).split("\n")
+        first, *rest = str(error).split("\n")
         say(f"error: {first}")
         for line in rest:
             say(f"  {line}")
@@ -43,19 +46,18 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def printable(text: str) -> str:
-    """The text with control characters written out: names in a file must not steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
-
-
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    print(printable(text), file=sys.stderr)
+    """A line for people, on stderr: of a very long one the beginning and the end."""
+    line = printable(text)
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print(line, file=sys.stderr)
 
 
-def result(text: str) -> None:
+def result(*lines: str) -> None:
     """The command's result, on stdout."""
-    print(printable(text))
+    for line in lines:
+        print(printable(line))
 
 
 def result_json(document: dict[str, Any]) -> None:

@@ -181,7 +181,7 @@ def inspect(
     if json:
         console.result_json(found.to_json())
     else:
-        console.result("\n".join(views.inspection(found)))
+        console.result(*views.inspection(found))
 
 
 app.command()(encoder)

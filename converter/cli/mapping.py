@@ -42,7 +42,7 @@ def list_mappings() -> None:
 @app.command("show")
 def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=complete_layout)]) -> None:
     """Print the mapping file of a layout, to read or to start one's own from."""
-    console.result(catalogue.text(name).rstrip())
+    console.result(*catalogue.text(name).rstrip().split("\n"))
 
 
 @app.command("check")
@@ -59,7 +59,7 @@ def check_mapping(
         console.result(f"  {rule.place}: cannot be inverted: {why}")
     if source is not None:
         card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)
-        console.result("\n".join(views.summary(card)))
+        console.result(*views.summary(card))
 
 
 @app.command("derive")

@@ -8,6 +8,9 @@ from pathlib import Path
 from converter.cli import console
 from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan, some
 
+# Characters of a column: one name of a megabyte would pad all other lines to that.
+_WIDEST = 100
+
 
 def size(nbytes: int) -> str:
     """Bytes in the unit that leaves one to three digits before the point, as `ls -h --si` and the hubs count."""
@@ -65,7 +68,7 @@ def plan(card: Card) -> Iterable[str]:
     rows = [
         (f"{name} (x {len(names)})" if len(names) > 1 else name, made_of) for name, made_of, names in fold_plan(card)
     ]
-    width = max((len(name) for name, _ in rows), default=0)
+    width = min(max((len(name) for name, _ in rows), default=0), _WIDEST)
     for name, made_of in rows:
         yield f"{name:{width}}  <- {made_of}"
 
@@ -102,7 +105,7 @@ def _table(groups: list[Group]) -> Iterable[str]:
             name = f"{name.removesuffix('weight')}{{weight,bias}}"
             shapes, nbytes = f"{shapes}, {_shapes(partner)}", nbytes + partner.nbytes
         rows.append((name, group.layers, "/".join(group.dtypes), shapes, size(nbytes)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [min(max(len(row[column]) for row in rows), _WIDEST) for column in range(4)]
     for row in rows:
         yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
 
@@ -147,4 +150,4 @@ def show_card(card: Card, json: bool, quiet: bool, files: Sequence[Path] = ()) -
     elif card.written:
         console.result(card.output)
     else:
-        console.result("\n".join(plan(card)))
+        console.result(*plan(card))

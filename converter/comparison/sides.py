@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.checkpoint import Tensor
-from converter.errors import LayoutError, MappingError
+from converter.errors import LayoutError, MappingError, printable
 from converter.mapping.apply import claim
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
@@ -48,7 +48,7 @@ def side_of(opened: Source, path: str) -> Side:
     if path and len(entries) > 1:
         entries = chosen_state_dicts(opened, path)
     chosen = max(entries, key=lambda entry: len(entry.tensors))
-    rivals = [entry.path or "." for entry in entries if len(entry.tensors) == len(chosen.tensors)]
+    rivals = [printable(entry.path) or "." for entry in entries if len(entry.tensors) == len(chosen.tensors)]
     if len(rivals) > 1:
         raise LayoutError(
             f"{opened.name}: holds {len(rivals)} state dicts of {len(chosen.tensors)} tensors: {', '.join(rivals)}\n"

@@ -11,7 +11,7 @@ from converter import catalogue
 from converter.derivation.compose import Composed, common_prefix, compose, proved
 from converter.derivation.found import ALIKE, NAME, VALUES, Found, Job
 from converter.derivation.names import Symbols, by_names, depth_of
-from converter.errors import LayoutError, MappingError, UsageError
+from converter.errors import LayoutError, MappingError, UsageError, printable
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
@@ -111,7 +111,7 @@ def derive(
 def _largest(opened: Source, state_dict: str | None) -> StateDict:
     """The state dict that is meant: the one chosen, or the one that holds most."""
     entries = sorted(chosen_state_dicts(opened, state_dict), key=lambda entry: -len(entry.tensors))
-    rivals = [entry.path or "." for entry in entries if len(entry.tensors) == len(entries[0].tensors)]
+    rivals = [printable(entry.path) or "." for entry in entries if len(entry.tensors) == len(entries[0].tensors)]
     if len(rivals) > 1:
         many = (
             f"{opened.name}: holds {len(rivals)} state dicts of {len(entries[0].tensors)} tensors: {', '.join(rivals)}"

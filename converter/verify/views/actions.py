@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from converter.errors import OutputError
+from converter.errors import OutputError, printable
 from converter.verify.result import FAILED, NOTED, SKIPPED, Check, Verification
-from converter.verify.views.words import SIGNS, having, printable, proofs, seen, some, times, unsaid, verdict
+from converter.verify.views.words import SIGNS, having, proofs, seen, some, times, unsaid, verdict
 
 # GitHub shows ten errors a step, and drops the rest without a word.
 _ANNOTATIONS = 10

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from converter.errors import Name, printable
 from converter.verify.result import FAILED, SKIPPED, Picture, Verification
 from converter.verify.views import plot, words
 
@@ -31,7 +32,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         # Names come from files: none may hide a character that reverses the line it stands in.
-        finalize=lambda value: words.printable(value, keep="\n") if type(value) is str else value,
+        finalize=lambda value: printable(value, keep="\n") if type(value) in (str, Name) else value,
     )
 
 

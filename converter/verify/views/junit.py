@@ -6,8 +6,9 @@ import io
 
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
+from converter.errors import printable
 from converter.verify.result import FAILED, NOTED, SKIPPED, Check, Verification
-from converter.verify.views.words import printable, proofs
+from converter.verify.views.words import proofs
 
 
 def document(found: Verification) -> bytes:

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from converter.errors import printable
 from converter.verify.result import FAILED, NOTED, PASSED, SKIPPED, Check, Verification
-from converter.verify.views.words import SIGNS, folded, printable, proofs, seen, some, times, unsaid, verdict
+from converter.verify.views.words import SIGNS, folded, proofs, seen, some, times, unsaid, verdict
 
 _STYLES = {PASSED: "green", FAILED: "bold red", NOTED: "yellow", SKIPPED: "dim"}
 # Logs are read in wide windows; 80 columns would fold every line.

@@ -26,19 +26,6 @@ def folded(checks: list[Check]) -> tuple[list[Check], list[Check]]:
     return [check for check in checks if check not in rest], rest
 
 
-def printable(text: str, keep: str = "") -> str:
-    """The text with control characters written out: names in a file must steer neither terminal nor parser.
-
-    `keep` are characters to leave as they are.
-    """
-    return "".join(char if char.isprintable() or char in keep else _written_out(char) for char in text)
-
-
-def _written_out(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
 def having(found: Verification, verdict: str) -> list[Check]:
     return [check for check in found.checks if check.verdict == verdict]
 
