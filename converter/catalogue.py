@@ -18,6 +18,9 @@ from converter.mapping.rules import Layout, Mapping, Signature
 from converter.mapping.shapes import Sizes, fits
 from converter.mapping.yamltree import LARGEST
 
+# Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
+MOST_COMPARED = 10_000
+
 
 class Candidate(NamedTuple):
     """A layout that a checkpoint may have; `load` reads its rules, which takes longer than its signature."""
@@ -151,6 +154,8 @@ class Nearest(NamedTuple):
 
 def nearest(tensors: MappingABC[str, Tensor], candidates: list[Mapping]) -> Nearest | None:
     """The mapping whose rules claim most of the tensors and are used most, or None where all claim nothing."""
+    if len(tensors) > MOST_COMPARED:
+        return None
     best: Nearest | None = None
     best_score = 0.0
     for mapping in candidates:
