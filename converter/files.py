@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from converter.errors import ContainerError
+from converter.errors import ContainerError, Name
 
 # Not to count a map as memory that will be written to: a file may be larger than all there is. Python names it from
 # 3.13 on; the number is that of Linux on x86 and ARM.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+READ_STEP = "check that it is there, where it leads if it is a link, and that you may read it"
 
 # Bytes that are digested at once.
 _PIECE = 1 << 20
@@ -60,14 +63,20 @@ class LocalFile:
 
     def __init__(self, path: Path, name: str = "") -> None:
         """`name` is what messages call it, if not by its path."""
-        self.name = name or str(path)
+        self.name = Name(name or path)
         self.path = str(path)
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # Else a pipe is waited for until somebody writes to it.
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
             self._stat = os.fstat(self._fd)
         except OSError as error:
-            raise ContainerError(f"{self.name}: cannot be read: {error.strerror}") from error
+            raise ContainerError(f"{self.name}: cannot be read: {error.strerror}\n{READ_STEP}") from error
+        if not stat.S_ISREG(self._stat.st_mode):
+            raise ContainerError(
+                f"{self.name}: is a {_kind(self._stat.st_mode)}, not a file: nothing in it can be looked up\n"
+                "write what comes from it to a file, and give that"
+            )
         self.size = self._stat.st_size
 
     def __del__(self) -> None:
@@ -118,6 +127,12 @@ class LocalFile:
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise ContainerError(f"{self.name}: changed while it was being read\nwait until it is complete, then rerun")
+
+
+def _kind(mode: int) -> str:
+    """What people call it when it is no file."""
+    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+    return next((kind for is_, kind in kinds if is_(mode)), "device")
 
 
 def sha256_of(file: SourceFile, count: Callable[[int], None] = lambda nbytes: None) -> str:

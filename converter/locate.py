@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from converter.errors import ContainerError, DsocrError, HubError, UsageError
-from converter.files import LocalFile, SourceFile
+from converter import strictjson
+from converter.errors import ContainerError, DsocrError, HubError, Name, UsageError, printable
+from converter.files import READ_STEP, LocalFile, SourceFile
 from converter.hubs.address import Access, is_address, looks_like_repository, parse
 
 # In a folder, the first of these that is there: transformers looks in the same order.
@@ -22,8 +22,7 @@ _STANDARD = (
 )
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"
-# An index names a few thousand tensors; DeepSeek-OCR's has 250 KB.
-_LARGEST_INDEX = 64 << 20
+_INDEX_STEP = "download it again, from where its checkpoint was published"
 # Names in a message: some repositories have a checkpoint for every thousandth step.
 _SHOWN = 20
 
@@ -46,6 +45,7 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
     if not source:
         # What a shell makes of a variable that is not set; to Path, the current folder.
         raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
+    source = Name(source)
     path = Path(source)
     if is_address(source) or access.hub is not None:
         return _on_hub(source, access)
@@ -68,17 +68,22 @@ def _meant_here(path: Path) -> bool:
 
 def _here(path: Path) -> Located:
     if path.is_dir():
-        path = path / choose((file.name for file in path.iterdir() if file.is_file()), str(path))
+        path = path / choose(_files_in(path), str(path))
+    name = Name(path)
     if not path.name.endswith(INDEX):
-        return Located(str(path), (LocalFile(path),))
+        return Located(name, (LocalFile(path),))
+    with closing(LocalFile(path)) as index:
+        # Unlike Path.exists(), not an error for a name that is too long.
+        weight_map, shards = read_index(index, name, lambda shard: os.path.exists(path.parent / shard))  # noqa: PTH110
+    return Located(name, tuple(LocalFile(path.parent / shard) for shard in shards), weight_map)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """All but folders: of what leads nowhere, or is no file, `LocalFile` says so."""
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise ContainerError(f"{path}: larger than any index of a sharded checkpoint")
-        text = path.read_bytes()
+        return [path.name for path in folder.iterdir() if not path.is_dir()]
     except OSError as error:
-        raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
-    weight_map, shards = read_index(text, str(path), lambda shard: (path.parent / shard).is_file())
-    return Located(str(path), tuple(LocalFile(path.parent / shard) for shard in shards), weight_map)
+        raise ContainerError(f"{Name(folder)}: cannot be read: {error.strerror}\n{READ_STEP}") from error
 
 
 def _on_hub(source: str, access: Access) -> Located:
@@ -104,11 +109,8 @@ def _on_hub(source: str, access: Access) -> Located:
     if not path.endswith(INDEX):
         file = open_(path)
         return Located(name, (file,), None, repository.commit, (*notes, *_whence([file], access)))
-    if (repository.files[path].size or 0) > _LARGEST_INDEX:
-        raise ContainerError(f"{name}: larger than any index of a sharded checkpoint")
     with closing(open_(path)) as index:
-        text = index.read(0, index.size)
-    weight_map, shards = read_index(text, name, lambda shard: _beside(path, shard) in repository.files)
+        weight_map, shards = read_index(index, name, lambda shard: _beside(path, shard) in repository.files)
     with ExitStack() as stack:
         files = tuple(stack.enter_context(closing(open_(_beside(path, shard)))) for shard in shards)
         stack.pop_all()
@@ -162,22 +164,34 @@ def choose(names: Iterable[str], where: str, error: type[DsocrError] = Container
     if not found:
         wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in WEIGHTS)))
         raise error(f"{where}: holds no checkpoint\nlooked for {wanted}")
-    raise error(f"{where}: holds several checkpoints: {', '.join(found)}\nname the one to convert")
+    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, found))}\nname the one to convert")
 
 
-def read_index(text: bytes, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
+def read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
     """The `weight_map` of an index, and the shards it lists, which must lie beside it: `there` tells."""
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ContainerError(f"{name}: no index of a sharded checkpoint: expected a `weight_map` of names") from error
-    if not shards or not all(isinstance(shard, str) for shard in (*weight_map, *shards)):
-        raise ContainerError(f"{name}: its `weight_map` lists no files")
+    weight_map = _weight_map(file, name)
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Separators of any system: an index made to leave its folder on Windows is as hostile here.
-        if shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
-            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index")
+        # Separators of any system, and what Windows takes no notice of at the end: an index made to leave its folder
+        # there is as hostile here.
+        if not shard or shard[-1] in ". " or set(shard) & set("/\\:") or not shard.isprintable():
+            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index\n{_INDEX_STEP}")
         if not there(shard):
             raise ContainerError(f"{name}: the shard {shard!r} is missing\ndownload the rest of the checkpoint")
     return weight_map, shards
+
+
+def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
+    """What an index says of which tensor is in which file."""
+    if file.size > strictjson.MAX_BYTES:
+        raise ContainerError(f"{name}: larger than any index of a sharded checkpoint\n{_INDEX_STEP}")
+    try:
+        weight_map = strictjson.parse(file.read(0, file.size))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("a file's name is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error if isinstance(error, ValueError) else "expected a `weight_map` of names"
+        raise ContainerError(f"{name}: no index of a sharded checkpoint: {why}\n{_INDEX_STEP}") from error
+    if not weight_map:
+        raise ContainerError(f"{name}: its `weight_map` lists no files\n{_INDEX_STEP}")
+    return cast("dict[str, str]", weight_map)

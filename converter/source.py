@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from converter import catalogue
 from converter.catalogue import Candidate, Match
 from converter.checkpoint import Contents, Tensor
-from converter.errors import ContainerError, LayoutError, UsageError
+from converter.errors import ContainerError, LayoutError, UsageError, printable
 from converter.files import Range, SourceFile
 from converter.hubs.address import Access
 from converter.loaders import open_file
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 # Told what is being done, how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
+
+
+# What to do where shards and their index disagree.
+_SHARDS_STEP = "download the checkpoint again, shards and index"
 
 
 class Source(NamedTuple):
@@ -109,18 +113,16 @@ def _joined(located: Located, shards: list[Contents]) -> Contents:
         shard = PurePath(file.name).name
         for key, value in contents.items():
             if key in joined:
-                raise ContainerError(f"{file.name}: {key!r} stands in another shard too")
+                raise ContainerError(f"{file.name}: {key!r} stands in another shard too\n{_SHARDS_STEP}")
             listed = (located.weight_map or {}).get(key)
             if isinstance(value, Tensor) and listed != shard:
                 where = f"puts it into {listed!r}" if listed else "does not list it"
-                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}")
+                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}\n{_SHARDS_STEP}")
             joined[key] = value
     absent = [key for key in located.weight_map or {} if not isinstance(joined.get(key), Tensor)]
     if absent:
-        raise ContainerError(
-            f"{located.name}: lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}\n"
-            "download the checkpoint again"
-        )
+        what = f"lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}"
+        raise ContainerError(f"{located.name}: {what}\n{_SHARDS_STEP}")
     return joined
 
 
@@ -149,7 +151,7 @@ def identify(source: Source, family: str, layouts: Sequence[Candidate], path: st
     if len(found) > 1:
         raise LayoutError(
             f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}\n"
-            f"choose one, such as --state-dict {found[0].state_dict.path or '.'}"
+            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}"
         )
     return found[0]
 
@@ -173,7 +175,7 @@ def _known(source: Source, state_dict: StateDict, layouts: Sequence[Candidate]) 
 
 
 def _paths(entries: Sequence[StateDict]) -> str:
-    return ", ".join(f"{entry.path or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
+    return ", ".join(f"{printable(entry.path) or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
 
 
 def _unknown(source: Source, family: str, layouts: Sequence[Candidate], candidates: list[StateDict]) -> LayoutError:
@@ -196,7 +198,7 @@ def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping
     tensors = plain_names(state_dict.tensors, source.name)
     near = catalogue.nearest(tensors, mappings)
     if near is None:
-        return [f"its first names: {', '.join(sorted(tensors)[:SHOWN])}"]
+        return [f"its first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
     differences = [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
     differences += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
     for key, shape in near.mapping.signature.tensors.items():

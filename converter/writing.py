@@ -32,7 +32,7 @@ def check_not_source(target: Path, opened: Sequence[Source], mapping: str | Path
     check_name(target)
     local = [file for source in opened for file in source.files if file.identity]
     for file in local:
-        if Path(file.name).resolve().parent == target.resolve():
+        if Path(file.path).resolve().parent == target.resolve():
             raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
     if is_source(target, opened, mapping):
         raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
