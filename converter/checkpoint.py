@@ -112,7 +112,8 @@ def inflate(data: bytes, size: int, where: str) -> bytes:
     except zlib.error as error:
         raise ContainerError(f"{where}: damaged compressed data ({error})\ndownload or copy the file again") from error
     if len(result) != size:
-        raise ContainerError(f"{where}: inflates to {'more' if len(result) > size else 'less'} than {size} bytes")
+        more = "more" if len(result) > size else "less"
+        raise ContainerError(f"{where}: inflates to {more} than {size} bytes\ndownload or copy the file again")
     return result
 
 

@@ -61,8 +61,8 @@ UNKNOWN = {
     "zip": (zipped("a/b.txt"), "not one that torch.save"),
     "tar": (tarred("model/a.txt"), "a tar archive"),
     "old torch": (tarred("sys_info"), "before 0.1.10"),
-    "short": (b"abc", "unknown kind: it begins with 61 62 63"),
-    "text": (b"hello, world, this is text", "unknown kind"),
+    "short": (b"ab\x01", "unknown kind: it begins with 61 62 01"),
+    "text": (b"hello, world, this is text\n", "text, not weights: 'hello, world"),
     "noise": (bytes(range(1, 250)), "unknown kind"),
 }
 

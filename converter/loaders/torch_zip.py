@@ -47,7 +47,9 @@ class Archive:
         name = f"{self.root}/byteorder"
         order = read_small(self.members[name], 16) if name in self.members else b"little"
         if order not in (b"little", b"big"):
-            raise ContainerError(f"{self.file.name}: byteorder: {order!r} is neither little nor big")
+            raise ContainerError(
+                f"{self.file.name}: byteorder: {order!r} is neither little nor big\ndownload or copy the file again"
+            )
         return order
 
     def storage(self, ref: StorageRef) -> Storage:

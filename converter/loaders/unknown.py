@@ -57,4 +57,7 @@ def _identify(file: SourceFile) -> tuple[str, str]:
             return kind, step
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it: tar -xf"
+    words = b" ".join(head[:256].split())
+    if words.isascii() and words.decode().isprintable():
+        return f"text, not weights: {words[:40].decode()!r}", "the download probably failed: fetch it again"
     return f"of an unknown kind: it begins with {head[:8].hex(' ')}", "check that it is the file that you meant"

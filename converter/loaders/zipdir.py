@@ -13,12 +13,13 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from converter.checkpoint import Storage
-from converter.errors import ContainerError
+from converter.errors import ContainerError, Name
 from converter.files import SourceFile
 
 MAX_DIRECTORY = 8 << 20  # bytes: 100,000 members; the directories of real checkpoints take less than one MiB
-# Deflate cannot do better than 1032 to 1; a member that claims more would have us reserve memory for nothing.
-MAX_RATIO = 1032
+# Deflate cannot do better than 1032 to 1; a member that claims more would have us reserve memory for nothing. Nor does
+# a large one that is not made to fill memory do better than weights, of which zeros are a small part.
+MAX_RATIO, LARGE, MAX_RATIO_LARGE = 1032, 256 << 20, 20
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -28,6 +29,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x2041  # flags: encrypted, strongly encrypted, directory masked
+_SIZES_FOLLOW = 0x8  # flag of a local header that was written before its data, and of what is known then only
 _MAX_COMMENT = 0xFFFF
 
 
@@ -70,7 +72,7 @@ class Directory(Mapping[str, Storage]):
             (member.header, min(member.end, member.header + longest)),
             member.length,
             member.size,
-            name,
+            Name(name),
             member.crc32,
             deflated=member.method == _DEFLATED,
             find=cache(partial(_data_offset, self._file, name, member)),
@@ -101,7 +103,10 @@ def read_directory(file: SourceFile) -> Directory:
 def read_small(storage: Storage, limit: int) -> bytes:
     """A member's bytes, checked; ContainerError where it claims more than `limit`."""
     if storage.size > limit:
-        raise ContainerError(f"{storage.file.name}: {storage.name}: {storage.size} bytes, and at most {limit} are read")
+        raise ContainerError(
+            f"{storage.file.name}: {storage.name}: {storage.size} bytes, and at most {limit} are read\n"
+            "no checkpoint needs that: do not trust this file"
+        )
     return storage.read()
 
 
@@ -144,7 +149,8 @@ def _end_record(file: SourceFile) -> tuple[int, bytes]:
                 return start + found, record
             found = tail.rfind(b"PK\x05\x06", 0, found)
     raise ContainerError(
-        f"{file.name}: truncated: a zip archive (as torch.save writes) without the directory that ends it\n"
+        f"{file.name}: truncated, or with something after its end: a zip archive (as torch.save writes) without the "
+        "directory that ends it\n"
         "the download or copy was not finished: download or copy it again"
     )
 
@@ -203,13 +209,18 @@ def _central(file: SourceFile, data: bytes, at: int) -> tuple[_Member, int]:
 
 
 def _check_member(file: SourceFile, name: bytes, flags: int, method: int, length: int, size: int) -> None:
-    where = f"{file.name}: {_text(file, name)}"
+    where = f"{file.name}: {_text(file, name)!r}"
     if flags & _ENCRYPTED:
         raise ContainerError(f"{where}: encrypted\nunpack it with its password and pack it again without one")
     if method not in (_STORED, _DEFLATED):
         raise ContainerError(f"{where}: zip compression method {method}\nunpack it and pack it again with `zip -0 -r`")
     if (method == _STORED and length != size) or size > (length + 1) * MAX_RATIO:
-        raise _damaged(file, f"{_text(file, name)}: {length} bytes cannot hold {size}")
+        raise _damaged(file, f"{_text(file, name)!r}: {length} bytes cannot hold {size}")
+    if size > LARGE and size > length * MAX_RATIO_LARGE:
+        raise ContainerError(
+            f"{where}: {length} bytes that unfold to {size}: made to fill memory\n"
+            "do not trust this file; if it is your own, unpack it and pack it again with `zip -0 -r`"
+        )
 
 
 def _zip64(file: SourceFile, extra: bytes, *fields: int) -> list[int]:
@@ -252,8 +263,11 @@ def _without_overlap(file: SourceFile, members: dict[str, _Member], end: int) ->
 def _data_offset(file: SourceFile, name: str, member: _Member) -> int:
     """Where the member's data begins: after its local header, whose extra field has a length of its own."""
     header = file.read(member.header, _LOCAL.size + len(member.raw_name))
-    signature, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack_from(header)
+    signature, _, flags, method, _, _, *sums, name_length, extra_length = _LOCAL.unpack_from(header)
     same = name_length == len(member.raw_name) and header[_LOCAL.size :] == member.raw_name
+    for ours, theirs in zip(sums, (member.crc32, member.length, member.size), strict=True):
+        # Full where the number is in a zip64 field.
+        same &= ours in (theirs, 0xFFFFFFFF) or bool(flags & _SIZES_FOLLOW and not ours)
     if signature != b"PK\x03\x04" or not same or method != member.method or flags & _ENCRYPTED:
         raise _damaged(file, f"{name!r}: the directory and the member's own header disagree")
     offset: int = member.header + len(header) + extra_length
