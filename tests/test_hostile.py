@@ -6,7 +6,6 @@ The inputs are in the package `hostile`, one module a kind. Every case is a run 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -18,11 +17,11 @@ from typing import NamedTuple
 
 import pytest
 import safetensors.torch
-from hostile import mappings
+from hostile import archives, mappings, shards, tensorfiles
 from hostile.case import Accepted, Case, Refused, State, marker
 from memory import raw
 
-MODULES = (mappings,)
+MODULES = (archives, mappings, shards, tensorfiles)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 PROGRAM = Path(sys.executable).with_name("dsocr-convert")
