@@ -122,7 +122,7 @@ def _settle(plan: Plan, applied: Applied, where: str) -> None:
                 plan.outputs[name], plan.rules[name] = value, applied.rules[name]
             else:
                 absent.append((spec, name))
-    problems += [problem for spec, name in absent for problem in _supply(plan, spec, name)]
+    # What is too much comes before what is lacking: it may be the same, under a name of its own.
     for name, value in values.items():
         reason = _reason_beyond(plan.target, name)
         if reason is None:
@@ -130,6 +130,7 @@ def _settle(plan: Plan, applied: Applied, where: str) -> None:
         else:
             plan.beyond[name] = value
             plan.dropped.update((tensor.key, reason) for tensor in sources(value))
+    problems += [problem for spec, name in absent for problem in _supply(plan, spec, name)]
     if problems:
         raise MappingError(f"{where}: {summary(problems)}")
 
