@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 from converter.cards.card import make_card
@@ -12,10 +12,10 @@ from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, planned
-from converter.pretrained.folder import folder_files, staged_pretrained, wants_folder
+from converter.pretrained.folder import folder_files, pretrained_file, wants_folder
 from converter.report import Card, some
 from converter.source import Progress, Source, open_source
-from converter.stage import check_folder, check_target, staged
+from converter.stage import check_folder, check_target, clear_remains, staging
 from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
 
 
@@ -81,10 +81,10 @@ def convert(
             return record
         both = [opened, lender] if lender else [opened]
         check_not_source(target, both, mapping)
+        clear_remains(target, files.all)
         (check_folder if folder else check_target)(target, force, found.plan.nbytes)
         files.check(target, both, force, mapping)
-        output = staged_pretrained(target, documents, force) if folder else staged(target, force)
-        _write(both, found.plan, record, files, output, force, progress)
+        _write(both, found.plan, record, files, documents, force, progress)
         return record._replace(written=True, fetched=fetched(both))
 
 
@@ -101,15 +101,18 @@ def _write(
     plan: Plan,
     card: Card,
     files: CardFiles,
-    output: AbstractContextManager[int],
+    documents: Mapping[str, bytes],
     force: bool,
     progress: Progress,
 ) -> None:
-    """The tensors of the plan into `output`, a file that appears whole or not at all, and its card."""
-    with files.staged(plan.outputs, force) as seen, output as fd:
-        count = read_ahead(opened, plan.outputs.values(), plan.nbytes, progress)
-        write_tensors(fd, plan.outputs, card.format, card.metadata(), count, seen)
-        files.write(
-            card, plan.outputs, opened, seen, card.metadata() if card.format == "safetensors" else None, progress
-        )
+    """The tensors of the plan, in a folder beside `documents` if there are any, and the card, or nothing of it."""
+    target = Path(card.output)
+    with staging(force) as new:
+        output = pretrained_file(new.folder(target), documents) if documents else nullcontext(new.file(target))
+        seen = files.stage(new, plan.outputs)
+        with output as fd:
+            count = read_ahead(opened, plan.outputs.values(), plan.nbytes, progress)
+            write_tensors(fd, plan.outputs, card.format, card.metadata(), count, seen)
+        metadata = card.metadata() if card.format == "safetensors" else None
+        files.write(card, plan.outputs, opened, seen, metadata, progress)
         check_unchanged(opened)

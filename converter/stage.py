@@ -1,6 +1,7 @@
-"""Output that appears whole or not at all: written to a file beside it, made durable, then renamed into place.
+"""Output that appears whole or not at all: written to a file beside it, made durable, then put in its place.
 
 A folder likewise: its files are written to a folder beside it, which is renamed or changes places with an older one.
+Several files appear together. docs/faults.md says what holds when.
 """
 
 from __future__ import annotations
@@ -8,22 +9,43 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from converter.beside import clear, discard, identity, lock, place, record, settle, stage_of, turn
 from converter.errors import OutputError
 
+_ROOM = "free some room, or write elsewhere"
+_STEPS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write elsewhere",
+}
 
-def check_target(path: Path, force: bool, needed: int) -> None:
-    """OutputError if `path` cannot become a file of `needed` bytes, asked before anything is read."""
+
+def clear_remains(output: Path, others: Sequence[Path] = ()) -> None:
+    """Remove what dead runs left beside the output and what appears with it, and finish or undo what they began.
+
+    Before anything is checked: it takes room, and a file may stand there that is to be undone.
+    """
+    for path in (output, *others):
+        check_name(path)
+        with writing(path), turn(path.parent) as held:
+            if held:
+                clear(path, output)
+
+
+def check_target(path: Path, force: bool, needed: int, option: str = "output") -> None:
+    """OutputError if `path`, named by an option, cannot become a file of `needed` bytes; asked before reading."""
     check_name(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder\ngive a file's path to --output")
-    if path.exists() and not path.is_file():
-        # A rename would put a file in the place of /dev/null.
-        raise OutputError(f"{path}: is a device or a pipe, which --force does not replace\ngive a file's path")
-    _check_place(path, force, needed)
+    with writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder\ngive a file's path to --{option}")
+        if path.exists() and not path.is_file():
+            # A rename would put a file in the place of /dev/null.
+            raise OutputError(f"{path}: is a device or a pipe, which --force does not replace\ngive a file's path")
+        _check_place(path, force, needed, option)
 
 
 def check_folder(path: Path, force: bool, needed: int) -> None:
@@ -32,9 +54,13 @@ def check_folder(path: Path, force: bool, needed: int) -> None:
     With `force` a folder is replaced with all that is in it: only one of files alone, and never the current one.
     """
     check_name(path)
-    _check_place(path, force, needed)
-    if not os.path.lexists(path):
-        return
+    with writing(path):
+        _check_place(path, force, needed, "output")
+        if os.path.lexists(path):
+            _check_replaced(path)
+
+
+def _check_replaced(path: Path) -> None:
     if not path.is_dir():
         raise OutputError(f"{path}: is a file\ngive a folder's path to --output, or a name that ends in .safetensors")
     if Path.cwd().is_relative_to(path.resolve()):
@@ -51,20 +77,157 @@ def check_name(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from error
+        raise OutputError(
+            f"{path}: cannot be written: {getattr(error, 'strerror', error)}\nchoose another path"
+        ) from error
 
 
-def _check_place(path: Path, force: bool, needed: int) -> None:
+def _check_place(path: Path, force: bool, needed: int, option: str) -> None:
     folder = path.parent
+    elsewhere = f"choose another path with --{option}"
     if not folder.is_dir():
-        raise OutputError(f"{path}: there is no folder {folder}\ncreate it, or choose another path with --output")
+        raise OutputError(f"{path}: there is no folder {folder}\ncreate it, or {elsewhere}")
     if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already\nchoose another path with --output, or replace it with --force")
+        raise OutputError(f"{path}: exists already\n{elsewhere}, or replace it with --force")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable\nchoose another path with --output")
+        raise OutputError(f"{path}: the folder {folder} is not writable\n{elsewhere}")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(f"{path}: {needed} bytes are needed and {free} are free\nfree some room, or write elsewhere")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OutputError that names `path` for what the system refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    step = _STEPS.get(error.errno or 0, "look after the disk and the folder's permissions, or write elsewhere")
+    return OutputError(f"{path}: could not be written: {error.strerror or error}\n{step}")
+
+
+class Staging:
+    """Files and folders that appear together: the output, and what is to be there as soon as it is.
+
+    The output is what is asked for first. It takes its place last: until then, whatever fails leaves all that stood in
+    the other places before, and if the process is killed, the next run for the same files puts it back.
+    """
+
+    def __init__(self, force: bool) -> None:
+        """`force` replaces what stands there."""
+        self._force = force
+        self._stages: list[_Stage] = []
+
+    def file(self, path: Path) -> int:
+        """A file descriptor to write to what shall stand at `path`."""
+        return self._begin(path, _create).fd
+
+    def folder(self, path: Path) -> Path:
+        """A new folder to put files into, which shall stand at `path`."""
+        return self._begin(path, _create_folder).stage
+
+    def _begin(self, path: Path, create: Callable[[Path], int]) -> _Stage:
+        stage = _Stage(path)
+        # Before there is any: a signal may come between any two steps.
+        self._stages.append(stage)
+        with writing(path), turn(path.parent) as held:
+            if held:
+                clear(path, self.output)
+            stage.fd = create(stage.stage)
+            lock(stage.fd)
+        return stage
+
+    @property
+    def output(self) -> Path:
+        return self._stages[0].path
+
+    def appear(self) -> None:
+        """Make all that was written durable, then let it take its places, one directly after the other."""
+        for stage in self._stages:
+            with writing(stage.path):
+                stage.sync()
+        output, *others = self._stages
+        wanted = identity(output.stage)
+        records: list[tuple[Path, Path]] = []
+        with ExitStack() as stack:
+            for folder in sorted({stage.path.parent.resolve() for stage in self._stages}):
+                stack.enter_context(turn(folder))
+            try:
+                for stage in others:
+                    with writing(stage.path):
+                        records.append((record(stage.path, stage.stage, wanted), stage.path))
+                        stage.appear(self._force)
+                output.appear(self._force)
+            finally:
+                for kept, path in records:
+                    settle(kept, path, output.path)
+
+    def end(self) -> None:
+        """Remove what has no place, or was replaced."""
+        for stage in self._stages:
+            discard(stage.stage)
+            stage.close()
+
+    def sync(self) -> None:
+        """Make it durable that they took their places."""
+        for folder in {stage.path.parent for stage in self._stages}:
+            try:
+                _sync_folder(folder)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.output}: is written, whole, but may be gone after a power cut: {error.strerror}\n"
+                    f"look after the disk that {folder} is on, then write it again with --force"
+                ) from error
+
+
+class _Stage:
+    """One of them while it is written: its place, its name until then, and an open file that keeps it locked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stage, self.fd = path, stage_of(path), -1
+
+    def sync(self) -> None:
+        for folder, inner, _ in os.walk(self.stage):
+            for name in inner:
+                _sync_folder(Path(folder, name))
+        _sync(self.fd)
+
+    def appear(self, force: bool) -> None:
+        with writing(self.path):
+            try:
+                place(self.stage, self.path, force)
+            except FileExistsError:
+                raise OutputError(
+                    f"{self.path}: appeared while it was being written; it was left as it is\n"
+                    "choose another path, or replace it with --force"
+                ) from None
+
+    def close(self) -> None:
+        # After fsync there is nothing that this could still tell.
+        with suppress(OSError):
+            if self.fd >= 0:
+                os.close(self.fd)
+
+
+@contextmanager
+def staging(force: bool) -> Iterator[Staging]:
+    """What appears together when the block ends without an error.
+
+    Otherwise nothing is left, and what stood in the places before stands there still.
+    """
+    new = Staging(force)
+    try:
+        yield new
+        new.appear()
+    except OSError as error:
+        raise _refused(new.output, error) from error
+    finally:
+        new.end()
+    new.sync()
 
 
 @contextmanager
@@ -73,73 +236,19 @@ def staged(path: Path, force: bool) -> Iterator[int]:
 
     Otherwise nothing is left, and what stood at `path` before stands there still.
     """
-    stage = _beside(path)
-    try:
-        fd = _create(stage)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        try:
-            yield fd
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if os.path.lexists(path) and not force:
-            raise OutputError(f"{path}: appeared while it was being written; it was left as it is")
-        stage.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _discard(stage)
-        raise OutputError(f"{path}: could not be written: {error.strerror}") from error
-    except BaseException:
-        _discard(stage)
-        raise
-
-
-@contextmanager
-def staged_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A new folder to put files into; when the block ends without an error, it stands at `path`.
-
-    Otherwise nothing is left, and what stood at `path` before stands there still.
-    """
-    path = path.absolute()
-    stage = _beside(path)
-    try:
-        stage.mkdir()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        yield stage
-        _sync_folder(stage)
-        if not os.path.lexists(path):
-            stage.rename(path)
-        elif force:
-            _exchange(stage, path)
-        else:
-            raise OutputError(f"{path}: appeared while it was being written; it was left as it is")
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: could not be written: {error.strerror}") from error
-    finally:
-        # What was begun, or what stood at `path` before.
-        _discard(stage)
+    with staging(force) as new:
+        yield new.file(path)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """A file descriptor to write to; a file in a staged folder, which has its name once all of it is durable."""
-    part = path.with_name(f"{path.name}.part")
-    fd = _create(part)
+    """A file descriptor to write to; a file in a staged folder, durable when the block ends."""
+    fd = _create(path)
     try:
         yield fd
         os.fsync(fd)
     finally:
         os.close(fd)
-    part.rename(path)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _create(path: Path) -> int:
@@ -147,56 +256,26 @@ def _create(path: Path) -> int:
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`: at once on Linux, elsewhere with a moment in which there is no `old`.
-
-    What `old` was is called `new` then, or is gone.
-    """
-    if _exchanged(new, old):
-        return
-    aside = new.with_suffix(".old")
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
-    _discard(aside)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the system could let two paths change names in one step, which Python has no function for."""
-    import ctypes
-
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if call is None:
-        return False
-    if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    # What a system or a file system without this call answers.
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code))
-
-
-def _discard(stage: Path) -> None:
-    # The error that led here is the one to tell, not that its remains could not be removed.
-    with suppress(OSError):
-        if stage.is_dir() and not stage.is_symlink():
-            shutil.rmtree(stage)
-        else:
-            stage.unlink()
+def _create_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        _sync(fd)
     finally:
         os.close(fd)
+
+
+def _sync(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # What some network file systems say of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def write_all(fd: int, data: memoryview) -> None:

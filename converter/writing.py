@@ -12,7 +12,7 @@ from converter.locate import WEIGHTS
 from converter.mapping.expr import Expr, sources
 from converter.planning import check_choices
 from converter.source import Progress, Source
-from converter.stage import check_name
+from converter.stage import check_name, writing
 from converter.write import Outputs, write_safetensors
 
 FORMATS = ("safetensors", "pth")
@@ -30,26 +30,28 @@ def format_for(out: str | Path | None, format: str | None) -> str:
 def check_not_source(target: Path, opened: Sequence[Source], mapping: str | Path | None = None) -> None:
     """OutputError if what is to be written is one of the sources, the folder of one, or the mapping file."""
     check_name(target)
-    local = [file for source in opened for file in source.files if file.identity]
-    for file in local:
-        if Path(file.path).resolve().parent == target.resolve():
-            raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
+    with writing(target):
+        for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
+            # A link lies in one folder and leads to another.
+            if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
+                raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
     if is_source(target, opened, mapping):
         raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
 
 
 def is_source(path: Path, opened: Sequence[Source], *others: str | Path | None) -> bool:
     """Whether a path leads to a file of the sources, to an index of theirs, or to one of the other files."""
-    try:
-        stat = path.stat()
-    except (OSError, ValueError):
-        # There is no such file yet, or it cannot be looked at: either way it is not one that was opened.
-        return False
-    if (stat.st_dev, stat.st_ino) in [file.identity for source in opened for file in source.files]:
-        return True
     # An index is a source's name; one on a hub has a name that is no path.
     names = [*(source.name for source in opened), *(other for other in others if other is not None)]
-    return any(os.path.exists(name) and os.path.samefile(name, path) for name in names)  # noqa: PTH110, PTH121
+    with writing(path):
+        try:
+            stat = path.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            # There is no such file yet.
+            return False
+        if (stat.st_dev, stat.st_ino) in [file.identity for source in opened for file in source.files]:
+            return True
+        return any(os.path.exists(name) and os.path.samefile(name, path) for name in names)  # noqa: PTH110, PTH121
 
 
 def read_ahead(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import converter
-from converter import stage
+from converter import beside
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
 from converter.planning import Wish, planned
 from converter.pretrained.configs import sam as sam_documents
@@ -296,7 +296,7 @@ def test_a_folder_is_never_half_replaced(
     converter.convert(meta, "sam", to="sam-hf", out=out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if not swap:
-        monkeypatch.setattr(stage, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(beside, "_exchanged", lambda one, other: False)
     steps = 0
 
     def failing(real: object, at: int) -> object:

@@ -21,7 +21,7 @@ from converter.mapping.plan import in_order
 from converter.planning import DTYPES, Planned, Wish, check_choices, to_hub
 from converter.report import Card
 from converter.source import Progress, Source, open_source
-from converter.stage import check_target, staged
+from converter.stage import check_target, clear_remains, staged
 from converter.version import __version__
 from converter.write import Outputs
 from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
@@ -282,6 +282,7 @@ def _write(opened: Sequence[Source], outputs: Outputs, card: Card, force: bool, 
     """One file with the tensors, which appears whole or not at all."""
     target = Path(card.output)
     check_not_source(target, opened)
+    clear_remains(target)
     check_target(target, force, card.nbytes)
     untrained = {"compressor": min(card.filled.values())} if card.filled else {}
     with staged(target, force) as fd:
@@ -295,6 +296,7 @@ def _write_copy(opened: Sequence[Source], copy: Copy, card: Card, force: bool, p
     """The checkpoint with the encoder replaced, which appears whole or not at all."""
     target, everything = Path(card.output), [*opened, copy.opened]
     check_not_source(target, everything)
+    clear_remains(target)
     check_output(copy, target, force)
     count = read_ahead(opened, copy.tensors.values(), card.nbytes, progress)
     write_copy(copy, target, force, count, lambda: check_unchanged(everything))

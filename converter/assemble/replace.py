@@ -20,7 +20,7 @@ from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
 from converter.planning import Wish, to_hub
 from converter.source import Source
-from converter.stage import check_folder, check_target, new_file, staged, staged_folder, write_all
+from converter.stage import check_folder, check_target, new_file, staging, write_all
 from converter.write import pieces_of
 
 # Where DeepSeek-OCR's model has the two encoders.
@@ -168,20 +168,22 @@ def check_output(copy: Copy, out: Path, force: bool) -> None:
 
 def write_copy(copy: Copy, out: Path, force: bool, count: Count, check: Callable[[], None]) -> None:
     """Write the copy, which appears whole, after `check` did not raise, or not at all; `count` is told of bytes."""
-    if copy.folder is None:
-        with staged(out, force) as fd:
-            _write_shard(copy, copy.opened.files[0], fd, count)
-            check()
-        return
-    with staged_folder(out, force) as stage:
-        for file in copy.opened.files:
-            with new_file(stage / Path(file.path).name) as fd:
-                _write_shard(copy, file, fd, count)
-        for path in copy.beside:
-            (stage / path).parent.mkdir(parents=True, exist_ok=True)
-            with new_file(stage / path) as fd:
-                _write_beside(copy, copy.folder / path, fd)
+    with staging(force) as new:
+        if copy.folder is None:
+            _write_shard(copy, copy.opened.files[0], new.file(out), count)
+        else:
+            _write_folder(copy, copy.folder, new.folder(out), count)
         check()
+
+
+def _write_folder(copy: Copy, source: Path, target: Path, count: Count) -> None:
+    for file in copy.opened.files:
+        with new_file(target / Path(file.path).name) as fd:
+            _write_shard(copy, file, fd, count)
+    for path in copy.beside:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        with new_file(target / path) as fd:
+            _write_beside(copy, source / path, fd)
 
 
 def _write_beside(copy: Copy, path: Path, fd: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from converter.cards.card import Digests, canonical, card_document
@@ -12,7 +10,7 @@ from converter.errors import OutputError, UsageError
 from converter.mapping.expr import Expr
 from converter.report import Card
 from converter.source import Progress, Source
-from converter.stage import check_name, check_target, staged, write_all
+from converter.stage import Staging, check_name, check_target, write_all, writing
 from converter.writing import is_source
 
 
@@ -38,7 +36,8 @@ class CardFiles:
         return [path for path in self._paths if path.suffix == ".json"]
 
     @property
-    def _all(self) -> list[Path]:
+    def all(self) -> list[Path]:
+        """The files, with the signatures."""
         return [*self._paths, *(signature_of(path) for path in self._documents if self._key)]
 
     def check(self, output: Path, opened: Sequence[Source], force: bool, mapping: str | Path | None = None) -> None:
@@ -46,28 +45,23 @@ class CardFiles:
         taken = [output.resolve()]
         if self._key is not None and is_source(output, (), self._key):
             raise OutputError(f"{output}: is the key to sign with\nchoose another path with --output")
-        for path in self._all:
+        for path in self.all:
             check_name(path)
             if path.resolve() in taken or is_source(path, opened, mapping, self._key):
                 raise OutputError(f"{path}: cannot be the card: it is another file of this conversion")
             if output.resolve() in path.resolve().parents:
                 raise OutputError(f"{path}: lies in the output, a folder that appears whole\nmove it there afterwards")
-            _check_place(path, force)
+            check_target(path, force, 0, "card")
             taken.append(path.resolve())
         if self._key is not None:
             from converter.cards.signing import check_key
 
             check_key(self._key)
 
-    @contextmanager
-    def staged(self, outputs: dict[str, Expr], force: bool) -> Iterator[Digests | None]:
-        """What to show the outputs' bytes to, if there is a card; at the end, what `write` wrote stands in its place.
-
-        To be entered before the output is staged: its own rename then comes first, and theirs directly after it.
-        """
-        with ExitStack() as stack:
-            self._staged = {path: stack.enter_context(staged(path, force)) for path in self._all}
-            yield Digests(outputs) if self._paths else None
+    def stage(self, staging: Staging, outputs: dict[str, Expr]) -> Digests | None:
+        """Begin the files, which then appear with the output; what to show the outputs' bytes to, if there are any."""
+        self._staged = {path: staging.file(path) for path in self.all}
+        return Digests(outputs) if self._paths else None
 
     def write(
         self,
@@ -98,19 +92,13 @@ class CardFiles:
             if self._key is not None:
                 from converter.cards.signing import sign
 
-                self._put(signature_of(path), sign(data, path.name, self._key))
+                with writing(signature_of(path)):
+                    signature = sign(data, path.name, self._key)
+                self._put(signature_of(path), signature)
 
     def _put(self, path: Path, data: bytes) -> None:
-        write_all(self._staged[path], memoryview(data))
-
-
-def _check_place(path: Path, force: bool) -> None:
-    """OutputError as for an output, in words that name the option for the card."""
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}\ncreate it, or choose another path with --card")
-    if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already\nchoose another path with --card, or replace it with --force")
-    check_target(path, force, 0)
+        with writing(path):
+            write_all(self._staged[path], memoryview(data))
 
 
 def signature_of(card: Path) -> Path:

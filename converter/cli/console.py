@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from converter.errors import DsocrError, printable
+from converter.cli.start import end_at_once, on_signal, unwind
+from converter.errors import DsocrError, OutputError, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -20,6 +21,19 @@ _BAR_AFTER_SECONDS = 0.5
 
 # Characters of a line for people; a file may give its tensors names of megabytes.
 _LONGEST = 1000
+
+
+def main(app: Callable[[], object]) -> NoReturn:
+    """A whole program, to its end or to that which a signal makes."""
+    try:
+        on_signal(unwind)
+        code = run(app)
+        on_signal(end_at_once)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    leave(code)
 
 
 def run(app: Callable[[], object]) -> int:
@@ -56,13 +70,24 @@ def say(text: str) -> None:
 
 def result(*lines: str) -> None:
     """The command's result, on stdout."""
-    for line in lines:
-        print(printable(line))
+    _put("\n".join(map(printable, lines)))
 
 
 def result_json(document: dict[str, Any]) -> None:
     """The command's result as one JSON document, on stdout."""
-    print(json.dumps(document, indent=2))
+    _put(json.dumps(document, indent=2))
+
+
+def _put(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # A reader that has gone away does not change what was done.
+        return
+    except OSError as error:
+        raise OutputError(
+            f"standard output: could not be written: {error.strerror}\nwhat was to be told there was done"
+        ) from error
 
 
 class Bar:

@@ -195,4 +195,4 @@ def options(version: Version = False) -> None:
 
 def main() -> NoReturn:
     """The program."""
-    console.leave(console.run(app))
+    console.main(app)

@@ -120,4 +120,4 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
 
 def main() -> NoReturn:
     """The program."""
-    console.leave(console.run(app))
+    console.main(app)

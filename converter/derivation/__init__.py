@@ -16,8 +16,9 @@ from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
 from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
-from converter.stage import check_target, staged, write_all
+from converter.stage import check_target, clear_remains, staged, write_all
 from converter.unwrap import StateDict, plain_names
+from converter.writing import check_not_source
 
 
 class Derived(NamedTuple):
@@ -77,12 +78,14 @@ def derive(
     layout's (default: the file's), `family` decides where a target holds several, `state_dict` as in `convert`.
     """
     path = Path(out)
+    clear_remains(path)
     check_target(path, force, 0)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_source(source)))
         entry = _largest(opened, state_dict)
         tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
         job, other = _job(stack, opened.name, tensors, str(target), family, progress)
+        check_not_source(path, [opened, other] if other else [opened])
         opened.fetch(entry.tensors.values() if other else (), progress)
         found, copies = _found(job, progress)
         prefix = common_prefix(found, job.hub)

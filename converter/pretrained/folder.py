@@ -10,7 +10,7 @@ from pathlib import Path
 from converter.errors import LayoutError, UsageError
 from converter.locate import WEIGHTS
 from converter.mapping.plan import Plan
-from converter.stage import new_file, staged_folder, write_all
+from converter.stage import new_file, write_all
 
 # What the folder calls the tensors' file.
 _MODEL = "model.safetensors"
@@ -53,14 +53,13 @@ def folder_files(plan: Plan, whole: bool) -> dict[str, bytes]:
 
 
 @contextmanager
-def staged_pretrained(path: Path, documents: Mapping[str, bytes], force: bool) -> Iterator[int]:
-    """A file descriptor for the weights of a folder, which appears with them and `documents`, or not at all."""
-    with staged_folder(path, force) as folder:
-        for name, data in documents.items():
-            with new_file(folder / name) as fd:
-                write_all(fd, memoryview(data))
-        with new_file(folder / _MODEL) as fd:
-            yield fd
+def pretrained_file(folder: Path, documents: Mapping[str, bytes]) -> Iterator[int]:
+    """A file descriptor for the weights in a new folder, beside which `documents` are written."""
+    for name, data in documents.items():
+        with new_file(folder / name) as fd:
+            write_all(fd, memoryview(data))
+    with new_file(folder / _MODEL) as fd:
+        yield fd
 
 
 def _json(document: dict[str, object]) -> bytes:
