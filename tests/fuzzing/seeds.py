@@ -87,7 +87,7 @@ def scripted() -> list[bytes]:
 
 def seeds() -> Seeds:
     """Inputs by target."""
-    from fuzzing.mutators import packed
+    from fuzzing.mutators import members_of, packed
 
     zips = [saved(state) for state in states()]
     legacy = [saved(state, _use_new_zipfile_serialization=False) for state in states()]
@@ -101,28 +101,20 @@ def seeds() -> Seeds:
     tables = [safetensors.torch.save({str(key): value for key, value in state.items()}) for state in plain]
     tables.append(safetensors.torch.save({"x": torch.ones(2)}, {"format": "pt"}))
     scripts = scripted()
-    deflated = [packed([(name, data, 8) for name, data in _members(file)]) for file in (*zips[:3], *scripts)]
+    deflated = [packed([(name, data, 8) for name, data, _ in members_of(file)]) for file in (*zips[:3], *scripts)]
     return {
         "safetensors": tables,
         "torch-zip": zips + [file for file in deflated if b"constants.pkl" not in file],
         "torch-legacy": legacy,
         "torchscript": scripts + [file for file in deflated if b"constants.pkl" in file],
         "container": [tables[0], zips[0], legacy[0], scripts[0], b"version https://git-lfs", b"<html>", b"\x1f\x8b"],
-        "pickle": [data for file in zips for name, data in _members(file) if name.endswith("data.pkl")],
+        "pickle": [data for file in zips for name, data, _ in members_of(file) if name.endswith("data.pkl")],
         "zip": [*zips[:2], *deflated, packed([("a/b", b"data", 0)])],
         "mapping": [catalogue.text(name).encode() for name in catalogue.names()],
         "plan": [text.encode() for text in targets.inventories().values()],
         "index": [json.dumps(document).encode() for document in _indexes()],
         "card": _cards(),
     }
-
-
-def _members(file: bytes) -> Iterator[tuple[str, bytes]]:
-    import zipfile
-
-    with zipfile.ZipFile(io.BytesIO(file)) as archive:
-        for info in archive.infolist():
-            yield info.filename, archive.read(info)
 
 
 def _indexes() -> list[object]:
