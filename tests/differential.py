@@ -70,7 +70,7 @@ REASONS = [
         r"invalid literal for int|codec can't decode|not in a subdirectory",
         "members that are not weights",
     ),
-    Reason("torch", OURS, r"PytorchStreamReader failed", "members that are not weights"),
+    Reason("torch", OURS, r"PytorchStreamReader failed|Couldn't parse the version", "members that are not weights"),
     Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "what its restricted reader lacks"),
     Reason("safetensors", THEIRS, r"stands there twice", "a name twice"),
     Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "further fields"),
