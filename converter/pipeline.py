@@ -16,6 +16,7 @@ from converter.pretrained.folder import folder_files, pretrained_file, wants_fol
 from converter.report import Card, some
 from converter.source import Progress, Source, open_source
 from converter.stage import check_folder, check_target, clear_remains, staging
+from converter.write import Outputs
 from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
 
 
@@ -84,7 +85,7 @@ def convert(
         clear_remains(target, files.all)
         (check_folder if folder else check_target)(target, force, found.plan.nbytes)
         files.check(target, both, force, mapping)
-        _write(both, found.plan, record, files, documents, force, progress)
+        write(both, found.plan.outputs, record, record.metadata(), files, documents, force, progress)
         return record._replace(written=True, fetched=fetched(both))
 
 
@@ -96,23 +97,26 @@ def _lent(plan: Plan, lender: Source | None) -> list[str]:
     return [f"from {lender.name}: {some(names)}" if names else f"nothing was lacking: {lender.name} was not used"]
 
 
-def _write(
+def write(
     opened: Sequence[Source],
-    plan: Plan,
+    outputs: Outputs,
     card: Card,
+    metadata: dict[str, str],
     files: CardFiles,
     documents: Mapping[str, bytes],
     force: bool,
     progress: Progress,
 ) -> None:
-    """The tensors of the plan, in a folder beside `documents` if there are any, and the card, or nothing of it."""
+    """Write the tensors, in a folder beside `documents` if there are any, and the card's files, or nothing of it.
+
+    `metadata` is what a safetensors file says of its making.
+    """
     target = Path(card.output)
     with staging(force) as new:
         output = pretrained_file(new.folder(target), documents) if documents else nullcontext(new.file(target))
-        seen = files.stage(new, plan.outputs)
+        seen = files.stage(new, outputs)
         with output as fd:
-            count = read_ahead(opened, plan.outputs.values(), plan.nbytes, progress)
-            write_tensors(fd, plan.outputs, card.format, card.metadata(), count, seen)
-        metadata = card.metadata() if card.format == "safetensors" else None
-        files.write(card, plan.outputs, opened, seen, metadata, progress)
+            count = read_ahead(opened, outputs.values(), card.nbytes, progress)
+            write_tensors(fd, outputs, card.format, metadata, count, seen)
+        files.write(card, outputs, opened, seen, metadata if card.format == "safetensors" else None, progress)
         check_unchanged(opened)

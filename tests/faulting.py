@@ -138,7 +138,7 @@ class Scene:
     # What must hold ---------------------------------------------------------------------------------------------------
 
     def check_killed(self, old: int | None, new: int, force: bool) -> str:
-        """After a run was killed: what was seen; ViolationError if it is neither old nor new, or no run goes on from it.
+        """After a run was killed: what was seen; ViolationError if that is neither old nor new, or no run goes on.
 
         The files of a card may be new before the output is: the next run, if it names the same files, puts them back.
         """

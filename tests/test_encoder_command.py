@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from hubserver import Repo, environment, hub_server
 from inventories import inventories, sparse
+from memory import raw
 
 import converter
 from converter.assemble import encoder
@@ -25,6 +26,7 @@ from converter.assemble.compressor import seeded
 from converter.encoders import DeepEncoder
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
 from converter.mapping.expr import Read
+from converter.verify import verify
 
 State = dict[str, torch.Tensor]
 
@@ -579,3 +581,44 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
     assert 512 * out.stat().st_blocks < 4 << 20
     with safetensors.safe_open(out, "pt") as new, safetensors.safe_open(source, "pt") as old:
         assert list(new.keys()) == list(old.keys())
+
+
+# The card -----------------------------------------------------------------------------------------------------------
+
+
+def proved(converted: Path, card: Path) -> list[str]:
+    """The verdicts of a verification against the card alone."""
+    return [check.verdict for check in verify(converted, card=card, fast=True).checks if check.proof == "card"]
+
+
+def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
+    """It names every source, and what was seeded; a verification against it sees one changed bit."""
+    out, card = tmp_path / "e.safetensors", tmp_path / "e.json"
+    options = {"sam": sources / "sam.pth", "clip": sources / "clip", "compressor": "random:3", "out": out}
+    encoder(**options, card=[card, tmp_path / "e.md"])  # type: ignore[arg-type]
+    document = json.loads(card.read_bytes())
+    assert [source["name"] for source in document["sources"]] == ["sam.pth", "model.safetensors"]
+    for name, tensor in safetensors.torch.load_file(out).items():
+        entry = document["tensors"][name]
+        assert entry["sha256"] == hashlib.sha256(raw(tensor)).hexdigest()
+        assert ("random:3" in entry.get("filled", "")) == (name.split(".")[-2] in ("net_2", "net_3"))
+    assert document["metadata"]["compressor"].startswith("random:3")
+    assert "dsocr-verify e.safetensors --card e.json" in (tmp_path / "e.md").read_text()
+    assert proved(out, card) == ["passed", "passed"]
+    with out.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([out.read_bytes()[-1] ^ 1]))
+    assert "failed" in proved(out, card)
+
+
+def test_the_card_of_a_whole_checkpoint(sources: Path, tmp_path: Path) -> None:
+    """Of all its tensors, those of the language model too, in however many shards."""
+    out, card = tmp_path / "new", tmp_path / "new.json"
+    encoder(sources / "ocr", into=sources / "ocr", out=out, card=card)
+    document = json.loads(card.read_bytes())
+    found = load(out)
+    assert document["tensors"].keys() == found.keys() and document["metadata"] is None
+    assert all(document["tensors"][name]["sha256"] == hashlib.sha256(raw(t)).hexdigest() for name, t in found.items())
+    assert proved(out, card) == ["passed"]
+    with pytest.raises(OutputError, match="lies in the output"):
+        encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", card=tmp_path / "b" / "card.json")

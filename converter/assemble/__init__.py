@@ -13,18 +13,20 @@ from converter.assemble.compressor import NAMES as NETS
 from converter.assemble.compressor import check_compressor, find_compressor, seeded
 from converter.assemble.replace import PLACES, Copy, check_output, plan_copy, write_copy
 from converter.cards.card import count_dtypes
+from converter.cards.files import CardFiles
 from converter.errors import LayoutError, UsageError
 from converter.hubs.address import Access
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.ops import CastTo
 from converter.mapping.plan import in_order
+from converter.pipeline import write
 from converter.planning import DTYPES, Planned, Wish, check_choices, to_hub
 from converter.report import Card
 from converter.source import Progress, Source, open_source
-from converter.stage import check_target, clear_remains, staged
+from converter.stage import check_target, clear_remains, staging
 from converter.version import __version__
 from converter.write import Outputs
-from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
+from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead
 
 PREFIX = "model."
 # What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
@@ -70,6 +72,8 @@ def encoder(
     format: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    card: str | Path | Sequence[str | Path] = (),
+    sign: str | Path | None = None,
     revision: str | None = None,
     hub: str | None = None,
     download: bool = False,
@@ -91,6 +95,8 @@ def encoder(
     place of its own: a folder for a folder, a file for a file. Shards, index, order of names and all other files are
     kept, and so are types unless `dtype` is given.
 
+    `card` and `sign` are as in `convert`; the card of a copy is of all its tensors.
+
     Raises a DsocrError: UsageError where options or sizes contradict each other, LayoutError where a checkpoint is not
     of its kind or there is no compressor. Whatever stood at `out` stands there still then.
     """
@@ -99,6 +105,7 @@ def encoder(
         raise UsageError(f"--prefix {prefix!r}: expected names that each end in a dot, such as model.")
     _refuse("does not go with --into", format=into is not None and format)
     format = format_for(None if into is not None else out, format)
+    files = CardFiles(card, sign)
     with ExitStack() as stack:
 
         def open_(name: str | Path, access: Access = Access()) -> Source:  # noqa: B008 (a tuple)
@@ -120,12 +127,12 @@ def encoder(
             if out is None:
                 raise UsageError("--into: name what to write with --output")
             copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)
-            card = _card_of_copy(_card(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
-            return card if dry_run else _write_copy(parts.opened, copy, card, force, progress)
+            record = _card_of_copy(_card(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
+            return record if dry_run else _write_copy(parts.opened, copy, record, files, force, progress)
         names = {name: prefix + name for name in parts.outputs if name not in parts.constants}
         outputs = in_order({new: parts.outputs[name] for name, new in names.items()}, dtype)
-        card = _card(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
-        return card if dry_run else _write(parts.opened, outputs, card, force, progress)
+        record = _card(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
+        return record if dry_run else _write(parts.opened, outputs, record, files, force, progress)
 
 
 def _refuse(why: str, **options: object) -> None:
@@ -278,26 +285,35 @@ def _card_of_copy(card: Card, copy: Copy, into: str | Path) -> Card:
     )
 
 
-def _write(opened: Sequence[Source], outputs: Outputs, card: Card, force: bool, progress: Progress) -> Card:
+def _write(
+    opened: Sequence[Source], outputs: Outputs, card: Card, files: CardFiles, force: bool, progress: Progress
+) -> Card:
     """One file with the tensors, which appears whole or not at all."""
     target = Path(card.output)
     check_not_source(target, opened)
-    clear_remains(target)
+    clear_remains(target, files.all)
     check_target(target, force, card.nbytes)
+    files.check(target, opened, force)
     untrained = {"compressor": min(card.filled.values())} if card.filled else {}
-    with staged(target, force) as fd:
-        count = read_ahead(opened, outputs.values(), card.nbytes, progress)
-        write_tensors(fd, outputs, card.format, {**card.metadata(), **untrained}, count)
-        check_unchanged(opened)
+    write(opened, outputs, card, {**card.metadata(), **untrained}, files, {}, force, progress)
     return card._replace(written=True, fetched=fetched(opened))
 
 
-def _write_copy(opened: Sequence[Source], copy: Copy, card: Card, force: bool, progress: Progress) -> Card:
+def _write_copy(
+    opened: Sequence[Source], copy: Copy, card: Card, files: CardFiles, force: bool, progress: Progress
+) -> Card:
     """The checkpoint with the encoder replaced, which appears whole or not at all."""
-    target, everything = Path(card.output), [*opened, copy.opened]
+    target, everything, outputs = Path(card.output), [*opened, copy.opened], copy.tensors
     check_not_source(target, everything)
-    clear_remains(target)
+    clear_remains(target, files.all)
     check_output(copy, target, force)
-    count = read_ahead(opened, copy.tensors.values(), card.nbytes, progress)
-    write_copy(copy, target, force, count, lambda: check_unchanged(everything))
+    files.check(target, everything, force)
+    with staging(force) as new:
+        place = new.file(target) if copy.folder is None else new.folder(target)
+        seen = files.stage(new, outputs)
+        count = read_ahead(opened, outputs.values(), card.nbytes, progress)
+        write_copy(copy, place, count, seen)
+        # The shards' headers say what they said before.
+        files.write(card, outputs, everything, seen, None, progress)
+        check_unchanged(everything)
     return card._replace(written=True, fetched=fetched(everything))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
-from converter.copier import BUFFER, BackgroundWriter, Copier
+from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
 from converter.files import SourceFile
 from converter.locate import INDEX, WEIGHTS
@@ -20,7 +20,7 @@ from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
 from converter.planning import Wish, to_hub
 from converter.source import Source
-from converter.stage import check_folder, check_target, new_file, staging, write_all
+from converter.stage import check_folder, check_target, new_file, write_all
 from converter.write import pieces_of
 
 # Where DeepSeek-OCR's model has the two encoders.
@@ -47,9 +47,15 @@ class Copy(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Expr]:
-        """All of the new checkpoint, in the order of the files' headers."""
-        held = self.opened.contents.items()
-        return {key: self.replaced.get(key) or read(value) for key, value in held if isinstance(value, Tensor)}
+        """All of the new checkpoint, in the order in which it is written."""
+        inside = (tensor for file in self.opened.files for tensor in self.within(file))
+        return {tensor.key: self.replaced.get(tensor.key) or read(tensor) for tensor in inside}
+
+    def within(self, file: SourceFile) -> list[Tensor]:
+        """The old tensors of one file as they lie in it: its header may list them in another order."""
+        held = (value for value in self.opened.contents.values() if isinstance(value, Tensor))
+        mine = (tensor for tensor in held if tensor.storage.file is file)
+        return sorted(mine, key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
 
     @property
     def nbytes(self) -> int:
@@ -166,20 +172,19 @@ def check_output(copy: Copy, out: Path, force: bool) -> None:
         check_folder(out, force, needed)
 
 
-def write_copy(copy: Copy, out: Path, force: bool, count: Count, check: Callable[[], None]) -> None:
-    """Write the copy, which appears whole, after `check` did not raise, or not at all; `count` is told of bytes."""
-    with staging(force) as new:
-        if copy.folder is None:
-            _write_shard(copy, copy.opened.files[0], new.file(out), count)
-        else:
-            _write_folder(copy, copy.folder, new.folder(out), count)
-        check()
+def write_copy(copy: Copy, place: int | Path, count: Count, seen: Seen | None) -> None:
+    """Write the copy into a file's descriptor or a new folder; `count` is told of bytes, `seen` shown them."""
+    if isinstance(place, int):
+        _write_shard(copy, copy.opened.files[0], place, count, seen)
+    else:
+        assert copy.folder is not None
+        _write_folder(copy, copy.folder, place, count, seen)
 
 
-def _write_folder(copy: Copy, source: Path, target: Path, count: Count) -> None:
+def _write_folder(copy: Copy, source: Path, target: Path, count: Count, seen: Seen | None) -> None:
     for file in copy.opened.files:
         with new_file(target / Path(file.path).name) as fd:
-            _write_shard(copy, file, fd, count)
+            _write_shard(copy, file, fd, count, seen)
     for path in copy.beside:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         with new_file(target / path) as fd:
@@ -210,13 +215,10 @@ def _index(text: bytes, total: int) -> bytes:
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count) -> None:
-    held = [value for value in copy.opened.contents.values() if isinstance(value, Tensor)]
-    # As they lie in the file: its header may list them in another order.
-    tensors = sorted((t for t in held if t.storage.file is file), key=lambda t: (t.storage.offset, t.storage.length))
-    values = {tensor.key: copy.replaced.get(tensor.key) or read(tensor) for tensor in tensors}
+def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count, seen: Seen | None) -> None:
+    values = {tensor.key: copy.replaced.get(tensor.key) or read(tensor) for tensor in copy.within(file)}
     write_all(fd, memoryview(_header(file, values)))
-    with BackgroundWriter(fd, write=_write_or_skip) as writer:
+    with BackgroundWriter(fd, seen, write=_write_or_skip) as writer:
         copier = Copier(writer.exchange, count)
         for value in values.values():
             copier.copy(pieces_of(value))

@@ -108,7 +108,11 @@ def card_document(
             "dtype": value.dtype.name,
             "shape": list(value.shape),
             "sha256": digests.hex(name),
-            "from": [{"key": tensor.key, "source": where[tensor.storage.file]} for tensor in sources(value)],
+            "from": [
+                {"key": tensor.key, "source": where[tensor.storage.file]}
+                for tensor in sources(value)
+                if name not in card.filled
+            ],
             **({"filled": card.filled[name]} if name in card.filled else {}),
         }
         for name, value in outputs.items()

@@ -13,6 +13,7 @@ from converter.cli import console, mapping, views
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
 from converter.cli.options import (
+    CardFile,
     Download,
     DryRun,
     Dtype,
@@ -23,6 +24,7 @@ from converter.cli.options import (
     MappingFile,
     Quiet,
     Revision,
+    Sign,
     StateDict,
     Version,
 )
@@ -66,11 +68,6 @@ FillFrom = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", min=1, help="Resample the positions for images of this size.")
 ]
-CardFile = Annotated[
-    list[Path] | None,
-    typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
-]
-Sign = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the card with this private key.")]
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from converter.cli import console, views
-from converter.cli.options import Download, DryRun, Force, Format, Hub, Json, Quiet, Revision
+from converter.cli.options import CardFile, Download, DryRun, Force, Format, Hub, Json, Quiet, Revision, Sign
 
 
 def encoder(
@@ -49,6 +49,8 @@ def encoder(
     download: Download = False,
     force: Force = False,
     dry_run: DryRun = False,
+    card: CardFile = None,
+    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -57,7 +59,7 @@ def encoder(
     from converter import assemble
 
     with console.Bar(enabled=not quiet) as bar:
-        card = assemble.encoder(
+        made = assemble.encoder(
             source,
             sam=sam,
             clip=clip,
@@ -70,9 +72,11 @@ def encoder(
             format=format,
             force=force,
             dry_run=dry_run,
+            card=card or (),
+            sign=sign,
             revision=revision,
             hub=hub,
             download=download,
             progress=bar,
         )
-    views.show_card(card, json, quiet)
+    views.show_card(made, json, quiet, card or [])

@@ -41,3 +41,8 @@ def _version(wanted: bool) -> None:
 Version = Annotated[
     bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
 ]
+CardFile = Annotated[
+    list[Path] | None,
+    typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
+]
+Sign = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the card with this private key.")]
