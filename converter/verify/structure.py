@@ -99,30 +99,43 @@ def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tens
 
 def check_values(names: list[str], get: Reader) -> list[Check]:
     """NaN and infinity are wrong; constant tensors are pointed out, for exchanging them would change nothing."""
-    broken, constant = [], []
+    broken: dict[str, str] = {}
+    zero: list[str] = []
+    constant: list[str] = []
     for name in names:
-        lowest, highest = _range(get(name))
+        tensor = _wide(get(name))
+        lowest, highest = _range(tensor)
         if not (math.isfinite(lowest) and math.isfinite(highest)):
-            broken.append(name)
-        elif lowest == highest and math.prod(get(name).shape) > 1:
-            constant.append(name)
+            broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
+        elif lowest == highest and tensor.numel() > 1:
+            (constant if lowest else zero).append(name)
+    pointed_out = [*_pointed_out("zero", "all zero", zero), *_pointed_out("constant", "constant", constant)]
     if broken:
-        detail = f"{len(broken)} tensors hold NaN or infinity, {broken[0]} first"
-        return [failed(PROOF, "finite", detail, broken), *_constant(constant)]
-    return [passed(PROOF, "finite", f"no NaN and no infinity in {len(names)} tensors"), *_constant(constant)]
+        detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {_some(list(broken.values()))}"
+        return [failed(PROOF, "finite", detail, list(broken)), *pointed_out]
+    return [passed(PROOF, "finite", f"no NaN and no infinity in {len(names)} tensors"), *pointed_out]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; types of one byte have few operations of their own."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _range(tensor: torch.Tensor) -> tuple[float, float]:
     """The lowest and the highest element, found in one pass; NaN where any is."""
     if not tensor.numel():
         return 0.0, 0.0
-    # Types of one byte have no such operation of their own.
-    lowest, highest = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    lowest, highest = torch.aminmax(tensor)
     return float(lowest), float(highest)
 
 
-def _constant(names: list[str]) -> list[Check]:
+def _pointed_out(name: str, what: str, names: list[str]) -> list[Check]:
     if not names:
         return []
-    detail = f"{len(names)} tensors are constant, {names[0]} first: outputs cannot show where they are exchanged"
-    return [noted(PROOF, "constant", detail, names)]
+    detail = f"{what}: {_some(names)}; outputs cannot show where such tensors are exchanged"
+    return [noted(PROOF, name, detail, names)]
+
+
+def _some(words: list[str], shown: int = 3) -> str:
+    rest = len(words) - shown
+    return ", ".join(words[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,81 @@
+"""NaN payloads, infinities and zeros: written as they were, bit for bit, and told by the verification."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import models
+import pytest
+import safetensors.torch
+import torch
+from hostile.contents import ODD_BITS, odd_values
+from memory import raw
+from rich.console import Console
+
+import converter
+from converter.verify import Verification, verify
+from converter.verify.views import html, table
+
+ZERO = ("image_encoder.blocks.0.norm1.bias", "image_encoder.neck.1.bias")
+BROKEN = "image_encoder.blocks.2.mlp.lin1.weight"
+
+
+@pytest.mark.parametrize("dtype", ODD_BITS, ids=str)
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_every_bit_is_kept(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
+    """Against the source itself: signalling NaNs stay signalling, payloads and signs stay."""
+    state = odd_values(dtype, dict(models.sam_meta().state_dict()))
+    source = tmp_path / f"odd.{form}"
+    torch.save(state, source) if form == "pth" else safetensors.torch.save_file(state, source)
+    converter.convert(source, "sam", out=tmp_path / "out.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert any(not tensor.double().isfinite().all() for tensor in found.values())
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype and raw(tensor) == raw(state[f"image_encoder.{name}"]), name
+
+
+def verified(state: dict[str, torch.Tensor], folder: Path) -> Verification:
+    torch.save(state, folder / "sam.pth")
+    converter.convert(folder / "sam.pth", "sam", out=folder / "out.safetensors")
+    return verify(folder / "out.safetensors", folder / "sam.pth", fast=True, device="cpu")
+
+
+def views(found: Verification) -> list[str]:
+    """What people and programs see of it: terminal, page, JSON."""
+    terminal = io.StringIO()
+    table.show(found, Console(file=terminal, width=400))
+    return [terminal.getvalue(), html.page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
+
+
+@pytest.mark.parametrize("dtype", ODD_BITS, ids=str)
+def test_the_verification_tells_which_tensors_are_not_finite_and_how_many(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in models.sam_meta().state_dict().items()}
+    state[BROKEN] = odd_values(dtype, {BROKEN: state[BROKEN]})[BROKEN]
+    count = int((~state[BROKEN].double().isfinite()).sum())
+    state |= {name: torch.zeros_like(state[name]) for name in ZERO}
+    found = verified(state, tmp_path)
+    verdicts = {check.name: check for check in found.checks}
+    # The conversion kept them: the bytes say so, and the weights are unfit for use all the same.
+    assert verdicts["tensors"].verdict == "passed" and not found.ok
+    assert verdicts["finite"].verdict == "failed" and verdicts["finite"].culprits == ["blocks.2.mlp.lin1.weight"]
+    assert verdicts["zero"].verdict == "noted" and verdicts["zero"].culprits == ["blocks.0.norm1.bias", "neck.1.bias"]
+    for view in views(found):
+        assert f"NaN or infinity in 1 of {len(found.key_map)} tensors: " in view
+        assert f"blocks.2.mlp.lin1.weight ({count} of 960 elements)" in view
+        assert "all zero: blocks.0.norm1.bias, neck.1.bias; outputs cannot show" in view
+
+
+def test_all_zero_weights_pass_and_are_told(tmp_path: Path) -> None:
+    found = verified({name: torch.zeros_like(t) for name, t in models.sam_meta().state_dict().items()}, tmp_path)
+    (zero,) = [check for check in found.checks if check.name == "zero"]
+    assert found.ok and zero.verdict == "noted" and len(zero.culprits) > 40 and " more; outputs" in zero.detail
+
+
+def test_a_constant_tensor_is_told_apart_from_a_zero_one(tmp_path: Path) -> None:
+    state = dict(models.sam_meta().state_dict())
+    state["image_encoder.neck.1.weight"] = torch.ones_like(state["image_encoder.neck.1.weight"])
+    found = verified(state, tmp_path)
+    assert [check.culprits for check in found.checks if check.name == "constant"] == [["neck.1.weight"]]
+    assert not [check for check in found.checks if check.name == "zero"]
