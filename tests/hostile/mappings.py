@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         )
     },
     **{
-        f"the number {number[:9]}": (_checked(_then(f"unsqueeze: {number}")), ("m.yaml:21", f"found '{number}'"))
+        f"the number {number[:9]}": (_checked(_then(f"unsqueeze: {number}")), ("m.yaml:21", f"found '{number[:9]}"))
         for number in (".nan", ".inf", "-1", "1.0", "1e0", "0x1", "0o1", "010", "1_0", "\u0663", "1" * 5000)
     },
     "permutation of 100,000 numbers": (
