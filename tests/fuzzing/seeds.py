@@ -6,6 +6,7 @@ ship, real checkpoints' names, and the hostile corpus.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ import torch
 import converter
 from converter import catalogue
 from fuzzing import targets
+from fuzzing.mutators import members_of, packed
 
 # The longest input that is tried.
 LARGEST = 64 << 10
@@ -87,8 +89,6 @@ def scripted() -> list[bytes]:
 
 def seeds() -> Seeds:
     """Inputs by target."""
-    from fuzzing.mutators import members_of, packed
-
     zips = [saved(state) for state in states()]
     legacy = [saved(state, _use_new_zipfile_serialization=False) for state in states()]
     legacy += [
@@ -134,7 +134,7 @@ def _cards() -> list[bytes]:
 
 
 def hostile() -> Iterator[bytes]:
-    """The files of the hostile corpus that are small enough."""
+    """The files of the hostile corpus; of the large ones, what they hold may be small enough."""
     for path in sorted((Path(__file__).parent.parent / "hostile").glob("*.py")):
         for case in getattr(import_module(f"hostile.{path.stem}"), "CASES", ()):
             with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def hostile() -> Iterator[bytes]:
                 inside.mkdir()
                 case.build(inside)
                 for file in sorted(inside.rglob("*")):
-                    if file.is_file() and not file.is_symlink() and file.stat().st_size <= LARGEST:
+                    if file.is_file() and not file.is_symlink() and file.stat().st_size <= 16 * LARGEST:
                         yield file.read_bytes()
 
 
@@ -158,12 +158,20 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
 )
 
 
+def _pickles(data: bytes) -> list[bytes]:
+    """The pickles in a zip archive that Python can read."""
+    with contextlib.suppress(Exception):
+        return [held for name, held, _ in members_of(data) if name.endswith("data.pkl")]
+    return []
+
+
 def main() -> None:
     found = seeds()
     for data in hostile():
         names = next(names for fits, names in _KINDS if fits(data))
         for name in names:
             found[name].append(data)
+        found["pickle"] += _pickles(data)
     for name, inputs in found.items():
         folder = Path(sys.argv[1], name)
         folder.mkdir(parents=True, exist_ok=True)
