@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
 
-# The bounds of what a stream may ask for. Real checkpoints stay far below each.
-MAX_PICKLE = 16 << 20  # bytes; one byte can make an object of 64, so this is 1 GiB of memory at the worst
+# The bounds of what a stream may ask for. Real checkpoints stay far below each: a tensor takes 200 bytes, 40 opcodes.
+MAX_PICKLE = 16 << 20  # bytes
+MAX_OPCODES = 1_000_000  # each may make an object of 80 bytes, of which one byte of the stream is enough
 MAX_MARKS = 1000  # containers open at once
-MAX_ARGUMENTS = MAX_PICKLE  # items and characters given to calls in all: one list may be given to many, and copied
+MAX_ARGUMENTS = 1_000_000  # items given to calls in all: one list may be given to many, and copied
 MAX_KEY = 64  # items of a tuple that is a key
+MAX_KEY_BITS = 64  # of a number that is a key
 MAX_INT_BYTES = 1024
 MAX_INT_DIGITS = 2466  # the same number in decimal
 
@@ -96,7 +98,7 @@ class _Machine:
 
     def run(self) -> Any:
         data, handlers = self.data, _HANDLERS
-        while True:
+        for _ in range(MAX_OPCODES):
             self.at = at = self.pos
             # Moved before the byte is read, here and below: a position beyond the data tells truncation from damage.
             self.pos = at + 1
@@ -104,6 +106,12 @@ class _Machine:
             if opcode == _STOP:
                 return self.stack.pop()
             handlers[opcode](self)
+        raise PickleError(f"more than {MAX_OPCODES} opcodes\n{NEXT_STEP}")
+
+    def spend(self, arguments: int) -> None:
+        self.arguments += arguments
+        if self.arguments > MAX_ARGUMENTS:
+            raise PickleError(f"calls with more than {MAX_ARGUMENTS} arguments in all\n{NEXT_STEP}")
 
     def take(self, length: int) -> bytes:
         start = self.pos
@@ -412,6 +420,7 @@ def _setitems(m: _Machine) -> None:
 
 @_opcode("\x8f")
 def _empty_set(m: _Machine) -> None:
+    m.spend(8)  # it takes as much as eight arguments, and more than other objects
     m.stack.append(set())
 
 
@@ -435,16 +444,24 @@ def _target(m: _Machine, kind: type) -> Any:
     return target
 
 
-_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
-_SIZED = frozenset({str, bytes, list, tuple, dict, set, frozenset})
+_TEXTS = frozenset({str, bytes})
+_SCALARS = frozenset({float, bool, type(None)}) | _TEXTS
+_ITEMS = frozenset({list, tuple, dict, set, frozenset})
 
 
 def hashable(key: Any) -> Any:
-    """`key`, if it is a scalar or a short tuple of scalars: hashing deeper ones would overflow the C stack."""
-    if type(key) in _SCALARS:
+    """`key`, if it is a scalar or a short tuple of texts.
+
+    Nothing else may be hashed: deep tuples overflow the C stack, and of long numbers and tuples of numbers one can
+    write down any number that share a hash, which a dict takes hours to tell apart. Texts have secret hashes.
+    """
+    kind = type(key)
+    if kind in _SCALARS or (kind is int and key.bit_length() <= MAX_KEY_BITS):
         return key
-    if type(key) is tuple and len(key) <= MAX_KEY and all(type(item) in _SCALARS for item in key):
+    if kind is tuple and len(key) <= MAX_KEY and all(type(item) in _TEXTS for item in key):
         return key
+    if kind is int:
+        raise PickleError(f"an integer of {key.bit_length()} bits as a key\n{NEXT_STEP}")
     raise PickleError(f"a {type(key).__name__} as a key\n{NEXT_STEP}")
 
 
@@ -476,9 +493,11 @@ def _find(m: _Machine, module: Any, name: Any) -> Any:
 def _call(m: _Machine, function: Any, arguments: Any) -> None:
     if type(function) is not FunctionType or type(arguments) is not tuple:
         raise PickleError(f"a call of a {type(function).__name__}\n{NEXT_STEP}")
-    m.arguments += sum(len(argument) for argument in arguments if type(argument) in _SIZED)
-    if m.arguments > MAX_ARGUMENTS:
-        raise PickleError(f"calls with more than {MAX_ARGUMENTS} arguments in all\n{NEXT_STEP}")
+    for argument in arguments:
+        if type(argument) in _ITEMS:
+            m.spend(len(argument))
+        elif type(argument) in _TEXTS:
+            m.spend(len(argument) >> 4)  # in bytes they take a sixteenth of what items do
     m.stack.append(function(*arguments))
 
 
