@@ -113,7 +113,7 @@ def test_clip(tmp_path: Path) -> None:
 
 def test_code_is_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path / "x", torch.jit.script(nn.Sequential(Restores())))
-    with pytest.raises(ContainerError, match=r"Restores restores itself(.|\n)*executed"):
+    with pytest.raises(ContainerError, match=r"Restores' restores itself(.|\n)*executed"):
         opened(path, "TorchScript")
     assert capfd.readouterr().out == ""
     torch.jit.load(str(path))

@@ -13,7 +13,7 @@ from converter.checkpoint import Contents, Storage
 from converter.errors import ContainerError
 from converter.files import SourceFile
 from converter.loaders import torch_pickle
-from converter.loaders.torch_pickle import StorageRef
+from converter.loaders.torch_pickle import StorageRefs
 from converter.loaders.unpickler import MAX_PICKLE, Globals, TruncatedPickleError, unpickle
 
 CONTAINER = "torch legacy"
@@ -38,7 +38,10 @@ def load(file: SourceFile) -> Contents:
     reader.pickle()
     protocol = reader.pickle()
     if protocol != _PROTOCOL:
-        raise ContainerError(f"{file.name}: torch's old format in a version other than {_PROTOCOL}, which is not known")
+        raise ContainerError(
+            f"{file.name}: torch's old format in a version other than {_PROTOCOL}, which is not known\n"
+            "download or copy the file again"
+        )
     reader.pickle()
     value = reader.pickle(torch_pickle.GLOBALS)
     storages = _storages(file, reader.pickle(), reader.refs, reader.pos)
@@ -70,7 +73,7 @@ class _Reader:
     def __init__(self, file: SourceFile) -> None:
         self._file = file
         self.pos = 0
-        self.refs: dict[str, StorageRef] = {}
+        self.refs = StorageRefs()
         self._data = b""
 
     def pickle(self, globals_: Globals | None = None) -> Any:
@@ -81,26 +84,22 @@ class _Reader:
             length = min(length, MAX_PICKLE, self._file.size - start)
             try:
                 data = self._file.read(start, length)
-                value, end = unpickle(data, f"{self._file.name}: pickle at byte {start}", globals_, self._storage_ref)
+                value, end = unpickle(data, f"{self._file.name}: pickle at byte {start}", globals_, self.refs.load)
             except TruncatedPickleError:
                 if length == self._file.size - start:
                     raise
                 if length == MAX_PICKLE:
                     raise ContainerError(
-                        f"{self._file.name}: the pickle at byte {start} takes more than {MAX_PICKLE} bytes"
+                        f"{self._file.name}: the pickle at byte {start} takes more than {MAX_PICKLE} bytes\n"
+                        "no checkpoint needs that: do not trust this file"
                     ) from None
                 length *= 4
             else:
                 self.pos = start + end
                 return value
 
-    def _storage_ref(self, pid: Any) -> StorageRef:
-        ref = torch_pickle.storage_ref(pid)
-        # As in torch, the first mention of a storage says what it holds.
-        return self.refs.setdefault(ref.key, ref._replace(first=0))._replace(first=ref.first)
 
-
-def _storages(file: SourceFile, keys: Any, refs: dict[str, StorageRef], at: int) -> dict[str, Storage]:
+def _storages(file: SourceFile, keys: Any, refs: StorageRefs, at: int) -> dict[str, Storage]:
     """Where each storage lies; `keys` is the order of those that follow byte `at`."""
     storages: dict[str, Storage] = {}
     # Sorted: neither list has one twice, and all that a tensor is in are there.
@@ -110,10 +109,13 @@ def _storages(file: SourceFile, keys: Any, refs: dict[str, StorageRef], at: int)
         ref = refs[key]
         numel = int.from_bytes(file.read(at, 8), "little", signed=True)
         if numel != ref.numel:
-            raise ContainerError(f"{file.name}: storage {key}: {numel} elements, where the pickle says {ref.numel}")
+            raise ContainerError(
+                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}\n"
+                "the file is damaged: download or copy it again"
+            )
         at += 8
         if at + ref.nbytes > file.size:
-            raise ContainerError(f"{file.name}: truncated in storage {key}\ndownload or copy the file again")
+            raise ContainerError(f"{file.name}: truncated in storage {key!r}\ndownload or copy the file again")
         storages[key] = Storage(file, (at, at + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
         at += ref.nbytes
     return storages

@@ -18,6 +18,11 @@ from converter.loaders.unpickler import NEXT_STEP, PickleError, Refused, hashabl
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_DEPTH = 100  # of dicts in dicts: a dict may hold itself
 MAX_ENTRIES = 200_000  # of all dicts together: one dict may stand in many places
+MAX_NAME = 10_000  # characters of a key: names of keys in dicts in dicts repeat the outer ones
+MAX_INT = 2**63 - 1  # of torch's sizes, strides and offsets
+# Bytes by which all tensors together may exceed their storages: expand() makes tensors of any size of one element.
+# They are written out, and each takes its whole size in memory. CLIP's token table, the largest tensor, takes 250 MB.
+MAX_REPEATED = 1 << 30
 
 _UNTYPED = "UntypedStorage"
 
@@ -34,8 +39,12 @@ class StorageRef(NamedTuple):
     first: int
 
     @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize if self.dtype else 1
+
+    @property
     def nbytes(self) -> int:
-        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+        return self.numel * self.itemsize
 
 
 class TensorRecord(NamedTuple):
@@ -54,9 +63,22 @@ def storage_ref(pid: Any) -> StorageRef:
     if kind != "storage" or not (isinstance(type_, DType) or type_ == _UNTYPED):
         raise PickleError(f"a reference to something other than a tensor's storage\n{NEXT_STEP}")
     first = view[0][1] if view and view[0] else 0
-    if type(key) is not str or type(numel) is not int or type(first) is not int or min(numel, first) < 0:
+    if type(key) is not str or not (_is_int64(numel) and _is_int64(first)) or min(numel, first) < 0:
         raise PickleError("a storage of an impossible name or size\ndownload or copy the file again")
     return StorageRef(key, None if type_ == _UNTYPED else type_, numel, first)
+
+
+def _is_int64(number: Any) -> bool:
+    return type(number) is int and -MAX_INT <= number <= MAX_INT
+
+
+class StorageRefs(dict[str, StorageRef]):
+    """The storages a pickle names, by key. As in torch, the first mention of one says what it holds."""
+
+    def load(self, pid: Any) -> StorageRef:
+        """The storage that a persistent id names."""
+        ref = storage_ref(pid)
+        return self.setdefault(ref.key, ref._replace(first=0))._replace(first=ref.first)
 
 
 # ---- the functions that the table below gives a pickle; each returns a description
@@ -70,7 +92,7 @@ def _rebuild_v3(
         raise PickleError("a conjugated or negated view\nsave it again after .resolve_conj() and .resolve_neg()")
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
         raise PickleError("a tensor without a storage, an element type or a shape\ndownload or copy the file again")
-    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int for n in (offset, *shape, *strides)):
+    if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
         raise PickleError("a tensor of an impossible shape\ndownload or copy the file again")
     if ref.first and dtype != ref.dtype:
         raise PickleError("a view of a storage in another element type\nload it with torch and save it again")
@@ -176,12 +198,27 @@ class Resolver:
         self._file, self._storage_of = file, storage_of
         self._storages: dict[StorageRef, Storage] = {}
         self._entries = 0
+        self._repeated = 0
 
     def tensor(self, key: str, record: TensorRecord) -> Tensor:
+        """A tensor of the file under its key; ContainerError where its bytes are not to be had."""
         storage = self._storages.get(record.ref)
         if storage is None:
             storage = self._storages[record.ref] = self._storage_of(record.ref)
-        return make_tensor(key, record.dtype, record.shape, storage, record.offset, record.strides)
+        tensor = make_tensor(key, record.dtype, record.shape, storage, record.offset, record.strides)
+        if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
+            # torch turns round the storage's elements, not the tensor's.
+            raise self._error(tensor, "big-endian, and of another element type than its storage")
+        self._repeated += max(tensor.nbytes - storage.size, 0)
+        if self._repeated > MAX_REPEATED:
+            raise self._error(tensor, f"the shape {tensor.shape} of {storage.size} bytes repeated")
+        return tensor
+
+    def _error(self, tensor: Tensor, why: str) -> ContainerError:
+        return ContainerError(
+            f"{self._file.name}: tensor {tensor.key!r}: {why}\n"
+            "where you trust the file, load it with torch and save its tensors' clones"
+        )
 
     def count(self, entries: int, depth: int) -> None:
         """ContainerError once there are too many dicts in dicts, or entries in all."""
@@ -192,6 +229,15 @@ class Resolver:
                 "no checkpoint needs that: do not trust this file"
             )
 
+    def checked(self, name: str) -> str:
+        """`name`; ContainerError where it is one that no checkpoint has."""
+        if len(name) > MAX_NAME:
+            raise ContainerError(
+                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...\n"
+                "no checkpoint needs that: do not trust this file"
+            )
+        return name
+
     def contents(self, value: dict[Any, Any], depth: int = 0) -> Contents:
         """The dicts in `value` with each tensor under its key; all but tensors and scalars becomes None."""
         self.count(len(value), depth)
@@ -199,8 +245,9 @@ class Resolver:
 
     def _leaf(self, key: Any, item: Any, depth: int) -> Any:
         if type(item) is TensorRecord:
-            return self.tensor(_key_name(key), item)
-        if type(item) is dict:
+            return self.tensor(self.checked(_key_name(key)), item)
+        if type(item) is dict and type(key) in _LEAVES:
+            self.checked(str(key))
             return self.contents(item, depth + 1)
         return item if type(item) in _LEAVES else None
 

@@ -28,7 +28,7 @@ def recognises(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
-    value, _ = unpickle(archive.pickle, archive.where, torch_pickle.GLOBALS, torch_pickle.storage_ref)
+    value, _ = unpickle(archive.pickle, archive.where, torch_pickle.GLOBALS, torch_pickle.StorageRefs().load)
     return torch_pickle.contents(file, value, archive.storage)
 
 

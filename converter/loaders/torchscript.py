@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Contents, Tensor
 from converter.errors import ContainerError
 from converter.files import SourceFile
-from converter.loaders.torch_pickle import GLOBALS, Resolver, TensorRecord, storage_ref
+from converter.loaders.torch_pickle import GLOBALS, Resolver, StorageRefs, TensorRecord
 from converter.loaders.torch_zip import Archive
 from converter.loaders.unpickler import Node, unpickle
 from converter.loaders.zipdir import is_zip, read_directory, read_small
 
 CONTAINER = "TorchScript"
 
-MAX_CODE = 16 << 20  # bytes of one source file; CLIP's largest takes 50 KB
+MAX_CODE = 4 << 20  # bytes of source text in all; CLIP's takes 200 KB
 
 
 def recognises(file: SourceFile) -> bool:
@@ -33,9 +34,12 @@ def recognises(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
-    value, _ = unpickle(archive.pickle, archive.where, _ScriptGlobals(_GLOBALS), storage_ref)
+    value, _ = unpickle(archive.pickle, archive.where, _ScriptGlobals(_GLOBALS), StorageRefs().load)
     if type(value) is not Node:
-        raise ContainerError(f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module")
+        raise ContainerError(
+            f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module\n"
+            "give a file that torch.jit.save or torch.save wrote"
+        )
     tensors: Contents = {tensor.key: tensor for tensor in _Flattener(archive).tensors(value)}
     if not tensors:
         raise ContainerError(
@@ -76,9 +80,8 @@ class _ScriptGlobals(dict[tuple[str, str], Any]):
 
 
 class _Class(NamedTuple):
-    """What a class says of itself: whether it is a module, has code that restores it, and what are its tensors."""
+    """What a module's class says of itself: whether it has code that restores it, and which are its tensors."""
 
-    is_module: bool
     restores_itself: bool
     parameters: frozenset[str]
     buffers: frozenset[str] | None  # None where an old torch did not say: all tensors but parameters
@@ -90,24 +93,24 @@ class _Flattener:
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._resolver = Resolver(archive.file, archive.storage)
-        self._classes: dict[str, _Class] = {}
-        self._texts: dict[str, str] = {}
+        self._modules: dict[str, dict[str, _Class]] = {}
+        self._code_left = MAX_CODE
 
     def tensors(self, node: Node, prefix: str = "", depth: int = 0) -> Iterator[Tensor]:
         """The tensors of a module and of the modules in it."""
         class_ = self._class(node.name)
-        if not class_.is_module:
+        if class_ is None:
             return
         if class_.restores_itself or type(node.state) is not dict:
             raise ContainerError(
-                f"{self._archive.file.name}: {node.name} restores itself by code of its own (__setstate__)\n"
+                f"{self._archive.file.name}: {node.name!r} restores itself by code of its own (__setstate__)\n"
                 "nothing of it was executed; save the module's state_dict() instead"
             )
         self._resolver.count(len(node.state), depth)
         yield from self._own_tensors(class_, node.state, prefix)
         for name, value in node.state.items():
             if type(value) is Node:
-                yield from self.tensors(value, f"{prefix}{name}.", depth + 1)
+                yield from self.tensors(value, self._resolver.checked(f"{prefix}{name}."), depth + 1)
 
     def _own_tensors(self, class_: _Class, state: dict[Any, Any], prefix: str) -> Iterator[Tensor]:
         records = {name: value for name, value in state.items() if type(value) is TensorRecord}
@@ -117,30 +120,31 @@ class _Flattener:
                 if name in names:
                     yield self._resolver.tensor(f"{prefix}{name}", record)
 
-    def _class(self, full_name: str) -> _Class:
-        if full_name not in self._classes:
-            module, _, name = full_name.rpartition(".")
-            self._classes[full_name] = _parse_class(self._text(module), name)
-        return self._classes[full_name]
+    def _class(self, full_name: str) -> _Class | None:
+        """What a class says of itself, or None where it is not a module's."""
+        module, _, name = full_name.rpartition(".")
+        if module not in self._modules:
+            self._modules[module] = dict(_parse_classes(self._text(module)))
+        return self._modules[module].get(name)
 
     def _text(self, module: str) -> str:
-        if module not in self._texts:
-            name = f"{self._archive.root}/code/{module.replace('.', '/')}.py"
-            if name not in self._archive.members:
-                raise ContainerError(f"{self._archive.file.name}: no member {name!r}\ndownload or copy the file again")
-            self._texts[module] = read_small(self._archive.members[name], MAX_CODE).decode(errors="replace")
-        return self._texts[module]
+        name = f"{self._archive.root}/code/{module.replace('.', '/')}.py"
+        if name not in self._archive.members:
+            raise ContainerError(f"{self._archive.file.name}: no member {name!r}\ndownload or copy the file again")
+        member = self._archive.members[name]
+        text = read_small(member, self._code_left).decode(errors="replace")
+        self._code_left -= member.size
+        return text
 
 
-def _parse_class(text: str, name: str) -> _Class:
-    """What the class `name` in the source `text` says of itself; a class that is not there is no module."""
-    head = re.search(rf"^class {re.escape(name)}\((.*)\):$", text, re.MULTILINE)
-    if head is None or head[1] != "Module":
-        return _Class(False, False, frozenset(), None)
-    end = re.compile(r"^\S", re.MULTILINE).search(text, head.end() + 1)
-    body = text[head.end() : end.start() if end else len(text)]
-    parameters, buffers = _names(body, "__parameters__"), _names(body, "__buffers__")
-    return _Class(True, "\n  def __setstate__(" in body, parameters or frozenset(), buffers)
+def _parse_classes(text: str) -> Iterator[tuple[str, _Class]]:
+    """The modules' classes in a source text, by name, and what each says of itself."""
+    for head, after in pairwise(re.finditer(r"^\S.*|\Z", text, re.MULTILINE)):
+        if found := re.fullmatch(r"class (.+)\(Module\):", head[0]):
+            body = text[head.end() : after.start()]
+            parameters, buffers = _names(body, "__parameters__"), _names(body, "__buffers__")
+            restores = re.search(r"^ *def +__setstate__\b", body, re.MULTILINE) is not None
+            yield found[1], _Class(restores, parameters or frozenset(), buffers)
 
 
 def _names(body: str, field: str) -> frozenset[str] | None:
