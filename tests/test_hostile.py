@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import pytest
 import safetensors.torch
-from hostile import archives, contents, mappings, shards, tensorfiles
+from hostile import archives, contents, mappings, pickles, records, shards, tensorfiles, torchscript
 from hostile.case import Accepted, Case, Refused, State, marker
 from memory import raw
 
-MODULES = (archives, contents, mappings, shards, tensorfiles)
+MODULES = (archives, contents, mappings, pickles, records, shards, tensorfiles, torchscript)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 PROGRAM = Path(sys.executable).with_name("dsocr-convert")

@@ -1,0 +1,195 @@
+"""What a pickle may call to do harm; here, to create a marker file.
+
+The names are those that scanners of pickles list, those that were used to get past them, and more of their kinds.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from hostile.torchfiles import Raw, call, named
+
+
+def canaries(path: Path) -> dict[str, Raw]:
+    """Opcodes by the name of the global that they ask for first; each creates `path` where Python reads it."""
+    file, shell, code = str(path), f"touch {path}", f"open({str(path)!r}, 'w').close()"
+    argv = ["/usr/bin/touch", file]
+    compiled = call("builtins.compile", code, "x", "exec")
+    inner = pickle.dumps(_Touch(file), 2)
+    return {
+        # The operating system.
+        "os.system": call("os.system", shell),
+        "posix.system": call("posix.system", shell),
+        "os.popen": call(_attribute(call("os.popen", shell), "read")),
+        "os.mkdir": call("os.mkdir", file),
+        "posix.mkdir": call("posix.mkdir", file),
+        "os.symlink": call("os.symlink", "/", file),
+        "os.open": call("os.open", file, 0o101),
+        "os.mkfifo": call("os.mkfifo", file),
+        "os.spawnv": call("os.spawnv", 0, argv[0], argv),
+        "posix.posix_spawn": call("posix.posix_spawn", argv[0], argv, {}),
+        "pty.spawn": call("pty.spawn", argv),
+        "commands.getoutput": call("commands.getoutput", shell),
+        "subprocess.Popen": call("subprocess.Popen", argv),
+        "subprocess.run": call("subprocess.run", argv),
+        "subprocess.call": call("subprocess.call", argv),
+        "subprocess.check_output": call("subprocess.check_output", argv),
+        "subprocess.getoutput": call("subprocess.getoutput", shell),
+        "asyncio.unix_events._UnixSubprocessTransport._start": call(
+            _dotted("asyncio.unix_events", "_UnixSubprocessTransport._start"), {}, argv, False, None, None, None, 0
+        ),
+        "multiprocessing.util.spawnv_passfds": call("multiprocessing.util.spawnv_passfds", b"/usr/bin/touch", argv, []),
+        "threading.Thread": call(_attribute(call("threading.Thread", None, named("os.system"), None, [shell]), "run")),
+        # What Python itself is made of.
+        "builtins.eval": call("builtins.eval", code),
+        "__builtin__.eval": call("__builtin__.eval", code),
+        "builtins.exec": call("builtins.exec", code),
+        "builtins.open": call("builtins.open", file, "w"),
+        "builtins.__import__": call(_attribute(call("builtins.__import__", "os"), "system"), shell),
+        "builtins.getattr": call(call("builtins.getattr", call("builtins.__import__", "os"), "system"), shell),
+        "builtins.map": call(_attribute(call("builtins.map", named("os.system"), [shell]), "__next__")),
+        "builtins.filter": call(_attribute(call("builtins.filter", named("os.mkdir"), [file]), "__next__")),
+        "types.FunctionType": call(call("types.FunctionType", compiled, {})),
+        "atexit.register": _then(call("atexit.register", named("os.system"), shell), call("atexit._run_exitfuncs")),
+        # Imports, and running what was found.
+        "importlib.import_module": call(_attribute(call("importlib.import_module", "os"), "system"), shell),
+        "importlib.__import__": call(_attribute(call("importlib.__import__", "os"), "system"), shell),
+        "runpy._run_code": call("runpy._run_code", compiled, {}),
+        "pkgutil.resolve_name": call(call("pkgutil.resolve_name", "os:system"), shell),
+        "venv.create": call("venv.create", file),
+        "test.support.script_helper.assert_python_ok": call("test.support.script_helper.assert_python_ok", "-c", code),
+        # Chains of harmless parts.
+        "functools.partial": call(call("functools.partial", named("os.system"), shell)),
+        "functools.reduce": call("functools.reduce", named("operator.call"), [named("os.system"), shell]),
+        "functools.singledispatch": call(call("functools.singledispatch", named("os.system")), shell),
+        "operator.methodcaller": call(
+            call("operator.methodcaller", "system", shell), call("builtins.__import__", "os")
+        ),
+        "operator.attrgetter": call(
+            call(call("operator.attrgetter", "system"), call("builtins.__import__", "os")), shell
+        ),
+        "operator.itemgetter": call(
+            call(call("operator.itemgetter", "system"), call("builtins.vars", call("builtins.__import__", "os"))), shell
+        ),
+        "operator.call": call("operator.call", named("os.system"), shell),
+        "_operator.methodcaller": call(
+            call("_operator.methodcaller", "system", shell), call("builtins.__import__", "os")
+        ),
+        "itertools.starmap": call(_attribute(call("itertools.starmap", named("os.system"), [(shell,)]), "__next__")),
+        # Debuggers, profilers, the documentation and the console.
+        "bdb.Bdb": call(_attribute(call("bdb.Bdb"), "run"), code),
+        "profile.run": call("profile.run", code),
+        "cProfile.run": call("cProfile.run", code),
+        "cProfile.runctx": call("cProfile.runctx", code, {}, {}),
+        "timeit.timeit": call("timeit.timeit", code, "pass", named("time.perf_counter"), 1),
+        "timeit.main": call("timeit.main", ["-n1", "-r1", code]),
+        "trace.Trace": call(_attribute(call("trace.Trace", 0, 0), "run"), code),
+        "pydoc.pipepager": call("pydoc.pipepager", "", shell),
+        "pydoc.locate": call(call("pydoc.locate", "os.system"), shell),
+        "code.InteractiveInterpreter": call(_attribute(call("code.InteractiveInterpreter"), "runsource"), code),
+        "idlelib.autocomplete.AutoComplete.get_entity": call(
+            _dotted("idlelib.autocomplete", "AutoComplete.get_entity"), None, code
+        ),
+        # Files, the network, other processes' memory.
+        "_io.open": call("_io.open", file, "w"),
+        "io.open": call("io.open", file, "w"),
+        "_io.FileIO": call("_io.FileIO", file, "w"),
+        "codecs.open": call("codecs.open", file, "w"),
+        "shutil.copyfile": call("shutil.copyfile", "/dev/null", file),
+        "pathlib.Path": call(_attribute(call("pathlib.Path", file), "touch")),
+        "pathlib.PosixPath": call(_attribute(call("pathlib.PosixPath", file), "touch")),
+        "logging.FileHandler": call("logging.FileHandler", file),
+        "logging.config.dictConfig": call(
+            "logging.config.dictConfig", {"version": 1, "formatters": {"x": {"()": "os.mkdir", "path": file}}}
+        ),
+        "sqlite3.connect": call(_attribute(call("sqlite3.connect", file), "execute"), "create table x (y)"),
+        "zipfile.ZipFile": call("zipfile.ZipFile", file, "w"),
+        "tarfile.open": call("tarfile.open", file, "w"),
+        "distutils.file_util.write_file": call("distutils.file_util.write_file", file, []),
+        "ctypes.CDLL": call(_attribute(call("ctypes.CDLL", None), "system"), shell.encode()),
+        "urllib.request.urlretrieve": call("urllib.request.urlretrieve", "file:///dev/null", file),
+        # Pickles in pickles.
+        "pickle.loads": call("pickle.loads", inner),
+        "_pickle.loads": call("_pickle.loads", inner),
+        "yaml.unsafe_load": call("yaml.unsafe_load", f"!!python/object/apply:os.mkdir [{file}]"),
+        # numpy's helpers, and torch's.
+        "numpy.memmap": call("numpy.memmap", file, "uint8", "w+", 0, (1,)),
+        "numpy.testing._private.utils.runstring": call("numpy.testing._private.utils.runstring", code, {}),
+        "numpy.f2py.crackfortran.getlincoef": call("numpy.f2py.crackfortran.getlincoef", code, {"x": 1}),
+        "numpy.f2py.crackfortran._eval_length": call("numpy.f2py.crackfortran._eval_length", code, {}),
+        "torch.storage._load_from_bytes": call("torch.storage._load_from_bytes", inner),
+        "torch.save": call("torch.save", {}, file),
+        "torch.from_file": call("torch.from_file", file, True, 8),
+        "torch.jit.unsupported_tensor_ops.execWrapper": call(
+            "torch.jit.unsupported_tensor_ops.execWrapper", code, {}, {}
+        ),
+        "torch.utils.collect_env.run": call("torch.utils.collect_env.run", shell),
+        "torch.utils._config_module.ConfigModule.load_config": call(
+            _dotted("torch.utils._config_module", "ConfigModule.load_config"), None, inner
+        ),
+        "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression": call(
+            _dotted("torch.fx.experimental.symbolic_shapes", "ShapeEnv.evaluate_guards_expression"), None, code, []
+        ),
+        "torch.utils.data.datapipes.utils.decoder.basichandlers": call(
+            "torch.utils.data.datapipes.utils.decoder.basichandlers", "pickle", inner
+        ),
+        "torch._utils._import_dotted_name": call(call("torch._utils._import_dotted_name", "os.system"), shell),
+        "torch._tensor._rebuild_from_type_v2": call(
+            "torch._tensor._rebuild_from_type_v2", named("os.system"), named("torch.Tensor"), (shell,), {}
+        ),
+    }
+
+
+# More names: of other systems, versions and packages, in need of a network or a terminal, or a first step to harm.
+OTHERS = """
+    builtins.compile marshal.loads nt.system _posixsubprocess.fork_exec
+    __builtin__.execfile __builtin__.file builtins.globals builtins.type
+    builtins.object builtins.print builtins.input types.CodeType sys.settrace gc.get_objects signal.signal
+    importlib.machinery.SourceFileLoader runpy.run_path runpy.run_module zipimport.zipimporter site.addpackage pip.main
+    collections.defaultdict collections.abc collections._sys copyreg._reconstructor copy_reg._reconstructor
+    concurrent.futures.thread._WorkItem pdb.run pdb.Pdb doctest.debug_script codeop.compile_command cmd.Cmd
+    lib2to3.pgen2.grammar.Grammar.loads unittest.main shutil.rmtree tempfile.mkdtemp shelve.open linecache.getline
+    ctypes.cdll _ctypes.dlopen socket.create_connection urllib.request.urlopen http.client.HTTPSConnection requests.get
+    ssl.get_server_certificate webbrowser.open smtplib.SMTP ftplib.FTP cloudpickle.loads dill.loads joblib.load
+    pandas.read_pickle numpy.load numpy.f2py.diagnose.run_command numpy.core.multiarray.scalar torch.load
+    torch.serialization.load torch.jit.load torch.jit.script torch.hub.load torch.hub.load_state_dict_from_url
+    torch.classes.load_library torch.ops.load_library torch.utils.bottleneck.__main__.run_cprofile
+    torch._dynamo.guards.GuardBuilder.get torch._inductor.codecache.compile_file torch.package.PackageImporter
+    torch.utils.cpp_extension.load_inline torch.distributed.rpc.init_rpc torch.multiprocessing.spawn
+    torch.multiprocessing.reductions.rebuild_cuda_tensor torch._utils._rebuild_wrapper_subclass torch.nn.Module
+    torch.Tensor torch.FloatTensor torch.UntypedStorage torch.storage.TypedStorage torch._C._from_dlpack
+    transformers.AutoModel.from_pretrained
+"""
+
+
+class _Touch:
+    """Pickles as a call that creates a folder."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.mkdir, (self.file,)
+
+
+def _dotted(module: str, name: str) -> Raw:
+    """A global whose name has dots, which only STACK_GLOBAL may look up."""
+    texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+    return Raw(b"\x80\x04" + texts + b"\x93")
+
+
+def _attribute(of: Raw, name: str) -> Raw:
+    """`getattr`, of a value that is made first, so that its global is the first."""
+    # The value, put away; getattr; the value again.
+    return Raw(of.opcodes + b"r\xff\xff\0\0" + b"0" + b"cbuiltins\ngetattr\n(j\xff\xff\0\0" + _text(name) + b"tR")
+
+
+def _then(first: Raw, second: Raw) -> Raw:
+    return Raw(first.opcodes + b"0" + second.opcodes)
+
+
+def _text(text: str) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()

@@ -1,0 +1,70 @@
+"""Every gadget is refused by its name; and gadgets they are, where Python itself reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile import gadgets, pickles
+from hostile.torchfiles import Raw, call, pickled
+
+from converter.errors import ContainerError
+from converter.loaders.torch_pickle import GLOBALS, storage_ref
+from converter.loaders.torchscript import _GLOBALS, _ScriptGlobals
+from converter.loaders.unpickler import unpickle
+
+TABLES: dict[str, Any] = {"torch": GLOBALS, "TorchScript": _ScriptGlobals(_GLOBALS)}
+
+# Reads each pickle in a process of its own: a gadget may do anything to it.
+VICTIM = """
+import os, pickle, signal, sys
+import numpy.f2py.crackfortran, torch
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        try:
+            pickle.loads(open(path, "rb").read())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_gadget_is_refused_by_name(table: str, tmp_path: Path) -> None:
+    found = gadgets.canaries(tmp_path / "canary") | {name: call(name, "true") for name in gadgets.OTHERS.split()}
+    for name, raw in found.items():
+        with pytest.raises(ContainerError) as caught:
+            unpickle(pickled({"model": raw}), "test", TABLES[table], storage_ref)
+        assert f"the pickle asks for {name}, " in str(caught.value)
+        assert "nothing of it was executed" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def alive(make: Any, names: list[str], folder: Path) -> set[str]:
+    """The names of those that create the file they are given, where Python reads them."""
+    for name in names:
+        made: Raw = make(folder / f"{name}.canary")[name]
+        (folder / f"{name}.pkl").write_bytes(pickled(made))
+    paths = [str(folder / f"{name}.pkl") for name in names]
+    subprocess.run([sys.executable, "-c", VICTIM, *paths], stdin=subprocess.DEVNULL, capture_output=True, cwd=folder)
+    return {name for name in names if (folder / f"{name}.canary").exists()}
+
+
+def test_gadgets_are_alive_in_python(tmp_path: Path) -> None:
+    names = [name for name in gadgets.canaries(tmp_path) if name in (*pickles.FAMILIES, "os.system")]
+    # Those take seconds to import.
+    names = [name for name in names if not name.startswith(("torch.fx", "torch.jit"))]
+    assert alive(gadgets.canaries, names, tmp_path) == set(names)
+
+
+def test_ways_to_call_are_alive_in_python(tmp_path: Path) -> None:
+    def make(path: Path) -> dict[str, Raw]:
+        return {name.replace(" ", "-"): raw for name, (raw, _) in pickles.ways(path).items()}
+
+    names = list(make(tmp_path))
+    assert alive(make, names, tmp_path) == set(names)
