@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     what: str
     cases: Callable[[Scene, int, int], list[faulting.Case]]
-    count: int
+    times: int
     sources: int = 2
 
 
@@ -61,7 +61,7 @@ class Task(NamedTuple):
     kind: str
     share: int
     shares: int
-    count: int
+    times: int
     seed: int
     program: list[str]
 
@@ -104,13 +104,13 @@ def main() -> int:
 
 def list_tasks(args: argparse.Namespace) -> list[Task]:
     kinds = args.kinds.split(",")
-    tasks = []
+    tasks: list[Task] = []
     for part in args.only.split(","):
         # What is cut into shares: one scene each, which takes a second or two to set up.
         shares = max(1, args.jobs * 4 // len(kinds)) if part in ("kills", "calls") else 1
-        count = args.kills // len(kinds) if part == "kills" else max(1, int(PARTS[part].count * args.scale))
+        count = args.kills // len(kinds) if part == "kills" else max(1, int(PARTS[part].times * args.scale))
         if part == "disks":
-            count = PARTS[part].count
+            count = PARTS[part].times
         for kind in kinds:
             for share in range(shares):
                 seed = args.seed * 1_000_003 + len(tasks)
@@ -127,11 +127,11 @@ def perform(task: Task) -> Outcome:
     folder.chmod(0o755)
     try:
         scene = Scene(task.kind, folder / "scene", part.sources, task.program)
-        numbers = (task.share, task.shares) if task.part == "calls" else (task.count, task.seed)
+        numbers = (task.share, task.shares) if task.part == "calls" else (task.times, task.seed)
         for case in part.cases(scene, *numbers):
             try:
                 seen[case()] += 1
-            except (faulting.Violation, subprocess.TimeoutExpired) as violation:
+            except (faulting.ViolationError, subprocess.TimeoutExpired) as violation:
                 violations.append(str(violation))
     except (RuntimeError, FileNotFoundError) as error:
         return Outcome(task, seen, violations, str(error).splitlines()[0], time.monotonic() - began)

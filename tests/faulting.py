@@ -138,7 +138,7 @@ class Scene:
     # What must hold ---------------------------------------------------------------------------------------------------
 
     def check_killed(self, old: int | None, new: int, force: bool) -> str:
-        """After a run was killed: what was seen; ViolationError if that is neither old nor new, or no run goes on.
+        """After a run was killed: what was seen; ViolationError if neither old nor new, or no run goes on from it.
 
         The files of a card may be new before the output is: the next run, if it names the same files, puts them back.
         """
@@ -388,37 +388,47 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
 
 
 NOBODY = 65534
+# Everything is imported, and read, before the process becomes another user, who may not enter Python's own folders.
+AS_NOBODY = f"""
+import contextlib, ctypes, hashlib, io, os, sys
+import converter.cards.markdown, converter.pretrained.configs
+from converter import loaders
+from converter.cli import console, convert
+found = loaders._built_in()
+loaders._built_in = lambda: found
+arguments = list(sys.argv)
+sys.argv += ["--dry-run"]
+with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    console.run(convert.app)
+sys.argv = arguments
+os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
+convert.main()
+"""
 
 
 def permissions(scene: Scene, count: int, seed: int) -> list[Case]:
     """Folders that another user may not write to, or not replace files in; as root alone."""
     if os.getuid() != 0:
         raise RuntimeError("needs root, to become another user")
-    other = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     for parent in (scene.folder, *scene.folder.parents):
         if not parent.stat().st_mode & 0o001:
             raise RuntimeError(f"{parent}: another user cannot enter it")
-    asked = subprocess.run([*scene.program, "--version"], capture_output=True, env=environment(), **other)  # type: ignore[call-overload]
-    if asked.returncode != 0:
-        raise RuntimeError("another user cannot run the program here")
 
     def one(index: int) -> str:
-        old = (None, 0)[index % 2]
+        # Read-only; or everybody's, in which each may replace their own files alone.
+        old, sticky = (None, 0)[index % 2], index // 2 % 2 == 1
         scene.reset(old)
+        scene.out.chmod(0o1777 if sticky else 0o755)
         try:
-            # Read-only; or everybody's, in which each may replace their own alone.
-            scene.out.chmod((0o755, 0o1777)[index // 2 % 2])
-            done = scene.run(1, *([] if old is None else ["--force"]), **other)
-            sticky = index // 2 % 2 == 1
-            if sticky and old is None:
-                scene.check_is(scene.made(1))
-                if done.code != 0:
-                    raise ViolationError(done.err)
-            else:
-                scene.check_refused(done, scene.made(old) if old is not None else {})
+            command = [sys.executable, "-c", AS_NOBODY, *scene.command(1, *([] if old is None else ["--force"]))]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment())
         finally:
             scene.out.chmod(0o755)
-        return "overcome" if done.code == 0 else "refused"
+        if sticky and old is None:
+            scene.check_is(scene.made(1))
+            return "another's folder that is everybody's: written"
+        scene.check_refused(Done(done.returncode, done.stderr), scene.made(old) if old is not None else {})
+        return "another's file in everybody's folder: refused" if sticky else "another's folder: refused"
 
     return [partial(one, index) for index in range(count)]
 
