@@ -63,9 +63,9 @@ def lock(fd: int, seconds: float = 0.0) -> bool:
 def turn(folder: Path) -> Iterator[bool]:
     """A time in which no other run changes what stands in a folder; whether it could be had."""
     try:
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except OSError:
-        # A folder that may not be read may still be written to.
+        # A folder that may not be read may still be written to; one that is none is told of elsewhere.
         yield False
         return
     try:

@@ -109,7 +109,7 @@ def list_tasks(args: argparse.Namespace) -> list[Task]:
         # What is cut into shares: one scene each, which takes a second or two to set up.
         shares = max(1, args.jobs * 4 // len(kinds)) if part in ("kills", "calls") else 1
         count = args.kills // len(kinds) if part == "kills" else max(1, int(PARTS[part].times * args.scale))
-        if part == "disks":
+        if part in ("disks", "permissions"):
             count = PARTS[part].times
         for kind in kinds:
             for share in range(shares):
