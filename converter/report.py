@@ -124,7 +124,7 @@ def fold(tensors: Mapping[str, Tensor]) -> list[Group]:
     members: dict[tuple[str, int], list[str]] = {}
     for name, tensor in tensors.items():
         # Numbers may also tell apart the stages of a sequence; layers have tensors of one rank.
-        pattern = re.sub(r"(?<![^.])[0-9]+(?![^.])", "{}", name)
+        pattern = re.sub(r"(?<![^.])[0-9]{1,9}(?![^.])", "{}", name)
         members.setdefault((pattern, len(tensor.shape)), []).append(name)
     groups = []
     for (pattern, _), names in members.items():
@@ -151,7 +151,8 @@ def _ranges(pattern: str, names: list[str]) -> str:
 
 
 def _range(numbers: list[int]) -> str:
-    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    # Sorted, and none twice.
+    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}..{numbers[-1]}"
     return " ".join(map(str, numbers))
 

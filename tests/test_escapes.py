@@ -104,3 +104,11 @@ def test_indices_whose_number_nothing_tells() -> None:
     tensors = described({**shapes, "vision_model.embeddings.position_embedding.weight": (2, 2, 2)})
     with pytest.raises(MappingError, match=r"position_ids' cannot be made: nothing of the right shape tells positions"):
         to_hub(source(tensors), Wish("clip"))
+
+
+def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
+    """Once every number between the first and the last was made."""
+    (group,) = report.fold(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
+    assert group.layers == "0 999999999"
+    # Longer ones are no indices, and Python refuses to read the longest as numbers.
+    assert len(report.fold(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
