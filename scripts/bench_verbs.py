@@ -8,6 +8,7 @@ Pairs in turns, medians of their ratios, whole processes except for loading, eve
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,27 @@ for tensor in tensors.values():
 print(loaded - begin, time.perf_counter() - begin)
 """
 
+# Onto a GPU, in pairs: prints the seconds of both, after the tensors were compared.
+GPU = """
+import sys, time
+import torch, safetensors.torch, converter
+pairs, source, converted = int(sys.argv[1]), *sys.argv[2:]
+def timed(load):
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    tensors = load()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, tensors
+ours = lambda: converter.load(source, "clip", device="cuda")
+theirs = lambda: safetensors.torch.load_file(converted, device="cuda")
+found, expected = ours(), theirs()
+assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+assert all(tensor.is_cuda for tensor in found.values())
+del found, expected
+for _ in range(pairs):
+    print(timed(ours)[0], timed(theirs)[0])
+"""
+
 
 def seconds(command: list[str | Path]) -> float:
     begin = time.perf_counter()
@@ -49,12 +71,22 @@ def loading(who: str, path: Path, index: int) -> float:
     return float(done.stdout.split()[index])
 
 
+def on_gpu(what: str, pairs: int, source: Path, converted: Path) -> None:
+    """One line of the table: loading a source onto a GPU beside load_file of what it was converted into."""
+    command = [sys.executable, "-c", GPU, str(pairs), source, converted]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    report(what, [(float(ours), float(theirs)) for ours, theirs in map(str.split, lines)], None)
+
+
 def compare(title: str, pairs: int, ours: Callable[[], float], theirs: Callable[[], float], bar: float | None) -> bool:
-    """One line of the table; whether the bar was kept."""
+    """One line of the table, from pairs of calls; whether the bar was kept."""
     ours(), theirs()
-    rows = [(ours(), theirs()) for _ in range(pairs)]
+    return report(title, [(ours(), theirs()) for _ in range(pairs)], bar)
+
+
+def report(title: str, rows: list[tuple[float, float]], bar: float | None) -> bool:
     ratios = [a / b for a, b in rows]
-    low, _, high = statistics.quantiles(ratios, n=4) if pairs > 1 else (ratios[0],) * 3
+    low, _, high = statistics.quantiles(ratios, n=4) if len(rows) > 1 else (ratios[0],) * 3
     ratio = statistics.median(ratios)
     kept = bar is None or ratio <= bar
     verdict = "" if bar is None else f"{bar:g} {'pass' if kept else 'OVER'}"
@@ -67,10 +99,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, metavar="WORK")
     parser.add_argument("--pairs", type=int, default=7, help="default %(default)s")
+    parser.add_argument("--gpu", action="store_true", help="measure loading onto a GPU alone")
     args = parser.parse_args()
     make = [sys.executable, ROOT / "scripts" / "make_checkpoints.py", "--only", "sam-b,clip-bin", args.work]
     subprocess.run(make, check=True)
-    program = Path(sys.executable).with_name("dsocr-convert")
+    program = shutil.which("dsocr-convert", path=Path(sys.executable).parent) or shutil.which("dsocr-convert")
+    if program is None:
+        sys.exit("dsocr-convert is not installed")
     sam, clip = args.work / SAM, args.work / CLIP
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         out = Path(folder)
@@ -84,6 +119,10 @@ def main() -> int:
         for path in (a, b):
             seconds([program, "clip", clip, "-q", "-o", path])
         print("| what | seconds | beside it | ratio (quartiles) | bar |\n|---|---|---|---|---|")
+        if args.gpu:
+            on_gpu("CLIP-L's .bin onto a GPU, load_file of the converted file", args.pairs, clip, a)
+            on_gpu("the converted file onto a GPU, load_file", args.pairs, a, a)
+            return 0
         kept = [
             compare(
                 "diff of two equal CLIP-L files, cmp",
