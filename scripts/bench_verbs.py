@@ -73,7 +73,7 @@ def loading(who: str, path: Path, index: int) -> float:
 
 def on_gpu(what: str, pairs: int, source: Path, converted: Path) -> None:
     """One line of the table: loading a source onto a GPU beside load_file of what it was converted into."""
-    command = [sys.executable, "-c", GPU, str(pairs), source, converted]
+    command: list[str | Path] = [sys.executable, "-c", GPU, str(pairs), source, converted]
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     report(what, [(float(ours), float(theirs)) for ours, theirs in map(str.split, lines)], None)
 

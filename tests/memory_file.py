@@ -19,7 +19,7 @@ class Memory:
         buffer[:] = self.read(offset, len(buffer))
 
     def read(self, offset: int, length: int) -> bytes:
-        if offset < 0 or length < 0 or offset + length > self.size:
+        if offset < 0 or length < 0 or offset + length > len(self.data):
             raise ContainerError(f"{self.name}: truncated")
         return self.data[offset : offset + length]
 

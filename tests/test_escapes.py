@@ -112,3 +112,12 @@ def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
     assert group.layers == "0 999999999"
     # Longer ones are no indices, and Python refuses to read the longest as numbers.
     assert len(report.fold(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
+
+
+def test_positions_are_numbered_up_to_a_bound() -> None:
+    """A sparse file may claim a table of any length, and the numbers lie in memory."""
+    shapes = inventory("clip-hf")
+    width = shapes["vision_model.embeddings.class_embedding"][0]
+    table = {"vision_model.embeddings.position_embedding.weight": (10**9, width)}
+    with pytest.raises(MappingError, match=r"position_ids' cannot be made: \[1, 1000000000\] is more than any image"):
+        to_hub(source(described({**shapes, **table})), Wish("clip"))

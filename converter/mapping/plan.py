@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from converter.dtypes import INT64
 from converter.errors import MappingError, UsageError
 from converter.mapping.apply import Applied, apply, summary
 from converter.mapping.expr import Arange, Expr, nbytes, sources
-from converter.mapping.ops import CastTo, ResamplePositions
+from converter.mapping.ops import LARGEST_GRID, CastTo, ResamplePositions
 from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
 from converter.mapping.shapes import Sizes, fits, resolve, written
+
+# A patch is one position, and the class token another: numbers for more of them would be made for nothing, in memory.
+MOST_POSITIONS = LARGEST_GRID**2 + 1
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +156,10 @@ def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
     if spec.fill == "arange":
         if unknown := [str(dim.name) for dim in spec.shape if dim.name not in (None, *plan.sizes)]:
             return [f"{name!r} cannot be made: nothing of the right shape tells {', '.join(unknown)}"]
-        plan.outputs[name] = Arange(INT64, resolve(spec.shape, plan.sizes))
+        shape = resolve(spec.shape, plan.sizes)
+        if math.prod(shape) > MOST_POSITIONS:
+            return [f"{name!r} cannot be made: {list(shape)} is more than any image has positions"]
+        plan.outputs[name] = Arange(INT64, shape)
         plan.filled[name] = "0, 1, 2, ..."
     elif spec.optional:
         plan.missing[name] = spec.optional

@@ -225,7 +225,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(lambda: {**sam(), "\x1b[2J\u202e\nerror: all is well": torch.zeros(3)}),
         ("no rule claims '\\x1b[2J\\u202e\\nerror: all is well'",),
     ),
-    "a name of a megabyte": (_file(lambda: {**sam(), "x" * (1 << 20): torch.zeros(3)}), ("no rule claims 'xxx",)),
+    "a name of a megabyte": (_file(lambda: {**sam(), "x" * (1 << 20): torch.zeros(3)}), ("a name of 1048576 char",)),
     "blocks from 1": (
         _file(lambda: _renamed(sam(), r"blocks\.(\d)", "blocks.1\\1")), ("no SAM layout fits", "nearest is sam-meta")
     ),
