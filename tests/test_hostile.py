@@ -1,67 +1,27 @@
 """Nothing executed, nothing exhausted, everything explained: bad input refused, odd input exact.
 
-The inputs are in the package `hostile`, one module a kind. Every case is a run of the installed program.
+The inputs are in the package `hostile`, one module a kind. Every case is a run of the program in a process of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import safetensors.torch
 from hostile import archives, contents, mappings, pickles, records, shards, tensorfiles, torchscript
 from hostile.case import Accepted, Case, Refused, State, marker
+from hostile.program import Done, run
 from memory import raw
 
 MODULES = (archives, contents, mappings, pickles, records, shards, tensorfiles, torchscript)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
-PROGRAM = Path(sys.executable).with_name("dsocr-convert")
 # The program takes 30 MiB and a fifth of a second; torch, where something is computed, some hundreds and seconds.
 MEMORY, MEMORY_COMPUTED = 128 << 20, 1 << 30
 SECONDS, SECONDS_COMPUTED = 10, 60
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-    peak: int  # bytes
-    seconds: float
-
-
-def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
-    """The program, its output and what it took."""
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen([PROGRAM, *command], cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, highest(process.pid))
-            if time.monotonic() - began > timeout:
-                process.kill()
-                process.wait()
-                pytest.fail(f"still running after {timeout} s")
-            time.sleep(0.003)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return Done(process.returncode, *texts, peak, time.monotonic() - began)
-
-
-def highest(process: int) -> int:
-    """The most memory that a process has held, in bytes; wait4 would tell what this one holds, if that is more."""
-    found = re.search(r"VmHWM:\s+([0-9]+)", Path(f"/proc/{process}/status").read_text())
-    return int(found[1]) * 1024 if found else 0
 
 
 def snapshot(folder: Path) -> dict[str, object]:

@@ -1,0 +1,78 @@
+"""Runs of the program as forks of a process that has imported it: a thousand of them in a tenth of the time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+# For each line of JSON a fork that becomes the program. What is told of it: its number, then how it ended.
+_SERVER = """
+import json, os, sys, traceback
+import converter.cli.convert
+from converter.cli.start import convert
+
+def become(arguments, cwd, out, err):
+    os.chdir(cwd)
+    for fd, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
+    sys.argv = ["dsocr-convert", *arguments]
+    try:
+        convert()
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        become(*json.loads(line))
+    print(child, flush=True)
+    _, status, usage = os.wait4(child, 0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024]), flush=True)
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+    peak: int  # bytes
+    seconds: float
+
+
+def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
+    """The program, its output and what it took; TimeoutError where it takes too long."""
+    told, asked = _server()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        job = [[os.fspath(word) for word in command], str(cwd), str(out), str(err)]
+        asked.write(json.dumps(job).encode() + b"\n")
+        child = int(told.readline())
+        if not select.select([told], [], [], timeout)[0]:
+            os.kill(child, signal.SIGKILL)
+            told.readline()
+            raise TimeoutError(f"still running after {timeout} s: {command}")
+        code, peak = json.loads(told.readline())
+        return Done(code, out.read_text(), err.read_text(), peak, time.monotonic() - began)
+
+
+@functools.cache
+def _server() -> tuple[IO[bytes], IO[bytes]]:
+    # Without a buffer, in which `select` would not see what has come.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdout, process.stdin
