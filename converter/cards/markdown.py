@@ -56,7 +56,10 @@ def _library(layout: str) -> str:
 
 def _what(card: Card) -> Iterator[str]:
     description = "; ".join(layout.description for layout in catalogue.layouts_of(card.target))
-    yield f"{card.family.upper()} in the layout `{card.target}`: {description}. Converted by {card.tool}."
+    what = (
+        "A whole DeepEncoder" if card.target == card.family else f"{card.family.upper()} in the layout `{card.target}`"
+    )
+    yield f"{what}: {description}. Converted by {card.tool}."
     yield "Nothing was trained: the weights, and their licence, are the source's."
 
 

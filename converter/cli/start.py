@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -44,4 +45,15 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 def unwind(number: int, frame: FrameType | None) -> None:
     """End what is under way, which cleans up after itself; a second signal is not waited for."""
     on_signal(end_at_once)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: unwind(number, None))
+        sys.unraisablehook = _again
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _again(ignored: sys.UnraisableHookArgs) -> None:
+    """Raise it once more, a moment later: what a signal raises inside of a destructor, Python ignores."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt | SystemExit):
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+    else:
+        sys.__unraisablehook__(ignored)
