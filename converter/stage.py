@@ -209,8 +209,9 @@ class _Stage:
     def close(self) -> None:
         # After fsync there is nothing that this could still tell.
         with suppress(OSError):
-            if self.fd >= 0:
-                os.close(self.fd)
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 @contextmanager
@@ -226,7 +227,12 @@ def staging(force: bool) -> Iterator[Staging]:
     except OSError as error:
         raise _refused(new.output, error) from error
     finally:
-        new.end()
+        try:
+            new.end()
+        except BaseException:
+            # A signal's, which came just now: another one would end the process at once.
+            new.end()
+            raise
     new.sync()
 
 

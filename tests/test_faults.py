@@ -146,6 +146,22 @@ def test_a_signal_that_comes_in_a_destructor_is_not_lost(number: int) -> None:
     assert time.monotonic() - began < 10
 
 
+def test_a_signal_that_comes_while_remains_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[Path] = []
+
+    def interrupted(path: Path) -> None:
+        came.append(path)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+        beside.discard(path)
+
+    monkeypatch.setattr("converter.stage.discard", interrupted)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt), staging(force=True) as new:
+        (new.folder(tmp_path / "out") / "file").write_text("new")
+    assert len(came) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_and_eight_for_one_output(kind: str, tmp_path: Path) -> None:
     scene = Scene(kind, tmp_path, sources=8 if kind == "card" else 2)
