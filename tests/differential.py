@@ -74,6 +74,9 @@ REASONS = [
         "members that are not weights",
     ),
     Reason("torch", OURS, r"PytorchStreamReader failed|Couldn't parse the version", "members that are not weights"),
+    Reason(
+        "torch", OURS, r"required positional argument|not enough values to unpack", "what we read past may be absent"
+    ),
     Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "what its restricted reader lacks"),
     Reason("safetensors", THEIRS, r"stands there twice", "a name twice"),
     Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "further fields"),
