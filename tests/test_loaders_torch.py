@@ -426,3 +426,10 @@ def test_mutated_files(form: str, changes: list[tuple[int, int]], tmp_path_facto
         rewrite(path, mutate)
     with contextlib.suppress(ContainerError):
         reads_all(path, CONTAINERS[form])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tensor_alone_is_called_so(form: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", torch.ones(2), form)
+    with pytest.raises(ContainerError, match="holds a tensor, not a dict of tensors"):
+        opened(path, CONTAINERS[form])

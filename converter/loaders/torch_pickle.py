@@ -260,8 +260,9 @@ def _key_name(key: Any) -> str:
 def contents(file: SourceFile, value: Any, storage_of: StorageOf) -> Contents:
     """What a loader returns for an unpickled `value`; `storage_of` finds a storage's bytes in the container."""
     if type(value) is not dict:
+        kind = "tensor" if type(value) is TensorRecord else type(value).__name__
         raise ContainerError(
-            f"{file.name}: holds a {type(value).__name__}, not a dict of tensors\n"
+            f"{file.name}: holds a {kind}, not a dict of tensors\n"
             "save the weights as one: torch.save(model.state_dict(), 'weights.pth')"
         )
     return Resolver(file, storage_of).contents(value)
