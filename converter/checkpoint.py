@@ -13,6 +13,9 @@ from converter.dtypes import DType
 from converter.errors import ContainerError
 from converter.files import Range, SourceFile
 
+# The next step wherever a file contradicts itself.
+DAMAGED = "the file is damaged: download or copy it again"
+
 
 class Storage(NamedTuple):
     """A run of bytes in a file that one or more tensors view.
@@ -72,8 +75,6 @@ class Tensor(NamedTuple):
         return plain and self.strides == contiguous_strides(self.shape)
 
 
-_DAMAGED = "the file is damaged: download or copy it again"
-
 # What a loader returns: dicts whose leaves are tensors; whatever else the file holds stands there as None or a scalar.
 Contents = dict[Any, Any]
 
@@ -93,13 +94,13 @@ def make_tensor(
     """A checked tensor: `offset` and `strides` in elements; ContainerError where an element leaves the storage."""
     where = f"{storage.file.name}: tensor {key!r}"
     if offset < 0 or any(n < 0 for n in shape) or any(n < 0 for n in strides) or len(shape) != len(strides):
-        raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}\n{_DAMAGED}")
+        raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}\n{DAMAGED}")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 in shape:
         last = offset - 1
     if (last + 1) * dtype.itemsize > storage.size:
         end = (last + 1) * dtype.itemsize
-        raise ContainerError(f"{where}: reaches byte {end} of a storage of {storage.size}\n{_DAMAGED}")
+        raise ContainerError(f"{where}: reaches byte {end} of a storage of {storage.size}\n{DAMAGED}")
     # A dimension of one element, or a tensor of none, may carry any stride: it is never taken.
     plain = contiguous_strides(shape)
     if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, plain, strict=True)):
@@ -122,6 +123,5 @@ def inflate(data: bytes, size: int, where: str) -> bytes:
 
 def crc_error(storage: Storage) -> ContainerError:
     return ContainerError(
-        f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum\n"
-        "the file is damaged: download or copy it again"
+        f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum\n{DAMAGED}"
     )

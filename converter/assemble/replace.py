@@ -48,14 +48,14 @@ class Copy(NamedTuple):
     @property
     def tensors(self) -> dict[str, Expr]:
         """All of the new checkpoint, in the order in which it is written."""
-        inside = (tensor for file in self.opened.files for tensor in self.within(file))
-        return {tensor.key: self.replaced.get(tensor.key) or read(tensor) for tensor in inside}
+        return {key: value for file in self.opened.files for key, value in self.within(file).items()}
 
-    def within(self, file: SourceFile) -> list[Tensor]:
-        """The old tensors of one file as they lie in it: its header may list them in another order."""
+    def within(self, file: SourceFile) -> dict[str, Expr]:
+        """What is written of one file, as it lies there: its header may list the tensors in another order."""
         held = (value for value in self.opened.contents.values() if isinstance(value, Tensor))
-        mine = (tensor for tensor in held if tensor.storage.file is file)
-        return sorted(mine, key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
+        mine = [tensor for tensor in held if tensor.storage.file is file]
+        mine.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
+        return {tensor.key: self.replaced.get(tensor.key) or read(tensor) for tensor in mine}
 
     @property
     def nbytes(self) -> int:
@@ -216,7 +216,7 @@ def _index(text: bytes, total: int) -> bytes:
 
 
 def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count, seen: Seen | None) -> None:
-    values = {tensor.key: copy.replaced.get(tensor.key) or read(tensor) for tensor in copy.within(file)}
+    values = copy.within(file)
     write_all(fd, memoryview(_header(file, values)))
     with BackgroundWriter(fd, seen, write=_write_or_skip) as writer:
         copier = Copier(writer.exchange, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.checkpoint import Contents, Storage
+from converter.checkpoint import DAMAGED, Contents, Storage
 from converter.errors import ContainerError
 from converter.files import SourceFile
 from converter.loaders import torch_pickle
@@ -110,8 +110,7 @@ def _storages(file: SourceFile, keys: Any, refs: StorageRefs, at: int) -> dict[s
         numel = int.from_bytes(file.read(at, 8), "little", signed=True)
         if numel != ref.numel:
             raise ContainerError(
-                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}\n"
-                "the file is damaged: download or copy it again"
+                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}\n{DAMAGED}"
             )
         at += 8
         if at + ref.nbytes > file.size:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from converter.checkpoint import Contents, Storage
+from converter.checkpoint import DAMAGED, Contents, Storage
 from converter.errors import ContainerError
 from converter.files import SourceFile
 from converter.loaders import torch_pickle
@@ -60,7 +60,6 @@ class Archive:
         storage = self.members[name]
         if storage.size != ref.nbytes:
             raise ContainerError(
-                f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}\n"
-                "the file is damaged: download or copy it again"
+                f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}\n{DAMAGED}"
             )
         return storage._replace(big_endian=True) if self._big_endian else storage
