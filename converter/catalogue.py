@@ -7,11 +7,11 @@ from collections.abc import Mapping as MappingABC
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from stat import S_ISREG
 from typing import NamedTuple
 
 from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
+from converter.files import check_ends
 from converter.mapping.apply import claim
 from converter.mapping.parse import FAMILIES, parse_mapping, parse_signature
 from converter.mapping.rules import Layout, Mapping, Signature
@@ -80,9 +80,7 @@ def load_file(path: Path) -> Mapping:
 
 def _text_of(path: Path) -> str:
     try:
-        if not S_ISREG(path.stat().st_mode) and not path.is_dir():
-            # A pipe would be waited for.
-            raise MappingError(f"{path}: is no file")
+        check_ends(path, MappingError)
         with path.open(encoding="utf-8") as file:
             # One more than is allowed, and so refused, however large the file.
             return file.read(LARGEST + 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from converter.errors import ContainerError, Name
+from converter.errors import ContainerError, DsocrError, Name
 
 # Not to count a map as memory that will be written to: a file may be larger than all there is. Python names it from
 # 3.13 on; the number is that of Linux on x86 and ARM.
@@ -127,6 +127,12 @@ class LocalFile:
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise ContainerError(f"{self.name}: changed while it was being read\nwait until it is complete, then rerun")
+
+
+def check_ends(path: Path, error: type[DsocrError]) -> None:
+    """`error` for a pipe, which would be waited for, or a device, which may have no end; OSError as stat raises it."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise error(f"{path}: is no file")
 
 
 def _kind(mode: int) -> str:

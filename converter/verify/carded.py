@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import safetensors
@@ -15,6 +14,7 @@ from converter.cards.files import signature_of
 from converter.checkpoint import Tensor
 from converter.compute import raw
 from converter.errors import ContainerError, UsageError
+from converter.files import check_ends
 from converter.source import Progress, Source
 from converter.verify.independent import Reader
 from converter.verify.result import Check, failed, passed, skipped
@@ -45,11 +45,8 @@ def read_card(path: Path, key: Path | None = None) -> Recorded:
     if path.suffix == ".md":
         raise UsageError(f"--card {path}: a model card is for people\ngive the card that ends in .json")
     try:
-        stat = path.stat()
-        if not S_ISREG(stat.st_mode) and not path.is_dir():
-            # A pipe would be waited for, and /dev/zero has no end.
-            raise ContainerError(f"{path}: is no file")
-        if stat.st_size > _LARGEST:
+        check_ends(path, ContainerError)
+        if path.stat().st_size > _LARGEST:
             raise ContainerError(f"{path}: larger than any card")
         return _recorded(path, json.loads(path.read_bytes()), key)
     except OSError as error:
