@@ -1,0 +1,100 @@
+"""Runs the commands that a Markdown page shows, and compares what they print with what the page says.
+
+A command is a line of a code block that begins with `$ `; what follows, up to the next one, is its output. In an output
+a line `...` stands for any lines, and `...` within a line for any text. Commands run in one folder, one after another,
+by bash, stdout and stderr as they come; `$ cd` is not known. Blocks without `$ ` are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+BIN = Path(sys.executable).parent
+
+
+class Step(NamedTuple):
+    """One command, the lines that it should print, and the line of the page where it stands."""
+
+    line: int
+    command: str
+    expected: tuple[str, ...]
+
+
+def steps(page: Path) -> list[Step]:
+    """All commands of a page that are shown with `$ `, in order."""
+    found: list[Step] = []
+    for block in _blocks(page.read_text(encoding="utf-8").splitlines()):
+        for number, line in block:
+            if line.startswith("$ "):
+                found.append(Step(number, line.removeprefix("$ "), ()))
+            elif found and found[-1].command.endswith("\\") and not found[-1].expected:
+                found[-1] = found[-1]._replace(command=f"{found[-1].command[:-1].rstrip()} {line.strip()}")
+            elif found:
+                found[-1] = found[-1]._replace(expected=(*found[-1].expected, line))
+    return [step._replace(expected=tuple(_without_blank_end(step.expected))) for step in found]
+
+
+def _blocks(lines: list[str]) -> Iterator[list[tuple[int, str]]]:
+    """Code blocks whose first line is a command: fenced ones, and those that are indented by four spaces."""
+    block: list[tuple[int, str]] = []
+    fence = False
+    for number, line in enumerate([*lines, "end"], start=1):
+        edge = line.startswith("```")
+        inside = fence and not edge
+        if inside or (not fence and not edge and (line.startswith("    ") or (block and not line))):
+            block.append((number, line if fence else line[4:]))
+        elif block:
+            if block[0][1].startswith("$ "):
+                yield block
+            block = []
+        fence ^= edge
+
+
+def _without_blank_end(lines: Iterable[str]) -> list[str]:
+    kept = list(lines)
+    while kept and not kept[-1]:
+        kept.pop()
+    return kept
+
+
+def differs(step: Step, printed: str) -> str:
+    """How the output differs from the page's, for people; nothing where it does not."""
+    pattern = "".join(
+        r"(?:.*\n)*?" if line == "..." else re.escape(line.rstrip()).replace(r"\.\.\.", ".*") + r" *\n"
+        for line in step.expected
+    )
+    if re.fullmatch(pattern, printed if not printed or printed.endswith("\n") else f"{printed}\n"):
+        return ""
+    expected = "\n".join(step.expected)
+    return f"line {step.line}: $ {step.command}\n--- the page says\n{expected}\n--- it printed\n{printed}"
+
+
+def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:  # noqa: B006 (read only)
+    """What a command prints, run as a user would run it, with our programs first in the path."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    # A width that no line of a page reaches, so that nothing is folded but what folds itself.
+    settings = {"PATH": path, "COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        ["bash", "-c", step.command],
+        cwd=folder,
+        env={**os.environ, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.stdout
+
+
+def check(page: Path, folder: Path, environment: Mapping[str, str] = {}) -> int:  # noqa: B006 (read only)
+    """Runs a page from top to bottom; AssertionError with every output that differs. The number of commands run."""
+    told = steps(page)
+    found = [differs(step, run(step, folder, environment)) for step in told]
+    assert not any(found), f"{page.name}\n" + "\n".join(filter(None, found))
+    return len(told)
