@@ -75,7 +75,7 @@ def differs(step: Step, printed: str) -> str:
     return f"line {step.line}: $ {step.command}\n--- the page says\n{expected}\n--- it printed\n{printed}"
 
 
-def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:  # noqa: B006 (read only)
+def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:
     """What a command prints, run as a user would run it, with our programs first in the path."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     # A width that no line of a page reaches, so that nothing is folded but what folds itself.
@@ -92,7 +92,7 @@ def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:  
     return done.stdout
 
 
-def check(page: Path, folder: Path, environment: Mapping[str, str] = {}) -> int:  # noqa: B006 (read only)
+def check(page: Path, folder: Path, environment: Mapping[str, str] = {}) -> int:
     """Runs a page from top to bottom; AssertionError with every output that differs. The number of commands run."""
     told = steps(page)
     found = [differs(step, run(step, folder, environment)) for step in told]
