@@ -20,7 +20,11 @@ DISTRIBUTION = "dsocr-convert"
 
 
 class Loader(Protocol):
-    """A module that reads one container. `CONTAINER` is what people call it, such as "torch zip"."""
+    """A module that reads one container. `CONTAINER` is what people call it, such as "torch zip".
+
+    One of another distribution may have a function `reference(path)` too: a dict of torch tensors by name, as the
+    format's own library reads them. dsocr-verify compares with these.
+    """
 
     @property
     def CONTAINER(self) -> str: ...  # noqa: N802 (a module's constant)
@@ -40,6 +44,12 @@ def open_file(file: SourceFile) -> tuple[str, Contents]:
 
         raise unknown.error(file)
     return loader.CONTAINER, loader.load(file)
+
+
+def outside(container: str) -> Loader:
+    """The loader of another distribution that has read a file of this container."""
+    found = (_import(name, module) for name, module in _plugins())
+    return next(loader for loader in found if container == loader.CONTAINER)
 
 
 def _find(file: SourceFile, entries: Iterable[tuple[str, str]]) -> Loader | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import safetensors
 import torch
 
+from converter import loaders
 from converter.checkpoint import Tensor
+from converter.errors import UsageError
 from converter.files import SourceFile
 from converter.source import Progress, Source
 from converter.unwrap import StateDict
@@ -30,7 +33,8 @@ def open_independently(source: Source, state_dict: StateDict, wanted: Iterable[T
         if source.containers[source.files.index(file)] not in _IN_PLACE:
             file.fetch_all([(0, file.size)])
     readers = [
-        _READERS[container](file, state_dict) for container, file in zip(source.containers, source.files, strict=True)
+        _READERS.get(container, partial(_outside, container))(file, state_dict)
+        for container, file in zip(source.containers, source.files, strict=True)
     ]
     by_key = {key: read for keys, read in readers for key in keys}
 
@@ -55,6 +59,17 @@ def _torch(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
 def _torchscript(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
     # Our loader has refused modules with code that restores them: what remains is deserialised, not run.
     tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    return list(tensors), tensors.__getitem__
+
+
+def _outside(container: str, file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
+    loader = loaders.outside(container)
+    if not hasattr(loader, "reference"):
+        raise UsageError(
+            f"{file.name}: the loader of {container} has no `reference`, which reads it by the format's own library\n"
+            "ask the package that brings the loader for one"
+        )
+    tensors = loader.reference(file.path)
     return list(tensors), tensors.__getitem__
 
 
