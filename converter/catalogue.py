@@ -21,6 +21,8 @@ from converter.mapping.yamltree import LARGEST
 # Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
 MOST_COMPARED = 10_000
 
+_EXAMPLE = "read one that ships: dsocr-convert mapping show clip-hf"
+
 
 class Candidate(NamedTuple):
     """A layout that a checkpoint may have; `load` reads its rules, which takes longer than its signature."""
@@ -67,14 +69,19 @@ def load(name: str) -> Mapping | Layout:
     return parse_mapping(text(name), f"{name}.yaml")
 
 
+def read_file(path: Path) -> Mapping | Layout:
+    """A user's own file, of a mapping or of a hub layout."""
+    try:
+        return parse_mapping(_text_of(path), str(path))
+    except MappingError as error:
+        raise MappingError(f"{error}\n{_EXAMPLE}") from error
+
+
 def load_file(path: Path) -> Mapping:
     """A user's own mapping file."""
-    try:
-        found = parse_mapping(_text_of(path), str(path))
-        if isinstance(found, Layout):
-            raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)")
-    except MappingError as error:
-        raise MappingError(f"{error}\nread one that ships: dsocr-convert mapping show clip-hf") from error
+    found = read_file(path)
+    if isinstance(found, Layout):
+        raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)\n{_EXAMPLE}")
     return found
 
 

@@ -246,3 +246,17 @@ def test_interruption_leaves_nothing_and_returns_130(
     done = CliRunner().invoke(cli.app, ["sam", str(folder / "sam.pth")])
     assert done.exit_code == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_mapping_check_takes_several_files_and_checks_all(tmp_path: Path) -> None:
+    good = Path(__file__).parent.parent / "mappings" / "sam-hf.yaml"
+    (tmp_path / "bad.yaml").write_text("layout: x\nfoo: 1\n")
+    done = run("mapping", "check", "bad.yaml", good, "none.yml", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "sam-hf, 34 rules, valid" in done.stdout
+    assert "bad.yaml:2: unknown key 'foo'" in done.stderr and "none.yml: cannot be read" in done.stderr
+    hub = run("mapping", "check", good.with_name("deepencoder-sam.yaml"), cwd=tmp_path)
+    assert (hub.returncode, "deepencoder-sam, a hub layout of 21 templates, valid" in hub.stdout) == (0, True)
+    for more in (["a.pth", "b.pth"], [good, "a.pth"]):
+        two = run("mapping", "check", good, *more, cwd=tmp_path)
+        assert two.returncode == 2 and "one mapping file and one checkpoint" in two.stderr

@@ -3,6 +3,7 @@
 Annotations are not postponed here: typer would have to compile each of them again at every start.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,8 @@ import typer
 from converter import catalogue, pipeline
 from converter.cli import console, views
 from converter.cli.options import Json, Quiet, StateDict
+from converter.errors import UsageError
+from converter.mapping.rules import Layout
 from converter.report import folded_names
 
 if TYPE_CHECKING:
@@ -47,19 +50,38 @@ def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompl
 
 @app.command("check")
 def check_mapping(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A mapping file.")],
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint to try it on.")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE.yaml... [SOURCE]", help="Mapping files; behind one alone, a checkpoint to try it on."
+        ),
+    ],
 ) -> None:
-    """Check a mapping file, and what it would make of a checkpoint."""
-    mapping = catalogue.load_file(file)
-    lossy = mapping.lossy()
+    """Check mapping files, and what one would make of a checkpoint."""
+    first, *others = paths
+    files = [first, *(path for path in others if path.suffix in (".yaml", ".yml"))]
+    sources = [str(path) for path in others if path.suffix not in (".yaml", ".yml")]
+    if len(sources) > 1 or (sources and len(files) > 1):
+        raise UsageError(f"{sources[-1]}: expected mapping files, or one mapping file and one checkpoint")
+    codes = [console.run(partial(_check, file)) for file in files]
+    if any(codes):
+        raise typer.Exit(max(codes))
+    if sources:
+        card = pipeline.convert(sources[0], catalogue.load_file(first).family, mapping=first, dry_run=True)
+        console.result(*views.summary(card))
+
+
+def _check(file: Path) -> None:
+    mapping = catalogue.read_file(file)
+    if isinstance(mapping, Layout):
+        console.result(
+            f"{file}: {mapping.name}, a hub layout of {views.count(len(mapping.tensors), 'template')}, valid"
+        )
+        return
     rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
-    for rule, why in lossy:
+    for rule, why in mapping.lossy():
         console.result(f"  {rule.place}: cannot be inverted: {why}")
-    if source is not None:
-        card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)
-        console.result(*views.summary(card))
 
 
 @app.command("derive")
@@ -81,7 +103,7 @@ def derive_mapping(
         Literal["sam", "clip"] | None, typer.Option(help="Which encoder of a TARGET that holds both.")
     ] = None,
     state_dict: StateDict = None,
-    partial: Annotated[
+    partly: Annotated[
         bool,
         typer.Option("--partial", help="Write the file even if something of TARGET was not found."),
     ] = False,
@@ -102,7 +124,7 @@ def derive_mapping(
             family=family or "",
             state_dict=state_dict,
             force=force,
-            partial=partial,
+            partial=partly,
             progress=bar,
         )
     if not quiet or not found.complete:
