@@ -7,10 +7,16 @@ under which exchanged tensors would compare equal.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
+from typing import Any
 
+import pytest
 import torch
 
 from converter.encoders import ClipConfig, SamConfig
+
+OLD_TRANSFORMERS = importlib.metadata.version("transformers") < "5"
 
 DEPTH, WIDTH, HEADS, MLP, GRID, PATCH, NECK = 3, 24, 2, 40, 4, 16, 16
 WINDOW, GLOBAL_BLOCKS = 2, (1,)
@@ -48,6 +54,14 @@ def sam_meta() -> torch.nn.Module:
     transformer = TwoWayTransformer(depth=2, embedding_dim=NECK, mlp_dim=32, num_heads=2)
     decoder = MaskDecoder(transformer_dim=NECK, transformer=transformer, iou_head_depth=3, iou_head_hidden_dim=NECK)
     return randomised(Sam(encoder, prompt, decoder))
+
+
+def newer(name: str, module: str = "transformers") -> Any:
+    """A class that old releases of transformers lack; the test is skipped where the installed one does."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        pytest.skip(f"the installed transformers has no {name}")
 
 
 def _sam_config(kind: type, **more: object) -> object:
@@ -104,10 +118,9 @@ def sam_timm() -> torch.nn.Module:
 
 @functools.cache
 def got_ocr2_hf() -> torch.nn.Module:
-    from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
-    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
-
-    return randomised(GotOcr2VisionEncoder(_sam_config(GotOcr2VisionConfig)))
+    module = "transformers.models.got_ocr2"
+    config = newer("GotOcr2VisionConfig", f"{module}.configuration_got_ocr2")
+    return randomised(newer("GotOcr2VisionEncoder", f"{module}.modeling_got_ocr2")(_sam_config(config)))
 
 
 @functools.cache
@@ -132,9 +145,12 @@ def clip_hf() -> torch.nn.Module:
 
 @functools.cache
 def clip_hf_vision() -> torch.nn.Module:
+    """The vision tower alone, under names without a prefix."""
     from transformers import CLIPVisionModel
 
-    return randomised(CLIPVisionModel(clip_hf().config.vision_config), seed=1)
+    model = CLIPVisionModel(clip_hf().config.vision_config)
+    # transformers before 5 wraps it.
+    return randomised(getattr(model, "vision_model", model), seed=1)
 
 
 @functools.cache
@@ -172,15 +188,11 @@ def clip_timm() -> torch.nn.Module:
 
 @functools.cache
 def unlimited_ocr_hf() -> torch.nn.Module:
-    from transformers.models.unlimited_ocr.configuration_unlimited_ocr import (
-        UnlimitedOcrSamVisionConfig,
-        UnlimitedOcrVisionConfig,
-        UnlimitedOcrVisionEncoderConfig,
-    )
-    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
-
-    sam = _sam_config(UnlimitedOcrSamVisionConfig, downsample_channels=[2 * NECK, CLIP_WIDTH])
-    clip = UnlimitedOcrVisionEncoderConfig(
+    module = "transformers.models.unlimited_ocr"
+    model = newer("UnlimitedOcrVisionModel", f"{module}.modeling_unlimited_ocr")
+    configs = importlib.import_module(f"{module}.configuration_unlimited_ocr")
+    sam = _sam_config(configs.UnlimitedOcrSamVisionConfig, downsample_channels=[2 * NECK, CLIP_WIDTH])
+    clip = configs.UnlimitedOcrVisionEncoderConfig(
         hidden_size=CLIP_WIDTH,
         intermediate_size=CLIP_MLP,
         num_hidden_layers=CLIP_DEPTH,
@@ -188,7 +200,7 @@ def unlimited_ocr_hf() -> torch.nn.Module:
         image_size=CLIP_IMAGE,
         patch_size=CLIP_PATCH,
     )
-    return randomised(UnlimitedOcrVisionModel(UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
+    return randomised(model(configs.UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
 
 
 def sam_sizes() -> SamConfig:

@@ -181,14 +181,11 @@ def test_a_seeded_compressor_has_the_type_of_sam(sources: Path, tmp_path: Path) 
 
 
 def got_ocr2_hf() -> tuple[str, str]:
-    from transformers import GotOcr2Config
-    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2MultiModalProjector
-
-    config = GotOcr2Config(
+    config = models.newer("GotOcr2Config")(
         text_config={"model_type": "qwen2", "hidden_size": models.CLIP_WIDTH},
         vision_config={"output_channels": models.NECK},
     )
-    projector = GotOcr2MultiModalProjector(config)
+    projector = models.newer("GotOcr2MultiModalProjector", "transformers.models.got_ocr2.modeling_got_ocr2")(config)
     names = [name for name, tensor in projector.state_dict().items() if tensor.dim() == 4]
     x = torch.randn(1, models.NECK, 8, 8)
     # It is the same computation: two convolutions with a stride of 2 and nothing between them.

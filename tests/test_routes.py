@@ -37,9 +37,7 @@ SAM_SIZES, CLIP_SIZES = models.sam_sizes(), models.clip_sizes()
 
 
 def sam_vision() -> nn.Module:
-    from transformers import SamVisionModel
-
-    return SamVisionModel(models.sam_hf().config.vision_config)
+    return models.newer("SamVisionModel")(models.sam_hf().config.vision_config)
 
 
 def timm_clip() -> nn.Module:
@@ -395,17 +393,22 @@ def test_filling_from_a_model_of_another_size(tmp_path: Path) -> None:
 # As the libraries save them today ---------------------------------------------------------------------------------
 
 
+def clip_vision() -> nn.Module:
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel(models.clip_hf().config.vision_config)
+
+
 def unlimited_vision() -> nn.Module:
     return models.unlimited_ocr_hf()
 
 
 def got_ocr2() -> nn.Module:
-    from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration
-
+    config, model = (models.newer(name) for name in ("GotOcr2Config", "GotOcr2ForConditionalGeneration"))
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
     heads = {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 2}
     vision = models.got_ocr2_hf().config.to_dict()
-    return GotOcr2ForConditionalGeneration(GotOcr2Config(vision_config=vision, text_config=text | heads))
+    return model(config(vision_config=vision, text_config=text | heads))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -413,7 +416,7 @@ def got_ocr2() -> nn.Module:
     ("build", "layouts"),
     [
         (models.clip_hf, ["clip-hf"]),
-        (models.clip_hf_vision, ["clip-hf"]),
+        (clip_vision, ["clip-hf"]),
         (models.sam_hf, ["sam-hf"]),
         (sam_vision, ["sam-hf"]),
         (models.got_ocr2_hf, ["sam-got-ocr2-hf"]),
