@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def loaded(kind: type, folder: Path) -> nn.Module:
 # What loads them --------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_sam_from_metas_file_and_back(meta: Path, tmp_path: Path) -> None:
+def test_a_whole_sam_from_metas_file_and_back(
+    meta: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("writes", "sam-hf/folder")
     from transformers import SamModel, SamProcessor
 
     card = converter.convert(meta, "sam", to="sam-hf", whole=True, out=tmp_path / "sam")
@@ -153,7 +157,8 @@ def test_clips_vision_tower(dtype: str, tmp_path: Path) -> None:
             torch.testing.assert_close(model(pixels)[:2], clip().vision_model(pixels)[:2])
 
 
-def test_a_whole_clip_through_openais_names(tmp_path: Path) -> None:
+def test_a_whole_clip_through_openais_names(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("writes", "clip-hf/folder")
     from transformers import CLIPModel
 
     path = save(clip().state_dict(), tmp_path / "clip.pth")

@@ -234,7 +234,14 @@ def save_sharded_bin(state: State, folder: Path) -> Path:
     return folder
 
 
-SAVERS = [save_zip, save_legacy, save_safetensors, save_sharded, save_sharded_bin]
+# By what the table of compatibility calls the container.
+SAVERS: dict[str, Callable[[State, Path], Path]] = {
+    "torch zip": save_zip,
+    "torch legacy": save_legacy,
+    "safetensors": save_safetensors,
+    "safetensors shards": save_sharded,
+    "torch shards": save_sharded_bin,
+}
 
 
 def check_equal(found: State, expected: State) -> None:
@@ -244,12 +251,15 @@ def check_equal(found: State, expected: State) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("save", SAVERS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("container", SAVERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_from_every_container(layout: str, save: Callable[[State, Path], Path], tmp_path: Path) -> None:
+def test_every_layout_from_every_container(
+    layout: str, container: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     family, mapping, make = LAYOUTS[layout]
+    record_property("reads", f"{mapping}/{container}")
     state, expected = make()
-    source = save(state, tmp_path)
+    source = SAVERS[container](state, tmp_path)
     card = converter.convert(str(source), family, out=tmp_path / "out.safetensors")
     assert card.mapping == mapping
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected)
@@ -269,8 +279,9 @@ def test_pth_output_is_what_torch_loads(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_openai_torchscript_archive(tmp_path: Path) -> None:
+def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """OpenAI's file is a traced, mostly float16 model with three integers beside its weights."""
+    record_property("reads", "clip-openai/TorchScript")
     half = copy.deepcopy(models.open_clip().visual).half()
     visual = torch.jit.trace(half, torch.randn(1, 3, models.CLIP_IMAGE, models.CLIP_IMAGE).half())
 

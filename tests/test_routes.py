@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from memory import raw
+from test_oracles import SAVERS
 from torch import Tensor, nn
 
 import converter
@@ -218,8 +219,11 @@ def same(found: State, expected: State) -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), pairs())
-def test_every_layout_becomes_every_other(source: str, target: str, tmp_path: Path) -> None:
+def test_every_layout_becomes_every_other(
+    source: str, target: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Loaded strictly by the target's library, the same features as the source's, and back the same bytes."""
+    record_property("writes", f"{target}/safetensors")
     family, state = family_of(source), weights(source, seed=0)
     lent = lender(family, tmp_path) if lacking(source, target) else None
     there = tmp_path / "there.safetensors"
@@ -246,6 +250,36 @@ def test_every_layout_becomes_every_other(source: str, target: str, tmp_path: Pa
     assert back.mapping == target
     returned = safetensors.torch.load_file(tmp_path / "back.safetensors")
     same(returned, state)
+
+
+@pytest.mark.parametrize("target", PROGRAMS)
+def test_every_layout_is_written_for_torch_load(
+    target: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The very tensors that are written as safetensors."""
+    record_property("writes", f"{target}/.pth")
+    family = family_of(target)
+    path = lender(family, tmp_path)
+    for out in (tmp_path / "out.safetensors", tmp_path / "out.pth"):
+        converter.convert(path, family, to=target, out=out)
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    same(found, safetensors.torch.load_file(tmp_path / "out.safetensors"))
+    strictly(target, found)
+
+
+@pytest.mark.parametrize("container", SAVERS)
+@pytest.mark.parametrize("target", ["sam-meta", "clip-openai"])
+def test_the_deepencoder_from_every_container(
+    target: str, container: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    family = family_of(target)
+    source = f"deepencoder-{family}"
+    record_property("reads", f"{source}/{container}")
+    path = SAVERS[container](weights(source, seed=0), tmp_path)
+    fill = lender(family, tmp_path)
+    card = converter.convert(path, family, to=target, out=tmp_path / "out.safetensors", fill_from=fill)
+    assert (card.mapping, card.target) == (source, target)
+    strictly(target, safetensors.torch.load_file(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in pairs() if lacking(*pair)])
