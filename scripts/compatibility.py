@@ -78,7 +78,7 @@ def table(cells: Cells, words: tuple[str, str, str]) -> str:
 
 
 def _mark(shown: bool, container: str) -> str:
-    return "✓" if shown else "–" if container in ELSEWHERE else " "
+    return "✓" if shown else "·" if container in ELSEWHERE else " "
 
 
 def replaced(page: str, table: str) -> str:
