@@ -93,6 +93,9 @@ def loaded(kind: type, folder: Path) -> nn.Module:
     return model.eval()
 
 
+# Layouts that `from_pretrained` reads, each shown below.
+WRITTEN = ("sam-hf", "clip-hf")
+
 # What loads them --------------------------------------------------------------------------------------------------
 
 
