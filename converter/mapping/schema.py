@@ -222,7 +222,7 @@ OPS: dict[str, Shown] = {
     "cast": Shown(
         "Rounds a floating-point tensor to another element type.",
         {"enum": [name for name, dtype in BY_NAME.items() if dtype.is_float]},
-        "float32",
+        "bfloat16",
         ((1024, 1024),),
     ),
     "resample": Shown(
