@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 import walkthrough
+from hubserver import Repo, environment, hub_server
+from walkthrough import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -22,17 +25,38 @@ def files_of(page: Path) -> list[tuple[int, str, str]]:
     return [(text.count("\n", 0, block.start()) + 1, block[2], block[1]) for block in found]
 
 
-def follow(page: Path, folder: Path, environment: Mapping[str, str] = {}) -> int:
-    """Do all that a page says, from top to bottom: write its files, run its commands; the number of commands."""
-    files, told = files_of(page), walkthrough.steps(page)
-    wrong = []
+def under(page: Path, heading: str) -> list[Step]:
+    """The commands between a heading and the next of its rank or a higher one."""
+    lines = page.read_text().splitlines()
+    (start,) = (number for number, line in enumerate(lines, start=1) if line == heading)
+    rank = len(heading.partition(" ")[0])
+    ends = (n for n, line in enumerate(lines, start=1) if n > start and re.match(rf"#{{1,{rank}}} ", line))
+    end = next(ends, len(lines) + 1)
+    return [step for step in walkthrough.steps(page) if start < step.line < end]
+
+
+def check(
+    told: list[Step],
+    folder: Path,
+    environment: Mapping[str, str] = {},
+    *,
+    files: list[tuple[int, str, str]] | None = None,
+    names: Mapping[str, str] = {},
+) -> None:
+    """Run commands, and write the files that come before them on their page.
+
+    `names` are put in the place of what only a test's machine has.
+    """
+    wrong, written = [], 0
     for step in told:
-        while files and files[0][0] < step.line:
-            _, name, text = files.pop(0)
+        for _, name, text in [file for file in files or [] if written < file[0] < step.line]:
             (folder / name).write_text(text)
-        wrong.append(walkthrough.differs(step, walkthrough.run(step, folder, environment)))
-    assert not any(wrong), "\n".join(filter(None, wrong))
-    return len(told)
+        written = step.line
+        printed = walkthrough.run(step, folder, environment)
+        for ours, shown in names.items():
+            printed = printed.replace(ours, shown)
+        wrong.append(walkthrough.differs(step, printed))
+    assert told and not any(wrong), "\n".join(filter(None, wrong))
 
 
 def test_the_reference_of_rules_is_current() -> None:
@@ -49,4 +73,47 @@ def test_the_tutorial(tmp_path: Path) -> None:
     folder = tmp_path / "here"
     (folder / "dsocr-convert").mkdir(parents=True)
     (folder / "dsocr-convert" / "mappings").symlink_to(package / "mappings")
-    assert follow(DOCS / "tutorial.md", folder, {"PYTHONPATH": str(package.parent)}) >= 20
+    page = DOCS / "tutorial.md"
+    check(walkthrough.steps(page), folder, {"PYTHONPATH": str(package.parent)}, files=files_of(page))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SAM-base at true size, as Meta saves it."""
+    path = tmp_path_factory.mktemp("docs")
+    script = ROOT / "scripts" / "make_checkpoints.py"
+    subprocess.run([sys.executable, script, "--only", "sam-b", path], check=True, stdout=subprocess.DEVNULL)
+    yield path
+    # Two gigabytes that pytest would keep.
+    shutil.rmtree(path)
+
+
+# What needs CLIP at true size, a trained SAM, a changed file, minutes, or another program.
+LEFT_OUT = "^dsocr-convert clip|^python|^dsocr-verify|^model_signing"
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="the page makes its keys with openssl")
+@pytest.mark.parametrize("heading", ["## From layout to layout", "## Cards"])
+def test_conversions(heading: str, folder: Path) -> None:
+    told = [step for step in under(DOCS / "conversions.md", heading) if not re.search(LEFT_OUT, step.command)]
+    check(told, folder)
+
+
+def test_a_refusal_as_the_security_page_has_it(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "model.pth").write_bytes(len(header).to_bytes(8, "little") + header + b"a")
+    text = "layout: theirs\nfamily: sam\ndescription: !!python/object/apply:os.system [id]\n"
+    (tmp_path / "theirs.yaml").write_text(text)
+    check(walkthrough.steps(DOCS / "security.md"), tmp_path)
+
+
+def test_errors_of_hubs(tmp_path: Path) -> None:
+    repos = [
+        Repo("org/gated", {"sam.pth": b"x"}, gated=True),
+        Repo("org/two", {"a.pth": b"a", "b.pth": b"b"}),
+        Repo("org/sam", {"sam.pth": b"x"}),
+    ]
+    with hub_server(repos) as server:
+        settings = environment(server, tmp_path)
+        names = {server.hf_endpoint: "https://huggingface.co", str(tmp_path / "hf"): "~/.cache/huggingface"}
+        check(under(DOCS / "hubs.md", "## Errors"), tmp_path, settings, names=names)
