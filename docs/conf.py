@@ -30,6 +30,7 @@ highlight_language = "none"
 
 # Docstrings are written as the pages are: single backquotes for code.
 default_role = "code"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
 import shutil
 import subprocess
@@ -11,9 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import walkthrough
 from hubserver import Repo, environment, hub_server
+from safetensors.torch import save_file
 from walkthrough import Step
+
+from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -155,3 +160,30 @@ def test_the_architecture_names_every_package_and_what_it_names_exists() -> None
     for path in re.findall(r"`([\w/*-]+(?:\.py|\.yaml|\.toml|\.json|/))`", page):
         places = (ROOT, ROOT / "converter", ROOT / "mappings")
         assert any(list(place.glob(path.rstrip("/"))) for place in places), path
+
+
+def small_checkpoints(folder: Path) -> None:
+    """What the examples of the API read: the true names of SAM-base and CLIP-L, in small."""
+    sizes = SamConfig(image_size=64, width=24, heads=2, mlp=40, window=2, neck=16, compressor=None)
+    sam = {f"image_encoder.{name}": tensor for name, tensor in SamEncoder(sizes).state_dict().items()}
+    torch.save(sam, folder / "sam_vit_b_01ec64.pth")
+    theirs: dict[str, torch.Tensor] = {}
+    for name, tensor in ClipEncoder(ClipConfig(image_size=56, width=64, heads=1, mlp=96)).named_parameters():
+        name = f"vision_model.{name}".replace("transformer.", "encoder.")
+        # Drawn anew: norms and biases that are all alike would pass for each other.
+        parts = zip("qkv", tensor.chunk(3), strict=True) if "qkv" in name else [("", tensor)]
+        theirs |= {name.replace("qkv", part): torch.rand_like(value) for part, value in parts}
+    theirs |= {f"vision_model.post_layernorm.{name}": torch.rand(64) for name in ("weight", "bias")}
+    (folder / "clip-vit-large-patch14").mkdir()
+    save_file(theirs, folder / "clip-vit-large-patch14" / "model.safetensors")
+
+
+def test_the_examples_of_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small_checkpoints(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "api.md"
+    examples = doctest.DocTestParser().get_doctest(page.read_text(), {}, page.name, str(page), 0)
+    told: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=told.append)
+    assert result.attempted >= 30 and not result.failed, "".join(told)
