@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 project = "dsocr-convert"
-author = "the authors of dsocr-convert"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
@@ -22,7 +21,9 @@ html_theme = "furo"
 html_title = f"dsocr-convert {release}"
 html_copy_source = False
 html_show_sphinx = False
-html_static_path: list[str] = []
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 # The schema is for editors to read, under a name of its own.
 html_extra_path = ["mapping.schema.json"]
 # The console's lines, with their `$ `, are no language's.

@@ -268,8 +268,8 @@ def _operations() -> Iterator[str]:
     yield ""
     yield from _prose(
         f"`then` lists what is done to each tensor that the verb makes: {_listed(parse.OPS)}. Backwards, the inverses"
-        " are done in the reverse order. A rule with an operation that has no inverse makes a layout that can be read"
-        " and not written; `mapping check` points it out."
+        " are done in the reverse order. By an operation that has no inverse a layout"
+        " can be read and not written: `mapping check` points it out, and no mapping that ships has one."
     )
     for name in parse.OPS:
         yield ""

@@ -60,6 +60,12 @@ def test_a_shipped_mapping_fits(name: str) -> None:
     VALIDATOR.validate(yaml.safe_load(catalogue.text(name)))
 
 
+def test_no_mapping_that_ships_has_an_operation_without_inverse() -> None:
+    # As docs/rules.md says.
+    shipped = [mapping for family in parse.FAMILIES for mapping in catalogue.mappings(family)]
+    assert not [rule for mapping in shipped for rule, _ in mapping.lossy() if rule.targets]
+
+
 @pytest.mark.parametrize("said", schema.VERBS.values(), ids=schema.VERBS)
 def test_the_example_of_a_verb_is_a_rule(said: schema.Said) -> None:
     rule = "\n    ".join(said.example.splitlines())
