@@ -92,8 +92,8 @@ FILE: dict[str, Said] = {
         "recognise: {class_embedding: [width], conv1.weight: [width, 3, patch, patch]}",
     ),
     "strip": Said(
-        'The prefix of the encoder\'s names, or several of which the first that fits is taken; "" is none. `recognise`'
-        " and `rules` speak of names without it.",
+        'The prefix of the encoder\'s names, or several of which the first that fits is taken; `""` is none.'
+        " `recognise` and `rules` speak of names without it.",
         _either(_SCALAR, _list(_SCALAR, minItems=1)),
         'strip: [vision_model., ""]',
     ),
