@@ -48,6 +48,15 @@ def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompl
     console.result(*catalogue.text(name).rstrip().split("\n"))
 
 
+@app.command("schema")
+def mapping_schema() -> None:
+    """Print the JSON Schema of mapping files, for editors."""
+    # Imported here: no other command reads it.
+    from converter.mapping.schema import schema
+
+    console.result_json(schema())
+
+
 @app.command("check")
 def check_mapping(
     paths: Annotated[

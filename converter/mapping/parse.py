@@ -25,8 +25,15 @@ from converter.mapping.shapes import Shape, parse_dim
 from converter.mapping.template import LONGEST_WORD, Kind, Template
 from converter.mapping.yamltree import LARGEST, Tree, parse
 
+# What keys there are: the schema and the reference of `mapping.schema` are made of these tables, VERBS and OPS too.
 _HEAD = ("layout", "family", "description", "variables", "recognise")
-_KINDS = ("int", "name", "path")
+MAPPING = (*_HEAD, "strip", "rules", "beside", "elsewhere")
+HUB = (*_HEAD, "sizes", "tensors", "beyond")
+TENSOR = ("shape", "dtype", "optional", "fill", "positions")
+NEEDED = ("layout", "family", "description", "recognise")
+# Of a verb's keys, those that a rule may lack.
+SPARE = ("then", "dim")
+KINDS = ("int", "name", "path")
 FAMILIES = ("sam", "clip")
 # Each is compared with every name of a checkpoint.
 _MOST_RULES = 4096
@@ -49,8 +56,8 @@ def parse_mapping(text: str, file: str) -> Mapping | Layout:
 
 
 def _mapping(tree: Tree, digest: str) -> Mapping:
-    fields = tree.fields("a mapping file", (*_HEAD, "strip", "rules", "beside", "elsewhere"))
-    _require(tree, fields, "layout", "family", "description", "recognise", "rules")
+    fields = tree.fields("a mapping file", MAPPING)
+    _require(tree, fields, *NEEDED, "rules")
     variables = _variables(fields)
     signature = _signature(fields)
     for name in ("beside", "elsewhere"):
@@ -72,8 +79,8 @@ def _mapping(tree: Tree, digest: str) -> Mapping:
 
 
 def _layout(tree: Tree, digest: str) -> Layout:
-    fields = tree.fields("a hub layout", (*_HEAD, "sizes", "tensors", "beyond"))
-    _require(tree, fields, "layout", "family", "description", "recognise", "sizes")
+    fields = tree.fields("a hub layout", HUB)
+    _require(tree, fields, *NEEDED, "sizes")
     variables = _variables(fields)
     beyond = fields["beyond"].fields("names and reasons") if "beyond" in fields else {}
     return Layout(
@@ -123,7 +130,7 @@ def _variable(name: str, tree: Tree) -> Kind:
     expected = "int, name, path, or a list of words"
     if tree.is_text:
         kind = tree.text(expected)
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise tree.fail(f"variable {name!r}: expected {expected}, found {kind!r}")
         return kind
     words = tuple(item.text("a word") for item in tree.items(expected))
@@ -163,7 +170,7 @@ def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
         raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
     if not tree.is_map:
         return TensorSpec(template, _shape(tree), "", "", "", False, tree.place)
-    fields = tree.fields("a shape, or shape and more", ("shape", "dtype", "optional", "fill", "positions"))
+    fields = tree.fields("a shape, or shape and more", TENSOR)
     _require(tree, fields, "shape")
     dtype = fields["dtype"].text("an element type") if "dtype" in fields else ""
     if dtype and dtype not in BY_NAME:
@@ -191,13 +198,13 @@ def _rules(tree: Tree, variables: dict[str, Kind]) -> tuple[Rule, ...]:
 def _rule(tree: Tree, variables: dict[str, Kind]) -> Iterator[Rule]:
     """The rules of one list item: one, or for a drop that lists several names, one each."""
     present = tree.fields("a rule")
-    verb = next((verb for verb in _VERBS if verb in present), None)
+    verb = next((verb for verb in VERBS if verb in present), None)
     if verb is None:
         found = ", ".join(map(repr, present)) or "nothing"
-        raise tree.fail(f"expected a rule ({', '.join(_VERBS)}), found {found}")
-    read, others = _VERBS[verb]
+        raise tree.fail(f"expected a rule ({', '.join(VERBS)}), found {found}")
+    read, others = VERBS[verb]
     fields = tree.fields("a rule", (verb, *others, "optional"))
-    _require(tree, fields, *(name for name in others if name not in ("then", "dim")))
+    _require(tree, fields, *(name for name in others if name not in SPARE))
     # `reading`: files without it are read, and what reads the written ones wants it.
     demanded = "optional" in fields and fields["optional"].is_text and fields["optional"].text("") == "reading"
     optional = demanded or ("optional" in fields and fields["optional"].flag())
@@ -246,7 +253,7 @@ def _reason(tree: Tree) -> str:
 
 
 _Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], Iterable[Rule]]
-_VERBS: dict[str, tuple[_Read, tuple[str, ...]]] = {
+VERBS: dict[str, tuple[_Read, tuple[str, ...]]] = {
     "keep": (_keep, ("then",)),
     "rename": (_rename, ("to", "then")),
     "fuse": (_fuse, ("parts", "into", "dim", "then")),
@@ -289,11 +296,11 @@ def _then(fields: dict[str, Tree]) -> tuple[Op, ...]:
 
 
 def _op(tree: Tree) -> Op:
-    fields = tree.fields("an operation", _OPS)
+    fields = tree.fields("an operation", OPS)
     if len(fields) != 1:
         raise tree.fail("expected one operation an item")
     ((name, argument),) = fields.items()
-    return _OPS[name](argument)
+    return OPS[name](argument)
 
 
 def _permuted(tree: Tree) -> Op:
@@ -341,7 +348,7 @@ def _cast(tree: Tree) -> Op:
     return CastTo(dtype)
 
 
-_OPS: dict[str, Callable[[Tree], Op]] = {
+OPS: dict[str, Callable[[Tree], Op]] = {
     "squeeze": lambda tree: Squeeze(_dims(tree)),
     "unsqueeze": lambda tree: Unsqueeze(_dims(tree)),
     "reshape": _reshaped,

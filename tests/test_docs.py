@@ -1,0 +1,218 @@
+"""The pages of docs/: what a script writes is current, and the commands that are shown print what the pages say."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import walkthrough
+from hubserver import Repo, environment, hub_server
+from safetensors.torch import save_file
+from walkthrough import Step
+
+from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def files_of(page: Path) -> list[tuple[int, str, str]]:
+    """The files that a page has its reader write: fenced blocks that begin with `# name.ext`, each with its line."""
+    text = page.read_text()
+    found = re.finditer(r"^```\w+\n(# ([\w-]+\.\w+)\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start()) + 1, block[2], block[1]) for block in found]
+
+
+def under(page: Path, heading: str) -> list[Step]:
+    """The commands between a heading and the next of its rank or a higher one."""
+    lines = page.read_text().splitlines()
+    (start,) = (number for number, line in enumerate(lines, start=1) if line == heading)
+    rank = len(heading.partition(" ")[0])
+    ends = (n for n, line in enumerate(lines, start=1) if n > start and re.match(rf"#{{1,{rank}}} ", line))
+    end = next(ends, len(lines) + 1)
+    return [step for step in walkthrough.steps(page) if start < step.line < end]
+
+
+def check(
+    told: list[Step],
+    folder: Path,
+    environment: Mapping[str, str] = {},
+    *,
+    files: list[tuple[int, str, str]] | None = None,
+    names: Mapping[str, str] = {},
+) -> None:
+    """Run commands, and write the files that come before them on their page.
+
+    `names` are put in the place of what only a test's machine has.
+    """
+    wrong, written = [], 0
+    for step in told:
+        for _, name, text in [file for file in files or [] if written < file[0] < step.line]:
+            (folder / name).write_text(text)
+        written = step.line
+        printed = walkthrough.run(step, folder, environment)
+        for ours, shown in names.items():
+            printed = printed.replace(ours, shown)
+        wrong.append(walkthrough.differs(step, printed))
+    assert told and not any(wrong), "\n".join(filter(None, wrong))
+
+
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """As GitHub shows the pages; the site's own build checks them once more."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        if "://" in name:
+            continue
+        there = page.parent / name if name else page
+        assert there.exists(), target
+        assert not anchor or anchor in headings(there), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_listed_on_the_first() -> None:
+    index = (DOCS / "index.md").read_text()
+    for page in PAGES:
+        name = str(page.relative_to(DOCS).with_suffix(""))
+        assert name == "index" or (f"({name}.md)" in index and f"\n{name}\n" in index), name
+
+
+def test_the_reference_of_rules_is_current() -> None:
+    command = [sys.executable, ROOT / "scripts" / "reference.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_tutorial(tmp_path: Path) -> None:
+    # A clone whose mappings can be added to, in the place of the one that is installed.
+    package = tmp_path / "clone" / "converter"
+    shutil.copytree(ROOT / "converter", package)
+    shutil.copytree(ROOT / "mappings", package / "mappings")
+    folder = tmp_path / "here"
+    (folder / "dsocr-convert").mkdir(parents=True)
+    (folder / "dsocr-convert" / "mappings").symlink_to(package / "mappings")
+    page = DOCS / "tutorial.md"
+    check(walkthrough.steps(page), folder, {"PYTHONPATH": str(package.parent)}, files=files_of(page))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SAM-base at true size, as Meta saves it."""
+    path = tmp_path_factory.mktemp("docs")
+    script = ROOT / "scripts" / "make_checkpoints.py"
+    subprocess.run([sys.executable, script, "--only", "sam-b", path], check=True, stdout=subprocess.DEVNULL)
+    yield path
+    # Two gigabytes that pytest would keep.
+    shutil.rmtree(path)
+
+
+# What needs CLIP at true size, or a trained SAM.
+LEFT_OUT = "^dsocr-convert clip|^python"
+
+
+def test_conversions_from_layout_to_layout(folder: Path) -> None:
+    told = under(DOCS / "conversions.md", "## From layout to layout")
+    check([step for step in told if not re.search(LEFT_OUT, step.command)], folder)
+
+
+def test_a_refusal_as_the_security_page_has_it(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "model.pth").write_bytes(len(header).to_bytes(8, "little") + header + b"a")
+    text = "layout: theirs\nfamily: sam\ndescription: !!python/object/apply:os.system [id]\n"
+    (tmp_path / "theirs.yaml").write_text(text)
+    check(walkthrough.steps(DOCS / "security.md"), tmp_path)
+
+
+def test_errors_of_hubs(tmp_path: Path) -> None:
+    repos = [
+        Repo("org/gated", {"sam.pth": b"x"}, gated=True),
+        Repo("org/two", {"a.pth": b"a", "b.pth": b"b"}),
+        Repo("org/sam", {"sam.pth": b"x"}),
+    ]
+    with hub_server(repos) as server:
+        settings = environment(server, tmp_path)
+        names = {server.hf_endpoint: "https://huggingface.co", str(tmp_path / "hf"): "~/.cache/huggingface"}
+        check(under(DOCS / "hubs.md", "## Errors"), tmp_path, settings, names=names)
+
+
+# The rows of the picture in docs/architecture.md, from the ground up.
+ROWS = (
+    "errors version dtypes files strictjson checkpoint report mapping catalogue",
+    "compute encoders",
+    "hubs locate loaders unwrap source planning beside stage copier write pth writing cards pretrained",
+    "pipeline assemble inspection loading comparison derivation verify",
+    "cli",
+)
+HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row.split()}
+
+
+def imports() -> list[tuple[str, str]]:
+    """Which module or package of ours imports which, each by its first name."""
+    found = []
+    for path in (ROOT / "converter").rglob("*.py"):
+        importer = path.relative_to(ROOT / "converter").with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "converter":
+                names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                found += [(importer, name) for name in names]
+    return [(a, b) for a, b in found if a not in ("__init__", b) and not b.startswith("__")]
+
+
+def test_imports_go_down_as_the_architecture_draws_them() -> None:
+    up = {f"{a} imports {b}" for a, b in imports() if HEIGHT[a] < HEIGHT[b]}
+    assert not up
+
+
+def test_the_architecture_names_every_package_and_what_it_names_exists() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    named = {*re.findall(r"`([a-z_]+)(?:\.py|/)`", page), "errors", "version", "dtypes", "files", "strictjson", "cli"}
+    assert set(HEIGHT) <= named
+    for path in re.findall(r"`([\w/*-]+(?:\.py|\.yaml|\.toml|\.json|/))`", page):
+        places = (ROOT, ROOT / "converter", ROOT / "mappings")
+        assert any(list(place.glob(path.rstrip("/"))) for place in places), path
+
+
+def small_checkpoints(folder: Path) -> None:
+    """What the examples of the API read: the true names of SAM-base and CLIP-L, in small."""
+    sizes = SamConfig(image_size=64, width=24, heads=2, mlp=40, window=2, neck=16, compressor=None)
+    sam = {f"image_encoder.{name}": tensor for name, tensor in SamEncoder(sizes).state_dict().items()}
+    torch.save(sam, folder / "sam_vit_b_01ec64.pth")
+    theirs: dict[str, torch.Tensor] = {}
+    for name, tensor in ClipEncoder(ClipConfig(image_size=56, width=64, heads=1, mlp=96)).named_parameters():
+        name = f"vision_model.{name}".replace("transformer.", "encoder.")
+        # Drawn anew: norms and biases that are all alike would pass for each other.
+        parts = zip("qkv", tensor.chunk(3), strict=True) if "qkv" in name else [("", tensor)]
+        theirs |= {name.replace("qkv", part): torch.rand_like(value) for part, value in parts}
+    theirs |= {f"vision_model.post_layernorm.{name}": torch.rand(64) for name in ("weight", "bias")}
+    (folder / "clip-vit-large-patch14").mkdir()
+    save_file(theirs, folder / "clip-vit-large-patch14" / "model.safetensors")
+
+
+def test_the_examples_of_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small_checkpoints(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "api.md"
+    # An output ends at an empty line, and not at the end of its block.
+    text = page.read_text().replace("```", "")
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    told: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=told.append)
+    assert result.attempted >= 30 and not result.failed, "".join(told)
