@@ -89,8 +89,9 @@ def _check(file: Path) -> None:
         return
     rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
-    for rule, why in mapping.lossy():
-        console.result(f"  {rule.place}: cannot be inverted: {why}")
+    # A drop of several names is as many rules.
+    for told in dict.fromkeys(f"  {rule.place}: cannot be inverted: {why}" for rule, why in mapping.lossy()):
+        console.result(told)
 
 
 @app.command("derive")
