@@ -9,13 +9,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from converter.cli import console
-from converter.cli.options import Json, Quiet
+from converter.cli.options import Html, Json, Quiet
 from converter.cli.views import count
 from converter.comparison import diff as compare
 from converter.comparison.difference import Block, Change, Difference
@@ -30,7 +29,6 @@ StateDict = Annotated[
     str | None,
     typer.Option(metavar="NAME[,NAME]", help="Which state dict, where a file holds several; A's and B's apart."),
 ]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 
 
 def diff(

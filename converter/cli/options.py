@@ -28,6 +28,7 @@ Revision = Annotated[
 ]
 Hub = Annotated[str | None, typer.Option(metavar="hf|modelscope", help="The hub that SOURCE is on.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch whole files into the hub's own cache.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
 

@@ -7,12 +7,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
 from converter.cli import console
-from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
+from converter.cli.options import Download, Html, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.errors import UsageError
 
 app = typer.Typer(
@@ -40,7 +40,6 @@ Fast = Annotated[bool, typer.Option("--fast", help="Structure and bytes alone; r
 Image = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Let the encoders look at this image. [default: a drawn page]")
 ]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case a check, for CI systems.")]
 Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Actions run, and write its step summary.")]
 
@@ -116,8 +115,3 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
     if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 4096 and int(word) % 64 == 0 for word in words):
         raise UsageError(f"--sizes {text}: expected multiples of 64 up to 4096, such as 512,640,1024,1280")
     return tuple(int(word) for word in words)
-
-
-def main() -> NoReturn:
-    """The program."""
-    console.main(app)
