@@ -97,10 +97,14 @@ def verify(
             progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
         )
     if not quiet:
-        views.terminal(found)
+        from converter.verify.views.table import show
+
+        show(found)
     views.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
     if github:
-        views.github(found)
+        from converter.verify.views.actions import annotate
+
+        annotate(found)
     if json:
         console.result_json(found.to_json())
     else:
