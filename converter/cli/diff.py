@@ -88,7 +88,7 @@ def _blocks_print(encoding: str | None) -> bool:
     return True
 
 
-def table(found: Difference, width: int, fine: bool = True) -> Iterable[str]:
+def table(found: Difference, width: int, fine: bool) -> Iterable[str]:
     """The difference for a terminal of `width` columns; its bars are of ASCII unless `fine`."""
     for side, name, kinds, layouts in zip("AB", (found.a, found.b), found.containers, found.layouts, strict=True):
         known = f"layout {' and '.join(layouts)}" if layouts else "no known layout"

@@ -26,48 +26,30 @@ def open_independently(source: Source, state_dict: StateDict, wanted: Iterable[T
     Of a remote checkpoint it reads the tensors `wanted` alone, which are fetched first.
     """
     source.fetch(wanted, progress)
-    for file in source.remote:
-        if source.containers[source.files.index(file)] not in _IN_PLACE:
-            file.fetch_all([(0, file.size)])
-    readers = [
-        _READERS[container](file, state_dict) for container, file in zip(source.containers, source.files, strict=True)
-    ]
-    by_key = {key: read for keys, read in readers for key in keys}
-
-    def read(key: str) -> torch.Tensor:
-        return by_key[key](key).detach()
-
-    return read
+    for remote in source.remote:
+        if source.containers[source.files.index(remote)] not in _IN_PLACE:
+            remote.fetch_all([(0, remote.size)])
+    by_key: dict[str, Reader] = {}
+    for container, file in zip(source.containers, source.files, strict=True):
+        keys, read = _opened(container, file, state_dict)
+        by_key |= dict.fromkeys(keys, read)
+    return lambda key: by_key[key](key).detach()
 
 
-def _safetensors(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
-    opened: Any = safetensors.safe_open(file.path, "pt")
-    return list(opened.keys()), opened.get_tensor
-
-
-def _torch(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
-    # Mapped, a checkpoint's unused tensors cost nothing; torch's older format cannot be.
-    found = torch.load(file.path, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    tensors = _at(found, state_dict.path)
-    return [key for key in tensors if isinstance(key, str)], tensors.__getitem__
-
-
-def _torchscript(file: SourceFile, state_dict: StateDict) -> tuple[list[str], Reader]:
-    # Our loader has refused modules with code that restores them: what remains is deserialised, not run.
-    tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    return list(tensors), tensors.__getitem__
-
-
-_READERS: dict[str, Callable[[SourceFile, StateDict], tuple[list[str], Reader]]] = {
-    "safetensors": _safetensors,
-    "torch zip": _torch,
-    "torch legacy": _torch,
-    "TorchScript": _torchscript,
-}
-
-
-def _is_zip(file: SourceFile) -> bool:
-    return file.read(0, 2) == b"PK"
+def _opened(container: str, file: SourceFile, state_dict: StateDict) -> tuple[Iterable[str], Reader]:
+    """The keys in a file, and what gives their tensors."""
+    if container == "safetensors":
+        opened: Any = safetensors.safe_open(file.path, "pt")
+        return opened.keys(), opened.get_tensor
+    if container == "TorchScript":
+        # Our loader has refused modules with code that restores them: what remains is deserialised, not run.
+        tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    else:
+        # Mapped, a checkpoint's unused tensors cost nothing; torch's older format cannot be.
+        in_place = container in _IN_PLACE
+        found = torch.load(file.path, map_location="cpu", weights_only=True, mmap=in_place)
+        tensors = _at(found, state_dict.path)
+    return tensors.keys(), tensors.__getitem__
 
 
 def _at(contents: Any, path: str) -> Any:
@@ -80,8 +62,3 @@ def _at(contents: Any, path: str) -> Any:
         if path.startswith(f"{key}.") and isinstance(value, dict):
             return _at(value, path[len(str(key)) + 1 :])
     raise KeyError(path)
-
-
-def checked_as(read: Reader) -> Callable[[Tensor], torch.Tensor]:
-    """The reader for expressions, whose leaves are our own descriptions of tensors."""
-    return lambda tensor: read(tensor.key)
