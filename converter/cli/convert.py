@@ -13,6 +13,7 @@ from converter.cli import console, mapping, views
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
 from converter.cli.options import (
+    PROGRAM,
     CardFile,
     Download,
     DryRun,
@@ -29,13 +30,7 @@ from converter.cli.options import (
     Version,
 )
 
-# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(no_args_is_help=True, **PROGRAM)
 app.add_typer(mapping.app, name="mapping")
 
 Source = Annotated[

@@ -52,10 +52,9 @@ def check_mapping(
 ) -> None:
     """Check a mapping file, and what it would make of a checkpoint."""
     mapping = catalogue.load_file(file)
-    lossy = mapping.lossy()
     rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
-    for rule, why in lossy:
+    for rule, why in mapping.lossy():
         console.result(f"  {rule.place}: cannot be inverted: {why}")
     if source is not None:
         card = pipeline.convert(source, mapping.family, mapping=file, dry_run=True)

@@ -1,13 +1,20 @@
-"""Options that both programs have, spelt and explained once."""
+"""What both programs have: how they are set up, and options, spelt and explained once."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from converter.cli import console
 from converter.version import __version__
+
+# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
+PROGRAM: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 
 MappingFile = Annotated[
     Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")

@@ -12,14 +12,10 @@ from typing import Annotated, Literal
 import typer
 
 from converter.cli import console
-from converter.cli.options import Download, Html, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
+from converter.cli.options import PROGRAM, Download, Html, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.errors import UsageError
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
 Source = Annotated[

@@ -127,8 +127,7 @@ def judge(
 ) -> tuple[Check, Trace]:
     """Errors against the rounded reference, floors of that reference against the exact one, and the verdict."""
     # A reference may go on where the DeepEncoder ends: its last output then has no name here.
-    rounded, exact = rounded[: len(names)], exact[: len(names)]
-    found = found[: len(names)]
+    found, rounded, exact = (features[: len(names)] for features in (found, rounded, exact))
     if [tuple(tensor.shape) for tensor in found] != [tuple(tensor.shape) for tensor in rounded]:
         shapes = f"{[list(t.shape) for t in found[-1:]]} and {[list(t.shape) for t in rounded[-1:]]}"
         return failed(PROOF, what, f"outputs have other shapes: {shapes}", []), Trace(what, [], [], [], 0.0)

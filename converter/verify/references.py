@@ -20,9 +20,10 @@ from converter.checkpoint import contiguous_strides
 from converter.compute import evaluate
 from converter.dtypes import BY_NAME
 from converter.encoders import ClipConfig, SamConfig
-from converter.mapping.apply import apply
+from converter.mapping.apply import apply, claim
 from converter.mapping.expr import Expr, Read
-from converter.mapping.rules import Mapping, Rule, invert
+from converter.mapping.route import writing_rules
+from converter.mapping.rules import Mapping
 from converter.verify.stages import Probe, probes
 
 State = dict[str, Tensor]
@@ -173,14 +174,11 @@ def in_layout(name: str, hub: State) -> State:
     """Tensors in the hub's names brought to a layout's, with the first of its prefixes."""
     mapping = catalogue.load(name)
     assert isinstance(mapping, Mapping)
-    rules = [rule._replace(optional=True) for rule in invert(mapping.rules_for(mapping.signature.prefixes[0]))]
-    values = {key: _described(key, tensor) for key, tensor in hub.items() if _claimed(key, rules)}
-    made = apply(tuple(rules), values, name).values
+    rules = tuple(rule._replace(optional=True) for rule in writing_rules(mapping, whole=False))
+    unclaimed = set(claim(rules, hub).unclaimed)
+    values = {key: _described(key, tensor) for key, tensor in hub.items() if key not in unclaimed}
+    made = apply(rules, values, name).values
     return {key: evaluate(value, lambda leaf: hub[leaf.key]) for key, value in made.items()}
-
-
-def _claimed(key: str, rules: list[Rule]) -> bool:
-    return any(template.match(key) is not None for rule in rules for template in rule.sources)
 
 
 def _described(key: str, tensor: Tensor) -> Expr:

@@ -21,7 +21,6 @@ from converter.verify.carded import Recorded, check_card, is_elsewhere, read_car
 from converter.verify.forward import Runs, Setting
 from converter.verify.independent import open_independently
 from converter.verify.opened import Converted, Origin, as_converted, as_origin, largest
-from converter.verify.references import State
 from converter.verify.result import FAILED, Verification, skipped
 from converter.version import __version__
 
@@ -117,15 +116,12 @@ def _prove_by_card(source: Source, card: Recorded, progress: Progress) -> Verifi
 def _prove(target: Converted, origin: Origin | None, card: Recorded | None, setting: Setting) -> Verification:
     """The three proofs; without sizes to run at, nothing runs."""
     seconds: dict[str, float] = {}
-    tensors, hub = target.state_dict.tensors, State()
+    tensors = target.state_dict.tensors
     found = open_independently(target.source, target.state_dict, tensors.values(), setting.progress)
     with _timed(seconds, "structure"):
         checks = structure.prove(target, found)
     with _timed(seconds, "bytes"):
-        if origin is None:
-            compared = [skipped("bytes", "tensors", "no --source was given: there is nothing to compare with")]
-        else:
-            hub, compared = weights.prove(target, origin, found, setting.progress)
+        hub, compared = weights.prove(target, origin, found, setting.progress)
     checks += compared
     if card is not None:
         with _timed(seconds, "card"):

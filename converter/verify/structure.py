@@ -20,6 +20,8 @@ from converter.verify.result import Check, failed, noted, passed, some
 
 PROOF = "structure"
 
+_INDICES = "embeddings.position_ids"
+
 
 def prove(target: Converted, found: Reader) -> list[Check]:
     """All that can be told without running anything; `found` gives the tensors."""
@@ -103,10 +105,9 @@ def _pointed_out(name: str, what: str, names: list[str]) -> list[Check]:
 
 def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, torch.nn.Module | None]:
     """Whether the encoder loads the tensors strictly, built as they say it is; and the loaded encoder."""
-    wrong = _wrong_indices(tensors)
-    if wrong:
-        detail = f"{wrong[0]} is of no integer type, or points outside its table"
-        return failed(PROOF, "loads", detail, wrong), None
+    if not _indices_fit(tensors):
+        detail = f"{_INDICES} is of no integer type, or points outside its table"
+        return failed(PROOF, "loads", detail, [_INDICES]), None
     try:
         # Not on the meta device: its arange would import half a second of symbolic shapes.
         with uninitialised():
@@ -124,13 +125,12 @@ def _config(family: str, tensors: dict[str, torch.Tensor]) -> SamConfig | ClipCo
     return sam_config_from(shapes) if family == "sam" else clip_config_from(shapes)
 
 
-def _wrong_indices(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """position_ids that cannot be run: on a GPU an index out of range ends the whole process."""
-    ids, table = tensors.get("embeddings.position_ids"), tensors.get("embeddings.position_embedding.weight")
+def _indices_fit(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether position_ids can be run: on a GPU an index out of range ends the whole process."""
+    ids, table = tensors.get(_INDICES), tensors.get("embeddings.position_embedding.weight")
     if ids is None or table is None or not ids.numel():
-        return []
-    fits = ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
-    return [] if fits else ["embeddings.position_ids"]
+        return True
+    return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
 
 
 def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tensor]) -> Check | None:

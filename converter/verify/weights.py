@@ -18,7 +18,7 @@ from converter.source import Progress
 from converter.verify.independent import Reader
 from converter.verify.opened import Converted, Origin
 from converter.verify.references import State
-from converter.verify.result import Check, failed, passed
+from converter.verify.result import Check, failed, passed, skipped
 
 PROOF = "bytes"
 
@@ -29,8 +29,10 @@ _SEARCHED = 12
 Load = Callable[[Tensor], torch.Tensor]
 
 
-def prove(target: Converted, origin: Origin, found: Reader, progress: Progress) -> tuple[State, list[Check]]:
+def prove(target: Converted, origin: Origin | None, found: Reader, progress: Progress) -> tuple[State, list[Check]]:
     """What the source gives, by the hub's names, and whether the converted tensors, which `found` gives, are that."""
+    if origin is None:
+        return {}, [skipped(PROOF, "tensors", "no --source was given: there is nothing to compare with")]
     there, outputs = target.state_dict.tensors, origin.plan.outputs
 
     def load(tensor: Tensor) -> torch.Tensor:
