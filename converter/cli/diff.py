@@ -51,8 +51,7 @@ def diff(
     with ExitStack() as bars:
         found = compare(a, b, state_dict=state_dict, progress=_one_each(bars, not quiet))
     if not quiet:
-        for line in table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)):
-            console.say(line)
+        console.say(*table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)))
     if html is not None:
         from converter.verify.views import write
         from converter.verify.views.movement import page

@@ -146,8 +146,7 @@ def show_conversion(
     with console.Bar(enabled=not quiet) as bar:
         made = convert(**options, card=card or (), progress=bar)
     if not quiet:
-        for line in summary(made):
-            console.say(line)
+        console.say(*summary(made))
         if card and made.written:
             console.say(f"card: {', '.join(map(str, card))}")
     if json:
