@@ -402,7 +402,7 @@ with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.St
     console.run(convert.app)
 sys.argv = arguments
 os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
-convert.main()
+console.main(convert.app)
 """
 
 

@@ -138,7 +138,7 @@ def test_terminal_folds_many_failures_and_lists_culprits() -> None:
 
 
 def test_terminal_writes_to_stderr_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    views.terminal(verification())
+    table.show(verification())
     out, err = capfd.readouterr()
     assert out == "" and "VERIFIED: 3 checks passed" in err
 
@@ -215,14 +215,14 @@ def test_github_annotates_stderr_and_appends_the_summary(
     path = tmp_path / "summary.md"
     path.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
-    views.github(wrong(1))
+    actions.annotate(wrong(1))
     out, err = capfd.readouterr()
     assert out == "" and err.count("::error ") == 2 and err.count("::notice ") == 1
     text = path.read_text()
     assert text.startswith("before\n## ❌ NOT VERIFIED") and text.count("✗ failed") == 2
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
     with pytest.raises(OutputError, match="step summary"):
-        views.github(wrong(1))
+        actions.annotate(wrong(1))
 
 
 def test_github_summary_has_no_markup_from_names() -> None:
@@ -322,7 +322,7 @@ def test_a_plot_keeps_every_mark_and_name_within_it() -> None:
         assert all(plot.LEFT < point.x < plot.RIGHT for point in drawn.points)
         ys = [label.y for label in drawn.ends]
         assert all(b - a >= 13.9 for a, b in itertools.pairwise(ys)) and ys[-1] <= plot.BOTTOM
-        assert all(0 < len(group.text) * 3.5 <= group.middle <= plot.WIDTH for group in drawn.groups)
+        assert all(0 < len(group.text) * 3.5 <= group.middle <= plot.WIDTH for group in drawn.axis.groups)
     assert plot.plot(Trace("nothing", [], [], [], 0.0)) is None
 
 

@@ -42,9 +42,7 @@ def run(app: Callable[[], object]) -> int:
         app()
     except DsocrError as error:
         first, *rest = str(error).split("\n")
-        say(f"error: {first}")
-        for line in rest:
-            say(f"  {line}")
+        say(f"error: {first}", *(f"  {line}" for line in rest))
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -60,12 +58,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def say(text: str) -> None:
-    """A line for people, on stderr: of a very long one the beginning and the end."""
-    line = printable(text)
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    print(line, file=sys.stderr)
+def say(*lines: str) -> None:
+    """Lines for people, on stderr: of a very long one the beginning and the end."""
+    for line in map(printable, lines):
+        short = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        print(short, file=sys.stderr)
 
 
 def result(*lines: str) -> None:

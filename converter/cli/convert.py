@@ -4,7 +4,7 @@ Annotations are not postponed here: typer would have to compile each of them aga
 """
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from converter.cli import console, mapping, views
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
 from converter.cli.options import (
+    PROGRAM,
     CardFile,
     Download,
     DryRun,
@@ -29,13 +30,7 @@ from converter.cli.options import (
     Version,
 )
 
-# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(no_args_is_help=True, **PROGRAM)
 app.add_typer(mapping.app, name="mapping")
 
 Source = Annotated[
@@ -50,8 +45,6 @@ Output = Annotated[
         help="Where to write; with --to sam-hf or clip-hf also a folder, for from_pretrained. [default: LAYOUT.FORMAT]",
     ),
 ]
-
-
 To = Annotated[
     str,
     typer.Option(
@@ -73,7 +66,7 @@ ImageSize = Annotated[
 @app.command()
 def sam(
     source: Source,
-    output: Output = None,
+    out: Output = None,
     to: To = "",
     whole: Whole = False,
     fill_from: FillFrom = None,
@@ -92,34 +85,13 @@ def sam(
     quiet: Quiet = False,
 ) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
-    with console.Bar(enabled=not quiet) as bar:
-        made = pipeline.convert(
-            source,
-            "sam",
-            out=output,
-            to=to,
-            whole=whole,
-            fill_from=fill_from,
-            mapping=mapping,
-            dtype=dtype,
-            format=format,
-            state_dict=state_dict,
-            force=force,
-            dry_run=dry_run,
-            card=card or (),
-            sign=sign,
-            revision=revision,
-            hub=hub,
-            download=download,
-            progress=bar,
-        )
-    views.show_card(made, json, quiet, card or [])
+    views.show_conversion(pipeline.convert, family="sam", **locals())
 
 
 @app.command()
 def clip(
     source: Source,
-    output: Output = None,
+    out: Output = None,
     to: To = "",
     whole: Whole = False,
     fill_from: FillFrom = None,
@@ -139,29 +111,7 @@ def clip(
     quiet: Quiet = False,
 ) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
-    with console.Bar(enabled=not quiet) as bar:
-        made = pipeline.convert(
-            source,
-            "clip",
-            out=output,
-            to=to,
-            whole=whole,
-            fill_from=fill_from,
-            mapping=mapping,
-            dtype=dtype,
-            image_size=image_size,
-            format=format,
-            state_dict=state_dict,
-            force=force,
-            dry_run=dry_run,
-            card=card or (),
-            sign=sign,
-            revision=revision,
-            hub=hub,
-            download=download,
-            progress=bar,
-        )
-    views.show_card(made, json, quiet, card or [])
+    views.show_conversion(pipeline.convert, family="clip", **locals())
 
 
 @app.command()
@@ -188,8 +138,3 @@ app.command()(diff)
 @app.callback()
 def options(version: Version = False) -> None:
     """Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder."""
-
-
-def main() -> NoReturn:
-    """The program."""
-    console.main(app)

@@ -9,13 +9,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from converter.cli import console
-from converter.cli.options import Json, Quiet
+from converter.cli.options import Html, Json, Quiet
 from converter.cli.views import count
 from converter.comparison import diff as compare
 from converter.comparison.difference import Block, Change, Difference
@@ -30,7 +29,6 @@ StateDict = Annotated[
     str | None,
     typer.Option(metavar="NAME[,NAME]", help="Which state dict, where a file holds several; A's and B's apart."),
 ]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 
 
 def diff(
@@ -53,8 +51,7 @@ def diff(
     with ExitStack() as bars:
         found = compare(a, b, state_dict=state_dict, progress=_one_each(bars, not quiet))
     if not quiet:
-        for line in table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)):
-            console.say(line)
+        console.say(*table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)))
     if html is not None:
         from converter.verify.views import write
         from converter.verify.views.movement import page
@@ -90,7 +87,7 @@ def _blocks_print(encoding: str | None) -> bool:
     return True
 
 
-def table(found: Difference, width: int, fine: bool = True) -> Iterable[str]:
+def table(found: Difference, width: int, fine: bool) -> Iterable[str]:
     """The difference for a terminal of `width` columns; its bars are of ASCII unless `fine`."""
     for side, name, kinds, layouts in zip("AB", (found.a, found.b), found.containers, found.layouts, strict=True):
         known = f"layout {' and '.join(layouts)}" if layouts else "no known layout"

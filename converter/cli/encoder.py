@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from converter.cli import console, views
+from converter.cli import views
 from converter.cli.options import CardFile, Download, DryRun, Force, Format, Hub, Json, Quiet, Revision, Sign
 
 
@@ -30,7 +30,7 @@ def encoder(
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Write a copy of this DeepSeek-OCR with the encoder in it."),
     ] = None,
-    output: Annotated[
+    out: Annotated[
         Path | None,
         typer.Option(
             "--output",
@@ -55,28 +55,8 @@ def encoder(
     quiet: Quiet = False,
 ) -> None:
     """Write a whole DeepEncoder: taken out of SOURCE, or put together from --sam, --clip and --compressor."""
+    options = locals()
     # Not at the top: the other commands do not need it.
-    from converter import assemble
+    from converter.assemble import encoder as convert
 
-    with console.Bar(enabled=not quiet) as bar:
-        made = assemble.encoder(
-            source,
-            sam=sam,
-            clip=clip,
-            compressor=compressor,
-            with_projector=with_projector,
-            prefix=prefix,
-            into=into,
-            out=output,
-            dtype=dtype,
-            format=format,
-            force=force,
-            dry_run=dry_run,
-            card=card or (),
-            sign=sign,
-            revision=revision,
-            hub=hub,
-            download=download,
-            progress=bar,
-        )
-    views.show_card(made, json, quiet, card or [])
+    views.show_conversion(convert, **options)

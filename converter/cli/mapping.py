@@ -138,8 +138,7 @@ def derive_mapping(
             progress=bar,
         )
     if not quiet or not found.complete:
-        for line in _summary(found):
-            console.say(line)
+        console.say(*_summary(found))
     if json:
         console.result_json(found.to_json())
     elif found.written:

@@ -1,13 +1,20 @@
-"""Options that both programs have, spelt and explained once."""
+"""What both programs have: how they are set up, and options, spelt and explained once."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from converter.cli import console
 from converter.version import __version__
+
+# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
+PROGRAM: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 
 MappingFile = Annotated[
     Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
@@ -28,6 +35,7 @@ Revision = Annotated[
 ]
 Hub = Annotated[str | None, typer.Option(metavar="hf|modelscope", help="The hub that SOURCE is on.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch whole files into the hub's own cache.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
 

@@ -17,17 +17,19 @@ _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 def convert() -> None:
     """The program dsocr-convert."""
     on_signal(end_at_once)
-    from converter.cli.convert import main
+    from converter.cli.console import main
+    from converter.cli.convert import app
 
-    main()
+    main(app)
 
 
 def verify() -> None:
     """The program dsocr-verify."""
     on_signal(end_at_once)
-    from converter.cli.verify import main
+    from converter.cli.console import main
+    from converter.cli.verify import app
 
-    main()
+    main(app)
 
 
 def on_signal(act: Callable[[int, FrameType | None], None]) -> None:

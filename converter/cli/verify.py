@@ -7,19 +7,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
 from converter.cli import console
-from converter.cli.options import Download, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
+from converter.cli.options import PROGRAM, Download, Html, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
 from converter.errors import UsageError
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
 Source = Annotated[
@@ -40,7 +36,6 @@ Fast = Annotated[bool, typer.Option("--fast", help="Structure and bytes alone; r
 Image = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Let the encoders look at this image. [default: a drawn page]")
 ]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case a check, for CI systems.")]
 Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Actions run, and write its step summary.")]
 
@@ -98,10 +93,14 @@ def verify(
             progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
         )
     if not quiet:
-        views.terminal(found)
+        from converter.verify.views.table import show
+
+        show(found)
     views.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
     if github:
-        views.github(found)
+        from converter.verify.views.actions import annotate
+
+        annotate(found)
     if json:
         console.result_json(found.to_json())
     else:
@@ -116,8 +115,3 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
     if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 4096 and int(word) % 64 == 0 for word in words):
         raise UsageError(f"--sizes {text}: expected multiples of 64 up to 4096, such as 512,640,1024,1280")
     return tuple(int(word) for word in words)
-
-
-def main() -> NoReturn:
-    """The program."""
-    console.main(app)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from converter.cli import console
 from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan, some
 
 # Characters of a column: one name of a megabyte would pad all other lines to that.
 _WIDEST = 100
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def size(nbytes: int) -> str:
     """Bytes in the unit that leaves one to three digits before the point, as `ls -h --si` and the hubs count."""
-    value, units = float(nbytes), ("B", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return ""
+    thousands = min((len(str(nbytes)) - 1) // 3, len(_UNITS) - 1)
+    return f"{nbytes / 1000**thousands:.1f} {_UNITS[thousands]}" if thousands else f"{nbytes} B"
 
 
 def summary(card: Card) -> Iterable[str]:
@@ -138,16 +136,22 @@ def _recognised(found: Recognised) -> Iterable[str]:
     yield from remarks(card)
 
 
-def show_card(card: Card, json: bool, quiet: bool, files: Sequence[Path] = ()) -> None:
-    """The result on stdout, the rest on stderr; `files` hold the card, if it was written."""
+def show_conversion(
+    convert: Callable[..., Card], *, card: list[Path] | None, json: bool, quiet: bool, **options: Any
+) -> None:
+    """Convert as a command's options say, and show the card: the result on stdout, the rest on stderr.
+
+    The commands' options are called what `convert` calls its own, so they pass on `locals()`, card files among them.
+    """
+    with console.Bar(enabled=not quiet) as bar:
+        made = convert(**options, card=card or (), progress=bar)
     if not quiet:
-        for line in summary(card):
-            console.say(line)
-        if files and card.written:
-            console.say(f"card: {', '.join(map(str, files))}")
+        console.say(*summary(made))
+        if card and made.written:
+            console.say(f"card: {', '.join(map(str, card))}")
     if json:
-        console.result_json(card.to_json())
-    elif card.written:
-        console.result(card.output)
+        console.result_json(made.to_json())
+    elif made.written:
+        console.result(made.output)
     else:
-        console.result(*plan(card))
+        console.result(*plan(made))

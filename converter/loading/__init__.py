@@ -11,6 +11,7 @@ from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, planned, to_hub
 from converter.source import Progress, Source, open_source
+from converter.writing import check_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,7 @@ def load(
             tensors[name] = found(value)
             if not opened.remote:
                 progress("loading", done + 1, len(outputs))
-        for file in (file for each in both for file in each.files):
-            file.check_unchanged()
+        check_unchanged(both)
         return tensors
 
 

@@ -13,15 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder
-from converter.verify.references import (
-    Reference,
-    State,
-    in_layout,
-    label,
-    transformers_clip,
-    transformers_sam,
-    uninitialised,
-)
+from converter.verify.references import Runner, State, in_layout, label, transformers_clip, transformers_sam, under
 
 
 class Assembled(nn.Module):
@@ -69,22 +61,16 @@ def _resized(image: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(wide, size=(h, w), mode="bicubic", antialias=True).to(image.dtype)
 
 
-def assembled_chain(whole: DeepEncoder, truth: State) -> Reference:
+def assembled_chain(whole: DeepEncoder, truth: State) -> Runner:
     """The reference for a chain, with `truth`, tensors by DeepSeek's names."""
-    parts = {
-        part: {name.removeprefix(part): tensor for name, tensor in truth.items() if name.startswith(part)}
-        for part in ("sam_model.", "vision_model.")
-    }
-    config = whole.vision_model.config
+    config, sam_state = whole.vision_model.config, under("sam_model.", truth)
     # transformers' class has a patch embedding; the chain never runs it.
     patches = torch.zeros(config.width, config.channels, config.patch, config.patch)
-    clip_state = {"embeddings.patch_embedding.weight": patches, **parts["vision_model."]}
-    with uninitialised():
-        sam = transformers_sam(whole.sam_model.config, in_layout("sam-hf", parts["sam_model."]))
-        clip = transformers_clip(config, in_layout("clip-hf", clip_state))
-    inner = getattr(clip.model, "vision_model", clip.model)
-    nets = (parts["sam_model."][f"net_{i}.weight"] for i in (2, 3))
-    model = Assembled(sam.model.vision_encoder, inner, *nets).eval()
+    clip_state = {"embeddings.patch_embedding.weight": patches, **under("vision_model.", truth)}
+    sam = transformers_sam(whole.sam_model.config, in_layout("sam-hf", sam_state))
+    clip = transformers_clip(config, in_layout("clip-hf", clip_state))
+    inner: Any = getattr(clip.model, "vision_model", clip.model)
+    model = Assembled(sam.model.vision_encoder, inner, sam_state["net_2.weight"], sam_state["net_3.weight"]).eval()
     name = label("transformers", "SamVisionModel and CLIPVisionModel, put together")
     # CLIP's patch convolution is not run: its other places follow SAM's.
-    return Reference(name, model, [*sam.places, *clip.places[1:]], model)
+    return Runner(name, model, [*sam.places, *clip.places[1:]], model)

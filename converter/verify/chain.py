@@ -16,38 +16,50 @@ from torch import Tensor, nn
 
 from converter.encoders import ClipConfig, ClipEncoder, DeepEncoder, SamConfig
 from converter.verify.assembled import assembled_chain
-from converter.verify.outputs import Look, Tested, check_encoder
-from converter.verify.references import Reference, State, in_layout, label, load_model, uninitialised
+from converter.verify.outputs import PROOF, Look, check_encoder
+from converter.verify.references import (
+    Runner,
+    State,
+    clip_sizes,
+    in_layout,
+    loaded,
+    sam_sizes,
+    under,
+    uninitialised,
+)
 from converter.verify.result import Check, Trace, failed, passed
-from converter.verify.stages import names_of, probes
+from converter.verify.stages import PART, names_of, probes
 
-PROOF = "outputs"
 _PATCHES = "embeddings.patch_embedding.weight"
 _MODULE = "transformers.models.unlimited_ocr"
 
 
 class Chain(NamedTuple):
-    """A DeepEncoder around a converted encoder, and the same chain by transformers where that has it."""
+    """A DeepEncoder around a converted encoder, what its places are called, and the same by transformers, if it can."""
 
-    whole: DeepEncoder
-    reference: Reference | None
+    tested: Runner
+    names: list[str]
+    reference: Runner | None
 
 
 def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.device) -> Chain:
     """`encoder` is the converted one; `hub` the source's tensors by the hub's names, for the reference."""
     whole = _around(family, encoder, device)
-    part = "sam_model." if family == "sam" else "vision_model."
-    state = whole.state_dict()
-    truth = {**state, **{part + name: tensor for name, tensor in hub.items()}}
+    sam, layers = whole.sam_model, whole.vision_model.transformer.layers
+    names = [PART["sam"] + name for name in names_of("sam", len(sam.blocks))]
+    # Without the patch convolution, which the chain never runs.
+    names += [PART["clip"] + name for name in names_of("clip", len(layers))[1:]]
+    tested = Runner("DeepEncoder", whole, probes(sam.patch_embed.proj, sam.blocks, layers), whole)
     reference = None
     if hub:
+        truth = {**whole.state_dict(), **{PART[family] + name: tensor for name, tensor in hub.items()}}
         make = _transformers_chain if importlib.util.find_spec(_MODULE) is not None else assembled_chain
         # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
-        with device:
+        with device, uninitialised():
             reference = make(whole, truth)
         # Tensors of the source that it took as they are lie where they were read.
         reference.model.to(device)
-    return Chain(whole, reference)
+    return Chain(tested, [*names, "concatenation"], reference)
 
 
 def _around(family: str, encoder: nn.Module, device: torch.device) -> DeepEncoder:
@@ -62,17 +74,15 @@ def _around(family: str, encoder: nn.Module, device: torch.device) -> DeepEncode
     else:
         heads, neck = max(3 * config.width // 256, 1), max(config.width // 4, 1)
         depth = -(-config.depth // 2)
-        clip, sam = (
-            config,
-            SamConfig(
-                width=64 * heads,
-                depth=depth,
-                heads=heads,
-                mlp=256 * heads,
-                global_blocks=tuple(i for i in range(depth) if i % 3 == 2),
-                neck=neck,
-                compressor=(2 * neck, config.width),
-            ),
+        clip = config
+        sam = SamConfig(
+            width=64 * heads,
+            depth=depth,
+            heads=heads,
+            mlp=256 * heads,
+            global_blocks=tuple(i for i in range(depth) if i % 3 == 2),
+            neck=neck,
+            compressor=(2 * neck, config.width),
         )
     with torch.device("meta"):
         whole = DeepEncoder(sam, clip).eval()
@@ -107,65 +117,38 @@ def with_patches(encoder: Any, hub: State) -> tuple[ClipEncoder, State]:
     return whole, {**hub, **patches}
 
 
-def _transformers_chain(whole: DeepEncoder, truth: dict[str, Tensor]) -> Reference:
+def _transformers_chain(whole: DeepEncoder, truth: State) -> Runner:
     """transformers' chain with `truth`, tensors by DeepSeek's names."""
     from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
     from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
 
     sam, clip = whole.sam_model.config, whole.vision_model.config
     assert sam.compressor is not None
-    sam_config = configuration.UnlimitedOcrSamVisionConfig(
-        hidden_size=sam.width,
-        output_channels=sam.neck,
-        num_hidden_layers=sam.depth,
-        num_attention_heads=sam.heads,
-        image_size=sam.image_size,
-        patch_size=sam.patch,
-        window_size=sam.window,
-        global_attn_indexes=list(sam.global_blocks),
-        mlp_dim=sam.mlp,
-        downsample_channels=list(sam.compressor),
-    )
-    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(
-        hidden_size=clip.width,
-        intermediate_size=clip.mlp,
-        num_hidden_layers=clip.depth,
-        num_attention_heads=clip.heads,
-        image_size=clip.image_size,
-        patch_size=clip.patch,
-    )
-    sizes = configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
-    with uninitialised():
-        model = UnlimitedOcrVisionModel(sizes).eval()
+    sam_config = configuration.UnlimitedOcrSamVisionConfig(**sam_sizes(sam), downsample_channels=list(sam.compressor))
+    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_sizes(clip))
+    model = UnlimitedOcrVisionModel(
+        configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
+    ).eval()
     state: State = {}
-    for layout, part, prefix in (
-        ("sam-unlimited-ocr-hf", "sam_model.", "model.vision_tower."),
-        ("clip-unlimited-ocr-hf", "vision_model.", "model.vision_tower."),
-    ):
-        hub = {name.removeprefix(part): tensor for name, tensor in truth.items() if name.startswith(part)}
-        state |= {name.removeprefix(prefix): tensor for name, tensor in in_layout(layout, hub).items()}
-    load_model(model, {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")})
-    sam_part = model.sam_encoder
-    places = probes(sam_part.patch_embed.projection, sam_part.layers, model.vision_encoder.encoder.layers)
-    return Reference(label("transformers", "UnlimitedOcrVisionModel"), model, places, model)
+    for family in ("sam", "clip"):
+        state |= in_layout(f"{family}-unlimited-ocr-hf", under(PART[family], truth))
+    tensors = under("model.vision_tower.", state)
+    encoder = model.sam_encoder
+    places = probes(encoder.patch_embed.projection, encoder.layers, model.vision_encoder.encoder.layers)
+    return loaded("transformers", model, {n: t for n, t in tensors.items() if not n.endswith("position_ids")}, places)
 
 
 def check_chain(chain: Chain, pixels: Tensor, precision: torch.dtype, look: Look) -> tuple[Check, Trace | None]:
     """The chain on pixels (1, 3, size, size): its shape, and its values where there is a reference."""
-    whole, size = chain.whole, pixels.shape[-1]
-    sam, layers = whole.sam_model, whole.vision_model.transformer.layers
-    names = [f"sam_model.{name}" for name in names_of("sam", len(sam.blocks))]
-    # Without the patch convolution, which the chain never runs.
-    names += [f"vision_model.{name}" for name in names_of("clip", len(layers))[1:]]
-    places = probes(sam.patch_embed.proj, sam.blocks, layers)
     if chain.reference is not None:
-        tested = Tested(whole, places, [*names, "concatenation"], whole)
-        return check_encoder(tested, chain.reference, pixels, precision, look)
+        return check_encoder(chain.tested, chain.names, chain.reference, pixels, precision, look)
+    whole, size = chain.tested.model, pixels.shape[-1]
+    assert isinstance(whole, DeepEncoder)
     with torch.inference_mode():
         tokens = whole.to(precision)(pixels.to(precision))
     side = -(-size // (4 * whole.sam_model.config.patch))
     expected = (1, side * side, 2 * whole.vision_model.config.width)
-    what = f"DeepEncoder at {size} x {size}"
+    what = f"{chain.tested.label} at {size} x {size}"
     if tuple(tokens.shape) != expected or not bool(torch.isfinite(tokens).all()):
         return failed(PROOF, what, f"tokens {list(tokens.shape)}, expected {list(expected)}, finite", [what]), None
     return passed(PROOF, what, f"tokens {list(tokens.shape)}, finite; no second implementation to compare with"), None

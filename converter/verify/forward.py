@@ -17,10 +17,10 @@ from converter.verify import structure
 from converter.verify.chain import build_chain, check_chain, with_patches
 from converter.verify.independent import Reader
 from converter.verify.opened import Converted, Origin
-from converter.verify.outputs import Tested, check_encoder, images
-from converter.verify.references import State, build
+from converter.verify.outputs import check_encoder, pixels_of
+from converter.verify.references import Runner, State, build
 from converter.verify.result import Check, Picture, Trace, skipped
-from converter.verify.stages import blamed, names_of, probes_of
+from converter.verify.stages import blamed, names_of, probes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,45 +37,44 @@ class Setting(NamedTuple):
     progress: Progress
 
 
-class Expected(NamedTuple):
-    """The source's tensors by the hub's names, on the CPU, and the names of those that the file has otherwise."""
-
-    hub: State
-    faulty: list[str]
-
-
 class Runs:
-    """What the runs found adds up here, and the label of the reference."""
+    """What the runs found adds up here, and the label of the reference.
 
-    def __init__(self, target: Converted, origin: Origin | None, expected: Expected, setting: Setting) -> None:
-        self._family, self._origin, self._expected, self._setting = target.family, origin, expected, setting
+    `hub` are the source's tensors by the hub's names, on the CPU; `faulty` names those that the file has otherwise.
+    """
+
+    def __init__(
+        self, target: Converted, origin: Origin | None, hub: State, faulty: list[str], setting: Setting
+    ) -> None:
+        self._target, self._origin, self._hub, self._faulty, self._setting = target, origin, hub, faulty, setting
         self._upload = Uploader(setting.device)
         self.reference = ""
         self.checks: list[Check] = []
         self.traces: list[Trace] = []
         self.pictures: list[Picture] = []
 
-    def prove(self, found: Reader, names: Sequence[str]) -> None:
-        """Run the tensors `names` of the converted file."""
-        check, encoder = structure.check_loads(self._family, {name: self._upload(found(name)) for name in names})
+    def prove(self, found: Reader) -> None:
+        """Run the tensors of the converted file, which `found` gives."""
+        family, setting = self._target.family, self._setting
+        tensors = {name: self._upload(found(name)) for name in self._target.state_dict.tensors}
+        check, encoder = structure.check_loads(family, tensors)
         self.checks.append(check)
         if encoder is None:
             self.checks.append(skipped("outputs", "encoder", "it could not be loaded, so it was not run"))
             return
-        shapes = self._expected.hub
-        fault = structure.check_sizes(self._family, encoder, shapes) if shapes else None
+        fault = structure.check_sizes(family, encoder, self._hub) if self._hub else None
         if fault is not None:
             self.checks += [fault, skipped("outputs", "encoder", "the source's is built otherwise, so it was not run")]
             return
-        device, sizes, hub = self._setting.device, self._setting.sizes, State()
+        hub = State()
         if self._origin is not None:
             own, hub = self._uploaded(self._origin)
             self._alone(encoder, self._origin, own, hub)
-        self._setting.progress("outputs", 1, len(sizes) + 1)
-        chain = build_chain(self._family, encoder, hub, device)
-        for done, size in enumerate(sizes):
-            self._add(*check_chain(chain, self._pixels(size), self._setting.precision, self._look))
-            self._setting.progress("outputs", done + 2, len(sizes) + 1)
+        setting.progress("outputs", 1, len(setting.sizes) + 1)
+        chain = build_chain(family, encoder, hub, setting.device)
+        for done, size in enumerate(setting.sizes):
+            self._add(*check_chain(chain, self._pixels(size), setting.precision, self._look))
+            setting.progress("outputs", done + 2, len(setting.sizes) + 1)
 
     def _uploaded(self, origin: Origin) -> tuple[State, State]:
         """The source's tensors by its own names and by the hub's, on the device; each travels there once."""
@@ -86,13 +85,12 @@ class Runs:
                 there[key] = self._upload(origin.read(key))
             return there[key]
 
-        prefix = origin.known.match.prefix
-        own = {name: load(tensor.key) for name, tensor in origin.known.tensors.items() if name.startswith(prefix)}
+        own = {name: load(tensor.key) for name, tensor in origin.own.items()}
         hub: State = {}
         for name, value in origin.plan.outputs.items():
             # Resampled here, they would be other roundings of the same positions.
             on_cpu = isinstance(value, Resample)
-            tensor = self._expected.hub[name] if on_cpu else evaluate(value, lambda tensor: load(tensor.key))
+            tensor = self._hub[name] if on_cpu else evaluate(value, lambda tensor: load(tensor.key))
             hub[name] = self._upload(tensor)
         return own, hub
 
@@ -105,12 +103,13 @@ class Runs:
         with self._setting.device:
             reference = build(origin.plan.mapping, encoder.config, _as_converted(own, origin), hub)
         reference.model.eval().to(self._setting.device)
-        tested, pixels = _tested(self._family, encoder), self._pixels(config.image_size)
-        self._add(*check_encoder(tested, reference, pixels, self._setting.precision, self._look))
+        tested, names = _tested(self._target.family, encoder)
+        pixels = self._pixels(config.image_size)
+        self._add(*check_encoder(tested, names, reference, pixels, self._setting.precision, self._look))
         self.reference = reference.label
 
     def _pixels(self, size: int) -> Tensor:
-        return images(1, size, self._setting.device, torch.float32, self._setting.image)
+        return pixels_of(self._setting.image, size, self._setting.device)
 
     def _look(self, what: str, seen: Tensor, reference: Tensor, converted: Tensor) -> None:
         if self._setting.draw:
@@ -120,7 +119,7 @@ class Runs:
 
     def _add(self, check: Check, trace: Trace | None) -> None:
         if self._origin is not None:
-            check = blamed(check, self._family, self._origin.plan.rules, self._expected.faulty)
+            check = blamed(check, self._target.family, self._origin.plan.rules, self._faulty)
         self.checks.append(check)
         if trace is not None:
             self.traces.append(trace)
@@ -140,9 +139,13 @@ def _as_converted(own: State, origin: Origin) -> State:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _tested(family: str, encoder: Any) -> Tested:
+def _tested(family: str, encoder: Any) -> tuple[Runner, list[str]]:
+    """Our own encoder, and what its places and its end are called."""
+    label = type(encoder).__name__
     if family == "sam":
-        names = [*names_of(family, len(encoder.blocks)), "neck"]
-        return Tested(encoder, probes_of(family, encoder), names, encoder.features)
+        places = probes(encoder.patch_embed.proj, encoder.blocks)
+        return Runner(label, encoder, places, encoder.features), [*names_of(family, len(encoder.blocks)), "neck"]
     # The last block's output is the whole's: open_clip and timm go on to layers that the DeepEncoder has not.
-    return Tested(encoder, probes_of(family, encoder), names_of(family, len(encoder.transformer.layers)), encoder)
+    layers = encoder.transformer.layers
+    places = probes(encoder.embeddings.patch_embedding, layers)
+    return Runner(label, encoder, places, encoder), names_of(family, len(layers))

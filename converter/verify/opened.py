@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter import catalogue
+from converter.checkpoint import Tensor
 from converter.errors import LayoutError, UsageError
 from converter.mapping.expr import sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan
 from converter.mapping.rules import Layout
 from converter.planning import Wish, hub_plan, to_hub
-from converter.source import Identified, Progress, Source, chosen_state_dicts, identified
+from converter.source import Progress, Source, chosen_state_dicts, identified
 from converter.unwrap import StateDict
 from converter.verify.independent import Reader, open_independently
 
@@ -29,11 +30,12 @@ class Converted(NamedTuple):
 class Origin(NamedTuple):
     """The source it was converted from, the plan by which it should have been, and a reader that is not ours.
 
-    `resampled` tells that positions were: the source's own library then cannot run what was made of it.
+    `own` are the tensors under the layout's prefix: what the source's own library is loaded with. `resampled` tells
+    that positions were: that library then cannot run what was made of it.
     """
 
     source: Source
-    known: Identified
+    own: dict[str, Tensor]
     plan: Plan
     read: Reader
     resampled: bool
@@ -51,8 +53,8 @@ def as_converted(source: Source) -> Converted:
     family = max(counts, key=lambda family: counts[family])
     # A damaged conversion fits no layout; one that fits another is no conversion into the DeepEncoder's.
     fitting = [hit for each in FAMILIES for hit in identified(source, catalogue.candidates(each), [entry])]
-    layouts = [hit.match.candidate.name for hit in fitting]
-    other = next((name for name in layouts if name != f"deepencoder-{family}"), "")
+    names = [hit.match.candidate.name for hit in fitting]
+    other = next((name for name in names if name != f"deepencoder-{family}"), "")
     if other or counts[family] <= len(entry.tensors) / 2:
         what = f"is in the layout {other}" if other else "is not in the DeepEncoder's layout"
         families = [other.split("-")[0]] if other else FAMILIES
@@ -78,11 +80,10 @@ def as_origin(
     dtype, pixels = _options(plan, target)
     if dtype != "keep" or pixels is not None:
         plan = hub_plan(source, known, wish._replace(image_size=pixels), dtype)
-    # What the source's own library is loaded with, too, and the DeepEncoder has no use for.
-    own = [tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)]
-    wanted = [*(tensor for value in plan.outputs.values() for tensor in sources(value)), *own]
+    own = {name: tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)}
+    wanted = [*(tensor for value in plan.outputs.values() for tensor in sources(value)), *own.values()]
     reader = open_independently(source, known.state_dict, wanted, progress)
-    return Origin(source, known, plan, reader, pixels is not None)
+    return Origin(source, own, plan, reader, pixels is not None)
 
 
 def _options(plan: Plan, target: Converted) -> tuple[str, int | None]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from converter.verify.references import Reference
+from converter.verify.references import Runner
 from converter.verify.result import Check, Trace, failed, passed
-from converter.verify.stages import Probe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,18 +31,17 @@ Look = Callable[[str, Tensor, Tensor, Tensor], None]
 MARGIN = 3.0
 
 
-def images(count: int, size: int, device: torch.device, dtype: torch.dtype, image: Image | None = None) -> Tensor:
-    """Images (count, 3, size, size) as DeepSeek-OCR prepares them: `image`, or a page that has what documents have.
+def pixels_of(image: Image | None, size: int, device: torch.device) -> Tensor:
+    """Pixels (1, 3, size, size) as DeepSeek-OCR prepares them: of `image`, or of a page that has what documents have.
 
-    Faint seeded noise tells them apart, and keeps a blank patch from being as blank as the next.
+    Faint seeded noise keeps a blank patch from being as blank as the next.
     """
     # PIL, which a verification that runs nothing can do without.
     from converter.verify import pictures
 
-    generator = torch.Generator().manual_seed(size)
     looked_at = pictures.pixels(image or pictures.page(size), size)
-    noise = torch.randn(count, 3, size, size, generator=generator)
-    return (looked_at + 0.02 * noise).to(device, dtype)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
+    return (looked_at + 0.02 * noise).to(device)
 
 
 @contextmanager
@@ -57,7 +55,7 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def run_recorded(run: Callable[[Tensor], Any], places: list[Probe], pixels: Tensor) -> list[Tensor]:
+def run_recorded(encoder: Runner, pixels: Tensor) -> list[Tensor]:
     """The features at every place, in the order in which they are passed, and last what the whole gives."""
     recorded: list[Tensor] = []
 
@@ -71,11 +69,11 @@ def run_recorded(run: Callable[[Tensor], Any], places: list[Probe], pixels: Tens
         place.module.register_forward_pre_hook(entering, with_kwargs=True)
         if place.entering
         else place.module.register_forward_hook(leaving)
-        for place in places
+        for place in encoder.places
     ]
     try:
         with torch.inference_mode():
-            final = _tensor(run(pixels)).detach()
+            final = _tensor(encoder.run(pixels)).detach()
     finally:
         for handle in handles:
             handle.remove()
@@ -99,41 +97,29 @@ def distance(a: Tensor, b: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-class Tested(NamedTuple):
-    """The converted encoder: its places and their names, the last name for the whole, and how to run it on pixels."""
-
-    encoder: nn.Module
-    places: list[Probe]
-    names: list[str]
-    run: Callable[[Tensor], Any]
-
-
 def check_encoder(
-    tested: Tested,
-    reference: Reference,
-    pixels: Tensor,
-    precision: torch.dtype,
-    look: Look = lambda what, seen, reference, converted: None,
+    tested: Runner, names: list[str], reference: Runner, pixels: Tensor, precision: torch.dtype, look: Look
 ) -> tuple[Check, Trace]:
     """The converted encoder against the reference on the same pixels, and the floor measured in the same run.
 
-    Both models are left in `precision`. `look` is shown the features at the end.
+    `names` are those of the converted encoder's places, and a last one for the whole, if that is no place. Both models
+    are left in `precision`. `look` is shown the features at the end.
     """
     with exact_float32():
         # From the source's own type down: a model once rounded does not get its weights back.
-        exact = run_recorded(reference.run, reference.places, *_to(torch.float64, reference.model, pixels))
-        rounded = run_recorded(reference.run, reference.places, *_to(precision, reference.model, pixels))
-        found = run_recorded(tested.run, tested.places, *_to(precision, tested.encoder, pixels))
+        exact = _run_in(torch.float64, reference, pixels)
+        rounded = _run_in(precision, reference, pixels)
+        found = _run_in(precision, tested, pixels)
     what = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}"
-    last = len(tested.names) - 1
+    last = len(names) - 1
     if len(found) > last:
         look(what, pixels, rounded[last], found[last])
-    return judge(what, tested.names, found, rounded, exact, precision)
+    return judge(what, names, found, rounded, exact, precision)
 
 
-def _to(precision: torch.dtype, model: nn.Module, pixels: Tensor) -> tuple[Tensor]:
-    model.to(precision)
-    return (pixels.to(precision),)
+def _run_in(precision: torch.dtype, encoder: Runner, pixels: Tensor) -> list[Tensor]:
+    encoder.model.to(precision)
+    return run_recorded(encoder, pixels.to(precision))
 
 
 def judge(
@@ -141,8 +127,7 @@ def judge(
 ) -> tuple[Check, Trace]:
     """Errors against the rounded reference, floors of that reference against the exact one, and the verdict."""
     # A reference may go on where the DeepEncoder ends: its last output then has no name here.
-    rounded, exact = rounded[: len(names)], exact[: len(names)]
-    found = found[: len(names)]
+    found, rounded, exact = (features[: len(names)] for features in (found, rounded, exact))
     if [tuple(tensor.shape) for tensor in found] != [tuple(tensor.shape) for tensor in rounded]:
         shapes = f"{[list(t.shape) for t in found[-1:]]} and {[list(t.shape) for t in rounded[-1:]]}"
         return failed(PROOF, what, f"outputs have other shapes: {shapes}", []), Trace(what, [], [], [], 0.0)

@@ -6,7 +6,6 @@ file has to be shipped or fetched.
 
 from __future__ import annotations
 
-import ctypes
 import io
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from converter.compute import raw
 from converter.errors import ContainerError
 from converter.verify.result import Picture
 
@@ -144,8 +144,8 @@ def grid(features: Tensor) -> Tensor | None:
     return None
 
 
-def _colours(reference: Tensor, *others: Tensor) -> list[Tensor]:
-    """The first three principal components of the reference, as red, green and blue; the others along the same."""
+def _colours(reference: Tensor, converted: Tensor) -> list[Tensor]:
+    """Of both, the first three principal components of the reference, as red, green and blue."""
     flat = reference.flatten(0, 1).nan_to_num(0, 0, 0)
     mean = flat.mean(0)
     directions = _main_directions(flat - mean)
@@ -153,7 +153,7 @@ def _colours(reference: Tensor, *others: Tensor) -> list[Tensor]:
     low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
     spread = (high - low).clamp_min(1e-12)
     drawn = []
-    for features in (reference, *others):
+    for features in (reference, converted):
         scores = (features.nan_to_num(0, 0, 0) - mean) @ directions
         drawn.append(torch.nn.functional.pad((scores - low) / spread, (0, 3 - directions.shape[1])))
     return drawn
@@ -186,9 +186,9 @@ def _difference(reference: Tensor, converted: Tensor) -> Tensor:
 
 def _image(colours: Tensor) -> Image.Image:
     """(H, W, 3) between 0 and 1."""
-    values = (colours.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+    values = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
     height, width, _ = values.shape
-    return Image.frombytes("RGB", (width, height), ctypes.string_at(values.data_ptr(), values.numel()))
+    return Image.frombytes("RGB", (width, height), bytes(raw(values)))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 PASSED, FAILED, SKIPPED, NOTED = "passed", "failed", "skipped", "noted"
@@ -85,6 +86,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def some(words: Sequence[str], shown: int = 3) -> str:
+    """The first of them, and how many there are besides."""
+    rest = len(words) - shown
+    return ", ".join(words[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def passed(proof: str, name: str, detail: str, **figures: float) -> Check:

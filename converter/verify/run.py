@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from converter.compute import evaluate, torch_dtype
+from converter.compute import torch_dtype
 from converter.errors import UsageError
 from converter.hubs.address import Access
 from converter.mapping.expr import sources
-from converter.mapping.plan import Plan
+from converter.planning import check_choices
 from converter.source import Progress, Source, open_source
-from converter.verify import structure
+from converter.verify import outputs, structure, weights
 from converter.verify.carded import Recorded, check_card, is_elsewhere, read_card
-from converter.verify.forward import Expected, Runs, Setting
-from converter.verify.independent import Reader, checked_as, open_independently
+from converter.verify.forward import Runs, Setting
+from converter.verify.independent import open_independently
 from converter.verify.opened import Converted, Origin, as_converted, as_origin, largest
-from converter.verify.references import State
-from converter.verify.result import FAILED, Check, Verification, failed, passed, skipped
-from converter.verify.weights import compare, elsewhere
+from converter.verify.result import FAILED, Verification, skipped
 from converter.version import __version__
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Pixels along a side at which DeepSeek-OCR runs the chain. Two cores take a minute for what a GPU does in a second:
 # there, the smallest, which is not the trained one.
 SIZES = (512, 640, 1024, 1280)
 CPU_SIZES = (512,)
-# What a card does not prove.
-_OTHERS = ("structure", "bytes", "outputs")
-# Faulty tensors whose content is looked for under other names.
-SEARCHED = 12
 
 
 def verify(
@@ -68,40 +58,46 @@ def verify(
     `state_dict`, `revision`, `hub` and `download` are what `convert` was given. `device` is auto, cpu, cuda or cuda:N;
     `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole chain runs. With
     `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of what the encoders
-    see in it. Raises a DsocrError for a file that cannot be read, and ImportError where a reference's library is
-    missing; a wrong conversion is a verdict, not an error.
+    see in it. Raises a DsocrError for a file that cannot be read, or where no library to compare with is installed; a
+    wrong conversion is a verdict, not an error.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_choices(dtype=(dtype, DTYPES))
     place = _device(device)
-    looked_at = _load(Path(image)) if image is not None else None
-    chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
+    looked_at = None
+    if image is not None:
+        # PIL, which a verification that runs nothing can do without.
+        from converter.verify.pictures import load
+
+        looked_at = load(Path(image))
     if public_key is not None and card is None:
         raise UsageError("--public-key: checks the signature of a card\nadd --card FILE.json")
-    recorded = read_card(Path(card), Path(public_key) if public_key is not None else None) if card is not None else None
+    key = Path(public_key) if public_key is not None else None
+    recorded = read_card(Path(card), key) if card is not None else None
+    chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
     setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, progress)
     with ExitStack() as stack:
         there = stack.enter_context(closing(open_source(converted)))
         if recorded is not None and is_elsewhere(recorded):
             if source is not None:
                 raise UsageError(f"--source: {recorded.layout} is checked against its card alone\nleave --source out")
-            return _carded(there, recorded, setting)._replace(converted=str(converted))
-        target = as_converted(there)
-        origin = None
-        if source is not None:
-            opened = stack.enter_context(closing(open_source(source, Access(revision, hub, download))))
-            origin = as_origin(opened, target, mapping, state_dict, progress)
-        found = _prove(target, origin, recorded, setting)
+            found = _prove_by_card(there, recorded, progress)
+        else:
+            target, origin = as_converted(there), None
+            if source is not None:
+                opened = stack.enter_context(closing(open_source(source, Access(revision, hub, download))))
+                origin = as_origin(opened, target, mapping, state_dict, progress)
+            found = _prove(target, origin, recorded, setting)
     return found._replace(converted=str(converted), source=str(source or ""))
 
 
-def _carded(source: Source, card: Recorded, setting: Setting) -> Verification:
+def _prove_by_card(source: Source, card: Recorded, progress: Progress) -> Verification:
     """A file of another layout than the DeepEncoder's: its card is all there is to check it with."""
     seconds: dict[str, float] = {}
     state_dict = largest(source)
-    found = open_independently(source, state_dict, state_dict.tensors.values(), setting.progress)
+    found = open_independently(source, state_dict, state_dict.tensors.values(), progress)
     with _timed(seconds, "card"):
-        checks = check_card(card, source, state_dict.tensors, found, setting.progress)
+        checks = check_card(card, source, state_dict.tensors, found, progress)
+    others = (structure.PROOF, weights.PROOF, outputs.PROOF)
     return Verification(
         converted=source.name,
         source="",
@@ -111,10 +107,7 @@ def _carded(source: Source, card: Recorded, setting: Setting) -> Verification:
         device="CPU",
         dtype="as stored",
         environment=_environment(),
-        checks=[
-            *checks,
-            *(skipped(proof, "encoder", f"{card.layout}: its card alone is checked") for proof in _OTHERS),
-        ],
+        checks=checks + [skipped(proof, "encoder", f"{card.layout}: its card alone is checked") for proof in others],
         traces=[],
         seconds=seconds,
     )
@@ -126,22 +119,23 @@ def _prove(target: Converted, origin: Origin | None, card: Recorded | None, sett
     tensors = target.state_dict.tensors
     found = open_independently(target.source, target.state_dict, tensors.values(), setting.progress)
     with _timed(seconds, "structure"):
-        checks = _prove_structure(target, found)
+        checks = structure.prove(target, found)
     with _timed(seconds, "bytes"):
-        hub, compared = _prove_bytes(target, origin, found, setting.progress)
+        hub, compared = weights.prove(target, origin, found, setting.progress)
     checks += compared
     if card is not None:
         with _timed(seconds, "card"):
             checks += check_card(card, target.source, tensors, found, setting.progress)
     faulty = [name for check in compared if check.verdict == FAILED for name in check.culprits[:1]]
-    runs = Runs(target, origin, Expected(hub, faulty), setting)
+    runs = Runs(target, origin, hub, faulty, setting)
     if setting.sizes:
-        with _timed(seconds, "outputs"):
-            _installed(lambda: runs.prove(found, list(tensors)))
+        with _timed(seconds, "outputs"), _installed():
+            runs.prove(found)
     else:
         with _timed(seconds, "loading"):
             checks.append(structure.check_loads(target.family, {name: found(name) for name in tensors})[0])
         checks.append(skipped("outputs", "encoder", "--fast: nothing was run"))
+    made = origin.plan.outputs if origin else {}
     return Verification(
         converted=target.source.name,
         source=origin.source.name if origin else "",
@@ -154,30 +148,21 @@ def _prove(target: Converted, origin: Origin | None, card: Recorded | None, sett
         checks=checks + runs.checks,
         traces=runs.traces,
         seconds=seconds,
-        key_map=_key_map(origin.plan) if origin else {},
+        key_map={name: [tensor.key for tensor in sources(value)] for name, value in made.items()},
         pictures=runs.pictures,
     )
 
 
-def _installed(prove: Callable[[], None]) -> None:
-    """Call `prove`; a UsageError where the library to compare with is not there."""
+@contextmanager
+def _installed() -> Iterator[None]:
+    """UsageError where the library to compare with is not there."""
     try:
-        prove()
+        yield
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{error.name} is not installed, and outputs are compared with it\n"
             "install it: pip install 'dsocr-convert[verify]'; or leave the runs out with --fast"
         ) from error
-
-
-def _load(image: Path) -> Image:
-    from converter.verify.pictures import load
-
-    return load(image)
-
-
-def _key_map(plan: Plan) -> dict[str, list[str]]:
-    return {name: [tensor.key for tensor in sources(value)] for name, value in plan.outputs.items()}
 
 
 @contextmanager
@@ -192,9 +177,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs\nrun with --device cpu")
@@ -207,46 +192,3 @@ def _device_name(device: torch.device) -> str:
 
 def _environment() -> dict[str, str]:
     return {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def _prove_structure(target: Converted, found: Reader) -> list[Check]:
-    check, itself = structure.check_layout(target.source.name, target.family, target.state_dict.tensors)
-    missing = structure.check_missing(itself) if itself else None
-    mixed = structure.check_types(target.state_dict.tensors)
-    values = structure.check_values(list(target.state_dict.tensors), found)
-    return [check, *filter(None, (missing, mixed)), *values]
-
-
-def _prove_bytes(
-    target: Converted, origin: Origin | None, found: Reader, progress: Progress
-) -> tuple[State, list[Check]]:
-    """What the source gives, by the hub's names, and whether the converted tensors are that."""
-    if origin is None:
-        return {}, [skipped("bytes", "tensors", "no --source was given: there is nothing to compare with")]
-    load, there = checked_as(origin.read), target.state_dict.tensors
-    outputs = origin.plan.outputs
-    checks = [failed("bytes", name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
-    hub: State = {}
-    for done, (name, value) in enumerate(outputs.items()):
-        hub[name] = evaluate(value, load)
-        fault = compare(name, found(name), hub[name], value, load) if name in there else None
-        if fault is not None:
-            # Each search reads the source once more: where all is wrong, a few say enough.
-            searched = len(checks) < SEARCHED
-            fault = elsewhere(fault, found(name), name, outputs, load) if searched else fault
-            checks.append(_with_rule(fault, origin.plan, name))
-        progress("bytes", done + 1, len(outputs))
-    if len(checks) > len(outputs) / 2:
-        detail = f"{len(checks)} of {len(outputs)} tensors differ: this was made from another checkpoint, or otherwise"
-        checks.insert(0, failed("bytes", "source", detail, [origin.source.name]))
-    return hub, checks or [passed("bytes", "tensors", f"{len(hub)} tensors equal their sources in every bit")]
-
-
-def _with_rule(fault: Check, plan: Plan, name: str) -> Check:
-    """The fault with the mapping's rule that makes the tensor; none made what is filled in."""
-    rule = plan.rules.get(name)
-    return fault._replace(detail=f"{fault.detail}; made by {rule.place}") if rule else fault
-
-
-def _presence(name: str, outputs: dict[str, Any]) -> str:
-    return f"{name} is missing, though the source gives it" if name in outputs else f"{name} comes from nothing"

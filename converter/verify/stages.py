@@ -7,14 +7,15 @@ the first block (positions added, CLIP's class token and norm), and what each bl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from converter.mapping.rules import Rule
-from converter.verify.result import FAILED, Check
+from converter.verify.result import FAILED, Check, some
 
-_PART = {"sam": "sam_model.", "clip": "vision_model."}
+# What an encoder's names begin with in the chain.
+PART = {"sam": "sam_model.", "clip": "vision_model."}
 # Tensors at work before a place that does not bear their names, by family and place.
 _BEFORE = {
     ("clip", "pre_layrnorm"): ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm."),
@@ -32,19 +33,12 @@ class Probe(NamedTuple):
     entering: bool = False
 
 
-def probes(patches: nn.Module | None, *stacks: Iterable[nn.Module]) -> list[Probe]:
+def probes(patches: nn.Module, *stacks: Iterable[nn.Module]) -> list[Probe]:
     """The places of an encoder with a patch convolution and one stack of blocks or, in the chain, two."""
-    found = [Probe(patches)] if patches is not None else []
+    found = [Probe(patches)]
     for stack in map(list, stacks):
         found += [Probe(stack[0], entering=True), *map(Probe, stack)]
     return found
-
-
-def probes_of(family: str, encoder: Any) -> list[Probe]:
-    """The places of our own encoder."""
-    if family == "sam":
-        return probes(encoder.patch_embed.proj, encoder.blocks)
-    return probes(encoder.embeddings.patch_embedding, encoder.transformer.layers)
 
 
 def names_of(family: str, depth: int) -> list[str]:
@@ -56,7 +50,7 @@ def names_of(family: str, depth: int) -> list[str]:
 
 def at_work(family: str, place: str, tensors: Iterable[str]) -> list[str]:
     """Those of a family's tensors that are used between the place before and this one."""
-    local = place.removeprefix(_PART[family])
+    local = place.removeprefix(PART[family])
     wanted = _BEFORE.get((family, local), (local,) if local == "pos_embed" else (f"{local}.",))
     return [name for name in tensors if name.startswith(wanted)]
 
@@ -73,14 +67,9 @@ def blamed(check: Check, family: str, rules: dict[str, Rule], faulty: Sequence[s
         return check
     wrong = [name for name in there if name in faulty]
     if wrong:
-        words = f"there, {_some(wrong)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
+        words = f"there, {some(wrong, _NAMED)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:
-        words = f"the tensors at work there are what the mapping makes of the source: {_some(there)}"
+        words = f"the tensors at work there are what the mapping makes of the source: {some(there, _NAMED)}"
     made = sorted({rules[name].place for name in wrong or there})
     detail = f"{check.detail}; {words}; made by {', '.join(map(str, made))}"
     return check._replace(detail=detail, culprits=[*check.culprits, *(wrong or there)])
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

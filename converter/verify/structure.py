@@ -8,18 +8,29 @@ import torch
 
 from converter import catalogue
 from converter.checkpoint import Tensor
+from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder, clip_config_from, sam_config_from
 from converter.errors import LayoutError, MappingError
 from converter.mapping.expr import read
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.route import identity
 from converter.verify.independent import Reader
+from converter.verify.opened import Converted
 from converter.verify.references import uninitialised
-from converter.verify.result import Check, failed, noted, passed
+from converter.verify.result import Check, failed, noted, passed, some
 
 PROOF = "structure"
 
+_INDICES = "embeddings.position_ids"
 
-def check_layout(name: str, family: str, tensors: dict[str, Tensor]) -> tuple[Check, Plan | None]:
+
+def prove(target: Converted, found: Reader) -> list[Check]:
+    """All that can be told without running anything; `found` gives the tensors."""
+    tensors = target.state_dict.tensors
+    layout, plan = _check_layout(target.source.name, target.family, tensors)
+    return [layout, *_check_missing(plan), *_check_types(tensors), *_check_values(list(tensors), found)]
+
+
+def _check_layout(name: str, family: str, tensors: dict[str, Tensor]) -> tuple[Check, Plan | None]:
     """Names, shapes and types against the target layout; the plan is what the file says it is."""
     hub = catalogue.hub(family)
     try:
@@ -34,76 +45,37 @@ def check_layout(name: str, family: str, tensors: dict[str, Tensor]) -> tuple[Ch
     return passed(PROOF, "layout", f"{len(tensors)} tensors have the names, shapes and types of {hub.name}"), plan
 
 
-def check_types(tensors: dict[str, Tensor]) -> Check | None:
+def _check_missing(plan: Plan | None) -> list[Check]:
+    """What the target has and the file may lack, which those who load it strictly should know."""
+    if plan is None or not plan.missing:
+        return []
+    names = ", ".join(plan.missing)
+    why = "; ".join(dict.fromkeys(plan.missing.values()))
+    return [noted(PROOF, "missing", f"loading it misses exactly {names}: {why}", list(plan.missing))]
+
+
+def _check_types(tensors: dict[str, Tensor]) -> list[Check]:
     """Floating-point tensors of several types, which no loader minds and no training script expects."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype.is_float:
             by_type.setdefault(tensor.dtype.name, []).append(name)
     if len(by_type) < 2:
-        return None
+        return []
     *_, few = sorted(by_type.values(), key=len, reverse=True)
     counts = ", ".join(f"{len(names)} {dtype}" for dtype, names in by_type.items())
-    return noted(PROOF, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)
+    return [noted(PROOF, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)]
 
 
-def check_missing(plan: Plan) -> Check | None:
-    """What the target has and the file may lack, which those who load it strictly should know."""
-    if not plan.missing:
-        return None
-    names = ", ".join(plan.missing)
-    why = "; ".join(dict.fromkeys(plan.missing.values()))
-    return noted(PROOF, "missing", f"loading it misses exactly {names}: {why}", list(plan.missing))
-
-
-def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, torch.nn.Module | None]:
-    """Whether the encoder loads the tensors strictly, built as they say it is; and the loaded encoder."""
-    from converter.encoders import ClipEncoder, SamEncoder, clip_config_from, sam_config_from
-
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = _wrong_indices(tensors)
-    if wrong:
-        detail = f"{wrong[0]} is of no integer type, or points outside its table"
-        return failed(PROOF, "loads", detail, wrong), None
-    try:
-        # Not on the meta device: its arange would import half a second of symbolic shapes.
-        with uninitialised():
-            encoder = SamEncoder(sam_config_from(shapes)) if family == "sam" else ClipEncoder(clip_config_from(shapes))
-        # Assigned, not copied: the encoder takes the tensors' types, and a gigabyte is not held twice.
-        encoder.load_state_dict(tensors, strict=True, assign=True)
-    except (LayoutError, RuntimeError) as error:
-        return failed(PROOF, "loads", f"the encoder does not load it: {error}", []), None
-    return passed(PROOF, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
-
-
-def _wrong_indices(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """position_ids that cannot be run: on a GPU an index out of range ends the whole process."""
-    ids, table = tensors.get("embeddings.position_ids"), tensors.get("embeddings.position_embedding.weight")
-    if ids is None or table is None or not ids.numel():
-        return []
-    fits = ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
-    return [] if fits else ["embeddings.position_ids"]
-
-
-def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tensor]) -> Check | None:
-    """None if the encoder is built as the source's tensors, by the hub's names, say that theirs is."""
-    from converter.encoders import clip_config_from, sam_config_from
-
-    shapes = {name: tensor.shape for name, tensor in hub.items()}
-    theirs = vars(sam_config_from(shapes) if family == "sam" else clip_config_from(shapes))
-    ours = vars(encoder.config)
-    differing = [name for name, value in theirs.items() if ours[name] != value]
-    detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
-    return failed(PROOF, "sizes", detail, []) if differing else None
-
-
-def check_values(names: list[str], get: Reader) -> list[Check]:
+def _check_values(names: list[str], get: Reader) -> list[Check]:
     """NaN and infinity are wrong; constant tensors are pointed out, for exchanging them would change nothing."""
     broken: dict[str, str] = {}
     zero: list[str] = []
     constant: list[str] = []
     for name in names:
-        tensor = _wide(get(name))
+        tensor = get(name)
+        # Types of one byte have few operations of their own.
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor
         lowest, highest = _range(tensor)
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
@@ -111,14 +83,9 @@ def check_values(names: list[str], get: Reader) -> list[Check]:
             (constant if lowest else zero).append(name)
     pointed_out = [*_pointed_out("zero", "all zero", zero), *_pointed_out("constant", "constant", constant)]
     if broken:
-        detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {_some(list(broken.values()))}"
+        detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {some(list(broken.values()))}"
         return [failed(PROOF, "finite", detail, list(broken)), *pointed_out]
     return [passed(PROOF, "finite", f"no NaN and no infinity in {len(names)} tensors"), *pointed_out]
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; types of one byte have few operations of their own."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _range(tensor: torch.Tensor) -> tuple[float, float]:
@@ -132,10 +99,43 @@ def _range(tensor: torch.Tensor) -> tuple[float, float]:
 def _pointed_out(name: str, what: str, names: list[str]) -> list[Check]:
     if not names:
         return []
-    detail = f"{what}: {_some(names)}; outputs cannot show where such tensors are exchanged"
+    detail = f"{what}: {some(names)}; outputs cannot show where such tensors are exchanged"
     return [noted(PROOF, name, detail, names)]
 
 
-def _some(words: list[str], shown: int = 3) -> str:
-    rest = len(words) - shown
-    return ", ".join(words[:shown]) + (f" and {rest} more" if rest > 0 else "")
+def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, torch.nn.Module | None]:
+    """Whether the encoder loads the tensors strictly, built as they say it is; and the loaded encoder."""
+    if not _indices_fit(tensors):
+        detail = f"{_INDICES} is of no integer type, or points outside its table"
+        return failed(PROOF, "loads", detail, [_INDICES]), None
+    try:
+        # Not on the meta device: its arange would import half a second of symbolic shapes.
+        with uninitialised():
+            config = _config(family, tensors)
+            encoder = SamEncoder(config) if isinstance(config, SamConfig) else ClipEncoder(config)
+        # Assigned, not copied: the encoder takes the tensors' types, and a gigabyte is not held twice.
+        encoder.load_state_dict(tensors, strict=True, assign=True)
+    except (LayoutError, RuntimeError) as error:
+        return failed(PROOF, "loads", f"the encoder does not load it: {error}", []), None
+    return passed(PROOF, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
+
+
+def _config(family: str, tensors: dict[str, torch.Tensor]) -> SamConfig | ClipConfig:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return sam_config_from(shapes) if family == "sam" else clip_config_from(shapes)
+
+
+def _indices_fit(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether position_ids can be run: on a GPU an index out of range ends the whole process."""
+    ids, table = tensors.get(_INDICES), tensors.get("embeddings.position_embedding.weight")
+    if ids is None or table is None or not ids.numel():
+        return True
+    return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
+
+
+def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tensor]) -> Check | None:
+    """None if the encoder is built as the source's tensors, by the hub's names, say that theirs is."""
+    theirs, ours = vars(_config(family, hub)), vars(encoder.config)
+    differing = [name for name, value in theirs.items() if ours[name] != value]
+    detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
+    return failed(PROOF, "sizes", detail, []) if differing else None

@@ -13,14 +13,58 @@ import torch
 from converter.checkpoint import Tensor
 from converter.compute import evaluate
 from converter.mapping.expr import Concat, Expr, sources
-from converter.verify.result import Check, failed
+from converter.mapping.plan import Plan
+from converter.source import Progress
+from converter.verify.independent import Reader
+from converter.verify.opened import Converted, Origin
+from converter.verify.references import State
+from converter.verify.result import Check, failed, passed, skipped
 
 PROOF = "bytes"
+
+# Faulty tensors whose content is looked for under other names: each search reads the source once more, and where all is
+# wrong, a few say enough.
+_SEARCHED = 12
 
 Load = Callable[[Tensor], torch.Tensor]
 
 
-def compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load) -> Check | None:
+def prove(target: Converted, origin: Origin | None, found: Reader, progress: Progress) -> tuple[State, list[Check]]:
+    """What the source gives, by the hub's names, and whether the converted tensors, which `found` gives, are that."""
+    if origin is None:
+        return {}, [skipped(PROOF, "tensors", "no --source was given: there is nothing to compare with")]
+    there, outputs = target.state_dict.tensors, origin.plan.outputs
+
+    def load(tensor: Tensor) -> torch.Tensor:
+        return origin.read(tensor.key)
+
+    checks = [failed(PROOF, name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
+    hub: State = {}
+    for done, (name, value) in enumerate(outputs.items()):
+        hub[name] = evaluate(value, load)
+        fault = _compare(name, found(name), hub[name], value, load) if name in there else None
+        if fault is not None:
+            if len(checks) < _SEARCHED:
+                fault = _elsewhere(fault, found(name), name, outputs, load)
+            checks.append(_with_rule(fault, origin.plan, name))
+        progress(PROOF, done + 1, len(outputs))
+    if len(checks) > len(outputs) / 2:
+        detail = f"{len(checks)} of {len(outputs)} tensors differ: this was made from another checkpoint, or otherwise"
+        checks.insert(0, failed(PROOF, "source", detail, [origin.source.name]))
+    return hub, checks or [passed(PROOF, "tensors", f"{len(hub)} tensors equal their sources in every bit")]
+
+
+def _presence(name: str, outputs: dict[str, Expr]) -> str:
+    return f"{name} is missing, though the source gives it" if name in outputs else f"{name} comes from nothing"
+
+
+def _with_rule(fault: Check, plan: Plan, name: str) -> Check:
+    """The fault with the mapping's rule that makes the tensor; none made what is filled in."""
+    rule = plan.rules.get(name)
+    return fault._replace(detail=f"{fault.detail}; made by {rule.place}") if rule else fault
+
+
+def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: Expr, load: Load) -> Check | None:
     """None if the two are equal in every bit; else what differs, and which mistake would look like that."""
     origin = " + ".join(tensor.key for tensor in sources(value)) or "filled in"
     if found.shape != expected.shape or found.dtype != expected.dtype:
@@ -79,7 +123,7 @@ def _order(found: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, ...
     return next((order for order in orders if torch.equal(found, torch.cat([parts[i] for i in order]))), None)
 
 
-def elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, Expr], load: Load) -> Check:
+def _elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, Expr], load: Load) -> Check:
     """The fault, with the name under which the tensor's content belongs, if there is one: a layer shifted, say."""
     for other, value in outputs.items():
         if other == name or value.shape != tuple(found.shape) or value.dtype.name != _kind(found).split()[0]:

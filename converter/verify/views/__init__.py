@@ -16,20 +16,6 @@ from converter.verify.result import Verification
 _SUFFIXES = (".html", ".htm", ".xml")
 
 
-def terminal(found: Verification) -> None:
-    """The verdict and what it rests on, as a table on stderr."""
-    from converter.verify.views.table import show
-
-    show(found)
-
-
-def github(found: Verification) -> None:
-    """Annotations on stderr, and a summary in the file that $GITHUB_STEP_SUMMARY names."""
-    from converter.verify.views.actions import annotate
-
-    annotate(found)
-
-
 def check_files(*paths: Path | None) -> None:
     """OutputError if a report could not be written there, asked before the minutes that it would report on."""
     for path in filter(None, paths):

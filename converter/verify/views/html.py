@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -22,9 +22,9 @@ class Made(NamedTuple):
     parts: list[str]
 
 
-def environment() -> Environment:
-    """What this package's templates are filled in by."""
-    return Environment(
+def render(template: str, **values: Any) -> bytes:
+    """The page in UTF-8 that a template of this package gives, filled in with `values`."""
+    environment = Environment(
         loader=PackageLoader("converter.verify", "views"),
         # Everything in it may come from a file.
         autoescape=True,
@@ -34,31 +34,28 @@ def environment() -> Environment:
         # Names come from files: none may hide a character that reverses the line it stands in.
         finalize=lambda value: printable(value, keep="\n") if type(value) in (str, Name) else value,
     )
+    return environment.get_template(template).render(values).encode("utf-8", "replace")
 
 
 def page(found: Verification, command: str | None = None) -> bytes:
-    """The page in UTF-8. `command` is how to repeat it; without one, what `found` says it was is given."""
-    text = (
-        environment()
-        .get_template("page.html")
-        .render(
-            found=found,
-            verdict=words.verdict(found),
-            signs=words.SIGNS,
-            proofs={proof: words.folded(checks) for proof, checks in words.proofs(found).items()},
-            explained=words.PROOFS,
-            seen=words.seen,
-            faults=words.having(found, FAILED),
-            skipped=words.having(found, SKIPPED),
-            plots=[(trace, plot.plot(trace)) for trace in found.traces],
-            axes=plot,
-            pictures=_by_run(found.pictures),
-            made=fold(found.key_map),
-            command=command or reproduce(found),
-            times=words.times(found),
-        )
+    """The page. `command` is how to repeat it; without one, what `found` says it was is given."""
+    return render(
+        "page.html",
+        found=found,
+        verdict=words.verdict(found),
+        signs=words.SIGNS,
+        proofs={proof: words.folded(checks) for proof, checks in words.proofs(found).items()},
+        explained=words.PROOFS,
+        seen=words.seen,
+        faults=words.having(found, FAILED),
+        skipped=words.having(found, SKIPPED),
+        plots=[(trace, plot.plot(trace)) for trace in found.traces],
+        axes=plot,
+        pictures=_by_run(found.pictures),
+        made=fold(found.key_map),
+        command=command or reproduce(found),
+        times=words.times(found),
     )
-    return text.encode("utf-8", "replace")
 
 
 def reproduce(found: Verification) -> str:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from converter.comparison.difference import Block, Difference
 from converter.verify.views import plot
-from converter.verify.views.html import environment
-from converter.verify.views.plot import BOTTOM, LEFT, RIGHT, TOP, Group, Label
+from converter.verify.views.html import render
+from converter.verify.views.plot import BOTTOM, LEFT, RIGHT, TOP, Axis, Label
 
 # Rows of a table: whoever has read so many has seen what there is to see, and JSON has them all.
 _ROWS = 200
@@ -30,23 +30,17 @@ class Chart(NamedTuple):
 
     bars: list[Bar]
     ticks: list[Label]
-    numbers: list[Label]
-    groups: list[Group]
-
-    @property
-    def height(self) -> float:
-        return max(group.baseline for group in self.groups) + 8
+    axis: Axis
 
 
 def chart(blocks: list[Block]) -> Chart:
     """The marks of at least one block."""
-    names = [block.name for block in blocks]
+    axis = plot.axis([block.name for block in blocks])
     top, step = _scale(max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0))
-    xs = plot.places(len(blocks))
     width = round((RIGHT - LEFT) / len(blocks) * 0.76, 1)
-    bars = [_bar(block, x, width, top) for block, x in zip(blocks, xs, strict=True)]
+    bars = [_bar(block, x, width, top) for block, x in zip(blocks, axis.places, strict=True)]
     ticks = [Label(LEFT, _height(i * step, top), f"{i * step:g}", "tick") for i in range(round(top / step) + 1)]
-    return Chart(bars, ticks, plot.numbers(xs, names), plot.groups(xs, names))
+    return Chart(bars, ticks, axis)
 
 
 def _scale(furthest: float) -> tuple[float, float]:
@@ -73,19 +67,15 @@ def _bar(block: Block, x: float, width: float, top: float) -> Bar:
 
 
 def page(found: Difference, facts: list[str], command: str) -> bytes:
-    """The page in UTF-8. `facts` are the lines that say what differs, `command` is how to repeat it."""
-    text = (
-        environment()
-        .get_template("movement.html")
-        .render(
-            found=found,
-            facts=facts,
-            chart=chart(found.blocks) if found.blocks and found.moved else None,
-            axes=plot,
-            moved=found.moved[:_ROWS],
-            rest=max(len(found.moved) - _ROWS, 0),
-            lists={"Only in A": found.removed, "Only in B": found.added},
-            command=command,
-        )
+    """The page. `facts` are the lines that say what differs, `command` is how to repeat it."""
+    return render(
+        "movement.html",
+        found=found,
+        facts=facts,
+        chart=chart(found.blocks) if found.blocks and found.moved else None,
+        axes=plot,
+        moved=found.moved[:_ROWS],
+        rest=max(len(found.moved) - _ROWS, 0),
+        lists={"Only in A": found.removed, "Only in B": found.added},
+        command=command,
     )
-    return text.encode("utf-8", "replace")

@@ -65,6 +65,19 @@ class Group(NamedTuple):
         return BOTTOM + _NAMES + _ROW * self.row
 
 
+class Axis(NamedTuple):
+    """Where each block stands along the axis, and what is written under it: numbers, and the lists they count in."""
+
+    places: list[float]
+    numbers: list[Label]
+    groups: list[Group]
+
+    @property
+    def height(self) -> float:
+        """Of the whole plot."""
+        return max(group.baseline for group in self.groups) + 8
+
+
 class Plot(NamedTuple):
     """All marks of one trace. `floor` and `bar` are points of polylines."""
 
@@ -73,12 +86,7 @@ class Plot(NamedTuple):
     bar: str
     ticks: list[Label]
     ends: list[Label]
-    numbers: list[Label]
-    groups: list[Group]
-
-    @property
-    def height(self) -> float:
-        return max(group.baseline for group in self.groups) + 8
+    axis: Axis
 
 
 def plot(trace: Trace) -> Plot | None:
@@ -96,9 +104,9 @@ def plot(trace: Trace) -> Plot | None:
         share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return round(bottom - min(share, 1.0) * (bottom - top), 1)
 
-    xs = places(len(trace.blocks))
+    below = axis(trace.blocks)
     points = []
-    for x, name, error, floor, bar in zip(xs, trace.blocks, trace.errors, trace.floors, bars, strict=True):
+    for x, name, error, floor, bar in zip(below.places, trace.blocks, trace.errors, trace.floors, bars, strict=True):
         place = "beyond" if not math.isfinite(error) else "zero" if error == 0 else "inside"
         y = {"beyond": TOP + 6, "zero": BOTTOM - 4, "inside": 0.0}[place] or height(error)
         says = f"{name}: error {error:.2g}, bar {bar:.2g}, noise floor {floor:.2g}"
@@ -110,12 +118,11 @@ def plot(trace: Trace) -> Plot | None:
         ticks.append(Label(LEFT, TOP + 6, "not finite", "beyond"))
     return Plot(
         points=points,
-        floor=_line(xs, trace.floors, height),
-        bar=_line(xs, bars, height),
+        floor=_line(below.places, trace.floors, height),
+        bar=_line(below.places, bars, height),
         ticks=ticks,
         ends=_ends(points[-1], height(bars[-1]), height(trace.floors[-1]), trace.bar),
-        numbers=numbers(xs, trace.blocks),
-        groups=groups(xs, trace.blocks),
+        axis=below,
     )
 
 
@@ -129,10 +136,11 @@ def _powers(low: int, high: int) -> range:
     return range(low, high + 1, 1 if high - low <= 10 else 2 if high - low <= 24 else 20)
 
 
-def places(count: int) -> list[float]:
-    """Where each of `count` blocks stands along the axis."""
-    step = (RIGHT - LEFT) / count
-    return [round(LEFT + (i + 0.5) * step, 1) for i in range(count)]
+def axis(names: list[str]) -> Axis:
+    """The axis for blocks of these names, of which there is at least one."""
+    step = (RIGHT - LEFT) / len(names)
+    places = [round(LEFT + (i + 0.5) * step, 1) for i in range(len(names))]
+    return Axis(places, _numbers(places, names), _groups(places, names))
 
 
 def _line(xs: list[float], values: Sequence[float], height: Callable[[float], float]) -> str:
@@ -163,7 +171,7 @@ def _split(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, "")
 
 
-def numbers(xs: list[float], names: list[str]) -> list[Label]:
+def _numbers(xs: list[float], names: list[str]) -> list[Label]:
     """The layers' numbers under the axis, as many as have room."""
     every = max(math.ceil(_NUMBERS / ((RIGHT - LEFT) / len(xs))), 1)
     found = []
@@ -174,7 +182,7 @@ def numbers(xs: list[float], names: list[str]) -> list[Label]:
     return found
 
 
-def groups(xs: list[float], names: list[str]) -> list[Group]:
+def _groups(xs: list[float], names: list[str]) -> list[Group]:
     """Neighbours of one list under one bracket, each name in the first row where it meets no other.
 
     From the right: a short bracket's name goes on to the right, under its neighbours', and a line leads down to it.

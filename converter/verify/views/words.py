@@ -74,7 +74,6 @@ def times(found: Verification) -> str:
     return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in found.seconds.items())
 
 
-def some(names: list[str], shown: int = 3) -> str:
-    """The first names, and how many there are besides."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f", and {rest} more" if rest > 0 else "")
+def some(names: list[str]) -> str:
+    """The first three names, and how many there are besides."""
+    return ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 3 else names)
