@@ -14,6 +14,7 @@ from converter.mapping.apply import claim
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.rules import Layout
+from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
 from converter.source import Identified, Source, chosen_state_dicts, identified
 from converter.unwrap import StateDict, plain_names, without_common_prefixes
@@ -126,7 +127,7 @@ def _fitting(known: Identified) -> dict[str, Tensor]:
     layout = known.match.candidate.load()
     if isinstance(layout, Layout):
         templates = [*(spec.name for spec in layout.tensors), *(template for template, _ in layout.beyond)]
-        return {n: t for n, t in known.tensors.items() if any(template.match(n) is not None for template in templates)}
+        return {n: t for n, t in known.tensors.items() if any_match(templates, n)}
     unclaimed = set(claim(layout.rules_for(known.match.prefix), known.tensors).unclaimed)
     return {name: tensor for name, tensor in known.tensors.items() if name not in unclaimed}
 
