@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.checkpoint import Tensor
-from converter.errors import LayoutError, MappingError, printable
+from converter.errors import LayoutError, MappingError
 from converter.mapping.apply import claim
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.rules import Layout
 from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
-from converter.source import Identified, Source, chosen_state_dicts, identified
+from converter.source import Identified, Source, chosen_state_dicts, identified, largest
 from converter.unwrap import StateDict, plain_names, without_common_prefixes
 
 # As DeepSeek-OCR prefixes them, where both families are there: their names are kept apart.
@@ -48,13 +48,7 @@ def side_of(opened: Source, path: str) -> Side:
     # A file with one state dict alone leaves nothing to choose.
     if path and len(entries) > 1:
         entries = chosen_state_dicts(opened, path)
-    chosen = max(entries, key=lambda entry: len(entry.tensors))
-    rivals = [printable(entry.path) or "." for entry in entries if len(entry.tensors) == len(chosen.tensors)]
-    if len(rivals) > 1:
-        raise LayoutError(
-            f"{opened.name}: holds {len(rivals)} state dicts of {len(chosen.tensors)} tensors: {', '.join(rivals)}\n"
-            f"choose one, such as --state-dict {rivals[0]}"
-        )
+    chosen = largest(opened, entries)
     known: dict[str, Identified] = {}
     for family in FAMILIES:
         # A checkpoint that fits two layouts is compared by its own names.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from converter import catalogue
 from converter.derivation.found import ALIKE, NAME, Found, Job, made_of
 from converter.derivation.generalise import Entry, Variables, generalised, listed
-from converter.derivation.names import Symbols
+from converter.derivation.names import Symbols, depth_of
 from converter.derivation.signature import recognise
 from converter.derivation.write import Draft, yaml_text
 from converter.errors import LayoutError, MappingError
@@ -18,6 +18,7 @@ from converter.mapping.parse import parse_mapping
 from converter.mapping.plan import make_plan
 from converter.mapping.rules import Layout
 from converter.mapping.rules import Mapping as Rules
+from converter.mapping.template import any_match
 
 _REMARKS = {
     ALIKE: "Several tensors have these very values: which is which was told by their names.",
@@ -27,17 +28,20 @@ _SIZED = "The numbers are this model's: larger ones need others."
 
 
 class Composed(NamedTuple):
-    """A mapping file: its text, what of the findings it says, and what could not be said."""
+    """A mapping file: its text, what of the findings it says, what makes nothing or is not made, and what to tell."""
 
     text: str
     found: list[Found]
+    unmatched: list[str]
     dropped: list[str]
     rules: int
     notes: list[str]
 
 
-def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: str) -> Composed:
-    """The mapping file for what was found."""
+def compose(job: Job, found: list[Found], name: str) -> Composed:
+    """The mapping file for what was found; `name` is the layout's. MappingError for a name that none can write."""
+    prefix = _common_prefix(found, job.hub)
+    symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in job.tensors if key.startswith(prefix)]))
     variables, notes = Variables(), list[str]()
     said: list[Found] = []
     entries: list[Entry] = []
@@ -73,7 +77,15 @@ def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: s
         beside=rules(beside),
         elsewhere=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
     )
-    return Composed(yaml_text(draft, variables), said, dropped, len(draft.rules) + len(draft.beside), notes)
+    unmatched = _unmatched(job, said, symbols)
+    return Composed(yaml_text(draft, variables), said, unmatched, dropped, len(draft.rules) + len(draft.beside), notes)
+
+
+def _unmatched(job: Job, found: list[Found], symbols: Symbols) -> list[str]:
+    """The target's tensors that something must make, and nothing does."""
+    made = {name for one in found for name in one.targets}
+    spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
+    return [name for name in job.wanted or symbols.tensors if name not in made and not any_match(spare, name)]
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -86,7 +98,7 @@ def _check_names(names: Iterable[str]) -> None:
         )
 
 
-def proved(job: Job, composed: Composed, name: str) -> None:
+def prove(job: Job, composed: Composed, name: str) -> None:
     """MappingError unless the text, read as any mapping file is and applied to the source, makes what was found."""
     mapping = parse_mapping(composed.text, f"{name}.yaml")
     assert isinstance(mapping, Rules)
@@ -102,14 +114,9 @@ def proved(job: Job, composed: Composed, name: str) -> None:
             raise MappingError(f"{job.source}: the rules derived make another {name!r} than was found: this is a bug")
 
 
-def common_prefix(found: list[Found], hub: Layout) -> str:
+def _common_prefix(found: list[Found], hub: Layout) -> str:
     """What the names of all tensors that lead to the hub's own begin with: whole segments."""
-    names = [
-        name
-        for one in found
-        for name in one.sources
-        if any(spec.name.match(target) is not None for spec in hub.tensors for target in one.targets)
-    ]
+    names = [name for one in found if any(map(hub.spec, one.targets)) for name in one.sources]
     if not names:
         return ""
     first, last = min(names).split("."), max(names).split(".")
@@ -141,7 +148,7 @@ def _entry(one: Found, hub: Layout, variables: Variables, prefix: str) -> Entry 
 
 def _optional(target: str, hub: Layout, inside: bool) -> str:
     """Whether other files of the layout may lack what this target is made of."""
-    spec = next((spec for spec in hub.tensors if spec.name.match(target) is not None), None)
+    spec = hub.spec(target)
     if spec is None:
         return "reading" if inside else "true"
     return "true" if spec.fill else ""
