@@ -19,6 +19,8 @@ from converter.mapping.shapes import Sizes, fits
 from converter.mapping.template import any_match
 from converter.mapping.yamltree import LARGEST
 
+# Where DeepSeek-OCR's model has the encoder of each family.
+PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 # Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
 MOST_COMPARED = 10_000
 

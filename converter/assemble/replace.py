@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from converter.catalogue import PLACES
 from converter.checkpoint import Tensor
 from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
@@ -22,9 +23,6 @@ from converter.planning import Wish, to_hub
 from converter.source import Source
 from converter.stage import check_folder, check_target, new_file, write_all
 from converter.write import pieces_of
-
-# Where DeepSeek-OCR's model has the two encoders.
-PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 
 _ZEROS = bytes(BUFFER)
 

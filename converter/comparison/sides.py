@@ -19,9 +19,6 @@ from converter.planning import Wish, hub_plan
 from converter.source import Identified, Source, chosen_state_dicts, identified, largest
 from converter.unwrap import StateDict, plain_names, without_common_prefixes
 
-# As DeepSeek-OCR prefixes them, where both families are there: their names are kept apart.
-_PREFIXES = {"sam": "sam_model.", "clip": "vision_model."}
-
 Named = dict[str, Expr]
 
 
@@ -105,7 +102,8 @@ def _by_hub(side: Side, families: list[str]) -> _ByHub:
     for family in families:
         known = side.known[family]
         plan = hub_plan(side.opened, known._replace(tensors=_fitting(known)), Wish(family))
-        prefix = _PREFIXES[family] if len(families) > 1 else ""
+        # Where both families are there, their names are kept apart.
+        prefix = catalogue.PLACES[family] if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.beyond}.items())
         filled.update(prefix + name for name in plan.filled)
     taken = {tensor.key for value in named.values() for tensor in sources(value)}
