@@ -16,11 +16,8 @@ from converter.mapping.apply import claim
 from converter.mapping.parse import FAMILIES, parse_mapping, parse_signature
 from converter.mapping.rules import Layout, Mapping, Signature
 from converter.mapping.shapes import Sizes, fits
-from converter.mapping.template import any_match
 from converter.mapping.yamltree import LARGEST
 
-# Where DeepSeek-OCR's model has the encoder of each family.
-PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 # Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
 MOST_COMPARED = 10_000
 
@@ -141,7 +138,7 @@ def _fit(tensors: MappingABC[str, Tensor], candidate: Candidate) -> Match | None
 def count_known(family: str, tensors: MappingABC[str, Tensor]) -> int:
     """How many of the tensors have names of the family's hub layout."""
     templates = [spec.name for spec in hub(family).tensors]
-    return sum(any_match(templates, name) for name in tensors)
+    return sum(any(template.match(name) is not None for template in templates) for name in tensors)
 
 
 class Nearest(NamedTuple):

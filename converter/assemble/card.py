@@ -8,8 +8,8 @@ from pathlib import Path
 from converter.assemble.parts import Parts
 from converter.assemble.replace import Copy
 from converter.cards.card import count_dtypes
-from converter.catalogue import PLACES
 from converter.mapping.expr import Expr, nbytes, sources
+from converter.mapping.parse import PLACES
 from converter.report import Card
 from converter.version import __version__
 

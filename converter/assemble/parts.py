@@ -8,10 +8,10 @@ from typing import NamedTuple
 from converter import catalogue
 from converter.assemble.compressor import NAMES as NETS
 from converter.assemble.compressor import check_compressor, find_compressor, seeded
-from converter.catalogue import PLACES
 from converter.errors import LayoutError
 from converter.mapping.expr import Expr, read, sources
 from converter.mapping.ops import CastTo
+from converter.mapping.parse import PLACES
 from converter.planning import Planned, Wish, to_hub
 from converter.source import Source
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converter.catalogue import PLACES
 from converter.checkpoint import Tensor
 from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
@@ -19,6 +18,7 @@ from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
 from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
+from converter.mapping.parse import PLACES
 from converter.planning import Wish, to_hub
 from converter.source import Source
 from converter.stage import check_folder, check_target, new_file, write_all

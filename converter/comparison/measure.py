@@ -65,7 +65,9 @@ def measure(pairs: Pairs, progress: Callable[[int], None]) -> dict[str, Figures]
     with _one_thread(), left, right:
         for name, (a, b) in pairs.items():
             found[name] = Figures()
-            for count in _counts(math.prod(a.shape)):
+            elements = math.prod(a.shape)
+            for start in range(0, elements, _PIECE):
+                count = min(_PIECE, elements - start)
                 piece = _figures(_elements(left, a, count), _elements(right, b, count))
                 found[name] = found[name].plus(piece)
                 done += count * a.dtype.itemsize
@@ -82,11 +84,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _counts(elements: int) -> Iterator[int]:
-    for start in range(0, elements, _PIECE):
-        yield min(_PIECE, elements - start)
 
 
 def _elements(stream: Stream, value: Expr, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
 from converter.mapping.apply import claim
 from converter.mapping.expr import Expr, read, sources
-from converter.mapping.parse import FAMILIES
+from converter.mapping.parse import FAMILIES, PLACES
 from converter.mapping.rules import Layout
 from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
@@ -103,7 +103,7 @@ def _by_hub(side: Side, families: list[str]) -> _ByHub:
         known = side.known[family]
         plan = hub_plan(side.opened, known._replace(tensors=_fitting(known)), Wish(family))
         # Where both families are there, their names are kept apart.
-        prefix = catalogue.PLACES[family] if len(families) > 1 else ""
+        prefix = PLACES[family] if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.beyond}.items())
         filled.update(prefix + name for name in plan.filled)
     taken = {tensor.key for value in named.values() for tensor in sources(value)}

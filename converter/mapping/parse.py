@@ -28,6 +28,8 @@ from converter.mapping.yamltree import LARGEST, Tree, parse
 _HEAD = ("layout", "family", "description", "variables", "recognise")
 _KINDS = ("int", "name", "path")
 FAMILIES = ("sam", "clip")
+# Where DeepSeek-OCR's model has the encoder of each.
+PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 # Each is compared with every name of a checkpoint.
 _MOST_RULES = 4096
 # The keys that a rule needs, by what it is called, and those that it may have beside them.

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from converter.catalogue import PLACES
 from converter.encoders import ClipConfig, ClipEncoder, DeepEncoder, SamConfig
 from converter.verify.assembled import assembled_chain
 from converter.verify.outputs import Look, Tested, check_encoder
@@ -37,8 +36,9 @@ class Chain(NamedTuple):
 def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.device) -> Chain:
     """`encoder` is the converted one; `hub` the source's tensors by the hub's names, for the reference."""
     whole = _around(family, encoder, device)
+    part = "sam_model." if family == "sam" else "vision_model."
     state = whole.state_dict()
-    truth = {**state, **{PLACES[family] + name: tensor for name, tensor in hub.items()}}
+    truth = {**state, **{part + name: tensor for name, tensor in hub.items()}}
     reference = None
     if hub:
         make = _transformers_chain if importlib.util.find_spec(_MODULE) is not None else assembled_chain

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from converter.catalogue import PLACES
 from converter.mapping.rules import Rule
 from converter.verify.result import FAILED, Check
 
+_PART = {"sam": "sam_model.", "clip": "vision_model."}
 # Tensors at work before a place that does not bear their names, by family and place.
 _BEFORE = {
     ("clip", "pre_layrnorm"): ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm."),
@@ -56,7 +56,7 @@ def names_of(family: str, depth: int) -> list[str]:
 
 def at_work(family: str, place: str, tensors: Iterable[str]) -> list[str]:
     """Those of a family's tensors that are used between the place before and this one."""
-    local = place.removeprefix(PLACES[family])
+    local = place.removeprefix(_PART[family])
     wanted = _BEFORE.get((family, local), (local,) if local == "pos_embed" else (f"{local}.",))
     return [name for name in tensors if name.startswith(wanted)]
 
