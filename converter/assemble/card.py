@@ -28,7 +28,6 @@ def make_card(
     seeds = dict.fromkeys(how.partition(": ")[0] for how in parts.filled.values())
     commits = [source.commit for source in parts.opened if source.commit]
     all_on_hubs = len(commits) == len(parts.opened)
-    made_of = {name: [t.key for t in sources(v) if name not in parts.filled] for name, v in parts.outputs.items()}
     unwritten = [value for name, value in parts.outputs.items() if name not in names]
     absent = {PLACES[family] + name: why for family, plan in plans.items() for name, why in plan.missing.items()}
     return Card(
@@ -48,7 +47,7 @@ def make_card(
         tensors=len(outputs),
         nbytes=sum(map(nbytes, outputs.values())),
         dtypes=count_dtypes(list(outputs.values())),
-        converted={new: made_of[name] for name, new in names.items()},
+        converted={new: [tensor.key for tensor in sources(parts.outputs[name])] for name, new in names.items()},
         filled={new: parts.filled[name] for name, new in names.items() if name in parts.filled},
         missing={name: why for name, why in absent.items() if name not in parts.outputs},
         dropped={**parts.dropped, **{tensor.key: _CONSTANT for value in unwritten for tensor in sources(value)}},

@@ -19,7 +19,7 @@ from converter.hubs.address import is_address
 from converter.mapping.expr import Expr, extents, nbytes, sources
 from converter.planning import Planned, Wish
 from converter.report import Card
-from converter.source import Progress, Source
+from converter.source import Progress, Source, counter
 from converter.version import __version__
 
 # The version of the document's form.
@@ -108,11 +108,7 @@ def card_document(
             "dtype": value.dtype.name,
             "shape": list(value.shape),
             "sha256": digests.hex(name),
-            "from": [
-                {"key": tensor.key, "source": where[tensor.storage.file]}
-                for tensor in sources(value)
-                if name not in card.filled
-            ],
+            "from": [{"key": tensor.key, "source": where[tensor.storage.file]} for tensor in sources(value)],
             **({"filled": card.filled[name]} if name in card.filled else {}),
         }
         for name, value in outputs.items()
@@ -153,13 +149,7 @@ def _tools(outputs: Mapping[str, Expr]) -> dict[str, str]:
 
 def _sources(opened: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
     local = [file for source in opened for file in source.files if file.identity is not None]
-    done, total = 0, sum(file.size for file in local)
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("digesting the source", done, total)
-
+    count = counter(progress, "digesting the source", sum(file.size for file in local))
     return [
         {
             "name": source.name if is_address(source.name) else PurePath(source.name).name,

@@ -54,9 +54,9 @@ class CardFiles:
             check_target(path, force, 0, "card")
             taken.append(path.resolve())
         if self._key is not None:
-            from converter.cards.signing import check_key
+            from converter.cards.signing import signer
 
-            check_key(self._key)
+            signer(self._key)
 
     def stage(self, staging: Staging, outputs: dict[str, Expr]) -> Digests | None:
         """Begin the files, which then appear with the output; what to show the outputs' bytes to, if there are any."""

@@ -14,7 +14,7 @@ from converter.comparison.sides import Named, Side, common, side_of
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
 from converter.mapping.expr import Expr, nbytes, sources
-from converter.source import Progress, open_source
+from converter.source import Progress, counter, open_source
 
 if TYPE_CHECKING:
     from converter.comparison.measure import Figures
@@ -99,7 +99,7 @@ def _unequal(alike: Pairs, progress: Progress) -> set[str]:
     unequal = {name for name, (a, b) in alike.items() if a.dtype != b.dtype}
     compared = {name: pair for name, pair in alike.items() if name not in unequal}
     total = sum(nbytes(a) for a, _ in compared.values())
-    return unequal | differing(compared, lambda done: progress("comparing", done, total))
+    return unequal | differing(compared, counter(progress, "comparing", total))
 
 
 def _renamed(removed: Named, added: Named) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _figures(alike: Pairs, unequal: set[str], progress: Progress) -> dict[str, F
 
     measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
     total = sum(nbytes(a) for a, _ in measured.values())
-    return measure(measured, lambda done: progress("measuring", done, total))
+    return measure(measured, counter(progress, "measuring", total))
 
 
 def _change(name: str, pair: tuple[Expr, Expr], figures: Figures | None) -> Change:

@@ -54,24 +54,22 @@ class Figures(NamedTuple):
         return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
 
 
-def measure(pairs: Pairs, progress: Callable[[int], None]) -> dict[str, Figures]:
-    """The figures of each pair; the two have one shape. `progress` is told the bytes of A that are done.
+def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
+    """The figures of each pair; the two have one shape. `count` is told of the bytes of A as they are done.
 
     Where both have one type, elements differ that differ in a bit, so that a NaN equals itself; else by value.
     """
     found: dict[str, Figures] = {}
-    done = 0
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
     with _one_thread(), left, right:
         for name, (a, b) in pairs.items():
             found[name] = Figures()
             elements = math.prod(a.shape)
             for start in range(0, elements, _PIECE):
-                count = min(_PIECE, elements - start)
-                piece = _figures(_elements(left, a, count), _elements(right, b, count))
+                size = min(_PIECE, elements - start)
+                piece = _figures(_elements(left, a, size), _elements(right, b, size))
                 found[name] = found[name].plus(piece)
-                done += count * a.dtype.itemsize
-                progress(done)
+                count(size * a.dtype.itemsize)
     return found
 
 

@@ -15,7 +15,7 @@ from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
-from converter.source import Progress, Source, chosen_state_dicts, identified, largest, open_source
+from converter.source import Progress, Source, chosen_state_dicts, counter, identified, largest, open_source
 from converter.stage import check_target, clear_remains, staged, write_all
 from converter.unwrap import plain_names
 from converter.writing import check_not_source
@@ -140,14 +140,8 @@ def _found(job: Job, progress: Progress) -> tuple[list[Found], list[tuple[str, .
     # torch is imported where values are read: names alone need none.
     from converter.derivation.match import by_values
 
-    total, done = sum(map(nbytes, (*job.tensors.values(), *job.wanted.values()))), 0
-
-    def told(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("reading", done, total)
-
-    return by_values(job.tensors, job.wanted, told)
+    total = sum(map(nbytes, (*job.tensors.values(), *job.wanted.values())))
+    return by_values(job.tensors, job.wanted, counter(progress, "reading", total))
 
 
 def _told_of_copies(copies: list[tuple[str, ...]]) -> str:

@@ -12,7 +12,7 @@ from converter.derivation.found import NAME, Found, Named
 from converter.derivation.likeness import labels, likeness, pair
 from converter.dtypes import FLOAT32
 from converter.mapping.apply import apply, claim
-from converter.mapping.expr import Arange, Expr
+from converter.mapping.expr import Expr, Made
 from converter.mapping.route import identity
 from converter.mapping.rules import Layout, Rule, invert
 from converter.mapping.shapes import Dim, Shape, Sizes, fits
@@ -33,7 +33,8 @@ class Symbols:
         names = dict.fromkeys(dim.name for spec in hub.tensors for dim in spec.shape if dim.name)
         self._sizes = dict(zip(names, _PRIMES, strict=False))
         self.tensors = {
-            name: Arange(FLOAT32, tuple(self._number(dim) for dim in spec.shape))
+            # Of these, shapes alone are looked at.
+            name: Made(FLOAT32, tuple(self._number(dim) for dim in spec.shape), bytes)
             for spec in hub.tensors
             for name in spec.name.names(depth)
         }

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 
-from converter.dtypes import INT64
 from converter.errors import MappingError, UsageError
 from converter.mapping.apply import Applied, apply, summary
-from converter.mapping.expr import Arange, Expr, nbytes, sources
+from converter.mapping.expr import Expr, arange, nbytes, sources
 from converter.mapping.ops import LARGEST_GRID, CastTo, ResamplePositions
 from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
 from converter.mapping.shapes import Sizes, fits, resolve, written
@@ -146,7 +145,7 @@ def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
         shape = resolve(spec.shape, plan.sizes)
         if math.prod(shape) > MOST_POSITIONS:
             return [f"{name!r} cannot be made: {list(shape)} is more than any image has positions"]
-        plan.outputs[name] = Arange(INT64, shape)
+        plan.outputs[name] = arange(shape)
         plan.filled[name] = "0, 1, 2, ..."
     elif spec.optional:
         plan.missing[name] = spec.optional

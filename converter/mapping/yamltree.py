@@ -37,10 +37,6 @@ class Tree:
         return isinstance(self._node, yaml.ScalarNode)
 
     @property
-    def is_list(self) -> bool:
-        return isinstance(self._node, yaml.SequenceNode)
-
-    @property
     def is_map(self) -> bool:
         return isinstance(self._node, yaml.MappingNode)
 
@@ -105,7 +101,7 @@ class Tree:
     def _kind(self) -> str:
         if isinstance(self._node, yaml.ScalarNode):
             return f"{self._node.value!r}" if self._node.value else "nothing"
-        return "a list" if self.is_list else "a mapping"
+        return "a list" if isinstance(self._node, yaml.SequenceNode) else "a mapping"
 
 
 def parse(text: str, file: str) -> Tree:
