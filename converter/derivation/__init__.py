@@ -76,8 +76,12 @@ def derive(
 
     `out` is written if all of the target was found, or with `partial`; `Derived.written` says so. `name` is the
     layout's (default: the file's), `family` decides where a target holds several, `state_dict` as in `convert`.
+
+    Raises a DsocrError: LayoutError where TARGET is of no known layout, or SOURCE of several state dicts, MappingError
+    where a name cannot be written or the names misled, OutputError before anything is read if `out` cannot be written.
     """
     path = Path(out)
+    layout = name or path.stem
     clear_remains(path)
     check_target(path, force, 0)
     with ExitStack() as stack:
@@ -88,18 +92,9 @@ def derive(
         check_not_source(path, [opened, other] if other else [opened])
         opened.fetch(entry.tensors.values() if other else (), progress)
         found, copies = _found(job, progress)
-        composed = compose(job, found, name or path.stem)
-        derived = _result(path, name or path.stem, job, composed)
-        if copies and derived.unmatched:
-            derived.notes.append(_told_of_copies(copies))
-        try:
-            if derived.complete:
-                prove(job, composed, derived.layout)
-        except MappingError as error:
-            # Names may have misled: what they suggest is worth a file to whoever asks for one.
-            if not partial or job.wanted:
-                raise
-            derived.notes.append(str(error))
+        composed = compose(job, found, layout)
+        derived = _result(path, layout, job, composed)
+        derived.notes.extend(_prove(job, composed, layout, partial) if derived.complete else _told_of_copies(copies))
         for file in (*opened.files, *(other.files if other else ())):
             file.check_unchanged()
     if composed.found and (partial or derived.complete):
@@ -144,9 +139,23 @@ def _found(job: Job, progress: Progress) -> tuple[list[Found], list[tuple[str, .
     return by_values(job.tensors, job.wanted, counter(progress, "reading", total))
 
 
-def _told_of_copies(copies: list[tuple[str, ...]]) -> str:
+def _told_of_copies(copies: list[tuple[str, ...]]) -> list[str]:
+    if not copies:
+        return []
     names = f"{sum(map(len, copies))} tensors of SOURCE have another's values, such as {' and '.join(copies[0][:2])}"
-    return f"{names}: what is fused of them cannot be told; save one of each alone, then derive again"
+    return [f"{names}: what is fused of them cannot be told; save one of each alone, then derive again"]
+
+
+def _prove(job: Job, composed: Composed, layout: str, partial: bool) -> list[str]:
+    """What is wrong with rules that names suggested, where a part of them is wanted too; else MappingError."""
+    try:
+        prove(job, composed, layout)
+    except MappingError as error:
+        # Names may have misled: what they suggest is worth a file to whoever asks for one.
+        if not partial or job.wanted:
+            raise
+        return [str(error)]
+    return []
 
 
 def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:

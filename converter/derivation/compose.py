@@ -42,30 +42,17 @@ def compose(job: Job, found: list[Found], name: str) -> Composed:
     """The mapping file for what was found; `name` is the layout's. MappingError for a name that none can write."""
     prefix = _common_prefix(found, job.hub)
     symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in job.tensors if key.startswith(prefix)]))
-    variables, notes = Variables(), list[str]()
-    said: list[Found] = []
-    entries: list[Entry] = []
-    for one in found:
-        entry = _entry(one, job.hub, variables, prefix)
-        if entry is None:
-            notes.append(f"{' + '.join(one.targets)} is in {' + '.join(one.sources)}, whose names no one rule can list")
-        else:
-            said.append(one)
-            entries.append(entry)
+    variables = Variables()
+    made = [(one, _entry(one, job.hub, variables, prefix)) for one in found]
+    said = [one for one, entry in made if entry]
     used = {name for one in said for name in one.sources}
     dropped = [name for name in job.tensors if name not in used]
-    entries += [_drop(name, job, found) for name in dropped]
+    entries = [*(entry for _, entry in made if entry), *(_drop(name, job, found) for name in dropped)]
     inside = [entry for entry in entries if all(name.startswith(prefix) for name in entry.covers)]
     _check_names(name for entry in inside for name in entry.covers)
     outside = [entry for entry in entries if entry not in inside]
     beside = outside if any(entry.verb != "drop" for entry in outside) else []
-    places = {name: i for i, name in enumerate(dict.fromkeys((*symbols.tensors, *job.wanted)))}
-
-    def rules(entries: list[Entry]) -> list[Entry]:
-        """The fewest rules, in the order of the hub's tensors, drops last."""
-        made = generalised(entries, variables)
-        return sorted(made, key=lambda e: (min((places[n] for n in e.gives), default=len(places)), e.source))
-
+    order = list(dict.fromkeys((*symbols.tensors, *job.wanted)))
     draft = Draft(
         remark=f"Derived by `dsocr-convert mapping derive` from {_short(job.source)} and {_short(job.target)}.",
         layout=name,
@@ -73,12 +60,29 @@ def compose(job: Job, found: list[Found], name: str) -> Composed:
         description=f"the layout of {_short(job.source)}"[:100],
         prefix=prefix,
         recognise=recognise(said, prefix, job.tensors, job.hub, symbols),
-        rules=rules([_stripped(entry, prefix) for entry in inside]),
-        beside=rules(beside),
+        rules=_rules([_stripped(entry, prefix) for entry in inside], variables, order),
+        beside=_rules(beside, variables, order),
         elsewhere=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
     )
-    unmatched = _unmatched(job, said, symbols)
-    return Composed(yaml_text(draft, variables), said, unmatched, dropped, len(draft.rules) + len(draft.beside), notes)
+    return Composed(
+        text=yaml_text(draft, variables),
+        found=said,
+        unmatched=_unmatched(job, said, symbols),
+        dropped=dropped,
+        rules=len(draft.rules) + len(draft.beside),
+        notes=[_unsaid(one) for one, entry in made if entry is None],
+    )
+
+
+def _rules(entries: list[Entry], variables: Variables, order: list[str]) -> list[Entry]:
+    """The fewest rules, in the order of the targets' names, drops last."""
+    places = {name: i for i, name in enumerate(order)}
+    made = generalised(entries, variables)
+    return sorted(made, key=lambda e: (min((places[n] for n in e.gives), default=len(places)), e.source))
+
+
+def _unsaid(one: Found) -> str:
+    return f"{' + '.join(one.targets)} is in {' + '.join(one.sources)}, whose names no one rule can list"
 
 
 def _unmatched(job: Job, found: list[Found], symbols: Symbols) -> list[str]:

@@ -107,6 +107,7 @@ class Template:
 
     @property
     def fields(self) -> tuple[Field, ...]:
+        """Its variables, from left to right."""
         return tuple(part for part in self.parts if isinstance(part, Field))
 
     @cached_property

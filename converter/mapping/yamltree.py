@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Tree:
-    """One node of a YAML document and the accessors that check what it is."""
+    """One node of a YAML document; what reads it raises MappingError, with the line, where it is not as expected."""
 
     def __init__(self, node: yaml.Node, file: str) -> None:
         self._node = node
@@ -72,12 +72,14 @@ class Tree:
         return [self.text(what)] if self.is_text else [item.text(what) for item in self.items(what)]
 
     def flag(self) -> bool:
+        """`true` or `false`, of which YAML has more spellings."""
         text = self.text("true or false")
         if text not in ("true", "false"):
             raise self.fail(f"expected true or false, found {text!r}")
         return text == "true"
 
     def number(self, what: str) -> int:
+        """A number of nine digits at most, from 0."""
         text = self.text(what)
         # YAML's octal 010 would be eight to some, and ten to others.
         if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
