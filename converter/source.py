@@ -154,19 +154,6 @@ def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
     return chosen
 
 
-def largest(source: Source, entries: list[StateDict]) -> StateDict:
-    """The one of the state dicts that holds most tensors; LayoutError where several do."""
-    most = max(len(entry.tensors) for entry in entries)
-    rivals = [entry for entry in entries if len(entry.tensors) == most]
-    if len(rivals) > 1:
-        paths = [printable(entry.path) or "." for entry in rivals]
-        raise LayoutError(
-            f"{source.name}: holds {len(paths)} state dicts of {most} tensors: {', '.join(paths)}\n"
-            f"choose one, such as --state-dict {paths[0]}"
-        )
-    return rivals[0]
-
-
 def identify(source: Source, family: str, layouts: Sequence[Candidate], path: str | None) -> Identified:
     """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
     candidates = chosen_state_dicts(source, path)

@@ -16,8 +16,8 @@ from converter.mapping.parse import FAMILIES, PLACES
 from converter.mapping.rules import Layout
 from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
-from converter.source import Identified, Source, chosen_state_dicts, identified, largest
-from converter.unwrap import StateDict, plain_names, without_common_prefixes
+from converter.source import Identified, Source, chosen_state_dicts, identified
+from converter.unwrap import StateDict, largest, plain_names, without_common_prefixes
 
 Named = dict[str, Expr]
 
@@ -45,7 +45,7 @@ def side_of(opened: Source, path: str) -> Side:
     # A file with one state dict alone leaves nothing to choose.
     if path and len(entries) > 1:
         entries = chosen_state_dicts(opened, path)
-    chosen = largest(opened, entries)
+    chosen = largest(entries, opened.name)
     known: dict[str, Identified] = {}
     for family in FAMILIES:
         # A checkpoint that fits two layouts is compared by its own names.

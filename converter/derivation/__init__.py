@@ -15,9 +15,9 @@ from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
-from converter.source import Progress, Source, chosen_state_dicts, counter, identified, largest, open_source
+from converter.source import Progress, Source, chosen_state_dicts, counter, identified, open_source
 from converter.stage import check_target, clear_remains, staged, write_all
-from converter.unwrap import plain_names
+from converter.unwrap import largest, plain_names
 from converter.writing import check_not_source
 
 
@@ -86,7 +86,7 @@ def derive(
     check_target(path, force, 0)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_source(source)))
-        entry = largest(opened, chosen_state_dicts(opened, state_dict))
+        entry = largest(chosen_state_dicts(opened, state_dict), opened.name)
         tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
         job, other = _job(stack, opened.name, tensors, str(target), family, progress)
         check_not_source(path, [opened, other] if other else [opened])
