@@ -66,17 +66,18 @@ def common(a: Side, b: Side) -> Common:
         else:
             notes += _made_up(left, right)
             return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
-    plain = [list(without_common_prefixes(_plain(side), side.opened.name)) for side in (a, b)]
     # The first of equals: as little as possible is taken from the names.
-    (one, left_own), (other, right_own) = max(product(*plain), key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
+    pairs = product(_own(a), _own(b))
+    (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
     return Common(_read(left_own), _read(right_own), [], notes)
 
 
-def _plain(side: Side) -> dict[str, Tensor]:
-    return plain_names(side.state_dict.tensors, side.opened.name)
+def _own(side: Side) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A side's tensors under their own names, with more of what all begin with removed each time, and that prefix."""
+    return without_common_prefixes(plain_names(side.state_dict.tensors, side.opened.name), side.opened.name)
 
 
 def _read(tensors: Mapping[str, Tensor]) -> Named:
