@@ -46,7 +46,7 @@ def make_card(
         dtype=dtype,
         tensors=len(outputs),
         nbytes=sum(map(nbytes, outputs.values())),
-        dtypes=count_dtypes(list(outputs.values())),
+        dtypes=count_dtypes(outputs.values()),
         converted={new: [tensor.key for tensor in sources(parts.outputs[name])] for name, new in names.items()},
         filled={new: parts.filled[name] for name, new in names.items() if name in parts.filled},
         missing={name: why for name, why in absent.items() if name not in parts.outputs},
@@ -67,7 +67,7 @@ def _joined(words: Iterable[str]) -> str:
 
 def card_of_copy(card: Card, copy: Copy, into: str | Path) -> Card:
     """The encoder's card, made to speak of the whole checkpoint that it goes into."""
-    tensors = list(copy.tensors.values())
+    tensors = copy.tensors.values()
     return card._replace(
         source=f"{card.source} into {into}",
         files={**card.files, **{file.name: file.size for file in copy.opened.files}},

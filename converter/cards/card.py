@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,7 +45,7 @@ def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None,
         dtype=wish.dtype,
         tensors=len(plan.outputs),
         nbytes=plan.nbytes,
-        dtypes=count_dtypes(list(plan.outputs.values())),
+        dtypes=count_dtypes(plan.outputs.values()),
         converted={name: [tensor.key for tensor in sources(value)] for name, value in plan.outputs.items()},
         filled=plan.filled,
         missing=plan.missing,
@@ -57,7 +57,7 @@ def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None,
     )
 
 
-def count_dtypes(values: list[Expr]) -> dict[str, int]:
+def count_dtypes(values: Iterable[Expr]) -> dict[str, int]:
     """How many tensors have each element type, in the order of the table of types."""
     names = [value.dtype.name for value in values]
     return {name: names.count(name) for name in BY_NAME if name in names}

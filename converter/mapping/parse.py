@@ -172,7 +172,7 @@ def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
     if any(field.kind in ("name", "path") or field.offset for field in template.fields):
         raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
     if not tree.is_map:
-        return TensorSpec(template, _shape(tree), "", "", "", False)
+        return TensorSpec(template, _shape(tree))
     fields = tree.fields("a shape, or shape and more", ("shape", "dtype", "optional", "fill", "positions"))
     _require(tree, fields, "shape")
     dtype = fields["dtype"].text("an element type") if "dtype" in fields else ""

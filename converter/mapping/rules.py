@@ -108,10 +108,10 @@ class TensorSpec(NamedTuple):
 
     name: Template
     shape: Shape
-    dtype: str
-    optional: str
-    fill: str
-    positions: bool
+    dtype: str = ""
+    optional: str = ""
+    fill: str = ""
+    positions: bool = False
 
 
 class Layout(NamedTuple):
