@@ -21,7 +21,7 @@ from converter.mapping.ops import (
     Unsqueeze,
 )
 from converter.mapping.rules import Layout, Mapping, Rule, Signature, TensorSpec
-from converter.mapping.shapes import Shape, parse_dim
+from converter.mapping.shapes import Dim, Shape, parse_dim
 from converter.mapping.template import LONGEST_WORD, Kind, Template
 from converter.mapping.yamltree import LARGEST, Tree, parse
 
@@ -159,8 +159,12 @@ def _recognise(tree: Tree) -> dict[str, Shape]:
 
 
 def _shape(tree: Tree) -> Shape:
-    items = tree.items("a shape such as [3*width, width]")
-    return tuple(item.checked(lambda item=item: parse_dim(item.text("a dimension"))) for item in items)  # type: ignore[misc]
+    return tuple(_dim(item) for item in tree.items("a shape such as [3*width, width]"))
+
+
+def _dim(tree: Tree) -> Dim:
+    text = tree.text("a dimension")
+    return tree.checked(lambda: parse_dim(text))
 
 
 def _template(text: str, tree: Tree, variables: dict[str, Kind]) -> Template:
