@@ -96,7 +96,7 @@ def card_document(
     opened: Sequence[Source],
     digests: Digests,
     metadata: dict[str, str] | None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The card as a document; `opened` are the sources, `metadata` what the output says of its making, if it does.
 

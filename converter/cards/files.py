@@ -20,7 +20,7 @@ class CardFiles:
     `key` is the path of a PEM file with an elliptic-curve private key; the signature goes beside the card, as .sig.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None = None) -> None:
+    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None) -> None:
         """UsageError for a file of another kind, or a key and nothing to sign."""
         self._paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self._key = Path(key) if key is not None else None

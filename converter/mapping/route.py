@@ -27,7 +27,7 @@ def retarget(plan: Plan, target: Mapping, fill: Plan | None, whole: bool, dtype:
     What the target has and the source lacks is taken from `fill`, another plan to the hub; MappingError names what
     neither gives. Without `whole`, tensors beside the encoder are left out.
     """
-    rules = writing_rules(target, whole)
+    rules = _writing_rules(target, whole)
     made = {spec.name.text for spec in plan.target.tensors if spec.fill}
     have = {name: value for name, value in {**plan.outputs, **plan.beyond}.items() if name not in made}
     lent = {**fill.outputs, **fill.beyond} if fill else {}
@@ -123,7 +123,7 @@ def _check_complete(source: str, target: Mapping, lacking: list[str]) -> None:
         )
 
 
-def writing_rules(target: Mapping, whole: bool) -> tuple[Rule, ...]:
+def _writing_rules(target: Mapping, whole: bool) -> tuple[Rule, ...]:
     """The rules from the hub's names to a layout's, under the first of its prefixes."""
     prefix = target.signature.prefixes[0]
     rules = tuple(rule.prefixed(prefix) for rule in target.rules)

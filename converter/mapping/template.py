@@ -149,7 +149,7 @@ class Template:
         return bindings
 
     def fill(self, bindings: Mapping[str, str]) -> str:
-        """The name that these values give."""
+        """The name that these values give; ValueError where an index would be negative."""
         return "".join(part if isinstance(part, str) else _filled(part, bindings[part.name]) for part in self.parts)
 
     def names(self, layers: int) -> Iterator[str]:
