@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from converter.checkpoint import Tensor
-from converter.mapping.expr import Arange, Cast, Concat, Expr, Permute, Read, Resample, Reshape, Slice
+from converter.mapping.expr import Cast, Concat, Expr, Made, Permute, Read, Resample, Reshape, Slice
 
 
 def materialise(expr: Expr) -> memoryview:
@@ -59,8 +59,10 @@ def evaluate(expr: Expr, load: Callable[[Tensor], torch.Tensor] = load_tensor) -
             return evaluate(of, load).to(torch_dtype(expr.dtype.name))
         case Resample(of=of, grid=grid):
             return resample_positions(evaluate(of, load), grid)
-        case Arange():
-            return torch.arange(math.prod(expr.shape)).reshape(expr.shape)
+        case Made(make=make):
+            data, dtype = bytearray(make()), torch_dtype(expr.dtype.name)
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            return flat.reshape(expr.shape)
 
 
 def swapped(data: bytearray, itemsize: int) -> bytearray:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from converter.checkpoint import Contents, Tensor
-from converter.errors import ContainerError
+from converter.errors import ContainerError, LayoutError, printable
 
 # Segments that torch.compile and FSDP put into names, wherever the wrapped module sits.
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -37,6 +37,19 @@ def _search(contents: Contents, path: str, depth: int) -> Iterator[StateDict]:
         for key, value in contents.items():
             if isinstance(value, dict):
                 yield from _search(value, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def largest(entries: list[StateDict], source: str) -> StateDict:
+    """The one that holds most tensors; LayoutError where several do."""
+    most = max(len(entry.tensors) for entry in entries)
+    rivals = [entry for entry in entries if len(entry.tensors) == most]
+    if len(rivals) > 1:
+        paths = [printable(entry.path) or "." for entry in rivals]
+        raise LayoutError(
+            f"{source}: holds {len(paths)} state dicts of {most} tensors: {', '.join(paths)}\n"
+            f"choose one, such as --state-dict {paths[0]}"
+        )
+    return rivals[0]
 
 
 def plain_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:

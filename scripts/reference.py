@@ -201,7 +201,7 @@ def _verbs() -> Iterator[str]:
 
 
 def _verb(verb: str) -> Iterator[str]:
-    said, (_, others) = schema.VERBS[verb], parse.VERBS[verb]
+    said, (required, spare) = schema.VERBS[verb], parse.VERBS[verb]
     yield f"### {verb}"
     yield ""
     yield from _prose(said.text)
@@ -213,8 +213,8 @@ def _verb(verb: str) -> Iterator[str]:
     yield ""
     yield from _prose(_backwards(rules[0]))
     yield ""
-    for key in (*others, "optional"):
-        needed = "" if key in (*parse.SPARE, "optional") else " (needed)"
+    for key in (*required, *spare, "optional"):
+        needed = " (needed)" if key in required else ""
         yield from _prose(f"`{key}`{needed}: {ELSEWHERE.get(key, schema.KEYS[key].text)}", "- ", "  ")
 
 

@@ -25,7 +25,7 @@ from converter.assemble import encoder
 from converter.assemble.compressor import seeded
 from converter.encoders import DeepEncoder
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
-from converter.mapping.expr import Read
+from converter.mapping.expr import Made
 from converter.verify import verify
 
 State = dict[str, torch.Tensor]
@@ -163,7 +163,7 @@ def test_a_seeded_compressor_is_the_same_everywhere(sources: Path, tmp_path: Pat
 
 def seeded_bytes(name: str) -> list[bytes]:
     values = seeded(name, models.NECK, models.CLIP_WIDTH).values()
-    return [value.tensor.storage.read() for value in values if isinstance(value, Read)]
+    return [value.make() for value in values if isinstance(value, Made)]
 
 
 def test_torch_starts_a_convolution_within_the_same_bounds() -> None:

@@ -10,9 +10,8 @@ from memory import Memory, copied, expr, raw, stored
 
 from converter.checkpoint import Storage
 from converter.compute import evaluate, materialise
-from converter.dtypes import INT64
 from converter.errors import ContainerError
-from converter.mapping.expr import Arange, Expr, Extent, Piece, extents, merge, nbytes, read
+from converter.mapping.expr import Expr, Extent, Piece, arange, extents, merge, nbytes, read
 from converter.mapping.ops import (
     CastTo,
     Deinterleave,
@@ -155,7 +154,7 @@ def test_what_is_lossy_says_so(op: Op, why: str) -> None:
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (0,)])
 def test_arange_is_copied_and_computed_alike(shape: tuple[int, ...]) -> None:
-    assert_is(Arange(INT64, shape), torch.arange(math.prod(shape)).reshape(shape))
+    assert_is(arange(shape), torch.arange(math.prod(shape)).reshape(shape))
 
 
 @pytest.mark.parametrize(

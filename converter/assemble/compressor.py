@@ -8,13 +8,13 @@ import re
 import sys
 from array import array
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, partial
 
 from converter import catalogue
-from converter.checkpoint import Storage, Tensor, contiguous_strides
+from converter.checkpoint import Tensor
 from converter.dtypes import FLOAT32
 from converter.errors import LayoutError, UsageError, printable
-from converter.mapping.expr import Expr, read
+from converter.mapping.expr import Expr, Made, read
 from converter.mapping.shapes import Sizes, fits
 from converter.source import Source
 from converter.unwrap import StateDict, state_dicts
@@ -92,44 +92,20 @@ def seeded(name: str, neck: int, width: int) -> dict[str, Expr]:
     seed = name.removeprefix("random:")
     if not re.fullmatch("[0-9]{1,20}", seed):
         raise UsageError(f"--compressor {name}: expected a number, such as random:0")
-    return {key: read(_tensor(name, f"{int(seed)}/{key}", key, shape)) for key, shape in shapes.items()}
+    return {
+        key: Made(FLOAT32, shape, cache(partial(_uniform, f"{int(seed)}/{key}", shape)))
+        for key, shape in shapes.items()
+    }
 
 
-def _tensor(name: str, text: str, key: str, shape: tuple[int, ...]) -> Tensor:
-    file = Seeded(name, text, math.prod(shape), math.prod(shape[1:]))
-    return Tensor(
-        key, FLOAT32, shape, Storage(file, (0, file.size), file.size, file.size, key), 0, contiguous_strides(shape)
-    )
-
-
-class Seeded:
-    """A SourceFile that is made up: `count` float32, uniform within 1/sqrt(`fan_in`) of 0, from SHAKE-128 of `text`."""
-
-    identity = None
-    path = ""
-
-    def __init__(self, name: str, text: str, count: int, fan_in: int) -> None:
-        self.name, self.size = name, 4 * count
-        self._text, self._fan_in = text, fan_in
-
-    @cached_property
-    def _data(self) -> memoryview:
-        # A file of an `array` is as the machine has its numbers; both ends of ours are little-endian.
-        numbers = array("i", hashlib.shake_128(self._text.encode()).digest(self.size))
-        if sys.byteorder == "big":
-            numbers.byteswap()
-        scale = 1 / math.sqrt(self._fan_in) / 2**31
-        values = array("f", map(scale.__mul__, numbers))
-        if sys.byteorder == "big":
-            values.byteswap()
-        return memoryview(values.tobytes())
-
-    def close(self) -> None: ...
-
-    def readinto(self, buffer: memoryview, offset: int) -> None:
-        buffer[:] = self._data[offset : offset + len(buffer)]
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self._data[offset : offset + length])
-
-    def check_unchanged(self) -> None: ...
+def _uniform(text: str, shape: tuple[int, ...]) -> bytes:
+    """A convolution's weight in float32, from SHAKE-128 of `text`."""
+    # An `array` has its numbers as the machine has them; both ends of ours are little-endian.
+    numbers = array("i", hashlib.shake_128(text.encode()).digest(4 * math.prod(shape)))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    scale = 1 / math.sqrt(math.prod(shape[1:])) / 2**31
+    values = array("f", map(scale.__mul__, numbers))
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()

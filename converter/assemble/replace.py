@@ -18,13 +18,11 @@ from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
 from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
+from converter.mapping.parse import PLACES
 from converter.planning import Wish, to_hub
 from converter.source import Source
 from converter.stage import check_folder, check_target, new_file, write_all
 from converter.write import pieces_of
-
-# Where DeepSeek-OCR's model has the two encoders.
-PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 
 _ZEROS = bytes(BUFFER)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,7 +19,7 @@ from converter.hubs.address import is_address
 from converter.mapping.expr import Expr, extents, nbytes, sources
 from converter.planning import Planned, Wish
 from converter.report import Card
-from converter.source import Progress, Source
+from converter.source import Progress, Source, counter
 from converter.version import __version__
 
 # The version of the document's form.
@@ -45,7 +45,7 @@ def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None,
         dtype=wish.dtype,
         tensors=len(plan.outputs),
         nbytes=plan.nbytes,
-        dtypes=count_dtypes(list(plan.outputs.values())),
+        dtypes=count_dtypes(plan.outputs.values()),
         converted={name: [tensor.key for tensor in sources(value)] for name, value in plan.outputs.items()},
         filled=plan.filled,
         missing=plan.missing,
@@ -57,7 +57,7 @@ def make_card(opened: Source, planned: Planned, wish: Wish, output: Path | None,
     )
 
 
-def count_dtypes(values: list[Expr]) -> dict[str, int]:
+def count_dtypes(values: Iterable[Expr]) -> dict[str, int]:
     """How many tensors have each element type, in the order of the table of types."""
     names = [value.dtype.name for value in values]
     return {name: names.count(name) for name in BY_NAME if name in names}
@@ -96,7 +96,7 @@ def card_document(
     opened: Sequence[Source],
     digests: Digests,
     metadata: dict[str, str] | None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The card as a document; `opened` are the sources, `metadata` what the output says of its making, if it does.
 
@@ -108,11 +108,7 @@ def card_document(
             "dtype": value.dtype.name,
             "shape": list(value.shape),
             "sha256": digests.hex(name),
-            "from": [
-                {"key": tensor.key, "source": where[tensor.storage.file]}
-                for tensor in sources(value)
-                if name not in card.filled
-            ],
+            "from": [{"key": tensor.key, "source": where[tensor.storage.file]} for tensor in sources(value)],
             **({"filled": card.filled[name]} if name in card.filled else {}),
         }
         for name, value in outputs.items()
@@ -153,13 +149,7 @@ def _tools(outputs: Mapping[str, Expr]) -> dict[str, str]:
 
 def _sources(opened: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
     local = [file for source in opened for file in source.files if file.identity is not None]
-    done, total = 0, sum(file.size for file in local)
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("digesting the source", done, total)
-
+    count = counter(progress, "digesting the source", sum(file.size for file in local))
     return [
         {
             "name": source.name if is_address(source.name) else PurePath(source.name).name,

@@ -20,7 +20,7 @@ class CardFiles:
     `key` is the path of a PEM file with an elliptic-curve private key; the signature goes beside the card, as .sig.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None = None) -> None:
+    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None) -> None:
         """UsageError for a file of another kind, or a key and nothing to sign."""
         self._paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self._key = Path(key) if key is not None else None
@@ -54,9 +54,9 @@ class CardFiles:
             check_target(path, force, 0, "card")
             taken.append(path.resolve())
         if self._key is not None:
-            from converter.cards.signing import check_key
+            from converter.cards.signing import signer
 
-            check_key(self._key)
+            signer(self._key)
 
     def stage(self, staging: Staging, outputs: dict[str, Expr]) -> Digests | None:
         """Begin the files, which then appear with the output; what to show the outputs' bytes to, if there are any."""

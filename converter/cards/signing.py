@@ -13,11 +13,6 @@ from typing import Any
 from converter.errors import UsageError
 
 
-def check_key(key: Path) -> None:
-    """UsageError where there is no key to sign with, or no library."""
-    _signer(key)
-
-
 def sign(data: bytes, name: str, key: Path) -> bytes:
     """The signature of a file of that name and content, as the text of a Sigstore bundle."""
     # The library signs files, and the card does not stand in its place yet.
@@ -25,7 +20,7 @@ def sign(data: bytes, name: str, key: Path) -> bytes:
         path = Path(folder, Path(name).name)
         path.write_bytes(data)
         signature = path.with_name("signature")
-        _signer(key).sign(path, signature)
+        signer(key).sign(path, signature)
         return signature.read_bytes()
 
 
@@ -47,7 +42,8 @@ def problem(path: Path, signature: Path, key: Path) -> str:
     return ""
 
 
-def _signer(key: Path) -> Any:
+def signer(key: Path) -> Any:
+    """What signs with a private key; UsageError where there is no key to sign with, or no library."""
     library = _library()
     try:
         return library.signing.Config().use_elliptic_key_signer(private_key=key)

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from converter.checkpoint import Tensor
-from converter.comparison.difference import Block, Change, Difference, block_of, in_order
+from converter.comparison.difference import Block, Change, Difference, Figures, block_of, in_order
 from converter.comparison.sides import Named, Side, common, side_of
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
 from converter.mapping.expr import Expr, nbytes, sources
-from converter.source import Progress, open_source
-
-if TYPE_CHECKING:
-    from converter.comparison.measure import Figures
+from converter.source import Progress, counter, open_source
 
 
 def diff(
@@ -99,7 +95,7 @@ def _unequal(alike: Pairs, progress: Progress) -> set[str]:
     unequal = {name for name, (a, b) in alike.items() if a.dtype != b.dtype}
     compared = {name: pair for name, pair in alike.items() if name not in unequal}
     total = sum(nbytes(a) for a, _ in compared.values())
-    return unequal | differing(compared, lambda done: progress("comparing", done, total))
+    return unequal | differing(compared, counter(progress, "comparing", total))
 
 
 def _renamed(removed: Named, added: Named) -> dict[str, str]:
@@ -123,7 +119,7 @@ def _figures(alike: Pairs, unequal: set[str], progress: Progress) -> dict[str, F
 
     measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
     total = sum(nbytes(a) for a, _ in measured.values())
-    return measure(measured, lambda done: progress("measuring", done, total))
+    return measure(measured, counter(progress, "measuring", total))
 
 
 def _change(name: str, pair: tuple[Expr, Expr], figures: Figures | None) -> Change:
@@ -143,9 +139,5 @@ def _blocks(alike: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> 
 
 
 def _block(name: str, tensors: list[str], unequal: set[str], figures: Mapping[str, Figures]) -> Block:
-    found = [figures[tensor] for tensor in tensors if tensor in figures]
-    count = sum(tensor in unequal for tensor in tensors)
-    if not found:
-        return Block(name, len(tensors), count, 0.0, 0.0)
-    whole = reduce(lambda one, other: one.plus(other), found)
-    return Block(name, len(tensors), count, whole.relative, whole.maximum)
+    whole = reduce(Figures.plus, (figures[tensor] for tensor in tensors if tensor in figures), Figures())
+    return Block(name, len(tensors), len(unequal.intersection(tensors)), whole.relative, whole.maximum)

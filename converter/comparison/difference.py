@@ -7,6 +7,43 @@ import re
 from typing import Any, NamedTuple
 
 
+class Figures(NamedTuple):
+    """A tensor in A and in B: elements that differ, the largest difference, and sums over all elements in float64.
+
+    `gap` sums the squares of the differences, `a` and `b` those of the elements, `ab` the products.
+    """
+
+    differing: int = 0
+    maximum: float = 0.0
+    gap: float = 0.0
+    a: float = 0.0
+    b: float = 0.0
+    ab: float = 0.0
+
+    def plus(self, other: Figures) -> Figures:
+        """Of two pieces of a tensor, or of two tensors."""
+        largest = max(self.maximum, other.maximum)
+        # max() may lose a NaN.
+        maximum = math.nan if math.isnan(self.maximum + other.maximum) else largest
+        sums = (x + y for x, y in zip(self[2:], other[2:], strict=True))
+        return Figures(self.differing + other.differing, maximum, *sums)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference, relative to the norm of A."""
+        if not self.gap:
+            return 0.0
+        return math.sqrt(self.gap / self.a) if self.a else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between A and B; NaN where one of them is all zero and the other is not."""
+        if not self.gap:
+            return 1.0
+        norms = math.sqrt(self.a) * math.sqrt(self.b)
+        return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
+
+
 class Change(NamedTuple):
     """A tensor that both have, differently; `dtypes` and `shapes` are A's and B's.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
+from converter.comparison.difference import Figures
 from converter.comparison.streams import Pairs, Stream
 from converter.compute import torch_dtype
 from converter.mapping.expr import Expr
@@ -17,59 +17,22 @@ from converter.mapping.expr import Expr
 _PIECE = 1 << 15
 
 
-class Figures(NamedTuple):
-    """A tensor in A and in B: elements that differ, the largest difference, and sums over all elements in float64.
-
-    `gap` sums the squares of the differences, `a` and `b` those of the elements, `ab` the products.
-    """
-
-    differing: int = 0
-    maximum: float = 0.0
-    gap: float = 0.0
-    a: float = 0.0
-    b: float = 0.0
-    ab: float = 0.0
-
-    def plus(self, other: Figures) -> Figures:
-        """Of two pieces of a tensor, or of two tensors."""
-        largest = max(self.maximum, other.maximum)
-        # max() may lose a NaN.
-        maximum = math.nan if math.isnan(self.maximum + other.maximum) else largest
-        sums = (x + y for x, y in zip(self[2:], other[2:], strict=True))
-        return Figures(self.differing + other.differing, maximum, *sums)
-
-    @property
-    def relative(self) -> float:
-        """Norm of the difference, relative to the norm of A."""
-        if not self.gap:
-            return 0.0
-        return math.sqrt(self.gap / self.a) if self.a else math.inf
-
-    @property
-    def cosine(self) -> float:
-        """Of the angle between A and B; NaN where one of them is all zero and the other is not."""
-        if not self.gap:
-            return 1.0
-        norms = math.sqrt(self.a) * math.sqrt(self.b)
-        return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
-
-
-def measure(pairs: Pairs, progress: Callable[[int], None]) -> dict[str, Figures]:
-    """The figures of each pair; the two have one shape. `progress` is told the bytes of A that are done.
+def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
+    """The figures of each pair; the two have one shape. `count` is told of the bytes of A as they are done.
 
     Where both have one type, elements differ that differ in a bit, so that a NaN equals itself; else by value.
     """
     found: dict[str, Figures] = {}
-    done = 0
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
     with _one_thread(), left, right:
         for name, (a, b) in pairs.items():
             found[name] = Figures()
-            for count in _counts(math.prod(a.shape)):
-                piece = _figures(_elements(left, a, count), _elements(right, b, count))
+            elements = math.prod(a.shape)
+            for start in range(0, elements, _PIECE):
+                size = min(_PIECE, elements - start)
+                piece = _figures(_elements(left, a, size), _elements(right, b, size))
                 found[name] = found[name].plus(piece)
-                done += count * a.dtype.itemsize
-                progress(done)
+                count(size * a.dtype.itemsize)
     return found
 
 
@@ -82,11 +45,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _counts(elements: int) -> Iterator[int]:
-    for start in range(0, elements, _PIECE):
-        yield min(_PIECE, elements - start)
 
 
 def _elements(stream: Stream, value: Expr, count: int) -> torch.Tensor:

@@ -9,17 +9,15 @@ from typing import NamedTuple
 
 from converter import catalogue
 from converter.checkpoint import Tensor
-from converter.errors import LayoutError, MappingError, printable
+from converter.errors import LayoutError, MappingError
 from converter.mapping.apply import claim
 from converter.mapping.expr import Expr, read, sources
-from converter.mapping.parse import FAMILIES
+from converter.mapping.parse import FAMILIES, PLACES
 from converter.mapping.rules import Layout
+from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
 from converter.source import Identified, Source, chosen_state_dicts, identified
-from converter.unwrap import StateDict, plain_names, without_common_prefixes
-
-# As DeepSeek-OCR prefixes them, where both families are there: their names are kept apart.
-_PREFIXES = {"sam": "sam_model.", "clip": "vision_model."}
+from converter.unwrap import StateDict, largest, plain_names, without_common_prefixes
 
 Named = dict[str, Expr]
 
@@ -47,13 +45,7 @@ def side_of(opened: Source, path: str) -> Side:
     # A file with one state dict alone leaves nothing to choose.
     if path and len(entries) > 1:
         entries = chosen_state_dicts(opened, path)
-    chosen = max(entries, key=lambda entry: len(entry.tensors))
-    rivals = [printable(entry.path) or "." for entry in entries if len(entry.tensors) == len(chosen.tensors)]
-    if len(rivals) > 1:
-        raise LayoutError(
-            f"{opened.name}: holds {len(rivals)} state dicts of {len(chosen.tensors)} tensors: {', '.join(rivals)}\n"
-            f"choose one, such as --state-dict {rivals[0]}"
-        )
+    chosen = largest(entries, opened.name)
     known: dict[str, Identified] = {}
     for family in FAMILIES:
         # A checkpoint that fits two layouts is compared by its own names.
@@ -74,17 +66,18 @@ def common(a: Side, b: Side) -> Common:
         else:
             notes += _made_up(left, right)
             return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
-    plain = [list(without_common_prefixes(_plain(side), side.opened.name)) for side in (a, b)]
     # The first of equals: as little as possible is taken from the names.
-    (one, left_own), (other, right_own) = max(product(*plain), key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
+    pairs = product(_own(a), _own(b))
+    (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
     return Common(_read(left_own), _read(right_own), [], notes)
 
 
-def _plain(side: Side) -> dict[str, Tensor]:
-    return plain_names(side.state_dict.tensors, side.opened.name)
+def _own(side: Side) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A side's tensors under their own names, with more of what all begin with removed each time, and that prefix."""
+    return without_common_prefixes(plain_names(side.state_dict.tensors, side.opened.name), side.opened.name)
 
 
 def _read(tensors: Mapping[str, Tensor]) -> Named:
@@ -110,7 +103,8 @@ def _by_hub(side: Side, families: list[str]) -> _ByHub:
     for family in families:
         known = side.known[family]
         plan = hub_plan(side.opened, known._replace(tensors=_fitting(known)), Wish(family))
-        prefix = _PREFIXES[family] if len(families) > 1 else ""
+        # Where both families are there, their names are kept apart.
+        prefix = PLACES[family] if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.beyond}.items())
         filled.update(prefix + name for name in plan.filled)
     taken = {tensor.key for value in named.values() for tensor in sources(value)}
@@ -126,7 +120,7 @@ def _fitting(known: Identified) -> dict[str, Tensor]:
     layout = known.match.candidate.load()
     if isinstance(layout, Layout):
         templates = [*(spec.name for spec in layout.tensors), *(template for template, _ in layout.beyond)]
-        return {n: t for n, t in known.tensors.items() if any(template.match(n) is not None for template in templates)}
+        return {n: t for n, t in known.tensors.items() if any_match(templates, n)}
     unclaimed = set(claim(layout.rules_for(known.match.prefix), known.tensors).unclaimed)
     return {name: tensor for name, tensor in known.tensors.items() if name not in unclaimed}
 

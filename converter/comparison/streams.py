@@ -85,8 +85,8 @@ class Stream:
         return free
 
 
-def differing(pairs: Pairs, progress: Callable[[int], None]) -> set[str]:
-    """The names of the pairs that differ in a byte; `progress` is told the bytes that have been compared of each.
+def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
+    """The names of the pairs that differ in a byte; `count` is told of A's bytes as they are compared.
 
     The two of a pair have one type and one shape, and so equally many bytes.
     """
@@ -99,7 +99,7 @@ def differing(pairs: Pairs, progress: Callable[[int], None]) -> set[str]:
             if a.obj != b.obj:
                 found.update(names[i] for i in _unequal(a, b, at, ends))
             at += len(a)
-            progress(at)
+            count(len(a))
     return found
 
 

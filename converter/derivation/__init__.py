@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter import catalogue
-from converter.derivation.compose import Composed, common_prefix, compose, proved
+from converter.derivation.compose import Composed, compose, prove
 from converter.derivation.found import ALIKE, NAME, VALUES, Found, Job
-from converter.derivation.names import Symbols, by_names, depth_of
-from converter.errors import LayoutError, MappingError, UsageError, printable
+from converter.derivation.names import by_names
+from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
-from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
+from converter.source import Progress, Source, chosen_state_dicts, counter, identified, open_source
 from converter.stage import check_target, clear_remains, staged, write_all
-from converter.unwrap import StateDict, plain_names
+from converter.unwrap import largest, plain_names
 from converter.writing import check_not_source
 
 
@@ -76,32 +76,25 @@ def derive(
 
     `out` is written if all of the target was found, or with `partial`; `Derived.written` says so. `name` is the
     layout's (default: the file's), `family` decides where a target holds several, `state_dict` as in `convert`.
+
+    Raises a DsocrError: LayoutError where TARGET is of no known layout, or SOURCE of several state dicts, MappingError
+    where a name cannot be written or the names misled, OutputError before anything is read if `out` cannot be written.
     """
     path = Path(out)
+    layout = name or path.stem
     clear_remains(path)
     check_target(path, force, 0)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_source(source)))
-        entry = _largest(opened, state_dict)
+        entry = largest(chosen_state_dicts(opened, state_dict), opened.name)
         tensors = {key: read(tensor) for key, tensor in plain_names(entry.tensors, opened.name).items()}
         job, other = _job(stack, opened.name, tensors, str(target), family, progress)
         check_not_source(path, [opened, other] if other else [opened])
         opened.fetch(entry.tensors.values() if other else (), progress)
         found, copies = _found(job, progress)
-        prefix = common_prefix(found, job.hub)
-        symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in tensors if key.startswith(prefix)]))
-        composed = compose(job, found, symbols, prefix, name or path.stem)
-        derived = _result(path, name or path.stem, job, composed, symbols)
-        if copies and derived.unmatched:
-            derived.notes.append(_told_of_copies(copies))
-        try:
-            if derived.complete:
-                proved(job, composed, derived.layout)
-        except MappingError as error:
-            # Names may have misled: what they suggest is worth a file to whoever asks for one.
-            if not partial or job.wanted:
-                raise
-            derived.notes.append(str(error))
+        composed = compose(job, found, layout)
+        derived = _result(path, layout, job, composed)
+        derived.notes.extend(_prove(job, composed, layout, partial) if derived.complete else _told_of_copies(copies))
         for file in (*opened.files, *(other.files if other else ())):
             file.check_unchanged()
     if composed.found and (partial or derived.complete):
@@ -109,18 +102,6 @@ def derive(
             write_all(fd, memoryview(composed.text.encode()))
         return derived._replace(written=True)
     return derived
-
-
-def _largest(opened: Source, state_dict: str | None) -> StateDict:
-    """The state dict that is meant: the one chosen, or the one that holds most."""
-    entries = sorted(chosen_state_dicts(opened, state_dict), key=lambda entry: -len(entry.tensors))
-    rivals = [printable(entry.path) or "." for entry in entries if len(entry.tensors) == len(entries[0].tensors)]
-    if len(rivals) > 1:
-        many = (
-            f"{opened.name}: holds {len(rivals)} state dicts of {len(entries[0].tensors)} tensors: {', '.join(rivals)}"
-        )
-        raise LayoutError(f"{many}\nchoose one, such as --state-dict {rivals[0]}")
-    return entries[0]
 
 
 def _job(
@@ -154,31 +135,30 @@ def _found(job: Job, progress: Progress) -> tuple[list[Found], list[tuple[str, .
     # torch is imported where values are read: names alone need none.
     from converter.derivation.match import by_values
 
-    total, done = sum(map(nbytes, (*job.tensors.values(), *job.wanted.values()))), 0
-
-    def told(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("reading", done, total)
-
-    return by_values(job.tensors, job.wanted, told)
+    total = sum(map(nbytes, (*job.tensors.values(), *job.wanted.values())))
+    return by_values(job.tensors, job.wanted, counter(progress, "reading", total))
 
 
-def _unmatched(job: Job, composed: Composed, symbols: Symbols) -> list[str]:
-    """The target's tensors that something must make, and nothing does."""
-    made = {name for one in composed.found for name in one.targets}
-    spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
-    names = [name for name in (job.wanted or symbols.tensors) if name not in made]
-    return [name for name in names if not any(template.match(name) is not None for template in spare)]
-
-
-def _told_of_copies(copies: list[tuple[str, ...]]) -> str:
+def _told_of_copies(copies: list[tuple[str, ...]]) -> list[str]:
+    if not copies:
+        return []
     names = f"{sum(map(len, copies))} tensors of SOURCE have another's values, such as {' and '.join(copies[0][:2])}"
-    return f"{names}: what is fused of them cannot be told; save one of each alone, then derive again"
+    return [f"{names}: what is fused of them cannot be told; save one of each alone, then derive again"]
 
 
-def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symbols) -> Derived:
-    unmatched = _unmatched(job, composed, symbols)
+def _prove(job: Job, composed: Composed, layout: str, partial: bool) -> list[str]:
+    """What is wrong with rules that names suggested, where a part of them is wanted too; else MappingError."""
+    try:
+        prove(job, composed, layout)
+    except MappingError as error:
+        # Names may have misled: what they suggest is worth a file to whoever asks for one.
+        if not partial or job.wanted:
+            raise
+        return [str(error)]
+    return []
+
+
+def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:
     counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
     known = catalogue.recognise(
         {name: tensor for name, value in job.tensors.items() for tensor in sources(value)},
@@ -186,7 +166,7 @@ def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symb
     )
     notes = list(composed.notes)
     ours, theirs = _floats(job.tensors), _floats(job.wanted)
-    if unmatched and theirs and not ours & theirs:
+    if composed.unmatched and theirs and not ours & theirs:
         notes.append(f"SOURCE is {', '.join(sorted(ours))}, TARGET {', '.join(sorted(theirs))}: no values can be equal")
     return Derived(
         output=str(path),
@@ -194,10 +174,10 @@ def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symb
         family=job.hub.family,
         source=job.source,
         target=job.target,
-        tensors=sum(counts.values()) + len(unmatched),
+        tensors=sum(counts.values()) + len(composed.unmatched),
         found={how: count for how, count in counts.items() if count},
         guessed={t: list(e.rivals) for e in composed.found if e.how != VALUES for t in e.targets},
-        unmatched=unmatched,
+        unmatched=composed.unmatched,
         dropped=composed.dropped,
         rules=composed.rules,
         known=[match.candidate.name for match in known],

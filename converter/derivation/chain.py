@@ -33,7 +33,7 @@ def _moved(tensor: torch.Tensor, wanted: tuple[int, ...]) -> Iterator[tuple[tupl
     straight = tuple(range(len(wanted)))
     for dims in itertools.permutations(straight) if len(wanted) <= _MOST_DIMS else [straight]:
         shape = tuple(wanted[dims.index(i)] for i in straight)
-        reshape = reshaping(tuple(tensor.shape), shape)
+        reshape = _reshaping(tuple(tensor.shape), shape)
         yield reshape if dims == straight else (*reshape, Permuted(dims)), tensor.reshape(shape).permute(dims)
 
 
@@ -54,7 +54,7 @@ def _interleaved(tensor: torch.Tensor, wanted: torch.Tensor) -> Deinterleave | N
     return None
 
 
-def reshaping(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
+def _reshaping(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
     """The operation from one shape to another of as many elements, in words that suit all sizes if there are any."""
     if before == after:
         return ()

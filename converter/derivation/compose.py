@@ -8,7 +8,7 @@ from typing import NamedTuple
 from converter import catalogue
 from converter.derivation.found import ALIKE, NAME, Found, Job, made_of
 from converter.derivation.generalise import Entry, Variables, generalised, listed
-from converter.derivation.names import Symbols
+from converter.derivation.names import Symbols, depth_of
 from converter.derivation.signature import recognise
 from converter.derivation.write import Draft, yaml_text
 from converter.errors import LayoutError, MappingError
@@ -18,6 +18,7 @@ from converter.mapping.parse import parse_mapping
 from converter.mapping.plan import make_plan
 from converter.mapping.rules import Layout
 from converter.mapping.rules import Mapping as Rules
+from converter.mapping.template import any_match
 
 _REMARKS = {
     ALIKE: "Several tensors have these very values: which is which was told by their names.",
@@ -27,41 +28,31 @@ _SIZED = "The numbers are this model's: larger ones need others."
 
 
 class Composed(NamedTuple):
-    """A mapping file: its text, what of the findings it says, and what could not be said."""
+    """A mapping file: its text, what of the findings it says, what makes nothing or is not made, and what to tell."""
 
     text: str
     found: list[Found]
+    unmatched: list[str]
     dropped: list[str]
     rules: int
     notes: list[str]
 
 
-def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: str) -> Composed:
-    """The mapping file for what was found."""
-    variables, notes = Variables(), list[str]()
-    said: list[Found] = []
-    entries: list[Entry] = []
-    for one in found:
-        entry = _entry(one, job.hub, variables, prefix)
-        if entry is None:
-            notes.append(f"{' + '.join(one.targets)} is in {' + '.join(one.sources)}, whose names no one rule can list")
-        else:
-            said.append(one)
-            entries.append(entry)
+def compose(job: Job, found: list[Found], name: str) -> Composed:
+    """The mapping file for what was found; `name` is the layout's. MappingError for a name that none can write."""
+    prefix = _common_prefix(found, job.hub)
+    symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in job.tensors if key.startswith(prefix)]))
+    variables = Variables()
+    made = [(one, _entry(one, job.hub, variables, prefix)) for one in found]
+    said = [one for one, entry in made if entry]
     used = {name for one in said for name in one.sources}
     dropped = [name for name in job.tensors if name not in used]
-    entries += [_drop(name, job, found) for name in dropped]
+    entries = [*(entry for _, entry in made if entry), *(_drop(name, job, found) for name in dropped)]
     inside = [entry for entry in entries if all(name.startswith(prefix) for name in entry.covers)]
     _check_names(name for entry in inside for name in entry.covers)
     outside = [entry for entry in entries if entry not in inside]
     beside = outside if any(entry.verb != "drop" for entry in outside) else []
-    places = {name: i for i, name in enumerate(dict.fromkeys((*symbols.tensors, *job.wanted)))}
-
-    def rules(entries: list[Entry]) -> list[Entry]:
-        """The fewest rules, in the order of the hub's tensors, drops last."""
-        made = generalised(entries, variables)
-        return sorted(made, key=lambda e: (min((places[n] for n in e.gives), default=len(places)), e.source))
-
+    order = list(dict.fromkeys((*symbols.tensors, *job.wanted)))
     draft = Draft(
         remark=f"Derived by `dsocr-convert mapping derive` from {_short(job.source)} and {_short(job.target)}.",
         layout=name,
@@ -69,11 +60,36 @@ def compose(job: Job, found: list[Found], symbols: Symbols, prefix: str, name: s
         description=f"the layout of {_short(job.source)}"[:100],
         prefix=prefix,
         recognise=recognise(said, prefix, job.tensors, job.hub, symbols),
-        rules=rules([_stripped(entry, prefix) for entry in inside]),
-        beside=rules(beside),
+        rules=_rules([_stripped(entry, prefix) for entry in inside], variables, order),
+        beside=_rules(beside, variables, order),
         elsewhere=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
     )
-    return Composed(yaml_text(draft, variables), said, dropped, len(draft.rules) + len(draft.beside), notes)
+    return Composed(
+        text=yaml_text(draft, variables),
+        found=said,
+        unmatched=_unmatched(job, said, symbols),
+        dropped=dropped,
+        rules=len(draft.rules) + len(draft.beside),
+        notes=[_unsaid(one) for one, entry in made if entry is None],
+    )
+
+
+def _rules(entries: list[Entry], variables: Variables, order: list[str]) -> list[Entry]:
+    """The fewest rules, in the order of the targets' names, drops last."""
+    places = {name: i for i, name in enumerate(order)}
+    made = generalised(entries, variables)
+    return sorted(made, key=lambda e: (min((places[n] for n in e.gives), default=len(places)), e.source))
+
+
+def _unsaid(one: Found) -> str:
+    return f"{' + '.join(one.targets)} is in {' + '.join(one.sources)}, whose names no one rule can list"
+
+
+def _unmatched(job: Job, found: list[Found], symbols: Symbols) -> list[str]:
+    """The target's tensors that something must make, and nothing does."""
+    made = {name for one in found for name in one.targets}
+    spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
+    return [name for name in job.wanted or symbols.tensors if name not in made and not any_match(spare, name)]
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -86,7 +102,7 @@ def _check_names(names: Iterable[str]) -> None:
         )
 
 
-def proved(job: Job, composed: Composed, name: str) -> None:
+def prove(job: Job, composed: Composed, name: str) -> None:
     """MappingError unless the text, read as any mapping file is and applied to the source, makes what was found."""
     mapping = parse_mapping(composed.text, f"{name}.yaml")
     assert isinstance(mapping, Rules)
@@ -102,14 +118,9 @@ def proved(job: Job, composed: Composed, name: str) -> None:
             raise MappingError(f"{job.source}: the rules derived make another {name!r} than was found: this is a bug")
 
 
-def common_prefix(found: list[Found], hub: Layout) -> str:
+def _common_prefix(found: list[Found], hub: Layout) -> str:
     """What the names of all tensors that lead to the hub's own begin with: whole segments."""
-    names = [
-        name
-        for one in found
-        for name in one.sources
-        if any(spec.name.match(target) is not None for spec in hub.tensors for target in one.targets)
-    ]
+    names = [name for one in found if any(map(hub.spec, one.targets)) for name in one.sources]
     if not names:
         return ""
     first, last = min(names).split("."), max(names).split(".")
@@ -141,7 +152,7 @@ def _entry(one: Found, hub: Layout, variables: Variables, prefix: str) -> Entry 
 
 def _optional(target: str, hub: Layout, inside: bool) -> str:
     """Whether other files of the layout may lack what this target is made of."""
-    spec = next((spec for spec in hub.tensors if spec.name.match(target) is not None), None)
+    spec = hub.spec(target)
     if spec is None:
         return "reading" if inside else "true"
     return "true" if spec.fill else ""

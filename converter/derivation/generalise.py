@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from converter.mapping.ops import Op
@@ -19,11 +19,6 @@ _RESERVED = ("layer", "rest")
 _ORDER = {("bias", "weight"): ("weight", "bias"), ("k", "q", "v"): ("q", "k", "v")}
 # Of numbers within a word (norm1, norm2) so many are listed; more are an index.
 _MOST_LISTED = 4
-
-
-def declared(kinds: Mapping[str, Kind]) -> list[str]:
-    """The variables in the order in which files declare them: indices, words, then what spans dots."""
-    return sorted(kinds, key=lambda name: (kinds[name] == "path", kinds[name] != "int", name == "param"))
 
 
 class Entry(NamedTuple):
@@ -61,10 +56,6 @@ class Variables:
         name = next(name for name in (usual, *_INTS) if name not in within)
         self.kinds[name] = "int"
         return name
-
-    def rest(self) -> str:
-        self.kinds["rest"] = "path"
-        return "rest"
 
     def words(self, words: Iterable[str], within: Collection[str] = ()) -> str:
         """The variable for some words, of no name in `within`."""
@@ -146,8 +137,8 @@ class _Generaliser:
             same = all(entry.target == head + entry.source.removeprefix(prefix) for entry in inside)
             if not same or not head.endswith(".") or {name for name in self.targets if name.startswith(head)} != ours:
                 return None
-        rest = f"{{{self.variables.rest()}}}"
-        return _merged(inside, prefix + rest, head and head + rest)
+        self.variables.kinds["rest"] = "path"
+        return _merged(inside, prefix + "{rest}", head and head + "{rest}")
 
     def numbers(self, entries: list[Entry]) -> list[Entry]:
         """Entries that differ in numbers alone, with indices for them."""
@@ -184,7 +175,7 @@ class _Generaliser:
         source, target = group[0].source, group[0].target
         in_source: dict[int, str] = {}
         in_target: dict[int, str] = {}
-        used = _used(source)
+        used = fields_of(source)
         for i, j, offset in fields:
             values = {str(numbers[i]) for numbers in sources}
             if not offset and _is_listed(source, i, values):
@@ -219,7 +210,7 @@ class _Generaliser:
         if len(group) < 2 or len(set(words)) < len(words):
             return None
         assert isinstance(source, str) and isinstance(target, str)
-        name = f"{{{self.variables.words(words, _used(source))}}}"
+        name = f"{{{self.variables.words(words, fields_of(source))}}}"
         return self._exact([entry for _, entry in group], source.replace("\0", name), target.replace("\0", name))
 
     def _exact(self, group: list[Entry], source: str, target: str) -> Entry | None:
@@ -291,8 +282,9 @@ def _replaced(text: str, fields: dict[int, str]) -> str:
     return _NUMBER.sub(lambda found: fields.get(next(nth), found[0]), text)
 
 
-def _used(text: str) -> set[str]:
-    return set(re.findall(r"\{([a-z_0-9]+)", text))
+def fields_of(text: str) -> set[str]:
+    """The variables that a template uses."""
+    return set(re.findall(r"\{([a-z][a-z_0-9]*)[+}-]", text))
 
 
 def _gaps(entry: Entry) -> Iterator[tuple[int, str, str, str]]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 # What programs call the same things. Words that every name of some layout has tell nothing: they become "".
 _MEANING = {
@@ -28,8 +28,6 @@ _MEANING = {
     **dict.fromkeys(("model", "module", "visual", "vision", "token", "c", "to", "in", "trunk"), ""),
 }
 _INDEX = re.compile(r"[0-9]+")
-
-Key = TypeVar("Key")
 
 
 class Label(NamedTuple):
@@ -84,29 +82,21 @@ def likeness(a: Label, b: Label, taught: Container[tuple[str, str]] = ()) -> flo
     return _shared(a.words, b.words) + (a.rank == b.rank) + 2 * modules + 0.5 * leaves
 
 
-class Pairing(NamedTuple):
-    """Two names that belong together, and the other sources that would have done as well."""
-
-    source: str
-    target: str
-    rivals: tuple[str, ...]
-
-
 def pair(
-    scored: Iterable[tuple[float, str, str]], accept: Callable[[str, str], bool] = lambda source, target: True
-) -> list[Pairing]:
-    """Pairs of (score, source, target), the best first, each name in one; `accept` may refuse one when it comes up."""
+    scored: Iterable[tuple[float, str, str]], accept: Callable[[str, str], bool]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each target its source, and the other sources that would have done as well.
+
+    Of (score, source, target) the best are taken first, each name once; `accept` may refuse a pair when it comes up.
+    """
     order = sorted(scored, key=lambda item: (-item[0], item[2], item[1]))
     equals: dict[tuple[float, str], list[str]] = defaultdict(list)
     for score, source, target in order:
         equals[score, target].append(source)
     taken: set[str] = set()
-    made: set[str] = set()
-    found = []
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for score, source, target in order:
-        if source not in taken and target not in made and accept(source, target):
+        if source not in taken and target not in found and accept(source, target):
             taken.add(source)
-            made.add(target)
-            rivals = tuple(other for other in equals[score, target] if other != source)
-            found.append(Pairing(source, target, rivals))
+            found[target] = source, tuple(other for other in equals[score, target] if other != source)
     return found

@@ -6,18 +6,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cache
-from itertools import product
 
 from converter import catalogue
 from converter.derivation.found import NAME, Found, Named
 from converter.derivation.likeness import labels, likeness, pair
 from converter.dtypes import FLOAT32
 from converter.mapping.apply import apply, claim
-from converter.mapping.expr import Arange, Expr
+from converter.mapping.expr import Expr, Made
 from converter.mapping.route import identity
 from converter.mapping.rules import Layout, Rule, invert
 from converter.mapping.shapes import Dim, Shape, Sizes, fits
-from converter.mapping.template import Template
 
 # Of two that a person would call alike; a source that alone has a shape needs no likeness.
 _ENOUGH = 1.3
@@ -35,9 +33,10 @@ class Symbols:
         names = dict.fromkeys(dim.name for spec in hub.tensors for dim in spec.shape if dim.name)
         self._sizes = dict(zip(names, _PRIMES, strict=False))
         self.tensors = {
-            name: Arange(FLOAT32, tuple(self._number(dim) for dim in spec.shape))
+            # Of these, shapes alone are looked at.
+            name: Made(FLOAT32, tuple(self._number(dim) for dim in spec.shape), bytes)
             for spec in hub.tensors
-            for name in _expanded(spec.name, depth)
+            for name in spec.name.names(depth)
         }
 
     def _number(self, dim: Dim) -> int:
@@ -52,13 +51,6 @@ class Symbols:
             return Dim(0, None)
         named = next((name for name, prime in self._sizes.items() if size % prime == 0), None)
         return Dim(size // self._sizes[named], named) if named else Dim(size, None)
-
-
-def _expanded(template: Template, depth: int) -> Iterator[str]:
-    """The names a hub's template stands for in a model of `depth` layers."""
-    choices = [field.kind if isinstance(field.kind, tuple) else map(str, range(depth)) for field in template.fields]
-    for values in product(*choices):
-        yield template.fill(dict(zip((field.name for field in template.fields), values, strict=True)))
 
 
 def depth_of(names: Iterable[str]) -> int:
@@ -139,9 +131,8 @@ def _pairs(source: Named, target: Mapping[str, Shape]) -> dict[str, tuple[str, t
         for name in ranked[label.rank, len(target[other])]
         if (score := likeness(ours[name], label)) >= _ENOUGH
     ]
-    found = pair(scored, lambda name, other: fits(target[other], source[name].shape, sizes))
-    made = {entry.target: (entry.source, entry.rivals) for entry in found}
-    free = _by_shape(source, {entry.source for entry in found})
+    made = pair(scored, lambda name, other: fits(target[other], source[name].shape, sizes))
+    free = _by_shape(source, {name for name, _ in made.values()})
     for other in sorted(target.keys() - made.keys()):
         only = _only_one(target[other], free, sizes)
         if only:

@@ -11,7 +11,7 @@ from converter.mapping.expr import Expr
 from converter.mapping.ops import Deinterleave, run
 from converter.mapping.rules import Layout
 from converter.mapping.shapes import Dim, Shape
-from converter.mapping.template import Template
+from converter.mapping.template import Template, any_match
 
 
 def recognise(found: list[Found], prefix: str, tensors: Named, hub: Layout, symbols: Symbols) -> dict[str, Shape]:
@@ -21,15 +21,15 @@ def recognise(found: list[Found], prefix: str, tensors: Named, hub: Layout, symb
     others = [one for one in found if one not in telling and _is_telling(one, hub)]
     chosen = {one.sources[0]: one for one in (telling + others)[:3]}
     for rules in _rule_sets(hub):
-        if all(_has(rules, name) for name in chosen):
-            alone = [one for one in others if not _has(rules, one.sources[0])]
+        if all(any_match(rules, name) for name in chosen):
+            alone = [one for one in others if not any_match(rules, one.sources[0])]
             chosen.update((one.sources[0], one) for one in alone[:1])
     return {name.removeprefix(prefix): _symbolic(one, symbols, tensors[name].shape) for name, one in chosen.items()}
 
 
 def _is_telling(one: Found, hub: Layout) -> bool:
     """Whether every file of the layout has it: of the first block, or of none, and nothing the hub can do without."""
-    spec = next((spec for spec in hub.tensors if spec.name.match(one.targets[0]) is not None), None)
+    spec = hub.spec(one.targets[0])
     first = all(not part.isdigit() or part == "0" for part in one.targets[0].split("."))
     return spec is not None and first and not (spec.optional or spec.fill)
 
@@ -40,10 +40,6 @@ def _rule_sets(hub: Layout) -> Iterator[list[Template]]:
     for mapping in catalogue.mappings(hub.family):
         for prefix in mapping.signature.prefixes:
             yield [template for rule in mapping.rules_for(prefix) for template in rule.sources]
-
-
-def _has(templates: list[Template], name: str) -> bool:
-    return any(template.match(name) is not None for template in templates)
 
 
 def _symbolic(one: Found, symbols: Symbols, shape: tuple[int, ...]) -> Shape:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import NamedTuple
 
-from converter.derivation.generalise import Entry, Variables, declared
+from converter.derivation.generalise import Entry, Variables, fields_of
 from converter.mapping.ops import Deinterleave, Fuse, Op, Permuted, Reshaped, Split, Squeeze, Unsqueeze
 from converter.mapping.shapes import Shape, written
 from converter.mapping.template import Kind
@@ -35,11 +35,12 @@ def yaml_text(draft: Draft, variables: Variables) -> str:
     lines = [f"# {line}" for line in wrap(_text(draft.remark), _WIDTH - 2, break_on_hyphens=False)]
     lines += [f"layout: {_plain(_text(draft.layout))}", f"family: {draft.family}"]
     lines += [f"description: {_plain(_text(draft.description))}", ""]
-    used = {field for entry in (*draft.rules, *draft.beside) for field in _fields(entry)}
+    used = {field for entry in (*draft.rules, *draft.beside) for field in fields_of(f"{entry.source} {entry.target}")}
     if used:
-        lines.append("variables:")
-        lines += [f"  {name}: {_kind(variables.kinds[name])}" for name in declared(variables.kinds) if name in used]
-        lines.append("")
+        kinds = {name: kind for name, kind in variables.kinds.items() if name in used}
+        # Indices, words, then what spans dots.
+        order = sorted(kinds, key=lambda name: (kinds[name] == "path", kinds[name] != "int", name == "param"))
+        lines += ["variables:", *(f"  {name}: {_kind(kinds[name])}" for name in order), ""]
     if draft.prefix:
         lines.append(f"strip: {_plain(draft.prefix)}")
     lines.append("recognise:")
@@ -50,10 +51,6 @@ def yaml_text(draft: Draft, variables: Variables) -> str:
     if draft.elsewhere:
         lines += ["", f"elsewhere: {_plain(draft.elsewhere)}"]
     return "\n".join(lines) + "\n"
-
-
-def _fields(entry: Entry) -> list[str]:
-    return re.findall(r"\{([a-z][a-z_0-9]*)[+}-]", f"{entry.source} {entry.target} ")
 
 
 def _kind(kind: Kind) -> str:

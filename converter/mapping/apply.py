@@ -42,7 +42,7 @@ class Claims:
 
 
 def claim(rules: tuple[Rule, ...], names: MappingABC[str, object]) -> Claims:
-    """Match every name against every rule."""
+    """Match every name against every rule; MappingError where there are too many of both to do so."""
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
     if len(templates) * len(names) > _MOST_COMPARED:
         raise MappingError(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from converter.checkpoint import Storage, Tensor
-from converter.dtypes import DType
+from converter.dtypes import INT64, DType
 
 
 class Extent(NamedTuple):
@@ -23,7 +23,7 @@ class Extent(NamedTuple):
     length: int
 
 
-# Bytes to write: from a file, or made up (position_ids).
+# Bytes to write: from a file, or made up (position_ids, an untrained compressor).
 Piece = Extent | bytes
 
 
@@ -88,16 +88,17 @@ class Resample(NamedTuple):
     grid: int
 
 
-class Arange(NamedTuple):
-    """0, 1, 2, ... as int64."""
+class Made(NamedTuple):
+    """What no source holds: `make` gives the bytes, little-endian and row-major, once they are wanted."""
 
     dtype: DType
     shape: tuple[int, ...]
+    make: Callable[[], bytes]
 
 
 # Named tuples, here and elsewhere in this package: frozen like a frozen dataclass, and made in a seventh of its time,
 # which for forty classes is 20 ms of every start.
-Expr = Read | Concat | Slice | Reshape | Permute | Cast | Resample | Arange
+Expr = Read | Concat | Slice | Reshape | Permute | Cast | Resample | Made
 
 
 def nbytes(expr: Expr) -> int:
@@ -108,6 +109,12 @@ def nbytes(expr: Expr) -> int:
 def read(tensor: Tensor) -> Expr:
     """The expression for a tensor of the source."""
     return Read(tensor.dtype, tensor.shape, tensor)
+
+
+def arange(shape: tuple[int, ...]) -> Expr:
+    """0, 1, 2, ... as int64."""
+    count = math.prod(shape)
+    return Made(INT64, shape, lambda: struct.pack(f"<{count}q", *range(count)))
 
 
 def sources(expr: Expr) -> Iterator[Tensor]:
@@ -180,9 +187,8 @@ def extents(expr: Expr) -> list[Piece] | None:
             row = nbytes(of) // max(of.shape[0], 1)
             whole = extents(of)
             return None if whole is None else _cut(whole, start * row, nbytes(expr))
-        case Arange():
-            count = math.prod(expr.shape)
-            return [struct.pack(f"<{count}q", *range(count))]
+        case Made(make=make):
+            return [make()]
     return None
 
 
@@ -205,17 +211,18 @@ def merge(pieces: list[Piece]) -> list[Piece]:
     """The same bytes in as few extents as possible: neighbours in one storage, or in one file without checksums."""
     result: list[Piece] = []
     for piece in pieces:
-        last = result[-1] if result else None
-        if isinstance(piece, Extent) and isinstance(last, Extent):
-            joined = _join(last, piece)
-            if joined is not None:
-                result[-1] = joined
-                continue
-        result.append(piece)
+        both = _both(result[-1], piece) if result else None
+        if both is None:
+            result.append(piece)
+        else:
+            result[-1] = both
     return result
 
 
-def _join(a: Extent, b: Extent) -> Extent | None:
+def _both(a: Piece, b: Piece) -> Extent | None:
+    """The extent that begins with one and ends with the other, if there is one."""
+    if isinstance(a, bytes) or isinstance(b, bytes):
+        return None
     if a.storage is b.storage and a.start + a.length == b.start:
         return Extent(a.storage, a.start, a.length + b.length)
     if a.storage.file is not b.storage.file or a.storage.crc32 is not None or b.storage.crc32 is not None:

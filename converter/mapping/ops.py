@@ -1,4 +1,8 @@
-"""What a rule does to tensors. Every operation knows its inverse or says why it has none."""
+"""What a rule does to tensors. Every operation knows its inverse or says why it has none.
+
+`one` makes one tensor of another; `apply`, of Fuse and Split, makes all of a rule's tensors of all of them. Both raise
+ValueError where shapes or types do not allow it. `inverse` raises LossyError.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from converter.dtypes import BY_NAME
 from converter.mapping.ops import (
@@ -21,7 +21,7 @@ from converter.mapping.ops import (
     Unsqueeze,
 )
 from converter.mapping.rules import Layout, Mapping, Rule, Signature, TensorSpec
-from converter.mapping.shapes import Shape, parse_dim
+from converter.mapping.shapes import Dim, Shape, parse_dim
 from converter.mapping.template import LONGEST_WORD, Kind, Template
 from converter.mapping.yamltree import LARGEST, Tree, parse
 
@@ -31,12 +31,20 @@ MAPPING = (*_HEAD, "strip", "rules", "beside", "elsewhere")
 HUB = (*_HEAD, "sizes", "tensors", "beyond")
 TENSOR = ("shape", "dtype", "optional", "fill", "positions")
 NEEDED = ("layout", "family", "description", "recognise")
-# Of a verb's keys, those that a rule may lack.
-SPARE = ("then", "dim")
 KINDS = ("int", "name", "path")
 FAMILIES = ("sam", "clip")
+# Where DeepSeek-OCR's model has the encoder of each.
+PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 # Each is compared with every name of a checkpoint.
 _MOST_RULES = 4096
+# The keys that a rule needs, by what it is called, and those that it may have beside them.
+VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "keep": ((), ("then",)),
+    "rename": (("to",), ("then",)),
+    "fuse": (("parts", "into"), ("dim", "then")),
+    "split": (("parts", "into"), ("dim", "then")),
+    "drop": (("because",), ()),
+}
 
 
 def parse_signature(text: str, file: str) -> Signature:
@@ -156,8 +164,12 @@ def _recognise(tree: Tree) -> dict[str, Shape]:
 
 
 def _shape(tree: Tree) -> Shape:
-    items = tree.items("a shape such as [3*width, width]")
-    return tuple(item.checked(lambda item=item: parse_dim(item.text("a dimension"))) for item in items)  # type: ignore[misc]
+    return tuple(_dim(item) for item in tree.items("a shape such as [3*width, width]"))
+
+
+def _dim(tree: Tree) -> Dim:
+    text = tree.text("a dimension")
+    return tree.checked(lambda: parse_dim(text))
 
 
 def _template(text: str, tree: Tree, variables: dict[str, Kind]) -> Template:
@@ -169,7 +181,7 @@ def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
     if any(field.kind in ("name", "path") or field.offset for field in template.fields):
         raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
     if not tree.is_map:
-        return TensorSpec(template, _shape(tree), "", "", "", False, tree.place)
+        return TensorSpec(template, _shape(tree))
     fields = tree.fields("a shape, or shape and more", TENSOR)
     _require(tree, fields, "shape")
     dtype = fields["dtype"].text("an element type") if "dtype" in fields else ""
@@ -180,7 +192,7 @@ def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
         raise fields["fill"].fail("expected arange, of dtype int64")
     optional = fields["optional"].text("why it may be missing") if "optional" in fields else ""
     positions = "positions" in fields and fields["positions"].flag()
-    return TensorSpec(template, _shape(fields["shape"]), dtype, optional, fill, positions, tree.place)
+    return TensorSpec(template, _shape(fields["shape"]), dtype, optional, fill, positions)
 
 
 def _rules(tree: Tree, variables: dict[str, Kind]) -> tuple[Rule, ...]:
@@ -202,47 +214,29 @@ def _rule(tree: Tree, variables: dict[str, Kind]) -> Iterator[Rule]:
     if verb is None:
         found = ", ".join(map(repr, present)) or "nothing"
         raise tree.fail(f"expected a rule ({', '.join(VERBS)}), found {found}")
-    read, others = VERBS[verb]
-    fields = tree.fields("a rule", (verb, *others, "optional"))
-    _require(tree, fields, *(name for name in others if name not in SPARE))
+    needed, allowed = VERBS[verb]
+    fields = tree.fields("a rule", (verb, *needed, *allowed, "optional"))
+    _require(tree, fields, *needed)
     # `reading`: files without it are read, and what reads the written ones wants it.
     demanded = "optional" in fields and fields["optional"].is_text and fields["optional"].text("") == "reading"
     optional = demanded or ("optional" in fields and fields["optional"].flag())
-    return (rule._replace(demanded=demanded) for rule in read(tree, fields, variables, optional))
+    if verb == "drop":
+        reason = _reason(fields["because"])
+        for name in fields["drop"].words("a name, or a list of names"):
+            yield Rule((_template(name, fields["drop"], variables),), (), (), optional, reason, tree.place, demanded)
+        return
+    goal = {"keep": "keep", "rename": "to"}.get(verb, "into")
+    sources = _names(fields[verb], fields["parts"] if verb == "fuse" else None, variables)
+    targets = _names(fields[goal], fields["parts"] if verb == "split" else None, variables)
+    _same_variables(fields[goal], sources[0], targets[0])
+    yield Rule(sources, targets, _ops(fields, len(sources), len(targets)), optional, "", tree.place, demanded)
 
 
-def _keep(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
-    name = _template(fields["keep"].text("a name"), fields["keep"], variables)
-    return [Rule((name,), (name,), _then(fields), optional, "", tree.place)]
-
-
-def _rename(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
-    source = _template(fields["rename"].text("a name"), fields["rename"], variables)
-    target = _template(fields["to"].text("a name"), fields["to"], variables)
-    _same_variables(fields["to"], source, target)
-    return [Rule((source,), (target,), _then(fields), optional, "", tree.place)]
-
-
-def _fuse(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
-    parts = _parts(fields["fuse"], fields["parts"], variables)
-    target = _template(fields["into"].text("a name"), fields["into"], variables)
-    _same_variables(fields["into"], parts[0], target)
-    ops = (Fuse(len(parts), _dim(fields)), *_then(fields))
-    return [Rule(parts, (target,), ops, optional, "", tree.place)]
-
-
-def _split(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> list[Rule]:
-    source = _template(fields["split"].text("a name"), fields["split"], variables)
-    parts = _parts(fields["into"], fields["parts"], variables)
-    _same_variables(fields["into"], source, parts[0])
-    return [Rule((source,), parts, (Split(len(parts), _dim(fields)), *_then(fields)), optional, "", tree.place)]
-
-
-def _drop(tree: Tree, fields: dict[str, Tree], variables: dict[str, Kind], optional: bool) -> Iterator[Rule]:
-    reason = _reason(fields["because"])
-    names = fields["drop"].words("a name, or a list of names")
-    templates = (_template(name, fields["drop"], variables) for name in names)
-    return (Rule((name,), (), (), optional, reason, tree.place) for name in templates)
+def _ops(fields: dict[str, Tree], sources: int, targets: int) -> tuple[Op, ...]:
+    """What makes so many targets of so many sources, and what follows."""
+    dim = fields["dim"].number("a dimension") if "dim" in fields else 0
+    first = [Fuse(sources, dim)] if sources > 1 else [Split(targets, dim)] if targets > 1 else []
+    return (*first, *map(_op, fields["then"].items("a list of operations") if "then" in fields else ()))
 
 
 def _reason(tree: Tree) -> str:
@@ -252,19 +246,11 @@ def _reason(tree: Tree) -> str:
     return reason
 
 
-_Read = Callable[[Tree, dict[str, Tree], dict[str, Kind], bool], Iterable[Rule]]
-VERBS: dict[str, tuple[_Read, tuple[str, ...]]] = {
-    "keep": (_keep, ("then",)),
-    "rename": (_rename, ("to", "then")),
-    "fuse": (_fuse, ("parts", "into", "dim", "then")),
-    "split": (_split, ("parts", "into", "dim", "then")),
-    "drop": (_drop, ("because",)),
-}
-
-
-def _parts(tree: Tree, order: Tree, variables: dict[str, Kind]) -> tuple[Template, ...]:
-    """The template once for each part, in the order that `parts` gives."""
+def _names(tree: Tree, order: Tree | None, variables: dict[str, Kind]) -> tuple[Template, ...]:
+    """The template, or with `parts` one for each part, in the order given there."""
     template = _template(tree.text("a name"), tree, variables)
+    if order is None:
+        return (template,)
     chosen = order.fields("one variable and its words in order, such as {proj: [q, k, v]}")
     if len(chosen) != 1:
         raise order.fail("expected one variable and its words in order, such as {proj: [q, k, v]}")
@@ -283,16 +269,6 @@ def _same_variables(tree: Tree, source: Template, target: Template) -> None:
     if used != made:
         names = ", ".join(sorted(used ^ made))
         raise tree.fail(f"{source.text!r} and {target.text!r} use different variables: {names}")
-
-
-def _dim(fields: dict[str, Tree]) -> int:
-    return fields["dim"].number("a dimension") if "dim" in fields else 0
-
-
-def _then(fields: dict[str, Tree]) -> tuple[Op, ...]:
-    if "then" not in fields:
-        return ()
-    return tuple(_op(item) for item in fields["then"].items("a list of operations"))
 
 
 def _op(tree: Tree) -> Op:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 
-from converter.dtypes import INT64
 from converter.errors import MappingError, UsageError
 from converter.mapping.apply import Applied, apply, summary
-from converter.mapping.expr import Arange, Expr, nbytes, sources
+from converter.mapping.expr import Expr, arange, nbytes, sources
 from converter.mapping.ops import LARGEST_GRID, CastTo, ResamplePositions
 from converter.mapping.rules import Layout, Mapping, Rule, TensorSpec
 from converter.mapping.shapes import Sizes, fits, resolve, written
@@ -98,19 +95,8 @@ def _depth(target: Layout, applied: Applied) -> int:
     """How many layers there are: one more than the highest index."""
     numbered = [spec.name for spec in target.tensors if any(field.kind == "int" for field in spec.name.fields)]
     found = (template.match(name) for name in applied.values for template in numbered)
-    return max((int(value) + 1 for bindings in found if bindings for value in _ints(bindings)), default=0)
-
-
-def _ints(bindings: MappingABC[str, str]) -> Iterator[str]:
-    return (value for value in bindings.values() if value.isdigit())
-
-
-def _expected(spec: TensorSpec, depth: int) -> Iterator[str]:
-    """The names a spec stands for in a model of `depth` layers."""
-    choices = [field.kind if isinstance(field.kind, tuple) else map(str, range(depth)) for field in spec.name.fields]
-    names = [field.name for field in spec.name.fields]
-    for values in itertools.product(*choices):
-        yield spec.name.fill(dict(zip(names, values, strict=True)))
+    values = (value for bindings in found if bindings for value in bindings.values())
+    return max((int(value) + 1 for value in values if value.isdigit()), default=0)
 
 
 def _settle(plan: Plan, applied: Applied, where: str) -> None:
@@ -119,7 +105,7 @@ def _settle(plan: Plan, applied: Applied, where: str) -> None:
     problems: list[str] = []
     absent: list[tuple[TensorSpec, str]] = []
     for spec in plan.target.tensors:
-        for name in _expected(spec, plan.sizes["depth"]):
+        for name in spec.name.names(plan.sizes["depth"]):
             if name in values:
                 value = values.pop(name)
                 problems += _misfit(spec, name, value, plan.sizes)
@@ -159,7 +145,7 @@ def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
         shape = resolve(spec.shape, plan.sizes)
         if math.prod(shape) > MOST_POSITIONS:
             return [f"{name!r} cannot be made: {list(shape)} is more than any image has positions"]
-        plan.outputs[name] = Arange(INT64, shape)
+        plan.outputs[name] = arange(shape)
         plan.filled[name] = "0, 1, 2, ..."
     elif spec.optional:
         plan.missing[name] = spec.optional

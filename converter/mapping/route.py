@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from converter.mapping.apply import apply, claim, summary
 from converter.mapping.expr import Expr, sources
 from converter.mapping.plan import Plan, in_order
 from converter.mapping.rules import Layout, Mapping, Rule, Signature, invert
-from converter.mapping.template import Field, Template
+from converter.mapping.template import Template, any_match
 
 
 def identity(hub: Layout) -> Mapping:
@@ -77,22 +76,12 @@ def _count_layers(templates: Sequence[Template], made: Collection[str]) -> dict[
 def _expected(template: Template, layers: dict[str, int], made: Collection[str]) -> Iterator[str]:
     """The names that a template stands for; none where a variable may be anything and something was made."""
     count = layers.get(template.head, 0)
-    choices = {field.name: _choices(field, count) for field in template.fields}
-    unknown = [name for name, values in choices.items() if not values]
+    unknown = [field.name for field in template.fields if not field.choices(count)]
     if unknown and any(template.match(name) is not None for name in made):
-        return
+        return iter(())
     for name in unknown:
         template = template.bind(name, "*")
-        del choices[name]
-    for values in itertools.product(*choices.values()):
-        yield template.fill(dict(zip(choices, values, strict=True)))
-
-
-def _choices(field: Field, count: int) -> tuple[str, ...]:
-    """What a variable may stand for, where that is known."""
-    if field.kind == "int":
-        return tuple(map(str, range(count - field.offset)))
-    return field.kind if isinstance(field.kind, tuple) else ()
+    return template.names(count)
 
 
 def completed(plan: Plan, lent: Plan, dtype: str) -> Plan:
@@ -113,7 +102,7 @@ def _dropped(plan: Plan, target: Mapping, made: set[str], outputs: dict[str, Exp
     for name, value in {**plan.outputs, **plan.beyond}.items():
         if name in made:
             reason = "made anew by what loads it"
-        elif any(template.match(name) is not None for template in beside):
+        elif any_match(beside, name):
             reason = "beside the encoder; --whole takes it along"
         else:
             reason = f"{target.name} has no such tensor"

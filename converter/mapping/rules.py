@@ -108,11 +108,10 @@ class TensorSpec(NamedTuple):
 
     name: Template
     shape: Shape
-    dtype: str
-    optional: str
-    fill: str
-    positions: bool
-    place: Place
+    dtype: str = ""
+    optional: str = ""
+    fill: str = ""
+    positions: bool = False
 
 
 class Layout(NamedTuple):
@@ -131,3 +130,7 @@ class Layout(NamedTuple):
     beyond: tuple[tuple[Template, str], ...]
     place: Place
     digest: str
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """What the DeepEncoder's tensor of that name is to be, if it has one."""
+        return next((spec for spec in self.tensors if spec.name.match(name) is not None), None)

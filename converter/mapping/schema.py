@@ -268,10 +268,9 @@ def schema() -> Schema:
 
 
 def _rule(verb: str) -> Schema:
-    _, others = parse.VERBS[verb]
-    keys = (verb, *others, "optional")
-    needed = (verb, *(key for key in others if key not in parse.SPARE))
-    return {"description": VERBS[verb].text, **_object({**KEYS, verb: VERBS[verb]}, keys, needed)}
+    needed, spare = parse.VERBS[verb]
+    keys = (verb, *needed, *spare, "optional")
+    return {"description": VERBS[verb].text, **_object({**KEYS, verb: VERBS[verb]}, keys, (verb, *needed))}
 
 
 def _object(said: Mapping[str, Said], keys: Iterable[str], needed: Iterable[str]) -> Schema:

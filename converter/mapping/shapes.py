@@ -39,6 +39,7 @@ def parse_dim(text: str) -> Dim:
 
 
 def written(shape: Shape) -> str:
+    """The shape as mapping files have it."""
     return "[" + ", ".join(map(str, shape)) + "]"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,6 +35,12 @@ class Field(NamedTuple):
     name: str
     offset: int
     kind: Kind
+
+    def choices(self, layers: int) -> tuple[str, ...]:
+        """What it may stand for where there are so many layers; nothing where that may be any text."""
+        if self.kind == "int":
+            return tuple(map(str, range(layers - self.offset)))
+        return self.kind if isinstance(self.kind, tuple) else ()
 
 
 class Template:
@@ -101,6 +107,7 @@ class Template:
 
     @property
     def fields(self) -> tuple[Field, ...]:
+        """Its variables, from left to right."""
         return tuple(part for part in self.parts if isinstance(part, Field))
 
     @cached_property
@@ -142,8 +149,14 @@ class Template:
         return bindings
 
     def fill(self, bindings: Mapping[str, str]) -> str:
-        """The name that these values give."""
+        """The name that these values give; ValueError where an index would be negative."""
         return "".join(part if isinstance(part, str) else _filled(part, bindings[part.name]) for part in self.parts)
+
+    def names(self, layers: int) -> Iterator[str]:
+        """All names that it stands for where there are so many layers."""
+        fields = self.fields
+        for values in itertools.product(*(field.choices(layers) for field in fields)):
+            yield self.fill({field.name: value for field, value in zip(fields, values, strict=True)})
 
     def bind(self, name: str, value: str) -> Template:
         """The template with one variable replaced by its value."""
@@ -164,6 +177,11 @@ class Template:
             elif isinstance(last, str):
                 joined[-1] = last + part
         return Template(tuple(joined))
+
+
+def any_match(templates: Iterable[Template], name: str) -> bool:
+    """Whether the whole of `name` fits one of the templates."""
+    return any(template.match(name) is not None for template in templates)
 
 
 def _written(field: Field) -> str:

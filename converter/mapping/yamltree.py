@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Tree:
-    """One node of a YAML document and the accessors that check what it is."""
+    """One node of a YAML document; what reads it raises MappingError, with the line, where it is not as expected."""
 
     def __init__(self, node: yaml.Node, file: str) -> None:
         self._node = node
@@ -35,10 +35,6 @@ class Tree:
     @property
     def is_text(self) -> bool:
         return isinstance(self._node, yaml.ScalarNode)
-
-    @property
-    def is_list(self) -> bool:
-        return isinstance(self._node, yaml.SequenceNode)
 
     @property
     def is_map(self) -> bool:
@@ -76,12 +72,14 @@ class Tree:
         return [self.text(what)] if self.is_text else [item.text(what) for item in self.items(what)]
 
     def flag(self) -> bool:
+        """`true` or `false`, of which YAML has more spellings."""
         text = self.text("true or false")
         if text not in ("true", "false"):
             raise self.fail(f"expected true or false, found {text!r}")
         return text == "true"
 
     def number(self, what: str) -> int:
+        """A number of nine digits at most, from 0."""
         text = self.text(what)
         # YAML's octal 010 would be eight to some, and ten to others.
         if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
@@ -105,7 +103,7 @@ class Tree:
     def _kind(self) -> str:
         if isinstance(self._node, yaml.ScalarNode):
             return f"{self._node.value!r}" if self._node.value else "nothing"
-        return "a list" if self.is_list else "a mapping"
+        return "a list" if isinstance(self._node, yaml.SequenceNode) else "a mapping"
 
 
 def parse(text: str, file: str) -> Tree:
