@@ -23,9 +23,11 @@ from test_oracles import SAVERS
 from torch import Tensor, nn
 
 import converter
+from converter import catalogue
 from converter.encoders import ClipEncoder, SamEncoder
 from converter.errors import MappingError, UsageError
 from converter.mapping.expr import extents
+from converter.mapping.parse import parse_mapping
 from converter.planning import Wish, planned
 from converter.source import open_source
 
@@ -280,6 +282,17 @@ def test_the_deepencoder_from_every_container(
     card = converter.convert(path, family, to=target, out=tmp_path / "out.safetensors", fill_from=fill)
     assert (card.mapping, card.target) == (source, target)
     strictly(target, safetensors.torch.load_file(tmp_path / "out.safetensors"))
+
+
+def test_a_layout_whose_mapping_rounds_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that ships is so; but anybody may put one beside those."""
+    text = catalogue.text("sam-timm").replace("- keep: pos_embed", "- {keep: pos_embed, then: [cast: float16]}")
+    ours = catalogue.load
+    lossy = parse_mapping(text, "lossy.yaml")
+    monkeypatch.setattr(catalogue, "load", lambda name: lossy if name == "sam-timm" else ours(name))
+    path = save(weights("sam-meta", seed=0), tmp_path / "a.pth")
+    with pytest.raises(MappingError, match=r"^lossy.yaml:\d+: has no way back, .*rounding"):
+        converter.convert(path, "sam", to="sam-timm", out=tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in pairs() if lacking(*pair)])

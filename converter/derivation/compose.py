@@ -159,7 +159,8 @@ def _optional(target: str, hub: Layout, inside: bool) -> str:
 
 
 def _drop(name: str, job: Job, found: list[Found]) -> Entry:
-    nothing = f"nothing in {_short(job.target)} has these values" if job.wanted else f"{job.target} has nothing like it"
+    by_values, by_names = "nothing in {} has these values", "not matched with anything of {} by name and shape"
+    nothing = by_values.format(_short(job.target)) if job.wanted else by_names.format(job.target)
     twin = next((one.sources[0] for one in found if one.rivals == (name,) and one.how == ALIKE), None)
     reason = f"the same tensor as {twin}" if twin else nothing
     return Entry("drop", name, "", frozenset({name}), frozenset(), optional="true", reason=reason)

@@ -66,7 +66,9 @@ def by_names(source: Named, hub: Layout, layout: str) -> list[Found]:
     source that holds more than one model, the one under whose prefix most is found.
     """
     rules = {mapping.name: mapping.rules for mapping in catalogue.mappings(hub.family)}
-    chosen = [rules[layout]] if layout != hub.name else [identity(hub).rules, *rules.values()]
+    # What is lossy has no names of its own for the hub's tensors.
+    invertible = (some for some in rules.values() if not any(rule.targets and rule.lossy for rule in some))
+    chosen = [rules[layout]] if layout != hub.name else [identity(hub).rules, *invertible]
     tried: list[tuple[tuple[int, int, int], list[Found]]] = []
 
     @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingABC
 from typing import NamedTuple
 
+from converter.errors import MappingError
 from converter.mapping.ops import Op, why_lossy
 from converter.mapping.shapes import Shape
 from converter.mapping.template import Template
@@ -53,7 +54,9 @@ class Rule(NamedTuple):
         return self._replace(sources=tuple(template.prefixed(prefix) for template in self.sources))
 
     def inverse(self) -> Rule:
-        """The rule in the other direction; LossyError where an operation has no inverse."""
+        """The rule in the other direction; MappingError where an operation has no inverse."""
+        if self.targets and self.lossy:
+            raise MappingError(f"{self.place}: has no way back, so its layout cannot be written: {self.lossy}")
         ops = tuple(op.inverse() for op in reversed(self.ops))
         optional = self.optional and not self.demanded
         return self._replace(sources=self.targets, targets=self.sources, ops=ops, optional=optional)
@@ -95,7 +98,7 @@ class Mapping(NamedTuple):
 
 
 def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules from targets back to sources; drops vanish. LossyError where an operation has no inverse."""
+    """The rules from targets back to sources; drops vanish. MappingError where an operation has no inverse."""
     return tuple(rule.inverse() for rule in rules if rule.targets)
 
 
