@@ -30,7 +30,7 @@ def write_pth(fd: int, outputs: Outputs, progress: Progress, seen: Seen | None =
         _add(archive, "data.pkl", [state_dict_pickle(outputs)])
         _add(archive, "byteorder", [b"little"])
         for index, value in enumerate(outputs.values()):
-            _add(archive, f"data/{index}", pieces_of(value), nbytes(value), progress, seen)
+            _add(archive, f"data/{index}", pieces_of([value]), nbytes(value), progress, seen)
         _add(archive, "version", [b"3\n"])
 
 

@@ -22,8 +22,7 @@ def write_safetensors(
     write_all(fd, memoryview(safetensors_header(outputs, metadata)))
     with BackgroundWriter(fd, seen) as writer:
         copier = Copier(writer.exchange, progress)
-        for run in _runs(outputs.values()):
-            copier.copy(run)
+        copier.copy(pieces_of(outputs.values()))
         copier.flush()
 
 
@@ -40,27 +39,18 @@ def safetensors_header(outputs: Outputs, metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def pieces_of(value: Expr) -> Iterator[Piece | memoryview]:
-    """The bytes of one output tensor: extents where copying is enough, else computed."""
-    found = extents(value)
-    if found is not None:
-        yield from merge(found)
-        return
-    # Two seconds of import, for those conversions alone that need it.
-    from converter.compute import materialise
-
-    yield materialise(value)
-
-
-def _runs(values: Iterable[Expr]) -> Iterator[Iterable[Piece | memoryview]]:
-    """The pieces of all tensors, extents that follow on each other merged across tensors too."""
+def pieces_of(values: Iterable[Expr]) -> Iterator[Piece | memoryview]:
+    """The bytes of tensors, in order: extents where copying is enough, neighbours merged; else computed one by one."""
     run: list[Piece] = []
     for value in values:
         found = extents(value)
         if found is not None:
             run += found
             continue
-        yield merge(run)
+        yield from merge(run)
         run = []
-        yield pieces_of(value)
-    yield merge(run)
+        # Two seconds of import, for those conversions alone that need it.
+        from converter.compute import materialise
+
+        yield materialise(value)
+    yield from merge(run)

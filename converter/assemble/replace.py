@@ -220,8 +220,7 @@ def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count, seen: Seen
     write_all(fd, memoryview(_header(file, values)))
     with BackgroundWriter(fd, seen, write=_write_or_skip) as writer:
         copier = Copier(writer.exchange, count)
-        for value in values.values():
-            copier.copy(pieces_of(value))
+        copier.copy(pieces_of(values.values()))
         copier.flush()
     # What was skipped last.
     os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
