@@ -7,12 +7,13 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
 from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
-from converter.errors import ContainerError, LayoutError, OutputError, UsageError
+from converter.errors import ContainerError, LayoutError, UsageError
 from converter.files import SourceFile
 from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
@@ -20,15 +21,14 @@ from converter.mapping.expr import Expr, Read, nbytes, read
 from converter.mapping.ops import CastTo
 from converter.planning import Wish, to_hub
 from converter.source import Source
-from converter.stage import check_folder, check_target, new_file, write_all
+from converter.stage import new_file, write_all
 from converter.write import pieces_of
+from converter.writing import Count, Output
 
 # Where DeepSeek-OCR's model has the two encoders.
 PLACES = {"sam": "sam_model.", "clip": "vision_model."}
 
 _ZEROS = bytes(BUFFER)
-
-Count = Callable[[int], None]
 
 
 class Copy(NamedTuple):
@@ -159,21 +159,15 @@ def _within(folder: Path, path: Path) -> bool:
     return any(path.resolve().is_relative_to(root) for root in (folder.resolve(), *blobs))
 
 
-def check_output(copy: Copy, out: Path, force: bool) -> None:
-    """OutputError if the copy cannot be written to `out`, asked before anything is read."""
+def output_of_copy(copy: Copy) -> Output:
+    """The copy as an output: a folder, or a single file, whose headers say of their making what they said before."""
     # Not the files' sizes: what has holes keeps them.
-    needed = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
-    needed += sum(map(nbytes, copy.replaced.values()))
-    if copy.folder is None:
-        check_target(out, force, needed)
-    elif out.resolve().is_relative_to(copy.folder.resolve()):
-        raise OutputError(f"{out}: lies in the checkpoint's own folder\nchoose another path with --output")
-    else:
-        check_folder(out, force, needed)
+    room = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
+    room += sum(map(nbytes, copy.replaced.values()))
+    return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, apart=copy.folder)
 
 
-def write_copy(copy: Copy, place: int | Path, count: Count, seen: Seen | None) -> None:
-    """Write the copy into a file's descriptor or a new folder; `count` is told of bytes, `seen` shown them."""
+def _write(copy: Copy, place: int | Path, count: Count, seen: Seen | None) -> None:
     if isinstance(place, int):
         _write_shard(copy, copy.opened.files[0], place, count, seen)
     else:

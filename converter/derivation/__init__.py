@@ -16,9 +16,9 @@ from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
 from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
-from converter.stage import check_target, clear_remains, staged, write_all
+from converter.stage import clear_remains, staged, write_all
+from converter.target import check_not_source, check_target
 from converter.unwrap import StateDict, plain_names
-from converter.writing import check_not_source
 
 
 class Derived(NamedTuple):
