@@ -15,7 +15,8 @@ from converter.mapping.expr import Expr, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.mapping.rules import Layout
 from converter.planning import Wish, hub_plan
-from converter.source import Identified, Source, chosen_state_dicts, identified
+from converter.recognition import Identified, chosen_state_dicts, identified
+from converter.source import Source
 from converter.unwrap import StateDict, plain_names, without_common_prefixes
 
 # As DeepSeek-OCR prefixes them, where both families are there: their names are kept apart.

@@ -15,7 +15,8 @@ from converter.errors import LayoutError, MappingError, UsageError, printable
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
-from converter.source import Progress, Source, chosen_state_dicts, identified, open_source
+from converter.recognition import chosen_state_dicts, identified, recognise
+from converter.source import Progress, Source, open_source
 from converter.stage import clear_remains, staged, write_all
 from converter.target import check_not_source, check_target
 from converter.unwrap import StateDict, plain_names
@@ -180,7 +181,7 @@ def _told_of_copies(copies: list[tuple[str, ...]]) -> str:
 def _result(path: Path, layout: str, job: Job, composed: Composed, symbols: Symbols) -> Derived:
     unmatched = _unmatched(job, composed, symbols)
     counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
-    known = catalogue.recognise(
+    known = recognise(
         {name: tensor for name, value in job.tensors.items() for tensor in sources(value)},
         catalogue.candidates(job.hub.family),
     )
