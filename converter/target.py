@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converter.errors import OutputError
+from converter.files import exists
 from converter.source import Source
 from converter.stage import check_name, writing
 
@@ -84,4 +85,4 @@ def is_source(path: Path, opened: Sequence[Source], *others: str | Path | None) 
             return False
         if (stat.st_dev, stat.st_ino) in [file.identity for source in opened for file in source.files]:
             return True
-        return any(os.path.exists(name) and os.path.samefile(name, path) for name in names)  # noqa: PTH110, PTH121
+        return any(exists(name) and path.samefile(name) for name in names)
