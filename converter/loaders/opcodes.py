@@ -171,7 +171,9 @@ _ARGUMENTS: dict[str, Reader] = {
     "h": _byte,
     "j": _number("<I"),
     "g": _as(_decimal, _line),
-    # How many values go into a tuple, a list or a dict; None for those since the last MARK.
+    # How many values go into a container; None for those since the last MARK.
+    "]": _constant(0),
+    "}": _constant(0),
     "\x85": _constant(1),
     "\x86": _constant(2),
     "\x87": _constant(3),

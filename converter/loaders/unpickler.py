@@ -148,13 +148,6 @@ class _Machine:
         del items[first:]
         return taken
 
-    def target(self, kind: type) -> Any:
-        """What the items just popped go into; only our own plain containers take any."""
-        target = self.stack[-1]
-        if type(target) is not kind:
-            raise PickleError(f"items for a {type(target).__name__}, which takes none\n{NEXT_STEP}")
-        return target
-
     def find(self, module: Any, name: Any) -> Any:
         """What the table has for a global, which is never imported."""
         if type(module) is not str or type(name) is not str:
@@ -260,68 +253,60 @@ def _get(m: _Machine, place: int) -> None:
 # ---- containers
 
 
-@_opcode("t\x85\x86\x87")
-def _tuple(m: _Machine, count: int | None) -> None:
-    m.push(tuple(m.pop(count)))
-
-
-@_opcode("]")
-def _empty_list(m: _Machine, _: None) -> None:
-    m.push([])
-
-
-@_opcode("l")
-def _list(m: _Machine, _: None) -> None:
-    m.push(m.pop())
-
-
-@_opcode("ae")
-def _append(m: _Machine, count: int | None) -> None:
-    items = m.pop(count)
-    m.target(list).extend(items)
-
-
-@_opcode("}")
-def _empty_dict(m: _Machine, _: None) -> None:
-    m.push({})
-
-
-@_opcode("d")
-def _dict(m: _Machine, _: None) -> None:
-    target: dict[Any, Any] = {}
-    _set_items(target, m.pop())
-    m.push(target)
-
-
-@_opcode("su")
-def _setitem(m: _Machine, count: int | None) -> None:
-    items = m.pop(count)
-    _set_items(m.target(dict), items)
-
-
-@_opcode("\x8f")
-def _empty_set(m: _Machine, _: None) -> None:
-    m.spend(8)  # it takes as much as eight arguments, and more than other objects
-    m.push(set())
-
-
-@_opcode("\x90")
-def _additems(m: _Machine, _: None) -> None:
-    items = m.pop()
-    m.target(set).update(map(hashable, items))
-
-
-@_opcode("\x91")
-def _frozenset(m: _Machine, _: None) -> None:
-    m.push(frozenset(map(hashable, m.pop())))
-
-
 def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
     if len(items) % 2:
         raise PickleError("a key without a value\ndownload or copy the file again")
     pairs = iter(items)
     for key, value in zip(pairs, pairs, strict=True):
         target[hashable(key)] = value
+
+
+def _dict(items: list[Any]) -> dict[Any, Any]:
+    target: dict[Any, Any] = {}
+    _set_items(target, items)
+    return target
+
+
+def _frozenset(items: list[Any]) -> frozenset[Any]:
+    return frozenset(map(hashable, items))
+
+
+def _update(target: set[Any], items: list[Any]) -> None:
+    target.update(map(hashable, items))
+
+
+def _made(codes: str, make: Callable[[list[Any]], Any]) -> None:
+    """These push a container of the values they take."""
+
+    @_opcode(codes)
+    def handler(m: _Machine, count: int | None) -> None:
+        m.push(make(m.pop(count)))
+
+
+def _filled(codes: str, kind: type, fill: Callable[[Any, list[Any]], None]) -> None:
+    """These put the values they take into the container below; only our own plain ones take any."""
+
+    @_opcode(codes)
+    def handler(m: _Machine, count: int | None) -> None:
+        items, target = m.pop(count), m.stack[-1]
+        if type(target) is not kind:
+            raise PickleError(f"items for a {type(target).__name__}, which takes none\n{NEXT_STEP}")
+        fill(target, items)
+
+
+_made("t\x85\x86\x87", tuple)
+_made("l]", list)
+_made("d}", _dict)
+_made("\x91", _frozenset)
+_filled("ae", list, list.extend)
+_filled("su", dict, _set_items)
+_filled("\x90", set, _update)
+
+
+@_opcode("\x8f")
+def _empty_set(m: _Machine, _: None) -> None:
+    m.spend(8)  # it takes as much as eight arguments, and more than other objects
+    m.push(set())
 
 
 # ---- globals: looked up in the table, never imported
