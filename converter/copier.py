@@ -23,7 +23,8 @@ _IN_FLIGHT = 4
 # Bytes between two hints to start writing to the disk.
 _WRITEBACK = 4 << 20
 
-Progress = Callable[[int], None]
+# Told the bytes handed on, each time some are.
+Count = Callable[[int], None]
 # Shown the tensors' bytes as they are written, all of them in their order.
 Seen = Callable[[memoryview], None]
 # Has a file grow by the bytes of a buffer.
@@ -37,7 +38,7 @@ class BackgroundWriter:
     block all is written; an error of the thread is raised from the call that follows it, or there.
     """
 
-    def __init__(self, fd: int, seen: Seen | None = None, write: Write | None = None) -> None:
+    def __init__(self, fd: int, seen: Seen | None = None, write: Write = write_all) -> None:
         self._fd, self._seen, self._write = fd, seen, write
         self._full: SimpleQueue[memoryview | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
@@ -68,7 +69,7 @@ class BackgroundWriter:
         while (full := self._full.get()) is not None:
             try:
                 if self._error is None:
-                    (self._write or write_all)(self._fd, full)
+                    self._write(self._fd, full)
                     self._written += len(full)
                     self._start_writeback()
                     if self._seen is not None:
@@ -94,12 +95,12 @@ class Copier:
 
     `exchange` takes the bytes to write and returns an empty buffer, which may be the same one. The CRC of a storage
     that a file gives one for is checked on the way, whole storages as they pass and others, of which only a part is
-    wanted, once before. `progress` is told the bytes handed on, each time some are.
+    wanted, once before. `count` is told of the bytes.
     """
 
-    def __init__(self, exchange: Callable[[memoryview], memoryview], progress: Progress) -> None:
+    def __init__(self, exchange: Callable[[memoryview], memoryview], count: Count) -> None:
         self._exchange = exchange
-        self._progress = progress
+        self._count = count
         self._buffer = memoryview(bytearray(BUFFER))
         self._used = 0
         self._checks = Checks()
@@ -116,7 +117,7 @@ class Copier:
     def flush(self) -> None:
         if self._used:
             self._buffer = self._exchange(self._buffer[: self._used])
-            self._progress(self._used)
+            self._count(self._used)
             self._used = 0
 
     def _copy_bytes(self, data: memoryview) -> None:

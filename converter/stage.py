@@ -169,7 +169,8 @@ class _Stage:
 def staging(force: bool) -> Iterator[Staging]:
     """What appears together when the block ends without an error.
 
-    Otherwise nothing is left, and what stood in the places before stands there still.
+    Otherwise nothing is left, and what stood in the places before stands there still. OutputError for what the system
+    refuses, and where something stands in a place that is not to be replaced.
     """
     new = Staging(force)
     try:
@@ -191,7 +192,7 @@ def staging(force: bool) -> Iterator[Staging]:
 def staged(path: Path, force: bool) -> Iterator[int]:
     """A file descriptor to write to; when the block ends without an error, what was written stands at `path`.
 
-    Otherwise nothing is left, and what stood at `path` before stands there still.
+    Otherwise nothing is left, and what stood at `path` before stands there still; OutputError as for `staging`.
     """
     with staging(force) as new:
         yield new.file(path)

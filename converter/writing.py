@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.cards.files import CardFiles
-from converter.copier import Seen
+from converter.copier import Count, Seen
 from converter.errors import OutputError
 from converter.locate import WEIGHTS
 from converter.mapping.expr import Expr, sources
@@ -21,9 +21,6 @@ from converter.target import check_folder, check_not_source, check_target
 from converter.write import Outputs, write_safetensors
 
 FORMATS = ("safetensors", "pth")
-
-# Told the bytes that were written, each time some are.
-Count = Callable[[int], None]
 
 
 class Output(NamedTuple):
@@ -44,7 +41,7 @@ class Output(NamedTuple):
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
-    """The format to write: the one asked for or, without, the one that the output's ending stands for."""
+    """The format to write: what was asked for or, without, what the output's ending says; UsageError if unknown."""
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
-from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
+from converter.copier import BUFFER, Count, Seen
 from converter.errors import ContainerError, LayoutError, UsageError
-from converter.files import SourceFile
+from converter.files import SourceFile, exists
 from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
 from converter.mapping.expr import Expr, Read, nbytes, read
@@ -22,8 +21,8 @@ from converter.mapping.ops import CastTo
 from converter.planning import Wish, to_hub
 from converter.source import Source
 from converter.stage import new_file, write_all
-from converter.write import pieces_of
-from converter.writing import Count, Output
+from converter.write import with_length, write_tensors
+from converter.writing import Output
 
 # Where DeepSeek-OCR's model has the two encoders.
 PLACES = {"sam": "sam_model.", "clip": "vision_model."}
@@ -76,8 +75,7 @@ def plan_copy(
     checkpoint's unless `dtype` says otherwise. LayoutError where it is of another kind, UsageError where names, shapes
     or types do not fit.
     """
-    # Unlike Path.exists(), not an error for a name that is too long.
-    if not os.path.exists(path):  # noqa: PTH110
+    if not exists(path):
         raise UsageError(
             f"--into {path}: no such file or folder\ndownload the checkpoint first (`hf download`), and give its folder"
         )
@@ -211,11 +209,7 @@ def _index(text: bytes, total: int) -> bytes:
 
 def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count, seen: Seen | None) -> None:
     values = copy.within(file)
-    write_all(fd, memoryview(_header(file, values)))
-    with BackgroundWriter(fd, seen, write=_write_or_skip) as writer:
-        copier = Copier(writer.exchange, count)
-        copier.copy(pieces_of(values.values()))
-        copier.flush()
+    write_tensors(fd, _header(file, values), values.values(), count, seen, _write_or_skip)
     # What was skipped last.
     os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
 
@@ -238,6 +232,4 @@ def _header(file: SourceFile, values: Mapping[str, Expr]) -> bytes:
         header[key] = {"dtype": value.dtype.code, "shape": list(value.shape), "data_offsets": [begin, end]}
     if header == before:
         return old
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return with_length(json.dumps(header, separators=(",", ":")).encode())
