@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+def counter(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """What sums up the bytes it is told of, and tells `progress`."""
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(what, done, total)
+
+    return count
+
+
 # What to do where shards and their index disagree.
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 

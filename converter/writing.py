@@ -15,7 +15,7 @@ from converter.mapping.expr import Expr, sources
 from converter.planning import check_choices
 from converter.pretrained.folder import pretrained_file
 from converter.report import Card
-from converter.source import Progress, Source
+from converter.source import Progress, Source, counter
 from converter.stage import clear_remains, staging
 from converter.target import check_folder, check_not_source, check_target
 from converter.write import Outputs, write_safetensors
@@ -112,16 +112,4 @@ def _read_ahead(opened: Sequence[Source], values: Iterable[Expr], total: int, pr
     for source in opened:
         source.prefetch(tensors, progress)
     # What is fetched takes longer than what is written, and is told of instead.
-    return (lambda nbytes: None) if any(source.remote for source in opened) else _counter(progress, total)
-
-
-def _counter(progress: Progress, total: int) -> Count:
-    """A sum of the bytes it is told, passed on to `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("converting", done, total)
-
-    return count
+    return (lambda nbytes: None) if any(source.remote for source in opened) else counter(progress, "converting", total)
