@@ -38,7 +38,7 @@ class BackgroundWriter:
     block all is written; an error of the thread is raised from the call that follows it, or there.
     """
 
-    def __init__(self, fd: int, seen: Seen | None = None, write: Write = write_all) -> None:
+    def __init__(self, fd: int, seen: Seen | None = None, write: Write | None = None) -> None:
         self._fd, self._seen, self._write = fd, seen, write
         self._full: SimpleQueue[memoryview | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
@@ -69,7 +69,7 @@ class BackgroundWriter:
         while (full := self._full.get()) is not None:
             try:
                 if self._error is None:
-                    self._write(self._fd, full)
+                    (self._write or write_all)(self._fd, full)
                     self._written += len(full)
                     self._start_writeback()
                     if self._seen is not None:

@@ -26,9 +26,9 @@ def write_safetensors(
 
 
 def write_tensors(
-    fd: int, header: bytes, values: Iterable[Expr], count: Count, seen: Seen | None, write: Write = write_all
+    fd: int, header: bytes, values: Iterable[Expr], count: Count, seen: Seen | None, write: Write | None = None
 ) -> None:
-    """Write a header, which is not counted, and the bytes of tensors after it, with `write`."""
+    """Write a header, which is not counted, and the bytes of tensors after it, with `write` if there is one."""
     write_all(fd, memoryview(header))
     with BackgroundWriter(fd, seen, write) as writer:
         copier = Copier(writer.exchange, count)
