@@ -1,8 +1,8 @@
-"""The mapping files that ship, and which of them a checkpoint's tensors fit."""
+"""The mapping files that ship, and those that a user gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Mapping as MappingABC
 from functools import cache, partial
 from importlib import import_module
@@ -12,14 +12,9 @@ from typing import NamedTuple
 from converter.checkpoint import Tensor
 from converter.errors import LayoutError, MappingError
 from converter.files import check_ends
-from converter.mapping.apply import claim
 from converter.mapping.parse import FAMILIES, parse_mapping, parse_signature
 from converter.mapping.rules import Layout, Mapping, Signature
-from converter.mapping.shapes import Sizes, fits
 from converter.mapping.yamltree import LARGEST
-
-# Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
-MOST_COMPARED = 10_000
 
 _EXAMPLE = "read one that ships: dsocr-convert mapping show clip-hf"
 
@@ -32,23 +27,16 @@ class Candidate(NamedTuple):
     load: Callable[[], Mapping | Layout]
 
 
-class Match(NamedTuple):
-    """A layout that fits a checkpoint whose names carry `prefix`."""
-
-    candidate: Candidate
-    prefix: str
-
-    @property
-    def evidence(self) -> list[str]:
-        """The tensors by which the layout was known."""
-        return [self.prefix + key for key in self.candidate.signature.tensors]
-
-
 @cache
 def names() -> tuple[str, ...]:
     """The names of all layouts that ship, hubs first."""
     found = [path.stem for path in _folder().glob("*.yaml")]
     return tuple(sorted(found, key=lambda name: (not name.startswith("deepencoder-"), name)))
+
+
+def names_of(family: str) -> list[str]:
+    """The names of a family's layouts, its hub first. A file's name tells, so that only one family's are read."""
+    return [name for name in names() if name.startswith(f"{family}-") or name == f"deepencoder-{family}"]
 
 
 def _folder() -> Path:
@@ -57,7 +45,7 @@ def _folder() -> Path:
 
 
 def text(name: str) -> str:
-    """The YAML of a layout that ships."""
+    """The YAML of a layout that ships; LayoutError where none is called so."""
     if name not in names():
         raise LayoutError(f"no layout is called {name!r}\nlayouts: {', '.join(names())}")
     return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
@@ -65,7 +53,7 @@ def text(name: str) -> str:
 
 @cache
 def load(name: str) -> Mapping | Layout:
-    """A layout that ships."""
+    """A layout that ships; LayoutError where none is called so."""
     return parse_mapping(text(name), f"{name}.yaml")
 
 
@@ -78,7 +66,7 @@ def read_file(path: Path) -> Mapping | Layout:
 
 
 def load_file(path: Path) -> Mapping:
-    """A user's own mapping file."""
+    """A user's own mapping file; MappingError where it is none, or not a valid one."""
     found = read_file(path)
     if isinstance(found, Layout):
         raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)\n{_EXAMPLE}")
@@ -110,15 +98,14 @@ def layouts_of(target: str) -> list[Mapping | Layout]:
 
 
 def mappings(family: str) -> list[Mapping]:
-    """The family's mappings that ship. A file's name tells its family, so that only one family's are read."""
-    found = (load(name) for name in names() if name.startswith(f"{family}-"))
-    return [mapping for mapping in found if isinstance(mapping, Mapping)]
+    """The family's mappings that ship."""
+    return [found for found in map(load, names_of(family)) if isinstance(found, Mapping)]
 
 
 def candidates(family: str) -> list[Candidate]:
     """All that a checkpoint of the family can be recognised as."""
-    ours = [name for name in names() if name.startswith(f"{family}-") or name == f"deepencoder-{family}"]
-    return [Candidate(name, parse_signature(text(name), f"{name}.yaml"), partial(load, name)) for name in ours]
+    signatures = {name: parse_signature(text(name), f"{name}.yaml") for name in names_of(family)}
+    return [Candidate(name, signature, partial(load, name)) for name, signature in signatures.items()]
 
 
 def only(mapping: Mapping) -> list[Candidate]:
@@ -126,52 +113,7 @@ def only(mapping: Mapping) -> list[Candidate]:
     return [Candidate(mapping.name, mapping.signature, lambda: mapping)]
 
 
-def recognise(tensors: MappingABC[str, Tensor], candidates: Iterable[Candidate]) -> list[Match]:
-    """The layouts that fit, each with the first of its prefixes that does."""
-    return [match for match in (_fit(tensors, candidate) for candidate in candidates) if match]
-
-
-def _fit(tensors: MappingABC[str, Tensor], candidate: Candidate) -> Match | None:
-    for prefix in candidate.signature.prefixes:
-        sizes: Sizes = {}
-        if all(
-            prefix + key in tensors and fits(shape, tensors[prefix + key].shape, sizes)
-            for key, shape in candidate.signature.tensors.items()
-        ):
-            return Match(candidate, prefix)
-    return None
-
-
 def count_known(family: str, tensors: MappingABC[str, Tensor]) -> int:
     """How many of the tensors have names of the family's hub layout."""
     templates = [spec.name for spec in hub(family).tensors]
     return sum(any(template.match(name) is not None for template in templates) for name in tensors)
-
-
-class Nearest(NamedTuple):
-    """The mapping that comes closest to tensors that fit none, and where it first differs from them."""
-
-    mapping: Mapping
-    prefix: str
-    unclaimed: list[str]
-    unmatched: list[str]
-
-
-def nearest(tensors: MappingABC[str, Tensor], candidates: list[Mapping]) -> Nearest | None:
-    """The mapping whose rules claim most of the tensors and are used most, or None where all claim nothing."""
-    if len(tensors) > MOST_COMPARED:
-        return None
-    best: Nearest | None = None
-    best_score = 0.0
-    for mapping in candidates:
-        for prefix in mapping.signature.prefixes:
-            rules = mapping.rules_for(prefix)
-            claims = claim(rules, tensors)
-            alive = len({index for index, _ in claims.groups})
-            claimed = sum(len(parts) for parts in claims.groups.values())
-            # A mapping of few wide rules claims much by chance: both shares count.
-            score = claimed / max(len(tensors), 1) * alive / len(rules)
-            if score > best_score:
-                dead = [rule.text for rule in claims.dead(rules)]
-                best, best_score = Nearest(mapping, prefix, claims.unclaimed, dead), score
-    return best

@@ -13,7 +13,7 @@ from converter.mapping.expr import Cast, Concat, Expr, Made, Permute, Read, Resa
 
 
 def materialise(expr: Expr) -> memoryview:
-    """The bytes of the tensor, little-endian and row-major."""
+    """The bytes of the tensor, little-endian and row-major; ContainerError where what it is made of is damaged."""
     return raw(evaluate(expr))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from threading import Thread
 
@@ -23,7 +23,8 @@ _IN_FLIGHT = 4
 # Bytes between two hints to start writing to the disk.
 _WRITEBACK = 4 << 20
 
-Progress = Callable[[int], None]
+# Told the bytes handed on, each time some are.
+Count = Callable[[int], None]
 # Shown the tensors' bytes as they are written, all of them in their order.
 Seen = Callable[[memoryview], None]
 # Has a file grow by the bytes of a buffer.
@@ -94,12 +95,12 @@ class Copier:
 
     `exchange` takes the bytes to write and returns an empty buffer, which may be the same one. The CRC of a storage
     that a file gives one for is checked on the way, whole storages as they pass and others, of which only a part is
-    wanted, once before. `progress` is told the bytes handed on, each time some are.
+    wanted, once before. `count` is told of the bytes.
     """
 
-    def __init__(self, exchange: Callable[[memoryview], memoryview], progress: Progress) -> None:
+    def __init__(self, exchange: Callable[[memoryview], memoryview], count: Count) -> None:
         self._exchange = exchange
-        self._progress = progress
+        self._count = count
         self._buffer = memoryview(bytearray(BUFFER))
         self._used = 0
         self._checks = Checks()
@@ -107,78 +108,61 @@ class Copier:
     def copy(self, pieces: Iterable[Piece | memoryview]) -> None:
         for piece in pieces:
             if isinstance(piece, Extent):
-                self._copy_extent(piece)
+                self._checks.read(piece, self._parts(piece.length))
             else:
                 self._copy_bytes(memoryview(piece))
+            # Before the next one is computed: both may be large.
+            del piece
 
     def flush(self) -> None:
         if self._used:
             self._buffer = self._exchange(self._buffer[: self._used])
-            self._progress(self._used)
+            self._count(self._used)
             self._used = 0
 
-    def _room(self) -> int:
-        if self._used == BUFFER:
-            self.flush()
-        return BUFFER - self._used
-
     def _copy_bytes(self, data: memoryview) -> None:
-        while data:
-            count = min(self._room(), len(data))
-            self._buffer[self._used : self._used + count] = data[:count]
-            self._used += count
-            data = data[count:]
+        for part in self._parts(len(data)):
+            part[:] = data[: len(part)]
+            data = data[len(part) :]
 
-    def _copy_extent(self, extent: Extent) -> None:
-        storage, start, length = extent
-        whole = length == storage.length
-        if storage.crc32 is not None and not whole:
-            self._checks.whole(storage)
-        crc, end = 0, start + length
-        while start < end:
-            count = min(self._room(), end - start)
-            view = self._buffer[self._used : self._used + count]
-            storage.file.readinto(view, storage.offset + start)
-            if whole and storage.crc32 is not None:
-                crc = isal_zlib.crc32(view, crc)
-            self._used += count
-            start += count
-        if whole and storage.crc32 is not None and crc != storage.crc32:
-            raise crc_error(storage)
+    def _parts(self, length: int) -> Iterator[memoryview]:
+        """Places in the buffers for the next `length` bytes, each to be filled before the next one is asked for."""
+        while length:
+            if self._used == BUFFER:
+                self.flush()
+            part = self._buffer[self._used : self._used + length]
+            yield part
+            self._used += len(part)
+            length -= len(part)
 
 
 class Checks:
-    """Checks CRCs of what is not copied: storages of which a part is wanted, or that are read straight into place."""
+    """Reads extents and checks the CRCs of the storages that they lie in."""
 
     def __init__(self) -> None:
         self._checked: set[int] = set()
+
+    def read(self, extent: Extent, parts: Iterable[memoryview]) -> None:
+        """Fill `parts`, together of the extent's size; ContainerError where its storage does not match its checksum."""
+        storage, start, length = extent
+        passes = length == storage.length
+        if not passes:
+            self.whole(storage)
+        crc, at = 0, storage.offset + start
+        for part in parts:
+            storage.file.readinto(part, at)
+            if passes and storage.crc32 is not None:
+                # While the bytes are in the processor's cache.
+                crc = isal_zlib.crc32(part, crc)
+            at += len(part)
+        if passes and storage.crc32 not in (None, crc):
+            raise crc_error(storage)
 
     def whole(self, storage: Storage) -> None:
         """Read a storage for its checksum alone, if it has one, and only once."""
         if storage.crc32 is None or id(storage) in self._checked:
             return
-        crc, start, view = 0, 0, memoryview(bytearray(BUFFER))
-        while start < storage.length:
-            count = min(BUFFER, storage.length - start)
-            storage.file.readinto(view[:count], storage.offset + start)
-            crc = isal_zlib.crc32(view[:count], crc)
-            start += count
-        if crc != storage.crc32:
-            raise crc_error(storage)
+        buffer = memoryview(bytearray(BUFFER))
+        parts = (buffer[: storage.length - at] for at in range(0, storage.length, BUFFER))
+        self.read(Extent(storage, 0, storage.length), parts)
         self._checked.add(id(storage))
-
-    def read(self, extent: Extent, into: memoryview) -> None:
-        """Fill `into` with an extent of its size; ContainerError where the storage does not match its checksum."""
-        storage, start, length = extent
-        checked = storage.crc32 is not None and length == storage.length
-        if not checked:
-            self.whole(storage)
-        crc, at = 0, storage.offset + start
-        for done in range(0, length, BUFFER):
-            # While they are in the processor's cache.
-            part = into[done : done + BUFFER]
-            storage.file.readinto(part, at + done)
-            if checked:
-                crc = isal_zlib.crc32(part, crc)
-        if checked and crc != storage.crc32:
-            raise crc_error(storage)

@@ -99,22 +99,22 @@ class LocalFile:
             except OSError as error:
                 raise ContainerError(f"{self.name}: cannot be read at byte {offset}: {error.strerror}") from error
             if not count:
-                raise ContainerError(
-                    f"{self.name}: truncated: {len(buffer)} bytes wanted at byte {offset}, the file has {self.size}\n"
-                    "download or copy it again"
-                )
+                raise self._truncated(offset, len(buffer))
             filled += count
 
     def read(self, offset: int, length: int) -> bytes:
         # Asked before the buffer is made: a file may claim any length it likes.
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise ContainerError(
-                f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}\n"
-                "download or copy it again"
-            )
+            raise self._truncated(offset, length)
         data = bytearray(length)
         self.readinto(memoryview(data), offset)
         return bytes(data)
+
+    def _truncated(self, offset: int, length: int) -> ContainerError:
+        return ContainerError(
+            f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}\n"
+            "download or copy it again"
+        )
 
     def map(self) -> mmap.mmap:
         """The file in memory, read as it is touched; what is written there never reaches the file."""
@@ -127,6 +127,11 @@ class LocalFile:
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise ContainerError(f"{self.name}: changed while it was being read\nwait until it is complete, then rerun")
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something at a path. Unlike for Path.exists(), a name that is too long is no error."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def check_ends(path: Path, error: type[DsocrError]) -> None:

@@ -12,8 +12,9 @@ from converter.hubs.address import Access
 from converter.mapping.expr import read
 from converter.mapping.parse import FAMILIES
 from converter.planning import Planned, Wish, check_not_converted, hub_plan
+from converter.recognition import chosen_state_dicts, identified, nearest_layout
 from converter.report import Inspection, Recognised, fold
-from converter.source import Source, chosen_state_dicts, identified, nearest_layout, open_source
+from converter.source import Source, open_source
 from converter.unwrap import StateDict
 
 
@@ -25,7 +26,11 @@ def inspect(
     hub: str | None = None,
     download: bool = False,
 ) -> Inspection:
-    """What a checkpoint holds, which layouts it fits and what a conversion would do; no weights are read."""
+    """What a checkpoint holds, which layouts it fits and what a conversion would do; no weights are read.
+
+    `source`, `state_dict`, `revision`, `hub` and `download` are as in `convert`. Raises a DsocrError where the source
+    cannot be read or holds no tensors; one of no known layout is no error.
+    """
     with closing(open_source(source, Access(revision, hub, download))) as opened:
         return _inspect(opened, state_dict)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from converter import strictjson
 from converter.errors import ContainerError, DsocrError, HubError, Name, UsageError, printable
-from converter.files import READ_STEP, LocalFile, SourceFile
+from converter.files import READ_STEP, LocalFile, SourceFile, exists
 from converter.hubs.address import Access, is_address, looks_like_repository, parse
 
 # In a folder, the first of these that is there: transformers looks in the same order.
@@ -25,6 +24,8 @@ INDEX = ".index.json"
 _INDEX_STEP = "download it again, from where its checkpoint was published"
 # Names in a message: some repositories have a checkpoint for every thousandth step.
 _SHOWN = 20
+
+P = TypeVar("P", bound=PurePath)
 
 
 class Located(NamedTuple):
@@ -49,8 +50,7 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
     path = Path(source)
     if is_address(source) or access.hub is not None:
         return _on_hub(source, access)
-    # Unlike Path.exists(), not an error for a name that is too long.
-    if os.path.exists(path):  # noqa: PTH110
+    if exists(path):
         if access.revision is not None or access.download:
             raise UsageError(f"{source}: is here already: --revision and --download are for repositories on a hub")
         return _here(path)
@@ -63,19 +63,25 @@ def locate(source: str, access: Access = Access()) -> Located:  # noqa: B008 (a 
 
 def _meant_here(path: Path) -> bool:
     """Whether a path to nothing is a mistyped file's, not a repository's: by its suffix, and the folder it is in."""
-    return path.suffix in (*WEIGHTS, ".json") and (len(path.parts) == 2 or os.path.exists(path.parts[0]))  # noqa: PTH110
+    return path.suffix in (*WEIGHTS, ".json") and (len(path.parts) == 2 or exists(path.parts[0]))
 
 
 def _here(path: Path) -> Located:
     if path.is_dir():
         path = path / choose(_files_in(path), str(path))
-    name = Name(path)
+    return _with_shards(Name(path), path, LocalFile, exists)
+
+
+def _with_shards(name: str, path: P, open_: Callable[[P], SourceFile], there: Callable[[P], bool]) -> Located:
+    """The file at a path or, where that is an index, the shards beside it."""
     if not path.name.endswith(INDEX):
-        return Located(name, (LocalFile(path),))
-    with closing(LocalFile(path)) as index:
-        # Unlike Path.exists(), not an error for a name that is too long.
-        weight_map, shards = read_index(index, name, lambda shard: os.path.exists(path.parent / shard))  # noqa: PTH110
-    return Located(name, tuple(LocalFile(path.parent / shard) for shard in shards), weight_map)
+        return Located(name, (open_(path),))
+    with closing(open_(path)) as index:
+        weight_map, shards = _read_index(index, name, lambda shard: there(path.with_name(shard)))
+    with ExitStack() as stack:
+        files = tuple(stack.enter_context(closing(open_(path.with_name(shard)))) for shard in shards)
+        stack.pop_all()
+    return Located(name, files, weight_map)
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -92,8 +98,8 @@ def _on_hub(source: str, access: Access) -> Located:
     from converter.hubs.remote import RemoteFile
 
     address = parse(source, access)
-    repository, notes = open_repository(address, lambda folder: _is_whole(folder / address.path))
-    folder = repository.folder()
+    repository = open_repository(address, lambda folder: _is_whole(folder / address.path))
+    folder, notes = repository.folder, repository.notes
     if folder is not None:
         found = _here(folder / address.path)
         # The name goes into the output, which is to be the same wherever the cache lies.
@@ -101,20 +107,15 @@ def _on_hub(source: str, access: Access) -> Located:
         return found._replace(name=name, commit=repository.commit, notes=tuple(notes))
     path = _chosen(repository.files, address.path, repository.name)
 
-    def open_(path: str) -> SourceFile:
-        local = repository.download(path) if access.download else repository.cached(path)
-        return LocalFile(local) if local is not None else RemoteFile(repository, path)
+    def open_(path: PurePosixPath) -> SourceFile:
+        name = str(path)
+        local = repository.download(name) if access.download else repository.cached(name)
+        return LocalFile(local) if local is not None else RemoteFile(repository, name)
 
-    name = f"{repository.name}/{path}"
-    if not path.endswith(INDEX):
-        file = open_(path)
-        return Located(name, (file,), None, repository.commit, (*notes, *_whence([file], access)))
-    with closing(open_(path)) as index:
-        weight_map, shards = read_index(index, name, lambda shard: _beside(path, shard) in repository.files)
-    with ExitStack() as stack:
-        files = tuple(stack.enter_context(closing(open_(_beside(path, shard)))) for shard in shards)
-        stack.pop_all()
-    return Located(name, files, weight_map, repository.commit, (*notes, *_whence(files, access)))
+    found = _with_shards(
+        f"{repository.name}/{path}", PurePosixPath(path), open_, lambda path: str(path) in repository.files
+    )
+    return found._replace(commit=repository.commit, notes=(*notes, *_whence(found.files, access)))
 
 
 def _whence(files: Iterable[SourceFile], access: Access) -> list[str]:
@@ -133,10 +134,6 @@ def _is_whole(path: Path) -> bool:
     for file in located.files:
         file.close()
     return True
-
-
-def _beside(path: str, name: str) -> str:
-    return str(PurePosixPath(path).with_name(name))
 
 
 def _chosen(files: Iterable[str], path: str, where: str) -> str:
@@ -167,7 +164,7 @@ def choose(names: Iterable[str], where: str, error: type[DsocrError] = Container
     raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, found))}\nname the one to convert")
 
 
-def read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
+def _read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
     """The `weight_map` of an index, and the shards it lists, which must lie beside it: `there` tells."""
     weight_map = _weight_map(file, name)
     shards = sorted(set(weight_map.values()))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from converter.cards.card import make_card
@@ -12,12 +12,10 @@ from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, planned
-from converter.pretrained.folder import folder_files, pretrained_file, wants_folder
+from converter.pretrained.folder import folder_files, wants_folder
 from converter.report import Card, some
 from converter.source import Progress, Source, open_source
-from converter.stage import check_folder, check_target, clear_remains, staging
-from converter.write import Outputs
-from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead, write_tensors
+from converter.writing import format_for, output_of, write
 
 
 def convert(
@@ -75,18 +73,14 @@ def convert(
         lender = stack.enter_context(closing(open_source(fill_from))) if fill_from is not None else None
         found = planned(opened, wish, lender)
         # Made before a dry run ends: that sizes contradict each other is known without writing.
-        documents = folder_files(found.plan, wish.whole) if folder else {}
+        documents = folder_files(found.plan, wish.whole) if folder else None
         record = make_card(opened, found, wish, target, format)
         record = record._replace(notes=record.notes + _lent(found.plan, lender))
         if dry_run:
             return record
         both = [opened, lender] if lender else [opened]
-        check_not_source(target, both, mapping)
-        clear_remains(target, files.all)
-        (check_folder if folder else check_target)(target, force, found.plan.nbytes)
-        files.check(target, both, force, mapping)
-        write(both, found.plan.outputs, record, record.metadata(), files, documents, force, progress)
-        return record._replace(written=True, fetched=fetched(both))
+        output = output_of(found.plan.outputs, record, record.metadata(), documents, mapping)
+        return write(output, record, both, files, force, progress)
 
 
 def _lent(plan: Plan, lender: Source | None) -> list[str]:
@@ -95,28 +89,3 @@ def _lent(plan: Plan, lender: Source | None) -> list[str]:
         return []
     names = [n for n, value in plan.outputs.items() if any(t.storage.file in lender.files for t in sources(value))]
     return [f"from {lender.name}: {some(names)}" if names else f"nothing was lacking: {lender.name} was not used"]
-
-
-def write(
-    opened: Sequence[Source],
-    outputs: Outputs,
-    card: Card,
-    metadata: dict[str, str],
-    files: CardFiles,
-    documents: Mapping[str, bytes],
-    force: bool,
-    progress: Progress,
-) -> None:
-    """Write the tensors, in a folder beside `documents` if there are any, and the card's files, or nothing of it.
-
-    `metadata` is what a safetensors file says of its making.
-    """
-    target = Path(card.output)
-    with staging(force) as new:
-        output = pretrained_file(new.folder(target), documents) if documents else nullcontext(new.file(target))
-        seen = files.stage(new, outputs)
-        with output as fd:
-            count = read_ahead(opened, outputs.values(), card.nbytes, progress)
-            write_tensors(fd, outputs, card.format, metadata, count, seen)
-        files.write(card, outputs, opened, seen, metadata if card.format == "safetensors" else None, progress)
-        check_unchanged(opened)

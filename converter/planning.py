@@ -14,7 +14,8 @@ from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan, make_plan
 from converter.mapping.route import completed, identity, retarget
 from converter.mapping.rules import Layout, Mapping
-from converter.source import Identified, Source, identify
+from converter.recognition import Identified, identify
+from converter.source import Source
 
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 # Positions of CLIP-L for such images take 1.4 GB, which are computed in memory.
@@ -38,7 +39,7 @@ class Wish(NamedTuple):
     def checked(self) -> Wish:
         """UsageError for a family, a type or a layout that does not exist, or options that contradict each other."""
         check_choices(family=(self.family, FAMILIES), dtype=(self.dtype, DTYPES))
-        layouts = [name for name in catalogue.names() if name.split("-")[0] == self.family or name == self.hub]
+        layouts = catalogue.names_of(self.family)
         if self.to and self.to not in layouts:
             raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}\nlayouts: {', '.join(layouts)}")
         if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
@@ -66,7 +67,7 @@ def to_hub(opened: Source, wish: Wish, dtype: str = "keep") -> Planned:
 
 
 def hub_plan(opened: Source, known: Identified, wish: Wish, dtype: str = "keep") -> Plan:
-    """The plan to the hub for a checkpoint that has been recognised."""
+    """The plan to the hub for a checkpoint that was recognised; MappingError where it does not fit all the same."""
     layout = known.match.candidate.load()
     hub = catalogue.hub(wish.family)
     mapping = identity(hub) if isinstance(layout, Layout) else layout
@@ -89,7 +90,11 @@ def _next_step(mapping: Mapping, wish: Wish) -> str:
 
 
 def planned(opened: Source, wish: Wish, lender: Source | None) -> Planned:
-    """The plan for a checkpoint; what it lacks is taken from `lender`, another one of the same model's sizes."""
+    """The plan for a checkpoint; what it lacks is taken from `lender`, another one of the same model's sizes.
+
+    LayoutError where it is of no known layout, or converted already; MappingError where it does not fit; UsageError for
+    a `lender` of other sizes.
+    """
     known, plan = to_hub(opened, wish, dtype="keep" if wish.to != wish.hub or lender else wish.dtype)
     if wish.to == wish.hub and lender is None:
         check_not_converted(opened, known)

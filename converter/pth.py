@@ -15,7 +15,7 @@ from functools import partial
 from typing import IO
 
 from converter.checkpoint import contiguous_strides
-from converter.copier import Copier, Progress, Seen
+from converter.copier import Copier, Count, Seen
 from converter.mapping.expr import Expr, Piece, nbytes
 from converter.write import Outputs, pieces_of
 
@@ -24,13 +24,13 @@ _LOCAL_HEADER = 30
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-def write_pth(fd: int, outputs: Outputs, progress: Progress, seen: Seen | None = None) -> None:
-    """Write what torch.save would make of an ordered dict of tensors: a zip of a pickle and stored members."""
+def write_pth(fd: int, outputs: Outputs, count: Count, seen: Seen | None = None) -> None:
+    """Write the zip; ContainerError where a source is damaged, OSError where the system refuses to write."""
     with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", [state_dict_pickle(outputs)])
         _add(archive, "byteorder", [b"little"])
         for index, value in enumerate(outputs.values()):
-            _add(archive, f"data/{index}", pieces_of(value), nbytes(value), progress, seen)
+            _add(archive, f"data/{index}", pieces_of([value]), nbytes(value), count, seen)
         _add(archive, "version", [b"3\n"])
 
 
@@ -39,7 +39,7 @@ def _add(
     name: str,
     pieces: Iterable[Piece | memoryview],
     size: int = 0,
-    progress: Progress = lambda _: None,
+    count: Count = lambda _: None,
     seen: Seen | None = None,
 ) -> None:
     # The date that zip gives to files without one: repeated runs give identical files.
@@ -51,7 +51,7 @@ def _add(
     padding = -begin % 64
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as member:
-        copier = Copier(partial(_write, member, seen), progress)
+        copier = Copier(partial(_write, member, seen), count)
         copier.copy(pieces)
         copier.flush()
 

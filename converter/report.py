@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from converter.checkpoint import Tensor
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON has it: named tuples are tables, and a number that is not finite is null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Card(NamedTuple):
@@ -63,7 +75,7 @@ class Card(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return self._asdict()
+        return cast("dict[str, Any]", as_json(self))
 
 
 class Group(NamedTuple):
@@ -95,9 +107,6 @@ class Recognised(NamedTuple):
     card: Card | None
     problem: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "card": self.card.to_json() if self.card else None}
-
 
 class Inspection(NamedTuple):
     """What a checkpoint holds. Counts are of the state dict with most tensors; `state_dicts` counts them all."""
@@ -115,8 +124,7 @@ class Inspection(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        groups = [group._asdict() for group in self.groups]
-        return {**self._asdict(), "groups": groups, "recognised": [found.to_json() for found in self.recognised]}
+        return cast("dict[str, Any]", as_json(self))
 
 
 def fold(tensors: Mapping[str, Tensor]) -> list[Group]:

@@ -1,25 +1,19 @@
-"""A checkpoint opened: its files, what they hold, and which layout of a family that is."""
+"""A checkpoint opened: its files, and what they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from converter import catalogue
-from converter.catalogue import Candidate, Match
 from converter.checkpoint import Contents, Tensor
-from converter.errors import ContainerError, LayoutError, UsageError, printable
+from converter.errors import ContainerError
 from converter.files import Range, SourceFile
 from converter.hubs.address import Access
 from converter.loaders import open_file
 from converter.locate import Located, locate
-from converter.mapping.apply import SHOWN
-from converter.mapping.parse import FAMILIES
-from converter.mapping.rules import Mapping
-from converter.unwrap import StateDict, plain_names, state_dicts, without_common_prefixes
 
 if TYPE_CHECKING:
     from converter.hubs.remote import RemoteFile
@@ -39,6 +33,12 @@ def counter(progress: Progress, what: str, total: int) -> Callable[[int], None]:
         progress(what, done, total)
 
     return count
+
+
+def check_unchanged(opened: Iterable[Source]) -> None:
+    """ContainerError where a file has changed since it was opened: what was read may be halves of two."""
+    for file in (file for source in opened for file in source.files):
+        file.check_unchanged()
 
 
 # What to do where shards and their index disagree.
@@ -92,20 +92,12 @@ class Source(NamedTuple):
             file.close()
 
 
-class Identified(NamedTuple):
-    """The state dict of a source that a layout fits.
-
-    `wrapper` is the prefix that was removed from all names to get `tensors`, whose keys are those the layout knows.
-    """
-
-    state_dict: StateDict
-    wrapper: str
-    tensors: dict[str, Tensor]
-    match: Match
-
-
 def open_source(name: str | Path, access: Access = Access()) -> Source:  # noqa: B008 (a tuple)
-    """Open all files of SOURCE and read what they say of their tensors, not the tensors."""
+    """Open all files of SOURCE and read what they say of their tensors, not the tensors.
+
+    ContainerError where one is missing, damaged or hostile, HubError where a hub fails, UsageError for a SOURCE that
+    contradicts `access`.
+    """
     located = locate(str(name), access)
     with ExitStack() as stack:
         for file in located.files:
@@ -136,87 +128,3 @@ def _joined(located: Located, shards: list[Contents]) -> Contents:
         what = f"lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}"
         raise ContainerError(f"{located.name}: {what}\n{_SHARDS_STEP}")
     return joined
-
-
-def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
-    """The state dicts of a source; with `path` (the option --state-dict, `.` for the top) that one alone."""
-    found = state_dicts(source.contents)
-    if not found:
-        raise LayoutError(
-            f"{source.name}: holds no tensors under names\n"
-            "save the model's state dict, not a list of tensors or a training record without one, and convert that"
-        )
-    if path is None:
-        return found
-    chosen = [entry for entry in found if entry.path == path.strip(".")]
-    if not chosen:
-        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict\nit has: {_paths(found)}")
-    return chosen
-
-
-def identify(source: Source, family: str, layouts: Sequence[Candidate], path: str | None) -> Identified:
-    """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
-    candidates = chosen_state_dicts(source, path)
-    found = identified(source, layouts, candidates)
-    if not found:
-        raise _unknown(source, family, layouts, candidates)
-    if len(found) > 1:
-        raise LayoutError(
-            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}\n"
-            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}"
-        )
-    return found[0]
-
-
-def identified(source: Source, layouts: Sequence[Candidate], candidates: list[StateDict]) -> list[Identified]:
-    """Those of the candidates that one of `layouts` fits."""
-    return [hit for hit in (_known(source, candidate, layouts) for candidate in candidates) if hit]
-
-
-def _known(source: Source, state_dict: StateDict, layouts: Sequence[Candidate]) -> Identified | None:
-    """The layout of a state dict, tried under its own names first, then with common prefixes removed."""
-    plain = plain_names(state_dict.tensors, source.name)
-    for wrapper, tensors in without_common_prefixes(plain, source.name):
-        matches = catalogue.recognise(tensors, layouts)
-        if len(matches) > 1:
-            names = ", ".join(match.candidate.name for match in matches)
-            raise LayoutError(f"{source.name}: fits several layouts: {names}\nchoose one with --mapping")
-        if matches:
-            return Identified(state_dict, wrapper, tensors, matches[0])
-    return None
-
-
-def _paths(entries: Sequence[StateDict]) -> str:
-    return ", ".join(f"{printable(entry.path) or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
-
-
-def _unknown(source: Source, family: str, layouts: Sequence[Candidate], candidates: list[StateDict]) -> LayoutError:
-    """What to say of a source that no layout fits: the other family's, or the nearest layout and the differences."""
-    largest = max(candidates, key=lambda entry: len(entry.tensors))
-    for other in FAMILIES:
-        if other != family and _known(source, largest, catalogue.candidates(other)):
-            return LayoutError(
-                f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other} ..."
-            )
-    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
-    mappings = [loaded for candidate in layouts if isinstance(loaded := candidate.load(), Mapping)]
-    lines += nearest_layout(source, largest, mappings)
-    lines.append("write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)")
-    return LayoutError("\n".join(lines))
-
-
-def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping]) -> list[str]:
-    """Lines on the mapping that comes closest to a state dict, and where the two first differ."""
-    tensors = plain_names(state_dict.tensors, source.name)
-    near = catalogue.nearest(tensors, mappings)
-    if near is None:
-        return [f"its first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
-    differences = [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
-    differences += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
-    for key, shape in near.mapping.signature.tensors.items():
-        tensor = tensors.get(near.prefix + key)
-        if tensor and len(tensor.shape) != len(shape):
-            differences.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
-    prefix = f" (prefix {near.prefix})" if near.prefix else ""
-    # With the lines around them a dozen.
-    return [f"nearest is {near.mapping.name}{prefix}:", *differences[:9]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -36,40 +35,6 @@ def clear_remains(output: Path, others: Sequence[Path] = ()) -> None:
                 clear(path, output)
 
 
-def check_target(path: Path, force: bool, needed: int, option: str = "output") -> None:
-    """OutputError if `path`, named by an option, cannot become a file of `needed` bytes; asked before reading."""
-    check_name(path)
-    with writing(path):
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder\ngive a file's path to --{option}")
-        if path.exists() and not path.is_file():
-            # A rename would put a file in the place of /dev/null.
-            raise OutputError(f"{path}: is a device or a pipe, which --force does not replace\ngive a file's path")
-        _check_place(path, force, needed, option)
-
-
-def check_folder(path: Path, force: bool, needed: int) -> None:
-    """OutputError if `path` cannot become a folder of `needed` bytes, asked before anything is read.
-
-    With `force` a folder is replaced with all that is in it: only one of files alone, and never the current one.
-    """
-    check_name(path)
-    with writing(path):
-        _check_place(path, force, needed, "output")
-        if os.path.lexists(path):
-            _check_replaced(path)
-
-
-def _check_replaced(path: Path) -> None:
-    if not path.is_dir():
-        raise OutputError(f"{path}: is a file\ngive a folder's path to --output, or a name that ends in .safetensors")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise OutputError(f"{path}: is the current folder, or holds it\nname a folder of its own with --output")
-    inner = next((entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()), None)
-    if inner is not None:
-        raise OutputError(f"{path}: holds a folder, {inner.name}: not replaced\nremove it, or choose another path")
-
-
 def check_name(path: Path) -> None:
     """OutputError for a path that the system cannot even look at: too long, or with a NUL in it."""
     try:
@@ -80,20 +45,6 @@ def check_name(path: Path) -> None:
         raise OutputError(
             f"{path}: cannot be written: {getattr(error, 'strerror', error)}\nchoose another path"
         ) from error
-
-
-def _check_place(path: Path, force: bool, needed: int, option: str) -> None:
-    folder = path.parent
-    elsewhere = f"choose another path with --{option}"
-    if not folder.is_dir():
-        raise OutputError(f"{path}: there is no folder {folder}\ncreate it, or {elsewhere}")
-    if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already\n{elsewhere}, or replace it with --force")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable\n{elsewhere}")
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(f"{path}: {needed} bytes are needed and {free} are free\nfree some room, or write elsewhere")
 
 
 @contextmanager
@@ -218,7 +169,8 @@ class _Stage:
 def staging(force: bool) -> Iterator[Staging]:
     """What appears together when the block ends without an error.
 
-    Otherwise nothing is left, and what stood in the places before stands there still.
+    Otherwise nothing is left, and what stood in the places before stands there still. OutputError for what the system
+    refuses, and where something stands in a place that is not to be replaced.
     """
     new = Staging(force)
     try:
@@ -240,7 +192,7 @@ def staging(force: bool) -> Iterator[Staging]:
 def staged(path: Path, force: bool) -> Iterator[int]:
     """A file descriptor to write to; when the block ends without an error, what was written stands at `path`.
 
-    Otherwise nothing is left, and what stood at `path` before stands there still.
+    Otherwise nothing is left, and what stood at `path` before stands there still; OutputError as for `staging`.
     """
     with staging(force) as new:
         yield new.file(path)

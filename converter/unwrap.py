@@ -53,7 +53,7 @@ def largest(entries: list[StateDict], source: str) -> StateDict:
 
 
 def plain_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors under names without the segments that torch.compile, DDP and FSDP add."""
+    """The tensors by names without what torch.compile, DDP and FSDP add; ContainerError where two become one."""
     if not any(segment in name for name in tensors for segment in (*_INNER, "module.")):
         return tensors
     return _renamed(tensors, {name: _without_wrappers(name) for name in tensors}, source)

@@ -1,25 +1,47 @@
-"""What every command that writes tensors does: read the sources ahead, write the output, check the sources."""
+"""How every command writes tensors: whole, with the card's files or not at all, and nothing over what it reads."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
-from converter.copier import Seen
+from converter.cards.files import CardFiles
+from converter.copier import Count, Seen
 from converter.errors import OutputError
 from converter.locate import WEIGHTS
 from converter.mapping.expr import Expr, sources
 from converter.planning import check_choices
-from converter.source import Progress, Source
-from converter.stage import check_name, writing
+from converter.pretrained.folder import pretrained_file
+from converter.report import Card
+from converter.source import Progress, Source, check_unchanged, counter
+from converter.stage import clear_remains, staging
+from converter.target import check_folder, check_not_source, check_target
 from converter.write import Outputs, write_safetensors
 
 FORMATS = ("safetensors", "pth")
 
 
+class Output(NamedTuple):
+    """What is to be written: `tensors` by name, in their order, which take `room` bytes, and `fill`, which writes them.
+
+    `fill` is given the descriptor of a new file, or the path of a new folder if this is one, whom to tell of bytes and
+    whom to show them to. `metadata` is what the output says of its making, if it says anything. It may not take the
+    place of `mapping`, a file that was read, nor lie in the folder `apart`.
+    """
+
+    tensors: Outputs
+    room: int
+    fill: Callable[[int | Path, Count, Seen | None], None]
+    folder: bool = False
+    metadata: dict[str, str] | None = None
+    mapping: str | Path | None = None
+    apart: Path | None = None
+
+
 def format_for(out: str | Path | None, format: str | None) -> str:
-    """The format to write: the one asked for or, without, the one that the output's ending stands for."""
+    """The format to write: what was asked for or, without, what the output's ending says; UsageError if unknown."""
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format
@@ -27,80 +49,65 @@ def format_for(out: str | Path | None, format: str | None) -> str:
     return "pth" if ending in WEIGHTS and ending != ".safetensors" else "safetensors"
 
 
-def check_not_source(target: Path, opened: Sequence[Source], mapping: str | Path | None = None) -> None:
-    """OutputError if what is to be written is one of the sources, the folder of one, or the mapping file."""
-    check_name(target)
-    with writing(target):
-        for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
-            # A link lies in one folder and leads to another.
-            if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
-                raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
-    if is_source(target, opened, mapping):
-        raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
+def output_of(
+    tensors: Outputs,
+    card: Card,
+    metadata: dict[str, str],
+    documents: Mapping[str, bytes] | None = None,
+    mapping: str | Path | None = None,
+) -> Output:
+    """A file of the tensors in the card's format, in a folder beside `documents` if there are any.
+
+    `metadata` has a place in safetensors alone.
+    """
+
+    def fill(place: int | Path, count: Count, seen: Seen | None) -> None:
+        with nullcontext(place) if isinstance(place, int) else pretrained_file(place, documents or {}) as fd:
+            if card.format == "pth":
+                # Imported here: the zip module is for those alone who ask for it.
+                from converter.pth import write_pth
+
+                write_pth(fd, tensors, count, seen)
+            else:
+                write_safetensors(fd, tensors, metadata, count, seen)
+
+    told = metadata if card.format == "safetensors" else None
+    return Output(tensors, card.nbytes, fill, documents is not None, told, mapping)
 
 
-def is_source(path: Path, opened: Sequence[Source], *others: str | Path | None) -> bool:
-    """Whether a path leads to a file of the sources, to an index of theirs, or to one of the other files."""
-    # An index is a source's name; one on a hub has a name that is no path.
-    names = [*(source.name for source in opened), *(other for other in others if other is not None)]
-    with writing(path):
-        try:
-            stat = path.stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            # There is no such file yet.
-            return False
-        if (stat.st_dev, stat.st_ino) in [file.identity for source in opened for file in source.files]:
-            return True
-        return any(os.path.exists(name) and os.path.samefile(name, path) for name in names)  # noqa: PTH110, PTH121
+def write(
+    output: Output, card: Card, opened: Sequence[Source], files: CardFiles, force: bool, progress: Progress
+) -> Card:
+    """Write an output to the card's place, with the card's files, or nothing of it; the card of what was written.
+
+    OutputError where it cannot be written there, or may not replace what stands there; ContainerError for a source that
+    is damaged, or changed meanwhile.
+    """
+    target = Path(card.output)
+    _check(output, target, opened, files, force)
+    with staging(force) as new:
+        place = new.folder(target) if output.folder else new.file(target)
+        seen = files.stage(new, output.tensors)
+        output.fill(place, _read_ahead(opened, output.tensors.values(), card.nbytes, progress), seen)
+        files.write(card, output.tensors, opened, seen, output.metadata, progress)
+        check_unchanged(opened)
+    return card._replace(written=True, fetched={file.name: file.fetched for source in opened for file in source.remote})
 
 
-def read_ahead(
-    opened: Sequence[Source], values: Iterable[Expr], total: int, progress: Progress
-) -> Callable[[int], None]:
+def _check(output: Output, target: Path, opened: Sequence[Source], files: CardFiles, force: bool) -> None:
+    """OutputError where the output or the card's files cannot be written; clears what dead runs left there."""
+    check_not_source(target, opened, output.mapping)
+    clear_remains(target, files.all)
+    if output.apart is not None and target.resolve().is_relative_to(output.apart.resolve()):
+        raise OutputError(f"{target}: lies in the checkpoint's own folder\nchoose another path with --output")
+    (check_folder if output.folder else check_target)(target, force, output.room)
+    files.check(target, opened, force, output.mapping)
+
+
+def _read_ahead(opened: Sequence[Source], values: Iterable[Expr], total: int, progress: Progress) -> Count:
     """Have what is on hubs fetched in the order of `values`; what is to be told of bytes that were written."""
     tensors = [tensor for value in values for tensor in sources(value)]
     for source in opened:
         source.prefetch(tensors, progress)
     # What is fetched takes longer than what is written, and is told of instead.
-    return (lambda nbytes: None) if any(source.remote for source in opened) else _counter(progress, total)
-
-
-def _counter(progress: Progress, total: int) -> Callable[[int], None]:
-    """A sum of the bytes it is told, passed on to `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("converting", done, total)
-
-    return count
-
-
-def write_tensors(
-    fd: int,
-    outputs: Outputs,
-    format: str,
-    metadata: dict[str, str],
-    count: Callable[[int], None],
-    seen: Seen | None = None,
-) -> None:
-    """The tensors as a file of the format; `metadata` has a place in safetensors alone."""
-    if format == "pth":
-        # Imported here: the zip module is for those alone who ask for it.
-        from converter.pth import write_pth
-
-        write_pth(fd, outputs, count, seen)
-    else:
-        write_safetensors(fd, outputs, metadata, count, seen)
-
-
-def check_unchanged(opened: Sequence[Source]) -> None:
-    """Before the output takes its place: a source that changed midway may have given halves of two files."""
-    for file in (file for source in opened for file in source.files):
-        file.check_unchanged()
-
-
-def fetched(opened: Sequence[Source]) -> dict[str, int]:
-    """Bytes that came over the network, by remote file."""
-    return {file.name: file.fetched for source in opened for file in source.remote}
+    return (lambda nbytes: None) if any(source.remote for source in opened) else counter(progress, "converting", total)

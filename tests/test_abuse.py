@@ -21,7 +21,7 @@ import converter
 from converter import catalogue
 from converter.cli.diff import diff as diff_command
 from converter.errors import ContainerError, DsocrError, OutputError, UsageError
-from converter.stage import check_folder, check_target
+from converter.target import check_folder, check_target
 from converter.verify import verify
 from converter.verify.views import check_files
 

@@ -16,7 +16,8 @@ from converter.errors import LayoutError, MappingError
 from converter.mapping.shapes import fits, parse_dim
 from converter.planning import Wish, to_hub
 from converter.pretrained import configs
-from converter.source import Source, identify
+from converter.recognition import identify
+from converter.source import Source
 from converter.unwrap import plain_names, without_common_prefixes
 
 # Far more than any takes now, and far less than all took.

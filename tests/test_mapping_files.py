@@ -14,8 +14,9 @@ from converter.mapping.expr import read
 from converter.mapping.parse import parse_mapping, parse_signature
 from converter.mapping.plan import make_plan
 from converter.mapping.rules import Layout, Mapping
+from converter.recognition import identify
 from converter.report import Card
-from converter.source import identify, open_source
+from converter.source import open_source
 
 
 @pytest.mark.parametrize("name", catalogue.names())

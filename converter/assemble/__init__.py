@@ -9,18 +9,16 @@ from pathlib import Path
 
 from converter.assemble.card import card_of_copy, make_card
 from converter.assemble.parts import PREFIX, put_together, taken_out
-from converter.assemble.replace import Copy, check_output, plan_copy, write_copy
+from converter.assemble.replace import output_of_copy, plan_copy
 from converter.cards.files import CardFiles
 from converter.errors import UsageError
 from converter.hubs.address import Access
 from converter.mapping.plan import in_order
-from converter.pipeline import write
 from converter.planning import DTYPES, check_choices
 from converter.report import Card
 from converter.source import Progress, Source, open_source
-from converter.stage import check_target, clear_remains, staging
 from converter.write import Outputs
-from converter.writing import check_not_source, check_unchanged, fetched, format_for, read_ahead
+from converter.writing import Output, format_for, output_of, write
 
 
 def encoder(
@@ -93,11 +91,15 @@ def encoder(
                 raise UsageError("--into: name what to write with --output")
             copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)
             record = card_of_copy(make_card(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
-            return record if dry_run else _write_copy(parts.opened, copy, record, files, force, progress)
+            if dry_run:
+                return record
+            return write(output_of_copy(copy), record, [*parts.opened, copy.opened], files, force, progress)
         names = {name: prefix + name for name in parts.outputs if name not in parts.constants}
         outputs = in_order({new: parts.outputs[name] for name, new in names.items()}, dtype)
         record = make_card(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
-        return record if dry_run else _write(parts.opened, outputs, record, files, force, progress)
+        if dry_run:
+            return record
+        return write(_output_of(outputs, record), record, parts.opened, files, force, progress)
 
 
 def _refuse(why: str, **options: object) -> None:
@@ -107,35 +109,7 @@ def _refuse(why: str, **options: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: {why}")
 
 
-def _write(
-    opened: Sequence[Source], outputs: Outputs, card: Card, files: CardFiles, force: bool, progress: Progress
-) -> Card:
-    """One file with the tensors, which appears whole or not at all."""
-    target = Path(card.output)
-    check_not_source(target, opened)
-    clear_remains(target, files.all)
-    check_target(target, force, card.nbytes)
-    files.check(target, opened, force)
+def _output_of(outputs: Outputs, card: Card) -> Output:
+    """A file of the tensors, which says where it is untrained."""
     untrained = {"compressor": min(card.filled.values())} if card.filled else {}
-    write(opened, outputs, card, {**card.metadata(), **untrained}, files, {}, force, progress)
-    return card._replace(written=True, fetched=fetched(opened))
-
-
-def _write_copy(
-    opened: Sequence[Source], copy: Copy, card: Card, files: CardFiles, force: bool, progress: Progress
-) -> Card:
-    """The checkpoint with the encoder replaced, which appears whole or not at all."""
-    target, everything, outputs = Path(card.output), [*opened, copy.opened], copy.tensors
-    check_not_source(target, everything)
-    clear_remains(target, files.all)
-    check_output(copy, target, force)
-    files.check(target, everything, force)
-    with staging(force) as new:
-        place = new.file(target) if copy.folder is None else new.folder(target)
-        seen = files.stage(new, outputs)
-        count = read_ahead(opened, outputs.values(), card.nbytes, progress)
-        write_copy(copy, place, count, seen)
-        # The shards' headers say what they said before.
-        files.write(card, outputs, everything, seen, None, progress)
-        check_unchanged(everything)
-    return card._replace(written=True, fetched=fetched(everything))
+    return output_of(outputs, card, {**card.metadata(), **untrained})

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from converter.checkpoint import Tensor
-from converter.copier import BUFFER, BackgroundWriter, Copier, Seen
-from converter.errors import ContainerError, LayoutError, OutputError, UsageError
-from converter.files import SourceFile
+from converter.copier import BUFFER, Count, Seen
+from converter.errors import ContainerError, LayoutError, UsageError
+from converter.files import SourceFile, exists
 from converter.locate import INDEX, WEIGHTS
 from converter.mapping.apply import summary
 from converter.mapping.expr import Expr, Read, nbytes, read
@@ -21,12 +21,11 @@ from converter.mapping.ops import CastTo
 from converter.mapping.parse import PLACES
 from converter.planning import Wish, to_hub
 from converter.source import Source
-from converter.stage import check_folder, check_target, new_file, write_all
-from converter.write import pieces_of
+from converter.stage import new_file, write_all
+from converter.write import with_length, write_tensors
+from converter.writing import Output
 
 _ZEROS = bytes(BUFFER)
-
-Count = Callable[[int], None]
 
 
 class Copy(NamedTuple):
@@ -74,8 +73,7 @@ def plan_copy(
     checkpoint's unless `dtype` says otherwise. LayoutError where it is of another kind, UsageError where names, shapes
     or types do not fit.
     """
-    # Unlike Path.exists(), not an error for a name that is too long.
-    if not os.path.exists(path):  # noqa: PTH110
+    if not exists(path):
         raise UsageError(
             f"--into {path}: no such file or folder\ndownload the checkpoint first (`hf download`), and give its folder"
         )
@@ -157,21 +155,15 @@ def _within(folder: Path, path: Path) -> bool:
     return any(path.resolve().is_relative_to(root) for root in (folder.resolve(), *blobs))
 
 
-def check_output(copy: Copy, out: Path, force: bool) -> None:
-    """OutputError if the copy cannot be written to `out`, asked before anything is read."""
+def output_of_copy(copy: Copy) -> Output:
+    """The copy as an output: a folder, or a single file, whose headers say of their making what they said before."""
     # Not the files' sizes: what has holes keeps them.
-    needed = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
-    needed += sum(map(nbytes, copy.replaced.values()))
-    if copy.folder is None:
-        check_target(out, force, needed)
-    elif out.resolve().is_relative_to(copy.folder.resolve()):
-        raise OutputError(f"{out}: lies in the checkpoint's own folder\nchoose another path with --output")
-    else:
-        check_folder(out, force, needed)
+    room = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
+    room += sum(map(nbytes, copy.replaced.values()))
+    return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, apart=copy.folder)
 
 
-def write_copy(copy: Copy, place: int | Path, count: Count, seen: Seen | None) -> None:
-    """Write the copy into a file's descriptor or a new folder; `count` is told of bytes, `seen` shown them."""
+def _write(copy: Copy, place: int | Path, count: Count, seen: Seen | None) -> None:
     if isinstance(place, int):
         _write_shard(copy, copy.opened.files[0], place, count, seen)
     else:
@@ -215,12 +207,7 @@ def _index(text: bytes, total: int) -> bytes:
 
 def _write_shard(copy: Copy, file: SourceFile, fd: int, count: Count, seen: Seen | None) -> None:
     values = copy.within(file)
-    write_all(fd, memoryview(_header(file, values)))
-    with BackgroundWriter(fd, seen, write=_write_or_skip) as writer:
-        copier = Copier(writer.exchange, count)
-        for value in values.values():
-            copier.copy(pieces_of(value))
-        copier.flush()
+    write_tensors(fd, _header(file, values), values.values(), count, seen, _write_or_skip)
     # What was skipped last.
     os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
 
@@ -243,6 +230,4 @@ def _header(file: SourceFile, values: Mapping[str, Expr]) -> bytes:
         header[key] = {"dtype": value.dtype.code, "shape": list(value.shape), "data_offsets": [begin, end]}
     if header == before:
         return old
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return with_length(json.dumps(header, separators=(",", ":")).encode())

@@ -10,8 +10,8 @@ from converter.errors import OutputError, UsageError
 from converter.mapping.expr import Expr
 from converter.report import Card
 from converter.source import Progress, Source
-from converter.stage import Staging, check_name, check_target, write_all, writing
-from converter.writing import is_source
+from converter.stage import Staging, check_name, write_all, writing
+from converter.target import check_target, is_source
 
 
 class CardFiles:

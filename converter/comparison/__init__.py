@@ -13,7 +13,7 @@ from converter.comparison.sides import Named, Side, common, side_of
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
 from converter.mapping.expr import Expr, nbytes, sources
-from converter.source import Progress, counter, open_source
+from converter.source import Progress, check_unchanged, counter, open_source
 
 
 def diff(
@@ -41,8 +41,7 @@ def diff(
         left, right = (stack.enter_context(closing(open_source(name))) for name in (a, b))
         sides = side_of(left, first), side_of(right, second or first)
         found = _compare(sides, progress)
-        for file in (*left.files, *right.files):
-            file.check_unchanged()
+        check_unchanged((left, right))
     return found
 
 

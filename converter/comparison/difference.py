@@ -6,6 +6,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from converter.report import as_json
+
 
 class Figures(NamedTuple):
     """A tensor in A and in B: elements that differ, the largest difference, and sums over all elements in float64.
@@ -112,18 +114,12 @@ class Difference(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: null for a number that is not finite."""
-        changed = [_finite(change._asdict()) for change in self.changed]
-        blocks = [_finite(block._asdict()) for block in self.blocks]
-        return {"equal": self.equal, **self._asdict(), "changed": changed, "blocks": blocks}
+        return {"equal": self.equal, **as_json(self)}
 
 
 def _furthest(change: Change) -> tuple[bool, float]:
     moved = change.relative or 0.0
     return not math.isnan(moved), -moved
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def block_of(name: str) -> str:

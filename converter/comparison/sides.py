@@ -16,7 +16,8 @@ from converter.mapping.parse import FAMILIES, PLACES
 from converter.mapping.rules import Layout
 from converter.mapping.template import any_match
 from converter.planning import Wish, hub_plan
-from converter.source import Identified, Source, chosen_state_dicts, identified
+from converter.recognition import Identified, chosen_state_dicts, identified
+from converter.source import Source
 from converter.unwrap import StateDict, largest, plain_names, without_common_prefixes
 
 Named = dict[str, Expr]

@@ -70,8 +70,7 @@ class Stream:
     def _run(self) -> None:
         try:
             copier = Copier(self._exchange, lambda count: None)
-            for value in self._values:
-                copier.copy(pieces_of(value))
+            copier.copy(pieces_of(self._values))
             copier.flush()
             self._full.put(None)
         except BaseException as error:  # told to the thread that waits for it

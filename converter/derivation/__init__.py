@@ -15,10 +15,11 @@ from converter.errors import LayoutError, MappingError, UsageError
 from converter.mapping.expr import Expr, nbytes, read, sources
 from converter.mapping.parse import FAMILIES
 from converter.planning import Wish, hub_plan
-from converter.source import Progress, Source, chosen_state_dicts, counter, identified, open_source
-from converter.stage import check_target, clear_remains, staged, write_all
+from converter.recognition import chosen_state_dicts, identified, recognise
+from converter.source import Progress, Source, check_unchanged, counter, open_source
+from converter.stage import clear_remains, staged, write_all
+from converter.target import check_not_source, check_target
 from converter.unwrap import largest, plain_names
-from converter.writing import check_not_source
 
 
 class Derived(NamedTuple):
@@ -95,8 +96,7 @@ def derive(
         composed = compose(job, found, layout)
         derived = _result(path, layout, job, composed)
         derived.notes.extend(_prove(job, composed, layout, partial) if derived.complete else _told_of_copies(copies))
-        for file in (*opened.files, *(other.files if other else ())):
-            file.check_unchanged()
+        check_unchanged([opened, other] if other else [opened])
     if composed.found and (partial or derived.complete):
         with staged(path, force) as fd:
             write_all(fd, memoryview(composed.text.encode()))
@@ -160,7 +160,7 @@ def _prove(job: Job, composed: Composed, layout: str, partial: bool) -> list[str
 
 def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:
     counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
-    known = catalogue.recognise(
+    known = recognise(
         {name: tensor for name, value in job.tensors.items() for tensor in sources(value)},
         catalogue.candidates(job.hub.family),
     )

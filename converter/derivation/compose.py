@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from converter import catalogue
+from converter import catalogue, recognition
 from converter.derivation.found import ALIKE, NAME, Found, Job, made_of
 from converter.derivation.generalise import Entry, Variables, generalised, listed
 from converter.derivation.names import Symbols, depth_of
@@ -107,7 +107,7 @@ def prove(job: Job, composed: Composed, name: str) -> None:
     mapping = parse_mapping(composed.text, f"{name}.yaml")
     assert isinstance(mapping, Rules)
     tensors = {name: tensor for name, value in job.tensors.items() for tensor in sources(value)}
-    matches = catalogue.recognise(tensors, catalogue.only(mapping))
+    matches = recognition.recognise(tensors, catalogue.only(mapping))
     if not matches:
         raise LayoutError(f"{job.source}: is not recognised by what was derived from it: this is a bug")
     plan = make_plan(mapping, matches[0].prefix, job.hub, job.tensors, job.source)

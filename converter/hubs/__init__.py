@@ -17,35 +17,30 @@ if TYPE_CHECKING:
     from converter.hubs.repository import Repository
 
 
-def open_repository(address: Address, holds: Callable[[Path], bool]) -> tuple[Repository, list[str]]:
-    """The repository at its revision, and what the user should know of how it was found.
+def open_repository(address: Address, holds: Callable[[Path], bool]) -> Repository:
+    """The repository at its revision; its notes tell how it was found.
 
     Where no hub was named, Hugging Face is asked first, and ModelScope if that cannot be reached. Raises HubError.
     `holds` tells of a repository's folder in a hub's cache whether all that is wanted is there.
     """
     if address.hub == "ms":
-        found = _modelscope(address, holds)
-        return found, found.notes
+        return _modelscope(address, holds)
+    from converter.hubs.huggingface import HuggingFace
+
     try:
-        found = _hugging_face(address, holds)
-        return found, found.notes
+        return HuggingFace(address.repository, address.revision, holds)
     except UnreachableError as unreachable:
         if address.hub:
             raise
         try:
             # The branches are called otherwise there; what is pinned on one hub is unknown to the other.
             found = _modelscope(address, holds)
-            return found, [f"{unreachable.what}: taken from ModelScope instead", *found.notes]
         except UnreachableError as other:
             raise UnreachableError(f"{unreachable.what}, and {other.what}", unreachable.why) from None
         except HubError as error:
             raise HubError(f"{unreachable.what}\n{error}") from None
-
-
-def _hugging_face(address: Address, holds: Callable[[Path], bool]) -> Repository:
-    from converter.hubs.huggingface import HuggingFace
-
-    return HuggingFace(address.repository, address.revision, holds)
+        found.notes.insert(0, f"{unreachable.what}: taken from ModelScope instead")
+        return found
 
 
 def _modelscope(address: Address, holds: Callable[[Path], bool]) -> Repository:

@@ -46,20 +46,17 @@ class HuggingFace:
         self.files: dict[str, Entry] = {}
         self.notes: list[str] = []
         self.commit = self._commit_in_cache()
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         # A commit's files never change: what the cache has of it need not be asked for.
         if constants.HF_HUB_OFFLINE or (_COMMIT.fullmatch(self._asked) and self.commit):
-            self._folder = self._snapshot()
-        if constants.HF_HUB_OFFLINE and self._folder is None:
+            self.folder = self._snapshot()
+        if constants.HF_HUB_OFFLINE and self.folder is None:
             raise HubError(
                 f"{self.name}: is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set\n"
                 "unset it, or download the repository first"
             )
-        if self._folder is None:
+        if self.folder is None:
             self._list()
-
-    def folder(self) -> Path | None:
-        return self._folder
 
     def _list(self) -> None:
         """Ask for commit and files; where the hub cannot be reached, go by the cache as transformers does."""
@@ -69,10 +66,10 @@ class HuggingFace:
         except Answer as answer:
             raise self.refused(answer, "") from None
         except UnreachableError as unreachable:
-            self._folder = self._snapshot()
-            if self._folder is None:
+            self.folder = self._snapshot()
+            if self.folder is None:
                 raise
-            self.notes.append(f"{unreachable.what}: taken from the cache, commit {self._folder.name}")
+            self.notes.append(f"{unreachable.what}: taken from the cache, commit {self.folder.name}")
             return
         # It becomes a part of paths in the cache: nothing else will do.
         self.commit = info.sha if info.sha and _COMMIT.fullmatch(info.sha) else ""

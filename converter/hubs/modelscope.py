@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,12 @@ class ModelScope:
         self.files: dict[str, Entry] = {}
         self.notes: list[str] = []
         self.commit = ""
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._holds = holds
         self._api = HubApi()
         # The session that download_stream uses; another release may call it otherwise.
         ignore_netrc(getattr(self._api.legacy, "_read_session", requests.Session()))
         self._list()
-
-    def folder(self) -> Path | None:
-        return self._folder
 
     def _list(self) -> None:
         """Ask for the files; where the hub cannot be reached, go by its cache."""
@@ -59,11 +57,11 @@ class ModelScope:
         except Answer as answer:
             raise self.refused(answer, "") from None
         except UnreachableError as unreachable:
-            self._folder = self._snapshot()
-            if self._folder is None:
+            self.folder = self._snapshot()
+            if self.folder is None:
                 raise
             # The cache does not record commits.
-            self.notes.append(f"{unreachable.what}: taken from the cache, {self._folder}")
+            self.notes.append(f"{unreachable.what}: taken from the cache, {self.folder}")
             return
         files = [entry for entry in entries if entry.get("Type") != "tree"]
         if not files:
@@ -120,8 +118,7 @@ class ModelScope:
         except library.APIError as error:
             raise self.refused(_answer(error), path) from None
         except (library.HubError, OSError) as error:
-            why = (getattr(error, "message", "") or str(error)).partition("\n")[0]
-            raise HubError(f"{self.name}/{path}: could not be downloaded: {why}\ntry again") from None
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {_why(error)}\ntry again") from None
 
     def open(self, path: str, headers: dict[str, str]) -> requests.Response:
         with _answers():
@@ -144,18 +141,19 @@ class ModelScope:
         return HubError(f"{where}: ModelScope answers {answer}\ntry again later")
 
 
-class _answers:  # noqa: N801 (used as a context manager)
+@contextmanager
+def _answers() -> Iterator[None]:
     """Its library's errors as ours: an answer of the hub, or that there was none."""
+    try:
+        yield
+    except library.APIError as error:
+        raise _answer(error) from None
+    except (library.NetworkError, requests.ConnectionError, requests.Timeout) as error:
+        raise UnreachableError("ModelScope cannot be reached", _why(error)) from None
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, library.APIError):
-            raise _answer(error) from None
-        if isinstance(error, (library.NetworkError, requests.ConnectionError, requests.Timeout)):
-            why = (getattr(error, "message", "") or str(error)).partition("\n")[0]
-            raise UnreachableError("ModelScope cannot be reached", why) from None
+def _why(error: Exception) -> str:
+    return (getattr(error, "message", "") or str(error)).partition("\n")[0]
 
 
 def _answer(error: library.APIError) -> Answer:

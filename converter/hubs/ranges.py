@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -76,11 +74,3 @@ def chunks(wanted: Sequence[Range], gap: int = _GAP, size: int = _CHUNK) -> list
                 break
             needed[index].append(order)
     return sorted(Chunk(min(at), *range_, max(at)) for range_, at in zip(cut, needed, strict=True) if at)
-
-
-def punch_hole(fd: int, start: int, length: int) -> None:
-    """Give the room of a part of a file back, where the system can: on Linux alone, and not on every file system."""
-    if sys.platform == "linux":
-        keep_size, punch = 1, 2
-        # A failure costs room, and nothing else.
-        ctypes.CDLL(None).fallocate(fd, keep_size | punch, ctypes.c_long(start), ctypes.c_long(length))

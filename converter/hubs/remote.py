@@ -7,8 +7,10 @@ A conversion, which reads each byte once, has them removed behind it: they are n
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -19,7 +21,7 @@ from typing import IO
 
 from converter.errors import HubError, OutputError
 from converter.files import LocalFile, Range
-from converter.hubs.ranges import Chunk, Ranges, chunks, punch_hole
+from converter.hubs.ranges import Chunk, Ranges, chunks
 from converter.hubs.repository import Repository
 from converter.hubs.transfer import Transfer
 
@@ -37,7 +39,8 @@ _LEAVING = 1.0
 class RemoteFile:
     """A SourceFile on a hub. `fetched` counts the bytes that have come, `needed` those and what they are to become.
 
-    Threads may read it, one at a time: what is removed behind one reader would be zeros to another.
+    Threads may read it, one at a time: what is removed behind one reader would be zeros to another. Reading raises
+    HubError where the hub fails, OutputError where what is fetched finds no room.
     """
 
     identity = None
@@ -167,7 +170,7 @@ class RemoteFile:
         """Let go of a chunk's bytes: should they be read again after all, they are fetched again."""
         with self._lock:
             self._have.remove(chunk.start, chunk.end)
-        punch_hole(self._spool.fileno(), chunk.start, chunk.end - chunk.start)
+        _punch_hole(self._spool.fileno(), chunk.start, chunk.end - chunk.start)
 
     def _fetch(self, start: int, end: int) -> None:
         """Have start to end here; what came with the metadata is."""
@@ -205,6 +208,14 @@ def _spool(size: int, name: str) -> tuple[IO[bytes], str]:
     except (OSError, OverflowError) as error:
         raise _no_room(f"{name} ({size} bytes)", error) from error
     return file, path
+
+
+def _punch_hole(fd: int, start: int, length: int) -> None:
+    """Give the room of a part of a file back, where the system can: on Linux alone, and not on every file system."""
+    if sys.platform == "linux":
+        keep_size, punch = 1, 2
+        # A failure costs room, and nothing else.
+        ctypes.CDLL(None).fallocate(fd, keep_size | punch, ctypes.c_long(start), ctypes.c_long(length))
 
 
 def _no_room(name: str, error: Exception) -> OutputError:

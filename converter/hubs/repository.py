@@ -51,30 +51,20 @@ class Answer(Exception):  # noqa: N818 (an answer from a hub, not an error of ou
 
 
 class Repository(Protocol):
-    """A repository at one commit."""
+    """A repository at one commit.
 
-    @property
-    def name(self) -> str:
-        """The address without a file: hf://org/name@revision."""
+    `name` is the address without a file, hf://org/name@revision, and `commit` what the revision stood for, as far as
+    the hub tells. `files` has all files by their paths, `notes` what the user should know of where they were found.
+    Where the hub was not asked, `folder` is where its cache has what is wanted: it is then taken from there. `timeout`
+    is seconds to wait for a connection, and for the next bytes of an answer, as the user has set them.
+    """
 
-    @property
-    def commit(self) -> str:
-        """The commit that the revision stood for, as far as the hub tells."""
-
-    @property
-    def files(self) -> dict[str, Entry]:
-        """All files by their paths."""
-
-    @property
-    def timeout(self) -> tuple[float, float]:
-        """Seconds to wait for a connection, and for the next bytes of an answer, as the user has set them."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know of where it was found."""
-
-    def folder(self) -> Path | None:
-        """Where the hub's cache has what is wanted, if the hub was not asked; it is then taken from there."""
+    name: str
+    commit: str
+    files: dict[str, Entry]
+    notes: list[str]
+    folder: Path | None
+    timeout: tuple[float, float]
 
     def cached(self, path: str) -> Path | None:
         """The file in the hub's own cache, if it is there whole."""

@@ -172,16 +172,7 @@ class Transfer:
                 f"{self._name}: {_host(response)} compresses what it was asked for as it is\n"
                 "add --download to fetch it whole"
             )
-        if response.status_code == 206:
-            size = self._size_in_range(headers.get("Content-Range", ""), at, end)
-        elif response.status_code == 200 and (at, end) == (0, self._size):
-            length = headers.get("Content-Length", "")
-            size = int(length) if length.isdecimal() else self._size
-        else:
-            raise HubError(
-                f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range\n"
-                "add --download to fetch it whole"
-            )
+        size = self._size_told(response, at, end)
         etag, linked = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
         with self._lock:
             self._etag = self._etag or etag
@@ -191,12 +182,21 @@ class Transfer:
         if size != self._size or not same or (digest and len(linked) == len(digest) and linked != digest):
             raise self._changed()
 
-    def _size_in_range(self, given: str, at: int, end: int) -> int:
-        """The file's size as a Content-Range tells it, which must be of the bytes asked for or fewer."""
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
-        if found is None or int(found[1]) != at or int(found[2]) >= end:
-            raise HubError(f"{self._name}: bytes {at} to {end - 1} were asked for, and the answer is {given!r}")
-        return int(found[3])
+    def _size_told(self, response: requests.Response, at: int, end: int) -> int:
+        """The file's size as an answer tells it, which must be of the bytes asked for or fewer."""
+        if response.status_code == 206:
+            given = response.headers.get("Content-Range", "")
+            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
+            if found is None or int(found[1]) != at or int(found[2]) >= end:
+                raise HubError(f"{self._name}: bytes {at} to {end - 1} were asked for, and the answer is {given!r}")
+            return int(found[3])
+        if response.status_code == 200 and (at, end) == (0, self._size):
+            length = response.headers.get("Content-Length", "")
+            return int(length) if length.isdecimal() else self._size
+        raise HubError(
+            f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range\n"
+            "add --download to fetch it whole"
+        )
 
     def _changed(self) -> ContainerError:
         return ContainerError(f"{self._name}: changed while it was being read\nrun again, or pin it with --revision")

@@ -37,7 +37,7 @@ class Loader(Protocol):
 
 
 def open_file(file: SourceFile) -> tuple[str, Contents]:
-    """The container's name and what the file holds."""
+    """The container's name and what the file holds; ContainerError where no loader reads it, or it is damaged."""
     loader = _find(file, _built_in()) or _find(file, _plugins())
     if loader is None:
         from converter.loaders import unknown

@@ -13,7 +13,8 @@ from converter.checkpoint import Contents, Storage, Tensor, make_tensor
 from converter.dtypes import BY_NAME, BY_STORAGE, DType
 from converter.errors import ContainerError
 from converter.files import SourceFile
-from converter.loaders.unpickler import NEXT_STEP, PickleError, Refused, hashable
+from converter.loaders.opcodes import NEXT_STEP, PickleError
+from converter.loaders.unpickler import Refused, hashable
 
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_DEPTH = 100  # of dicts in dicts: a dict may hold itself

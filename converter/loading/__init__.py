@@ -10,8 +10,7 @@ from converter.hubs.address import Access
 from converter.mapping.expr import sources
 from converter.mapping.plan import Plan
 from converter.planning import Wish, planned, to_hub
-from converter.source import Progress, Source, open_source
-from converter.writing import check_unchanged
+from converter.source import Progress, Source, check_unchanged, open_source
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from mmap import mmap
 import torch
 
 from converter.compute import evaluate, raw, torch_dtype
-from converter.copier import Checks
+from converter.copier import BUFFER, Checks
 from converter.errors import UsageError
 from converter.files import LocalFile, SourceFile
 from converter.hubs.ranges import Ranges
@@ -67,11 +67,11 @@ class Loader:
         room = raw(tensor)
         for piece in pieces:
             length = piece.length if isinstance(piece, Extent) else len(piece)
+            mine, room = room[:length], room[length:]
             if isinstance(piece, Extent):
-                self._checks.read(piece, room[:length])
+                self._checks.read(piece, (mine[at : at + BUFFER] for at in range(0, length, BUFFER)))
             else:
-                room[:length] = piece
-            room = room[length:]
+                mine[:] = piece
         return tensor
 
 

@@ -14,7 +14,8 @@ from converter.mapping.parse import FAMILIES
 from converter.mapping.plan import Plan
 from converter.mapping.rules import Layout
 from converter.planning import Wish, hub_plan, to_hub
-from converter.source import Progress, Source, chosen_state_dicts, identified
+from converter.recognition import chosen_state_dicts, identified
+from converter.source import Progress, Source
 from converter.unwrap import StateDict
 from converter.verify.independent import Reader, open_independently
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from converter.report import as_json
 
 PASSED, FAILED, SKIPPED, NOTED = "passed", "failed", "skipped", "noted"
 
@@ -72,20 +73,9 @@ class Verification(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: without pictures, and null for a number that is not finite."""
-        checks = [{**check._asdict(), "figures": _finite(check.figures)} for check in self.checks]
-        traces = [_finite(trace._asdict()) for trace in self.traces]
-        document = {"verified": self.ok, **self._asdict(), "checks": checks, "traces": traces}
+        document = {"verified": self.ok, **as_json(self._replace(pictures=[]))}
         del document["pictures"]
         return document
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON has no way to write."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def some(words: Sequence[str], shown: int = 3) -> str:

@@ -1,0 +1,174 @@
+"""Which state dict of a checkpoint has which layout, and what to say where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as MappingABC
+from typing import NamedTuple
+
+from converter import catalogue
+from converter.catalogue import Candidate
+from converter.checkpoint import Tensor
+from converter.errors import LayoutError, UsageError, printable
+from converter.mapping.apply import SHOWN, claim
+from converter.mapping.parse import FAMILIES
+from converter.mapping.rules import Mapping
+from converter.mapping.shapes import Sizes, fits
+from converter.source import Source
+from converter.unwrap import StateDict, plain_names, state_dicts, without_common_prefixes
+
+# Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
+_MOST_COMPARED = 10_000
+
+
+class Match(NamedTuple):
+    """A layout that fits a checkpoint whose names carry `prefix`."""
+
+    candidate: Candidate
+    prefix: str
+
+    @property
+    def evidence(self) -> list[str]:
+        """The tensors by which the layout was known."""
+        return [self.prefix + key for key in self.candidate.signature.tensors]
+
+
+class Identified(NamedTuple):
+    """The state dict of a source that a layout fits.
+
+    `wrapper` is the prefix that was removed from all names to get `tensors`, whose keys are those the layout knows.
+    """
+
+    state_dict: StateDict
+    wrapper: str
+    tensors: dict[str, Tensor]
+    match: Match
+
+
+def chosen_state_dicts(source: Source, path: str | None) -> list[StateDict]:
+    """The state dicts of a source; with `path` (the option --state-dict, `.` for the top) that one alone."""
+    found = state_dicts(source.contents)
+    if not found:
+        raise LayoutError(
+            f"{source.name}: holds no tensors under names\n"
+            "save the model's state dict, not a list of tensors or a training record without one, and convert that"
+        )
+    if path is None:
+        return found
+    chosen = [entry for entry in found if entry.path == path.strip(".")]
+    if not chosen:
+        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict\nit has: {_paths(found)}")
+    return chosen
+
+
+def identify(source: Source, family: str, layouts: Sequence[Candidate], path: str | None) -> Identified:
+    """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
+    candidates = chosen_state_dicts(source, path)
+    found = identified(source, layouts, candidates)
+    if not found:
+        raise _unknown(source, family, layouts, candidates)
+    if len(found) > 1:
+        raise LayoutError(
+            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}\n"
+            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}"
+        )
+    return found[0]
+
+
+def identified(source: Source, layouts: Sequence[Candidate], candidates: list[StateDict]) -> list[Identified]:
+    """Those of the candidates that one of `layouts` fits."""
+    return [hit for hit in (_known(source, candidate, layouts) for candidate in candidates) if hit]
+
+
+def _known(source: Source, state_dict: StateDict, layouts: Sequence[Candidate]) -> Identified | None:
+    """The layout of a state dict, tried under its own names first, then with common prefixes removed."""
+    plain = plain_names(state_dict.tensors, source.name)
+    for wrapper, tensors in without_common_prefixes(plain, source.name):
+        matches = recognise(tensors, layouts)
+        if len(matches) > 1:
+            names = ", ".join(match.candidate.name for match in matches)
+            raise LayoutError(f"{source.name}: fits several layouts: {names}\nchoose one with --mapping")
+        if matches:
+            return Identified(state_dict, wrapper, tensors, matches[0])
+    return None
+
+
+def recognise(tensors: MappingABC[str, Tensor], candidates: Iterable[Candidate]) -> list[Match]:
+    """The layouts that fit, each with the first of its prefixes that does."""
+    return [match for match in (_fit(tensors, candidate) for candidate in candidates) if match]
+
+
+def _fit(tensors: MappingABC[str, Tensor], candidate: Candidate) -> Match | None:
+    for prefix in candidate.signature.prefixes:
+        sizes: Sizes = {}
+        if all(
+            prefix + key in tensors and fits(shape, tensors[prefix + key].shape, sizes)
+            for key, shape in candidate.signature.tensors.items()
+        ):
+            return Match(candidate, prefix)
+    return None
+
+
+def _paths(entries: Sequence[StateDict]) -> str:
+    return ", ".join(f"{printable(entry.path) or '.'} ({len(entry.tensors)} tensors)" for entry in entries)
+
+
+def _unknown(source: Source, family: str, layouts: Sequence[Candidate], candidates: list[StateDict]) -> LayoutError:
+    """What to say of a source that no layout fits: the other family's, or the nearest layout and the differences."""
+    largest = max(candidates, key=lambda entry: len(entry.tensors))
+    for other in FAMILIES:
+        if other != family and _known(source, largest, catalogue.candidates(other)):
+            return LayoutError(
+                f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other} ..."
+            )
+    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
+    mappings = [loaded for candidate in layouts if isinstance(loaded := candidate.load(), Mapping)]
+    lines += nearest_layout(source, largest, mappings)
+    lines.append("write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)")
+    return LayoutError("\n".join(lines))
+
+
+def nearest_layout(source: Source, state_dict: StateDict, mappings: list[Mapping]) -> list[str]:
+    """Lines on the mapping that comes closest to a state dict, and where the two first differ."""
+    tensors = plain_names(state_dict.tensors, source.name)
+    near = _nearest(tensors, mappings)
+    if near is None:
+        return [f"its first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
+    differences = [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
+    differences += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
+    for key, shape in near.mapping.signature.tensors.items():
+        tensor = tensors.get(near.prefix + key)
+        if tensor and len(tensor.shape) != len(shape):
+            differences.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
+    prefix = f" (prefix {near.prefix})" if near.prefix else ""
+    # With the lines around them a dozen.
+    return [f"nearest is {near.mapping.name}{prefix}:", *differences[:9]]
+
+
+class _Nearest(NamedTuple):
+    """The mapping that comes closest to tensors that fit none, and where it first differs from them."""
+
+    mapping: Mapping
+    prefix: str
+    unclaimed: list[str]
+    unmatched: list[str]
+
+
+def _nearest(tensors: MappingABC[str, Tensor], candidates: list[Mapping]) -> _Nearest | None:
+    """The mapping whose rules claim most of the tensors and are used most, or None where all claim nothing."""
+    if len(tensors) > _MOST_COMPARED:
+        return None
+    best: _Nearest | None = None
+    best_score = 0.0
+    for mapping in candidates:
+        for prefix in mapping.signature.prefixes:
+            rules = mapping.rules_for(prefix)
+            claims = claim(rules, tensors)
+            alive = len({index for index, _ in claims.groups})
+            claimed = sum(len(parts) for parts in claims.groups.values())
+            # A mapping of few wide rules claims much by chance: both shares count.
+            score = claimed / max(len(tensors), 1) * alive / len(rules)
+            if score > best_score:
+                dead = [rule.text for rule in claims.dead(rules)]
+                best, best_score = _Nearest(mapping, prefix, claims.unclaimed, dead), score
+    return best
