@@ -156,7 +156,8 @@ def test_errors_of_hubs(tmp_path: Path) -> None:
 ROWS = (
     "errors version dtypes files strictjson checkpoint report mapping catalogue",
     "compute encoders",
-    "hubs locate loaders unwrap source recognition planning target beside stage copier write pth writing cards pretrained",
+    "hubs locate loaders unwrap source recognition planning"
+    " target beside stage copier write pth writing cards pretrained",
     "pipeline assemble inspection loading comparison derivation verify",
     "cli",
 )

@@ -193,7 +193,7 @@ def test_there_and_back_again(layout: str, checkpoint: str) -> None:
 def test_a_lossy_rule_has_no_inverse_and_says_why(op: dict[str, str]) -> None:
     (rule,) = rules_of({"keep": "a", "then": [op]})
     assert rule.lossy
-    with pytest.raises(MappingError, match="has no way back, .*cannot be undone"):
+    with pytest.raises(MappingError, match=r"has no way back, .*cannot be undone"):
         invert((rule,))
 
 
