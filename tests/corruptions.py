@@ -1200,21 +1200,25 @@ def calm(state: State, seed: int) -> State:
 
 def tiny_model(kind: str) -> Any:
     """Twelve layers, as SAM has them, of a few channels each."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig, SamVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
 
     if kind == "clip":
-        return CLIPVisionModel(
+        model = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=128, intermediate_size=192, num_hidden_layers=12, num_attention_heads=2,
                 image_size=56, patch_size=14,
             )
         )  # fmt: skip
-    return SamVisionModel(
+        # Names without a prefix, whatever the release of transformers.
+        return getattr(model, "vision_model", model)
+    encoder = SamVisionEncoder(
         SamVisionConfig(
             hidden_size=48, mlp_dim=96, num_hidden_layers=12, num_attention_heads=3, image_size=128, patch_size=16,
             output_channels=32, window_size=3, global_attn_indexes=[2, 5, 8, 11],
         )
     )  # fmt: skip
+    return torch.nn.ModuleDict({"vision_encoder": encoder})
 
 
 def tiny_subjects(folder: Path) -> dict[str, Subject]:

@@ -70,7 +70,7 @@ def assembled_chain(whole: DeepEncoder, truth: State) -> Runner:
     sam = transformers_sam(whole.sam_model.config, in_layout("sam-hf", sam_state))
     clip = transformers_clip(config, in_layout("clip-hf", clip_state))
     inner: Any = getattr(clip.model, "vision_model", clip.model)
-    model = Assembled(sam.model.vision_encoder, inner, sam_state["net_2.weight"], sam_state["net_3.weight"]).eval()
-    name = label("transformers", "SamVisionModel and CLIPVisionModel, put together")
+    model = Assembled(sam.model, inner, sam_state["net_2.weight"], sam_state["net_3.weight"]).eval()
+    name = label("transformers", "SamVisionEncoder and CLIPVisionModel, put together")
     # CLIP's patch convolution is not run: its other places follow SAM's.
     return Runner(name, model, [*sam.places, *clip.places[1:]], model)

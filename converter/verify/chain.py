@@ -8,7 +8,6 @@ UnlimitedOcrVisionModel, with the source's.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from converter.verify.references import (
     State,
     clip_sizes,
     in_layout,
+    installed,
     loaded,
     sam_sizes,
     under,
@@ -53,7 +53,7 @@ def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.devic
     reference = None
     if hub:
         truth = {**whole.state_dict(), **{PART[family] + name: tensor for name, tensor in hub.items()}}
-        make = _transformers_chain if importlib.util.find_spec(_MODULE) is not None else assembled_chain
+        make = _transformers_chain if installed(_MODULE) else assembled_chain
         # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
         with device, uninitialised():
             reference = make(whole, truth)

@@ -41,13 +41,13 @@ class Runner(NamedTuple):
 
 
 def transformers_sam(config: SamConfig, state: State) -> Runner:
-    """transformers' SamVisionModel, from names of `sam-hf`."""
-    from transformers import SamVisionConfig, SamVisionModel
+    """transformers' SamVisionEncoder, which its SamVisionModel wraps from 4.52 on, from names of `sam-hf`."""
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-    model = SamVisionModel(SamVisionConfig(**sam_sizes(config)))
-    encoder = model.vision_encoder
-    tensors = {name: tensor for name, tensor in state.items() if name.startswith("vision_encoder.")}
-    return loaded("transformers", model, tensors, probes(encoder.patch_embed.projection, encoder.layers))
+    model = SamVisionEncoder(SamVisionConfig(**sam_sizes(config)))
+    places = probes(model.patch_embed.projection, model.layers)
+    return loaded("transformers", model, under("vision_encoder.", state), places)
 
 
 def segment_anything_sam(config: SamConfig, state: State) -> Runner:
@@ -127,12 +127,12 @@ def timm_clip(config: ClipConfig, state: State) -> Runner:
     return found._replace(run=model.forward_features)
 
 
-# By layout: the package whose class reads its names, and what builds it.
+# By layout: the module whose class reads its names, and what builds it.
 _OWN: dict[str, tuple[str, Callable[..., Runner]]] = {
     "sam-hf": ("transformers", transformers_sam),
     "sam-meta": ("segment_anything", segment_anything_sam),
     "sam-timm": ("timm", timm_sam),
-    "sam-got-ocr2-hf": ("transformers", got_ocr2_sam),
+    "sam-got-ocr2-hf": ("transformers.models.got_ocr2", got_ocr2_sam),
     "clip-hf": ("transformers", transformers_clip),
     "clip-openai": ("open_clip", open_clip_clip),
     "clip-timm": ("timm", timm_clip),
@@ -147,13 +147,21 @@ def build(mapping: Mapping, config: SamConfig | ClipConfig, own: State, hub: Sta
     """
     with uninitialised():
         if own and mapping.name in _OWN:
-            package, make = _OWN[mapping.name]
-            if importlib.util.find_spec(package) is not None:
+            module, make = _OWN[mapping.name]
+            if installed(module):
                 return make(config, own)
         layout = f"{mapping.family}-hf"
         _, make = _OWN[layout]
         found = make(config, in_layout(layout, hub))
     return found._replace(label=f"{found.label}, loaded through {mapping.name} -> {layout}")
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; releases of transformers differ in what they have."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 @contextmanager
