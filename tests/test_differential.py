@@ -10,6 +10,7 @@ from differential import OURS, REASONS, THEIRS, Outcome, reason, table, tally
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "differential.md"
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, for the odd tensors that are made
 def test_changed_files_are_read_alike_or_refused_for_a_known_reason() -> None:
     found = tally(60, seed=6)
     assert not found.unexplained, "\n".join(table(found))

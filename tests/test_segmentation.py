@@ -114,6 +114,8 @@ def test_masks_and_overlays_are_pictures(walked: dict[str, Any], tmp_path: Path)
         "points-overlay.png",
     ]
     _, answer = walked["answers"]["points"]
-    saved = numpy.array(Image.open(tmp_path / "points-disc.png"))
+    with Image.open(tmp_path / "points-disc.png") as picture:
+        saved = numpy.array(picture)
     assert (saved == answer.masks[0, answer.best[0]].numpy() * 255).all()
-    assert Image.open(tmp_path / "points-overlay.png").size == (2646, 1764)
+    with Image.open(tmp_path / "points-overlay.png") as picture:
+        assert picture.size == (2646, 1764)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 # For each line of JSON a fork that becomes the program. What is told of it: its number, then how it ended.
 _SERVER = """
@@ -53,7 +53,9 @@ class Done(NamedTuple):
 
 def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
     """The program, its output and what it took; TimeoutError where it takes too long."""
-    told, asked = _server()
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    told, asked = server.stdout, server.stdin
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -69,10 +71,6 @@ def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
 
 
 @functools.cache
-def _server() -> tuple[IO[bytes], IO[bytes]]:
+def _server() -> subprocess.Popen[bytes]:
     # Without a buffer, in which `select` would not see what has come.
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    )
-    assert process.stdin is not None and process.stdout is not None
-    return process.stdout, process.stdin
+    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
