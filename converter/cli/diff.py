@@ -9,16 +9,18 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import converter
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet
 from converter.cli.views import count
-from converter.comparison import diff as compare
-from converter.comparison.difference import Block, Change, Difference
 from converter.source import Progress
+
+if TYPE_CHECKING:
+    from converter.comparison.difference import Block, Change, Difference
 
 _NAMES_SHOWN = 3
 _MOVED_SHOWN = 12
@@ -49,7 +51,7 @@ def diff(
 
         check_files(html)
     with ExitStack() as bars:
-        found = compare(a, b, state_dict=state_dict, progress=_one_each(bars, not quiet))
+        found = converter.diff(a, b, state_dict=state_dict, progress=_one_each(bars, not quiet))
     if not quiet:
         console.say(*table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)))
     if html is not None:
@@ -87,7 +89,7 @@ def _blocks_print(encoding: str | None) -> bool:
     return True
 
 
-def table(found: Difference, width: int, fine: bool) -> Iterable[str]:
+def table(found: "Difference", width: int, fine: bool) -> Iterable[str]:
     """The difference for a terminal of `width` columns; its bars are of ASCII unless `fine`."""
     for side, name, kinds, layouts in zip("AB", (found.a, found.b), found.containers, found.layouts, strict=True):
         known = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
@@ -105,7 +107,7 @@ def table(found: Difference, width: int, fine: bool) -> Iterable[str]:
         yield from _furthest(found.moved)
 
 
-def in_both(found: Difference) -> str:
+def in_both(found: "Difference") -> str:
     """How many tensors both have, and how many of them are equal."""
     both = len(found.same) + len(found.changed)
     if not found.changed:
@@ -113,7 +115,7 @@ def in_both(found: Difference) -> str:
     return f"{count(both, 'tensor')} in both: {len(found.same)} equal in every bit, {len(found.changed)} not"
 
 
-def names(found: Difference) -> Iterable[str]:
+def names(found: "Difference") -> Iterable[str]:
     """Names, types and shapes that differ."""
     for side, names in (("A", found.removed), ("B", found.added)):
         if names:
@@ -143,7 +145,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(f"{head} ({counted[head]})" for head in shown) + (f" and {rest} more" if rest else "")
 
 
-def _bars(blocks: list[Block], width: int, fine: bool) -> Iterable[str]:
+def _bars(blocks: "list[Block]", width: int, fine: bool) -> Iterable[str]:
     """How far each block moved, as a figure and as a bar."""
     longest = max(len("block"), *(len(block.name) for block in blocks))
     room = min(max(width - longest - len("  differ    moved  |"), _SHORTEST_BAR), _LONGEST_BAR)
@@ -165,7 +167,7 @@ def _bar(length: float, fine: bool) -> str:
     return _EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def _furthest(moved: list[Change]) -> Iterable[str]:
+def _furthest(moved: "list[Change]") -> Iterable[str]:
     """The tensors that moved furthest; names last, for they are of any length."""
     yield "  moved  largest    cosine    differing  tensor"
     for change in moved[:_MOVED_SHOWN]:
