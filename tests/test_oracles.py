@@ -278,7 +278,7 @@ def test_pth_output_is_what_torch_loads(layout: str, tmp_path: Path) -> None:
     check_equal(torch.load(tmp_path / "out.pth", weights_only=True, mmap=True), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
 def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """OpenAI's file is a traced, mostly float16 model with three integers beside its weights."""
     record_property("reads", "clip-openai/TorchScript")
