@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from hubserver import Faults, HubServer, Repo, environment, hub_server
 
+OLD_HUB = importlib.metadata.version("huggingface_hub") < "1"
 WEIGHTS = b"".join(hashlib.sha256(b"%d" % number).digest() for number in range(20_000))
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 CONFIG = b'{"hidden_size": 768}'
@@ -95,7 +97,7 @@ result = {
             None,
             ["RepositoryNotFoundError", 404],
             None,
-            ["RemoteEntryNotFoundError", 404],
+            ["EntryNotFoundError" if OLD_HUB else "RemoteEntryNotFoundError", 404],
             ["RevisionNotFoundError", 404],
         ]
         on_cdn = [request for request in server.requests if request.host == "cdn"]
@@ -157,6 +159,8 @@ result = {
 @pytest.mark.parametrize("hub", ["huggingface_hub", "modelscope_hub"])
 def test_clients_survive_drops(tmp_path: Path, hub: str) -> None:
     pytest.importorskip(hub)
+    if hub == "huggingface_hub" and OLD_HUB:
+        pytest.skip("before 1.0 it gave up when a connection broke")
     script = {
         "huggingface_hub": "from huggingface_hub import hf_hub_download as get\nresult = get('org/name', '{}')",
         "modelscope_hub": "from modelscope_hub import HubApi\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -50,7 +51,9 @@ def run(app: Callable[[], object]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, without taking the interpreter apart: 15 ms, a tenth of a short conversion."""
+    """End the process without taking the interpreter apart: 15 ms, a tenth of a short conversion."""
+    # What libraries have registered, such as the removal of their temporary folders.
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         # A reader that has gone away does not change what was done.
         with suppress(OSError):
