@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -26,6 +27,8 @@ _LONGEST = 1000
 
 def main(app: Callable[[], object]) -> NoReturn:
     """A whole program, to its end or to that which a signal makes."""
+    # torch says so as it is imported without NumPy, which nothing here needs.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
         on_signal(unwind)
         code = run(app)
