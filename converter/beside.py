@@ -114,22 +114,31 @@ def _remove_dead(stage: Path) -> None:
             os.close(fd)
 
 
-def record(path: Path, stage: Path, output: str) -> Path:
-    """Keep what stands at `path` until the file that `output` identifies stands too; the record of it."""
-    old, new = (path.with_name(f".{path.name}.{output}.{identity(stage)}.{kind}") for kind in (_OLD, _NEW))
-    if not os.path.lexists(path):
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL, 0o666))
-        return new
+def record_of(path: Path, stage: Path, output: str) -> Path:
+    """The name of the record of what stands at `path`, or of nothing, before the file that `output` identifies does."""
+    kind = _OLD if os.path.lexists(path) else _NEW
+    return path.with_name(f".{path.name}.{output}.{identity(stage)}.{kind}")
+
+
+def keep(path: Path, kept: Path) -> None:
+    """Make the record of what stands at `path`."""
+    if kept.name.endswith(f".{_NEW}"):
+        os.close(os.open(kept, os.O_CREAT | os.O_EXCL, 0o666))
+        return
     try:
-        os.link(path, old, follow_symlinks=False)
+        os.link(path, kept, follow_symlinks=False)
     except OSError:
         # A folder, or a file system without hard links: there is a moment without anything at `path`.
-        path.rename(old)
-    return old
+        path.rename(kept)
 
 
 def settle(kept: Path, path: Path, output: Path) -> None:
-    """Undo what was done to `path` unless the output of a record stands in its place; then remove the record."""
+    """Undo what was done to `path` unless the output of a record stands in its place; then remove the record.
+
+    Nothing is done where there is none.
+    """
+    if not os.path.lexists(kept):
+        return
     _, wanted, new, kind = kept.name.rsplit(".", 3)
     if identity(output) != wanted and identity(path) in (new, ""):
         try:
@@ -181,8 +190,9 @@ def _exchange(new: Path, old: Path) -> None:
     """
     if _exchanged(new, old):
         return
-    kept = record(old, new, identity(new))
+    kept = record_of(old, new, identity(new))
     try:
+        keep(old, kept)
         new.rename(old)
     finally:
         settle(kept, old, old)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from converter.beside import clear, discard, identity, lock, place, record, settle, stage_of, turn
+from converter.beside import clear, discard, identity, keep, lock, place, record_of, settle, stage_of, turn
 from converter.errors import OutputError
 
 _ROOM = "free some room, or write elsewhere"
@@ -72,6 +72,7 @@ class Staging:
         """`force` replaces what stands there."""
         self._force = force
         self._stages: list[_Stage] = []
+        self._records: list[tuple[Path, Path]] = []
 
     def file(self, path: Path) -> int:
         """A file descriptor to write to what shall stand at `path`."""
@@ -103,22 +104,34 @@ class Staging:
                 stage.sync()
         output, *others = self._stages
         wanted = identity(output.stage)
-        records: list[tuple[Path, Path]] = []
         with ExitStack() as stack:
             for folder in sorted({stage.path.parent.resolve() for stage in self._stages}):
                 stack.enter_context(turn(folder))
             try:
                 for stage in others:
                     with writing(stage.path):
-                        records.append((record(stage.path, stage.stage, wanted), stage.path))
+                        kept = record_of(stage.path, stage.stage, wanted)
+                        # Before there is any: a signal may come between any two steps.
+                        self._records.append((kept, stage.path))
+                        keep(stage.path, kept)
                         stage.appear(self._force)
                 output.appear(self._force)
             finally:
-                for kept, path in records:
-                    settle(kept, path, output.path)
+                self._settle()
+
+    def _settle(self) -> None:
+        """Undo what was done for nothing; what a signal keeps from it is done when this is called again."""
+        while self._records:
+            try:
+                settle(*self._records[-1], self.output)
+            except OutputError:
+                self._records.pop()
+                raise
+            self._records.pop()
 
     def end(self) -> None:
         """Remove what has no place, or was replaced."""
+        self._settle()
         for stage in self._stages:
             discard(stage.stage)
             stage.close()

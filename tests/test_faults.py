@@ -5,6 +5,7 @@ Some of what `scripts/faults.py` does in thousands; docs/faults.md has its figur
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ import pytest
 from faulting import Done, Scene
 
 import converter
-from converter import beside
+from converter import beside, stage
 from converter.errors import OutputError
 from converter.stage import clear_remains, staged, staging
 
@@ -285,3 +286,35 @@ def test_a_full_disk_behind_stdout_is_told() -> None:
         command = [*faulting.PROGRAM, "mapping", "list"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=faulting.environment())
     assert done.returncode == 4 and done.stderr.startswith("error: standard output: could not be written: No space")
+
+
+@pytest.mark.parametrize("step", ["keep", "place", "settle", "discard"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_between_any_two_steps_leaves_nothing(
+    step: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One signal, at each of the steps in which card and output take their places."""
+    output, card = tmp_path / "out", tmp_path / "card"
+    done = getattr(stage, step)
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if when == "before" and len(calls) == at:
+            raise KeyboardInterrupt
+        result = done(*arguments)
+        if when == "after" and len(calls) == at:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(stage, step, interrupted)
+    for at in range(1, 5):
+        for path in (output, card):
+            path.write_bytes(b"old")
+        calls.clear()
+        with contextlib.suppress(KeyboardInterrupt), staging(True) as new:
+            for path in (output, card):
+                os.write(new.file(path), b"new")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["card", "out"], at
+        # The output's place says which of the two it is.
+        assert output.read_bytes() == card.read_bytes(), at
