@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[type[DsocrError], str, Callable[[], object]]] = {
     "long card": (OutputError, "too long", sam(card="x" * 5000 + ".json")),
     "long source": (ContainerError, "no such file", lambda: converter.diff(TOO_LONG, "sam.pth")),
     "long checkpoint": (UsageError, "no such file", encoder(into=TOO_LONG, out="x.safetensors")),
-    "NUL in output": (OutputError, "null byte", sam(out="a\0b")),
+    "NUL in output": (OutputError, "embedded null", sam(out="a\0b")),
     "empty source": (UsageError, "SOURCE is empty", lambda: converter.convert("", "sam")),
     "empty lender": (UsageError, "SOURCE is empty", sam(fill_from="", to="sam-hf", out="x.pth")),
     "over the index": (OutputError, "is the source", clip(out="clip/model.safetensors.index.json")),

@@ -322,7 +322,8 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     ),
     "a numpy number": (numpy.float64(0.5), "numpy._core.multiarray.scalar"),
     "a numpy array": (numpy.zeros(2), "numpy._core.multiarray._reconstruct"),
-    "a path": (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath"),
+    # Of pathlib._local in Python 3.13.
+    "a path": (pathlib.PurePosixPath("x"), f"{pathlib.PurePosixPath.__module__}.PurePosixPath"),
     "a defaultdict": (collections.defaultdict(int), "collections.defaultdict"),
     "a class of Python 2": (Raw(b"(i__main__\nNet\n"), "__main__.Net"),
     "an optimizer": (_optimizer(), "torch.optim.sgd.SGD"),
