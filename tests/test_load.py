@@ -115,6 +115,8 @@ def test_tensors_outlive_their_file_and_never_change_it(save: Callable[[State, P
     (tmp_path / "source").mkdir()
     source = save(models.clip_hf().state_dict(), tmp_path / "source")
     files = [path for path in (tmp_path / "source").iterdir() if path.is_file()]
+    # What other tests have left is not to be closed in between.
+    gc.collect()
     before, descriptors = {path: path.read_bytes() for path in files}, open_files()
     found, again = load(source, "clip"), load(source, "clip")
     expected = written(source, "clip", tmp_path)
@@ -129,7 +131,7 @@ def test_tensors_outlive_their_file_and_never_change_it(save: Callable[[State, P
     check_same(again, expected)
     del found, again, tensor
     gc.collect()
-    assert open_files() == descriptors
+    assert open_files() <= descriptors
 
 
 def test_nothing_of_an_unfused_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
