@@ -16,7 +16,8 @@ from converter.mapping.expr import Expr, Piece, read
 
 def raw(tensor: torch.Tensor) -> bytes:
     """A tensor's elements in order, as bytes."""
-    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    # Copied: of one element the stride may be any, which `contiguous` leaves as it is.
+    return bytes(tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().tobytes())
 
 
 def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Tensor:
