@@ -131,7 +131,7 @@ def test_tensors_outlive_their_file_and_never_change_it(save: Callable[[State, P
     check_same(again, expected)
     del found, again, tensor
     gc.collect()
-    assert open_files() <= descriptors
+    assert open_files() == descriptors
 
 
 def test_nothing_of_an_unfused_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
