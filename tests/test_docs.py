@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 import walkthrough
 from hubserver import Repo, environment, hub_server
 from safetensors.torch import save_file
-from walkthrough import Step
+from walkthrough import Step, check
 
 from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder
 
@@ -39,30 +39,6 @@ def under(page: Path, heading: str) -> list[Step]:
     ends = (n for n, line in enumerate(lines, start=1) if n > start and re.match(rf"#{{1,{rank}}} ", line))
     end = next(ends, len(lines) + 1)
     return [step for step in walkthrough.steps(page) if start < step.line < end]
-
-
-def check(
-    told: list[Step],
-    folder: Path,
-    environment: Mapping[str, str] = {},
-    *,
-    files: list[tuple[int, str, str]] | None = None,
-    names: Mapping[str, str] = {},
-) -> None:
-    """Run commands, and write the files that come before them on their page.
-
-    `names` are put in the place of what only a test's machine has.
-    """
-    wrong, written = [], 0
-    for step in told:
-        for _, name, text in [file for file in files or [] if written < file[0] < step.line]:
-            (folder / name).write_text(text)
-        written = step.line
-        printed = walkthrough.run(step, folder, environment)
-        for ours, shown in names.items():
-            printed = printed.replace(ours, shown)
-        wrong.append(walkthrough.differs(step, printed))
-    assert told and not any(wrong), "\n".join(filter(None, wrong))
 
 
 PAGES = sorted(DOCS.rglob("*.md"))

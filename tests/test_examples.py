@@ -29,6 +29,11 @@ WORKFLOW = ROOT / "docs" / "examples" / "convert-and-verify.yml"
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_github_would_read_it(schema: str, path: Path) -> None:
+    check_schema(schema, path)
+
+
+def check_schema(schema: str, path: Path) -> None:
+    """AssertionError where GitHub's own schema does not allow a file."""
     command = [BIN / "check-jsonschema", "--builtin-schema", schema, path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,6 @@ compared with the English one's.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import walkthrough
 import yaml
 from hubserver import Repo, environment, hub_server
 from inventories import inventories, sparse
+from test_examples import check_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -54,7 +54,9 @@ def true_size(tmp_path: Path) -> Path:
 
 
 def test_outputs_are_what_is_printed(true_size: Path, hub: dict[str, str]) -> None:
-    assert walkthrough.check(ENGLISH, true_size, hub) == 5
+    told = walkthrough.steps(ENGLISH)
+    assert len(told) == 5
+    walkthrough.check(told, true_size, hub)
 
 
 @pytest.fixture
@@ -81,12 +83,8 @@ def test_commands_run(tiny: Path) -> None:
     lines = [line for block in blocks(ENGLISH, "sh") for line in block.splitlines() if line.startswith("dsocr-")]
     assert len(lines) >= 17
     for line in lines[2:]:
-        script = f"set -e\n{line}"
-        path = f"{walkthrough.BIN}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=tiny, env={**os.environ, "PATH": path}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        done = walkthrough.shell(line, tiny)
+        assert done.returncode == 0, f"{line}\n{done.stdout}"
 
 
 def test_python_runs(tiny: Path) -> None:
@@ -105,9 +103,7 @@ def test_recipes_are_valid(tmp_path: Path) -> None:
     action = yaml.safe_load((ROOT / ".github" / "actions" / "verify" / "action.yml").read_text())
     assert verify["with"].keys() <= action["inputs"].keys()
     (tmp_path / "w.yml").write_text(yaml.safe_dump({"name": "x", "on": {"push": None}, **workflow}))
-    check = [walkthrough.BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", tmp_path / "w.yml"]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    check_schema("vendor.github-workflows", tmp_path / "w.yml")
 
     (ours,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert hook["repos"][0]["hooks"] == [{"id": ours["id"]}]

@@ -75,13 +75,13 @@ def differs(step: Step, printed: str) -> str:
     return f"line {step.line}: $ {step.command}\n--- the page says\n{expected}\n--- it printed\n{printed}"
 
 
-def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:
-    """What a command prints, run as a user would run it, with our programs first in the path."""
+def shell(command: str, folder: Path, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+    """A command as a user would run it, with our programs first in the path; stderr is among its stdout."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     # A width that no line of a page reaches, so that nothing is folded but what folds itself.
     settings = {"PATH": path, "COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
-    done = subprocess.run(
-        ["bash", "-c", step.command],
+    return subprocess.run(
+        ["bash", "-c", command],
         cwd=folder,
         env={**os.environ, **settings, **environment},
         stdout=subprocess.PIPE,
@@ -89,12 +89,27 @@ def run(step: Step, folder: Path, environment: Mapping[str, str] = {}) -> str:
         text=True,
         timeout=300,
     )
-    return done.stdout
 
 
-def check(page: Path, folder: Path, environment: Mapping[str, str] = {}) -> int:
-    """Runs a page from top to bottom; AssertionError with every output that differs. The number of commands run."""
-    told = steps(page)
-    found = [differs(step, run(step, folder, environment)) for step in told]
-    assert not any(found), f"{page.name}\n" + "\n".join(filter(None, found))
-    return len(told)
+def check(
+    told: list[Step],
+    folder: Path,
+    environment: Mapping[str, str] = {},
+    *,
+    files: list[tuple[int, str, str]] | None = None,
+    names: Mapping[str, str] = {},
+) -> None:
+    """Run commands, and write the files (line, name, text) that come before them on their page.
+
+    `names` are put in the place of what only a test's machine has. AssertionError with every output that differs.
+    """
+    wrong, written = [], 0
+    for step in told:
+        for _, name, text in [file for file in files or [] if written < file[0] < step.line]:
+            (folder / name).write_text(text)
+        written = step.line
+        printed = shell(step.command, folder, environment).stdout
+        for ours, shown in names.items():
+            printed = printed.replace(ours, shown)
+        wrong.append(differs(step, printed))
+    assert told and not any(wrong), "\n".join(filter(None, wrong))

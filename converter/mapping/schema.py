@@ -42,6 +42,15 @@ def _list(item: Schema, **more: object) -> Schema:
     return {"type": "array", "items": item, **more}
 
 
+def _record(properties: Schema) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
 def _either(*forms: Schema) -> Schema:
     return {"anyOf": list(forms)}
 
@@ -191,12 +200,7 @@ OPS: dict[str, Shown] = {
     "reshape": Shown(
         "Reads the same elements, in the same order, under another shape. Both are given in numbers, so it is for"
         " checkpoints of one size.",
-        {
-            "type": "object",
-            "properties": {"from": _NUMBERS, "to": _NUMBERS},
-            "required": ["from", "to"],
-            "additionalProperties": False,
-        },
+        _record({"from": _NUMBERS, "to": _NUMBERS}),
         {"from": [768, 768], "to": [768, 3, 16, 16]},
         ((768, 768),),
     ),
@@ -210,12 +214,7 @@ OPS: dict[str, Shown] = {
     "deinterleave": Shown(
         "Brings rows that lie head by head (q0 k0 v0 q1 k1 v1 ...) into the order part by part (q0 q1 ... k0 k1 ..."
         " v0 v1 ...). The first dimension holds heads x parts x head width rows.",
-        {
-            "type": "object",
-            "properties": {"heads": _POSITIVE, "parts": _POSITIVE},
-            "required": ["heads", "parts"],
-            "additionalProperties": False,
-        },
+        _record({"heads": _POSITIVE, "parts": _POSITIVE}),
         {"heads": 16, "parts": 3},
         ((3072, 1024),),
     ),
