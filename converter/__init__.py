@@ -7,7 +7,7 @@
     found = converter.inspect("openai/clip-vit-large-patch14")
     moved = converter.diff("before.safetensors", "after.safetensors")
 
-and `from converter.verify import verify`. All raise what is drawn in `converter.errors`.
+and `from converter.api.verify import verify`. All raise what is drawn in `converter.errors`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from converter.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from converter.assemble import encoder
-    from converter.comparison import diff
-    from converter.derivation import derive
-    from converter.inspection import inspect
-    from converter.loading import load
-    from converter.pipeline import convert
+    from converter.api.convert import convert
+    from converter.api.derive import derive
+    from converter.api.diff import diff
+    from converter.api.encoder import encoder
+    from converter.api.inspect import inspect
+    from converter.api.load import load
+    from converter.api.verify import verify
 
-__all__ = ["__version__", "convert", "derive", "diff", "encoder", "inspect", "load"]
+__all__ = ["__version__", "convert", "derive", "diff", "encoder", "inspect", "load", "verify"]
 
 # Imported when they are first asked for: a command pays for its own verb alone.
 _VERBS = {
-    "convert": "converter.pipeline",
-    "derive": "converter.derivation",
-    "diff": "converter.comparison",
-    "encoder": "converter.assemble",
-    "inspect": "converter.inspection",
-    "load": "converter.loading",
+    "convert": "converter.api.convert",
+    "derive": "converter.api.derive",
+    "diff": "converter.api.diff",
+    "encoder": "converter.api.encoder",
+    "inspect": "converter.api.inspect",
+    "load": "converter.api.load",
+    "verify": "converter.api.verify",
 }
 
 

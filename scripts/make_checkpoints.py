@@ -251,14 +251,14 @@ def write_safetensors(path: Path, tensors: Inventory) -> None:
 def write_sharded(path: Path, tensors: Inventory) -> None:
     """`path` is the index; the shards beside it are filled in the keys' order, as transformers does."""
     total = sum(_nbytes(*spec) for spec in tensors.values())
-    limit, filled = 700_000_000, 0
+    limit, generated = 700_000_000, 0
     shards: list[Inventory] = [{}]
     for key, spec in tensors.items():
-        if filled + _nbytes(*spec) > limit:
+        if generated + _nbytes(*spec) > limit:
             shards.append({})
-            filled = 0
+            generated = 0
         shards[-1][key] = spec
-        filled += _nbytes(*spec)
+        generated += _nbytes(*spec)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(path.with_name(name), shard)

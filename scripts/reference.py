@@ -16,14 +16,16 @@ from typing import Any, cast
 
 import yaml
 
-from converter import catalogue
-from converter.checkpoint import Storage, Tensor, contiguous_strides
-from converter.dtypes import FLOAT32
-from converter.files import SourceFile
-from converter.mapping import apply, ops, parse, schema, template, yamltree
-from converter.mapping.expr import Expr, extents, read
-from converter.mapping.rules import Mapping, Rule
-from converter.mapping.template import Kind, Template
+from converter.layouts import claims, parse, registry, schema, template, yaml_tree
+from converter.layouts.spec import LayoutMapping, Rule
+from converter.layouts.template import Kind, Template
+from converter.plan.apply import apply
+from converter.storage.byte_range import Storage
+from converter.storage.local_file import SourceFile
+from converter.tensors import ops
+from converter.tensors.dtypes import FLOAT32
+from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, lazy_read
+from converter.tensors.tensor_info import TensorInfo, contiguous_strides
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rules.md"
 
@@ -96,7 +98,7 @@ def _beginning() -> Iterator[str]:
     yield ""
     yield "This is all of `sam-meta`:"
     yield ""
-    yield from _fence("yaml", catalogue.text("sam-meta"))
+    yield from _fence("yaml", registry.text("sam-meta"))
     yield ""
     yield from _prose(
         "Rules are no program. They are applied all at once, each to the checkpoint's own names, and their order does"
@@ -170,7 +172,7 @@ def _tried(text: str, name: str) -> tuple[str, str, str]:
 def _prefixes() -> Iterator[str]:
     yield "## Prefixes, and what lies beside"
     yield ""
-    for key in ("strip", "beside", "elsewhere"):
+    for key in ("prefix", "other_rules", "drop_rest"):
         yield from _said(key, schema.FILE[key])
     yield from _prose(
         "What torch.compile, DistributedDataParallel and FSDP put into names is taken off before. Then the names are"
@@ -182,7 +184,7 @@ def _prefixes() -> Iterator[str]:
 def _shapes() -> Iterator[str]:
     yield "## How a layout is recognised"
     yield ""
-    yield from _said("recognise", schema.FILE["recognise"])
+    yield from _said("detect", schema.FILE["detect"])
     yield from _prose(
         "A shape is a list of dimensions. A dimension is a number, a name such as `width`, a multiple of one such as"
         " `3*width`, or `_` for any size. A name stands for one size throughout the layout; it is what the tensors"
@@ -220,9 +222,9 @@ def _verb(verb: str) -> Iterator[str]:
 
 def _parsed(example: str) -> tuple[Rule, ...]:
     item = example.replace("\n", "\n    ")
-    head = "layout: x\nfamily: clip\ndescription: x\nrecognise: {x: [_]}\n"
+    head = "layout: x\nfamily: clip\ndescription: x\ndetect: {x: [_]}\n"
     mapping = parse.parse_mapping(f"{head}variables: {DECLARED}\nrules:\n  - {item}\n", "example")
-    assert isinstance(mapping, Mapping)
+    assert isinstance(mapping, LayoutMapping)
     return mapping.rules
 
 
@@ -233,7 +235,7 @@ def _shown(rule: Rule) -> list[str]:
     if len(rule.targets) > 1:
         shape = (shape[0] * len(rule.targets), *shape[1:])
     tensors = {name: _tensor(name, shape) for name in names}
-    made = apply.apply((rule,), tensors, "example").values
+    made = apply((rule,), tensors, "example").values
     if not rule.targets:
         return [f"{name:12}  {list(value.shape)}  -> dropped" for name, value in tensors.items()]
     width = max(map(len, [*tensors, *(f"-> {name}" for name in made)]))
@@ -279,26 +281,26 @@ def _operations() -> Iterator[str]:
 def _operation(name: str) -> Iterator[str]:
     shown = schema.OPS[name]
     text = f"{name}: {_flow(shown.argument)}"
-    op = parse.OPS[name](yamltree.parse(_flow(shown.argument), "example"))
+    op = parse.OPS[name](yaml_tree.parse(_flow(shown.argument), "example"))
     yield f"### {name}"
     yield ""
     yield from _prose(shown.text)
     yield ""
     rows = []
     for shape in shown.shapes:
-        (value,) = ops.run(op, (_tensor("x", shape),))
-        cost = "computed with torch" if extents(value) is None else "bytes are copied"
+        (value,) = ops.apply_op(op, (_tensor("x", shape),))
+        cost = "computed with torch" if byte_ranges(value) is None else "bytes are copied"
         before, after = _described(_tensor("x", shape)), _described(value)
         rows.append((f"`then: [{text}]`", before, after, cost, _inverse(op)))
     yield from _table(("example", "a tensor", "becomes", "cost", "inverse"), rows)
 
 
-def _described(value: Expr) -> str:
+def _described(value: LazyTensor) -> str:
     return f"{value.dtype.name} `{list(value.shape)}`"
 
 
 def _inverse(op: ops.Op) -> str:
-    why = ops.why_lossy(op)
+    why = ops.lossy_reason(op)
     return f"none: {why}" if why else f"`{_written(op.inverse())}`"
 
 
@@ -319,7 +321,7 @@ def _written(op: ops.Op) -> str:
 
 
 def _op(name: str) -> ops.Op:
-    return parse.OPS[name](yamltree.parse(_flow(schema.OPS[name].argument), "example"))
+    return parse.OPS[name](yaml_tree.parse(_flow(schema.OPS[name].argument), "example"))
 
 
 def _optional() -> Iterator[str]:
@@ -327,7 +329,7 @@ def _optional() -> Iterator[str]:
     yield ""
     yield from _prose(
         "A rule that matches nothing is an error: a checkpoint that lacks part of its layout is damaged, or of another"
-        " one. `optional: true` allows it. `optional: reading` allows it when the layout is read; when it is written,"
+        " one. `optional: true` allows it. `optional: on_read` allows it when the layout is read; when it is written,"
         " the tensor has to be there, from the source or from `--fill-from`, because what reads such files wants it. A"
         " fuse of which a part is missing is an error in any case."
     )
@@ -374,15 +376,15 @@ def _bounds() -> Iterator[str]:
     yield from _prose("A mapping may come from a stranger, so there is an end to everything:")
     yield ""
     rows = (
-        ("characters of a file", yamltree.LARGEST),
-        ("levels of it", yamltree._DEEPEST),
+        ("characters of a file", yaml_tree.LARGEST),
+        ("levels of it", yaml_tree._DEEPEST),
         ("rules, each name of a drop being one", parse._MOST_RULES),
         ("characters of a template, and of a name that one matches", template.LONGEST_NAME),
         ("characters of one word of a variable", template.LONGEST_WORD),
         ("combinations of words in one segment", template._MOST_READINGS),
-        ("numbers in a shape or a permutation", yamltree._MOST_DIMENSIONS),
+        ("numbers in a shape or a permutation", yaml_tree._MOST_DIMENSIONS),
         ("positions along a side after `resample`", ops.LARGEST_GRID),
-        ("templates times names", apply._MOST_COMPARED),
+        ("templates times names", claims._MOST_COMPARED),
     )
     yield from _table(("at most", "of what"), ((f"{bound:,}", what) for what, bound in rows))
     yield ""
@@ -428,11 +430,11 @@ def _flow(value: object) -> str:
     return written.removesuffix("...\n").strip()
 
 
-def _tensor(name: str, shape: tuple[int, ...]) -> Expr:
+def _tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
     """A tensor of float32 that lies in a file as it is; nothing reads it."""
     size = math.prod(shape) * FLOAT32.itemsize
     storage = Storage(cast(SourceFile, None), (0, size), size, size, name)
-    return read(Tensor(name, FLOAT32, shape, storage, 0, contiguous_strides(shape)))
+    return lazy_read(TensorInfo(name, FLOAT32, shape, storage, 0, contiguous_strides(shape)))
 
 
 if __name__ == "__main__":

@@ -319,8 +319,9 @@ def forward_shares(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    from converter.api.verify import verify
     from converter.encoders import DeepEncoder
-    from converter.verify import outputs, verify
+    from converter.verification import outputs
 
     busy = Busy()
     recorded, forward = outputs.run_recorded, DeepEncoder.forward

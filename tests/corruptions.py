@@ -24,10 +24,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import converter
-from converter.compute import swapped
+from converter.api.verify import verify
 from converter.encoders import SamConfig, clip, deepencoder, functional, sam
 from converter.errors import DsocrError
-from converter.verify import Verification, verify
+from converter.tensors.evaluate import byte_swapped
+from converter.verification.result import Verification
 
 State = dict[str, Tensor]
 WEIGHTS, FILE, ARCHITECTURE = "weights", "file", "architecture"
@@ -76,7 +77,7 @@ class Corruption(NamedTuple):
     damage: Callable[[Path], None] | None = None
     patch: Callable[[], AbstractContextManager[Any]] | None = None
     source: str = ""
-    culprit: str = ""
+    tensor: str = ""
     quiet: bool = False
 
 
@@ -407,7 +408,7 @@ def zero_tail(path: Path) -> None:
 
 def big_endian(path: Path) -> None:
     begin, data = _header(path)
-    path.write_bytes(data[:begin] + swapped(bytearray(data[begin:]), 4))
+    path.write_bytes(data[:begin] + byte_swapped(bytearray(data[begin:]), 4))
 
 
 # Architecture: the encoder itself, wrong ---------------------------------------------------------------------------
@@ -628,8 +629,8 @@ def _d(name: str, families: tuple[str, ...], what: str, damage: Callable[[Path],
     return Corruption(name, families, FILE, what, damage=damage)
 
 
-def _a(name: str, families: tuple[str, ...], what: str, patch: Patch, culprit: str) -> Corruption:
-    return Corruption(name, families, ARCHITECTURE, what, patch=patch, culprit=culprit)
+def _a(name: str, families: tuple[str, ...], what: str, patch: Patch, tensor: str) -> Corruption:
+    return Corruption(name, families, ARCHITECTURE, what, patch=patch, tensor=tensor)
 
 
 def flip(dim: int) -> Callable[[Tensor], Tensor]:
@@ -1276,7 +1277,7 @@ class Row(NamedTuple):
     caught: dict[str, bool | None]
     refused: str
     ratio: float | None
-    culprits: dict[str, list[str]]
+    tensors: dict[str, list[str]]
     changed: list[str]
     first: str
     expected: str
@@ -1329,7 +1330,7 @@ def _row(
         ran = "failed" in verdicts or "passed" in verdicts
         caught[proof] = "failed" in verdicts if ran else None
     failures = [check for check in checks if check.verdict == "failed"]
-    culprits = {proof: [c for check in failures if check.proof == proof for c in check.culprits] for proof in PROOFS}
+    tensors = {proof: [c for check in failures if check.proof == proof for c in check.tensors] for proof in PROOFS}
     ratios = [
         error / (trace.bar * floor)
         for trace in (found.traces if found else [])
@@ -1345,18 +1346,18 @@ def _row(
         caught=caught,
         refused=refused,
         ratio=max(ratios, default=None),
-        culprits={proof: names[:40] for proof, names in culprits.items()},
+        tensors={proof: names[:40] for proof, names in tensors.items()},
         changed=changed,
-        first=culprits["outputs"][0] if culprits["outputs"] else "",
-        expected=corruption.culprit.format(block=subject.names.block, last=subject.names.depth - 1),
+        first=tensors["outputs"][0] if tensors["outputs"] else "",
+        expected=corruption.tensor.format(block=subject.names.block, last=subject.names.depth - 1),
         seconds=seconds,
     )
 
 
 def unnamed(row: Row, found: Verification) -> list[str]:
     """The changed tensors that no failed check names."""
-    blamed = {culprit for check in found.checks if check.verdict == "failed" for culprit in check.culprits}
-    return [name for name in row.changed if not any(name in culprit for culprit in blamed)]
+    at_fault = {tensor for check in found.checks if check.verdict == "failed" for tensor in check.tensors}
+    return [name for name in row.changed if not any(name in tensor for tensor in at_fault)]
 
 
 def as_json(rows_: Sequence[Row]) -> list[dict[str, Any]]:

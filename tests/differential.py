@@ -26,11 +26,11 @@ from fuzzing.targets import check
 from memory import copied, raw
 from memory_file import Memory
 
-from converter.checkpoint import Contents, Tensor
-from converter.compute import materialise
 from converter.errors import DsocrError
-from converter.loaders import open_file
-from converter.mapping.expr import extents, read
+from converter.formats.registry import open_file
+from converter.tensors.evaluate import tensor_bytes
+from converter.tensors.lazy_tensor import byte_ranges, lazy_read
+from converter.tensors.tensor_info import Contents, TensorInfo
 
 # A forked process has none of torch's threads, and would wait for them.
 torch.set_num_threads(1)
@@ -141,11 +141,11 @@ def _filled(contents: Contents) -> Contents:
 def _value(value: Any) -> Any:
     if isinstance(value, dict):
         return _filled(value)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, TensorInfo):
         return value
     check(value)
-    pieces = extents(read(value))
-    data = copied(pieces) if pieces is not None else bytes(materialise(read(value)))
+    segments = byte_ranges(lazy_read(value))
+    data = copied(segments) if segments is not None else bytes(tensor_bytes(lazy_read(value)))
     return f"torch.{value.dtype.name}", value.shape, data
 
 

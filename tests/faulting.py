@@ -391,11 +391,11 @@ NOBODY = 65534
 # Everything is imported, and read, before the process becomes another user, who may not enter Python's own folders.
 AS_NOBODY = f"""
 import contextlib, ctypes, hashlib, io, os, sys
-import converter.cards.markdown, converter.pretrained.configs
-from converter import loaders
+import converter.output.model_card, converter.output.pretrained_config
+from converter.formats import registry as formats_registry
 from converter.cli import console, convert
-found = loaders._built_in()
-loaders._built_in = lambda: found
+found = formats_registry._built_in()
+formats_registry._built_in = lambda: found
 arguments = list(sys.argv)
 sys.argv += ["--dry-run"]
 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

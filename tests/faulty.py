@@ -22,13 +22,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from converter import beside
-from converter.cards import markdown
 from converter.cli import console, convert
-from converter.pretrained import configs
+from converter.output import model_card, pretrained_config
+from converter.storage import temp_files
 
 # Imported late by the program.
-LATE = (configs, markdown, ctypes, hashlib)
+LATE = (pretrained_config, model_card, ctypes, hashlib)
 CALLS = "open close write fsync link rename replace unlink mkdir rmdir ftruncate listdir posix_fadvise"
 
 
@@ -79,7 +78,7 @@ def run(arguments: list[str], folder: str, at: int, error: int, told: int) -> No
     for name in CALLS.split():
         setattr(os, name, faults.wrap(name, getattr(os, name)))
     fcntl.flock = faults.wrap("flock", fcntl.flock)  # type: ignore[assignment]
-    beside._exchanged = faults.wrap("exchanged", beside._exchanged)
+    temp_files._exchanged = faults.wrap("exchanged", temp_files._exchanged)
     sys.argv = ["dsocr-convert", *arguments]
     code = console.run(convert.app)
     os.pwrite(told, faults.calls.to_bytes(4, "little"), 0)

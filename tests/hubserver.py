@@ -49,8 +49,8 @@ class Content:
             digest.update(f"made up for {self.name} of {self.size} bytes".encode())
         elif self._sha256 is None:
             with self.open() as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
+                while segment := file.read(1 << 20):
+                    digest.update(segment)
         return self._sha256 or digest.hexdigest()
 
     @cached_property

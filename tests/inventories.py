@@ -14,7 +14,7 @@ import struct
 from functools import cache
 from pathlib import Path
 
-from converter.dtypes import BY_NAME
+from converter.tensors.dtypes import BY_NAME
 
 # Name -> element type and shape.
 Inventory = dict[str, tuple[str, tuple[int, ...]]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from converter.checkpoint import Contents, Tensor
-from converter.files import LocalFile
-from converter.loaders import open_file
+from converter.formats.registry import open_file
+from converter.storage.local_file import LocalFile
+from converter.tensors.tensor_info import Contents, TensorInfo
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -26,7 +26,7 @@ def opened(path: Path, container: str) -> Contents:
     return contents
 
 
-def to_torch(tensor: Tensor) -> torch.Tensor:
+def to_torch(tensor: TensorInfo) -> torch.Tensor:
     """The tensor that `tensor` describes."""
     data = tensor.storage.read()
     if tensor.storage.big_endian:

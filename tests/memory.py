@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from memory_file import Memory
 
-from converter.checkpoint import Storage, Tensor, make_tensor
-from converter.copier import Copier
-from converter.dtypes import BY_NAME
-from converter.mapping.expr import Expr, Piece, read
+from converter.storage.byte_range import Segment, Storage
+from converter.storage.stream import Copier
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read
+from converter.tensors.tensor_info import TensorInfo, make_tensor
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -20,7 +21,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().tobytes())
 
 
-def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Tensor:
+def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> TensorInfo:
     """`tensor` as a loader would describe it, strides and offset too, its storage not at the file's beginning."""
     data = raw(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
     crc = zlib.crc32(data) ^ damaged
@@ -29,11 +30,11 @@ def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Te
     return make_tensor(key, dtype, tuple(tensor.shape), storage, tensor.storage_offset(), tuple(tensor.stride()))
 
 
-def expr(tensor: torch.Tensor, key: str = "x") -> Expr:
-    return read(stored(tensor, key))
+def expr(tensor: torch.Tensor, key: str = "x") -> LazyTensor:
+    return lazy_read(stored(tensor, key))
 
 
-def copied(pieces: Iterable[Piece | memoryview]) -> bytes:
+def copied(segments: Iterable[Segment | memoryview]) -> bytes:
     """What a Copier writes of `pieces`."""
     result = bytearray()
 
@@ -42,6 +43,6 @@ def copied(pieces: Iterable[Piece | memoryview]) -> bytes:
         return memoryview(full.obj)
 
     copier = Copier(exchange, lambda count: None)
-    copier.copy(pieces)
+    copier.copy(segments)
     copier.flush()
     return bytes(result)

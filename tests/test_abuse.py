@@ -18,12 +18,12 @@ import torch
 from test_encoder_command import deepseek_ocr, save
 
 import converter
-from converter import catalogue
+from converter.api.verify import verify
 from converter.cli.diff import diff as diff_command
 from converter.errors import ContainerError, DsocrError, OutputError, UsageError
-from converter.target import check_folder, check_target
-from converter.verify import verify
-from converter.verify.views import check_files
+from converter.layouts import registry
+from converter.output.target import check_folder, check_target
+from converter.reports import check_files
 
 TOO_LONG = "x" * 5000 + ".safetensors"
 
@@ -103,7 +103,7 @@ def test_mistakes_are_refused_before_anything_is_written(name: str, folder: Path
 def test_a_card_never_replaces_an_input(what: str, link: bool, folder: Path) -> None:
     own = {"source": "sam.json", "index": "clip/model.safetensors.index.json", "mapping": "m.json", "key": "key.json"}
     (folder / "sam.pth").rename("sam.json")
-    (folder / "m.json").write_text(catalogue.text("sam-meta"))
+    (folder / "m.json").write_text(registry.text("sam-meta"))
     (folder / "key.json").write_text("a private key")
     card = "card.json" if link else own[what]
     if link:

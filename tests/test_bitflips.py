@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import converter
-from converter import catalogue
 from converter.errors import ContainerError, DsocrError
-from converter.files import LocalFile
-from converter.loaders.zipdir import read_directory
+from converter.formats.zip_directory import read_directory
+from converter.layouts import registry
+from converter.storage.local_file import LocalFile
 
 FLIPS = 1000
 
@@ -34,7 +34,7 @@ def checkpoint() -> bytes:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thousand conversions: without waiting for the disk, and with the layouts' files read once."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(catalogue, "candidates", functools.cache(catalogue.candidates))
+    monkeypatch.setattr(registry, "candidates", functools.cache(registry.entries))
 
 
 class Disk:
@@ -80,12 +80,12 @@ def test_a_flipped_bit_elsewhere_is_refused_or_changes_nothing(checkpoint: bytes
     """In the pickle, the directory, members' own headers, what lies between: names, sizes, offsets, dates."""
     disk, chance = Disk(checkpoint, tmp_path), random.Random(6)
     held = {at for _, begin, end in disk.stored for at in range(begin, end)}
-    elsewhere = [at for at in range(len(checkpoint)) if at not in held]
+    drop_rest = [at for at in range(len(checkpoint)) if at not in held]
     expected = disk.convert()
     refused = same = 0
     for _ in range(FLIPS // 2):
         try:
-            assert disk.convert(chance.choice(elsewhere) * 8 + chance.randrange(8)) == expected
+            assert disk.convert(chance.choice(drop_rest) * 8 + chance.randrange(8)) == expected
             same += 1
         except DsocrError:
             refused += 1

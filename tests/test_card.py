@@ -20,12 +20,12 @@ from test_oracles import LAYOUTS
 from typer.testing import CliRunner
 
 import converter
-from converter import stage
-from converter.cards.card import canonical
+from converter.api.verify import verify
 from converter.cli import convert as cli
 from converter.errors import ContainerError, OutputError, UsageError
-from converter.verify import verify
-from converter.verify.result import FAILED, PASSED, SKIPPED
+from converter.output.record_document import canonical_json
+from converter.storage import atomic_output
+from converter.verification.result import FAILED, PASSED, SKIPPED
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +79,14 @@ def test_large_tensors_and_empty_ones(tmp_path: Path) -> None:
     """Tensors that fill several buffers, begin in the midst of one, or have no bytes."""
     from memory import expr
 
-    from converter.cards.card import Digests
-    from converter.copier import BUFFER
-    from converter.write import write_safetensors
+    from converter.formats.safetensors import write_safetensors
+    from converter.output.record_document import TensorDigests
+    from converter.storage.stream import BUFFER
 
     tensors = {"a": torch.empty(0, 2), "b": torch.ones(3), "c": torch.randn(BUFFER, 2), "d": torch.tensor(1.0)}
     tensors |= {"e": torch.empty(0), "f": torch.randn(BUFFER // 4)}
     outputs = {name: expr(tensor) for name, tensor in tensors.items()}
-    digests = Digests(outputs)
+    digests = TensorDigests(outputs)
     with (tmp_path / "out").open("wb") as file:
         write_safetensors(file.fileno(), outputs, {}, lambda count: None, digests)
     assert {name: digests.hex(name) for name in outputs} == {
@@ -108,11 +108,11 @@ def test_local_files_are_digested_and_named_without_their_folder(folder: Path, t
 def test_the_document_is_canonical(folder: Path, tmp_path: Path) -> None:
     _, path = converted(folder, tmp_path)
     data = path.read_bytes()
-    assert data == canonical(json.loads(data))
+    assert data == canonical_json(json.loads(data))
     assert data.endswith(b"}\n") and data.count(b"\n") == 1
     odd = {"b": "caf\u00e9 \ud800", "a": [1, 2]}
-    assert canonical(odd) == '{"a":[1,2],"b":"café \\ud800"}\n'.encode()
-    assert json.loads(canonical(odd)) == odd
+    assert canonical_json(odd) == '{"a":[1,2],"b":"café \\ud800"}\n'.encode()
+    assert json.loads(canonical_json(odd)) == odd
 
 
 def test_the_same_input_gives_the_same_card(folder: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_no_card_without_its_output(folder: Path, tmp_path: Path, monkeypatch: p
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("converter.copier.write_all", full)
+    monkeypatch.setattr("converter.storage.stream.write_all", full)
     with pytest.raises(OutputError, match="No space left"):
         converted(folder, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -192,11 +192,11 @@ def test_no_output_without_its_card(folder: Path, tmp_path: Path, monkeypatch: p
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("converter.cards.files.write_all", full)
+    monkeypatch.setattr("converter.output.record_files.write_all", full)
     with pytest.raises(OutputError, match="No space left"):
         converted(folder, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert stage.write_all is not full
+    assert atomic_output.write_all is not full
 
 
 def test_a_dry_run_writes_none(folder: Path, tmp_path: Path) -> None:

@@ -164,11 +164,11 @@ layout: mine
 family: sam
 description: ours
 variables: {rest: path}
-strip: "vit:"
-recognise: {neck.0.weight: [neck, width, 1, 1]}
+prefix: "vit:"
+detect: {neck.0.weight: [neck, width, 1, 1]}
 rules:
   - keep: "{rest}"
-elsewhere: decoder and prompts
+drop_rest: decoder and prompts
 """
     )
     assert run("mapping", "check", "mine.yaml", "mine.pth", cwd=tmp_path).returncode == 0
@@ -242,7 +242,7 @@ def test_interruption_leaves_nothing_and_returns_130(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("converter.writing.write_safetensors", interrupt)
+    monkeypatch.setattr("converter.output.write.write_safetensors", interrupt)
     done = CliRunner().invoke(cli.app, ["sam", str(folder / "sam.pth")])
     assert done.exit_code == 130
     assert not list(tmp_path.iterdir())

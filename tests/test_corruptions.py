@@ -18,8 +18,9 @@ import torch
 from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
 
 import converter
-from converter import catalogue
-from converter.verify import stages, verify
+from converter.api.verify import verify
+from converter.layouts import registry
+from converter.verification import probes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +42,7 @@ def test_the_catalogue_is_large_enough() -> None:
     families = Counter(family for corruption in corruptions.CATALOGUE for family in corruption.families)
     assert min(families["sam"], families["clip"]) >= 60
     for corruption in corruptions.CATALOGUE:
-        assert (corruption.kind == ARCHITECTURE) == bool(corruption.patch) == bool(corruption.culprit), corruption.name
+        assert (corruption.kind == ARCHITECTURE) == bool(corruption.patch) == bool(corruption.tensor), corruption.name
 
 
 @pytest.mark.parametrize("kind", ["sam", "clip", "compressor"])
@@ -80,10 +81,10 @@ def _check_blame(row: Row, subject: Subject) -> None:
     """No block before the first changed tensor's is blamed by the outputs; where it shows at all, that one is first."""
     if not row.caught["outputs"] or not row.changed:
         return
-    order = stages.names_of(subject.family, subject.names.depth)
+    order = probes.names_of(subject.family, subject.names.depth)
     # SAM alone ends in its neck; its compressor runs in the chain alone, before CLIP's first block.
     order += ["neck", "vision_model.pre_layrnorm"] * (subject.family == "sam")
-    used = {place: stages.at_work(subject.family, place, row.changed) for place in order}
+    used = {place: probes.at_work(subject.family, place, row.changed) for place in order}
     assert row.first.removeprefix("sam_model.") == next(place for place in order if used[place])
 
 
@@ -96,7 +97,7 @@ IN_THE_CHAIN = [
 def test_a_transformers_without_the_chain_notices_too(
     corruption: Corruption, kind: str, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("converter.verify.chain._MODULE", "transformers.models.none_such")
+    monkeypatch.setattr("converter.verification.deep_encoder._MODULE", "transformers.models.none_such")
     right, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
     assert right.ok and right.ratio is not None and right.ratio < 0.5
     row, found = corruptions.run(corruption, subjects[kind], tmp_path, device="cpu")
@@ -108,7 +109,7 @@ def test_a_transformers_without_the_chain_notices_too(
 
 def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_path: Path) -> None:
     """The bytes follow the mapping, wrong as it is; the outputs do not, and lead to the line."""
-    text = catalogue.text("sam-hf")
+    text = registry.text("sam-hf")
     lines = text.splitlines()
     mapping = tmp_path / "mine.yaml"
     wrong = [line.replace("neck.layer_norm1", "neck.layer_norm@").replace("neck.layer_norm2", "neck.layer_norm1")
@@ -123,7 +124,7 @@ def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_
         :1
     ]
     assert all(check.verdict == "passed" for check in found.checks if check.proof == "bytes")
-    assert alone.verdict == "failed" and alone.culprits[0] == "neck" and "neck.1.weight" in alone.culprits
+    assert alone.verdict == "failed" and alone.tensors[0] == "neck" and "neck.1.weight" in alone.tensors
     at = [number for number, line in enumerate(wrong, 1) if "neck.layer_norm" in line and "rename" in line]
     assert at and all(f"{mapping}:{number}" in alone.detail for number in at)
 

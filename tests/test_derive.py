@@ -19,9 +19,9 @@ from inventories import inventories, sparse
 from test_oracles import LAYOUTS, State, check_equal
 
 import converter
-from converter import catalogue
-from converter.derivation import Derived, derive
+from converter.api.derive import Derived, derive
 from converter.errors import LayoutError, MappingError, OutputError, UsageError
+from converter.layouts import registry
 
 
 def saved(state: State, path: Path) -> Path:
@@ -46,8 +46,8 @@ def check_converts(found: Derived, expected: State, folder: Path) -> None:
 
 def templates(found: Derived) -> list[str]:
     """The rules of a derived mapping, a line each."""
-    mapping = catalogue.load_file(Path(found.output))
-    return [rule.text for rule in (*mapping.rules, *mapping.beside)]
+    mapping = registry.load_file(Path(found.output))
+    return [rule.text for rule in (*mapping.rules, *mapping.other_rules)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -58,7 +58,7 @@ def test_every_layout_that_ships_is_found_again(layout: str, tmp_path: Path) -> 
     check_converts(found, expected, tmp_path)
     assert set(found.found) == {"values"} and not found.guessed
     assert found.family == family and found.known == [name]
-    shipped = catalogue.load(name)
+    shipped = registry.load(name)
     assert found.rules <= 2 * len(shipped.rules)  # type: ignore[union-attr]
     assert 20 <= len(found.text.splitlines()) <= 60
     assert max(map(len, found.text.splitlines())) <= 120
@@ -188,7 +188,7 @@ def test_a_layout_never_seen(unseen: Callable[[], tuple[State, State]], tmp_path
     assert set(found.found) == {"values"} and not found.known
     assert set(RULES[unseen]) <= set(templates(found))
     assert found.rules <= 15 and len(found.text.splitlines()) <= 60
-    mapping = catalogue.load_file(tmp_path / "my.yaml")
+    mapping = registry.load_file(tmp_path / "my.yaml")
     assert not [rule for rule in mapping.rules if rule.targets and rule.lossy]
 
 
@@ -236,7 +236,7 @@ def test_a_target_in_another_layout_is_reached_by_it(tmp_path: Path) -> None:
     card = converter.convert(tmp_path / "source.pth", "clip", **options)  # type: ignore[arg-type]
     assert card.mapping == "clip-stack"
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), safetensors.torch.load_file(target))
-    assert "\nbeside:\n" in found.text
+    assert "\nother_rules:\n" in found.text
 
 
 def test_a_tensor_under_two_names_is_used_once(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_tensor_under_two_names_is_used_once(tmp_path: Path) -> None:
 
 def test_what_is_recognised_is_no_other_layout(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
     state, hub = unseen()
-    mapping = catalogue.load_file(Path(derived(state, hub, tmp_path).output))
+    mapping = registry.load_file(Path(derived(state, hub, tmp_path).output))
     for name, inventory in inventories().items():
         path = sparse(tmp_path / f"{name}.safetensors", inventory)
         with pytest.raises(LayoutError):
@@ -276,7 +276,7 @@ def test_what_is_not_found_is_told_and_nothing_written(tmp_path: Path) -> None:
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path)
     assert found.unmatched == [lost] and not found.written and not (tmp_path / "my.yaml").exists()
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path, partial=True)
-    assert found.written and catalogue.load_file(tmp_path / "my.yaml").name == "my"
+    assert found.written and registry.load_file(tmp_path / "my.yaml").name == "my"
 
 
 def test_other_types_have_no_equal_values(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from hubserver import Repo, environment, hub_server
 from test_verify_views import CHROMIUM, Outline, browse
 
 import converter
+from converter.api.diff import diff
 from converter.cli import diff as cli
-from converter.comparison import diff
 from converter.comparison.difference import Block, Difference, block_of, in_order
 from converter.comparison.measure import measure
 from converter.comparison.streams import BUFFER
 from converter.errors import ContainerError, LayoutError, UsageError
-from converter.verify.views import movement
+from converter.reports import movement
 
 State = dict[str, torch.Tensor]
 
@@ -410,7 +410,7 @@ import re, sys
 from pathlib import Path
 if sys.argv[3]:
     import torch
-from converter.comparison import diff
+from converter.api.diff import diff
 found = diff(*sys.argv[1:3])
 assert found.equal is ("torch" not in sys.modules)
 print(int(re.search(r"VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) / 1024)

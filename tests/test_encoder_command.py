@@ -21,12 +21,12 @@ from inventories import inventories, sparse
 from memory import raw
 
 import converter
-from converter.assemble import encoder
-from converter.assemble.compressor import seeded
+from converter.api.encoder import encoder
+from converter.api.verify import verify
+from converter.assembly.compressor import seeded
 from converter.encoders import DeepEncoder
 from converter.errors import DsocrError, LayoutError, OutputError, UsageError
-from converter.mapping.expr import Made
-from converter.verify import verify
+from converter.tensors.lazy_tensor import Generated
 
 State = dict[str, torch.Tensor]
 
@@ -163,7 +163,7 @@ def test_a_seeded_compressor_is_the_same_everywhere(sources: Path, tmp_path: Pat
 
 def seeded_bytes(name: str) -> list[bytes]:
     values = seeded(name, models.NECK, models.CLIP_WIDTH).values()
-    return [value.make() for value in values if isinstance(value, Made)]
+    return [value.make() for value in values if isinstance(value, Generated)]
 
 
 def test_torch_starts_a_convolution_within_the_same_bounds() -> None:
@@ -414,7 +414,7 @@ def test_the_folder_appears_whole_or_not_at_all(
         raise error
 
     before = digests(sources / "ocr")
-    monkeypatch.setattr("converter.assemble.replace._write_beside", fail)
+    monkeypatch.setattr("converter.assembly.insert._write_beside", fail)
     with pytest.raises((KeyboardInterrupt, OutputError)):
         encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [] and digests(sources / "ocr") == before
@@ -428,7 +428,7 @@ def test_a_source_that_changes_midway_gives_no_folder(sources: Path, tmp_path: P
             file.write(b"more")
 
     with pytest.raises(DsocrError, match="changed while it was being read"):
-        encoder(sources / "ocr", into=ocr, out=tmp_path / "out", progress=grow)
+        encoder(sources / "ocr", into=ocr, out=tmp_path / "out", on_progress=grow)
     assert [path.name for path in tmp_path.iterdir()] == ["ocr"]
 
 
@@ -566,7 +566,7 @@ def test_6_67_gb_in_constant_memory(tmp_path: Path) -> None:
     source = sparse(tmp_path / "ocr" / "model.safetensors", inventories()["deepseek-ocr"])
     code = """
 import sys
-from converter.assemble import encoder
+from converter.api.encoder import encoder
 encoder("ocr", into="ocr", out="out")
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), "torch" in sys.modules)
 """

@@ -9,33 +9,34 @@ import pytest
 from inventories import inventories
 from memory_file import Memory
 
-from converter import catalogue, report
-from converter.checkpoint import Contents, Storage, Tensor, contiguous_strides
-from converter.dtypes import BY_NAME
+from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.state_dict import unwrapped_names, without_common_prefixes
 from converter.errors import LayoutError, MappingError
-from converter.mapping.shapes import fits, parse_dim
-from converter.planning import Wish, to_hub
-from converter.pretrained import configs
-from converter.recognition import identify
-from converter.source import Source
-from converter.unwrap import plain_names, without_common_prefixes
+from converter.layouts import registry
+from converter.layouts.detect import detect_layout
+from converter.layouts.shapes import fits, parse_dim
+from converter.output import pretrained_config, record
+from converter.plan.planner import ConvertOptions, resolve_to_canonical
+from converter.storage.byte_range import Storage
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
 
 # Far more than any takes now, and far less than all took.
 SECONDS = 5.0
 
 
-def tensor(key: str, *shape: int) -> Tensor:
+def tensor(key: str, *shape: int) -> TensorInfo:
     storage = Storage(Memory(b""), (0, 0), 0, 0, key)
-    return Tensor(key, BY_NAME["float32"], shape, storage, 0, contiguous_strides(shape))
+    return TensorInfo(key, BY_NAME["float32"], shape, storage, 0, contiguous_strides(shape))
 
 
-def described(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def described(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     return {name: tensor(name, *shape) for name, shape in shapes.items()}
 
 
-def source(tensors: dict[str, Tensor]) -> Source:
+def source(tensors: dict[str, TensorInfo]) -> Checkpoint:
     contents: Contents = dict(tensors)
-    return Source("x.safetensors", (Memory(b""),), ("safetensors",), contents)
+    return Checkpoint("x.safetensors", (Memory(b""),), ("safetensors",), contents)
 
 
 def inventory(name: str) -> dict[str, tuple[int, ...]]:
@@ -46,8 +47,8 @@ def inventory(name: str) -> dict[str, tuple[int, ...]]:
 MANY = 100_000
 QUICK: dict[str, Callable[[], object]] = {
     "a name of a million segments": lambda: list(without_common_prefixes({"a." * 10**6 + "b": tensor("x")}, "x")),
-    "a million wrappers": lambda: plain_names({"module." * 10**6 + "b": tensor("x")}, "x"),
-    "a hundred thousand shapes": lambda: report.fold({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
+    "a million wrappers": lambda: unwrapped_names({"module." * 10**6 + "b": tensor("x")}, "x"),
+    "a hundred thousand shapes": lambda: record.group_layers({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
 }
 
 
@@ -59,7 +60,7 @@ def test_time_does_not_grow_with_the_square_of_the_input(name: str) -> None:
 
 
 def test_shapes_of_a_group_come_with_the_most_frequent_first() -> None:
-    (group,) = report.fold(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
+    (group,) = record.group_layers(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
     assert group.shapes == [[2], [9], [7]]
 
 
@@ -70,16 +71,22 @@ def test_no_size_of_a_model_is_zero() -> None:
 
 
 CONFIGS = {
-    "clip-hf": (configs.clip, ("visual_projection.weight", "text_model.embeddings.position_embedding.weight")),
-    "sam-meta": (configs.sam, ("mask_decoder.mask_tokens.weight", "prompt_encoder.mask_downscaling.3.weight")),
+    "clip-hf": (
+        pretrained_config.clip,
+        ("visual_projection.weight", "text_model.embeddings.position_embedding.weight"),
+    ),
+    "sam-meta": (
+        pretrained_config.sam,
+        ("mask_decoder.mask_tokens.weight", "prompt_encoder.mask_downscaling.3.weight"),
+    ),
 }
 
 
 @pytest.mark.parametrize("shape", [(), (0, 2), (1,) * 5])
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -> None:
-    plan = to_hub(source(described(inventory(layout))), Wish(layout.partition("-")[0])).plan
-    shapes = {name: value.shape for name, value in {**plan.outputs, **plan.beyond}.items()}
+    plan = resolve_to_canonical(source(described(inventory(layout))), ConvertOptions(layout.partition("-")[0])).plan
+    shapes = {name: value.shape for name, value in {**plan.outputs, **plan.extra_tensors}.items()}
     make, names = CONFIGS[layout]
     assert make(shapes, True)
     for name in names:
@@ -88,11 +95,11 @@ def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -
 
 
 def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
-    (mapping,) = (mapping for mapping in catalogue.mappings("sam") if mapping.name == "sam-meta")
+    (mapping,) = (mapping for mapping in registry.mappings("sam") if mapping.name == "sam-meta")
     telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
     tensors = telling | described({f"unheard.of.{i}.y": (1,) for i in range(9)})
     with pytest.raises(LayoutError) as caught:
-        identify(source(tensors), "sam", catalogue.candidates("sam"), None)
+        detect_layout(source(tensors), "sam", registry.entries("sam"), None)
     message = str(caught.value)
     for words in ("sam-meta has nothing for 'unheard.of.0.y'", "the checkpoint has nothing for"):
         assert words in message
@@ -104,15 +111,15 @@ def test_indices_whose_number_nothing_tells() -> None:
     shapes = inventory("clip-hf")
     tensors = described({**shapes, "vision_model.embeddings.position_embedding.weight": (2, 2, 2)})
     with pytest.raises(MappingError, match=r"position_ids' cannot be made: nothing of the right shape tells positions"):
-        to_hub(source(tensors), Wish("clip"))
+        resolve_to_canonical(source(tensors), ConvertOptions("clip"))
 
 
 def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
     """Once every number between the first and the last was made."""
-    (group,) = report.fold(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
+    (group,) = record.group_layers(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
     assert group.layers == "0 999999999"
     # Longer ones are no indices, and Python refuses to read the longest as numbers.
-    assert len(report.fold(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
+    assert len(record.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
 
 
 def test_positions_are_numbered_up_to_a_bound() -> None:
@@ -121,4 +128,4 @@ def test_positions_are_numbered_up_to_a_bound() -> None:
     width = shapes["vision_model.embeddings.class_embedding"][0]
     table = {"vision_model.embeddings.position_embedding.weight": (10**9, width)}
     with pytest.raises(MappingError, match=r"position_ids' cannot be made: \[1, 1000000000\] is more than any image"):
-        to_hub(source(described({**shapes, **table})), Wish("clip"))
+        resolve_to_canonical(source(described({**shapes, **table})), ConvertOptions("clip"))

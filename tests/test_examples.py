@@ -45,28 +45,28 @@ def test_the_example_workflow_converts_and_verifies(tmp_path: Path) -> None:
     job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["convert"]
     steps = {step.get("name", step.get("uses")): step for step in job["steps"]}
     inputs = {"source": "clip", "family": "clip"}
-    environment = {name: filled(value, inputs, {}) for name, value in job["env"].items()}
+    environment = {name: generated(value, inputs, {}) for name, value in job["env"].items()}
     everything = {**os.environ, **environment, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     shell(steps["Convert"]["run"], tmp_path, everything)
     assert json.loads((tmp_path / "conversion.json").read_text())["output"] == environment["CONVERTED"]
 
     action = yaml.safe_load((ROOT / ".github" / "actions" / "verify" / "action.yml").read_text())
-    given = {name: filled(value, inputs, environment) for name, value in steps["Verify"]["with"].items()}
+    given = {name: generated(value, inputs, environment) for name, value in steps["Verify"]["with"].items()}
     assert given.keys() <= action["inputs"].keys()
     settings = {name: str(about.get("default", "")) for name, about in action["inputs"].items()} | given
     # The stand-in is no encoder that a reference could be run for at 512 pixels in no time.
     settings["fast"] = "true"
     verify = action["runs"]["steps"][1]
-    own = {name: filled(value, settings, {}) for name, value in verify["env"].items()}
+    own = {name: generated(value, settings, {}) for name, value in verify["env"].items()}
     own |= {"BIN": str(BIN), "GITHUB_OUTPUT": str(tmp_path / "o"), "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md")}
     shell(verify["run"], tmp_path, {**everything, **own})
     assert (tmp_path / "o").read_text() == "verified=true\n"
     kept = steps["Keep the report, whatever it says"]["with"]["path"].split()
-    kept += [filled(name, {}, environment) for name in job["steps"][-1]["with"]["path"].splitlines()]
+    kept += [generated(name, {}, environment) for name in job["steps"][-1]["with"]["path"].splitlines()]
     assert [name for name in kept if not (tmp_path / name).is_file()] == []
 
 
-def filled(value: object, inputs: dict[str, str], env: dict[str, str]) -> str:
+def generated(value: object, inputs: dict[str, str], env: dict[str, str]) -> str:
     """GitHub's expressions, as far as these files use them."""
     known = {"inputs": inputs, "env": env}
     return re.sub(r"\$\{\{ (\w+)\.(\w+) \}\}", lambda found: known.get(found[1], {}).get(found[2], ""), str(value))

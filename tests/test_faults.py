@@ -23,9 +23,9 @@ import pytest
 from faulting import Done, Scene
 
 import converter
-from converter import beside, stage
 from converter.errors import OutputError
-from converter.stage import clear_remains, staged, staging
+from converter.storage import atomic_output, temp_files
+from converter.storage.atomic_output import remove_stale, staged, staging
 
 KINDS = ["file", "card", "folder"]
 
@@ -155,9 +155,9 @@ def test_a_signal_that_comes_while_remains_are_removed(tmp_path: Path, monkeypat
         came.append(path)
         if len(came) == 1:
             raise KeyboardInterrupt
-        beside.discard(path)
+        temp_files.discard(path)
 
-    monkeypatch.setattr("converter.stage.discard", interrupted)
+    monkeypatch.setattr("converter.storage.atomic_output.discard", interrupted)
     (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt), staging(force=True) as new:
         (new.folder(tmp_path / "out") / "file").write_text("new")
@@ -203,7 +203,7 @@ def test_a_stage_is_cleared_only_when_nobody_holds_it(tmp_path: Path) -> None:
         (tmp_path / name).write_text("a stranger's")
     with staged(out, False) as fd:
         os.write(fd, b"whole")
-        clear_remains(out)
+        remove_stale(out)
         assert not any(path.exists() for path in dead)
         assert len(list(tmp_path.glob(".out.????????.part"))) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
@@ -214,7 +214,7 @@ def test_what_another_wrote_after_a_dead_run_is_not_undone(tmp_path: Path) -> No
     card, out = tmp_path / "card.json", tmp_path / "out"
     (tmp_path / ".card.json.1.2.old").write_text("older")
     card.write_text("mine")
-    clear_remains(out, [card])
+    remove_stale(out, [card])
     assert card.read_text() == "mine" and list(tmp_path.iterdir()) == [card]
 
 
@@ -242,7 +242,7 @@ def test_a_place_that_cannot_be_taken_gives_all_others_back(
 
 
 def test_without_locks_all_appears_and_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "fcntl", None)
+    monkeypatch.setattr(temp_files, "fcntl", None)
     dead = tmp_path / ".out.0123abcd.part"
     dead.write_text("may be a live run's")
     with staging(force=False) as new:
@@ -254,7 +254,7 @@ def test_without_locks_all_appears_and_nothing_is_cleared(tmp_path: Path, monkey
 def test_a_strangers_lock_on_the_folder_does_not_block(tmp_path: Path) -> None:
     """`flock FOLDER dsocr-convert ...` holds it as long as the program runs."""
     fd = os.open(tmp_path, os.O_RDONLY)
-    assert beside.lock(fd)
+    assert temp_files.lock(fd)
     began = time.monotonic()
     with staged(tmp_path / "out", False) as out:
         os.write(out, b"whole")
@@ -266,7 +266,7 @@ def test_the_file_that_has_no_room_is_named(tmp_path: Path, monkeypatch: pytest.
     def full(fd: int, data: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("converter.cards.files.write_all", full)
+    monkeypatch.setattr("converter.output.record_files.write_all", full)
     source = faulting.checkpoint(tmp_path / "sam.safetensors", 0)
     with pytest.raises(OutputError, match=r"card\.json: could not be written: No space left on device\nfree some room"):
         converter.convert(source, "sam", out=tmp_path / "out.safetensors", card=tmp_path / "card.json")
@@ -295,7 +295,7 @@ def test_a_signal_between_any_two_steps_leaves_nothing(
 ) -> None:
     """One signal, at each of the steps in which card and output take their places."""
     output, card = tmp_path / "out", tmp_path / "card"
-    done = getattr(stage, step)
+    done = getattr(atomic_output, step)
     calls: list[int] = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -307,7 +307,7 @@ def test_a_signal_between_any_two_steps_leaves_nothing(
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(stage, step, interrupted)
+    monkeypatch.setattr(atomic_output, step, interrupted)
     for at in range(1, 5):
         for path in (output, card):
             path.write_bytes(b"old")

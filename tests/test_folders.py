@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import converter
-from converter import beside
+from converter.checkpoint.open import open_checkpoint
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
-from converter.planning import Wish, planned
-from converter.pretrained.configs import sam as sam_documents
-from converter.pretrained.folder import folder_files
-from converter.source import open_source
+from converter.output.pretrained import config_files
+from converter.output.pretrained_config import sam as sam_documents
+from converter.plan.planner import ConvertOptions, resolve
+from converter.storage import temp_files
 
 State = dict[str, Tensor]
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -232,11 +232,11 @@ def test_clips_config_is_openais(tmp_path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     # All zeros, and no room on the disk.
     os.truncate(path, 8 + len(text) + end)
-    with closing(open_source(path)) as opened:
-        plan = planned(opened, Wish("clip", "clip-hf", whole=True), None).plan
+    with closing(open_checkpoint(path)) as opened:
+        plan = resolve(opened, ConvertOptions("clip", "clip-hf", whole=True), None).plan
     assert len(plan.outputs) == 590
     (tmp_path / "clip").mkdir()
-    for name, data in folder_files(plan, whole=True).items():
+    for name, data in config_files(plan, whole=True).items():
         (tmp_path / "clip" / name).write_bytes(data)
     found = CLIPConfig.from_pretrained(tmp_path / "clip")
     assert found.projection_dim == 768
@@ -305,7 +305,7 @@ def test_a_folder_is_never_half_replaced(
     converter.convert(meta, "sam", to="sam-hf", out=out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if not swap:
-        monkeypatch.setattr(beside, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(temp_files, "_exchanged", lambda one, other: False)
     steps = 0
 
     def failing(real: object, at: int) -> object:
@@ -345,7 +345,7 @@ def test_a_source_that_is_damaged_leaves_no_folder(meta: Path, tmp_path: Path) -
             file.write(b"more")
 
     with pytest.raises(ContainerError, match="changed while it was being read"):
-        converter.convert(meta, "sam", to="sam-hf", out=tmp_path / "out", progress=grow)
+        converter.convert(meta, "sam", to="sam-hf", out=tmp_path / "out", on_progress=grow)
     assert list(tmp_path.iterdir()) == [meta]
 
 
@@ -356,7 +356,7 @@ def test_a_folder_that_appears_meanwhile_is_left_as_it_is(meta: Path, tmp_path: 
         out.mkdir(exist_ok=True)
 
     with pytest.raises(OutputError, match="appeared while it was being written"):
-        converter.convert(meta, "sam", to="sam-hf", out=out, progress=appear)
+        converter.convert(meta, "sam", to="sam-hf", out=out, on_progress=appear)
     assert sorted(tmp_path.iterdir()) == [out, meta]
     assert list(out.iterdir()) == []
 

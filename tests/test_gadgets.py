@@ -13,9 +13,9 @@ from hostile import gadgets, pickles
 from hostile.torchfiles import Raw, call, pickled
 
 from converter.errors import ContainerError
-from converter.loaders.torch_pickle import GLOBALS, storage_ref
-from converter.loaders.torchscript import _GLOBALS, _ScriptGlobals
-from converter.loaders.unpickler import unpickle
+from converter.formats.pickle_reader import unpickle
+from converter.formats.torch_pickle import GLOBALS, storage_ref
+from converter.formats.torchscript import _GLOBALS, _ScriptGlobals
 
 TABLES: dict[str, Any] = {"torch": GLOBALS, "TorchScript": _ScriptGlobals(_GLOBALS)}
 

@@ -32,12 +32,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.errors import HubError, OutputError, UsageError
-from converter.hubs import remote, transfer
-from converter.hubs.address import Access, Address, parse
-from converter.hubs.ranges import Ranges, chunks
-from converter.hubs.remote import RemoteFile
-from converter.hubs.repository import Answer, Entry, listed
-from converter.hubs.transfer import Transfer
+from converter.hub import http_range, remote_file
+from converter.hub.address import Address, HubOptions, parse
+from converter.hub.http_range import Transfer
+from converter.hub.ranges import Ranges, chunks
+from converter.hub.remote_file import RemoteFile
+from converter.hub.repository import Entry, HubResponseError, listed
 
 BIN = Path(os.environ.get("DSOCR_BIN", Path(sys.executable).parent))
 pytestmark = pytest.mark.filterwarnings(
@@ -247,25 +247,25 @@ def test_the_card_tells_commit_and_bytes(place: Place) -> None:
 @pytest.mark.parametrize(
     ("source", "access"),
     [
-        ("hf://org/name", Access(hub="modelscope")),
-        ("ms://org/name", Access(hub="hf")),
-        ("hf://org/name@v1", Access(revision="v2")),
-        ("org/name", Access(hub="gitee")),
-        ("hf://name", Access()),
-        ("hf://org/name@", Access()),
-        ("hf://org/name/../other", Access()),
-        ("./some/path", Access(hub="hf")),
+        ("hf://org/name", HubOptions(hub="modelscope")),
+        ("ms://org/name", HubOptions(hub="hf")),
+        ("hf://org/name@v1", HubOptions(revision="v2")),
+        ("org/name", HubOptions(hub="gitee")),
+        ("hf://name", HubOptions()),
+        ("hf://org/name@", HubOptions()),
+        ("hf://org/name/../other", HubOptions()),
+        ("./some/path", HubOptions(hub="hf")),
     ],
 )
-def test_contradictions(source: str, access: Access) -> None:
+def test_contradictions(source: str, hub_options: HubOptions) -> None:
     with pytest.raises(UsageError):
-        parse(source, access)
+        parse(source, hub_options)
 
 
 def test_addresses_are_taken_apart() -> None:
-    assert parse("ms://org/n.a-m_e@v1/a/b.bin", Access()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
-    assert parse("org/name@refs/convert/pt/x/", Access()) == Address("", "org/name", "refs/convert/pt", "x")
-    assert parse("org/name", Access("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
+    assert parse("ms://org/n.a-m_e@v1/a/b.bin", HubOptions()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
+    assert parse("org/name@refs/convert/pt/x/", HubOptions()) == Address("", "org/name", "refs/convert/pt", "x")
+    assert parse("org/name", HubOptions("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
 
 
 def test_options_for_hubs_need_one(place: Place, made: Path) -> None:
@@ -709,7 +709,7 @@ class OneFile:
     def open(self, path: str, headers: dict[str, str]) -> requests.Response:
         return requests.get(self._url, headers=headers, stream=True, timeout=self.timeout)
 
-    def refused(self, answer: Answer, path: str) -> HubError:
+    def refused(self, answer: HubResponseError, path: str) -> HubError:
         return HubError(f"{path}: {answer}")
 
     def cached(self, path: str) -> Path:
@@ -726,8 +726,8 @@ def one() -> Iterator[HubServer]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(transfer, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(http_range, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(http_range, "_LONGEST_WAIT", 0.05)
 
 
 @pytest.fixture
@@ -756,7 +756,7 @@ def test_bytes_are_right_whatever_happens(
     wanted = [(at, min(at + 150_000, len(DATA))) for at in range(0, len(DATA), 300_000)]
     small = [chunk for start, end in wanted for chunk in chunks([(start, end)], size=50_000)]
     monkeypatch.setattr(
-        remote, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
+        remote_file, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
     )
     told: list[int] = []
     file.prefetch(wanted, lambda: told.append(file.fetched))
@@ -786,8 +786,8 @@ def test_errors_of_a_worker_reach_the_reader(file: RemoteFile, one: HubServer) -
 
 
 def test_waits() -> None:
-    assert [transfer._wait(tried, None) for tried in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
-    assert (transfer._wait(1, 7), transfer._wait(1, 3600)) == (7, 30)
+    assert [http_range._wait(tried, None) for tried in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
+    assert (http_range._wait(1, 7), http_range._wait(1, 3600)) == (7, 30)
 
 
 def test_attempts_end(file: RemoteFile, one: HubServer) -> None:
@@ -856,7 +856,7 @@ def test_the_spool_is_emptied_behind_the_reader(tmp_path: Path, monkeypatch: pyt
         for at in range(0, size, 1 << 20):
             opened.readinto(buffer, at)
             largest = max(largest, Path(opened.path).stat().st_blocks * 512)
-        assert largest <= (remote._AHEAD + remote._WORKERS) * (16 << 20)
+        assert largest <= (remote_file._AHEAD + remote_file._WORKERS) * (16 << 20)
         assert Path(opened.path).stat().st_blocks * 512 <= 32 << 20
         assert opened.fetched == size
         opened.close()

@@ -22,7 +22,7 @@ from hubserver import Faults, HubServer, Repo, Request, environment, hub_server
 from inventories import Inventory, inventories, sparse
 from isal import isal_zlib
 
-from converter.source import open_source
+from converter.checkpoint.open import open_checkpoint
 
 _CHUNK = 16 << 20
 
@@ -76,15 +76,15 @@ def hollow(path: Path, inventory: Inventory) -> Path:
 def patterned(path: Path, checkpoint: Checkpoint) -> Path:
     """The same with the encoders filled, and all checksums right."""
     hollow(path, inventories()[checkpoint.inventory])
-    source = open_source(path)
+    source = open_checkpoint(path)
     prefixes = tuple(encoder.prefix for encoder in checkpoint.encoders.values())
     storages = {key: tensor.storage for key, tensor in source.contents.items()}
     checksums = {}
     with path.open("r+b") as file:
         for key, storage in storages.items():
             start, end = storage.offset, storage.offset + storage.length
-            filled = key.startswith(prefixes)
-            checksums[storage.name] = fill(file.fileno(), start, end) if filled else zeros(end - start)
+            generated = key.startswith(prefixes)
+            checksums[storage.name] = fill(file.fileno(), start, end) if generated else zeros(end - start)
     source.close()
     if path.suffix != ".safetensors":
         set_checksums(path, checksums)
@@ -96,9 +96,9 @@ def fill(fd: int, start: int, end: int) -> int:
     crc = 0
     for low in range(start - start % 8, end, _CHUNK):
         words = torch.arange(low // 8, -(-min(low + _CHUNK, end) // 8), dtype=torch.int64).numpy()
-        piece = memoryview(words).cast("B")[max(start - low, 0) : end - low]
-        os.pwrite(fd, piece, max(start, low))
-        crc = isal_zlib.crc32(piece, crc)
+        segment = memoryview(words).cast("B")[max(start - low, 0) : end - low]
+        os.pwrite(fd, segment, max(start, low))
+        crc = isal_zlib.crc32(segment, crc)
     return crc
 
 
@@ -202,8 +202,8 @@ def same(one: Path, other: Path, data_alone: bool = False) -> bool:
     with one.open("rb") as first, other.open("rb") as second:
         for file in (first, second) if data_alone else ():
             file.seek(struct.unpack("<Q", file.read(8))[0], os.SEEK_CUR)
-        while piece := first.read(_CHUNK):
-            if piece != second.read(_CHUNK):
+        while segment := first.read(_CHUNK):
+            if segment != second.read(_CHUNK):
                 return False
         return not second.read(1)
 

@@ -186,8 +186,8 @@ def test_ranges_in_parallel_with_drops() -> None:
         url, step = location(server), 10_000
         with ThreadPoolExecutor(8) as pool:
             firsts = range(0, len(WEIGHTS), step)
-            pieces = pool.map(lambda first: fetch(url, first, min(first + step, len(WEIGHTS))), firsts)
-            assert b"".join(pieces) == WEIGHTS
+            segments = pool.map(lambda first: fetch(url, first, min(first + step, len(WEIGHTS))), firsts)
+            assert b"".join(segments) == WEIGHTS
         assert server.sent == len(WEIGHTS)
         assert sum(request.host == "cdn" for request in server.requests) > len(firsts)
 

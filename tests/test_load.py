@@ -23,12 +23,12 @@ from memory import raw, stored
 from test_oracles import LAYOUTS, SAVERS, State, save_legacy, save_safetensors, save_sharded, save_zip
 
 import converter
+from converter.api.load import load
 from converter.errors import ContainerError, LayoutError, MappingError, UsageError
-from converter.files import LocalFile
-from converter.loading import load
-from converter.loading.tensors import Loader
-from converter.mapping.expr import read
-from converter.mapping.ops import Split, run
+from converter.output.memory import Loader
+from converter.storage.local_file import LocalFile
+from converter.tensors.lazy_tensor import lazy_read
+from converter.tensors.ops import Split, apply_op
 
 
 def check_same(found: State, expected: State) -> None:
@@ -177,9 +177,9 @@ def test_tied_tensors_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_a_computed_tensor_keeps_no_more_than_itself() -> None:
-    turned = read(stored(torch.randn(4, 6).T))
+    turned = lazy_read(stored(torch.randn(4, 6).T))
     found = Loader(torch.device("cpu"), False)
-    for part in run(Split(3), (turned,)):
+    for part in apply_op(Split(3), (turned,)):
         assert found(part).untyped_storage().nbytes() == 2 * 4 * 4
 
 
@@ -239,14 +239,14 @@ def test_a_source_that_changes_midway_is_an_error(tmp_path: Path) -> None:
                 file.write(b"more")
 
     with pytest.raises(ContainerError, match="changed while it was being read"):
-        load(source, "clip", progress=grow)
+        load(source, "clip", on_progress=grow)
 
 
 # Elsewhere --------------------------------------------------------------------------------------------------------
 
 REMOTE = """
 import hashlib, json, sys
-from converter.loading import load
+from converter.api.load import load
 from memory import raw
 told = []
 found = load(sys.argv[1], "sam", progress=lambda *told_now: told.append(told_now))
@@ -275,7 +275,7 @@ def test_of_a_remote_source_the_needed_bytes_are_fetched(save: Callable[[State, 
 
 def test_neither_the_package_nor_a_mistake_waits_for_torch() -> None:
     code = """
-import sys, converter.loading as loading
+import sys, converter.api.load as loading
 from converter.errors import UsageError
 try:
     loading.load("x", "clip", to="nowhere")
@@ -287,10 +287,10 @@ except UsageError:
 
 PEAK = """
 import sys
-from converter.loading import load
+from converter.api.load import load
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) << 10
 import torch
-import converter.loading.tensors
+import converter.output.memory
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = status("VmRSS")

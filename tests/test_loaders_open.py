@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from loaders_oracle import opened
 
-from converter import loaders
 from converter.errors import ContainerError
-from converter.files import LocalFile
-from converter.loaders import open_file
+from converter.formats import registry as formats_registry
+from converter.formats.registry import open_file
+from converter.storage.local_file import LocalFile
 
 
 def zipped(name: str) -> bytes:
@@ -89,13 +89,13 @@ def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
 
 
 def plugin(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    entry = importlib.metadata.EntryPoint("mine", value, loaders.GROUP)
+    entry = importlib.metadata.EntryPoint("mine", value, formats_registry.GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
 
 
 def test_plugins_are_asked_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module: Any = types.ModuleType("my_loader")
-    module.CONTAINER, module.recognises, module.load = "mine", lambda file: file.size == 3, lambda file: {"a": None}
+    module.CONTAINER, module.can_read, module.load = "mine", lambda file: file.size == 3, lambda file: {"a": None}
     monkeypatch.setitem(__import__("sys").modules, "my_loader", module)
     plugin(monkeypatch, "my_loader")
     (tmp_path / "x").write_bytes(b"abc")
@@ -112,7 +112,7 @@ def test_a_broken_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loaders, "DISTRIBUTION", "no-such-distribution")
+    monkeypatch.setattr(formats_registry, "DISTRIBUTION", "no-such-distribution")
     (tmp_path / "x").write_bytes(b"abc")
     with pytest.raises(ContainerError, match="pip install"):
         open_file(LocalFile(tmp_path / "x"))
@@ -123,7 +123,7 @@ def test_loaders_import_no_numeric_library() -> None:
     import sys
 
     code = (
-        "import sys; from converter.loaders import safetensors, torch_legacy, torch_zip, torchscript, unknown;"
+        "import sys; from converter.formats import safetensors, torch_legacy, torch_zip, torchscript, unrecognized;"
         "sys.exit(str({'torch', 'numpy', 'pickle', 'zipfile'} & set(sys.modules)) if "
         "{'torch', 'numpy', 'pickle'} & set(sys.modules) else 0)"
     )

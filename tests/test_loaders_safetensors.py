@@ -16,8 +16,8 @@ from loaders_oracle import DTYPES, assert_same, opened
 from safetensors import SafetensorError
 
 from converter.errors import ContainerError
-from converter.files import LocalFile
-from converter.loaders import safetensors as loader
+from converter.formats import safetensors as loader
+from converter.storage.local_file import LocalFile
 
 
 def written(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import ContainerError
-from converter.files import LocalFile
-from converter.loaders import zipdir
+from converter.formats import zip_directory
+from converter.storage.local_file import LocalFile
 
 
 def packed(members: dict[str, bytes], method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> bytes:
@@ -27,7 +27,7 @@ def packed(members: dict[str, bytes], method: int = zipfile.ZIP_STORED, comment:
 
 def read(path: Path, data: bytes) -> dict[str, bytes]:
     path.write_bytes(data)
-    return {name: storage.read() for name, storage in zipdir.read_directory(LocalFile(path)).items()}
+    return {name: storage.read() for name, storage in zip_directory.read_directory(LocalFile(path)).items()}
 
 
 MEMBERS = {"a/data.pkl": b"pickle", "a/data/0": b"x" * 500, "a/é": b"", "a/": b""}
@@ -43,7 +43,7 @@ def test_stored_members_are_read_in_place(tmp_path: Path) -> None:
     data = packed(MEMBERS)
     path = tmp_path / "x"
     read(path, data)
-    storage = zipdir.read_directory(LocalFile(path))["a/data/0"]
+    storage = zip_directory.read_directory(LocalFile(path))["a/data/0"]
     assert data[storage.offset : storage.offset + storage.length] == MEMBERS["a/data/0"]
 
 
@@ -128,12 +128,12 @@ def test_parsed_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path = tmp_path / "x"
     path.write_bytes(packed(MEMBERS))
     file = LocalFile(path)
-    zipdir.read_directory(file)
-    monkeypatch.setattr(zipdir, "_members", None)
-    assert len(zipdir.read_directory(file)) == len(MEMBERS)
-    before = len(zipdir._parsed)
+    zip_directory.read_directory(file)
+    monkeypatch.setattr(zip_directory, "_members", None)
+    assert len(zip_directory.read_directory(file)) == len(MEMBERS)
+    before = len(zip_directory._parsed)
     del file
-    assert len(zipdir._parsed) == before - 1
+    assert len(zip_directory._parsed) == before - 1
 
 
 @settings(max_examples=300, deadline=None)

@@ -8,23 +8,23 @@ import pytest
 from inventories import Inventory, inventories, sparse
 
 import converter
-from converter import catalogue
+from converter.checkpoint.open import open_checkpoint
 from converter.errors import LayoutError, MappingError
-from converter.mapping.expr import read
-from converter.mapping.parse import parse_mapping, parse_signature
-from converter.mapping.plan import make_plan
-from converter.mapping.rules import Layout, Mapping
-from converter.recognition import identify
-from converter.report import Card
-from converter.source import open_source
+from converter.layouts import registry
+from converter.layouts.detect import detect_layout
+from converter.layouts.parse import parse_mapping, parse_signature
+from converter.layouts.spec import CanonicalLayout, LayoutMapping
+from converter.output.record import ConversionRecord
+from converter.plan.plan import make_plan
+from converter.tensors.lazy_tensor import lazy_read
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", registry.layout_names())
 def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
-    loaded, text = catalogue.load(name), catalogue.text(name)
+    loaded, text = registry.load(name), registry.text(name)
     assert loaded.name == name
     assert name.startswith(f"{loaded.family}-") or name == f"deepencoder-{loaded.family}"
-    assert isinstance(loaded, Layout) == name.startswith("deepencoder-")
+    assert isinstance(loaded, CanonicalLayout) == name.startswith("deepencoder-")
     assert len(text.splitlines()) <= 66
     assert 20 <= len(loaded.description) <= 100 and "\n" not in loaded.description
     assert parse_signature(text, name) == loaded.signature
@@ -33,8 +33,8 @@ def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
 
 def test_every_family_has_a_hub_and_mappings_to_it() -> None:
     for family in ("sam", "clip"):
-        assert catalogue.hub(family).name == f"deepencoder-{family}"
-        assert len(catalogue.mappings(family)) >= 5
+        assert registry.canonical(family).name == f"deepencoder-{family}"
+        assert len(registry.mappings(family)) >= 5
 
 
 GOOD = """\
@@ -47,8 +47,8 @@ variables:
   name: name
   rest: path
   n: ["1", "2"]
-strip: model.
-recognise:
+prefix: model.
+detect:
   a.weight: [3*width, 7, _]
 rules:
   - keep: a.weight
@@ -61,7 +61,7 @@ rules:
     optional: true
   - rename: c.{rest}
     to: d.{rest}
-beside:
+other_rules:
   - {keep: e, optional: true}
 """
 
@@ -69,7 +69,7 @@ beside:
 MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "unknown key": ("family: clip", "familie: clip", 2, "unknown key 'familie'; expected one of .*family"),
     "no layout": ("layout: clip-test\n", "", 1, "the key 'layout' is missing"),
-    "no rules": ("rules:", "beyond:", 13, "unknown key 'beyond'"),
+    "no rules": ("rules:", "extra_tensors:", 13, "unknown key 'extra_tensors'"),
     "no family": ("family: clip\n", "", 1, "the key 'family' is missing"),
     "no description": ("description: a test\n", "", 1, "the key 'description' is missing"),
     "empty description": ("description: a test", "description:", 3, "expected one line .*, found nothing"),
@@ -78,25 +78,25 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "key twice": ("family: clip", "layout: other", 2, "the key 'layout' stands here twice"),
     "variable twice": ("  name: name", "  layer: name", 7, "the key 'layer' stands here twice"),
     "list as key": ("family: clip", "? [a]\n: clip", 2, "expected a key, found a list"),
-    "sizes": ("strip: model.", "sizes: {a: 1}", 10, "unknown key 'sizes'"),
+    "sizes": ("prefix: model.", "sizes: {a: 1}", 10, "unknown key 'sizes'"),
     "variable kind": ("layer: int", "layer: float", 5, "'layer': expected int, name, path, or a list .*'float'"),
     "variable map": ("layer: int", "layer: {int: 1}", 5, "expected int, name, path, or .*, found a mapping"),
     "no words": ("[q, k, v]\n  name", "[]\n  name", 6, "'proj': expected different words without dots"),
     "word with dot": ("[q, k, v]\n  name", "[q.a, k, v]\n  name", 6, "different words without dots"),
     "word twice": ("[q, k, v]\n  name", "[q, q, v]\n  name", 6, "different words without dots"),
     "word a list": ("[q, k, v]\n  name", "[[q], k, v]\n  name", 6, "expected a word, found a list"),
-    "strip a map": ("strip: model.", "strip: {a: b}", 10, "expected a prefix, or a list of prefixes, found a mapping"),
-    "strip nothing": ("strip: model.", "strip: []", 10, "expected a prefix"),
-    "beside without strip": ("strip: model.\n", "", 24, "`beside` speaks of names without the prefix"),
-    "beside and elsewhere": ("beside:", "elsewhere: text\nbeside:", 24, "`beside` .* or `elsewhere`, not both"),
-    "elsewhere blank": ("beside:\n  - {keep: e, optional: true}", "elsewhere: ' '", 24, "a reason in words"),
+    "strip a map": ("prefix: model.", "prefix: {a: b}", 10, "expected a prefix, or a list of prefixes, found a mapping"),
+    "strip nothing": ("prefix: model.", "prefix: []", 10, "expected a prefix"),
+    "beside without strip": ("prefix: model.\n", "", 24, "`other_rules` speaks of names without the prefix"),
+    "beside and elsewhere": ("other_rules:", "drop_rest: text\nother_rules:", 24, "`other_rules` .* or `drop_rest`, not both"),
+    "elsewhere blank": ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: ' '", 24, "a reason in words"),
     "recognise nothing": ("  a.weight: [3*width, 7, _]", "  {}", 12, "at least one name"),
     "shape a word": ("[3*width, 7, _]", "width", 12, r"expected a shape such as \[3\*width, width\], found 'width'"),
     "dim zero": ("3*width, 7", "3*width, 0", 12, "'0' is no dimension"),
     "dim negative": ("3*width, 7", "3*width, -1", 12, "'-1' is no dimension"),
     "dim sum": ("3*width, 7", "width+1, 7", 12, "'width\\+1' is no dimension: write a number, a name"),
     "dim map": ("3*width, 7", "{a: b}, 7", 12, "expected a dimension, found a mapping"),
-    "rules a map": ("beside:\n  - {keep: e, optional: true}", "beside: {keep: e}", 24, "a list of rules, found a map"),
+    "rules a map": ("other_rules:\n  - {keep: e, optional: true}", "other_rules: {keep: e}", 24, "a list of rules, found a map"),
     "rule a word": ("  - {keep: e, optional: true}", "  - keep", 25, "expected a rule, found 'keep'"),
     "verb": ("keep: e,", "copy: e,", 25, "expected a rule .keep, rename, fuse, split, drop., found 'copy', 'optional'"),
     "two verbs": ("keep: e,", "keep: e, drop: e,", 25, "unknown key 'drop'"),
@@ -143,20 +143,20 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "anchor": ("family: clip", "family: &x clip", 2, "anchors and aliases are not allowed"),
     "merge key": ("  - {keep: e, optional: true}", "  - {<<: {keep: e}}", 25, "expected a rule"),
     "deep": ("keep: e,", "keep: " + "[" * 20 + "]" * 20 + ",", 25, "nested too deeply"),
-    "not YAML": ("strip: model.", "strip: [model.", 11, "not valid YAML"),
+    "not YAML": ("prefix: model.", "prefix: [model.", 11, "not valid YAML"),
     "tab": ("family: clip", "\tfamily: clip", 2, "not valid YAML"),
-    "two documents": ("beside:", "---\nbeside:", 24, "not valid YAML: but found another document"),
+    "two documents": ("other_rules:", "---\nother_rules:", 24, "not valid YAML: but found another document"),
 }
 
 
-def mapping_of(text: str) -> Mapping | Layout:
+def mapping_of(text: str) -> LayoutMapping | CanonicalLayout:
     return parse_mapping(text, "my.yaml")
 
 
 def test_the_table_starts_from_a_good_file() -> None:
     mapping = mapping_of(GOOD)
-    assert isinstance(mapping, Mapping)
-    assert [rule.place.line for rule in (*mapping.rules, *mapping.beside)] == [14, 16, 19, 22, 25]
+    assert isinstance(mapping, LayoutMapping)
+    assert [rule.place.line for rule in (*mapping.rules, *mapping.other_rules)] == [14, 16, 19, 22, 25]
 
 
 @pytest.mark.parametrize(("old", "new", "line", "complaint"), MALFORMED.values(), ids=MALFORMED)
@@ -198,7 +198,7 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
     ("old", "new", "complaint"),
     [
         ("shape: [width, 3, patch, patch]", "dtype: float32", "the key 'shape' is missing"),
-        ("fill: arange", "fill: zeros", "expected arange, of dtype int64"),
+        ("generate: arange", "generate: zeros", "expected arange, of dtype int64"),
         ("dtype: int64", "dtype: int65", "unknown element type 'int65'; expected one of float64"),
         ("positions: true", "positions: yes", "expected true or false, found 'yes'"),
         ("pre_layrnorm.{param}: [width]", "pre_layrnorm.{rest}: [width]", "int variables and lists of words only"),
@@ -207,7 +207,7 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
     ],
 )
 def test_a_malformed_hub_is_refused(old: str, new: str, complaint: str) -> None:
-    text = catalogue.text("deepencoder-clip")
+    text = registry.text("deepencoder-clip")
     assert text.count(old) == 1
     with pytest.raises(MappingError, match=rf"^my\.yaml:\d+: .*{complaint}"):
         mapping_of(text.replace(old, new))
@@ -220,14 +220,14 @@ def test_a_malformed_hub_is_refused(old: str, new: str, complaint: str) -> None:
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"layout: \xff"), "not UTF-8 text"),
         (lambda path: path.symlink_to("/dev/zero"), "is no file"),
-        (lambda path: path.write_text(catalogue.text("deepencoder-sam")), "describes a hub layout"),
+        (lambda path: path.write_text(registry.text("deepencoder-sam")), "describes a hub layout"),
     ],
 )
 def test_a_users_mapping_file_that_cannot_be_used(tmp_path: Path, make: object, complaint: str) -> None:
     path = tmp_path / "my.yaml"
     make(path)  # type: ignore[operator]
     with pytest.raises(MappingError, match=complaint):
-        catalogue.load_file(path)
+        registry.load_file(path)
 
 
 # What each checkpoint is known as, for each family that it can be converted to.
@@ -261,7 +261,7 @@ UNUSUAL = {
 WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "deepseek-ocr-2", "unlimited-ocr-hf-vision"}
 
 
-def converted(checkpoint: str, family: str, folder: Path) -> Card:
+def converted(checkpoint: str, family: str, folder: Path) -> ConversionRecord:
     path = sparse(folder / "model.safetensors", inventories()[checkpoint])
     return converter.convert(str(path), family, dry_run=True)
 
@@ -281,7 +281,7 @@ def test_every_checkpoint_is_known_and_becomes_all_of_the_target(checkpoint: str
     assert set(card.missing) == absent
     if checkpoint != "sam-meta-vit-h":
         assert set(card.converted) == target.keys() - absent
-    assert set(card.filled) <= {"embeddings.position_ids"}
+    assert set(card.generated) <= {"embeddings.position_ids"}
     fates = Counter([*card.dropped, *(key for keys in card.converted.values() for key in keys)])
     assert fates == Counter(inventories()[checkpoint].keys())
 
@@ -295,31 +295,31 @@ def test_the_card_has_the_files_own_names(checkpoint: str, wrapper: str, tmp_pat
     assert {*card.dropped, *(key for keys in card.converted.values() for key in keys)} == set(names)
 
 
-def planned(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, ...]]:
+def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of what a conversion would write."""
-    opened = open_source(str(sparse(folder / "model.safetensors", inventories()[checkpoint])))
-    known = identify(opened, family, catalogue.candidates(family), None)
+    opened = open_checkpoint(str(sparse(folder / "model.safetensors", inventories()[checkpoint])))
+    known = detect_layout(opened, family, registry.entries(family), None)
     layout = known.match.candidate.load()
-    assert isinstance(layout, Mapping)
-    tensors = {name: read(tensor) for name, tensor in known.tensors.items()}
-    plan = make_plan(layout, known.match.prefix, catalogue.hub(family), tensors, checkpoint)
+    assert isinstance(layout, LayoutMapping)
+    tensors = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
+    plan = make_plan(layout, known.match.prefix, registry.canonical(family), tensors, checkpoint)
     return {name: value.shape for name, value in plan.outputs.items()}
 
 
 @pytest.mark.parametrize(("checkpoint", "family"), [key for key in CONVERTS if key[0] not in UNUSUAL])
 def test_every_checkpoint_becomes_the_targets_shapes(checkpoint: str, family: str, tmp_path: Path) -> None:
-    shapes = planned(checkpoint, family, tmp_path)
+    shapes = resolve(checkpoint, family, tmp_path)
     target = inventories()[f"deepencoder-{family}"]
     assert shapes == {name: shape for name, (_, shape) in target.items() if name in shapes}
 
 
 def test_larger_models_keep_their_shapes(tmp_path: Path) -> None:
-    huge = planned("sam-meta-vit-h", "sam", tmp_path)
+    huge = resolve("sam-meta-vit-h", "sam", tmp_path)
     source = inventories()["sam-meta-vit-h"]
     assert huge == {name: source[f"image_encoder.{name}"][1] for name in huge}
     assert sum(name.startswith("image_encoder.") for name in source) == len(huge)
     for checkpoint in ("clip-hf-vision-336", "clip-timm-336"):
-        wide = planned(checkpoint, "clip", tmp_path)
+        wide = resolve(checkpoint, "clip", tmp_path)
         assert wide["embeddings.position_embedding.weight"] == (577, 1024)
         assert wide["embeddings.position_ids"] == (1, 577)
 

@@ -15,8 +15,9 @@ from memory import raw
 from rich.console import Console
 
 import converter
-from converter.verify import Verification, verify
-from converter.verify.views import html, table
+from converter.api.verify import verify
+from converter.reports import html, text
+from converter.verification.result import Verification
 
 ZERO = ("image_encoder.blocks.0.norm1.bias", "image_encoder.neck.1.bias")
 BROKEN = "image_encoder.blocks.2.mlp.lin1.weight"
@@ -45,7 +46,7 @@ def verified(state: dict[str, torch.Tensor], folder: Path) -> Verification:
 def views(found: Verification) -> list[str]:
     """What people and programs see of it: terminal, page, JSON."""
     terminal = io.StringIO()
-    table.show(found, Console(file=terminal, width=400))
+    text.show(found, Console(file=terminal, width=400))
     return [terminal.getvalue(), html.page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
 
 
@@ -59,8 +60,8 @@ def test_the_verification_tells_which_tensors_are_not_finite_and_how_many(dtype:
     verdicts = {check.name: check for check in found.checks}
     # The conversion kept them: the bytes say so, and the weights are unfit for use all the same.
     assert verdicts["tensors"].verdict == "passed" and not found.ok
-    assert verdicts["finite"].verdict == "failed" and verdicts["finite"].culprits == ["blocks.2.mlp.lin1.weight"]
-    assert verdicts["zero"].verdict == "noted" and verdicts["zero"].culprits == ["blocks.0.norm1.bias", "neck.1.bias"]
+    assert verdicts["finite"].verdict == "failed" and verdicts["finite"].tensors == ["blocks.2.mlp.lin1.weight"]
+    assert verdicts["zero"].verdict == "noted" and verdicts["zero"].tensors == ["blocks.0.norm1.bias", "neck.1.bias"]
     for view in views(found):
         assert f"NaN or infinity in 1 of {len(found.key_map)} tensors: " in view
         assert f"blocks.2.mlp.lin1.weight ({count} of 960 elements)" in view
@@ -70,12 +71,12 @@ def test_the_verification_tells_which_tensors_are_not_finite_and_how_many(dtype:
 def test_all_zero_weights_pass_and_are_told(tmp_path: Path) -> None:
     found = verified({name: torch.zeros_like(t) for name, t in models.sam_meta().state_dict().items()}, tmp_path)
     (zero,) = [check for check in found.checks if check.name == "zero"]
-    assert found.ok and zero.verdict == "noted" and len(zero.culprits) > 40 and " more; outputs" in zero.detail
+    assert found.ok and zero.verdict == "noted" and len(zero.tensors) > 40 and " more; outputs" in zero.detail
 
 
 def test_a_constant_tensor_is_told_apart_from_a_zero_one(tmp_path: Path) -> None:
     state = dict(models.sam_meta().state_dict())
     state["image_encoder.neck.1.weight"] = torch.ones_like(state["image_encoder.neck.1.weight"])
     found = verified(state, tmp_path)
-    assert [check.culprits for check in found.checks if check.name == "constant"] == [["neck.1.weight"]]
+    assert [check.tensors for check in found.checks if check.name == "constant"] == [["neck.1.weight"]]
     assert not [check for check in found.checks if check.name == "zero"]

@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory import Memory, copied, expr, raw, stored
 
-from converter.checkpoint import Storage
-from converter.compute import evaluate, materialise
 from converter.errors import ContainerError
-from converter.mapping.expr import Expr, Extent, Piece, arange, extents, merge, nbytes, read
-from converter.mapping.ops import (
+from converter.storage.byte_range import ByteRange, Segment, Storage, merge
+from converter.tensors.evaluate import evaluate, tensor_bytes
+from converter.tensors.lazy_tensor import LazyTensor, arange, byte_ranges, lazy_read, nbytes
+from converter.tensors.ops import (
     CastTo,
     Deinterleave,
     Fuse,
@@ -23,8 +23,8 @@ from converter.mapping.ops import (
     Split,
     Squeeze,
     Unsqueeze,
-    run,
-    why_lossy,
+    apply_op,
+    lossy_reason,
 )
 
 Tensors = list[torch.Tensor]
@@ -59,16 +59,16 @@ def by_hand(op: Op, values: Tensors) -> Tensors:
     raise AssertionError(op)
 
 
-def assert_is(value: Expr, expected: torch.Tensor) -> None:
+def assert_is(value: LazyTensor, expected: torch.Tensor) -> None:
     """The expression says the tensor's shape and type beforehand, computes it, and copies it where it says it can."""
     assert (value.shape, value.dtype.name) == (tuple(expected.shape), str(expected.dtype).removeprefix("torch."))
     found = evaluate(value)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert bytes(materialise(value)) == raw(expected)
+    assert bytes(tensor_bytes(value)) == raw(expected)
     assert nbytes(value) == len(raw(expected))
-    pieces = extents(value)
-    if pieces is not None:
-        assert copied(pieces) == copied(merge(pieces)) == raw(expected)
+    segments = byte_ranges(value)
+    if segments is not None:
+        assert copied(segments) == copied(merge(segments)) == raw(expected)
 
 
 qkv = [numbered(4, 6), numbered(4, 6, first=100), numbered(4, 6, first=200)]
@@ -94,35 +94,35 @@ OPS: dict[str, tuple[Op, Tensors, bool]] = {
 
 @pytest.mark.parametrize(("op", "given", "copies"), OPS.values(), ids=OPS)
 def test_does_what_torch_does(op: Op, given: Tensors, copies: bool) -> None:
-    made = run(op, tuple(map(expr, given)))
+    made = apply_op(op, tuple(map(expr, given)))
     for value, expected in zip(made, by_hand(op, given), strict=True):
         assert_is(value, expected)
-        assert (extents(value) is not None) == copies
+        assert (byte_ranges(value) is not None) == copies
 
 
 @pytest.mark.parametrize(("op", "given", "copies"), OPS.values(), ids=OPS)
 def test_the_inverse_undoes_it(op: Op, given: Tensors, copies: bool) -> None:
     # Whether or not one way is a copy, both ways are.
-    undone = run(op.inverse(), run(op, tuple(map(expr, given))))
+    undone = apply_op(op.inverse(), apply_op(op, tuple(map(expr, given))))
     for value, original in zip(undone, given, strict=True):
         assert_is(value, original)
-        assert extents(value) is not None
+        assert byte_ranges(value) is not None
     assert repr(op.inverse().inverse()) == repr(op)
-    assert why_lossy(op) == ""
+    assert lossy_reason(op) == ""
 
 
 def test_heads_are_taken_apart_row_by_row() -> None:
     # Two heads of q, k and v, one row each: q0 k0 v0 q1 k1 v1.
-    (value,) = run(Deinterleave(2, 3), (expr(torch.tensor([10, 20, 30, 11, 21, 31])),))
+    (value,) = apply_op(Deinterleave(2, 3), (expr(torch.tensor([10, 20, 30, 11, 21, 31])),))
     assert evaluate(value).tolist() == [10, 11, 20, 21, 30, 31]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
 def test_cast_rounds_as_torch_does(dtype: str) -> None:
     value = torch.tensor([1 / 3, -2.5, 65504.0, 1e-7, float("inf")])
-    (made,) = run(CastTo(dtype), (expr(value),))
+    (made,) = apply_op(CastTo(dtype), (expr(value),))
     assert_is(made, value.to(getattr(torch, dtype)))
-    assert (extents(made) is not None) == (dtype == "float32")
+    assert (byte_ranges(made) is not None) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,20 +136,20 @@ def test_resample_is_that_of_deepseek_ocrs_clip(before: int, after: int, dtype: 
         old, size=(after, after), mode="bicubic", antialias=True, align_corners=False
     ).to(dtype)
     expected = torch.cat([table[:1], new.permute(0, 2, 3, 1).view(after * after, 8)])
-    (made,) = run(ResamplePositions(after), (expr(table),))
+    (made,) = apply_op(ResamplePositions(after), (expr(table),))
     assert_is(made, expected)
     assert raw(evaluate(made)[:1]) == raw(table[:1])
 
 
 def test_resampling_to_the_same_grid_and_casting_to_the_same_type_change_nothing() -> None:
     table = expr(numbered(10, 2))
-    assert run(ResamplePositions(3), (table,)) == (table,)
-    assert run(CastTo("float32"), (table,)) == (table,)
+    assert apply_op(ResamplePositions(3), (table,)) == (table,)
+    assert apply_op(CastTo("float32"), (table,)) == (table,)
 
 
 @pytest.mark.parametrize(("op", "why"), [(CastTo("float16"), "rounding"), (ResamplePositions(3), "resampling")])
 def test_what_is_lossy_says_so(op: Op, why: str) -> None:
-    assert why in why_lossy(op)
+    assert why in lossy_reason(op)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (0,)])
@@ -180,7 +180,7 @@ def test_arange_is_copied_and_computed_alike(shape: tuple[int, ...]) -> None:
 )
 def test_tensors_that_do_not_fit_are_refused(op: Op, given: Tensors, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        run(op, tuple(map(expr, given)))
+        apply_op(op, tuple(map(expr, given)))
 
 
 dtypes = st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.int64])
@@ -224,7 +224,7 @@ def test_any_composition_is_copied_or_computed_as_torch_does_it(data: st.DataObj
         if isinstance(op, Split):
             values, tensors = values[:1], tensors[:1]
         try:
-            values = run(op, values)
+            values = apply_op(op, values)
         except ValueError:
             assume(False)
         tensors = by_hand(op, tensors)
@@ -237,29 +237,29 @@ def test_any_composition_is_copied_or_computed_as_torch_does_it(data: st.DataObj
 
 def test_neighbouring_extents_become_one() -> None:
     value = expr(numbered(12, 2))
-    pieces = [piece for part in run(Split(3), (value,)) for piece in extents(part) or ()]
-    assert len(pieces) == 3
-    (whole,) = merge(pieces)
-    assert isinstance(whole, Extent)
+    segments = [segment for part in apply_op(Split(3), (value,)) for segment in byte_ranges(part) or ()]
+    assert len(segments) == 3
+    (whole,) = merge(segments)
+    assert isinstance(whole, ByteRange)
     assert (whole.start, whole.length) == (0, nbytes(value))
-    assert len(merge(pieces[::-1])) == 3
+    assert len(merge(segments[::-1])) == 3
 
 
 @pytest.mark.parametrize("crc32", [None, 0])
 def test_neighbouring_storages_are_copied_as_one_unless_they_have_checksums(crc32: int | None) -> None:
     file = Memory(bytes(range(12)))
     storages = [Storage(file, (offset, offset + 4), 4, 4, "x", crc32) for offset in (0, 4, 8)]
-    pieces: list[Piece] = [Extent(storage, 0, 4) for storage in storages]
-    assert merge(pieces) == (pieces if crc32 == 0 else [Extent(storages[0], 0, 12)])
+    segments: list[Segment] = [ByteRange(storage, 0, 4) for storage in storages]
+    assert merge(segments) == (segments if crc32 == 0 else [ByteRange(storages[0], 0, 12)])
     # Another file's bytes are not neighbours, wherever they lie.
-    other: Piece = Extent(Storage(Memory(bytes(8)), (4, 8), 4, 4, "x", None), 0, 4)
-    assert merge([pieces[0], other]) == [pieces[0], other]
+    other: Segment = ByteRange(Storage(Memory(bytes(8)), (4, 8), 4, 4, "x", None), 0, 4)
+    assert merge([segments[0], other]) == [segments[0], other]
 
 
 def test_a_damaged_storage_is_noticed_by_copying_and_by_computing() -> None:
-    value = read(stored(numbered(6, 2), damaged=True))
-    for damaged in (value, *run(Split(3), (value,))):
+    value = lazy_read(stored(numbered(6, 2), damaged=True))
+    for damaged in (value, *apply_op(Split(3), (value,))):
         with pytest.raises(ContainerError, match="CRC-32"):
-            copied(extents(damaged) or ())
+            copied(byte_ranges(damaged) or ())
         with pytest.raises(ContainerError, match="CRC-32"):
-            materialise(damaged)
+            tensor_bytes(damaged)

@@ -54,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_modules() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "converter").rglob("*.py")}
     data = {f"converter/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
-    views = {f"converter/verify/views/{name}" for name in ("page.html", "movement.html", "axis.html", "style.css")}
+    views = {f"converter/reports/{name}" for name in ("page.html", "movement.html", "axis.html", "style.css")}
     return modules | data | views | {"converter/mappings/__init__.py", "converter/py.typed"}
 
 
@@ -117,7 +117,7 @@ def test_the_wheel_works_elsewhere(built: Path, tmp_path: Path) -> None:
             [site / "bin" / "dsocr-convert", *arguments], cwd=work, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    code = "import converter, converter.catalogue as c; print(converter.__file__, c.load('sam-hf').place.file)"
+    code = "import converter, converter.layouts.registry as c; print(converter.__file__, c.load('sam-hf').place.file)"
     where = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
     assert where.stdout.split()[0] == str(site / "converter" / "__init__.py")
 
@@ -125,11 +125,11 @@ def test_the_wheel_works_elsewhere(built: Path, tmp_path: Path) -> None:
 def test_built_in_loaders_enter_through_the_entry_point_group() -> None:
     from importlib.metadata import distribution
 
-    from converter import loaders
+    from converter.formats import registry as formats_registry
 
     entries = distribution("dsocr-convert").entry_points.select(group="dsocr_convert.loaders")
     # The quick reading of our own metadata agrees with the library's.
-    assert sorted(loaders._built_in()) == sorted((entry.name, entry.value) for entry in entries)
+    assert sorted(formats_registry._built_in()) == sorted((entry.name, entry.value) for entry in entries)
     assert {entry.value for entry in entries} == {
-        f"converter.loaders.{name}" for name in ("safetensors", "torch_zip", "torch_legacy", "torchscript")
+        f"converter.formats.{name}" for name in ("safetensors", "torch_zip", "torch_legacy", "torchscript")
     }

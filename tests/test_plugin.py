@@ -38,8 +38,8 @@ def run(program: str, *arguments: str, cwd: Path, site: Path | None) -> subproce
 def opened_by(code: str, path: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """A process that opens a file with the plugin, then runs `code` on its `contents`."""
     opening = (
-        "import json, sys; from pathlib import Path; from converter.files import LocalFile\n"
-        "from converter.loaders import open_file; _, contents = open_file(LocalFile(Path(sys.argv[1])))\n"
+        "import json, sys; from pathlib import Path; from converter.storage.local_file import LocalFile\n"
+        "from converter.formats.registry import open_file; _, contents = open_file(LocalFile(Path(sys.argv[1])))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     return subprocess.run([sys.executable, "-c", opening + code, path], env=environment, capture_output=True, text=True)

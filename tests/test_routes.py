@@ -23,13 +23,13 @@ from test_oracles import SAVERS
 from torch import Tensor, nn
 
 import converter
-from converter import catalogue
+from converter.checkpoint.open import open_checkpoint
 from converter.encoders import ClipEncoder, SamEncoder
 from converter.errors import MappingError, UsageError
-from converter.mapping.expr import extents
-from converter.mapping.parse import parse_mapping
-from converter.planning import Wish, planned
-from converter.source import open_source
+from converter.layouts import registry
+from converter.layouts.parse import parse_mapping
+from converter.plan.planner import ConvertOptions, resolve
+from converter.tensors.lazy_tensor import byte_ranges
 
 State = dict[str, Tensor]
 
@@ -197,7 +197,7 @@ def save(state: State, path: Path) -> Path:
     return path
 
 
-def lender(family: str, folder: Path) -> Path:
+def donor(family: str, folder: Path) -> Path:
     """A checkpoint of other weights that has all that any layout's encoder has."""
     layout = {"sam": "sam-deepseek-ocr", "clip": "clip-openai"}[family]
     return save(weights(layout, seed=1), folder / "lender.pth")
@@ -227,7 +227,7 @@ def test_every_layout_becomes_every_other(
     """Loaded strictly by the target's library, the same features as the source's, and back the same bytes."""
     record_property("writes", f"{target}/safetensors")
     family, state = family_of(source), weights(source, seed=0)
-    lent = lender(family, tmp_path) if lacking(source, target) else None
+    lent = donor(family, tmp_path) if lacking(source, target) else None
     there = tmp_path / "there.safetensors"
     card = converter.convert(save(state, tmp_path / "a.pth"), family, to=target, out=there, fill_from=lent)
     assert (card.mapping, card.target, card.missing) == (source, target, {})
@@ -261,7 +261,7 @@ def test_every_layout_is_written_for_torch_load(
     """The very tensors that are written as safetensors."""
     record_property("writes", f"{target}/.pth")
     family = family_of(target)
-    path = lender(family, tmp_path)
+    path = donor(family, tmp_path)
     for out in (tmp_path / "out.safetensors", tmp_path / "out.pth"):
         converter.convert(path, family, to=target, out=out)
     found = torch.load(tmp_path / "out.pth", weights_only=True)
@@ -278,7 +278,7 @@ def test_the_deepencoder_from_every_container(
     source = f"deepencoder-{family}"
     record_property("reads", f"{source}/{container}")
     path = SAVERS[container](weights(source, seed=0), tmp_path)
-    fill = lender(family, tmp_path)
+    fill = donor(family, tmp_path)
     card = converter.convert(path, family, to=target, out=tmp_path / "out.safetensors", fill_from=fill)
     assert (card.mapping, card.target) == (source, target)
     strictly(target, safetensors.torch.load_file(tmp_path / "out.safetensors"))
@@ -286,10 +286,10 @@ def test_the_deepencoder_from_every_container(
 
 def test_a_layout_whose_mapping_rounds_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None that ships is so; but anybody may put one beside those."""
-    text = catalogue.text("sam-timm").replace("- keep: pos_embed", "- {keep: pos_embed, then: [cast: float16]}")
-    ours = catalogue.load
+    text = registry.text("sam-timm").replace("- keep: pos_embed", "- {keep: pos_embed, then: [cast: float16]}")
+    ours = registry.load
     lossy = parse_mapping(text, "lossy.yaml")
-    monkeypatch.setattr(catalogue, "load", lambda name: lossy if name == "sam-timm" else ours(name))
+    monkeypatch.setattr(registry, "load", lambda name: lossy if name == "sam-timm" else ours(name))
     path = save(weights("sam-meta", seed=0), tmp_path / "a.pth")
     with pytest.raises(MappingError, match=r"^lossy.yaml:\d+: has no way back, .*rounding"):
         converter.convert(path, "sam", to="sam-timm", out=tmp_path / "out.safetensors")
@@ -317,13 +317,13 @@ def test_what_the_source_lacks_is_named(source: str, target: str, tmp_path: Path
 @pytest.mark.parametrize(("source", "target"), pairs())
 def test_only_openais_projection_takes_more_than_copying(source: str, target: str, tmp_path: Path) -> None:
     family = family_of(source)
-    lent = lender(family, tmp_path) if lacking(source, target) else None
+    lent = donor(family, tmp_path) if lacking(source, target) else None
     with (
-        closing(open_source(save(weights(source, seed=0), tmp_path / "a.pth"))) as opened,
-        closing(open_source(lent or tmp_path / "a.pth")) as lending,
+        closing(open_checkpoint(save(weights(source, seed=0), tmp_path / "a.pth"))) as opened,
+        closing(open_checkpoint(lent or tmp_path / "a.pth")) as lending,
     ):
-        outputs = planned(opened, Wish(family, target).checked(), lending if lent else None).plan.outputs
-        computed = {name for name, value in outputs.items() if extents(value) is None}
+        outputs = resolve(opened, ConvertOptions(family, target).checked(), lending if lent else None).plan.outputs
+        computed = {name for name, value in outputs.items() if byte_ranges(value) is None}
     assert computed <= {"visual.proj"}
     # Turned twice is not turned at all.
     assert not (computed and source == target)
@@ -417,7 +417,7 @@ def test_what_is_lost_has_a_reason(source: str, tmp_path: Path) -> None:
     target, lost = LOST[source]
     state, family = weights(source, seed=0), family_of(source)
     path = save({**state, **lost}, tmp_path / "a.pth")
-    lent = lender(family, tmp_path)
+    lent = donor(family, tmp_path)
     there = converter.convert(path, family, to=target, fill_from=lent, out=tmp_path / "there.safetensors")
     assert all(there.dropped[name] for name in lost)
     # Which comes back from the source itself.

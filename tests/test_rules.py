@@ -12,31 +12,31 @@ from hypothesis import strategies as st
 from inventories import inventories
 from memory import copied, expr
 
-from converter import catalogue
-from converter.compute import materialise
 from converter.errors import MappingError
-from converter.mapping.apply import Applied, apply
-from converter.mapping.expr import Expr, extents, sources
-from converter.mapping.parse import parse_mapping
-from converter.mapping.rules import Mapping, Rule, invert
+from converter.layouts import registry
+from converter.layouts.parse import parse_mapping
+from converter.layouts.spec import LayoutMapping, Rule, invert
+from converter.plan.apply import Applied, apply
+from converter.tensors.evaluate import tensor_bytes
+from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, source_tensors
 
 HEAD: dict[str, Any] = {
     "layout": "clip-test",
     "family": "clip",
     "description": "a test",
     "variables": {"layer": "int", "proj": ["q", "k", "v"], "param": ["weight", "bias"], "name": "name", "rest": "path"},
-    "recognise": {"a": ["_"]},
+    "detect": {"a": ["_"]},
 }
 
 
 def rules_of(*rules: dict[str, Any]) -> tuple[Rule, ...]:
     """Rules as a mapping file has them: JSON is YAML too."""
     mapping = parse_mapping(json.dumps({**HEAD, "rules": rules}), "test.yaml")
-    assert isinstance(mapping, Mapping)
+    assert isinstance(mapping, LayoutMapping)
     return mapping.rules
 
 
-def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, Expr]:
+def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
     """Tensors of these shapes, no two of which have the same bytes."""
     made, first = {}, 1
     for key, shape in shapes.items():
@@ -46,22 +46,22 @@ def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, Expr]:
     return made
 
 
-def contents(values: dict[str, Expr]) -> dict[str, tuple[tuple[int, ...], bytes]]:
-    return {name: (value.shape, bytes(materialise(value))) for name, value in values.items()}
+def contents(values: dict[str, LazyTensor]) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    return {name: (value.shape, bytes(tensor_bytes(value))) for name, value in values.items()}
 
 
-def assert_nothing_lost(applied: Applied, tensors: dict[str, Expr]) -> None:
+def assert_nothing_lost(applied: Applied, tensors: dict[str, LazyTensor]) -> None:
     """Every source tensor was converted whole or dropped, never both, never twice."""
     made = Counter(number for value in applied.values.values() for number in bytes_of(value))
     kept = [key for key in tensors if key not in applied.dropped]
     assert set(applied.dropped) <= set(tensors)
-    assert {tensor.key for value in applied.values.values() for tensor in sources(value)} == set(kept)
+    assert {tensor.key for value in applied.values.values() for tensor in source_tensors(value)} == set(kept)
     assert made == Counter(number for key in kept for number in bytes_of(tensors[key]))
     assert applied.values.keys() == applied.rules.keys()
 
 
-def bytes_of(value: Expr) -> list[int]:
-    return list(memoryview(bytes(materialise(value))).cast("i"))
+def bytes_of(value: LazyTensor) -> list[int]:
+    return list(memoryview(bytes(tensor_bytes(value))).cast("i"))
 
 
 @st.composite
@@ -108,7 +108,7 @@ def modules(draw: st.DrawFn, number: int) -> tuple[dict[str, Any], dict[str, tup
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[tuple[Rule, ...], dict[str, Expr]]:
+def layouts(draw: st.DrawFn) -> tuple[tuple[Rule, ...], dict[str, LazyTensor]]:
     """Rules and a state dict that they are for, its tensors in any order."""
     made = [draw(modules(number)) for number in range(draw(st.integers(1, 5)))]
     shapes = {key: shape for _, part in made for key, shape in part.items()}
@@ -118,7 +118,9 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[Rule, ...], dict[str, Expr]]:
 
 @settings(max_examples=150, deadline=None)
 @given(layouts())
-def test_no_tensor_is_lost_and_the_way_back_gives_the_same(layout: tuple[tuple[Rule, ...], dict[str, Expr]]) -> None:
+def test_no_tensor_is_lost_and_the_way_back_gives_the_same(
+    layout: tuple[tuple[Rule, ...], dict[str, LazyTensor]],
+) -> None:
     rules, tensors = layout
     applied = apply(rules, tensors, "test")
     assert_nothing_lost(applied, tensors)
@@ -132,7 +134,7 @@ def test_no_tensor_is_lost_and_the_way_back_gives_the_same(layout: tuple[tuple[R
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.data())
 def test_one_name_more_or_less_is_noticed(
-    layout: tuple[tuple[Rule, ...], dict[str, Expr]], data: st.DataObject
+    layout: tuple[tuple[Rule, ...], dict[str, LazyTensor]], data: st.DataObject
 ) -> None:
     rules, tensors = layout
     changed = dict(tensors)
@@ -160,22 +162,22 @@ SHIPPED = {
 
 
 def test_every_mapping_that_ships_is_tested_there_and_back() -> None:
-    assert set(SHIPPED) == {name for name in catalogue.names() if not name.startswith("deepencoder-")}
+    assert set(SHIPPED) == {name for name in registry.layout_names() if not name.startswith("deepencoder-")}
 
 
 @pytest.mark.parametrize(
     ("layout", "checkpoint"), [(layout, name) for layout, names in SHIPPED.items() for name in names]
 )
 def test_there_and_back_again(layout: str, checkpoint: str) -> None:
-    mapping = catalogue.load(layout)
-    assert isinstance(mapping, Mapping)
+    mapping = registry.load(layout)
+    assert isinstance(mapping, LayoutMapping)
     names = inventories()[checkpoint]
     prefix = next(prefix for prefix in mapping.signature.prefixes if any(name.startswith(prefix) for name in names))
     # The real names, the shapes a few elements each: the rules ask for ones and for equal parts.
     shapes = {
         name: tuple(size if size == 1 else 2 + size % 2 for size in shape)
         for name, (_, shape) in names.items()
-        if not mapping.elsewhere or name.startswith(prefix)
+        if not mapping.drop_rest or name.startswith(prefix)
     }
     tensors = state_dict(shapes)
     rules = mapping.rules_for(prefix)
@@ -186,7 +188,7 @@ def test_there_and_back_again(layout: str, checkpoint: str) -> None:
     assert contents(back.values) == contents(kept)
     computed = {"visual.proj", "text_projection"}
     for name in kept.keys() - computed:
-        assert copied(extents(back.values[name]) or ()) == bytes(materialise(kept[name]))
+        assert copied(byte_ranges(back.values[name]) or ()) == bytes(tensor_bytes(kept[name]))
 
 
 @pytest.mark.parametrize("op", [{"cast": "float16"}, {"resample": "4"}])
@@ -239,11 +241,11 @@ ERRORS: dict[str, tuple[str, dict[str, tuple[int, ...]], list[str]]] = {
 }
 
 
-def applied_text(rules: str, tensors: dict[str, Expr]) -> Applied:
+def applied_text(rules: str, tensors: dict[str, LazyTensor]) -> Applied:
     """What rules make of tensors; the first rule stands in line 10."""
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in HEAD.items())
     mapping = parse_mapping(f"{head}\n\n# Rules.\n\nrules:\n{rules}", "test.yaml")
-    assert isinstance(mapping, Mapping)
+    assert isinstance(mapping, LayoutMapping)
     return apply(mapping.rules, tensors, "ckpt")
 
 
@@ -279,8 +281,8 @@ def test_five_problems_are_told_and_the_rest_counted() -> None:
 
 
 def test_rules_for_other_names_apply_only_beside_a_prefix() -> None:
-    mapping = catalogue.load("clip-openai")
-    assert isinstance(mapping, Mapping)
+    mapping = registry.load("clip-openai")
+    assert isinstance(mapping, LayoutMapping)
     assert mapping.rules_for("") == mapping.rules
     places = {rule.place for rule in mapping.rules_for("visual.")}
-    assert places == {rule.place for rule in (*mapping.rules, *mapping.beside)}
+    assert places == {rule.place for rule in (*mapping.rules, *mapping.other_rules)}

@@ -14,13 +14,12 @@ from jsonschema import Draft202012Validator
 from test_cli import run
 from test_mapping_files import GOOD, MALFORMED
 
-from converter import catalogue
 from converter.errors import MappingError
-from converter.mapping import parse, schema
+from converter.layouts import parse, registry, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATOR = Draft202012Validator(schema.schema())
-HUB = catalogue.text("deepencoder-clip")
+HUB = registry.text("deepencoder-clip")
 
 
 def parser_takes(text: str) -> bool:
@@ -58,14 +57,14 @@ def test_every_key_of_the_parser_has_its_sentence_and_no_other() -> None:
     }
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", registry.layout_names())
 def test_a_shipped_mapping_fits(name: str) -> None:
-    VALIDATOR.validate(yaml.safe_load(catalogue.text(name)))
+    VALIDATOR.validate(yaml.safe_load(registry.text(name)))
 
 
 def test_no_mapping_that_ships_has_an_operation_without_inverse() -> None:
     # As docs/rules.md says.
-    shipped = [mapping for family in parse.FAMILIES for mapping in catalogue.mappings(family)]
+    shipped = [mapping for family in parse.FAMILIES for mapping in registry.mappings(family)]
     assert not [rule for mapping in shipped for rule, _ in mapping.lossy() if rule.targets]
 
 
@@ -73,7 +72,7 @@ def test_no_mapping_that_ships_has_an_operation_without_inverse() -> None:
 def test_the_example_of_a_verb_is_a_rule(said: schema.Said) -> None:
     rule = "\n    ".join(said.example.splitlines())
     variables = "{layer: int, proj: [q, k, v], half: [k, v], param: [weight, bias]}"
-    head = "layout: x\nfamily: clip\ndescription: d\nrecognise: {a: [_]}"
+    head = "layout: x\nfamily: clip\ndescription: d\ndetect: {a: [_]}"
     text = f"{head}\nvariables: {variables}\nrules:\n  - {rule}\n"
     assert parser_takes(text) and schema_takes(text)
 
@@ -146,7 +145,7 @@ OWN_KEY = "not_a_key: 1"
         # A verb's key that is another's.
         (GOOD, "{keep: e, optional: true}", "{keep: e, because: it is}"),
         (GOOD, "    because: not needed", "    because: not needed\n    then: []"),
-        (GOOD, "strip: model.", "sizes: {width: 1}"),
+        (GOOD, "prefix: model.", "sizes: {width: 1}"),
         (HUB, "family: clip", "family: clip\nrules: []"),
     ],
 )
@@ -160,9 +159,9 @@ def test_an_unknown_key_is_refused_by_both(text: str, old: str, new: str) -> Non
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("  - {keep: e, optional: true}", "  - {keep: e, optional: reading}"),
-        ("because: not needed\n    optional: true", "because: not needed\n    optional: reading"),
-        ("strip: model.", 'strip: [model., ""]'),
+        ("  - {keep: e, optional: true}", "  - {keep: e, optional: on_read}"),
+        ("because: not needed\n    optional: true", "because: not needed\n    optional: on_read"),
+        ("prefix: model.", 'prefix: [model., ""]'),
         ('["1", "2"]', "[1, 2]"),
         ("- drop: b", "- drop: [b, b.2]"),
         ("squeeze: 2", "squeeze: [2, 3]"),
@@ -175,7 +174,7 @@ def test_an_unknown_key_is_refused_by_both(text: str, old: str, new: str) -> Non
         ("squeeze: 2", "resample: 24"),
         ("into: l.{layer}.qkv", "into: l.{layer+1}.qkv\n    dim: 1\n    then: []"),
         ("[3*width, 7, _]", "[]"),
-        ("beside:\n  - {keep: e, optional: true}", "elsewhere: a language model"),
+        ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: a language model"),
         ("    because: not needed\n    optional: true", "    because: 1"),
     ],
 )
@@ -191,6 +190,6 @@ def test_a_key_that_a_hub_needs_is_missed_by_both(name: str) -> None:
     needed = name in (*parse.NEEDED, "sizes", "tensors")
     del document[name]
     changed = yaml.safe_dump(document)
-    if name in ("layout", "family", "description", "recognise", "sizes"):
+    if name in ("layout", "family", "description", "detect", "sizes"):
         assert not parser_takes(changed)
     assert VALIDATOR.is_valid(document) is not needed

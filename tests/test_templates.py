@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from converter.mapping.template import Bindings, Kind, Template
+from converter.layouts.template import Bindings, Kind, Template
 
 VARIABLES: dict[str, Kind] = {
     "layer": "int",
@@ -183,9 +183,9 @@ def test_a_template_reads_as_it_was_written(made: tuple[Template, dict[str, Kind
     ],
 )
 @pytest.mark.parametrize("piece", ["a", ".", "a.", "1.", "aa.aa", "a_1_", "12", ".w"])
-def test_no_name_makes_a_template_hang(text: str, piece: str) -> None:
+def test_no_name_makes_a_template_hang(text: str, segment: str) -> None:
     template = Template.parse(text, VARIABLES)
-    name = piece * (200_000 // len(piece))
+    name = segment * (200_000 // len(segment))
     began = time.process_time()
     template.match(name)
     template.match(name + "!")

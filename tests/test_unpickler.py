@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import ContainerError
-from converter.loaders.torch_pickle import GLOBALS, storage_ref
-from converter.loaders.unpickler import MAX_MARKS, TruncatedPickleError, unpickle
+from converter.formats.pickle_reader import MAX_MARKS, TruncatedPickleError, unpickle
+from converter.formats.torch_pickle import GLOBALS, storage_ref
 
 SCALARS = st.one_of(
     st.none(),

@@ -23,10 +23,11 @@ from PIL import Image
 from rich.console import Console
 
 import converter
+from converter import reports
 from converter.errors import ContainerError, OutputError, printable
-from converter.verify import pictures, views
-from converter.verify.result import Picture, Trace, Verification, failed, noted, passed, skipped
-from converter.verify.views import actions, html, junit, plot, table, words
+from converter.reports import github, html, junit, plot, text, words
+from converter.verification import pictures
+from converter.verification.result import Picture, Trace, Verification, failed, passed, skipped, warning
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
@@ -39,7 +40,7 @@ BAD = GOOD._replace(errors=[0.0] + [3e-7] * 5 + [1e-2] * 6 + [math.inf])
 def verification(**changes: object) -> Verification:
     checks = [
         passed("structure", "layout", "294 tensors have the names, shapes and types of deepencoder-clip"),
-        noted("structure", "missing", "loading it misses exactly net_2.weight", ["net_2.weight"]),
+        warning("structure", "missing", "loading it misses exactly net_2.weight", ["net_2.weight"]),
         passed("bytes", "tensors", "294 tensors equal their sources in every bit"),
         passed("outputs", GOOD.name, "relative error 3e-07; bar 2.4e-06", error=3e-7, bar=2.4e-6),
     ]
@@ -65,8 +66,8 @@ def wrong(count: int = 40, name: str = "layers.{}.weight") -> Verification:
     """A verification with `count` wrong tensors."""
     names = [name.format(i) for i in range(count)]
     faults = [failed("bytes", n, f"{n} differs from its source", [n], error=math.nan) for n in names]
-    blamed = failed("outputs", "chain", "blocks.6 is the first to diverge", ["blocks.6", "blocks.7", "rule 3"])
-    return verification(checks=[*verification().checks[:2], *faults, blamed], traces=[BAD])
+    at_fault = failed("outputs", "chain", "blocks.6 is the first to diverge", ["blocks.6", "blocks.7", "rule 3"])
+    return verification(checks=[*verification().checks[:2], *faults, at_fault], traces=[BAD])
 
 
 def hostile() -> Verification:
@@ -76,7 +77,7 @@ def hostile() -> Verification:
     return found._replace(
         **texts,
         environment={"torch": HOSTILE},
-        checks=[*found.checks, skipped("outputs", HOSTILE, HOSTILE), noted("structure", HOSTILE, HOSTILE, [HOSTILE])],
+        checks=[*found.checks, skipped("outputs", HOSTILE, HOSTILE), warning("structure", HOSTILE, HOSTILE, [HOSTILE])],
         traces=[BAD._replace(name=HOSTILE, blocks=[f"{HOSTILE}.{i}" for i in range(13)])],
         key_map={HOSTILE: [HOSTILE]},
         pictures=[Picture(HOSTILE, HOSTILE, b"")],
@@ -112,7 +113,7 @@ def test_culprits_are_told_once_each_by_their_whole_names() -> None:
 
 def shown(found: Verification, **options: object) -> str:
     file = io.StringIO()
-    table.show(found, Console(file=file, width=150, markup=False, **options))
+    text.show(found, Console(file=file, width=150, markup=False, **options))
     return file.getvalue()
 
 
@@ -138,7 +139,7 @@ def test_terminal_folds_many_failures_and_lists_culprits() -> None:
 
 
 def test_terminal_writes_to_stderr_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    table.show(verification())
+    text.show(verification())
     out, err = capfd.readouterr()
     assert out == "" and "VERIFIED: 3 checks passed" in err
 
@@ -189,12 +190,12 @@ def test_junit_names_suites_culprits_times_and_what_it_ran_on() -> None:
 
 
 def test_github_escapes_as_its_toolkit_does() -> None:
-    assert actions.escape_data("50%\r\na:b,c") == "50%25%0D%0Aa:b,c"
-    assert actions.escape_property("50%\r\na:b,c") == "50%25%0D%0Aa%3Ab%2Cc"
+    assert github.escape_data("50%\r\na:b,c") == "50%25%0D%0Aa:b,c"
+    assert github.escape_property("50%\r\na:b,c") == "50%25%0D%0Aa%3Ab%2Cc"
 
 
 def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Verification) -> None:
-    lines = actions.commands(found)
+    lines = github.commands(found)
     assert all(
         re.fullmatch(r"::(error|notice) title=[^:,\n\r]*::[^\n\r]*", line) and line.isprintable() for line in lines
     )
@@ -202,7 +203,7 @@ def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Veri
 
 
 def test_github_counts_what_it_does_not_show() -> None:
-    lines = actions.commands(wrong(40))
+    lines = github.commands(wrong(40))
     assert lines[9] == "::error title=dsocr-verify::and 32 more checks failed"
     assert lines[0] == (
         "::error title=dsocr-verify%2C bytes%3A layers.0.weight::layers.0.weight differs from its source"
@@ -215,18 +216,18 @@ def test_github_annotates_stderr_and_appends_the_summary(
     path = tmp_path / "summary.md"
     path.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
-    actions.annotate(wrong(1))
+    github.annotate(wrong(1))
     out, err = capfd.readouterr()
     assert out == "" and err.count("::error ") == 2 and err.count("::notice ") == 1
     text = path.read_text()
     assert text.startswith("before\n## ❌ NOT VERIFIED") and text.count("✗ failed") == 2
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
     with pytest.raises(OutputError, match="step summary"):
-        actions.annotate(wrong(1))
+        github.annotate(wrong(1))
 
 
 def test_github_summary_has_no_markup_from_names() -> None:
-    text = actions.summary(hostile())
+    text = github.summary(hostile())
     assert "<script" not in text and "`" not in text and "](" not in text and "http:" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(hostile().checks) and all(row.count("|") == 5 for row in rows)
@@ -334,7 +335,7 @@ def test_html_in_a_browser(make: object, colour: tuple[int, int, int], dark: boo
     found = make()
     seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(1, 16, 8, 8)
     found = found._replace(pictures=pictures.draw("encoder at 64 x 64", seen, reference, reference))
-    views.write_files(found, html=tmp_path / "page.html")
+    reports.write_files(found, html=tmp_path / "page.html")
     shot = tmp_path / "page.png"
     dom = browse(tmp_path, "--dump-dom", dark=dark)
     assert words.verdict(found) in dom and dom.count("<svg") == 1
@@ -373,7 +374,7 @@ def browse(folder: Path, *options: str, dark: bool) -> str:
 def test_files_replace_older_ones_whole_or_not_at_all(tmp_path: Path) -> None:
     page, report = tmp_path / "a.html", tmp_path / "a.xml"
     page.write_text("old")
-    views.write_files(verification(), html=page, junit=report)
+    reports.write_files(verification(), html=page, junit=report)
     assert page.read_bytes().startswith(b"<!DOCTYPE html>") and report.read_bytes().startswith(b"<?xml")
     assert sorted(tmp_path.iterdir()) == [page, report]
 
@@ -381,10 +382,10 @@ def test_files_replace_older_ones_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_beforehand_and_after(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "a.html", tmp_path):
         with pytest.raises(OutputError):
-            views.check_files(None, path)
+            reports.check_files(None, path)
         with pytest.raises(OutputError):
-            views.write_files(verification(), html=path)
-    views.check_files(None, tmp_path / "a.html")
+            reports.write_files(verification(), html=path)
+    reports.check_files(None, tmp_path / "a.html")
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------

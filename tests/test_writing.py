@@ -19,14 +19,16 @@ from inventories import Inventory
 from memory import Memory, expr, raw, stored
 
 import converter
-from converter.copier import BUFFER, BackgroundWriter, Copier
-from converter.dtypes import BY_NAME
 from converter.errors import ContainerError, OutputError
-from converter.mapping.expr import Extent, nbytes, read
-from converter.mapping.ops import CastTo, Fuse, Permuted, Split, run
-from converter.pth import write_pth
-from converter.stage import staged, write_all
-from converter.write import Outputs, write_safetensors
+from converter.formats.safetensors import write_safetensors
+from converter.formats.torch_zip import write_pth
+from converter.storage.atomic_output import staged, write_all
+from converter.storage.byte_range import ByteRange
+from converter.storage.stream import BUFFER, BackgroundWriter, Copier
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import lazy_read, nbytes
+from converter.tensors.ops import CastTo, Fuse, Permuted, Split, apply_op
+from converter.tensors.serialize import Outputs
 
 WRITERS = ["safetensors", "pth"]
 
@@ -78,10 +80,10 @@ def test_its_own_library_reads_what_was_written(format: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("format", WRITERS)
 def test_copied_and_computed_tensors_lie_side_by_side(format: str, tmp_path: Path) -> None:
     a, b = torch.randn(300, 400), torch.randn(300, 400)
-    (fused,) = run(Fuse(2), (expr(a), expr(b)))
-    (turned,) = run(Permuted((1, 0)), (expr(a),))
-    (rounded,) = run(CastTo("bfloat16"), (expr(b),))
-    first, second = run(Split(2), (expr(b),))
+    (fused,) = apply_op(Fuse(2), (expr(a), expr(b)))
+    (turned,) = apply_op(Permuted((1, 0)), (expr(a),))
+    (rounded,) = apply_op(CastTo("bfloat16"), (expr(b),))
+    first, second = apply_op(Split(2), (expr(b),))
     outputs = {"second": second, "turned": turned, "fused": fused, "rounded": rounded, "first": first}
     told = write(tmp_path / "out", outputs, format)
     assert_same(
@@ -126,8 +128,8 @@ def test_repeated_runs_give_the_same_bytes(format: str, tmp_path: Path) -> None:
 
 def damaged_outputs(part: bool) -> Outputs:
     """A good tensor and one whose storage does not match its checksum, whole or of which the undamaged part is used."""
-    value = read(stored(torch.randn(BUFFER, 2), damaged=True))
-    return {"good": expr(torch.ones(10)), "bad": run(Split(2), (value,))[0] if part else value}
+    value = lazy_read(stored(torch.randn(BUFFER, 2), damaged=True))
+    return {"good": expr(torch.ones(10)), "bad": apply_op(Split(2), (value,))[0] if part else value}
 
 
 @pytest.mark.parametrize("format", WRITERS)
@@ -157,7 +159,7 @@ def test_parts_of_one_storage_have_it_checked_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Memory, "readinto", counting)
     copier = Copier(lambda full: memoryview(full.obj), lambda count: None)
     for start in (0, 16, 32):
-        copier.copy([Extent(whole.storage, start, 16)])
+        copier.copy([ByteRange(whole.storage, start, 16)])
     assert reads == 2 * whole.nbytes
 
 
@@ -166,7 +168,7 @@ def test_a_source_that_ends_too_early_leaves_nothing(format: str, tmp_path: Path
     tensor = stored(torch.ones(4))
     tensor.storage.file.data = b"short"  # type: ignore[attr-defined]
     with pytest.raises(ContainerError, match="truncated"):
-        write(tmp_path / "out", {"x": read(tensor)}, format)
+        write(tmp_path / "out", {"x": lazy_read(tensor)}, format)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -343,7 +345,7 @@ def test_convert_writes_what_its_card_says(source: Path, tmp_path: Path, format:
     assert card.written
     assert sum(tensor.nbytes for tensor in after.values()) == card.nbytes
     assert set(after) == set(card.converted)
-    for name in after.keys() - card.filled.keys():
+    for name in after.keys() - card.generated.keys():
         (key,) = card.converted[name]
         assert raw(after[name]) == raw(before[key])
     assert after["embeddings.position_ids"].tolist() == [[0, 1, 2, 3, 4]]
@@ -401,7 +403,7 @@ def test_a_source_that_changes_midway_gives_no_output(source: Path, tmp_path: Pa
             file.write(b"more")
 
     with pytest.raises(ContainerError, match="changed while it was being read"):
-        converter.convert(str(source), "clip", out=tmp_path / "out", progress=grow)
+        converter.convert(str(source), "clip", out=tmp_path / "out", on_progress=grow)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -412,7 +414,7 @@ def test_progress_ends_at_all_bytes(source: Path, tmp_path: Path, format: str) -
     def tell(what: str, done: int, total: int) -> None:
         told.append((done, total))
 
-    card = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, progress=tell)
+    card = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, on_progress=tell)
     assert {total for _, total in told} == {card.nbytes}
     assert told == sorted(told)
     assert told[-1][0] == card.nbytes

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from converter import inspection, pipeline
+import converter
 from converter.cli import console, mapping, views
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
@@ -85,7 +85,7 @@ def sam(
     quiet: Quiet = False,
 ) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
-    views.show_conversion(pipeline.convert, family="sam", **locals())
+    views.show_conversion(converter.convert, family="sam", **locals())
 
 
 @app.command()
@@ -111,7 +111,7 @@ def clip(
     quiet: Quiet = False,
 ) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
-    views.show_conversion(pipeline.convert, family="clip", **locals())
+    views.show_conversion(converter.convert, family="clip", **locals())
 
 
 @app.command()
@@ -124,7 +124,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what a checkpoint holds, which layout it is and what would be converted. Reads no weights."""
-    found = inspection.inspect(source, state_dict=state_dict, revision=revision, hub=hub, download=download)
+    found = converter.inspect(source, state_dict=state_dict, revision=revision, hub=hub, download=download)
     if json:
         console.result_json(found.to_json())
     else:

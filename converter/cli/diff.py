@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import converter
+from converter.checkpoint.open import OnProgress
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet
 from converter.cli.views import count
-from converter.source import Progress
 
 if TYPE_CHECKING:
     from converter.comparison.difference import Block, Change, Difference
@@ -47,16 +47,16 @@ def diff(
     hf://org/name@REVISION names a revision.
     """
     if html is not None:
-        from converter.verify.views import check_files
+        from converter.reports import check_files
 
         check_files(html)
     with ExitStack() as bars:
-        found = converter.diff(a, b, state_dict=state_dict, progress=_one_each(bars, not quiet))
+        found = converter.diff(a, b, state_dict=state_dict, on_progress=_one_each(bars, not quiet))
     if not quiet:
         console.say(*table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)))
     if html is not None:
-        from converter.verify.views import write
-        from converter.verify.views.movement import page
+        from converter.reports import write
+        from converter.reports.movement import page
 
         facts = [in_both(found), *names(found)]
         write(html, page(found, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
@@ -67,17 +67,17 @@ def diff(
     raise typer.Exit(0 if found.equal else 1)
 
 
-def _one_each(bars: ExitStack, enabled: bool) -> Progress:
+def _one_each(bars: ExitStack, enabled: bool) -> OnProgress:
     """A progress bar for each thing that is done: fetching, comparing, measuring."""
     made: dict[str, console.Bar] = {}
 
-    def progress(what: str, done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         kind = what.partition(" ")[0]
         if kind not in made:
             made[kind] = bars.enter_context(console.Bar(enabled))
         made[kind](what, done, total)
 
-    return progress
+    return on_progress
 
 
 def _blocks_print(encoding: str | None) -> bool:

@@ -57,6 +57,6 @@ def encoder(
     """Write a whole DeepEncoder: taken out of SOURCE, or put together from --sam, --clip and --compressor."""
     options = locals()
     # Not at the top: the other commands do not need it.
-    from converter.assemble import encoder as convert
+    from converter.api.encoder import encoder as convert
 
     views.show_conversion(convert, **options)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from converter import catalogue, pipeline
+import converter
 from converter.cli import console, views
 from converter.cli.options import Json, Quiet, StateDict
 from converter.errors import UsageError
-from converter.mapping.rules import Layout
-from converter.report import folded_names
+from converter.layouts import registry
+from converter.layouts.spec import CanonicalLayout
+from converter.output.record import group_names
 
 if TYPE_CHECKING:
-    from converter.derivation import Derived
+    from converter.api.derive import Derived
 
 # What of a long list is told; --json has all of it.
 _SHOWN = 8
@@ -31,28 +32,28 @@ app = typer.Typer(
 
 def complete_layout(incomplete: str) -> list[str]:
     """Layouts' names that begin so."""
-    return [name for name in catalogue.names() if name.startswith(incomplete)]
+    return [name for name in registry.layout_names() if name.startswith(incomplete)]
 
 
 @app.command("list")
 def list_mappings() -> None:
     """List the layouts that are known."""
-    width = max(map(len, catalogue.names()))
-    for name in catalogue.names():
-        console.result(f"{name:{width}}  {catalogue.load(name).description}")
+    width = max(map(len, registry.layout_names()))
+    for name in registry.layout_names():
+        console.result(f"{name:{width}}  {registry.load(name).description}")
 
 
 @app.command("show")
 def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=complete_layout)]) -> None:
     """Print the mapping file of a layout, to read or to start one's own from."""
-    console.result(*catalogue.text(name).rstrip().split("\n"))
+    console.result(*registry.text(name).rstrip().split("\n"))
 
 
 @app.command("schema")
 def mapping_schema() -> None:
     """Print the JSON Schema of mapping files, for editors."""
     # Imported here: no other command reads it.
-    from converter.mapping.schema import schema
+    from converter.layouts.schema import schema
 
     console.result_json(schema())
 
@@ -76,18 +77,18 @@ def check_mapping(
     if any(codes):
         raise typer.Exit(max(codes))
     if sources:
-        card = pipeline.convert(sources[0], catalogue.load_file(first).family, mapping=first, dry_run=True)
+        card = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True)
         console.result(*views.summary(card))
 
 
 def _check(file: Path) -> None:
-    mapping = catalogue.read_file(file)
-    if isinstance(mapping, Layout):
+    mapping = registry.read_file(file)
+    if isinstance(mapping, CanonicalLayout):
         console.result(
             f"{file}: {mapping.name}, a hub layout of {views.count(len(mapping.tensors), 'template')}, valid"
         )
         return
-    rules = views.count(len(mapping.rules) + len(mapping.beside), "rule")
+    rules = views.count(len(mapping.rules) + len(mapping.other_rules), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
     # A drop of several names is as many rules.
     for told in dict.fromkeys(f"  {rule.place}: cannot be inverted: {why}" for rule, why in mapping.lossy()):
@@ -123,7 +124,7 @@ def derive_mapping(
 ) -> None:
     """Write a mapping file for the layout of SOURCE, by comparing its tensors with those of TARGET."""
     # Imported here: values are compared with torch.
-    from converter.derivation import derive
+    from converter.api.derive import derive
 
     with console.Bar(enabled=not quiet) as bar:
         found = derive(
@@ -135,7 +136,7 @@ def derive_mapping(
             state_dict=state_dict,
             force=force,
             partial=partly,
-            progress=bar,
+            on_progress=bar,
         )
     if not quiet or not found.complete:
         console.say(*_summary(found))
@@ -174,7 +175,7 @@ _CONFIDENCE = {
 
 def _listing(what: str, names: list[str]) -> list[str]:
     """A heading and names, those of layers folded, if there are any."""
-    folded = folded_names(names)
+    folded = group_names(names)
     more = [f"    and {len(folded) - _SHOWN} more"] if len(folded) > _SHOWN else []
     heading = what if what.startswith("error") else f"  {what}"
     return [f"{heading}:", *(f"    {name}" for name in folded[:_SHOWN]), *more] if names else []

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from converter import __version__
 from converter.cli import console
-from converter.version import __version__
 
 # No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
 PROGRAM: dict[str, Any] = {

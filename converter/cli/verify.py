@@ -69,10 +69,10 @@ def verify(
     # this as it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Two seconds of torch, which --help and a mistyped option need not wait for.
-    from converter.verify import views
-    from converter.verify.run import verify as run
+    from converter import reports
+    from converter.api.verify import verify as run
 
-    views.check_files(html, junit)
+    reports.check_files(html, junit)
     with console.Bar(not quiet) as fetching, console.Bar(not quiet, "steps") as steps:
         found = run(
             converted,
@@ -90,15 +90,15 @@ def verify(
             revision=revision,
             hub=hub,
             download=download,
-            progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
+            on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
         )
     if not quiet:
-        from converter.verify.views.table import show
+        from converter.reports.text import show
 
         show(found)
-    views.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
+    reports.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
     if github:
-        from converter.verify.views.actions import annotate
+        from converter.reports.github import annotate
 
         annotate(found)
     if json:

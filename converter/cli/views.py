@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli import console
-from converter.report import Card, Group, Inspection, Recognised, by_reason, fold_plan, some
+from converter.output.record import (
+    ConversionRecord,
+    FittingLayout,
+    Group,
+    Inspection,
+    group_by_reason,
+    group_plan,
+    shorten,
+)
 
 # Characters of a column: one name of a megabyte would pad all other lines to that.
 _WIDEST = 100
@@ -20,7 +28,7 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1000**thousands:.1f} {_UNITS[thousands]}" if thousands else f"{nbytes} B"
 
 
-def summary(card: Card) -> Iterable[str]:
+def summary(card: ConversionRecord) -> Iterable[str]:
     """What was converted into what, and everything a user should know of it."""
     layout = f"{', '.join(card.containers)}, layout {card.mapping}"
     if card.wrapper:
@@ -33,7 +41,7 @@ def summary(card: Card) -> Iterable[str]:
     yield from remarks(card)
 
 
-def transfers(card: Card) -> Iterable[str]:
+def transfers(card: ConversionRecord) -> Iterable[str]:
     """What came from a hub, and what of it could be checked."""
     yield from (f"  {note}" for note in card.notes)
     if card.commit:
@@ -48,23 +56,23 @@ def transfers(card: Card) -> Iterable[str]:
             yield "  checked: sizes, ranges, ETags, and the CRC-32 of every tensor"
 
 
-def remarks(card: Card) -> Iterable[str]:
+def remarks(card: ConversionRecord) -> Iterable[str]:
     """What is missing, filled in, left out or unusual."""
     if card.unusual:
         found = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in card.unusual.items())
         yield f"  not the DeepEncoder's size: {found}"
-    for reason, names in by_reason(card.missing).items():
+    for reason, names in group_by_reason(card.missing).items():
         yield f"  missing {', '.join(names)}: {reason}"
-    for name, how in card.filled.items():
+    for name, how in card.generated.items():
         yield f"  filled in {name}: {how}"
-    for reason, names in by_reason(card.dropped).items():
-        yield f"  dropped {some(names)}: {reason}"
+    for reason, names in group_by_reason(card.dropped).items():
+        yield f"  dropped {shorten(names)}: {reason}"
 
 
-def plan(card: Card) -> Iterable[str]:
+def plan(card: ConversionRecord) -> Iterable[str]:
     """Every output tensor and what it is made of, layers folded."""
     rows = [
-        (f"{name} (x {len(names)})" if len(names) > 1 else name, made_of) for name, made_of, names in fold_plan(card)
+        (f"{name} (x {len(names)})" if len(names) > 1 else name, made_of) for name, made_of, names in group_plan(card)
     ]
     width = min(max((len(name) for name, _ in rows), default=0), _WIDEST)
     for name, made_of in rows:
@@ -123,7 +131,7 @@ def _shapes(group: Group) -> str:
     return " or ".join(str(shape) for shape in group.shapes)
 
 
-def _recognised(found: Recognised) -> Iterable[str]:
+def _recognised(found: FittingLayout) -> Iterable[str]:
     yield f"{found.family}: layout {found.layout}, {found.description}"
     yield f"  known by {', '.join(found.evidence)}"
     if len(found.state_dicts) > 1:
@@ -137,14 +145,14 @@ def _recognised(found: Recognised) -> Iterable[str]:
 
 
 def show_conversion(
-    convert: Callable[..., Card], *, card: list[Path] | None, json: bool, quiet: bool, **options: Any
+    convert: Callable[..., ConversionRecord], *, card: list[Path] | None, json: bool, quiet: bool, **options: Any
 ) -> None:
     """Convert as a command's options say, and show the card: the result on stdout, the rest on stderr.
 
     The commands' options are called what `convert` calls its own, so they pass on `locals()`, card files among them.
     """
     with console.Bar(enabled=not quiet) as bar:
-        made = convert(**options, card=card or (), progress=bar)
+        made = convert(**options, card=card or (), on_progress=bar)
     if not quiet:
         console.say(*summary(made))
         if card and made.written:

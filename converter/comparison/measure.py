@@ -10,8 +10,8 @@ import torch
 
 from converter.comparison.difference import Figures
 from converter.comparison.streams import Pairs, Stream
-from converter.compute import torch_dtype
-from converter.mapping.expr import Expr
+from converter.tensors.evaluate import torch_dtype
+from converter.tensors.lazy_tensor import LazyTensor
 
 # Elements at a time: what is computed of them stays in a processor's own cache.
 _PIECE = 1 << 15
@@ -30,8 +30,8 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
             elements = math.prod(a.shape)
             for start in range(0, elements, _PIECE):
                 size = min(_PIECE, elements - start)
-                piece = _figures(_elements(left, a, size), _elements(right, b, size))
-                found[name] = found[name].plus(piece)
+                segment = _figures(_elements(left, a, size), _elements(right, b, size))
+                found[name] = found[name].plus(segment)
                 count(size * a.dtype.itemsize)
     return found
 
@@ -47,7 +47,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _elements(stream: Stream, value: Expr, count: int) -> torch.Tensor:
+def _elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
     return torch.frombuffer(stream.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
 
 

@@ -9,15 +9,15 @@ from itertools import accumulate
 from queue import SimpleQueue
 from threading import Thread
 
-from converter.copier import BUFFER, Copier
-from converter.mapping.expr import Expr, nbytes
-from converter.write import pieces_of
+from converter.storage.stream import BUFFER, Copier
+from converter.tensors.lazy_tensor import LazyTensor, nbytes
+from converter.tensors.serialize import segments_of
 
 # Buffers between a reading thread and who compares: enough that neither waits for the other's hiccups.
 _IN_FLIGHT = 2
 
 # The same tensor as A and as B have it.
-Pairs = Mapping[str, tuple[Expr, Expr]]
+Pairs = Mapping[str, tuple[LazyTensor, LazyTensor]]
 
 
 class _StoppedError(Exception):
@@ -31,7 +31,7 @@ class Stream:
     in step. An error of the thread is raised where its bytes would have come.
     """
 
-    def __init__(self, values: Iterable[Expr]) -> None:
+    def __init__(self, values: Iterable[LazyTensor]) -> None:
         self._values = values
         self._full: SimpleQueue[memoryview | BaseException | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
@@ -70,7 +70,7 @@ class Stream:
     def _run(self) -> None:
         try:
             copier = Copier(self._exchange, lambda count: None)
-            copier.copy(pieces_of(self._values))
+            copier.copy(segments_of(self._values))
             copier.flush()
             self._full.put(None)
         except BaseException as error:  # told to the thread that waits for it
@@ -113,7 +113,7 @@ def _unequal(a: memoryview, b: memoryview, at: int, ends: list[int]) -> Iterator
         start, index = end, index + 1
 
 
-def digests(values: Mapping[str, Expr]) -> dict[bytes, list[str]]:
+def digests(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:
     """The names of tensors by a digest of type, shape and bytes."""
     found: dict[bytes, list[str]] = {}
     for name, value in values.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from converter.mapping.ops import Deinterleave, Op, Permuted, Reshaped, Squeeze, Unsqueeze
+from converter.tensors.ops import Deinterleave, Op, Permuted, Reshaped, Squeeze, Unsqueeze
 
 # Interleaved rows: this many tensors in one (q, k, v), and at most so many heads.
 _INTERLEAVED = (2, 3, 4)

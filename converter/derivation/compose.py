@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from converter import catalogue, recognition
 from converter.derivation.found import ALIKE, NAME, Found, Job, made_of
 from converter.derivation.generalise import Entry, Variables, generalised, listed
 from converter.derivation.names import Symbols, depth_of
 from converter.derivation.signature import recognise
 from converter.derivation.write import Draft, yaml_text
 from converter.errors import LayoutError, MappingError
-from converter.mapping.expr import sources
-from converter.mapping.ops import Deinterleave, Reshaped
-from converter.mapping.parse import parse_mapping
-from converter.mapping.plan import make_plan
-from converter.mapping.rules import Layout
-from converter.mapping.rules import Mapping as Rules
-from converter.mapping.template import any_match
+from converter.layouts import detect, registry
+from converter.layouts.parse import parse_mapping
+from converter.layouts.spec import CanonicalLayout
+from converter.layouts.spec import LayoutMapping as Rules
+from converter.layouts.template import any_match
+from converter.plan.plan import make_plan
+from converter.tensors.lazy_tensor import source_tensors
+from converter.tensors.ops import Deinterleave, Reshaped
 
 _REMARKS = {
     ALIKE: "Several tensors have these very values: which is which was told by their names.",
@@ -61,15 +61,15 @@ def compose(job: Job, found: list[Found], name: str) -> Composed:
         prefix=prefix,
         recognise=recognise(said, prefix, job.tensors, job.hub, symbols),
         rules=_rules([_stripped(entry, prefix) for entry in inside], variables, order),
-        beside=_rules(beside, variables, order),
-        elsewhere=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
+        other_rules=_rules(beside, variables, order),
+        drop_rest=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
     )
     return Composed(
         text=yaml_text(draft, variables),
         found=said,
         unmatched=_unmatched(job, said, symbols),
         dropped=dropped,
-        rules=len(draft.rules) + len(draft.beside),
+        rules=len(draft.rules) + len(draft.other_rules),
         notes=[_unsaid(one) for one, entry in made if entry is None],
     )
 
@@ -88,7 +88,7 @@ def _unsaid(one: Found) -> str:
 def _unmatched(job: Job, found: list[Found], symbols: Symbols) -> list[str]:
     """The target's tensors that something must make, and nothing does."""
     made = {name for one in found for name in one.targets}
-    spare = [spec.name for spec in job.hub.tensors if spec.fill or (spec.optional and not job.wanted)]
+    spare = [spec.name for spec in job.hub.tensors if spec.generate or (spec.optional and not job.wanted)]
     return [name for name in job.wanted or symbols.tensors if name not in made and not any_match(spare, name)]
 
 
@@ -106,19 +106,19 @@ def prove(job: Job, composed: Composed, name: str) -> None:
     """MappingError unless the text, read as any mapping file is and applied to the source, makes what was found."""
     mapping = parse_mapping(composed.text, f"{name}.yaml")
     assert isinstance(mapping, Rules)
-    tensors = {name: tensor for name, value in job.tensors.items() for tensor in sources(value)}
-    matches = recognition.recognise(tensors, catalogue.only(mapping))
+    tensors = {name: tensor for name, value in job.tensors.items() for tensor in source_tensors(value)}
+    matches = detect.match_layouts(tensors, registry.entry_of(mapping))
     if not matches:
         raise LayoutError(f"{job.source}: is not recognised by what was derived from it: this is a bug")
     plan = make_plan(mapping, matches[0].prefix, job.hub, job.tensors, job.source)
-    given = {**plan.outputs, **plan.beyond}
+    given = {**plan.outputs, **plan.extra_tensors}
     for name, value in (made for one in composed.found for made in made_of(one, job.tensors)):
         # The search has compared these with the target: their bytes need not be read again.
         if given.get(name) != value:
             raise MappingError(f"{job.source}: the rules derived make another {name!r} than was found: this is a bug")
 
 
-def _common_prefix(found: list[Found], hub: Layout) -> str:
+def _common_prefix(found: list[Found], hub: CanonicalLayout) -> str:
     """What the names of all tensors that lead to the hub's own begin with: whole segments."""
     names = [name for one in found if any(map(hub.spec, one.targets)) for name in one.sources]
     if not names:
@@ -130,7 +130,7 @@ def _common_prefix(found: list[Found], hub: Layout) -> str:
     return "".join(f"{segment}." for segment in first[:same])
 
 
-def _entry(one: Found, hub: Layout, variables: Variables, prefix: str) -> Entry | None:
+def _entry(one: Found, hub: CanonicalLayout, variables: Variables, prefix: str) -> Entry | None:
     """The rule for one finding; None where names of parts differ in more than a word."""
     verb, parts, source, target = "rename", None, one.sources[0], one.targets[0]
     if len(one.sources) > 1 or len(one.targets) > 1:
@@ -150,12 +150,12 @@ def _entry(one: Found, hub: Layout, variables: Variables, prefix: str) -> Entry 
     )
 
 
-def _optional(target: str, hub: Layout, inside: bool) -> str:
+def _optional(target: str, hub: CanonicalLayout, inside: bool) -> str:
     """Whether other files of the layout may lack what this target is made of."""
     spec = hub.spec(target)
     if spec is None:
-        return "reading" if inside else "true"
-    return "true" if spec.fill else ""
+        return "on_read" if inside else "true"
+    return "true" if spec.generate else ""
 
 
 def _drop(name: str, job: Job, found: list[Found]) -> Entry:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from converter.mapping.expr import Expr
-from converter.mapping.ops import Op, run
-from converter.mapping.rules import Layout
+from converter.layouts.spec import CanonicalLayout
+from converter.tensors.lazy_tensor import LazyTensor
+from converter.tensors.ops import Op, apply_op
 
 # How a tensor was found.
 VALUES = "values"
 ALIKE = "values that several tensors have, and name"
 NAME = "shape and name"
 
-Named = Mapping[str, Expr]
+Named = Mapping[str, LazyTensor]
 
 
 class Job(NamedTuple):
@@ -28,7 +28,7 @@ class Job(NamedTuple):
     tensors: Named
     target: str
     layout: str
-    hub: Layout
+    hub: CanonicalLayout
     wanted: Named
 
 
@@ -42,9 +42,9 @@ class Found(NamedTuple):
     rivals: tuple[str, ...] = ()
 
 
-def made_of(entry: Found, source: Named) -> list[tuple[str, Expr]]:
+def made_of(entry: Found, source: Named) -> list[tuple[str, LazyTensor]]:
     """The targets of a finding as expressions over the source's tensors."""
-    values: tuple[Expr, ...] = tuple(source[name] for name in entry.sources)
+    values: tuple[LazyTensor, ...] = tuple(source[name] for name in entry.sources)
     for op in entry.ops:
-        values = run(op, values)
+        values = apply_op(op, values)
     return list(zip(entry.targets, values, strict=True))

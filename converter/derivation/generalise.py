@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from converter.mapping.ops import Op
-from converter.mapping.template import Kind, Template
+from converter.layouts.template import Kind, Template
+from converter.tensors.ops import Op
 
 _NUMBER = re.compile(r"(?<![0-9])[0-9]{1,6}(?![0-9])")
 # The names of variables, in the order in which they are taken.

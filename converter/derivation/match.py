@@ -13,12 +13,12 @@ from collections.abc import Callable, Container, Iterator
 
 import torch
 
-from converter.compute import evaluate
 from converter.derivation.chain import chain
 from converter.derivation.found import ALIKE, VALUES, Found, Named, made_of
 from converter.derivation.likeness import labels, likeness, meaning, pair
-from converter.mapping.expr import Expr, nbytes
-from converter.mapping.ops import Deinterleave, Fuse, Op, Split
+from converter.tensors.evaluate import evaluate
+from converter.tensors.lazy_tensor import LazyTensor, nbytes
+from converter.tensors.ops import Deinterleave, Fuse, Op, Split
 
 # Elements are compared as integers: a NaN equals itself, and 0.0 is not -0.0.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,12 +45,12 @@ def by_values(source: Named, target: Named, told: Told) -> tuple[list[Found], li
     return sorted(search.found, key=lambda entry: entry.sources), search.copies()
 
 
-def _load(value: Expr) -> torch.Tensor:
+def _load(value: LazyTensor) -> torch.Tensor:
     """A tensor's elements as integers, in its shape."""
     return evaluate(value).contiguous().view(_INTEGERS[value.dtype.itemsize])
 
 
-def _sum(tensor: torch.Tensor, value: Expr) -> Sum:
+def _sum(tensor: torch.Tensor, value: LazyTensor) -> Sum:
     """The sum of elements that are `value`'s, or some of them."""
     # Modulo 2**32: torch would first copy what it is to sum as a wider type.
     return value.dtype.name, tensor.numel(), int(tensor.sum(dtype=torch.int32))
@@ -182,7 +182,7 @@ class _Search:
         pair(scored, lambda s, t: self._take_whole(s, t, ALIKE, tuple(other for other in rivals[t] if other != s)))
 
 
-def _cut(value: Expr, pool: dict[Sum, list[str]], free: Container[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _cut(value: LazyTensor, pool: dict[Sum, list[str]], free: Container[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Each way to cut a tensor into equal parts that have the sums of free tensors of a pool: dimension and names."""
     tensor = _load(value)
     sizes = sorted({size for _, size, _ in pool if size}, reverse=True)

@@ -7,15 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cache
 
-from converter import catalogue
 from converter.derivation.found import NAME, Found, Named
 from converter.derivation.likeness import labels, likeness, pair
-from converter.dtypes import FLOAT32
-from converter.mapping.apply import apply, claim
-from converter.mapping.expr import Expr, Made
-from converter.mapping.route import identity
-from converter.mapping.rules import Layout, Rule, invert
-from converter.mapping.shapes import Dim, Shape, Sizes, fits
+from converter.layouts import registry
+from converter.layouts.claims import claim
+from converter.layouts.shapes import Dim, Shape, Sizes, fits
+from converter.layouts.spec import CanonicalLayout, Rule, invert
+from converter.plan.apply import apply
+from converter.plan.route import identity_mapping
+from converter.tensors.dtypes import FLOAT32
+from converter.tensors.lazy_tensor import Generated, LazyTensor
 
 # Of two that a person would call alike; a source that alone has a shape needs no likeness.
 _ENOUGH = 1.3
@@ -29,12 +30,12 @@ _ANY = 10111
 class Symbols:
     """A hub's tensors with a prime for each size: what is done to a shape can be read back from the numbers."""
 
-    def __init__(self, hub: Layout, depth: int) -> None:
+    def __init__(self, hub: CanonicalLayout, depth: int) -> None:
         names = dict.fromkeys(dim.name for spec in hub.tensors for dim in spec.shape if dim.name)
         self._sizes = dict(zip(names, _PRIMES, strict=False))
         self.tensors = {
             # Of these, shapes alone are looked at.
-            name: Made(FLOAT32, tuple(self._number(dim) for dim in spec.shape), bytes)
+            name: Generated(FLOAT32, tuple(self._number(dim) for dim in spec.shape), bytes)
             for spec in hub.tensors
             for name in spec.name.names(depth)
         }
@@ -42,7 +43,7 @@ class Symbols:
     def _number(self, dim: Dim) -> int:
         return dim.factor * self._sizes[dim.name] if dim.name else dim.factor or _ANY
 
-    def shape(self, value: Expr) -> Shape:
+    def shape(self, value: LazyTensor) -> Shape:
         """The shape of something made of these tensors, in the hub's own names."""
         return tuple(map(self._dim, value.shape))
 
@@ -59,16 +60,16 @@ def depth_of(names: Iterable[str]) -> int:
     return max(sizes, key=lambda size: (size * sizes[size], size), default=1)
 
 
-def by_names(source: Named, hub: Layout, layout: str) -> list[Found]:
+def by_names(source: Named, hub: CanonicalLayout, layout: str) -> list[Found]:
     """What makes the hub's tensors, by names and shapes as `layout` has them; the hub itself means whichever fits best.
 
     A source that splits q, k and v is known by a layout that does so too, whose rules then lead on to the hub. Of a
     source that holds more than one model, the one under whose prefix most is found.
     """
-    rules = {mapping.name: mapping.rules for mapping in catalogue.mappings(hub.family)}
+    rules = {mapping.name: mapping.rules for mapping in registry.mappings(hub.family)}
     # What is lossy has no names of its own for the hub's tensors.
     invertible = (some for some in rules.values() if not any(rule.targets and rule.lossy for rule in some))
-    chosen = [rules[layout]] if layout != hub.name else [identity(hub).rules, *invertible]
+    chosen = [rules[layout]] if layout != hub.name else [identity_mapping(hub).rules, *invertible]
     tried: list[tuple[tuple[int, int, int], list[Found]]] = []
 
     @cache

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from converter import catalogue
 from converter.derivation.found import Found, Named
 from converter.derivation.names import Symbols
-from converter.mapping.expr import Expr
-from converter.mapping.ops import Deinterleave, run
-from converter.mapping.rules import Layout
-from converter.mapping.shapes import Dim, Shape
-from converter.mapping.template import Template, any_match
+from converter.layouts import registry
+from converter.layouts.shapes import Dim, Shape
+from converter.layouts.spec import CanonicalLayout
+from converter.layouts.template import Template, any_match
+from converter.tensors.lazy_tensor import LazyTensor
+from converter.tensors.ops import Deinterleave, apply_op
 
 
-def recognise(found: list[Found], prefix: str, tensors: Named, hub: Layout, symbols: Symbols) -> dict[str, Shape]:
+def recognise(
+    found: list[Found], prefix: str, tensors: Named, hub: CanonicalLayout, symbols: Symbols
+) -> dict[str, Shape]:
     """Three tensors of which no other layout has all: the hub's own telling ones, and more where these do not tell."""
     made = {name: one for one in found for name in one.targets}
     telling = [made[name] for name in hub.signature.tensors if name in made]
@@ -27,28 +29,28 @@ def recognise(found: list[Found], prefix: str, tensors: Named, hub: Layout, symb
     return {name.removeprefix(prefix): _symbolic(one, symbols, tensors[name].shape) for name, one in chosen.items()}
 
 
-def _is_telling(one: Found, hub: Layout) -> bool:
+def _is_telling(one: Found, hub: CanonicalLayout) -> bool:
     """Whether every file of the layout has it: of the first block, or of none, and nothing the hub can do without."""
     spec = hub.spec(one.targets[0])
     first = all(not part.isdigit() or part == "0" for part in one.targets[0].split("."))
-    return spec is not None and first and not (spec.optional or spec.fill)
+    return spec is not None and first and not (spec.optional or spec.generate)
 
 
-def _rule_sets(hub: Layout) -> Iterator[list[Template]]:
+def _rule_sets(hub: CanonicalLayout) -> Iterator[list[Template]]:
     """What names each shipped layout can have."""
     yield [spec.name for spec in hub.tensors]
-    for mapping in catalogue.mappings(hub.family):
+    for mapping in registry.mappings(hub.family):
         for prefix in mapping.signature.prefixes:
             yield [template for rule in mapping.rules_for(prefix) for template in rule.sources]
 
 
 def _symbolic(one: Found, symbols: Symbols, shape: tuple[int, ...]) -> Shape:
     """A source's shape in the hub's sizes, or in numbers where it does not follow from them."""
-    values: tuple[Expr, ...] = tuple(symbols.tensors[name] for name in one.targets if name in symbols.tensors)
+    values: tuple[LazyTensor, ...] = tuple(symbols.tensors[name] for name in one.targets if name in symbols.tensors)
     try:
         for op in reversed(one.ops):
             # Rows change places and the shape stays: nothing that primes could be divided by.
-            values = values if isinstance(op, Deinterleave) else run(op.inverse(), values)
+            values = values if isinstance(op, Deinterleave) else apply_op(op.inverse(), values)
         return symbols.shape(values[0])
     except (ValueError, IndexError):
         return tuple(Dim(size, None) for size in shape)

@@ -9,9 +9,9 @@ from textwrap import wrap
 from typing import NamedTuple
 
 from converter.derivation.generalise import Entry, Variables, fields_of
-from converter.mapping.ops import Deinterleave, Fuse, Op, Permuted, Reshaped, Split, Squeeze, Unsqueeze
-from converter.mapping.shapes import Shape, written
-from converter.mapping.template import Kind
+from converter.layouts.shapes import Shape, written
+from converter.layouts.template import Kind
+from converter.tensors.ops import Deinterleave, Fuse, Op, Permuted, Reshaped, Split, Squeeze, Unsqueeze
 
 _WIDTH = 120
 
@@ -26,8 +26,8 @@ class Draft(NamedTuple):
     prefix: str
     recognise: Mapping[str, Shape]
     rules: list[Entry]
-    beside: list[Entry]
-    elsewhere: str
+    other_rules: list[Entry]
+    drop_rest: str
 
 
 def yaml_text(draft: Draft, variables: Variables) -> str:
@@ -35,21 +35,21 @@ def yaml_text(draft: Draft, variables: Variables) -> str:
     lines = [f"# {line}" for line in wrap(_text(draft.remark), _WIDTH - 2, break_on_hyphens=False)]
     lines += [f"layout: {_plain(_text(draft.layout))}", f"family: {draft.family}"]
     lines += [f"description: {_plain(_text(draft.description))}", ""]
-    used = {field for entry in (*draft.rules, *draft.beside) for field in fields_of(f"{entry.source} {entry.target}")}
+    used = {field for entry in (*draft.rules, *draft.other_rules) for field in fields_of(f"{entry.source} {entry.target}")}
     if used:
         kinds = {name: kind for name, kind in variables.kinds.items() if name in used}
         # Indices, words, then what spans dots.
         order = sorted(kinds, key=lambda name: (kinds[name] == "path", kinds[name] != "int", name == "param"))
         lines += ["variables:", *(f"  {name}: {_kind(kinds[name])}" for name in order), ""]
     if draft.prefix:
-        lines.append(f"strip: {_plain(draft.prefix)}")
-    lines.append("recognise:")
+        lines.append(f"prefix: {_plain(draft.prefix)}")
+    lines.append("detect:")
     lines += [f"  {_plain(name)}: {written(shape)}" for name, shape in draft.recognise.items()]
     lines += ["", "rules:", *_rules(draft.rules)]
-    if draft.beside:
-        lines += ["", "beside:", *_rules(draft.beside)]
-    if draft.elsewhere:
-        lines += ["", f"elsewhere: {_plain(draft.elsewhere)}"]
+    if draft.other_rules:
+        lines += ["", "other_rules:", *_rules(draft.other_rules)]
+    if draft.drop_rest:
+        lines += ["", f"drop_rest: {_plain(draft.drop_rest)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any
 
-from converter.dtypes import BY_CODE
+from converter.tensors.dtypes import BY_CODE
 
 Mutate = Callable[[bytes, int], bytes]
 Mutator = Callable[[bytes, int, Random, Mutate], bytes]
@@ -334,7 +334,7 @@ def lines(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
 
 
 _TOKENS = (
-    *("{layer}", "{layer+1}", "{layer-1}", "{rest}", "{proj}", "int", "name", "path", "optional", "reading", "fuse"),
+    *("{layer}", "{layer+1}", "{layer-1}", "{rest}", "{proj}", "int", "name", "path", "optional", "on_read", "fuse"),
     *(
         "split",
         "keep",
@@ -346,8 +346,8 @@ _TOKENS = (
         "then",
         "dim",
         "because",
-        "strip",
-        "beside",
+        "prefix",
+        "other_rules",
         "!!x",
         "&a",
     ),

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 import converter
-from converter import catalogue
+from converter.layouts import registry
 from fuzzing import targets
 from fuzzing.mutators import members_of, packed
 
@@ -110,7 +110,7 @@ def seeds() -> Seeds:
         "container": [tables[0], zips[0], legacy[0], scripts[0], b"version https://git-lfs", b"<html>", b"\x1f\x8b"],
         "pickle": [data for file in zips for name, data, _ in members_of(file) if name.endswith("data.pkl")],
         "zip": [*zips[:2], *deflated, packed([("a/b", b"data", 0)])],
-        "mapping": [catalogue.text(name).encode() for name in catalogue.names()],
+        "mapping": [registry.text(name).encode() for name in registry.layout_names()],
         "plan": [text.encode() for text in targets.inventories().values()],
         "index": [json.dumps(document).encode() for document in _indexes()],
         "card": _cards(),
@@ -153,7 +153,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
     (lambda data: data[:2] == b"PK", ("torch-zip", "zip")),
     (lambda data: data[:1] in (b"\x80", b"L"), ("torch-legacy", "container")),
     (lambda data: b"weight_map" in data, ("index",)),
-    (lambda data: b"recognise" in data or b"layout" in data, ("mapping",)),
+    (lambda data: b"detect" in data or b"layout" in data, ("mapping",)),
     (lambda data: True, ("container",)),
 )
 

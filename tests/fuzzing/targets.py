@@ -15,21 +15,33 @@ from typing import Any, NamedTuple
 
 from memory_file import Memory
 
-from converter import catalogue, inspection, loaders, report
-from converter.catalogue import load_file
-from converter.checkpoint import Contents, Storage, Tensor, contiguous_strides
-from converter.copier import Copier
-from converter.dtypes import BY_NAME
+from converter.api import inspect
+from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.state_dict import state_dicts, unwrapped_names, without_common_prefixes
 from converter.errors import DsocrError
-from converter.loaders import safetensors, torch_legacy, torch_pickle, torch_zip, torchscript, unpickler, zipdir
-from converter.loaders.torch_pickle import StorageRef
-from converter.mapping.expr import extents, read
-from converter.mapping.parse import FAMILIES
-from converter.mapping.plan import Plan, make_plan
-from converter.planning import Wish, planned
-from converter.pretrained.folder import LAYOUTS, folder_files
-from converter.source import Source, open_source
-from converter.unwrap import plain_names, state_dicts, without_common_prefixes
+from converter.formats import (
+    pickle_reader,
+    safetensors,
+    torch_legacy,
+    torch_pickle,
+    torch_zip,
+    torchscript,
+    zip_directory,
+)
+from converter.formats import registry as formats_registry
+from converter.formats.torch_pickle import StorageRef
+from converter.layouts import registry
+from converter.layouts.parse import FAMILIES
+from converter.layouts.registry import load_file
+from converter.output import record
+from converter.output.pretrained import LAYOUTS, config_files
+from converter.plan.plan import Plan, make_plan
+from converter.plan.planner import ConvertOptions, resolve
+from converter.storage.byte_range import Storage
+from converter.storage.stream import Copier
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import byte_ranges, lazy_read
+from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
 from fuzzing import mutators
 from fuzzing.mutators import Mutator
 
@@ -53,13 +65,13 @@ class Target(NamedTuple):
 
 def prepare(folder: Path) -> None:
     """Load and keep what the program reads anew in every run, and write what inputs in `folder` may refer to."""
-    built_in, plugins = loaders._built_in(), loaders._plugins()
-    loaders._built_in, loaders._plugins = (lambda: built_in), (lambda: plugins)
-    catalogue.candidates = functools.cache(catalogue.candidates)
-    for name in catalogue.names():
-        catalogue.load(name)
+    built_in, plugins = formats_registry._built_in(), formats_registry._plugins()
+    formats_registry._built_in, formats_registry._plugins = (lambda: built_in), (lambda: plugins)
+    registry.entries = functools.cache(registry.entries)
+    for name in registry.layout_names():
+        registry.load(name)
     for family in FAMILIES:
-        catalogue.candidates(family)
+        registry.entries(family)
     _known()
     for name in SHARDS:
         (folder / name).write_bytes(mutators.safetensors_file({name[:11]: ("F32", [2])}))
@@ -78,20 +90,20 @@ def use(contents: Contents) -> None:
         if left >= 0:
             _read(tensor, copier)
     for found in state_dicts(contents):
-        report.fold(found.tensors)
-        for _ in without_common_prefixes(plain_names(found.tensors, "input"), "input"):
+        record.group_layers(found.tensors)
+        for _ in without_common_prefixes(unwrapped_names(found.tensors, "input"), "input"):
             pass
 
 
-def _tensors(contents: Contents) -> Iterator[Tensor]:
+def _tensors(contents: Contents) -> Iterator[TensorInfo]:
     for value in contents.values():
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorInfo):
             yield value
         elif isinstance(value, dict):
             yield from _tensors(value)
 
 
-def check(tensor: Tensor) -> None:
+def check(tensor: TensorInfo) -> None:
     """What the rest of the program relies on."""
     assert type(tensor.key) is str and len(tensor.shape) == len(tensor.strides)
     assert min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
@@ -100,21 +112,21 @@ def check(tensor: Tensor) -> None:
         assert tensor.start + (last + 1) * tensor.dtype.itemsize <= tensor.storage.size
 
 
-def _read(tensor: Tensor, copier: Copier) -> None:
-    pieces = extents(read(tensor))
-    if pieces is None:
+def _read(tensor: TensorInfo, copier: Copier) -> None:
+    segments = byte_ranges(lazy_read(tensor))
+    if segments is None:
         assert len(tensor.storage.read()) == tensor.storage.size
     else:
-        copier.copy(pieces)
+        copier.copy(segments)
 
 
 # ---- the readers
 
 
-def _loaded(loader: loaders.Loader) -> Callable[[bytes], None]:
+def _loaded(loader: formats_registry.Loader) -> Callable[[bytes], None]:
     def run(data: bytes) -> None:
         file = Memory(data)
-        if loader.recognises(file):
+        if loader.can_read(file):
             use(loader.load(file))
 
     return run
@@ -122,7 +134,7 @@ def _loaded(loader: loaders.Loader) -> Callable[[bytes], None]:
 
 def container(data: bytes) -> None:
     """A file of a kind that is to be found out."""
-    _, contents = loaders.open_file(Memory(data))
+    _, contents = formats_registry.open_file(Memory(data))
     use(contents)
 
 
@@ -133,19 +145,19 @@ def pickle(data: bytes) -> None:
     def storage(ref: StorageRef) -> Storage:
         return Storage(file, (0, ref.nbytes), ref.nbytes, ref.nbytes, ref.key)
 
-    value, end = unpickler.unpickle(data, "input", torch_pickle.GLOBALS, torch_pickle.storage_ref)
+    value, end = pickle_reader.unpickle(data, "input", torch_pickle.GLOBALS, torch_pickle.storage_ref)
     assert 0 < end <= len(data)
     for tensor in _tensors(torch_pickle.contents(file, value, storage)):
         check(tensor)
 
 
-def zip_directory(data: bytes) -> None:
+def zip_members(data: bytes) -> None:
     """A zip archive, of which every member is read."""
     file = Memory(data)
-    if not zipdir.is_zip(file):
+    if not zip_directory.is_zip(file):
         return
     left = MOST_READ
-    for storage in zipdir.read_directory(file).values():
+    for storage in zip_directory.read_directory(file).values():
         left -= storage.length + storage.size
         if left >= 0:
             with suppress(DsocrError):
@@ -156,9 +168,9 @@ def zip_directory(data: bytes) -> None:
 
 
 @functools.cache
-def _known() -> dict[str, list[dict[str, Tensor]]]:
+def _known() -> dict[str, list[dict[str, TensorInfo]]]:
     """Tensors that mappings are tried on: those of real checkpoints, two layers of each."""
-    found: dict[str, list[dict[str, Tensor]]] = {family: [] for family in FAMILIES}
+    found: dict[str, list[dict[str, TensorInfo]]] = {family: [] for family in FAMILIES}
     for name, text in inventories().items():
         found["clip" if "clip" in name else "sam"].append(dict(_described(json.loads(text))))
     return found
@@ -180,11 +192,11 @@ def inventories() -> dict[str, str]:
 def mapping(path: Path) -> None:
     """A mapping file, applied to tensors of its family."""
     found = load_file(path)
-    hub = catalogue.hub(found.family)
+    hub = registry.canonical(found.family)
     for prefix in found.signature.prefixes:
         for tensors in _known()[found.family]:
             with suppress(DsocrError):
-                values = {name: read(tensor) for name, tensor in tensors.items()}
+                values = {name: lazy_read(tensor) for name, tensor in tensors.items()}
                 _use_plan(make_plan(found, prefix, hub, values, "input"))
 
 
@@ -194,26 +206,26 @@ def plan(data: bytes) -> None:
         contents: Contents = dict(_described(json.loads(data)))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return
-    opened = Source("input", (Memory(b""),), ("safetensors",), contents)
+    opened = Checkpoint("input", (Memory(b""),), ("safetensors",), contents)
     with suppress(DsocrError):
-        inspection._inspect(opened, None).to_json()
-    wish = _WISHES[len(data) % len(_WISHES)]
-    found = planned(opened, wish.checked(), None)
+        inspect._inspect(opened, None).to_json()
+    options = _WISHES[len(data) % len(_WISHES)]
+    found = resolve(opened, options.checked(), None)
     _use_plan(found.plan)
-    if wish.to in LAYOUTS:
-        folder_files(found.plan, wish.whole)
+    if options.to in LAYOUTS:
+        config_files(found.plan, options.whole)
 
 
 _WISHES = [
-    *(Wish(family, dtype=dtype) for family in FAMILIES for dtype in ("keep", "float16")),
-    Wish("clip", image_size=336),
-    *(Wish(family, to=f"{family}-{of}") for family in FAMILIES for of in ("hf", "timm")),
-    *(Wish(family, to=f"{family}-hf", whole=True) for family in FAMILIES),
-    Wish("sam", to="sam-meta"),
+    *(ConvertOptions(family, dtype=dtype) for family in FAMILIES for dtype in ("keep", "float16")),
+    ConvertOptions("clip", image_size=336),
+    *(ConvertOptions(family, to=f"{family}-{of}") for family in FAMILIES for of in ("hf", "timm")),
+    *(ConvertOptions(family, to=f"{family}-hf", whole=True) for family in FAMILIES),
+    ConvertOptions("sam", to="sam-meta"),
 ]
 
 
-def _described(document: Any) -> Iterator[tuple[str, Tensor]]:
+def _described(document: Any) -> Iterator[tuple[str, TensorInfo]]:
     """Tensors of these names, types and shapes; whatever a container would refuse is an error here."""
     file = Memory(b"")
     for key, (dtype, shape) in document.items():
@@ -224,27 +236,27 @@ def _described(document: Any) -> Iterator[tuple[str, Tensor]]:
         if nbytes >= 1 << 50:
             raise ValueError
         storage = Storage(file, (0, nbytes), nbytes, nbytes, key)
-        yield key, Tensor(key, BY_NAME[dtype], tuple(shape), storage, 0, contiguous_strides(tuple(shape)))
+        yield key, TensorInfo(key, BY_NAME[dtype], tuple(shape), storage, 0, contiguous_strides(tuple(shape)))
 
 
 def _use_plan(plan: Plan) -> None:
     assert plan.nbytes >= 0
     for value in plan.outputs.values():
-        extents(value)
+        byte_ranges(value)
 
 
 def index(path: Path) -> None:
     """The index of a sharded checkpoint, and its shards."""
-    with closing(open_source(path)) as opened:
+    with closing(open_checkpoint(path)) as opened:
         use(opened.contents)
 
 
 def card(path: Path) -> None:
     """A card as `dsocr-verify --card` reads it."""
     # Imports torch.
-    from converter.verify.carded import is_elsewhere, read_card
+    from converter.verification.record_check import is_elsewhere, read_record
 
-    is_elsewhere(read_card(path))
+    is_elsewhere(read_record(path))
 
 
 TARGETS: dict[str, Target] = {
@@ -254,7 +266,7 @@ TARGETS: dict[str, Target] = {
     "torchscript": Target(_loaded(torchscript), mutators.archive),
     "container": Target(container),
     "pickle": Target(pickle, mutators.pickle),
-    "zip": Target(zip_directory, mutators.archive),
+    "zip": Target(zip_members, mutators.archive),
     "mapping": Target(mapping, mutators.lines, "mapping.yaml"),
     "plan": Target(plan, mutators.json_document),
     "index": Target(index, mutators.json_document, "model.safetensors.index.json"),

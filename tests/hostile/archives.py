@@ -229,9 +229,9 @@ def flipped(name: str, *deflated: str) -> list[Member]:
 def _bomb(size: int) -> bytes:
     """Zeros, deflated without ever having been in memory."""
     engine = zlib.compressobj(9, wbits=-15)
-    piece = 64 << 20
-    packed = engine.compress(bytes(piece)) + engine.flush(zlib.Z_FULL_FLUSH)
-    return packed * (size // piece) + b"\3\0"
+    segment = 64 << 20
+    packed = engine.compress(bytes(segment)) + engine.flush(zlib.Z_FULL_FLUSH)
+    return packed * (size // segment) + b"\3\0"
 
 
 def _quoted_overlap() -> list[Member]:
@@ -450,7 +450,7 @@ def _special(make: Callable[[Path], object]) -> Build:
     return build
 
 
-PLACES: dict[str, tuple[Build, tuple[str, ...]]] = {
+ENCODER_PREFIX: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a terabyte of zeros": (_sparse, ("nothing but zeros",)),
     "a folder": (_special(Path.mkdir), ("sam.pth", "holds no checkpoint")),
     "a pipe": (_special(os.mkfifo), ("sam.pth: is a pipe",)),
@@ -476,5 +476,5 @@ CASES = [
     ),
     *(Case(f"zip: {name}", put(data), Refused(words)) for name, (data, words) in REFUSED.items()),
     *(Case(f"file: {name}", put(data), Refused(("sam.pth", word))) for name, (data, word) in OTHER.items()),
-    *(Case(f"file: {name}", build, Refused(words)) for name, (build, words) in PLACES.items()),
+    *(Case(f"file: {name}", build, Refused(words)) for name, (build, words) in ENCODER_PREFIX.items()),
 ]

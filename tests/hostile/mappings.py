@@ -8,11 +8,11 @@ from pathlib import Path
 
 import safetensors.torch
 
-from converter import catalogue
+from converter.layouts import registry
 from hostile.case import Accepted, Build, Case, Refused, clip, marker, sam
 
-GOOD = catalogue.text("sam-meta")
-HEAD = "layout: x\nfamily: sam\ndescription: d\nrecognise: {image_encoder.pos_embed: [_, _, _, _]}\n"
+GOOD = registry.text("sam-meta")
+HEAD = "layout: x\nfamily: sam\ndescription: d\ndetect: {image_encoder.pos_embed: [_, _, _, _]}\n"
 CHECK = ("mapping", "check")
 # What can be written in place of the rule for `pos_embed`, so that all else fits still.
 OWN, PATCHES = "  - keep: pos_embed\n", "  - keep: patch_embed.{rest}\n"
@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a key twice": (_checked(GOOD + "family: clip\n"), ("m.yaml:28", "'family' stands here twice")),
     "a variable twice": (_checked(_changed("rest: path", "rest: path\n  rest: int")), ("m.yaml:7", "'rest'", "twice")),
     "a key twice in a rule": (_checked(_changed(OWN, "  - {keep: a, keep: b}\n")), ("m.yaml:18", "'keep'", "twice")),
-    "unknown field": (_checked(GOOD + "run: id\n"), ("m.yaml:28", "unknown key 'run'", "recognise")),
+    "unknown field": (_checked(GOOD + "run: id\n"), ("m.yaml:28", "unknown key 'run'", "detect")),
     "misspelt field": (_checked(_changed("family:", "familly:")), ("m.yaml:2", "unknown key 'familly'", "family")),
     "unknown operation": (_checked(_then("exec: id")), ("m.yaml:21", "unknown key 'exec'", "permute")),
     "unknown family": (_checked(_changed("family: sam", "family: vit")), ("m.yaml:2", "sam, clip", "'vit'")),
@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
             ("name", "layout: sam-meta", "layout: [sam-meta]", 1, "found a list"),
             ("family", "family: sam", "family: {a: b}", 2, "found a mapping"),
             ("variables", "  rest: path", "  - rest", 6, "found a list"),
-            ("prefix", "strip: image_encoder.", "strip: {a: b}", 8, "found a mapping"),
+            ("prefix", "prefix: image_encoder.", "prefix: {a: b}", 8, "found a mapping"),
             ("shape", "[width, 3, patch, patch]", "width", 10, "found 'width'"),
             ("size", "[width, 3, patch, patch]", "[.inf, 3, patch, patch]", 10, "'.inf' is no dimension"),
             ("rule", OWN, "  - pos_embed\n", 18, "found 'pos_embed'"),
@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
 
 # Rules that are well-formed, and that a tiny SAM contradicts.
 CONTRADICTED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "a hub layout": (catalogue.text("deepencoder-sam"), ("m.yaml", "describes a hub layout")),
+    "a hub layout": (registry.text("deepencoder-sam"), ("m.yaml", "describes a hub layout")),
     "two rules for one name": (
         _changed(OWN, f"{OWN}  - keep: pos_embed\n"),
         ("'image_encoder.pos_embed' is claimed by two rules", "m.yaml:18", "m.yaml:19"),

@@ -295,7 +295,10 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     },
     "an index that is a list": (index([weight_map()]), (INDEX, "expected a `weight_map`")),
     "an index without a map": (index({"metadata": {}}), (INDEX, "expected a `weight_map`")),
-    "a pipe for an index": (beside(lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX))), (f"{INDEX}: is a pipe",)),
+    "a pipe for an index": (
+        beside(lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX))),
+        (f"{INDEX}: is a pipe",),
+    ),
     "a device for an index": (
         beside(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("/dev/zero"))),
         (f"{INDEX}: is a device",),

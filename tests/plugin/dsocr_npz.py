@@ -3,11 +3,12 @@
 import re
 from typing import Any
 
-from converter.checkpoint import DAMAGED, Contents, Storage, Tensor, contiguous_strides, make_tensor
-from converter.dtypes import BY_NAME
 from converter.errors import ContainerError
-from converter.files import SourceFile
-from converter.loaders.zipdir import is_zip, read_directory
+from converter.formats.zip_directory import is_zip, read_directory
+from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.local_file import SourceFile
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides, make_tensor
 
 CONTAINER = "npz"
 
@@ -17,7 +18,7 @@ _HEADER = re.compile(
 )
 
 
-def recognises(file: SourceFile) -> bool:
+def can_read(file: SourceFile) -> bool:
     """By content: a zip archive, and nothing in it but arrays."""
     return is_zip(file) and all(name.endswith(".npy") for name in read_directory(file))
 
@@ -28,7 +29,7 @@ def load(file: SourceFile) -> Contents:
     return {name.removesuffix(".npy"): _tensor(name.removesuffix(".npy"), members[name]) for name in members}
 
 
-def _tensor(key: str, member: Storage) -> Tensor:
+def _tensor(key: str, member: Storage) -> TensorInfo:
     head = member.read() if member.deflated else member.file.read(member.offset, min(member.length, 4096))
     found = _HEADER.match(head)
     if found is None or found[1].decode() not in _DTYPES:

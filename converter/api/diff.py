@@ -1,0 +1,142 @@
+"""Two checkpoints compared, whatever their containers and layouts: both are brought to the same names first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from functools import reduce
+from pathlib import Path
+
+from converter.checkpoint.open import OnProgress, check_unchanged, open_checkpoint, progress_counter
+from converter.comparison.align import Named, Side, common, side_of
+from converter.comparison.difference import Block, Change, Difference, Figures, block_of, in_order
+from converter.comparison.streams import Pairs, differing, digests
+from converter.errors import UsageError
+from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
+from converter.tensors.tensor_info import TensorInfo
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    state_dict: str | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> Difference:
+    """How checkpoint B differs from A: names, types, shapes, values, and how far each block moved.
+
+    `a` and `b` are files, folders or indices, here or on a hub (`hf://org/name@revision`, `ms://org/name`, `org/name`).
+    Checkpoints of one family are compared under its hub's names, whatever their layouts; tensors beside it, and
+    checkpoints that are not of one family, under their own. Position indices that one side lacks are taken as those
+    that a conversion makes up. `state_dict` chooses among several in one file (`model`, `ema`; `.` for the top), for A
+    and B apart if there is a comma between. Memory does not grow with the checkpoints. `progress` is called as bytes
+    are compared and measured or, from a hub, as they come; then also from other threads, one at a time.
+
+    Raises a DsocrError where a source cannot be read, or a checksum is not that of its bytes.
+    """
+    first, _, second = (state_dict or "").partition(",")
+    if "," in second:
+        raise UsageError(f"--state-dict {state_dict}: expected one name, or A's and B's with a comma between")
+    with ExitStack() as stack:
+        left, right = (stack.enter_context(closing(open_checkpoint(name))) for name in (a, b))
+        sides = side_of(left, first), side_of(right, second or first)
+        found = _compare(sides, on_progress)
+        check_unchanged((left, right))
+    return found
+
+
+def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
+    a, b, names, notes = common(*sides)
+    pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=in_order)}
+    alike = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
+    removed, added = _alone(a, pairs, 0, notes), _alone(b, pairs, 1, notes)
+    for side, named in zip(sides, (a, b), strict=True):
+        side.opened.fetch([tensor for value in named.values() for tensor in source_tensors(value)], on_progress)
+    unequal = _unequal(alike, on_progress)
+    renamed = _renamed({name: a[name] for name in removed}, {name: b[name] for name in added})
+    figures = _figures(alike, unequal, on_progress)
+    differ = [name for name in pairs if name in unequal or name not in alike]
+    return Difference(
+        a=sides[0].opened.name,
+        b=sides[1].opened.name,
+        containers=[sorted(set(side.opened.containers)) for side in sides],
+        layouts=[[hit.match.candidate.name for hit in side.known.values()] for side in sides],
+        names=names,
+        notes=notes,
+        same=[name for name in alike if name not in unequal],
+        changed=[_change(name, pairs[name], figures.get(name)) for name in differ],
+        removed=[name for name in removed if name not in renamed],
+        added=[name for name in added if name not in renamed.values()],
+        renamed=renamed,
+        blocks=_blocks(alike, unequal, figures),
+    )
+
+
+def _alone(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
+    """The names that one side alone has, but for second names of tensors that both have; notes on those."""
+    both = {_place(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
+    found = []
+    for name in sorted(named.keys() - pairs.keys(), key=in_order):
+        twins = {both.get(_place(tensor)) for tensor in source_tensors(named[name])}
+        if len(twins) == 1 and None not in twins:
+            notes.append(f"{'AB'[side]}'s {name} is the very bytes of its {twins.pop()}: not counted")
+        else:
+            found.append(name)
+    return found
+
+
+def _place(tensor: TensorInfo) -> tuple[object, ...]:
+    return id(tensor.storage), tensor.start, tensor.shape, tensor.strides
+
+
+def _unequal(alike: Pairs, on_progress: OnProgress) -> set[str]:
+    """The names of pairs of one shape that differ in type or in a byte."""
+    unequal = {name for name, (a, b) in alike.items() if a.dtype != b.dtype}
+    compared = {name: pair for name, pair in alike.items() if name not in unequal}
+    total = sum(nbytes(a) for a, _ in compared.values())
+    return unequal | differing(compared, progress_counter(on_progress, "comparing", total))
+
+
+def _renamed(removed: Named, added: Named) -> dict[str, str]:
+    """The tensors of A alone that B has under another name, in every bit the same; of equals, in the names' order."""
+    kinds = [{(value.dtype, value.shape) for value in side.values()} for side in (removed, added)]
+    shared = kinds[0] & kinds[1]
+    before, after = (
+        digests({name: value for name, value in side.items() if (value.dtype, value.shape) in shared})
+        for side in (removed, added)
+    )
+    return {old: new for key, olds in before.items() for old, new in zip(olds, after.get(key, []), strict=False)}
+
+
+def _figures(alike: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:
+    """The figures of all tensors of each block that moved: equal ones too are what its movement is relative to."""
+    moved = {block_of(name) for name in unequal}
+    if not moved:
+        return {}
+    # Two seconds of import, for checkpoints alone that differ.
+    from converter.comparison.measure import measure
+
+    measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
+    total = sum(nbytes(a) for a, _ in measured.values())
+    return measure(measured, progress_counter(on_progress, "measuring", total))
+
+
+def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | None) -> Change:
+    dtypes, shapes = [value.dtype.name for value in pair], [list(value.shape) for value in pair]
+    if figures is None:
+        return Change(name, dtypes, shapes)
+    return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine)
+
+
+def _blocks(alike: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:
+    members: dict[str, list[str]] = {}
+    for name in alike:
+        members.setdefault(block_of(name), []).append(name)
+    # Of weights alone: positions and counters beside them would say nothing of how far those moved.
+    weights = {name: found for name, found in figures.items() if alike[name][0].dtype.is_float}
+    return [_block(block, names, unequal, weights) for block, names in members.items()]
+
+
+def _block(name: str, tensors: list[str], unequal: set[str], figures: Mapping[str, Figures]) -> Block:
+    whole = reduce(Figures.plus, (figures[tensor] for tensor in tensors if tensor in figures), Figures())
+    return Block(name, len(tensors), len(unequal.intersection(tensors)), whole.relative, whole.maximum)

@@ -1,1 +1,0 @@
-"""The record of a conversion: as a value, as JSON, as a model card, signed."""

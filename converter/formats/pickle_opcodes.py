@@ -1,0 +1,188 @@
+"""What follows each opcode in a pickle of protocols 0 to 5: its argument, as a value.
+
+The grammar is that of the standard library's `pickletools`; what opcodes do is in `converter.formats.pickle_reader`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+MAX_INT_BYTES = 1024
+MAX_INT_DIGITS = 2466  # the same number in decimal
+
+NEXT_STEP = (
+    "nothing of it was executed\n"
+    "where you trust the file, save its weights alone: torch.save(model.state_dict(), 'weights.pth')"
+)
+
+
+class PickleError(Exception):
+    """What is wrong with the stream at the current opcode; `unpickle` says where that is."""
+
+
+# From the data and the position after the opcode to the argument and the position after that. IndexError or
+# struct.error where the data end before it does.
+Reader = Callable[[bytes, int], tuple[Any, int]]
+
+
+def _constant(value: Any) -> Reader:
+    """Nothing follows: the opcode says it all."""
+
+    def read(data: bytes, pos: int) -> tuple[Any, int]:
+        return value, pos
+
+    return read
+
+
+def _byte(data: bytes, pos: int) -> tuple[int, int]:
+    return data[pos], pos + 1
+
+
+def _number(format: str) -> Reader:
+    layout = struct.Struct(format)
+
+    def read(data: bytes, pos: int) -> tuple[Any, int]:
+        return layout.unpack_from(data, pos)[0], pos + layout.size
+
+    return read
+
+
+def _protocol(data: bytes, pos: int) -> tuple[int, int]:
+    version, end = _byte(data, pos)
+    if version > 5:
+        raise PickleError(f"pickle protocol {version}: 0 to 5 are known\nsave it again with pickle_protocol=2")
+    return version, end
+
+
+def _take(data: bytes, pos: int, length: int) -> tuple[bytes, int]:
+    end = pos + length
+    if end > len(data):
+        raise IndexError
+    return data[pos:end], end
+
+
+def _bytes(format: str) -> Reader:
+    """Bytes after their number."""
+    length = _number(format)
+
+    def read(data: bytes, pos: int) -> tuple[bytes, int]:
+        count, pos = length(data, pos)
+        return _take(data, pos, count)
+
+    return read
+
+
+def _long(format: str) -> Reader:
+    """An integer in bytes after their number."""
+    length = _number(format)
+
+    def read(data: bytes, pos: int) -> tuple[int, int]:
+        count, pos = length(data, pos)
+        if not 0 <= count <= MAX_INT_BYTES:
+            raise PickleError(f"an integer of {count} bytes\n{NEXT_STEP}")
+        digits, pos = _take(data, pos, count)
+        return int.from_bytes(digits, "little", signed=True), pos
+
+    return read
+
+
+def _line(data: bytes, pos: int) -> tuple[bytes, int]:
+    end = data.find(b"\n", pos)
+    if end < 0:
+        raise IndexError
+    return data[pos:end], end + 1
+
+
+def _names(data: bytes, pos: int) -> tuple[tuple[str, str], int]:
+    """A module and a name in it, a line each."""
+    line, pos = _line(data, pos)
+    module = str(line, "utf-8")
+    line, pos = _line(data, pos)
+    return (module, str(line, "utf-8")), pos
+
+
+def _as(convert: Callable[[bytes], Any], encoded: Reader) -> Reader:
+    """What bytes stand for."""
+
+    def read(data: bytes, pos: int) -> tuple[Any, int]:
+        found, pos = encoded(data, pos)
+        return convert(found), pos
+
+    return read
+
+
+def _decimal(text: bytes) -> int:
+    if len(text) > MAX_INT_DIGITS:
+        raise PickleError(f"an integer of {len(text)} digits\n{NEXT_STEP}")
+    return int(text)
+
+
+def _decimal_or_bool(text: bytes) -> int:
+    # Protocol 0 has no other way to write a bool.
+    return text == b"01" if text in (b"00", b"01") else _decimal(text)
+
+
+def _decimal_long(text: bytes) -> int:
+    return _decimal(text.removesuffix(b"L"))
+
+
+def _text(data: bytes) -> str:
+    # Python 2 wrote its texts as bytes, which torch too takes for UTF-8.
+    return str(data, "utf-8", "surrogatepass")
+
+
+def _escaped(data: bytes) -> str:
+    return str(data, "raw-unicode-escape")
+
+
+_ARGUMENTS: dict[str, Reader] = {
+    "\x80": _protocol,
+    "\x95": _number("<Q"),  # the length of a frame: a hint for readers of streams
+    "N": _constant(None),
+    "\x88": _constant(True),
+    "\x89": _constant(False),
+    ")": _constant(()),
+    # Numbers.
+    "K": _byte,
+    "M": _number("<H"),
+    "J": _number("<i"),
+    "I": _as(_decimal_or_bool, _line),
+    "L": _as(_decimal_long, _line),
+    "\x8a": _long("<B"),
+    "\x8b": _long("<i"),
+    "F": _as(float, _line),
+    "G": _number(">d"),
+    # Texts and bytes.
+    "\x8c": _as(_text, _bytes("<B")),
+    "X": _as(_text, _bytes("<I")),
+    "\x8d": _as(_text, _bytes("<Q")),
+    "U": _as(_text, _bytes("<B")),
+    "T": _as(_text, _bytes("<I")),
+    "V": _as(_escaped, _line),
+    "C": _bytes("<B"),
+    "B": _bytes("<I"),
+    "\x8e": _bytes("<Q"),
+    # Places in the memo.
+    "q": _byte,
+    "r": _number("<I"),
+    "p": _as(_decimal, _line),
+    "h": _byte,
+    "j": _number("<I"),
+    "g": _as(_decimal, _line),
+    # How many values go into a container; None for those since the last MARK.
+    "]": _constant(0),
+    "}": _constant(0),
+    "\x85": _constant(1),
+    "\x86": _constant(2),
+    "\x87": _constant(3),
+    "a": _constant(1),
+    "s": _constant(2),
+    # Globals.
+    "c": _names,
+    "i": _names,
+}
+
+# By opcode; None for what nothing follows, and for what is unknown.
+ARGUMENTS = [_ARGUMENTS.get(chr(code), _constant(None)) for code in range(256)]

@@ -1,0 +1,62 @@
+"""Which rule claims which tensor name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from converter.errors import MappingError
+from converter.layouts.spec import Rule
+
+# Errors list this many names, then count: a wrong mapping can disagree with every tensor of a checkpoint.
+SHOWN = 5
+# Names times templates, a few seconds: 3,000 rules for the 3,000 tensors of a language model.
+_MOST_COMPARED = 10_000_000
+
+
+@dataclass(slots=True, eq=False)
+class Claims:
+    """Which rule claims which names; `groups` holds, per rule and variable values, the names of its parts."""
+
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]]
+    unclaimed: list[str]
+    twice: list[tuple[str, Rule, Rule]]
+
+    def dead(self, rules: tuple[Rule, ...]) -> list[Rule]:
+        """The rules that must match something and did not."""
+        alive = {index for index, _ in self.groups}
+        return [rule for index, rule in enumerate(rules) if index not in alive and not rule.optional]
+
+
+def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
+    """Match every name against every rule; MappingError where there are too many of both to do so."""
+    templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
+    if len(templates) * len(names) > _MOST_COMPARED:
+        raise MappingError(
+            f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors\n"
+            "a template such as blocks.{i}.{rest} stands for many names at once"
+        )
+    claims = Claims(defaultdict(dict), [], [])
+    for name in names:
+        owner: Rule | None = None
+        for index, part, template in templates:
+            bindings = template.match(name)
+            if bindings is None:
+                continue
+            if owner is not None:
+                claims.twice.append((name, owner, rules[index]))
+                continue
+            owner = rules[index]
+            claims.groups[index, tuple(sorted(bindings.items()))][part] = name
+        if owner is None:
+            claims.unclaimed.append(name)
+    return claims
+
+
+def summary(problems: list[str]) -> str:
+    """The first few problems, a line each, and how many more there are."""
+    lines = problems[:SHOWN]
+    if len(problems) > SHOWN:
+        lines.append(f"and {len(problems) - SHOWN} more")
+    return "\n".join(lines)

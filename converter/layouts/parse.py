@@ -1,0 +1,337 @@
+"""Mapping files read into rules: what each key of the YAML means and must look like."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from converter.layouts.shapes import Dim, Shape, parse_dim
+from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, Signature, TensorSpec
+from converter.layouts.template import LONGEST_WORD, Kind, Template
+from converter.layouts.yaml_tree import LARGEST, Tree, parse
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.ops import (
+    CastTo,
+    Deinterleave,
+    Fuse,
+    Op,
+    Permuted,
+    ResamplePositions,
+    Reshaped,
+    Split,
+    Squeeze,
+    Unsqueeze,
+)
+
+# What keys there are: the schema and the reference of `mapping.schema` are made of these tables, VERBS and OPS too.
+_HEAD = ("layout", "family", "description", "variables", "detect")
+MAPPING = (*_HEAD, "prefix", "rules", "other_rules", "drop_rest")
+HUB = (*_HEAD, "sizes", "tensors", "extra_tensors")
+TENSOR = ("shape", "dtype", "optional", "generate", "positions")
+NEEDED = ("layout", "family", "description", "detect")
+KINDS = ("int", "name", "path")
+FAMILIES = ("sam", "clip")
+# Where DeepSeek-OCR's model has the encoder of each.
+ENCODER_PREFIX = {"sam": "sam_model.", "clip": "vision_model."}
+# Each is compared with every name of a checkpoint.
+_MOST_RULES = 4096
+# The keys that a rule needs, by what it is called, and those that it may have beside them.
+VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "keep": ((), ("then",)),
+    "rename": (("to",), ("then",)),
+    "fuse": (("parts", "into"), ("dim", "then")),
+    "split": (("parts", "into"), ("dim", "then")),
+    "drop": (("because",), ()),
+}
+
+
+def parse_signature(text: str, file: str) -> Signature:
+    """A file's signature alone: finding out a checkpoint's layout takes a family's signatures but one file's rules."""
+    tree = parse(text, file)
+    fields = tree.fields("a mapping file")
+    _require(tree, fields, "detect")
+    return _signature(fields)
+
+
+def parse_mapping(text: str, file: str) -> LayoutMapping | CanonicalLayout:
+    """The mapping or hub layout that a YAML text holds; MappingError with file and line for anything amiss."""
+    tree = parse(text, file)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    is_hub = tree.is_map and "tensors" in tree.fields("a mapping file")
+    return _layout(tree, digest) if is_hub else _mapping(tree, digest)
+
+
+def _mapping(tree: Tree, digest: str) -> LayoutMapping:
+    fields = tree.fields("a mapping file", MAPPING)
+    _require(tree, fields, *NEEDED, "rules")
+    variables = _variables(fields)
+    signature = _signature(fields)
+    for name in ("other_rules", "drop_rest"):
+        if name in fields and not any(signature.prefixes):
+            raise fields[name].fail(f"`{name}` speaks of names without the prefix, but there is no `prefix`")
+    if "other_rules" in fields and "drop_rest" in fields:
+        raise fields["drop_rest"].fail("expected `other_rules` (rules for the other names) or `drop_rest`, not both")
+    return LayoutMapping(
+        name=_line(fields["layout"], "the layout's name"),
+        family=_family(fields["family"]),
+        description=_line(fields["description"], "one line on what the layout is"),
+        signature=signature,
+        rules=_rules(fields["rules"], variables),
+        other_rules=_rules(fields["other_rules"], variables) if "other_rules" in fields else (),
+        drop_rest=_reason(fields["drop_rest"]) if "drop_rest" in fields else "",
+        place=tree.place,
+        digest=digest,
+    )
+
+
+def _layout(tree: Tree, digest: str) -> CanonicalLayout:
+    fields = tree.fields("a hub layout", HUB)
+    _require(tree, fields, *NEEDED, "sizes")
+    variables = _variables(fields)
+    extra_tensors = fields["extra_tensors"].fields("names and reasons") if "extra_tensors" in fields else {}
+    return CanonicalLayout(
+        name=_line(fields["layout"], "the layout's name"),
+        family=_family(fields["family"]),
+        description=_line(fields["description"], "one line on what the layout is"),
+        sizes={name: size.number("a size") for name, size in fields["sizes"].fields("names and sizes").items()},
+        signature=_signature(fields),
+        tensors=tuple(
+            _tensor(name, spec, variables) for name, spec in fields["tensors"].fields("names and shapes").items()
+        ),
+        extra_tensors=tuple(
+            (_template(name, reason, variables), reason.text("why the DeepEncoder has no such tensor"))
+            for name, reason in extra_tensors.items()
+        ),
+        place=tree.place,
+        digest=digest,
+    )
+
+
+def _require(tree: Tree, fields: dict[str, Tree], *names: str) -> None:
+    for name in names:
+        if name not in fields:
+            raise tree.fail(f"the key {name!r} is missing")
+
+
+def _line(tree: Tree, what: str) -> str:
+    """Words for people, on one line however the file breaks them."""
+    return " ".join(tree.text(what).split())
+
+
+def _family(tree: Tree) -> str:
+    family = tree.text("a family")
+    if family not in FAMILIES:
+        raise tree.fail(f"expected one of the families {', '.join(FAMILIES)}, found {family!r}")
+    return family
+
+
+def _variables(fields: dict[str, Tree]) -> dict[str, Kind]:
+    if "variables" not in fields:
+        return {}
+    declared = fields["variables"].fields("variables and their kinds")
+    return {name: _variable(name, tree) for name, tree in declared.items()}
+
+
+def _variable(name: str, tree: Tree) -> Kind:
+    expected = "int, name, path, or a list of words"
+    if tree.is_text:
+        kind = tree.text(expected)
+        if kind not in KINDS:
+            raise tree.fail(f"variable {name!r}: expected {expected}, found {kind!r}")
+        return kind
+    words = tuple(item.text("a word") for item in tree.items(expected))
+    if not words or len(set(words)) < len(words) or any("." in word or not word for word in words):
+        raise tree.fail(f"variable {name!r}: expected different words without dots")
+    if any(len(word) > LONGEST_WORD for word in words):
+        raise tree.fail(f"variable {name!r}: expected words of at most {LONGEST_WORD} characters")
+    return words
+
+
+def _signature(fields: dict[str, Tree]) -> Signature:
+    prefixes = fields["prefix"].words("a prefix, or a list of prefixes") if "prefix" in fields else [""]
+    if not prefixes:
+        raise fields["prefix"].fail("expected a prefix, or a list of prefixes")
+    return Signature(tuple(prefixes), _recognise(fields["detect"]))
+
+
+def _recognise(tree: Tree) -> dict[str, Shape]:
+    found = {key: _shape(shape) for key, shape in tree.fields("names and shapes").items()}
+    if not found:
+        raise tree.fail("expected at least one name and its shape: nothing would be recognised by this")
+    return found
+
+
+def _shape(tree: Tree) -> Shape:
+    return tuple(_dim(item) for item in tree.items("a shape such as [3*width, width]"))
+
+
+def _dim(tree: Tree) -> Dim:
+    text = tree.text("a dimension")
+    return tree.checked(lambda: parse_dim(text))
+
+
+def _template(text: str, tree: Tree, variables: dict[str, Kind]) -> Template:
+    return tree.checked(lambda: Template.parse(text, variables))
+
+
+def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
+    template = _template(name, tree, variables)
+    if any(field.kind in ("name", "path") or field.offset for field in template.fields):
+        raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
+    if not tree.is_map:
+        return TensorSpec(template, _shape(tree))
+    fields = tree.fields("a shape, or shape and more", TENSOR)
+    _require(tree, fields, "shape")
+    dtype = fields["dtype"].text("an element type") if "dtype" in fields else ""
+    if dtype and dtype not in BY_NAME:
+        raise fields["dtype"].fail(f"unknown element type {dtype!r}; expected one of {', '.join(BY_NAME)}")
+    fill = fields["generate"].text("arange") if "generate" in fields else ""
+    if fill and (fill != "arange" or dtype != "int64"):
+        raise fields["generate"].fail("expected arange, of dtype int64")
+    optional = fields["optional"].text("why it may be missing") if "optional" in fields else ""
+    positions = "positions" in fields and fields["positions"].flag()
+    return TensorSpec(template, _shape(fields["shape"]), dtype, optional, fill, positions)
+
+
+def _rules(tree: Tree, variables: dict[str, Kind]) -> tuple[Rule, ...]:
+    found = itertools.chain.from_iterable(_rule(item, variables) for item in tree.items("a list of rules"))
+    rules = tuple(itertools.islice(found, _MOST_RULES + 1))
+    if len(rules) > _MOST_RULES:
+        raise tree.fail(f"more than {_MOST_RULES} rules")
+    # The expressions that match names are made of them all.
+    sizes = (name.size for rule in rules for name in rule.sources)
+    if any(total > LARGEST for total in itertools.accumulate(sizes)):
+        raise tree.fail(f"with all words of their variables, the rules have more than {LARGEST} characters")
+    return rules
+
+
+def _rule(tree: Tree, variables: dict[str, Kind]) -> Iterator[Rule]:
+    """The rules of one list item: one, or for a drop that lists several names, one each."""
+    present = tree.fields("a rule")
+    verb = next((verb for verb in VERBS if verb in present), None)
+    if verb is None:
+        found = ", ".join(map(repr, present)) or "nothing"
+        raise tree.fail(f"expected a rule ({', '.join(VERBS)}), found {found}")
+    needed, allowed = VERBS[verb]
+    fields = tree.fields("a rule", (verb, *needed, *allowed, "optional"))
+    _require(tree, fields, *needed)
+    # `on_read`: files without it are read, and what reads the written ones wants it.
+    required_on_write = "optional" in fields and fields["optional"].is_text and fields["optional"].text("") == "on_read"
+    optional = required_on_write or ("optional" in fields and fields["optional"].flag())
+    if verb == "drop":
+        reason = _reason(fields["because"])
+        for name in fields["drop"].words("a name, or a list of names"):
+            yield Rule(
+                (_template(name, fields["drop"], variables),), (), (), optional, reason, tree.place, required_on_write
+            )
+        return
+    goal = {"keep": "keep", "rename": "to"}.get(verb, "into")
+    sources = _names(fields[verb], fields["parts"] if verb == "fuse" else None, variables)
+    targets = _names(fields[goal], fields["parts"] if verb == "split" else None, variables)
+    _same_variables(fields[goal], sources[0], targets[0])
+    yield Rule(sources, targets, _ops(fields, len(sources), len(targets)), optional, "", tree.place, required_on_write)
+
+
+def _ops(fields: dict[str, Tree], sources: int, targets: int) -> tuple[Op, ...]:
+    """What makes so many targets of so many sources, and what follows."""
+    dim = fields["dim"].number("a dimension") if "dim" in fields else 0
+    first = [Fuse(sources, dim)] if sources > 1 else [Split(targets, dim)] if targets > 1 else []
+    return (*first, *map(_op, fields["then"].items("a list of operations") if "then" in fields else ()))
+
+
+def _reason(tree: Tree) -> str:
+    reason = _line(tree, "a reason in words")
+    if not reason:
+        raise tree.fail("expected a reason in words")
+    return reason
+
+
+def _names(tree: Tree, order: Tree | None, variables: dict[str, Kind]) -> tuple[Template, ...]:
+    """The template, or with `parts` one for each part, in the order given there."""
+    template = _template(tree.text("a name"), tree, variables)
+    if order is None:
+        return (template,)
+    chosen = order.fields("one variable and its words in order, such as {proj: [q, k, v]}")
+    if len(chosen) != 1:
+        raise order.fail("expected one variable and its words in order, such as {proj: [q, k, v]}")
+    ((name, words_tree),) = chosen.items()
+    words = words_tree.words("a word")
+    if name not in [field.name for field in template.fields]:
+        raise order.fail(f"{template.text!r} does not use the variable {name!r}")
+    kind = variables[name]
+    if not isinstance(kind, tuple) or sorted(words) != sorted(kind) or len(words) < 2:
+        raise order.fail(f"expected all words of the variable {name!r}, in order, each once")
+    return tuple(template.bind(name, word) for word in words)
+
+
+def _same_variables(tree: Tree, source: Template, target: Template) -> None:
+    used, made = ({field.name for field in template.fields} for template in (source, target))
+    if used != made:
+        names = ", ".join(sorted(used ^ made))
+        raise tree.fail(f"{source.text!r} and {target.text!r} use different variables: {names}")
+
+
+def _op(tree: Tree) -> Op:
+    fields = tree.fields("an operation", OPS)
+    if len(fields) != 1:
+        raise tree.fail("expected one operation an item")
+    ((name, argument),) = fields.items()
+    return OPS[name](argument)
+
+
+def _permuted(tree: Tree) -> Op:
+    dims = tree.numbers("the dimensions in their new order")
+    if sorted(dims) != list(range(len(dims))):
+        raise tree.fail(f"expected each of 0 to {len(dims) - 1} once, found {list(dims)}")
+    return Permuted(dims)
+
+
+def _reshaped(tree: Tree) -> Op:
+    fields = tree.fields("{from: [...], to: [...]}", ("from", "to"))
+    _require(tree, fields, "from", "to")
+    before, after = (fields[name].numbers("a shape in numbers") for name in ("from", "to"))
+    if math.prod(before) != math.prod(after):
+        raise tree.fail(f"{list(before)} and {list(after)} have different numbers of elements")
+    return Reshaped(before, after)
+
+
+def _dims(tree: Tree) -> tuple[int, ...]:
+    dims = tree.numbers("a dimension, or a list of them")
+    if not dims or len(set(dims)) < len(dims):
+        raise tree.fail("expected different dimensions")
+    return dims
+
+
+def _deinterleave(tree: Tree) -> Op:
+    fields = tree.fields("{heads: N, parts: N}", ("heads", "parts"))
+    _require(tree, fields, "heads", "parts")
+    return Deinterleave(
+        _positive(fields["heads"], "a number of heads"), _positive(fields["parts"], "a number of parts")
+    )
+
+
+def _positive(tree: Tree, what: str) -> int:
+    number = tree.number(what)
+    if not number:
+        raise tree.fail(f"expected {what}, found 0")
+    return number
+
+
+def _cast(tree: Tree) -> Op:
+    dtype = tree.text("an element type")
+    if dtype not in BY_NAME or not BY_NAME[dtype].is_float:
+        raise tree.fail(f"expected a floating-point type, found {dtype!r}")
+    return CastTo(dtype)
+
+
+OPS: dict[str, Callable[[Tree], Op]] = {
+    "squeeze": lambda tree: Squeeze(_dims(tree)),
+    "unsqueeze": lambda tree: Unsqueeze(_dims(tree)),
+    "reshape": _reshaped,
+    "permute": _permuted,
+    "deinterleave": _deinterleave,
+    "cast": _cast,
+    "resample": lambda tree: ResamplePositions(_positive(tree, "the side of the new grid of positions")),
+}

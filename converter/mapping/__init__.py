@@ -1,1 +1,0 @@
-"""Mapping files: YAML to frozen rules to a plan. Nothing here reads a file, computes with weights or imports torch."""

@@ -1,0 +1,94 @@
+"""Output tensors in memory: mapped where a file holds them as they are, else read or computed into place."""
+
+from __future__ import annotations
+
+import math
+from mmap import mmap
+
+import torch
+
+from converter.errors import UsageError
+from converter.hub.ranges import Ranges
+from converter.output.upload import Uploader
+from converter.storage.byte_range import ByteRange, Segment, merge
+from converter.storage.local_file import LocalFile, SourceFile
+from converter.storage.stream import BUFFER, CrcChecker
+from converter.tensors.evaluate import as_bytes, evaluate, torch_dtype
+from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
+
+
+class Loader:
+    """Gives the tensor of an expression, on `device`; with `check`, CRCs of what is mapped are checked too.
+
+    The tensors need nothing of their files once they are there: a map lives for as long as a tensor that lies in it.
+    """
+
+    def __init__(self, device: torch.device, check: bool) -> None:
+        self._upload, self._check = Uploader(device), check
+        self._checks = CrcChecker()
+        self._maps: dict[SourceFile, mmap] = {}
+        # What tensors lie in: one that another lies in already is read, for writing to one must not change the other.
+        self._taken: dict[SourceFile, Ranges] = {}
+
+    def __call__(self, value: LazyTensor) -> torch.Tensor:
+        segments = byte_ranges(value)
+        if segments is None:
+            return self._upload(_own(evaluate(value)))
+        segments = merge(segments)
+        tensor = self._mapped(value, segments)
+        return self._upload(tensor if tensor is not None else self._read(value, segments))
+
+    def _mapped(self, value: LazyTensor, segments: list[Segment]) -> torch.Tensor | None:
+        """The tensor where it lies, if it lies in one piece in a local file, aligned, and is no other's."""
+        if len(segments) != 1 or not isinstance(segments[0], ByteRange) or not segments[0].length:
+            return None
+        storage, start, length = segments[0]
+        file, offset = storage.file, storage.offset + start
+        if not isinstance(file, LocalFile) or offset % value.dtype.itemsize or not self._take(file, offset, length):
+            return None
+        if self._check:
+            self._checks.whole(storage)
+        if file not in self._maps:
+            self._maps[file] = file.map()
+        flat = torch.frombuffer(
+            self._maps[file], dtype=torch_dtype(value.dtype.name), count=math.prod(value.shape), offset=offset
+        )
+        return flat.reshape(value.shape)
+
+    def _take(self, file: SourceFile, offset: int, length: int) -> bool:
+        taken = self._taken.setdefault(file, Ranges())
+        if list(taken.missing(offset, offset + length)) != [(offset, offset + length)]:
+            return False
+        taken.add(offset, offset + length)
+        return True
+
+    def _read(self, value: LazyTensor, segments: list[Segment]) -> torch.Tensor:
+        """The tensor read into memory of its own, its parts one behind the other."""
+        tensor = torch.empty(value.shape, dtype=torch_dtype(value.dtype.name))
+        room = as_bytes(tensor)
+        for segment in segments:
+            length = segment.length if isinstance(segment, ByteRange) else len(segment)
+            mine, room = room[:length], room[length:]
+            if isinstance(segment, ByteRange):
+                self._checks.read(segment, (mine[at : at + BUFFER] for at in range(0, length, BUFFER)))
+            else:
+                mine[:] = segment
+        return tensor
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in row-major order, and in no more memory than it needs."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """torch's object for a device; UsageError where there is none."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(
+            f"device {name}: {str(error).splitlines()[0]}\nuse cpu, or a device that torch finds"
+        ) from error
+    return device

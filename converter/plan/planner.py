@@ -1,0 +1,145 @@
+"""From an opened checkpoint to the plan of what was asked for: recognised, led to the hub, and on to another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from converter.checkpoint.open import Checkpoint
+from converter.errors import LayoutError, MappingError, UsageError
+from converter.layouts import registry
+from converter.layouts.detect import DetectedLayout, detect_layout
+from converter.layouts.parse import FAMILIES
+from converter.layouts.registry import LayoutEntry
+from converter.layouts.spec import CanonicalLayout, LayoutMapping
+from converter.plan.plan import Plan, make_plan
+from converter.plan.route import complete_from, identity_mapping, retarget
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read
+
+DTYPES = ("keep", "float32", "float16", "bfloat16")
+# Positions of CLIP-L for such images take 1.4 GB, which are computed in memory.
+_LARGEST_IMAGE = 8192
+
+
+class ConvertOptions(NamedTuple):
+    """What a conversion is to give: tensors of `family` in the layout `to` (the hub's, if empty).
+
+    `whole` takes along what lies beside the encoder: SAM's decoder, CLIP's text tower. For the rest see `convert`.
+    """
+
+    family: str
+    to: str = ""
+    mapping: str | Path | None = None
+    dtype: str = "keep"
+    image_size: int | None = None
+    state_dict: str | None = None
+    whole: bool = False
+
+    def checked(self) -> ConvertOptions:
+        """UsageError for a family, a type or a layout that does not exist, or options that contradict each other."""
+        check_choices(family=(self.family, FAMILIES), dtype=(self.dtype, DTYPES))
+        layouts = registry.names_of_family(self.family)
+        if self.to and self.to not in layouts:
+            raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}\nlayouts: {', '.join(layouts)}")
+        if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
+            raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
+        if self.whole and self.to in ("", self.hub):
+            raise UsageError(f"--whole: {self.hub} holds the encoder alone\nname another layout with --to")
+        return self._replace(to=self.to or self.hub)
+
+    @property
+    def hub(self) -> str:
+        return f"deepencoder-{self.family}"
+
+
+class ResolvedPlan(NamedTuple):
+    """A checkpoint recognised, and what it becomes."""
+
+    known: DetectedLayout
+    plan: Plan
+
+
+def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
+    """The plan that leads a checkpoint to its family's hub; LayoutError or MappingError where there is none."""
+    known = detect_layout(opened, options.family, _layouts(options), options.state_dict)
+    return ResolvedPlan(known, plan_to_canonical(opened, known, options, dtype))
+
+
+def plan_to_canonical(opened: Checkpoint, known: DetectedLayout, options: ConvertOptions, dtype: str = "keep") -> Plan:
+    """The plan to the hub for a checkpoint that was recognised; MappingError where it does not fit all the same."""
+    layout = known.match.candidate.load()
+    hub = registry.canonical(options.family)
+    mapping = identity_mapping(hub) if isinstance(layout, CanonicalLayout) else layout
+    tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
+    prefix, pixels = known.match.prefix, options.image_size
+    try:
+        return make_plan(mapping, prefix, hub, tensors, opened.name, dtype=dtype, image_size=pixels)
+    except MappingError as error:
+        raise MappingError(f"{error}\n{_next_step(mapping, options)}") from error
+
+
+def _next_step(mapping: LayoutMapping, options: ConvertOptions) -> str:
+    """What to do where a checkpoint was recognised and does not fit all the same."""
+    if options.mapping is not None:
+        return f"correct {options.mapping}, or leave --mapping out if the checkpoint is of a known layout"
+    return (
+        f"the checkpoint is incomplete, or differs from {mapping.name}: get a whole one, or say what is to be done\n"
+        f"in a mapping of your own: dsocr-convert mapping show {mapping.name} > mine.yaml; then --mapping mine.yaml"
+    )
+
+
+def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> ResolvedPlan:
+    """The plan for a checkpoint; what it lacks is taken from `lender`, another one of the same model's sizes.
+
+    LayoutError where it is of no known layout, or converted already; MappingError where it does not fit; UsageError for
+    a `lender` of other sizes.
+    """
+    known, plan = resolve_to_canonical(
+        opened, options, dtype="keep" if options.to != options.hub or donor else options.dtype
+    )
+    if options.to == options.hub and donor is None:
+        check_not_converted(opened, known)
+    lent = _lent(donor, plan, options) if donor is not None else None
+    if options.to == options.hub:
+        return ResolvedPlan(known, complete_from(plan, lent, options.dtype) if lent else plan)
+    target = registry.load(options.to)
+    assert isinstance(target, LayoutMapping)
+    return ResolvedPlan(known, retarget(plan, target, lent, options.whole, options.dtype, opened.name))
+
+
+def check_not_converted(opened: Checkpoint, known: DetectedLayout) -> None:
+    """LayoutError for a checkpoint that has the hub's layout already."""
+    layout = known.match.candidate.load()
+    if isinstance(layout, CanonicalLayout):
+        raise LayoutError(
+            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\nload it as it is"
+        )
+
+
+def _lent(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
+    lent = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
+    differing = [name for name, size in plan.sizes.items() if lent.sizes.get(name, size) != size]
+    if differing:
+        sizes = ", ".join(f"{name} {lent.sizes[name]} (not {plan.sizes[name]})" for name in differing)
+        raise UsageError(f"--fill-from {donor.name}: is of another size: {sizes}")
+    return lent
+
+
+def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:
+    if options.mapping is None:
+        return registry.entries(options.family)
+    own = registry.load_file(Path(options.mapping))
+    if own.family != options.family:
+        raise UsageError(
+            f"--mapping {options.mapping}: is for the family {own.family!r}, not {options.family!r}\n"
+            f"run: dsocr-convert {own.family} ... --mapping {options.mapping}"
+        )
+    return registry.entry_of(own)
+
+
+def check_choices(**choices: tuple[str, Sequence[str]]) -> None:
+    """UsageError for an option's value that is none of those allowed."""
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")

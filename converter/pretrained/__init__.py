@@ -1,1 +1,0 @@
-"""Folders that transformers' from_pretrained loads: weights, and the JSON documents beside them."""
