@@ -245,7 +245,7 @@ def test_the_card_tells_commit_and_bytes(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "access"),
+    ("source", "hub_options"),
     [
         ("hf://org/name", HubOptions(hub="modelscope")),
         ("ms://org/name", HubOptions(hub="hf")),

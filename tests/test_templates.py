@@ -182,7 +182,7 @@ def test_a_template_reads_as_it_was_written(made: tuple[Template, dict[str, Kind
         "{loose}_{proj}_{layer}.{rest}",
     ],
 )
-@pytest.mark.parametrize("piece", ["a", ".", "a.", "1.", "aa.aa", "a_1_", "12", ".w"])
+@pytest.mark.parametrize("segment", ["a", ".", "a.", "1.", "aa.aa", "a_1_", "12", ".w"])
 def test_no_name_makes_a_template_hang(text: str, segment: str) -> None:
     template = Template.parse(text, VARIABLES)
     name = segment * (200_000 // len(segment))

@@ -35,7 +35,9 @@ def yaml_text(draft: Draft, variables: Variables) -> str:
     lines = [f"# {line}" for line in wrap(_text(draft.remark), _WIDTH - 2, break_on_hyphens=False)]
     lines += [f"layout: {_plain(_text(draft.layout))}", f"family: {draft.family}"]
     lines += [f"description: {_plain(_text(draft.description))}", ""]
-    used = {field for entry in (*draft.rules, *draft.other_rules) for field in fields_of(f"{entry.source} {entry.target}")}
+    used = {
+        field for entry in (*draft.rules, *draft.other_rules) for field in fields_of(f"{entry.source} {entry.target}")
+    }
     if used:
         kinds = {name: kind for name, kind in variables.kinds.items() if name in used}
         # Indices, words, then what spans dots.
