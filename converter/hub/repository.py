@@ -33,7 +33,7 @@ def listed(rows: Iterable[tuple[object, object, object]]) -> dict[str, Entry]:
     return files
 
 
-class HubResponseError(Exception):  # noqa: N818 (an answer from a hub, not an error of ours)
+class HubResponseError(Exception):
     """A hub's answer that is not the bytes asked for; `told` is what it says of the reason, `code` a hub's own code."""
 
     def __init__(self, status: int, told: str = "", code: str = "", retry_after: float | None = None) -> None:

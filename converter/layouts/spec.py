@@ -72,7 +72,7 @@ class Signature(NamedTuple):
 class LayoutMapping(NamedTuple):
     """How one layout becomes the family's hub layout.
 
-    `rules` speak of names without the signature's prefix, `other_rules` of the names that lack it. Where `drop_rest` is set,
+    `rules` match names without the prefix, `other_rules` the names that lack it. If `drop_rest` is set,
     it is why all names that lack it are dropped. `digest` is the SHA-256 of the text.
     """
 
