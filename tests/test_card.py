@@ -1,4 +1,4 @@
-"""The card of a conversion as a file, what a verification makes of it, and signatures."""
+"""The card of a conversion as a file, and what a verification makes of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from converter.cli import convert as cli
 from converter.errors import ContainerError, OutputError, UsageError
 from converter.output.record_document import canonical_json
 from converter.storage import atomic_output
-from converter.verification.result import FAILED, PASSED, SKIPPED
+from converter.verification.result import FAILED, PASSED
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,6 @@ def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> No
 def test_a_card_of_another_kind_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.json, or \.md"):
         converter.convert(folder / "clip", "clip", card="card.txt")
-    with pytest.raises(UsageError, match=r"add --card FILE\.json"):
-        converter.convert(folder / "clip", "clip", card="card.md", sign="key.pem")
 
 
 def test_no_card_without_its_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,82 +345,6 @@ def test_a_model_card_or_a_missing_one_is_refused(folder: Path, tmp_path: Path) 
         verify(out, card=tmp_path / "x.md")
     with pytest.raises(ContainerError, match="cannot be read: No such file"):
         verify(out, card=tmp_path / "x.json")
-    with pytest.raises(UsageError, match="--public-key"):
-        verify(out, public_key=tmp_path / "key.pem")
-
-
-# Signed -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    """A private key and its public one; the test is skipped where the optional library is not there."""
-    pytest.importorskip("model_signing")
-    return key_pair(tmp_path, "key")
-
-
-def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
-    form_public = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form_public))
-    return private, public
-
-
-def test_a_signed_card(keys: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
-    private, public = keys
-    out, card = converted(folder, tmp_path, sign=private)
-    assert verdicts(out, card)["signature"] == SKIPPED
-    assert verdicts(out, card, public_key=public)["signature"] == PASSED
-    library = pytest.importorskip("model_signing").verifying.Config().use_elliptic_key_verifier(public_key=public)
-    library.verify(card, tmp_path / "out.json.sig")
-
-
-@pytest.mark.parametrize("how", ["card", "signature", "no bundle", "other key", "none"])
-def test_a_signature_that_does_not_fit(how: str, keys: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
-    private, public = keys
-    out, card = converted(folder, tmp_path, sign=private)
-    signature = tmp_path / "out.json.sig"
-    if how == "card":
-        card.write_text(json.dumps({**document(card), "wrapper": "another."}))
-    elif how == "signature":
-        bundle = json.loads(signature.read_text())
-        text = bundle["dsseEnvelope"]["signatures"][0]["sig"]
-        bundle["dsseEnvelope"]["signatures"][0]["sig"] = text[:20] + ("A" if text[20] != "A" else "B") + text[21:]
-        signature.write_text(json.dumps(bundle))
-    elif how == "no bundle":
-        signature.write_text("nonsense")
-    elif how == "other key":
-        _, public = key_pair(tmp_path, "other")
-    else:
-        signature.unlink()
-    assert verdicts(out, card, public_key=public)["signature"] == FAILED
-
-
-def test_a_key_that_is_none_is_refused_before_anything_is_written(
-    keys: tuple[Path, Path], folder: Path, tmp_path: Path
-) -> None:
-    _, public = keys
-    for key in (public, tmp_path / "missing"):
-        with pytest.raises(UsageError, match=r"--sign .*: no unencrypted private key"):
-            converted(folder, tmp_path, sign=key)
-        assert not (tmp_path / "out.safetensors").exists()
-    out, card = converted(folder, tmp_path)
-    (tmp_path / "out.json.sig").write_text("{}")
-    with pytest.raises(UsageError, match=r"--public-key .*: no public key"):
-        verify(out, card=card, public_key=tmp_path / "missing", fast=True)
-
-
-def test_without_the_library_the_extra_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "model_signing", None)
-    with pytest.raises(UsageError, match=r"pip install 'dsocr-convert\[sign\]'"):
-        converted(folder, tmp_path, sign=tmp_path / "key.pem")
-    assert not (tmp_path / "out.safetensors").exists()
 
 
 # On the command line ----------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_the_metadata_says_who_and_what(built: Path) -> None:
     assert metadata["Name"] == "dsocr-convert" and metadata["Version"] == converter.__version__
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
-    assert set(metadata.get_all("Provides-Extra", [])) == {"docs", "sign", "test", "verify"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"docs", "test", "verify"}
     assert metadata["Description-Content-Type"] == "text/markdown" and "dsocr-convert sam" in metadata.get_payload()
     # Other metadata than the package's own.
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -34,7 +34,6 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     card: str | Path | Sequence[str | Path] = (),
-    sign: str | Path | None = None,
     revision: str | None = None,
     hub: str | None = None,
     download: bool = False,
@@ -58,14 +57,14 @@ def convert(
     then also from other threads, one at a time.
 
     `card` names files for the card, which appear with the output: .json, with the SHA-256 of every tensor and of local
-    sources, or .md, a model card; `sign` a PEM file with the private key to sign the .json with, into .json.sig.
+    sources, or .md, a model card.
 
     With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
     still then.
     """
     format = format_for(out, format)
     options = ConvertOptions(family, to, mapping, dtype, image_size, state_dict, whole).checked()
-    files = RecordFiles(card, sign)
+    files = RecordFiles(card)
     target = Path(out) if out is not None else Path(f"{options.to}.{format}")
     folder = wants_folder(target, options.to, format)
     with ExitStack() as stack:

@@ -36,7 +36,6 @@ def encoder(
     force: bool = False,
     dry_run: bool = False,
     card: str | Path | Sequence[str | Path] = (),
-    sign: str | Path | None = None,
     revision: str | None = None,
     hub: str | None = None,
     download: bool = False,
@@ -58,7 +57,7 @@ def encoder(
     place of its own: a folder for a folder, a file for a file. Shards, index, order of names and all other files are
     kept, and so are types unless `dtype` is given.
 
-    `card` and `sign` are as in `convert`; the card of a copy is of all its tensors.
+    `card` is as in `convert`; the card of a copy is of all its tensors.
 
     Raises a DsocrError: UsageError where options or sizes contradict each other, LayoutError where a checkpoint is not
     of its kind or there is no compressor. Whatever stood at `out` stands there still then.
@@ -68,7 +67,7 @@ def encoder(
         raise UsageError(f"--prefix {prefix!r}: expected names that each end in a dot, such as model.")
     _refuse("does not go with --into", format=into is not None and format)
     format = format_for(None if into is not None else out, format)
-    files = RecordFiles(card, sign)
+    files = RecordFiles(card)
     with ExitStack() as stack:
 
         def open_(name: str | Path, hub_options: HubOptions = HubOptions()) -> Checkpoint:  # noqa: B008 (a tuple)

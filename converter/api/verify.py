@@ -36,7 +36,6 @@ def verify(
     source: str | Path | None = None,
     *,
     card: str | Path | None = None,
-    public_key: str | Path | None = None,
     mapping: str | Path | None = None,
     state_dict: str | None = None,
     device: str = "auto",
@@ -53,9 +52,9 @@ def verify(
     """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
 
     `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
-    proved, and that the encoder runs. `card` is the .json that was written with it, and `public_key` a PEM file to
-    check the card's signature with; with a card, files of other layouts are checked too, against it alone. `mapping`,
-    `state_dict`, `revision`, `hub` and `download` are what `convert` was given. `device` is auto, cpu, cuda or cuda:N;
+    proved, and that the encoder runs. `card` is the .json that was written with it; with a card, files of other
+    layouts are checked too, against it alone. `mapping`, `state_dict`, `revision`, `hub` and `download` are what
+    `convert` was given. `device` is auto, cpu, cuda or cuda:N;
     `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole chain runs. With
     `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of what the encoders
     see in it. Raises a DsocrError for a file that cannot be read, or where no library to compare with is installed; a
@@ -69,10 +68,7 @@ def verify(
         from converter.verification.pictures import load
 
         looked_at = load(Path(image))
-    if public_key is not None and card is None:
-        raise UsageError("--public-key: checks the signature of a card\nadd --card FILE.json")
-    key = Path(public_key) if public_key is not None else None
-    recorded = read_record(Path(card), key) if card is not None else None
+    recorded = read_record(Path(card)) if card is not None else None
     chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
     setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, on_progress)
     with ExitStack() as stack:

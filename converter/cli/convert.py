@@ -25,7 +25,6 @@ from converter.cli.options import (
     MappingFile,
     Quiet,
     Revision,
-    Sign,
     StateDict,
     Version,
 )
@@ -80,7 +79,6 @@ def sam(
     force: Force = False,
     dry_run: DryRun = False,
     card: CardFile = None,
-    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,7 +104,6 @@ def clip(
     force: Force = False,
     dry_run: DryRun = False,
     card: CardFile = None,
-    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

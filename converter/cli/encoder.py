@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from converter.cli import views
-from converter.cli.options import CardFile, Download, DryRun, Force, Format, Hub, Json, Quiet, Revision, Sign
+from converter.cli.options import CardFile, Download, DryRun, Force, Format, Hub, Json, Quiet, Revision
 
 
 def encoder(
@@ -50,7 +50,6 @@ def encoder(
     force: Force = False,
     dry_run: DryRun = False,
     card: CardFile = None,
-    sign: Sign = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

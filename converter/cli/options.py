@@ -53,4 +53,3 @@ CardFile = Annotated[
     list[Path] | None,
     typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
 ]
-Sign = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the card with this private key.")]

@@ -25,7 +25,6 @@ Source = Annotated[
 CardFile = Annotated[
     Path | None, typer.Option("--card", metavar="FILE.json", help="The card that was written with it: every digest.")
 ]
-PublicKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Check the card's signature with this key.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
 Sizes = Annotated[
@@ -45,7 +44,6 @@ def verify(
     converted: Converted,
     source: Source = None,
     card: CardFile = None,
-    public_key: PublicKey = None,
     mapping: MappingFile = None,
     state_dict: StateDict = None,
     revision: Revision = None,
@@ -78,7 +76,6 @@ def verify(
             converted,
             source,
             card=card,
-            public_key=public_key,
             mapping=mapping,
             state_dict=state_dict,
             device=device,

@@ -15,21 +15,15 @@ from converter.tensors.lazy_tensor import LazyTensor
 
 
 class RecordFiles:
-    """The files that a conversion's card goes into: .json for machines, .md for a hub; `key` signs the .json ones.
+    """The files that a conversion's card goes into: .json for machines, .md for a hub."""
 
-    `key` is the path of a PEM file with an elliptic-curve private key; the signature goes beside the card, as .sig.
-    """
-
-    def __init__(self, paths: str | Path | Sequence[str | Path], key: str | Path | None) -> None:
-        """UsageError for a file of another kind, or a key and nothing to sign."""
+    def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
+        """UsageError for a file of another kind."""
         self._paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-        self._key = Path(key) if key is not None else None
         self._staged: dict[Path, int] = {}
         for path in self._paths:
             if path.suffix not in (".json", ".md"):
                 raise UsageError(f"--card {path}: expected a name that ends in .json, or .md for a model card")
-        if key is not None and not self._documents:
-            raise UsageError("--sign: signs the card, which holds every tensor's digest\nadd --card FILE.json")
 
     @property
     def _documents(self) -> list[Path]:
@@ -37,26 +31,20 @@ class RecordFiles:
 
     @property
     def all(self) -> list[Path]:
-        """The files, with the signatures."""
-        return [*self._paths, *(signature_of(path) for path in self._documents if self._key)]
+        """The files."""
+        return self._paths
 
     def check(self, output: Path, opened: Sequence[Checkpoint], force: bool, mapping: str | Path | None = None) -> None:
         """OutputError for a file that could not be written, or is the output's, the source's or another input."""
         taken = [output.resolve()]
-        if self._key is not None and is_source(output, (), self._key):
-            raise OutputError(f"{output}: is the key to sign with\nchoose another path with --output")
         for path in self.all:
             check_name(path)
-            if path.resolve() in taken or is_source(path, opened, mapping, self._key):
+            if path.resolve() in taken or is_source(path, opened, mapping):
                 raise OutputError(f"{path}: cannot be the card: it is another file of this conversion")
             if output.resolve() in path.resolve().parents:
                 raise OutputError(f"{path}: lies in the output, a folder that appears whole\nmove it there afterwards")
             check_target(path, force, 0, "card")
             taken.append(path.resolve())
-        if self._key is not None:
-            from converter.output.signing import signer
-
-            signer(self._key)
 
     def stage(self, staging: Staging, outputs: dict[str, LazyTensor]) -> TensorDigests | None:
         """Begin the files, which then appear with the output; what to show the outputs' bytes to, if there are any."""
@@ -89,18 +77,7 @@ class RecordFiles:
                 self._put(path, text.encode(errors="backslashreplace"))
                 continue
             self._put(path, data)
-            if self._key is not None:
-                from converter.output.signing import sign
-
-                with writing(signature_of(path)):
-                    signature = sign(data, path.name, self._key)
-                self._put(signature_of(path), signature)
 
     def _put(self, path: Path, data: bytes) -> None:
         with writing(path):
             write_all(self._staged[path], memoryview(data))
-
-
-def signature_of(card: Path) -> Path:
-    """Where the signature of a card lies."""
-    return card.with_name(f"{card.name}.sig")

@@ -12,12 +12,11 @@ import safetensors
 from converter.checkpoint.open import Checkpoint, OnProgress
 from converter.errors import ContainerError, UsageError
 from converter.output.record_document import RECORD_FORMAT
-from converter.output.record_files import signature_of
 from converter.storage.local_file import require_regular_file
 from converter.tensors.evaluate import as_bytes
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, failed, passed, skipped
+from converter.verification.result import Check, failed, passed
 
 PROOF = "card"
 
@@ -28,7 +27,7 @@ _LARGEST = 64 << 20
 class Recorded(NamedTuple):
     """What a card file says: `tensors` gives each tensor its type, shape and SHA-256.
 
-    `key` is the public key that the card must be signed for, if any; `metadata` is None where none were written.
+    `metadata` is None where none were written.
     """
 
     path: Path
@@ -37,10 +36,9 @@ class Recorded(NamedTuple):
     mapping: str
     metadata: dict[str, str] | None
     tensors: dict[str, tuple[str, list[int], str]]
-    key: Path | None
 
 
-def read_record(path: Path, key: Path | None = None) -> Recorded:
+def read_record(path: Path) -> Recorded:
     """The card in a file; ContainerError where it is none, UsageError where a model card was given instead."""
     if path.suffix == ".md":
         raise UsageError(f"--card {path}: a model card is for people\ngive the card that ends in .json")
@@ -48,14 +46,14 @@ def read_record(path: Path, key: Path | None = None) -> Recorded:
         require_regular_file(path, ContainerError)
         if path.stat().st_size > _LARGEST:
             raise ContainerError(f"{path}: larger than any card")
-        return _recorded(path, json.loads(path.read_bytes()), key)
+        return _recorded(path, json.loads(path.read_bytes()))
     except OSError as error:
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ContainerError(f"{path}: not a card that dsocr-convert wrote ({error})") from error
 
 
-def _recorded(path: Path, document: Any, key: Path | None) -> Recorded:
+def _recorded(path: Path, document: Any) -> Recorded:
     if document["card"] != RECORD_FORMAT:
         raise ContainerError(f"{path}: a card of another form, {str(document['card'])[:20]!r}\nupdate dsocr-convert")
     tensors = {
@@ -70,7 +68,6 @@ def _recorded(path: Path, document: Any, key: Path | None) -> Recorded:
         str(document["mapping"]["name"]),
         dict(written) if written is not None else None,
         tensors,
-        key,
     )
 
 
@@ -82,7 +79,7 @@ def is_elsewhere(card: Recorded) -> bool:
 def check_record(
     card: Recorded, source: Checkpoint, tensors: dict[str, TensorInfo], found: Reader, on_progress: OnProgress
 ) -> list[Check]:
-    """Whether a file holds what its card says, tensor by tensor, and whether the card is signed."""
+    """Whether a file holds what its card says, tensor by tensor."""
     faults = [failed(PROOF, name, _presence(name, card), [name]) for name in sorted(set(tensors) ^ set(card.tensors))]
     both = [name for name in tensors if name in card.tensors]
     for done, name in enumerate(both):
@@ -95,7 +92,7 @@ def check_record(
     checks = faults or [passed(PROOF, "tensors", detail)]
     if card.metadata is not None:
         checks.append(_check_metadata(card, card.metadata, source))
-    return [*checks, *_check_signature(card)]
+    return checks
 
 
 def _differing(card: Recorded, name: str, tensor: TensorInfo, found: Reader) -> list[Check]:
@@ -125,19 +122,3 @@ def _check_metadata(card: Recorded, wanted: dict[str, str], source: Checkpoint) 
         words = "; ".join(f"{key} is {there.get(key)!r}, the card's {wanted.get(key)!r}" for key in differing)
         return failed(PROOF, "metadata", f"the file's metadata differ: {words}", differing)
     return passed(PROOF, "metadata", f"the file's metadata are the card's: {', '.join(sorted(wanted))}")
-
-
-def _check_signature(card: Recorded) -> list[Check]:
-    """Nothing for a card that is not signed, where nobody asks for it."""
-    signature = signature_of(card.path)
-    if card.key is None:
-        why = f"{signature.name} was not looked at: no --public-key was given"
-        return [skipped(PROOF, "signature", why)] if signature.exists() else []
-    if not signature.is_file():
-        return [failed(PROOF, "signature", f"there is no {signature.name} beside the card", [signature.name])]
-    from converter.output.signing import problem
-
-    wrong = problem(card.path, signature, card.key)
-    if wrong:
-        return [failed(PROOF, "signature", f"{signature.name}: {wrong}", [signature.name])]
-    return [passed(PROOF, "signature", f"{signature.name} was made with the private key of {card.key.name}")]
