@@ -18,6 +18,7 @@ from converter.tensors.ops import (
     Fuse,
     Op,
     Permuted,
+    Reorder,
     ResamplePositions,
     Reshaped,
     Split,
@@ -54,6 +55,8 @@ def by_hand(op: Op, values: Tensors) -> Tensors:
         case Deinterleave(heads=heads, parts=parts):
             split = [value.reshape(heads, parts, len(value) // heads // parts, *value.shape[1:]) for value in values]
             return [part.transpose(0, 1).reshape(value.shape) for part, value in zip(split, values, strict=True)]
+        case Reorder(order=order):
+            return [torch.cat([value.chunk(len(order))[part] for part in order]) for value in values]
         case CastTo(dtype=dtype):
             return [value.to(getattr(torch, dtype)) for value in values]
     raise AssertionError(op)
@@ -88,6 +91,7 @@ OPS: dict[str, tuple[Op, Tensors, bool]] = {
     "permute": (Permuted((2, 0, 1)), [numbered(2, 3, 4)], False),
     "transpose": (Permuted((1, 0)), [numbered(2, 3)], False),
     "deinterleave": (Deinterleave(4, 3), [numbered(24, 2)], True),
+    "reorder": (Reorder((1, 2, 0)), [numbered(6, 2)], True),
     "interleave": (Deinterleave(3, 4), [numbered(24, 2)], True),
 }
 
@@ -171,6 +175,7 @@ def test_arange_is_copied_and_computed_alike(shape: tuple[int, ...]) -> None:
         (Unsqueeze((3,)), [numbered(2, 2)], r"dimension 3 into shape \[2, 2\]"),
         (Reshaped((4,), (2, 2)), [numbered(2, 2)], r"expected shape \[4\], found \[2, 2\]"),
         (Permuted((1, 0)), [numbered(2)], r"shape \[2\] by \[1, 0\]"),
+        (Reorder((1, 0)), [numbered(3, 2)], r"cut shape \[3, 2\] into 2 equal parts"),
         (Deinterleave(2, 3), [numbered(9, 2)], r"2 heads of 3 parts from shape \[9, 2\]"),
         (CastTo("float16"), [torch.arange(3)], "int64 to float16"),
         (ResamplePositions(4), [numbered(11, 2)], r"shape \[11, 2\]: not a class token and a square grid"),

@@ -170,6 +170,7 @@ def test_an_unknown_key_is_refused_by_both(text: str, old: str, new: str) -> Non
         ("squeeze: 2", "permute: [2, 1, 0]"),
         ("squeeze: 2", "reshape: {from: 6, to: [2, 3]}"),
         ("squeeze: 2", "deinterleave: {heads: 2, parts: 3}"),
+        ("squeeze: 2", "reorder: [2, 0, 1]"),
         ("squeeze: 2", "cast: bfloat16"),
         ("squeeze: 2", "resample: 24"),
         ("into: l.{layer}.qkv", "into: l.{layer+1}.qkv\n    dim: 1\n    then: []"),

@@ -18,6 +18,7 @@ from converter.tensors.ops import (
     Fuse,
     Op,
     Permuted,
+    Reorder,
     ResamplePositions,
     Reshaped,
     Split,
@@ -281,11 +282,18 @@ def _op(tree: Tree) -> Op:
     return OPS[name](argument)
 
 
-def _permuted(tree: Tree) -> Op:
-    dims = tree.numbers("the dimensions in their new order")
-    if sorted(dims) != list(range(len(dims))):
-        raise tree.fail(f"expected each of 0 to {len(dims) - 1} once, found {list(dims)}")
-    return Permuted(dims)
+def _order(tree: Tree, what: str) -> tuple[int, ...]:
+    order = tree.numbers(what)
+    if sorted(order) != list(range(len(order))):
+        raise tree.fail(f"expected each of 0 to {len(order) - 1} once, found {list(order)}")
+    return order
+
+
+def _reorder(tree: Tree) -> Op:
+    order = _order(tree, "the parts in their new order")
+    if len(order) < 2:
+        raise tree.fail("expected the numbers of two parts or more")
+    return Reorder(order)
 
 
 def _reshaped(tree: Tree) -> Op:
@@ -330,8 +338,9 @@ OPS: dict[str, Callable[[Tree], Op]] = {
     "squeeze": lambda tree: Squeeze(_dims(tree)),
     "unsqueeze": lambda tree: Unsqueeze(_dims(tree)),
     "reshape": _reshaped,
-    "permute": _permuted,
+    "permute": lambda tree: Permuted(_order(tree, "the dimensions in their new order")),
     "deinterleave": _deinterleave,
+    "reorder": _reorder,
     "cast": _cast,
     "resample": lambda tree: ResamplePositions(_positive(tree, "the side of the new grid of positions")),
 }

@@ -61,6 +61,7 @@ _NUMBER = {"type": "integer", "minimum": 0, "maximum": 999_999_999}
 _POSITIVE = {**_NUMBER, "minimum": 1}
 _NUMBERS = _either(_NUMBER, _list(_NUMBER, maxItems=yaml_tree._MOST_DIMENSIONS))
 _DIMS = _either(_NUMBER, _list(_NUMBER, minItems=1, maxItems=yaml_tree._MOST_DIMENSIONS, uniqueItems=True))
+_ORDER = _list(_NUMBER, minItems=2, maxItems=yaml_tree._MOST_DIMENSIONS, uniqueItems=True)
 _REASON = {**_SCALAR, "pattern": r"\S"}
 
 _FORMS: dict[str, Schema] = {
@@ -216,6 +217,13 @@ OPS: dict[str, Shown] = {
         " v0 v1 ...). The first dimension holds heads x parts x head width rows.",
         _record({"heads": _POSITIVE, "parts": _POSITIVE}),
         {"heads": 16, "parts": 3},
+        ((3072, 1024),),
+    ),
+    "reorder": Shown(
+        "Cuts the rows into as many equal parts as the list has numbers and puts them in another order: part i of the"
+        " result is part number i of the list.",
+        _ORDER,
+        [2, 0, 1],
         ((3072, 1024),),
     ),
     "cast": Shown(

@@ -143,6 +143,25 @@ class Deinterleave(NamedTuple):
         return Deinterleave(self.parts, self.heads)
 
 
+class Reorder(NamedTuple):
+    """Cuts rows into equal parts and concatenates them in another order: part i of the result is part `order[i]`.
+
+    Only rows move, so this still is a copy. Undone by the inverse order.
+    """
+
+    order: tuple[int, ...]
+
+    def one(self, value: LazyTensor) -> LazyTensor:
+        rows = value.shape[_axis(value, 0)]
+        if rows % len(self.order):
+            raise ValueError(f"cannot cut shape {list(value.shape)} into {len(self.order)} equal parts")
+        step = rows // len(self.order)
+        return concatenated(tuple(sliced(value, 0, part * step, step) for part in self.order), 0)
+
+    def inverse(self) -> Op:
+        return Reorder(tuple(self.order.index(i) for i in range(len(self.order))))
+
+
 class CastTo(NamedTuple):
     """Rounds a floating-point tensor to another element type."""
 
@@ -179,7 +198,7 @@ class ResamplePositions(NamedTuple):
         raise LossyError("resampling cannot be undone")
 
 
-Op = Fuse | Split | Squeeze | Unsqueeze | Reshaped | Permuted | Deinterleave | CastTo | ResamplePositions
+Op = Fuse | Split | Squeeze | Unsqueeze | Reshaped | Permuted | Deinterleave | Reorder | CastTo | ResamplePositions
 
 
 def apply_op(op: Op, values: Values) -> Values:
