@@ -392,10 +392,7 @@ NOBODY = 65534
 AS_NOBODY = f"""
 import contextlib, ctypes, hashlib, io, os, sys
 import converter.output.model_card, converter.output.pretrained_config
-from converter.formats import registry as formats_registry
 from converter.cli import console, convert
-found = formats_registry._built_in()
-formats_registry._built_in = lambda: found
 arguments = list(sys.argv)
 sys.argv += ["--dry-run"]
 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

@@ -5,6 +5,8 @@ import importlib.metadata
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 import types
 import zipfile
@@ -18,8 +20,7 @@ import torch
 from loaders_oracle import opened
 
 from converter.errors import ContainerError
-from converter.formats import registry as formats_registry
-from converter.formats.registry import open_file
+from converter.formats.registry import GROUP, open_file
 from converter.storage.local_file import LocalFile
 
 
@@ -88,22 +89,24 @@ def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     assert opened(tmp_path / "y.safetensors", "torch legacy")
 
 
-def plugin(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    entry = importlib.metadata.EntryPoint("mine", value, formats_registry.GROUP)
+def install_plugin(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    entry = importlib.metadata.EntryPoint("mine", module, GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
 
 
-def test_plugins_are_asked_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plugins_are_tried_after_the_built_in_loaders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module: Any = types.ModuleType("my_loader")
-    module.CONTAINER, module.can_read, module.load = "mine", lambda file: file.size == 3, lambda file: {"a": None}
-    monkeypatch.setitem(__import__("sys").modules, "my_loader", module)
-    plugin(monkeypatch, "my_loader")
+    module.CONTAINER, module.can_read, module.load = "mine", lambda file: True, lambda file: {"a": None}
+    monkeypatch.setitem(sys.modules, "my_loader", module)
+    install_plugin(monkeypatch, "my_loader")
     (tmp_path / "x").write_bytes(b"abc")
     assert open_file(LocalFile(tmp_path / "x")) == ("mine", {"a": None})
+    torch.save({}, tmp_path / "y")
+    assert open_file(LocalFile(tmp_path / "y")) == ("torch zip", {})
 
 
 def test_a_broken_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plugin(monkeypatch, "no_such_package.loader")
+    install_plugin(monkeypatch, "no_such_package.loader")
     (tmp_path / "x").write_bytes(b"abc")
     with pytest.raises(ContainerError, match=r"'mine' \(no_such_package.loader\) cannot be imported"):
         open_file(LocalFile(tmp_path / "x"))
@@ -111,20 +114,21 @@ def test_a_broken_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert open_file(LocalFile(tmp_path / "y")) == ("torch zip", {})
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(formats_registry, "DISTRIBUTION", "no-such-distribution")
-    (tmp_path / "x").write_bytes(b"abc")
-    with pytest.raises(ContainerError, match="pip install"):
-        open_file(LocalFile(tmp_path / "x"))
+def test_a_checkout_reads_checkpoints_without_being_installed(tmp_path: Path) -> None:
+    """Built-in loaders need no metadata of an installed distribution."""
+    torch.save({}, tmp_path / "x")
+    code = (
+        "import importlib.metadata, sys; from pathlib import Path\n"
+        "importlib.metadata.MetadataPathFinder.find_distributions = lambda *_: iter(())\n"
+        "from converter.formats.registry import open_file; from converter.storage.local_file import LocalFile\n"
+        "assert open_file(LocalFile(Path(sys.argv[1]))) == ('torch zip', {})"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "x"], check=True)
 
 
 def test_loaders_import_no_numeric_library() -> None:
-    import subprocess
-    import sys
-
     code = (
-        "import sys; from converter.formats import safetensors, torch_legacy, torch_zip, torchscript, unrecognized;"
-        "sys.exit(str({'torch', 'numpy', 'pickle', 'zipfile'} & set(sys.modules)) if "
-        "{'torch', 'numpy', 'pickle'} & set(sys.modules) else 0)"
+        "import sys, converter.formats.registry; found = {'torch', 'numpy', 'pickle'} & set(sys.modules);"
+        "sys.exit(str(found) if found else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -120,16 +120,3 @@ def test_the_wheel_works_elsewhere(built: Path, tmp_path: Path) -> None:
     code = "import converter, converter.layouts.registry as c; print(converter.__file__, c.load('sam-hf').place.file)"
     where = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
     assert where.stdout.split()[0] == str(site / "converter" / "__init__.py")
-
-
-def test_built_in_loaders_enter_through_the_entry_point_group() -> None:
-    from importlib.metadata import distribution
-
-    from converter.formats import registry as formats_registry
-
-    entries = distribution("dsocr-convert").entry_points.select(group="dsocr_convert.loaders")
-    # The quick reading of our own metadata agrees with the library's.
-    assert sorted(formats_registry._built_in()) == sorted((entry.name, entry.value) for entry in entries)
-    assert {entry.value for entry in entries} == {
-        f"converter.formats.{name}" for name in ("safetensors", "torch_zip", "torch_legacy", "torchscript")
-    }

@@ -1,4 +1,4 @@
-"""A loader that somebody else writes: `tests/plugin/` is a distribution of its own, installed beside ours."""
+"""A plug-in loader: `tests/plugin/` is a distribution of its own, installed for these tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plugin installed, and nothing else."""
+    """A folder in which only the plug-in is installed."""
     tree = shutil.copytree(ROOT / "tests" / "plugin", tmp_path_factory.mktemp("plugin") / "tree")
     site = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -35,8 +35,8 @@ def run(program: str, *arguments: str, cwd: Path, site: Path | None) -> subproce
     return subprocess.run([BIN / program, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def opened_by(code: str, path: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """A process that opens a file with the plugin, then runs `code` on its `contents`."""
+def run_on_contents(code: str, path: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Open a file with the plug-in in a new process and run `code` on its `contents`."""
     opening = (
         "import json, sys; from pathlib import Path; from converter.storage.local_file import LocalFile\n"
         "from converter.formats.registry import open_file; _, contents = open_file(LocalFile(Path(sys.argv[1])))\n"
@@ -50,7 +50,7 @@ def arrays() -> dict[str, numpy.ndarray]:
 
 
 @pytest.mark.parametrize("save", [numpy.savez, numpy.savez_compressed], ids=["stored", "deflated"])
-def test_its_files_are_converted_and_verified(save: object, site: Path, tmp_path: Path) -> None:
+def test_a_file_is_converted_and_verified(save: object, site: Path, tmp_path: Path) -> None:
     save(tmp_path / "sam.npz", **arrays())
     done = run("dsocr-convert", "sam", "sam.npz", cwd=tmp_path, site=site)
     assert done.returncode == 0, done.stderr
@@ -60,52 +60,52 @@ def test_its_files_are_converted_and_verified(save: object, site: Path, tmp_path
     assert found.keys() == expected.keys()
     assert all(numpy.array_equal(found[name].numpy(), array) for name, array in expected.items())
 
-    proof = run(
+    verified = run(
         *("dsocr-verify", "deepencoder-sam.safetensors", "--source", "sam.npz", "--fast", "--json"),
         cwd=tmp_path,
         site=site,
     )
-    assert proof.returncode == 0, proof.stderr
-    checks = json.loads(proof.stdout)["checks"]
+    assert verified.returncode == 0, verified.stderr
+    checks = json.loads(verified.stdout)["checks"]
     assert [check["verdict"] for check in checks if check["proof"] == "bytes"] == ["passed"]
 
 
-def test_without_it_the_file_is_refused(tmp_path: Path) -> None:
+def test_without_the_plugin_the_file_is_refused(tmp_path: Path) -> None:
     numpy.savez(tmp_path / "sam.npz", **arrays())
     done = run("dsocr-convert", "sam", "sam.npz", cwd=tmp_path, site=None)
     assert done.returncode == 3
     assert "not one that torch.save" in done.stderr
 
 
-def test_columns_first_and_every_type(site: Path, tmp_path: Path) -> None:
-    """Through its loader alone: Fortran's order is strides, and each type is what NumPy calls it."""
-    held = {
+def test_column_major_order_and_every_dtype(site: Path, tmp_path: Path) -> None:
+    """Fortran order becomes strides; dtypes have NumPy's names."""
+    values = {
         "order": numpy.asfortranarray(numpy.arange(24.0).reshape(2, 3, 4)),
         "scalar": numpy.array(7, numpy.int64),
         "none": numpy.zeros((0, 3), numpy.float32),
         **{name: numpy.arange(5).astype(name) for name in ("float64", "float32", "float16", "int32", "uint8")},
     }
-    numpy.savez(tmp_path / "x.npz", **held)
+    numpy.savez(tmp_path / "x.npz", **values)
     code = (
         "print(json.dumps({k: [t.dtype.name, t.shape, t.strides, t.start % 64] for k, t in contents.items()}))\n"
-        # A conversion reads byte ranges, whoever wrote the loader.
+        # Describing the tensors needs no numeric library.
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
-    done = opened_by(code, tmp_path / "x.npz", site)
+    done = run_on_contents(code, tmp_path / "x.npz", site)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for name, array in held.items():
+    for name, array in values.items():
         dtype, shape, strides, start = found[name]
         assert (dtype, shape, start) == (array.dtype.name, list(array.shape), 0)
         if array.size:
             assert strides == [step // array.itemsize for step in array.strides]
 
 
-def test_damage_is_noticed(site: Path, tmp_path: Path) -> None:
+def test_damage_is_detected(site: Path, tmp_path: Path) -> None:
     numpy.savez(tmp_path / "sam.npz", **arrays())
     data = bytearray((tmp_path / "sam.npz").read_bytes())
     name = b"image_encoder.blocks.1.attn.qkv.weight.npy"
-    # Behind the member's header and the array's own.
+    # Past the headers of the member and of the array.
     data[data.index(name) + 600] ^= 1
     (tmp_path / "sam.npz").write_bytes(data)
     done = run("dsocr-convert", "sam", "sam.npz", cwd=tmp_path, site=site)
@@ -114,14 +114,14 @@ def test_damage_is_noticed(site: Path, tmp_path: Path) -> None:
 
 
 def test_objects_are_refused(site: Path, tmp_path: Path) -> None:
-    """NumPy pickles what is no number."""
+    """NumPy pickles arrays of objects."""
     numpy.savez(tmp_path / "sam.npz", a=numpy.array([print], dtype=object))
     done = run("dsocr-convert", "sam", "sam.npz", cwd=tmp_path, site=site)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("error: sam.npz: a.npy: no .npy file of a type that is known\n")
+    assert done.stderr.startswith("error: sam.npz: a.npy: not a .npy file of a supported type\n")
 
 
-def test_a_loader_without_a_reference_is_said_to_have_none(site: Path, tmp_path: Path) -> None:
+def test_verification_reports_a_loader_without_reference(site: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(site, bare)
     module = bare / "dsocr_npz.py"
@@ -134,7 +134,7 @@ def test_a_loader_without_a_reference_is_said_to_have_none(site: Path, tmp_path:
     assert "the loader of npz has no `reference`" in done.stderr
 
 
-def test_the_documentation_shows_it() -> None:
+def test_the_documentation_shows_the_plugin() -> None:
     page = (ROOT / "docs" / "plugins.md").read_text()
     blocks = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
     assert blocks[:2] == [(ROOT / "tests" / "plugin" / name).read_text() for name in ("dsocr_npz.py", "pyproject.toml")]

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from converter.errors import ContainerError
 from converter.formats import torch_pickle
@@ -28,9 +29,6 @@ from converter.storage.stream import Copier, OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import Outputs, segments_of
 from converter.tensors.tensor_info import Contents, contiguous_strides
-
-if TYPE_CHECKING:
-    import zipfile
 
 CONTAINER = "torch zip"
 
@@ -88,8 +86,6 @@ class Archive:
 
 def write_pth(fd: int, outputs: Outputs, count: OnBytes, seen: OnData | None = None) -> None:
     """Write the zip; ContainerError where a source is damaged, OSError where the system refuses to write."""
-    import zipfile
-
     with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", [state_dict_pickle(outputs)])
         _add(archive, "byteorder", [b"little"])
@@ -107,8 +103,6 @@ def _add(
     seen: OnData | None = None,
 ) -> None:
     # The date that zip gives to files without one: repeated runs give identical files.
-    import zipfile
-
     info = zipfile.ZipInfo(f"archive/{name}")
     # Data begins at multiples of 64 bytes, so that torch.load can map it; torch pads in the same way.
     assert archive.fp is not None

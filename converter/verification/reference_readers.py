@@ -60,7 +60,7 @@ def _opened(container: str, file: SourceFile, state_dict: StateDict) -> tuple[It
 
 
 def _by_its_loader(container: str, file: SourceFile) -> dict[str, torch.Tensor]:
-    loader: Any = formats_registry.outside(container)
+    loader: Any = formats_registry.find_plugin(container)
     if not hasattr(loader, "reference"):
         raise UsageError(
             f"{file.name}: the loader of {container} has no `reference`, which reads it by the format's own library\n"

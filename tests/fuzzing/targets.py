@@ -65,8 +65,7 @@ class Target(NamedTuple):
 
 def prepare(folder: Path) -> None:
     """Load and keep what the program reads anew in every run, and write what inputs in `folder` may refer to."""
-    built_in, plugins = formats_registry._built_in(), formats_registry._plugins()
-    formats_registry._built_in, formats_registry._plugins = (lambda: built_in), (lambda: plugins)
+    formats_registry.plugins = lambda: iter(())
     registry.entries = functools.cache(registry.entries)
     for name in registry.layout_names():
         registry.load(name)

@@ -1,4 +1,4 @@
-"""NumPy's .npz: a zip archive of one .npy file a tensor, each a short header, then the elements."""
+"""Loader for NumPy's .npz: a zip archive with one .npy file per array, each a short header and the elements."""
 
 import re
 from typing import Any
@@ -19,30 +19,30 @@ _HEADER = re.compile(
 
 
 def can_read(file: SourceFile) -> bool:
-    """By content: a zip archive, and nothing in it but arrays."""
+    """Whether the file is a zip archive of .npy files and nothing else."""
     return is_zip(file) and all(name.endswith(".npy") for name in read_directory(file))
 
 
 def load(file: SourceFile) -> Contents:
-    """The arrays as tensors: their types, shapes and places, with no element read."""
+    """Describe the arrays as tensors; no element is read."""
     members = read_directory(file)
     return {name.removesuffix(".npy"): _tensor(name.removesuffix(".npy"), members[name]) for name in members}
 
 
 def _tensor(key: str, member: Storage) -> TensorInfo:
     head = member.read() if member.deflated else member.file.read(member.offset, min(member.length, 4096))
-    found = _HEADER.match(head)
-    if found is None or found[1].decode() not in _DTYPES:
-        raise ContainerError(f"{member.file.name}: {member.name}: no .npy file of a type that is known\n{DAMAGED}")
-    dtype = BY_NAME[_DTYPES[found[1].decode()]]
-    shape = tuple(int(size) for size in found[3].split(b",") if size.strip())
-    strides = contiguous_strides(shape[::-1])[::-1] if found[2] == b"True" else contiguous_strides(shape)
+    header = _HEADER.match(head)
+    if header is None or header[1].decode() not in _DTYPES:
+        raise ContainerError(f"{member.file.name}: {member.name}: not a .npy file of a supported type\n{DAMAGED}")
+    dtype = BY_NAME[_DTYPES[header[1].decode()]]
+    shape = tuple(int(size) for size in header[3].split(b",") if size.strip())
+    strides = contiguous_strides(shape[::-1])[::-1] if header[2] == b"True" else contiguous_strides(shape)
     # The header is padded so that the elements begin at a multiple of 64 bytes.
-    return make_tensor(key, dtype, shape, member, found.end() // dtype.itemsize, strides)
+    return make_tensor(key, dtype, shape, member, header.end() // dtype.itemsize, strides)
 
 
 def reference(path: str) -> dict[str, Any]:
-    """The same as torch tensors, read by NumPy itself: what dsocr-verify compares a conversion with."""
+    """The arrays read by NumPy itself; dsocr-verify compares a conversion with them."""
     import numpy
     import torch
 
