@@ -89,7 +89,7 @@ def _beginning() -> Iterator[str]:
     yield "# The rules of a mapping"
     yield ""
     yield from _prose(
-        "A mapping is a YAML file that says how one layout becomes the hub layout of its family, which is the"
+        "A mapping is a YAML file that says how one layout becomes the canonical layout of its family, which is the"
         " DeepEncoder's own. This page describes every key of it. It is written by `scripts/reference.py` from the"
         " tables that the parser reads by; shapes, matches and inverses on it were computed by the program. [The"
         " tutorial](tutorial.md) writes a mapping from beginning to end; `dsocr-convert mapping show clip-hf` prints"
@@ -102,7 +102,7 @@ def _beginning() -> Iterator[str]:
     yield ""
     yield from _prose(
         "Rules are no program. They are applied all at once, each to the checkpoint's own names, and their order does"
-        " not matter. Every tensor of the checkpoint is claimed by exactly one rule, and every tensor of the hub layout"
+        " not matter. Every tensor of the checkpoint is claimed by exactly one rule, and every canonical tensor"
         " is made exactly once. The same file is read in both directions: forwards when the layout is converted, and"
         " backwards when it is written with `--to`."
     )
@@ -344,8 +344,8 @@ def _refusals() -> Iterator[str]:
     yield "- a rule that matches nothing and is not optional;"
     yield "- a part missing beside the others of a fuse, or parts of different shapes or types;"
     yield "- an operation that does not fit the tensor's shape;"
-    yield "- a name that the hub layout does not have, that is made twice, or that nothing makes;"
-    yield "- a shape or an element type that is not the hub layout's."
+    yield "- a name that the canonical layout does not have, that is made twice, or that nothing makes;"
+    yield "- a shape or an element type that is not the canonical layout's."
     yield ""
     yield from _prose(
         "What no shape shows is not checked here: two square matrices exchanged fit as well as the right ones."
@@ -354,7 +354,7 @@ def _refusals() -> Iterator[str]:
 
 
 def _hubs() -> Iterator[str]:
-    yield "## Hub layouts"
+    yield "## Canonical layouts"
     yield ""
     yield from _prose(
         "`deepencoder-sam` and `deepencoder-clip` are files of another kind: they list the tensors that mappings lead"
@@ -362,7 +362,7 @@ def _hubs() -> Iterator[str]:
         " refused. Their keys beside those that every file begins with:"
     )
     yield ""
-    own = [key for key in parse.HUB if key not in parse.MAPPING]
+    own = [key for key in parse.CANONICAL if key not in parse.MAPPING]
     yield from _table(("key", "meaning"), ((f"`{key}`", schema.FILE[key].text) for key in own))
     yield ""
     yield "Of one tensor, where its shape is not all there is to say:"

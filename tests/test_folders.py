@@ -233,7 +233,7 @@ def test_clips_config_is_openais(tmp_path: Path) -> None:
     # All zeros, and no room on the disk.
     os.truncate(path, 8 + len(text) + end)
     with closing(open_checkpoint(path)) as opened:
-        plan = resolve(opened, ConvertOptions("clip", "clip-hf", whole=True), None).plan
+        plan = resolve(opened, ConvertOptions("clip", "clip-hf", full_model=True), None).plan
     assert len(plan.outputs) == 590
     (tmp_path / "clip").mkdir()
     for name, data in config_files(plan, whole=True).items():

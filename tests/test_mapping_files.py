@@ -31,7 +31,7 @@ def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
     assert len(loaded.digest) == 64
 
 
-def test_every_family_has_a_hub_and_mappings_to_it() -> None:
+def test_every_family_has_a_canonical_layout_and_mappings_to_it() -> None:
     for family in ("sam", "clip"):
         assert registry.canonical(family).name == f"deepencoder-{family}"
         assert len(registry.mappings(family)) >= 5
@@ -221,7 +221,7 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
         ("text_model.{rest}: CLIP's text", "text_model.{tower}: CLIP's text", "variable 'tower'"),
     ],
 )
-def test_a_malformed_hub_is_refused(old: str, new: str, complaint: str) -> None:
+def test_a_malformed_canonical_layout_is_refused(old: str, new: str, complaint: str) -> None:
     text = registry.text("deepencoder-clip")
     assert text.count(old) == 1
     with pytest.raises(MappingError, match=rf"^my\.yaml:\d+: .*{complaint}"):
@@ -235,7 +235,7 @@ def test_a_malformed_hub_is_refused(old: str, new: str, complaint: str) -> None:
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"layout: \xff"), "not UTF-8 text"),
         (lambda path: path.symlink_to("/dev/zero"), "is no file"),
-        (lambda path: path.write_text(registry.text("deepencoder-sam")), "describes a hub layout"),
+        (lambda path: path.write_text(registry.text("deepencoder-sam")), "describes a canonical layout"),
     ],
 )
 def test_a_users_mapping_file_that_cannot_be_used(tmp_path: Path, make: object, complaint: str) -> None:

@@ -19,7 +19,7 @@ from converter.layouts import parse, registry, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATOR = Draft202012Validator(schema.schema())
-HUB = registry.text("deepencoder-clip")
+CANONICAL = registry.text("deepencoder-clip")
 
 
 def parser_takes(text: str) -> bool:
@@ -49,7 +49,7 @@ def test_the_published_copy_is_what_the_command_prints(tmp_path: Path) -> None:
 def test_every_key_of_the_parser_has_its_sentence_and_no_other() -> None:
     assert list(schema.VERBS) == list(parse.VERBS)
     assert list(schema.OPS) == list(parse.OPS)
-    assert set(schema.FILE) == {*parse.MAPPING, *parse.HUB}
+    assert set(schema.FILE) == {*parse.MAPPING, *parse.CANONICAL}
     assert list(schema.TENSOR) == list(parse.TENSOR)
     assert {*schema.KEYS} == {
         "optional",
@@ -134,8 +134,8 @@ OWN_KEY = "not_a_key: 1"
     ("text", "old", "new"),
     [
         (GOOD, "layout: clip-test", f"layout: clip-test\n{OWN_KEY}"),
-        (HUB, "family: clip", f"family: clip\n{OWN_KEY}"),
-        (HUB, "    positions: true", f"    positions: true\n    {OWN_KEY}"),
+        (CANONICAL, "family: clip", f"family: clip\n{OWN_KEY}"),
+        (CANONICAL, "    positions: true", f"    positions: true\n    {OWN_KEY}"),
         (GOOD, "{keep: e, optional: true}", "{keep: e, not_a_key: 1}"),
         (GOOD, "    because: not needed", f"    because: not needed\n    {OWN_KEY}"),
         (GOOD, "    to: d.{rest}", f"    to: d.{{rest}}\n    {OWN_KEY}"),
@@ -146,7 +146,7 @@ OWN_KEY = "not_a_key: 1"
         (GOOD, "{keep: e, optional: true}", "{keep: e, because: it is}"),
         (GOOD, "    because: not needed", "    because: not needed\n    then: []"),
         (GOOD, "prefix: model.", "sizes: {width: 1}"),
-        (HUB, "family: clip", "family: clip\nrules: []"),
+        (CANONICAL, "family: clip", "family: clip\nrules: []"),
     ],
 )
 def test_an_unknown_key_is_refused_by_both(text: str, old: str, new: str) -> None:
@@ -185,9 +185,9 @@ def test_what_is_right_is_right_to_both(old: str, new: str) -> None:
     assert parser_takes(changed) and schema_takes(changed)
 
 
-@pytest.mark.parametrize("name", re.findall(r"^(\w+):", HUB, re.MULTILINE))
-def test_a_key_that_a_hub_needs_is_missed_by_both(name: str) -> None:
-    document = yaml.safe_load(HUB)
+@pytest.mark.parametrize("name", re.findall(r"^(\w+):", CANONICAL, re.MULTILINE))
+def test_a_key_that_a_canonical_layout_needs_is_missed_by_both(name: str) -> None:
+    document = yaml.safe_load(CANONICAL)
     needed = name in (*parse.NEEDED, "sizes", "tensors")
     del document[name]
     changed = yaml.safe_dump(document)

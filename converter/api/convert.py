@@ -72,7 +72,7 @@ def convert(
         donor = stack.enter_context(closing(open_checkpoint(fill_from))) if fill_from is not None else None
         found = resolve(opened, options, donor)
         # Made before a dry run ends: that sizes contradict each other is known without writing.
-        documents = config_files(found.plan, options.whole) if folder else None
+        documents = config_files(found.plan, options.full_model) if folder else None
         record = make_record(opened, found, options, target, format)
         record = record._replace(notes=record.notes + _lent(found.plan, donor))
         if dry_run:

@@ -107,10 +107,10 @@ def derive(
 def _job(
     stack: ExitStack, source: str, tensors: Mapping[str, LazyTensor], target: str, family: str, on_progress: OnProgress
 ) -> tuple[Job, Checkpoint | None]:
-    """What TARGET is: a layout's name, or a checkpoint brought to its hub's names."""
+    """What TARGET is: a layout's name, or a checkpoint brought to its canonical names."""
     if target in registry.layout_names() and not Path(target).exists():
-        hub = registry.canonical(registry.load(target).family)
-        return Job(source, tensors, target, target, hub, {}), None
+        canonical = registry.canonical(registry.load(target).family)
+        return Job(source, tensors, target, target, canonical, {}), None
     opened = stack.enter_context(closing(open_checkpoint(target)))
     entries = select_state_dicts(opened, None)
     known = {f: hits[0] for f in FAMILIES if (hits := detect_layouts(opened, registry.entries(f), entries))}
@@ -131,7 +131,7 @@ def _job(
 def _found(job: Job, on_progress: OnProgress) -> tuple[list[Found], list[tuple[str, ...]]]:
     """What makes the target's tensors, and the source's that are copies of each other."""
     if not job.wanted:
-        return by_names(job.tensors, job.hub, job.layout), []
+        return by_names(job.tensors, job.canonical, job.layout), []
     # torch is imported where values are read: names alone need none.
     from converter.derivation.match import by_values
 
@@ -162,7 +162,7 @@ def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:
     counts = {how: sum(len(e.targets) for e in composed.found if e.how == how) for how in (VALUES, ALIKE, NAME)}
     known = match_layouts(
         {name: tensor for name, value in job.tensors.items() for tensor in source_tensors(value)},
-        registry.entries(job.hub.family),
+        registry.entries(job.canonical.family),
     )
     notes = list(composed.notes)
     ours, theirs = _floats(job.tensors), _floats(job.wanted)
@@ -171,7 +171,7 @@ def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:
     return Derived(
         output=str(path),
         layout=layout,
-        family=job.hub.family,
+        family=job.canonical.family,
         source=job.source,
         target=job.target,
         tensors=sum(counts.values()) + len(composed.unmatched),

@@ -74,6 +74,6 @@ def load(
 
 def _plan(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> Plan:
     """The plan of a conversion; unlike that, of a source that is in the wanted layout already, too."""
-    if options.to == options.hub and donor is None:
+    if options.to == options.canonical and donor is None:
         return resolve_to_canonical(opened, options, options.dtype).plan
     return resolve(opened, options, donor).plan

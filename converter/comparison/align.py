@@ -61,7 +61,7 @@ def common(a: Side, b: Side) -> Common:
     notes = [note for side in (a, b) for note in _unread(side)]
     if families:
         try:
-            left, right = _by_hub(a, families), _by_hub(b, families)
+            left, right = _by_canonical_name(a, families), _by_canonical_name(b, families)
         except MappingError as error:
             notes.append(f"compared under their own names: {str(error).replace(chr(10), '; ')}")
         else:
@@ -92,12 +92,12 @@ def _unread(side: Side) -> Iterator[str]:
         yield f"{side.opened.name}: state dict {side.state_dict.path or '.'} is compared, not {rest}"
 
 
-class _ByHub(NamedTuple):
+class _ByCanonicalName(NamedTuple):
     named: Named
     generated: set[str]
 
 
-def _by_hub(side: Side, families: list[str]) -> _ByHub:
+def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
     """A side's tensors under the names of its families' hubs, and all others under their own."""
     named: Named = {}
     generated: set[str] = set()
@@ -111,9 +111,9 @@ def _by_hub(side: Side, families: list[str]) -> _ByHub:
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
     for name, tensor in side.known[families[0]].tensors.items():
         if tensor.key not in taken:
-            # A name that the hub has too is another tensor's.
+            # A name that the canonical layout has too is another tensor's.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
-    return _ByHub(named, generated)
+    return _ByCanonicalName(named, generated)
 
 
 def _fitting(known: DetectedLayout) -> dict[str, TensorInfo]:
@@ -126,7 +126,7 @@ def _fitting(known: DetectedLayout) -> dict[str, TensorInfo]:
     return {name: tensor for name, tensor in known.tensors.items() if name not in unclaimed}
 
 
-def _made_up(a: _ByHub, b: _ByHub) -> list[str]:
+def _made_up(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:
     """Drop what was made up on both sides; notes on what was on one."""
     for name in a.generated & b.generated:
         del a.named[name], b.named[name]

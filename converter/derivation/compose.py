@@ -40,10 +40,10 @@ class Composed(NamedTuple):
 
 def compose(job: Job, found: list[Found], name: str) -> Composed:
     """The mapping file for what was found; `name` is the layout's. MappingError for a name that none can write."""
-    prefix = _common_prefix(found, job.hub)
-    symbols = Symbols(job.hub, depth_of(job.wanted or [key for key in job.tensors if key.startswith(prefix)]))
+    prefix = _common_prefix(found, job.canonical)
+    symbols = Symbols(job.canonical, depth_of(job.wanted or [key for key in job.tensors if key.startswith(prefix)]))
     variables = Variables()
-    made = [(one, _entry(one, job.hub, variables, prefix)) for one in found]
+    made = [(one, _entry(one, job.canonical, variables, prefix)) for one in found]
     said = [one for one, entry in made if entry]
     used = {name for one in said for name in one.sources}
     dropped = [name for name in job.tensors if name not in used]
@@ -56,13 +56,13 @@ def compose(job: Job, found: list[Found], name: str) -> Composed:
     draft = Draft(
         remark=f"Derived by `dsocr-convert mapping derive` from {_short(job.source)} and {_short(job.target)}.",
         layout=name,
-        family=job.hub.family,
+        family=job.canonical.family,
         description=f"the layout of {_short(job.source)}"[:100],
         prefix=prefix,
-        recognise=recognise(said, prefix, job.tensors, job.hub, symbols),
+        recognise=recognise(said, prefix, job.tensors, job.canonical, symbols),
         rules=_rules([_stripped(entry, prefix) for entry in inside], variables, order),
         other_rules=_rules(beside, variables, order),
-        drop_rest=f"not part of {job.hub.family.upper()}" if outside and not beside else "",
+        drop_rest=f"not part of {job.canonical.family.upper()}" if outside and not beside else "",
     )
     return Composed(
         text=yaml_text(draft, variables),
@@ -88,7 +88,7 @@ def _unsaid(one: Found) -> str:
 def _unmatched(job: Job, found: list[Found], symbols: Symbols) -> list[str]:
     """The target's tensors that something must make, and nothing does."""
     made = {name for one in found for name in one.targets}
-    spare = [spec.name for spec in job.hub.tensors if spec.generate or (spec.optional and not job.wanted)]
+    spare = [spec.name for spec in job.canonical.tensors if spec.generate or (spec.optional and not job.wanted)]
     return [name for name in job.wanted or symbols.tensors if name not in made and not any_match(spare, name)]
 
 
@@ -110,7 +110,7 @@ def prove(job: Job, composed: Composed, name: str) -> None:
     matches = detect.match_layouts(tensors, registry.entry_of(mapping))
     if not matches:
         raise LayoutError(f"{job.source}: is not recognised by what was derived from it: this is a bug")
-    plan = make_plan(mapping, matches[0].prefix, job.hub, job.tensors, job.source)
+    plan = make_plan(mapping, matches[0].prefix, job.canonical, job.tensors, job.source)
     given = {**plan.outputs, **plan.extra_tensors}
     for name, value in (made for one in composed.found for made in made_of(one, job.tensors)):
         # The search has compared these with the target: their bytes need not be read again.
@@ -118,9 +118,9 @@ def prove(job: Job, composed: Composed, name: str) -> None:
             raise MappingError(f"{job.source}: the rules derived make another {name!r} than was found: this is a bug")
 
 
-def _common_prefix(found: list[Found], hub: CanonicalLayout) -> str:
-    """What the names of all tensors that lead to the hub's own begin with: whole segments."""
-    names = [name for one in found if any(map(hub.spec, one.targets)) for name in one.sources]
+def _common_prefix(found: list[Found], canonical: CanonicalLayout) -> str:
+    """What the names of all tensors that lead to the canonical layout's own begin with: whole segments."""
+    names = [name for one in found if any(map(canonical.spec, one.targets)) for name in one.sources]
     if not names:
         return ""
     first, last = min(names).split("."), max(names).split(".")
@@ -130,7 +130,7 @@ def _common_prefix(found: list[Found], hub: CanonicalLayout) -> str:
     return "".join(f"{segment}." for segment in first[:same])
 
 
-def _entry(one: Found, hub: CanonicalLayout, variables: Variables, prefix: str) -> Entry | None:
+def _entry(one: Found, canonical: CanonicalLayout, variables: Variables, prefix: str) -> Entry | None:
     """The rule for one finding; None where names of parts differ in more than a word."""
     verb, parts, source, target = "rename", None, one.sources[0], one.targets[0]
     if len(one.sources) > 1 or len(one.targets) > 1:
@@ -144,15 +144,15 @@ def _entry(one: Found, hub: CanonicalLayout, variables: Variables, prefix: str) 
     notes = {_REMARKS[one.how]} if one.how in _REMARKS else set()
     if any(isinstance(op, Reshaped | Deinterleave) for op in one.ops):
         notes.add(_SIZED)
-    optional = _optional(one.targets[0], hub, source.startswith(prefix))
+    optional = _optional(one.targets[0], canonical, source.startswith(prefix))
     return Entry(
         verb, source, target, frozenset(one.sources), frozenset(one.targets), one.ops, parts, optional, frozenset(notes)
     )
 
 
-def _optional(target: str, hub: CanonicalLayout, inside: bool) -> str:
+def _optional(target: str, canonical: CanonicalLayout, inside: bool) -> str:
     """Whether other files of the layout may lack what this target is made of."""
-    spec = hub.spec(target)
+    spec = canonical.spec(target)
     if spec is None:
         return "on_read" if inside else "true"
     return "true" if spec.generate else ""

@@ -20,15 +20,15 @@ Named = Mapping[str, LazyTensor]
 class Job(NamedTuple):
     """What is to be derived from: two names for people, and what stands behind them.
 
-    `tensors` are the source's. `layout` is the target's, and `wanted` its tensors under the hub's names: none where a
-    layout's name alone was given.
+    `tensors` are the source's. `layout` is the target's, and `wanted` its tensors under the canonical names: none where
+    a layout's name alone was given.
     """
 
     source: str
     tensors: Named
     target: str
     layout: str
-    hub: CanonicalLayout
+    canonical: CanonicalLayout
     wanted: Named
 
 

@@ -28,15 +28,15 @@ _ANY = 10111
 
 
 class Symbols:
-    """A hub's tensors with a prime for each size: what is done to a shape can be read back from the numbers."""
+    """The canonical tensors with a prime for each size: what is done to a shape can be read back from the numbers."""
 
-    def __init__(self, hub: CanonicalLayout, depth: int) -> None:
-        names = dict.fromkeys(dim.name for spec in hub.tensors for dim in spec.shape if dim.name)
+    def __init__(self, canonical: CanonicalLayout, depth: int) -> None:
+        names = dict.fromkeys(dim.name for spec in canonical.tensors for dim in spec.shape if dim.name)
         self._sizes = dict(zip(names, _PRIMES, strict=False))
         self.tensors = {
             # Of these, shapes alone are looked at.
             name: Generated(FLOAT32, tuple(self._number(dim) for dim in spec.shape), bytes)
-            for spec in hub.tensors
+            for spec in canonical.tensors
             for name in spec.name.names(depth)
         }
 
@@ -44,7 +44,7 @@ class Symbols:
         return dim.factor * self._sizes[dim.name] if dim.name else dim.factor or _ANY
 
     def shape(self, value: LazyTensor) -> Shape:
-        """The shape of something made of these tensors, in the hub's own names."""
+        """The shape of something made of these tensors, in the canonical names."""
         return tuple(map(self._dim, value.shape))
 
     def _dim(self, size: int) -> Dim:
@@ -60,21 +60,22 @@ def depth_of(names: Iterable[str]) -> int:
     return max(sizes, key=lambda size: (size * sizes[size], size), default=1)
 
 
-def by_names(source: Named, hub: CanonicalLayout, layout: str) -> list[Found]:
-    """What makes the hub's tensors, by names and shapes as `layout` has them; the hub itself means whichever fits best.
+def by_names(source: Named, canonical: CanonicalLayout, layout: str) -> list[Found]:
+    """What makes the canonical tensors, by names and shapes as `layout` has them.
 
-    A source that splits q, k and v is known by a layout that does so too, whose rules then lead on to the hub. Of a
+    The canonical layout itself means whichever fits best.
+    A source that splits q, k and v is known by a layout that does so too, whose rules then lead on. Of a
     source that holds more than one model, the one under whose prefix most is found.
     """
-    rules = {mapping.name: mapping.rules for mapping in registry.mappings(hub.family)}
-    # What is lossy has no names of its own for the hub's tensors.
+    rules = {mapping.name: mapping.rules for mapping in registry.mappings(canonical.family)}
+    # What is lossy has no names of its own for the canonical tensors.
     invertible = (some for some in rules.values() if not any(rule.targets and rule.lossy for rule in some))
-    chosen = [rules[layout]] if layout != hub.name else [identity_mapping(hub).rules, *invertible]
+    chosen = [rules[layout]] if layout != canonical.name else [identity_mapping(canonical).rules, *invertible]
     tried: list[tuple[tuple[int, int, int], list[Found]]] = []
 
     @cache
     def wanted(depth: int) -> tuple[int, list[dict[str, Shape]]]:
-        symbols = Symbols(hub, depth)
+        symbols = Symbols(canonical, depth)
         return len(symbols.tensors), [_written(dialect, symbols) for dialect in chosen]
 
     for prefix in _prefixes(source):
@@ -98,7 +99,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _led_on(source: Named, wanted: Mapping[str, Shape], rules: tuple[Rule, ...]) -> Iterator[Found]:
-    """The source's tensors taken for a layout's that are like them, and led to the hub by that layout's rules."""
+    """The source's tensors taken for a layout's that are like them, and renamed by that layout's rules."""
     pairs = _pairs(source, wanted)
     claims = claim(rules, pairs)
     for (index, bound), parts in claims.groups.items():
@@ -111,11 +112,13 @@ def _led_on(source: Named, wanted: Mapping[str, Shape], rules: tuple[Rule, ...])
 
 
 def _written(rules: tuple[Rule, ...], symbols: Symbols) -> dict[str, Shape]:
-    """A layout's tensors, made of the hub's: their shapes, in the hub's sizes."""
+    """A layout's tensors, made of the canonical layout's: their shapes, in the canonical sizes."""
     inverted = invert(rules)
     claimed = {name for parts in claim(inverted, symbols.tensors).groups.values() for name in parts.values()}
     optional = tuple(rule._replace(optional=True) for rule in inverted)
-    made = apply(optional, {name: value for name, value in symbols.tensors.items() if name in claimed}, "the hub")
+    made = apply(
+        optional, {name: value for name, value in symbols.tensors.items() if name in claimed}, "the canonical layout"
+    )
     return {name: symbols.shape(value) for name, value in made.values.items()}
 
 

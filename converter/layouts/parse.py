@@ -29,7 +29,7 @@ from converter.tensors.ops import (
 # What keys there are: the schema and the reference of `mapping.schema` are made of these tables, VERBS and OPS too.
 _HEAD = ("layout", "family", "description", "variables", "detect")
 MAPPING = (*_HEAD, "prefix", "rules", "other_rules", "drop_rest")
-HUB = (*_HEAD, "sizes", "tensors", "extra_tensors")
+CANONICAL = (*_HEAD, "sizes", "tensors", "extra_tensors")
 TENSOR = ("shape", "dtype", "optional", "generate", "positions")
 NEEDED = ("layout", "family", "description", "detect")
 KINDS = ("int", "name", "path")
@@ -57,11 +57,11 @@ def parse_signature(text: str, file: str) -> Signature:
 
 
 def parse_mapping(text: str, file: str) -> LayoutMapping | CanonicalLayout:
-    """The mapping or hub layout that a YAML text holds; MappingError with file and line for anything amiss."""
+    """The mapping or canonical layout that a YAML text holds; MappingError with file and line for anything amiss."""
     tree = parse(text, file)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    is_hub = tree.is_map and "tensors" in tree.fields("a mapping file")
-    return _layout(tree, digest) if is_hub else _mapping(tree, digest)
+    is_canonical = tree.is_map and "tensors" in tree.fields("a mapping file")
+    return _layout(tree, digest) if is_canonical else _mapping(tree, digest)
 
 
 def _mapping(tree: Tree, digest: str) -> LayoutMapping:
@@ -88,7 +88,7 @@ def _mapping(tree: Tree, digest: str) -> LayoutMapping:
 
 
 def _layout(tree: Tree, digest: str) -> CanonicalLayout:
-    fields = tree.fields("a hub layout", HUB)
+    fields = tree.fields("a canonical layout", CANONICAL)
     _require(tree, fields, *NEEDED, "sizes")
     variables = _variables(fields)
     extra_tensors = fields["extra_tensors"].fields("names and reasons") if "extra_tensors" in fields else {}
@@ -180,7 +180,7 @@ def _template(text: str, tree: Tree, variables: dict[str, Kind]) -> Template:
 def _tensor(name: str, tree: Tree, variables: dict[str, Kind]) -> TensorSpec:
     template = _template(name, tree, variables)
     if any(field.kind in ("name", "path") or field.offset for field in template.fields):
-        raise tree.fail(f"{name!r}: a hub layout lists its tensors: int variables and lists of words only")
+        raise tree.fail(f"{name!r}: a canonical layout lists its tensors: int variables and lists of words only")
     if not tree.is_map:
         return TensorSpec(template, _shape(tree))
     fields = tree.fields("a shape, or shape and more", TENSOR)

@@ -29,13 +29,13 @@ class LayoutEntry(NamedTuple):
 
 @cache
 def layout_names() -> tuple[str, ...]:
-    """The names of all layouts that ship, hubs first."""
+    """The names of all layouts that ship, canonical ones first."""
     found = [path.stem for path in _folder().glob("*.yaml")]
     return tuple(sorted(found, key=lambda name: (not name.startswith("deepencoder-"), name)))
 
 
 def names_of_family(family: str) -> list[str]:
-    """The names of a family's layouts, its hub first. A file's name tells, so that only one family's are read."""
+    """The names of a family's layouts, the canonical one first."""
     return [name for name in layout_names() if name.startswith(f"{family}-") or name == f"deepencoder-{family}"]
 
 
@@ -58,7 +58,7 @@ def load(name: str) -> LayoutMapping | CanonicalLayout:
 
 
 def read_file(path: Path) -> LayoutMapping | CanonicalLayout:
-    """A user's own file, of a mapping or of a hub layout."""
+    """A user's own file, of a mapping or of a canonical layout."""
     try:
         return parse_mapping(_text_of(path), str(path))
     except MappingError as error:
@@ -69,7 +69,9 @@ def load_file(path: Path) -> LayoutMapping:
     """A user's own mapping file; MappingError where it is none, or not a valid one."""
     found = read_file(path)
     if isinstance(found, CanonicalLayout):
-        raise MappingError(f"{path}: describes a hub layout (`tensors`), not a mapping to it (`rules`)\n{_EXAMPLE}")
+        raise MappingError(
+            f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)\n{_EXAMPLE}"
+        )
     return found
 
 
@@ -86,7 +88,7 @@ def _text_of(path: Path) -> str:
 
 
 def canonical(family: str) -> CanonicalLayout:
-    """The family's hub layout, the DeepEncoder's own."""
+    """The family's canonical layout, the DeepEncoder's own."""
     layout = load(f"deepencoder-{family}")
     assert isinstance(layout, CanonicalLayout)
     return layout
@@ -114,6 +116,6 @@ def entry_of(mapping: LayoutMapping) -> list[LayoutEntry]:
 
 
 def count_known(family: str, tensors: Mapping[str, TensorInfo]) -> int:
-    """How many of the tensors have names of the family's hub layout."""
+    """How many of the tensors have names of the family's canonical layout."""
     templates = [spec.name for spec in canonical(family).tensors]
     return sum(any(template.match(name) is not None for template in templates) for name in tensors)

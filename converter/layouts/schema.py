@@ -85,10 +85,12 @@ _FORMS: dict[str, Schema] = {
     "shape": {**_list(_ref("dim")), "description": "Sizes: 768, width, 3*width, or _ for any."},
 }
 
-# What a file begins with, whatever it describes, and then what a mapping and a hub layout have of their own.
+# What a file begins with, whatever it describes, and then what a mapping and a canonical layout have of their own.
 FILE: dict[str, Said] = {
     "layout": Said("The layout's name, by which `--to` and the messages call it.", _ref("line")),
-    "family": Said("Which encoder it is: the mapping leads to that family's hub layout.", {"enum": [*parse.FAMILIES]}),
+    "family": Said(
+        "Which encoder it is: the mapping leads to that family's canonical layout.", {"enum": [*parse.FAMILIES]}
+    ),
     "description": Said("One line on what the layout is, as `mapping list` prints it.", _ref("line")),
     "variables": Said(
         "What the variables in names stand for.",
@@ -174,8 +176,10 @@ VERBS: dict[str, Said] = {
 
 # The keys of a rule beside its verb.
 KEYS: dict[str, Said] = {
-    "to": Said("The name in the hub layout.", _ref("template")),
-    "into": Said("The name in the hub layout; of a split it has the variable that `parts` orders.", _ref("template")),
+    "to": Said("The name in the canonical layout.", _ref("template")),
+    "into": Said(
+        "The name in the canonical layout; of a split it has the variable that `parts` orders.", _ref("template")
+    ),
     "parts": Said(
         "The variable that tells the parts apart, and all its words in the order in which they lie.",
         {
@@ -245,23 +249,23 @@ COMMENT = "# yaml-language-server: $schema="
 
 
 def schema() -> Schema:
-    """The JSON Schema (2020-12) of mapping files and hub layouts."""
+    """The JSON Schema (2020-12) of mapping files and canonical layouts."""
     mapping = _object(FILE, parse.MAPPING, (*parse.NEEDED, "rules"))
     mapping["dependentRequired"] = {"other_rules": ["prefix"], "drop_rest": ["prefix"]}
     mapping["not"] = {"required": ["other_rules", "drop_rest"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A mapping file of dsocr-convert",
-        "description": "How one layout of SAM or CLIP becomes the hub layout of its family.",
+        "description": "How one layout of SAM or CLIP becomes the canonical layout of its family.",
         "type": "object",
         # As the parser tells them apart.
         "if": {"required": ["tensors"]},
-        "then": _ref("hub"),
+        "then": _ref("canonical"),
         "else": _ref("mapping"),
         "$defs": {
             **_FORMS,
             "mapping": mapping,
-            "hub": _object(FILE, parse.HUB, (*parse.NEEDED, "sizes")),
+            "canonical": _object(FILE, parse.CANONICAL, (*parse.NEEDED, "sizes")),
             "tensor": _object(TENSOR, parse.TENSOR, ("shape",)),
             "rule": {"anyOf": [_ref(verb) for verb in parse.VERBS]},
             **{verb: _rule(verb) for verb in parse.VERBS},

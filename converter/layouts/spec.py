@@ -1,4 +1,4 @@
-"""Rules, the mappings that hold them, and the hub layouts they lead to: all frozen, all made by `mapping.parse`."""
+"""Rules, the mappings that hold them, and the canonical layouts they lead to."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Signature(NamedTuple):
 
 
 class LayoutMapping(NamedTuple):
-    """How one layout becomes the family's hub layout.
+    """How one layout becomes the family's canonical layout.
 
     `rules` match names without the prefix, `other_rules` the names that lack it. If `drop_rest` is set,
     it is why all names that lack it are dropped. `digest` is the SHA-256 of the text.
@@ -103,7 +103,7 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 class TensorSpec(NamedTuple):
-    """Tensors that a hub layout has: name, shape, and element type where it is not the checkpoint's choice.
+    """Tensors that a canonical layout has: name, shape, and element type where it is not the checkpoint's choice.
 
     `optional` says why they may be missing; `generate` says how they are made where the source has none.
     `positions` marks the table that `--image-size` resamples.
@@ -118,7 +118,7 @@ class TensorSpec(NamedTuple):
 
 
 class CanonicalLayout(NamedTuple):
-    """A hub layout: the DeepEncoder's own tensors, its sizes, and the family's tensors `extra_tensors` it.
+    """A canonical layout: the DeepEncoder's own tensors, its sizes, and the family's tensors `extra_tensors` it.
 
     Those have names, so that layouts that hold them can be converted into each other; the DeepEncoder drops them for
     the reason given.

@@ -41,7 +41,7 @@ def config_files(plan: Plan, whole: bool) -> dict[str, bytes]:
     from converter.output import pretrained_config as pretrained
 
     make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
-    shapes = {name: value.shape for name, value in plan.hub.items()}
+    shapes = {name: value.shape for name, value in plan.canonical_tensors.items()}
     floats = [value.dtype.name for value in plan.outputs.values() if value.dtype.is_float]
     try:
         config, preprocessor = make(shapes, whole)

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
     """Both documents for SamModel and SamProcessor; those for SamVisionModel, unless the tensors are `whole`.
 
-    `shapes` are under the hub's names. Raises LayoutError where they contradict each other.
+    `shapes` are under the canonical names. Raises LayoutError where they contradict each other.
     """
     sizes = sam_config_from(shapes)
     images = {"image_size": sizes.image_size, "patch_size": sizes.patch}
@@ -95,7 +95,8 @@ def _sam_preprocessor(side: int) -> Json:
 def clip(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
     """Both documents for CLIPVisionModel; for CLIPModel where the tensors are `whole`. No checkpoint holds a tokenizer.
 
-    `shapes` are under the hub's names. Raises LayoutError where they contradict each other, or are not of whole heads.
+    `shapes` are under the canonical names. Raises LayoutError where they contradict each other, or the width is
+    not a multiple of the head width.
     """
     sizes = clip_config_from(shapes)
     vision = {

@@ -23,11 +23,11 @@ class Plan:
     """What one checkpoint becomes: `outputs` by name, in the order they are written.
 
     `dropped` gives each source tensor that is left out and why; `missing` each target tensor that the source cannot
-    give and may lack, and why; `filled` each tensor that was made up. `sizes` holds the sizes found and `unusual`
+    give and may lack, and why; `generated` each tensor that was generated. `sizes` holds the sizes found and `unusual`
     those that are not the DeepEncoder's, as name -> (found, DeepEncoder's). `rules` gives each output the rule that
-    made it, but for those filled in. `beyond` holds tensors that the family has and the target does not. `layout` is
-    what the outputs are named after: the target, or a spoke that was reached through it; then `hub` holds the tensors
-    that they are made of, by the hub's names.
+    made it, but for those generated. `extra_tensors` holds tensors that the family has and the target does not.
+    `layout` names the layout of the outputs. Where it is not the target, `canonical_tensors` holds the tensors that
+    the outputs are made of, by their canonical names.
     """
 
     mapping: LayoutMapping
@@ -41,7 +41,7 @@ class Plan:
     rules: dict[str, Rule] = field(default_factory=dict)
     extra_tensors: dict[str, LazyTensor] = field(default_factory=dict)
     layout: str = ""
-    hub: dict[str, LazyTensor] = field(default_factory=dict)
+    canonical_tensors: dict[str, LazyTensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""From an opened checkpoint to the plan of what was asked for: recognised, led to the hub, and on to another layout."""
+"""Plans the conversion of an opened checkpoint: detect its layout, map it to the canonical one, then to the target."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LARGEST_IMAGE = 8192
 
 
 class ConvertOptions(NamedTuple):
-    """What a conversion is to give: tensors of `family` in the layout `to` (the hub's, if empty).
+    """What a conversion is to give: tensors of `family` in the layout `to` (the canonical one, if empty).
 
-    `whole` takes along what lies beside the encoder: SAM's decoder, CLIP's text tower. For the rest see `convert`.
+    `full_model` takes along what lies beside the encoder: SAM's decoder, CLIP's text tower. For the rest see `convert`.
     """
 
     family: str
@@ -34,7 +34,7 @@ class ConvertOptions(NamedTuple):
     dtype: str = "keep"
     image_size: int | None = None
     state_dict: str | None = None
-    whole: bool = False
+    full_model: bool = False
 
     def checked(self) -> ConvertOptions:
         """UsageError for a family, a type or a layout that does not exist, or options that contradict each other."""
@@ -44,12 +44,12 @@ class ConvertOptions(NamedTuple):
             raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}\nlayouts: {', '.join(layouts)}")
         if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
             raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
-        if self.whole and self.to in ("", self.hub):
-            raise UsageError(f"--whole: {self.hub} holds the encoder alone\nname another layout with --to")
-        return self._replace(to=self.to or self.hub)
+        if self.full_model and self.to in ("", self.canonical):
+            raise UsageError(f"--whole: {self.canonical} holds the encoder alone\nname another layout with --to")
+        return self._replace(to=self.to or self.canonical)
 
     @property
-    def hub(self) -> str:
+    def canonical(self) -> str:
         return f"deepencoder-{self.family}"
 
 
@@ -61,20 +61,20 @@ class ResolvedPlan(NamedTuple):
 
 
 def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
-    """The plan that leads a checkpoint to its family's hub; LayoutError or MappingError where there is none."""
+    """Plan the conversion of a checkpoint to the canonical layout; LayoutError or MappingError if impossible."""
     known = detect_layout(opened, options.family, _layouts(options), options.state_dict)
     return ResolvedPlan(known, plan_to_canonical(opened, known, options, dtype))
 
 
 def plan_to_canonical(opened: Checkpoint, known: DetectedLayout, options: ConvertOptions, dtype: str = "keep") -> Plan:
-    """The plan to the hub for a checkpoint that was recognised; MappingError where it does not fit all the same."""
+    """Plan the conversion of a detected checkpoint to the canonical layout; MappingError if the tensors do not fit."""
     layout = known.match.candidate.load()
-    hub = registry.canonical(options.family)
-    mapping = identity_mapping(hub) if isinstance(layout, CanonicalLayout) else layout
+    canonical = registry.canonical(options.family)
+    mapping = identity_mapping(canonical) if isinstance(layout, CanonicalLayout) else layout
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
     prefix, pixels = known.match.prefix, options.image_size
     try:
-        return make_plan(mapping, prefix, hub, tensors, opened.name, dtype=dtype, image_size=pixels)
+        return make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=pixels)
     except MappingError as error:
         raise MappingError(f"{error}\n{_next_step(mapping, options)}") from error
 
@@ -96,20 +96,20 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     a `lender` of other sizes.
     """
     known, plan = resolve_to_canonical(
-        opened, options, dtype="keep" if options.to != options.hub or donor else options.dtype
+        opened, options, dtype="keep" if options.to != options.canonical or donor else options.dtype
     )
-    if options.to == options.hub and donor is None:
+    if options.to == options.canonical and donor is None:
         check_not_converted(opened, known)
     lent = _lent(donor, plan, options) if donor is not None else None
-    if options.to == options.hub:
+    if options.to == options.canonical:
         return ResolvedPlan(known, complete_from(plan, lent, options.dtype) if lent else plan)
     target = registry.load(options.to)
     assert isinstance(target, LayoutMapping)
-    return ResolvedPlan(known, retarget(plan, target, lent, options.whole, options.dtype, opened.name))
+    return ResolvedPlan(known, retarget(plan, target, lent, options.full_model, options.dtype, opened.name))
 
 
 def check_not_converted(opened: Checkpoint, known: DetectedLayout) -> None:
-    """LayoutError for a checkpoint that has the hub's layout already."""
+    """LayoutError for a checkpoint that is in the canonical layout already."""
     layout = known.match.candidate.load()
     if isinstance(layout, CanonicalLayout):
         raise LayoutError(

@@ -1,4 +1,4 @@
-"""From one layout to another through the family's hub: a plan to the hub, then its tensors as a spoke has them."""
+"""Routes from one layout to another through the family's canonical layout."""
 
 from __future__ import annotations
 
@@ -14,21 +14,31 @@ from converter.plan.plan import Plan, sort_outputs
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
 
 
-def identity_mapping(hub: CanonicalLayout) -> LayoutMapping:
-    """The hub as a mapping to itself: every name is kept."""
+def identity_mapping(canonical: CanonicalLayout) -> LayoutMapping:
+    """The canonical layout as a mapping to itself: every name is kept."""
     any_name = Template.parse("{rest}", {"rest": "path"})
-    rule = Rule((any_name,), (any_name,), (), False, "", hub.place)
-    signature = Signature(("",), hub.signature.tensors)
-    return LayoutMapping(hub.name, hub.family, hub.description, signature, (rule,), (), "", hub.place, hub.digest)
+    rule = Rule((any_name,), (any_name,), (), False, "", canonical.place)
+    signature = Signature(("",), canonical.signature.tensors)
+    return LayoutMapping(
+        canonical.name,
+        canonical.family,
+        canonical.description,
+        signature,
+        (rule,),
+        (),
+        "",
+        canonical.place,
+        canonical.digest,
+    )
 
 
-def retarget(plan: Plan, target: LayoutMapping, fill: Plan | None, whole: bool, dtype: str, source: str) -> Plan:
-    """A plan that leads to the hub, `plan`, made to lead to the layout `target`.
+def retarget(plan: Plan, target: LayoutMapping, fill: Plan | None, full_model: bool, dtype: str, source: str) -> Plan:
+    """A plan that leads to the canonical layout, `plan`, made to lead to the layout `target`.
 
-    What the target has and the source lacks is taken from `fill`, another plan to the hub; MappingError names what
-    neither gives. Without `whole`, tensors beside the encoder are left out.
+    What the target has and the source lacks is taken from `fill`, another plan to the canonical layout; MappingError
+    names what neither gives. Without `full_model`, tensors beside the encoder are left out.
     """
-    rules = writing_rules(target, whole)
+    rules = writing_rules(target, full_model)
     made = {spec.name.text for spec in plan.target.tensors if spec.generate}
     have = {name: value for name, value in {**plan.outputs, **plan.extra_tensors}.items() if name not in made}
     lent = {**fill.outputs, **fill.extra_tensors} if fill else {}
@@ -46,7 +56,7 @@ def retarget(plan: Plan, target: LayoutMapping, fill: Plan | None, whole: bool, 
         sizes=plan.sizes,
         rules=applied.rules,
         layout=target.name,
-        hub=values,
+        canonical_tensors=values,
     )
 
 
@@ -86,7 +96,7 @@ def _expected(template: Template, layers: dict[str, int], made: Collection[str])
 
 
 def complete_from(plan: Plan, lent: Plan, dtype: str) -> Plan:
-    """A plan to the hub with what its source lacks taken from another plan to the hub."""
+    """A plan to the canonical layout with what its source lacks taken from another plan to the canonical layout."""
     taken = {name: lent.outputs[name] for name in plan.missing if name in lent.outputs}
     outputs = sort_outputs({**plan.outputs, **taken}, dtype)
     missing = {name: why for name, why in plan.missing.items() if name not in taken}
@@ -124,10 +134,10 @@ def _check_complete(source: str, target: LayoutMapping, missing_names: list[str]
         )
 
 
-def writing_rules(target: LayoutMapping, whole: bool) -> tuple[Rule, ...]:
-    """The rules from the hub's names to a layout's, under the first of its prefixes."""
+def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
+    """The rules from the canonical names to a layout's, under the first of its prefixes."""
     prefix = target.signature.prefixes[0]
     rules = tuple(rule.prefixed(prefix) for rule in target.rules)
-    if whole:
+    if full_model:
         rules += tuple(rule._replace(optional=False) for rule in target.other_rules)
     return invert(rules)

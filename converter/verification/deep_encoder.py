@@ -42,8 +42,8 @@ class Chain(NamedTuple):
     reference: Runner | None
 
 
-def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.device) -> Chain:
-    """`encoder` is the converted one; `hub` the source's tensors by the hub's names, for the reference."""
+def build_chain(family: str, encoder: nn.Module, canonical: State, device: torch.device) -> Chain:
+    """`encoder` is the converted one; `canonical` the source's tensors by the canonical names, for the reference."""
     whole = _around(family, encoder, device)
     sam, layers = whole.sam_model, whole.vision_model.transformer.layers
     names = [PART["sam"] + name for name in names_of("sam", len(sam.blocks))]
@@ -51,8 +51,8 @@ def build_chain(family: str, encoder: nn.Module, hub: State, device: torch.devic
     names += [PART["clip"] + name for name in names_of("clip", len(layers))[1:]]
     tested = Runner("DeepEncoder", whole, probes(sam.patch_embed.proj, sam.blocks, layers), whole)
     reference = None
-    if hub:
-        truth = {**whole.state_dict(), **{PART[family] + name: tensor for name, tensor in hub.items()}}
+    if canonical:
+        truth = {**whole.state_dict(), **{PART[family] + name: tensor for name, tensor in canonical.items()}}
         make = _transformers_chain if installed(_MODULE) else assembled_chain
         # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
         with device, uninitialised():
@@ -104,7 +104,7 @@ def _seed(model: DeepEncoder, device: torch.device) -> None:
     ids.copy_(torch.arange(ids.shape[-1])[None])
 
 
-def with_patches(encoder: Any, hub: State) -> tuple[ClipEncoder, State]:
+def with_patches(encoder: Any, canonical: State) -> tuple[ClipEncoder, State]:
     """A CLIP that came without patch embedding, which the chain never runs, with a seeded one; and so its source."""
     config = dataclasses.replace(encoder.config, patch_convolution=True)
     shape = (config.width, config.channels, config.patch, config.patch)
@@ -114,7 +114,7 @@ def with_patches(encoder: Any, hub: State) -> tuple[ClipEncoder, State]:
     state = encoder.state_dict()
     device = state["embeddings.class_embedding"].device
     whole.load_state_dict({**state, _PATCHES: patches[_PATCHES].to(device)}, assign=True)
-    return whole, {**hub, **patches}
+    return whole, {**canonical, **patches}
 
 
 def _transformers_chain(whole: DeepEncoder, truth: State) -> Runner:

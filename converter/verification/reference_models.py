@@ -142,8 +142,8 @@ _OWN: dict[str, tuple[str, Callable[..., Runner]]] = {
 }
 
 
-def build(mapping: LayoutMapping, config: SamConfig | ClipConfig, own: State, hub: State) -> Runner:
-    """The reference for a source: `own` are its tensors by their own names, `hub` the same by the hub's names.
+def build(mapping: LayoutMapping, config: SamConfig | ClipConfig, own: State, canonical: State) -> Runner:
+    """The reference for a source: `own` are its tensors by their own names, `canonical` the same by canonical names.
 
     `own` is empty where the source's library cannot run what was made of it (resampled positions). Raises ImportError
     where neither the layout's own library nor transformers is installed.
@@ -155,7 +155,7 @@ def build(mapping: LayoutMapping, config: SamConfig | ClipConfig, own: State, hu
                 return make(config, own)
         layout = f"{mapping.family}-hf"
         _, make = _OWN[layout]
-        found = make(config, in_layout(layout, hub))
+        found = make(config, in_layout(layout, canonical))
     return found._replace(label=f"{found.label}, loaded through {mapping.name} -> {layout}")
 
 
@@ -181,15 +181,15 @@ def uninitialised() -> Iterator[None]:
             kind.reset_parameters = method
 
 
-def in_layout(name: str, hub: State) -> State:
-    """Tensors in the hub's names brought to a layout's, with the first of its prefixes."""
+def in_layout(name: str, canonical: State) -> State:
+    """Tensors in the canonical names brought to a layout's, with the first of its prefixes."""
     mapping = registry.load(name)
     assert isinstance(mapping, LayoutMapping)
-    rules = tuple(rule._replace(optional=True) for rule in writing_rules(mapping, whole=False))
-    unclaimed = set(claim(rules, hub).unclaimed)
-    values = {key: _described(key, tensor) for key, tensor in hub.items() if key not in unclaimed}
+    rules = tuple(rule._replace(optional=True) for rule in writing_rules(mapping, full_model=False))
+    unclaimed = set(claim(rules, canonical).unclaimed)
+    values = {key: _described(key, tensor) for key, tensor in canonical.items() if key not in unclaimed}
     made = apply(rules, values, name).values
-    return {key: evaluate(value, lambda leaf: hub[leaf.key]) for key, value in made.items()}
+    return {key: evaluate(value, lambda leaf: canonical[leaf.key]) for key, value in made.items()}
 
 
 def _described(key: str, tensor: Tensor) -> LazyTensor:

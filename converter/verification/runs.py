@@ -40,13 +40,19 @@ class Setting(NamedTuple):
 class Runs:
     """What the runs found adds up here, and the label of the reference.
 
-    `hub` are the source's tensors by the hub's names, on the CPU; `faulty` names those that the file has otherwise.
+    `canonical` are the source's tensors by canonical names, on the CPU; `faulty` names those that differ in the file.
     """
 
     def __init__(
-        self, target: Converted, origin: Origin | None, hub: State, faulty: list[str], setting: Setting
+        self, target: Converted, origin: Origin | None, canonical: State, faulty: list[str], setting: Setting
     ) -> None:
-        self._target, self._origin, self._hub, self._faulty, self._setting = target, origin, hub, faulty, setting
+        self._target, self._origin, self._canonical, self._faulty, self._setting = (
+            target,
+            origin,
+            canonical,
+            faulty,
+            setting,
+        )
         self._upload = Uploader(setting.device)
         self.reference = ""
         self.checks: list[Check] = []
@@ -62,22 +68,22 @@ class Runs:
         if encoder is None:
             self.checks.append(skipped("outputs", "encoder", "it could not be loaded, so it was not run"))
             return
-        fault = structure.check_sizes(family, encoder, self._hub) if self._hub else None
+        fault = structure.check_sizes(family, encoder, self._canonical) if self._canonical else None
         if fault is not None:
             self.checks += [fault, skipped("outputs", "encoder", "the source's is built otherwise, so it was not run")]
             return
-        hub = State()
+        canonical = State()
         if self._origin is not None:
-            own, hub = self._uploaded(self._origin)
-            self._alone(encoder, self._origin, own, hub)
+            own, canonical = self._uploaded(self._origin)
+            self._alone(encoder, self._origin, own, canonical)
         setting.on_progress("outputs", 1, len(setting.sizes) + 1)
-        chain = build_chain(family, encoder, hub, setting.device)
+        chain = build_chain(family, encoder, canonical, setting.device)
         for done, size in enumerate(setting.sizes):
             self._add(*check_chain(chain, self._pixels(size), setting.precision, self._look))
             setting.on_progress("outputs", done + 2, len(setting.sizes) + 1)
 
     def _uploaded(self, origin: Origin) -> tuple[State, State]:
-        """The source's tensors by its own names and by the hub's, on the device; each travels there once."""
+        """The source's tensors by its own and by canonical names, on the device; each is copied there once."""
         there: State = {}
 
         def load(key: str) -> Tensor:
@@ -86,22 +92,22 @@ class Runs:
             return there[key]
 
         own = {name: load(tensor.key) for name, tensor in origin.own.items()}
-        hub: State = {}
+        canonical: State = {}
         for name, value in origin.plan.outputs.items():
             # Resampled here, they would be other roundings of the same positions.
             on_cpu = isinstance(value, Resample)
-            tensor = self._hub[name] if on_cpu else evaluate(value, lambda tensor: load(tensor.key))
-            hub[name] = self._upload(tensor)
-        return own, hub
+            tensor = self._canonical[name] if on_cpu else evaluate(value, lambda tensor: load(tensor.key))
+            canonical[name] = self._upload(tensor)
+        return own, canonical
 
-    def _alone(self, encoder: Any, origin: Origin, own: State, hub: State) -> None:
+    def _alone(self, encoder: Any, origin: Origin, own: State, canonical: State) -> None:
         """The encoder by itself against the source's own implementation."""
         config = encoder.config
         if isinstance(config, ClipConfig) and not config.patch_convolution:
-            encoder, hub = with_patches(encoder, hub)
+            encoder, canonical = with_patches(encoder, canonical)
         # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
         with self._setting.device:
-            reference = build(origin.plan.mapping, encoder.config, _as_converted(own, origin), hub)
+            reference = build(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
         reference.model.eval().to(self._setting.device)
         tested, names = _tested(self._target.family, encoder)
         pixels = self._pixels(config.image_size)

@@ -32,19 +32,23 @@ def prove(target: Converted, found: Reader) -> list[Check]:
 
 def _check_layout(name: str, family: str, tensors: dict[str, TensorInfo]) -> tuple[Check, Plan | None]:
     """Names, shapes and types against the target layout; the plan is what the file says it is."""
-    hub = registry.canonical(family)
+    canonical = registry.canonical(family)
     try:
         plan = make_plan(
-            identity_mapping(hub), "", hub, {key: lazy_read(tensor) for key, tensor in tensors.items()}, name
+            identity_mapping(canonical),
+            "",
+            canonical,
+            {key: lazy_read(tensor) for key, tensor in tensors.items()},
+            name,
         )
     except MappingError as error:
         lines = str(error).split("\n")
-        return failed(PROOF, "layout", f"does not fit {hub.name}: {lines[0]}", lines), None
+        return failed(PROOF, "layout", f"does not fit {canonical.name}: {lines[0]}", lines), None
     lacking, extra = list(plan.generated), list(plan.dropped)
     if lacking or extra:
         detail = "; ".join([*(f"{key} is missing" for key in lacking), *(f"{key} is too much" for key in extra)])
-        return failed(PROOF, "layout", f"does not fit {hub.name}: {detail}", lacking + extra), plan
-    return passed(PROOF, "layout", f"{len(tensors)} tensors have the names, shapes and types of {hub.name}"), plan
+        return failed(PROOF, "layout", f"does not fit {canonical.name}: {detail}", lacking + extra), plan
+    return passed(PROOF, "layout", f"{len(tensors)} tensors have the names, shapes and types of {canonical.name}"), plan
 
 
 def _check_missing(plan: Plan | None) -> list[Check]:
@@ -135,9 +139,9 @@ def _indices_fit(tensors: dict[str, torch.Tensor]) -> bool:
     return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
 
 
-def check_sizes(family: str, encoder: torch.nn.Module, hub: dict[str, torch.Tensor]) -> Check | None:
-    """None if the encoder is built as the source's tensors, by the hub's names, say that theirs is."""
-    theirs, ours = vars(_config(family, hub)), vars(encoder.config)
+def check_sizes(family: str, encoder: torch.nn.Module, canonical: dict[str, torch.Tensor]) -> Check | None:
+    """None if the encoder is built as the source's tensors, by the canonical names, say that theirs is."""
+    theirs, ours = vars(_config(family, canonical)), vars(encoder.config)
     differing = [name for name, value in theirs.items() if ours[name] != value]
     detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
     return failed(PROOF, "sizes", detail, []) if differing else None

@@ -32,7 +32,7 @@ Load = Callable[[TensorInfo], torch.Tensor]
 def prove(
     target: Converted, origin: Origin | None, found: Reader, on_progress: OnProgress
 ) -> tuple[State, list[Check]]:
-    """What the source gives, by the hub's names, and whether the converted tensors, which `found` gives, are that."""
+    """What the source gives, by canonical names, and whether the converted tensors, given by `found`, equal it."""
     if origin is None:
         return {}, [skipped(PROOF, "tensors", "no --source was given: there is nothing to compare with")]
     there, outputs = target.state_dict.tensors, origin.plan.outputs
@@ -41,10 +41,10 @@ def prove(
         return origin.read(tensor.key)
 
     checks = [failed(PROOF, name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
-    hub: State = {}
+    canonical: State = {}
     for done, (name, value) in enumerate(outputs.items()):
-        hub[name] = evaluate(value, load)
-        fault = _compare(name, found(name), hub[name], value, load) if name in there else None
+        canonical[name] = evaluate(value, load)
+        fault = _compare(name, found(name), canonical[name], value, load) if name in there else None
         if fault is not None:
             if len(checks) < _SEARCHED:
                 fault = _elsewhere(fault, found(name), name, outputs, load)
@@ -53,7 +53,7 @@ def prove(
     if len(checks) > len(outputs) / 2:
         detail = f"{len(checks)} of {len(outputs)} tensors differ: this was made from another checkpoint, or otherwise"
         checks.insert(0, failed(PROOF, "source", detail, [origin.source.name]))
-    return hub, checks or [passed(PROOF, "tensors", f"{len(hub)} tensors equal their sources in every bit")]
+    return canonical, checks or [passed(PROOF, "tensors", f"{len(canonical)} tensors equal their sources in every bit")]
 
 
 def _presence(name: str, outputs: dict[str, LazyTensor]) -> str:

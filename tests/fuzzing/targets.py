@@ -212,14 +212,14 @@ def plan(data: bytes) -> None:
     found = resolve(opened, options.checked(), None)
     _use_plan(found.plan)
     if options.to in LAYOUTS:
-        config_files(found.plan, options.whole)
+        config_files(found.plan, options.full_model)
 
 
 _WISHES = [
     *(ConvertOptions(family, dtype=dtype) for family in FAMILIES for dtype in ("keep", "float16")),
     ConvertOptions("clip", image_size=336),
     *(ConvertOptions(family, to=f"{family}-{of}") for family in FAMILIES for of in ("hf", "timm")),
-    *(ConvertOptions(family, to=f"{family}-hf", whole=True) for family in FAMILIES),
+    *(ConvertOptions(family, to=f"{family}-hf", full_model=True) for family in FAMILIES),
     ConvertOptions("sam", to="sam-meta"),
 ]
 
