@@ -1,54 +1,50 @@
-"""Every error that a user can cause or meet, each with the exit code the command line gives it.
+"""Exceptions for everything that is not a bug, each with the exit code of the command line.
 
     DsocrError
-    ├── UsageError       2   options that contradict each other or the source
+    ├── UsageError       2   options contradict each other or the source
     ├── SourceError      3   the input is bad
-    │   ├── ContainerError   a file is missing, truncated, hostile or of an unknown kind
-    │   ├── LayoutError      the tensors fit no layout, several, or are converted already
-    │   └── MappingError     a mapping file is wrong, or its rules do not fit the checkpoint
+    │   ├── ContainerError   a file is missing, truncated, hostile or of an unknown format
+    │   ├── LayoutError      the tensors fit no layout, fit several, or are converted already
+    │   └── MappingError     a mapping file is malformed, or does not fit the checkpoint
     ├── OutputError      4   the output could not be written
-    └── HubError         5   a hub could not be reached, or does not give the file
+    └── HubError         5   a hub cannot be reached, or does not give the file
         └── UnreachableError
 
-A message has one line a fact: the file, the cause, then the next step. What a file calls its tensors stands in it as
-`repr` writes it, or `printable`; what files are called is a `Name`.
+`message` names the file and the problem, one problem a line; `hint` says what to do next. Names from a file appear in a
+message as `repr` or `printable` writes them: they may hold control characters.
 """
 
 from __future__ import annotations
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with control characters written out: names in a file must steer neither terminal nor parser.
-
-    `keep` are characters to leave as they are.
-    """
+    """Escape control characters, which could otherwise steer a terminal or a parser; those in `keep` stay."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char in keep else _written_out(char) for char in text)
+    return "".join(char if char.isprintable() or char in keep else _escaped(char) for char in text)
 
 
-def _written_out(char: str) -> str:
+def _escaped(char: str) -> str:
     code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-class Name(str):
-    """What a file or a part of it is called: itself to whoever opens or compares it, printable where it is shown."""
-
-    __slots__ = ()
-
-    def __format__(self, spec: str) -> str:
-        return str.__format__(printable(self), spec)
-
-
 class DsocrError(Exception):
-    """Base of all errors that are not bugs; `exit_code` is what the process returns."""
+    """Base of all errors that are not bugs; `exit_code` is the exit status of a command that raises it."""
 
     exit_code = 1
 
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
 
 class UsageError(DsocrError):
-    """The options given cannot be honoured together, or not for this source."""
+    """Options contradict each other or the source."""
 
     exit_code = 2
 
@@ -60,32 +56,39 @@ class SourceError(DsocrError):
 
 
 class ContainerError(SourceError):
-    """A file is missing, truncated, hostile, or of no kind that a loader reads."""
+    """A file is missing, truncated, hostile or of an unknown format."""
 
 
 class LayoutError(SourceError):
-    """The tensors fit no known layout, fit several, or are in the target's layout already."""
+    """The tensors fit no known layout, fit several, or already have the target's layout."""
 
 
 class MappingError(SourceError):
-    """A mapping file is malformed, or its rules and the checkpoint's tensors disagree."""
+    """A mapping file is malformed, or its rules do not fit the checkpoint's tensors."""
 
 
 class OutputError(DsocrError):
-    """The output exists already, has no room, or could not be written."""
+    """The output exists, the disk is full, or writing failed."""
 
     exit_code = 4
 
 
 class HubError(DsocrError):
-    """A hub could not be reached, refuses access, or does not have what was asked for."""
+    """A hub refuses access or does not have the file."""
 
     exit_code = 5
 
 
 class UnreachableError(HubError):
-    """A hub does not answer; `what` says so in a few words, `why` is what its library says."""
+    """A hub does not answer.
+
+    Args:
+        what: What cannot be reached.
+        why: What the hub's library reports.
+    """
 
     def __init__(self, what: str, why: str) -> None:
-        super().__init__(f"{what}: {why}\ncheck the network, the proxy and the hub's endpoint setting, then run again")
+        super().__init__(
+            f"{what}: {why}", "check the network, the proxy and the hub's endpoint setting, then run again"
+        )
         self.what, self.why = what, why

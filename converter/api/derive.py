@@ -118,9 +118,9 @@ def _job(
     if not chosen:
         what = f"no {family.upper()} layout" if family else "no layout that is known"
         names = ", ".join(registry.layout_names())
-        raise LayoutError(f"{target}: fits {what}\nTARGET is to be a checkpoint in one of: {names}")
+        raise LayoutError(f"{target}: fits {what}", f"TARGET is to be a checkpoint in one of: {names}")
     if len(chosen) > 1:
-        raise UsageError(f"{target}: holds {' and '.join(chosen)}\nchoose one with --family")
+        raise UsageError(f"{target}: holds {' and '.join(chosen)}", "choose one with --family")
     plan = plan_to_canonical(opened, known[chosen[0]], ConvertOptions(chosen[0]))
     made = {**plan.outputs, **plan.extra_tensors}
     opened.fetch((tensor for value in made.values() for tensor in source_tensors(value)), on_progress)

@@ -38,7 +38,7 @@ def find_compressor(opened: Checkpoint) -> dict[str, LazyTensor]:
         names = ", ".join(printable(pair[1].key) for pair in found)
         what = f"holds {len(found)} compressors: {names}" if found else f"holds no compressor ({', '.join(NAMES)})"
         raise LayoutError(
-            f"{opened.name}: {what}\ngive one that was trained with one, such as deepseek-ai/DeepSeek-OCR"
+            f"{opened.name}: {what}", "give one that was trained with one, such as deepseek-ai/DeepSeek-OCR"
         )
     return dict(zip(NAMES, map(lazy_read, found[0]), strict=True))
 
@@ -64,19 +64,19 @@ def check_compressor(nets: dict[str, LazyTensor], neck: int, width: int, origin:
     lacking = [name for name in NAMES if name not in nets]
     if lacking:
         raise LayoutError(
-            f"{origin}: holds no {', '.join(lacking)}: the compressor, which the DeepEncoder has between SAM and CLIP\n"
-            "take a trained one with --compressor deepseek-ai/DeepSeek-OCR, or start with --compressor random:0"
+            f"{origin}: holds no {', '.join(lacking)}: the compressor, which the DeepEncoder has between SAM and CLIP",
+            "take a trained one with --compressor deepseek-ai/DeepSeek-OCR, or start with --compressor random:0",
         )
     takes, gives = nets[NAMES[0]].shape[1], nets[NAMES[1]].shape[0]
     if takes != neck:
         raise UsageError(
-            f"{origin}: net_2.weight takes {takes} channels, and SAM's neck gives {neck}\n"
-            "choose a compressor and a SAM of the same size"
+            f"{origin}: net_2.weight takes {takes} channels, and SAM's neck gives {neck}",
+            "choose a compressor and a SAM of the same size",
         )
     if gives != width:
         raise UsageError(
-            f"{origin}: net_3.weight gives {gives} channels, and CLIP takes {width}\n"
-            "choose a compressor and a CLIP of the same size"
+            f"{origin}: net_3.weight gives {gives} channels, and CLIP takes {width}",
+            "choose a compressor and a CLIP of the same size",
         )
 
 

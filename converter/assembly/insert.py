@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from converter.checkpoint.locate import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint
-from converter.errors import ContainerError, LayoutError, UsageError
+from converter.errors import ContainerError, LayoutError, UsageError, printable
 from converter.formats.safetensors import with_length
 from converter.layouts.claims import summary
 from converter.layouts.parse import ENCODER_PREFIX
@@ -76,7 +76,8 @@ def plan_copy(
     """
     if not exists(path):
         raise UsageError(
-            f"--into {path}: no such file or folder\ndownload the checkpoint first (`hf download`), and give its folder"
+            f"--into {path}: no such file or folder",
+            "download the checkpoint first (`hf download`), and give its folder",
         )
     opened = open_(path)
     if set(opened.containers) != {"safetensors"}:
@@ -87,7 +88,7 @@ def plan_copy(
     problems += [problem for name, tensor in theirs.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
     if problems:
         raise UsageError(
-            f"{opened.name}: another encoder does not fit: {summary(problems)}\ntake one of the same sizes"
+            f"{opened.name}: another encoder does not fit: {summary(problems)}", "take one of the same sizes"
         )
     names = {name: tensor.key for name, tensor in theirs.items()}
     replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in theirs.items()}
@@ -142,7 +143,7 @@ def _beside(folder: Path, opened: Checkpoint) -> tuple[list[Path], list[str]]:
                 continue
             if not path.is_file() or not _within(folder, path):
                 notes.append(f"left out {relative}: no file of this folder")
-            elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and str(path) != opened.name:
+            elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and printable(str(path)) != opened.name:
                 notes.append(f"left out {relative}: other weights, which may hold the old encoder")
             else:
                 found.append(relative)
@@ -183,7 +184,7 @@ def _write_folder(copy: Copy, source: Path, target: Path, count: OnBytes, seen: 
 
 
 def _write_beside(copy: Copy, path: Path, fd: int) -> None:
-    if str(path) == copy.opened.name:
+    if printable(str(path)) == copy.opened.name:
         write_all(fd, memoryview(_index(path.read_bytes(), copy.nbytes)))
         return
     try:

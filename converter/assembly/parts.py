@@ -87,8 +87,9 @@ def taken_out(opened: Checkpoint, with_projector: bool) -> Parts:
         plans = {family: resolve_to_canonical(opened, ConvertOptions(family)) for family in ENCODER_PREFIX}
     except LayoutError as error:
         raise LayoutError(
-            f"{error}\nan encoder is taken out of a checkpoint with both SAM and CLIP; "
-            "to put one together, give them with --sam and --clip"
+            f"{error}",
+            "an encoder is taken out of a checkpoint with both SAM and CLIP; "
+            "to put one together, give them with --sam and --clip",
         ) from None
     outputs = _placed(plans)
     _check_compressor(plans, outputs, opened.name)
@@ -128,7 +129,7 @@ def _projector(opened: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
     found = {name: tensors.get(base + name) or tensors.get(base + other) for name, other in _PROJECTOR.items()}
     lacking = [base + name for name, tensor in found.items() if tensor is None]
     if lacking:
-        raise LayoutError(f"{opened.name}: --with-projector: holds no {', '.join(lacking)}\nleave the option out")
+        raise LayoutError(f"{opened.name}: --with-projector: holds no {', '.join(lacking)}", "leave the option out")
     return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
 
 

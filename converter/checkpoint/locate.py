@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple, TypeVar, cast
 
-from converter.errors import ContainerError, DsocrError, HubError, Name, UsageError, printable
+from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
 from converter.formats import strict_json
 from converter.hub.address import HubOptions, is_address, looks_like_repository, parse
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
@@ -46,18 +46,17 @@ def locate(source: str, hub_options: HubOptions = HubOptions()) -> Located:  # n
     if not source:
         # What a shell makes of a variable that is not set; to Path, the current folder.
         raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
-    source = Name(source)
-    path = Path(source)
+    path, shown = Path(source), printable(source)
     if is_address(source) or hub_options.hub is not None:
         return _on_hub(source, hub_options)
     if exists(path):
         if hub_options.revision is not None or hub_options.download:
-            raise UsageError(f"{source}: is here already: --revision and --download are for repositories on a hub")
+            raise UsageError(f"{shown}: is here already: --revision and --download are for repositories on a hub")
         return _here(path)
     if looks_like_repository(source) and not _meant_here(path):
         return _on_hub(source, hub_options)
     raise ContainerError(
-        f"{source}: no such file or folder\ngive a checkpoint file, its folder or its index, or hf://org/name"
+        f"{shown}: no such file or folder", "give a checkpoint file, its folder or its index, or hf://org/name"
     )
 
 
@@ -69,7 +68,7 @@ def _meant_here(path: Path) -> bool:
 def _here(path: Path) -> Located:
     if path.is_dir():
         path = path / choose_checkpoint(_files_in(path), str(path))
-    return _with_shards(Name(path), path, LocalFile, exists)
+    return _with_shards(printable(str(path)), path, LocalFile, exists)
 
 
 def _with_shards(name: str, path: P, open_: Callable[[P], SourceFile], there: Callable[[P], bool]) -> Located:
@@ -89,7 +88,7 @@ def _files_in(folder: Path) -> list[str]:
     try:
         return [path.name for path in folder.iterdir() if not path.is_dir()]
     except OSError as error:
-        raise ContainerError(f"{Name(folder)}: cannot be read: {error.strerror}\n{READ_HINT}") from error
+        raise ContainerError(f"{printable(str(folder))}: cannot be read: {error.strerror}", READ_HINT) from error
 
 
 def _on_hub(source: str, hub_options: HubOptions) -> Located:
@@ -103,7 +102,7 @@ def _on_hub(source: str, hub_options: HubOptions) -> Located:
     if folder is not None:
         found = _here(folder / address.path)
         # The name goes into the output, which is to be the same wherever the cache lies.
-        name = f"{repository.name}/{PurePath(found.name).relative_to(folder).as_posix()}"
+        name = f"{repository.name}/{PurePath(found.name).relative_to(printable(str(folder))).as_posix()}"
         return found._replace(name=name, commit=repository.commit, notes=tuple(notes))
     path = _chosen(repository.files, address.path, repository.name)
 
@@ -147,7 +146,7 @@ def _chosen(files: Iterable[str], path: str, where: str) -> str:
     if not inside:
         candidates = [name for name in files if name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))]
         shown = ", ".join(sorted(candidates)[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
-        raise HubError(f"{where}: there is no file {path!r}\nits checkpoints: {shown or 'none'}")
+        raise HubError(f"{where}: there is no file {path!r}", f"its checkpoints: {shown or 'none'}")
     return prefix + choose_checkpoint(
         (name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError
     )
@@ -164,8 +163,8 @@ def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] 
         return found[0]
     if not found:
         wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
-        raise error(f"{where}: holds no checkpoint\nlooked for {wanted}")
-    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, found))}\nname the one to convert")
+        raise error(f"{where}: holds no checkpoint", f"looked for {wanted}")
+    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, found))}", "name the one to convert")
 
 
 def _read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
@@ -176,23 +175,23 @@ def _read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tu
         # Separators of any system, and what Windows takes no notice of at the end: an index made to leave its folder
         # there is as hostile here.
         if not shard or shard[-1] in ". " or set(shard) & set("/\\:") or not shard.isprintable():
-            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index\n{_INDEX_STEP}")
+            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index", _INDEX_STEP)
         if not there(shard):
-            raise ContainerError(f"{name}: the shard {shard!r} is missing\ndownload the rest of the checkpoint")
+            raise ContainerError(f"{name}: the shard {shard!r} is missing", "download the rest of the checkpoint")
     return weight_map, shards
 
 
 def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
     """What an index says of which tensor is in which file."""
     if file.size > strict_json.MAX_BYTES:
-        raise ContainerError(f"{name}: larger than any index of a sharded checkpoint\n{_INDEX_STEP}")
+        raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
         weight_map = strict_json.parse(file.read(0, file.size))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("a file's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = error if isinstance(error, ValueError) else "expected a `weight_map` of names"
-        raise ContainerError(f"{name}: no index of a sharded checkpoint: {why}\n{_INDEX_STEP}") from error
+        raise ContainerError(f"{name}: no index of a sharded checkpoint: {why}", _INDEX_STEP) from error
     if not weight_map:
-        raise ContainerError(f"{name}: its `weight_map` lists no files\n{_INDEX_STEP}")
+        raise ContainerError(f"{name}: its `weight_map` lists no files", _INDEX_STEP)
     return cast("dict[str, str]", weight_map)

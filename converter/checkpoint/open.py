@@ -117,14 +117,14 @@ def _joined(located: Located, shards: list[Contents]) -> Contents:
         shard = PurePath(file.name).name
         for key, value in contents.items():
             if key in joined:
-                raise ContainerError(f"{file.name}: {key!r} stands in another shard too\n{_SHARDS_STEP}")
+                raise ContainerError(f"{file.name}: {key!r} stands in another shard too", _SHARDS_STEP)
             listed = (located.weight_map or {}).get(key)
             if isinstance(value, TensorInfo) and listed != shard:
                 where = f"puts it into {listed!r}" if listed else "does not list it"
-                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}\n{_SHARDS_STEP}")
+                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}", _SHARDS_STEP)
             joined[key] = value
     absent = [key for key in located.weight_map or {} if not isinstance(joined.get(key), TensorInfo)]
     if absent:
         what = f"lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}"
-        raise ContainerError(f"{located.name}: {what}\n{_SHARDS_STEP}")
+        raise ContainerError(f"{located.name}: {what}", _SHARDS_STEP)
     return joined

@@ -46,8 +46,8 @@ def largest_state_dict(entries: list[StateDict], source: str) -> StateDict:
     if len(rivals) > 1:
         paths = [printable(entry.path) or "." for entry in rivals]
         raise LayoutError(
-            f"{source}: holds {len(paths)} state dicts of {most} tensors: {', '.join(paths)}\n"
-            f"choose one, such as --state-dict {paths[0]}"
+            f"{source}: holds {len(paths)} state dicts of {most} tensors: {', '.join(paths)}",
+            f"choose one, such as --state-dict {paths[0]}",
         )
     return rivals[0]
 
@@ -85,8 +85,8 @@ def _renamed(tensors: dict[str, TensorInfo], names: dict[str, str], source: str)
     for name, tensor in tensors.items():
         if names[name] in result:
             raise ContainerError(
-                f"{source}: {name!r} and {result[names[name]].key!r} are both {names[name]!r} without their wrappers\n"
-                "two models were saved into one dict: save each into a file of its own"
+                f"{source}: {name!r} and {result[names[name]].key!r} are both {names[name]!r} without their wrappers",
+                "two models were saved into one dict: save each into a file of its own",
             )
         result[names[name]] = tensor
     return result

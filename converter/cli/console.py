@@ -89,7 +89,7 @@ def _put(text: str) -> None:
         return
     except OSError as error:
         raise OutputError(
-            f"standard output: could not be written: {error.strerror}\nwhat was to be told there was done"
+            f"standard output: could not be written: {error.strerror}", "what was to be told there was done"
         ) from error
 
 

@@ -63,7 +63,7 @@ def common(a: Side, b: Side) -> Common:
         try:
             left, right = _by_canonical_name(a, families), _by_canonical_name(b, families)
         except MappingError as error:
-            notes.append(f"compared under their own names: {str(error).replace(chr(10), '; ')}")
+            notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
             notes += _made_up(left, right)
             return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)

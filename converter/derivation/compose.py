@@ -97,8 +97,8 @@ def _check_names(names: Iterable[str]) -> None:
     braced = next((name for name in names if set(name) & {"{", "}"}), None)
     if braced is not None:
         raise MappingError(
-            f"{braced!r} has a brace in its name, which mapping files write variables with: no rule can name it\n"
-            "rename it in the checkpoint, without braces, and derive again"
+            f"{braced!r} has a brace in its name, which mapping files write variables with: no rule can name it",
+            "rename it in the checkpoint, without braces, and derive again",
         )
 
 

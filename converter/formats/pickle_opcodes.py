@@ -52,7 +52,7 @@ def _number(format: str) -> Reader:
 def _protocol(data: bytes, pos: int) -> tuple[int, int]:
     version, end = _byte(data, pos)
     if version > 5:
-        raise PickleError(f"pickle protocol {version}: 0 to 5 are known\nsave it again with pickle_protocol=2")
+        raise PickleError(f"pickle protocol {version}: 0 to 5 are known", "save it again with pickle_protocol=2")
     return version, end
 
 
@@ -81,7 +81,7 @@ def _long(format: str) -> Reader:
     def read(data: bytes, pos: int) -> tuple[int, int]:
         count, pos = length(data, pos)
         if not 0 <= count <= MAX_INT_BYTES:
-            raise PickleError(f"an integer of {count} bytes\n{NEXT_STEP}")
+            raise PickleError(f"an integer of {count} bytes", NEXT_STEP)
         digits, pos = _take(data, pos, count)
         return int.from_bytes(digits, "little", signed=True), pos
 
@@ -115,7 +115,7 @@ def _as(convert: Callable[[bytes], Any], encoded: Reader) -> Reader:
 
 def _decimal(text: bytes) -> int:
     if len(text) > MAX_INT_DIGITS:
-        raise PickleError(f"an integer of {len(text)} digits\n{NEXT_STEP}")
+        raise PickleError(f"an integer of {len(text)} digits", NEXT_STEP)
     return int(text)
 
 

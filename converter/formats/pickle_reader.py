@@ -66,11 +66,11 @@ def unpickle(
         raise ContainerError(f"{where}: byte {machine.at}: {error}") from None
     except EOFError:
         raise TruncatedPickleError(
-            f"{where}: truncated: ends inside the pickle, at byte {len(data)}\ndownload or copy the file again"
+            f"{where}: truncated: ends inside the pickle, at byte {len(data)}", "download or copy the file again"
         ) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ContainerError(
-            f"{where}: byte {machine.at}: a damaged pickle ({type(error).__name__})\ndownload or copy the file again"
+            f"{where}: byte {machine.at}: a damaged pickle ({type(error).__name__})", "download or copy the file again"
         ) from None
 
 
@@ -91,8 +91,8 @@ def hashable(key: Any) -> Any:
     if kind is tuple and len(key) <= MAX_KEY and all(type(item) in _TEXTS for item in key):
         return key
     if kind is int:
-        raise PickleError(f"an integer of {key.bit_length()} bits as a key\n{NEXT_STEP}")
-    raise PickleError(f"a {type(key).__name__} as a key\n{NEXT_STEP}")
+        raise PickleError(f"an integer of {key.bit_length()} bits as a key", NEXT_STEP)
+    raise PickleError(f"a {type(key).__name__} as a key", NEXT_STEP)
 
 
 class _Machine:
@@ -121,13 +121,13 @@ class _Machine:
             if opcode == _STOP:
                 return self.stack.pop()
             _HANDLERS[opcode](self, argument)
-        raise PickleError(f"more than {MAX_OPCODES} opcodes\n{NEXT_STEP}")
+        raise PickleError(f"more than {MAX_OPCODES} opcodes", NEXT_STEP)
 
     def spend(self, arguments: int) -> None:
         """Count what calls are given; PickleError once it is too much."""
         self.arguments += arguments
         if self.arguments > MAX_ARGUMENTS:
-            raise PickleError(f"calls with more than {MAX_ARGUMENTS} arguments in all\n{NEXT_STEP}")
+            raise PickleError(f"calls with more than {MAX_ARGUMENTS} arguments in all", NEXT_STEP)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -148,7 +148,7 @@ class _Machine:
     def find(self, module: Any, name: Any) -> Any:
         """What the table has for a global, which is never imported."""
         if type(module) is not str or type(name) is not str:
-            raise PickleError("a global without a name\ndownload or copy the file again")
+            raise PickleError("a global without a name", "download or copy the file again")
         try:
             found = self.globals[module, name]
         except KeyError:
@@ -156,13 +156,13 @@ class _Machine:
         if isinstance(found, Refused):
             # repr: a name may hold what a terminal would obey.
             full = repr(f"{module}.{name}"[:200])[1:-1]
-            raise PickleError(f"the pickle asks for {full}, {found.reason}\n{NEXT_STEP}")
+            raise PickleError(f"the pickle asks for {full}, {found.reason}", NEXT_STEP)
         return found
 
     def call(self, function: Any, arguments: Any) -> None:
         """Push what one of our own functions returns."""
         if type(function) is not FunctionType or type(arguments) is not tuple:
-            raise PickleError(f"a call of a {type(function).__name__}\n{NEXT_STEP}")
+            raise PickleError(f"a call of a {type(function).__name__}", NEXT_STEP)
         for argument in arguments:
             if type(argument) in _ITEMS:
                 self.spend(len(argument))
@@ -176,7 +176,7 @@ _Handler = Callable[[_Machine, Any], None]
 
 
 def _unknown(m: _Machine, _: None) -> None:
-    raise PickleError(f"opcode 0x{m.data[m.at]:02x}, which no checkpoint needs\n{NEXT_STEP}")
+    raise PickleError(f"opcode 0x{m.data[m.at]:02x}, which no checkpoint needs", NEXT_STEP)
 
 
 _STOP = ord(".")
@@ -208,7 +208,7 @@ def _push(m: _Machine, value: Any) -> None:
 @_opcode("(")
 def _mark(m: _Machine, _: None) -> None:
     if len(m.outer) >= MAX_MARKS:
-        raise PickleError(f"nested more than {MAX_MARKS} deep\n{NEXT_STEP}")
+        raise PickleError(f"nested more than {MAX_MARKS} deep", NEXT_STEP)
     m.outer.append(m.stack)
     m.stack = []
 
@@ -252,7 +252,7 @@ def _get(m: _Machine, place: int) -> None:
 
 def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
     if len(items) % 2:
-        raise PickleError("a key without a value\ndownload or copy the file again")
+        raise PickleError("a key without a value", "download or copy the file again")
     pairs = iter(items)
     for key, value in zip(pairs, pairs, strict=True):
         target[hashable(key)] = value
@@ -287,7 +287,7 @@ def _filled(codes: str, kind: type, fill: Callable[[Any, list[Any]], None]) -> N
     def handler(m: _Machine, count: int | None) -> None:
         items, target = m.pop(count), m.stack[-1]
         if type(target) is not kind:
-            raise PickleError(f"items for a {type(target).__name__}, which takes none\n{NEXT_STEP}")
+            raise PickleError(f"items for a {type(target).__name__}, which takes none", NEXT_STEP)
         fill(target, items)
 
 
@@ -344,7 +344,7 @@ def _build(m: _Machine, _: None) -> None:
     if type(target) is Node:
         target.state = state
     elif type(target) is not dict:
-        raise PickleError(f"state for a {type(target).__name__}, which takes none\n{NEXT_STEP}")
+        raise PickleError(f"state for a {type(target).__name__}, which takes none", NEXT_STEP)
     # A dict's is the `_metadata` of a state dict, version numbers of its modules: no part of the weights.
 
 

@@ -75,8 +75,8 @@ def plugins() -> Iterator[Loader]:
             yield cast(Loader, entry.load())
         except Exception as error:  # a plug-in's import may raise anything
             raise ContainerError(
-                f"loader {entry.name!r} ({entry.value}) cannot be imported: {type(error).__name__}: {error}\n"
-                "reinstall or remove the package that provides it"
+                f"loader {entry.name!r} ({entry.value}) cannot be imported: {type(error).__name__}: {error}",
+                "reinstall or remove the package that provides it",
             ) from error
 
 

@@ -47,7 +47,7 @@ def load(file: SourceFile) -> Contents:
 
 
 def _error(file: SourceFile, why: str) -> ContainerError:
-    return ContainerError(f"{file.name}: damaged safetensors file: {why}\ndownload or copy it again")
+    return ContainerError(f"{file.name}: damaged safetensors file: {why}", "download or copy it again")
 
 
 def _header(file: SourceFile) -> tuple[dict[str, Any], int]:
@@ -86,7 +86,7 @@ def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> TensorInfo:
 def _dtype(file: SourceFile, key: str, code: Any) -> DType:
     if not isinstance(code, str) or code not in BY_CODE:
         raise ContainerError(
-            f"{file.name}: tensor {key!r} has dtype {code!r}, which is not known\nknown are {', '.join(BY_CODE)}"
+            f"{file.name}: tensor {key!r} has dtype {code!r}, which is not known", f"known are {', '.join(BY_CODE)}"
         )
     return BY_CODE[code]
 

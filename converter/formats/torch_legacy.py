@@ -32,16 +32,16 @@ def can_read(file: SourceFile) -> bool:
 def load(file: SourceFile) -> Contents:
     if _is_tar(file):
         raise ContainerError(
-            f"{file.name}: a tar archive as torch wrote before 0.1.10 (2017), which is not read\n"
-            "where you trust the file, convert it: torch.save(torch.load(PATH, weights_only=False), NEW_PATH)"
+            f"{file.name}: a tar archive as torch wrote before 0.1.10 (2017), which is not read",
+            "where you trust the file, convert it: torch.save(torch.load(PATH, weights_only=False), NEW_PATH)",
         )
     reader = _Reader(file)
     reader.pickle()
     protocol = reader.pickle()
     if protocol != _PROTOCOL:
         raise ContainerError(
-            f"{file.name}: torch's old format in a version other than {_PROTOCOL}, which is not known\n"
-            "download or copy the file again"
+            f"{file.name}: torch's old format in a version other than {_PROTOCOL}, which is not known",
+            "download or copy the file again",
         )
     reader.pickle()
     value = reader.pickle(torch_pickle.GLOBALS)
@@ -91,8 +91,8 @@ class _Reader:
                     raise
                 if length == MAX_PICKLE:
                     raise ContainerError(
-                        f"{self._file.name}: the pickle at byte {start} takes more than {MAX_PICKLE} bytes\n"
-                        "no checkpoint needs that: do not trust this file"
+                        f"{self._file.name}: the pickle at byte {start} takes more than {MAX_PICKLE} bytes",
+                        "no checkpoint needs that: do not trust this file",
                     ) from None
                 length *= 4
             else:
@@ -105,17 +105,17 @@ def _storages(file: SourceFile, keys: Any, refs: StorageRefs, at: int) -> dict[s
     storages: dict[str, Storage] = {}
     # Sorted: neither list has one twice, and all that a tensor is in are there.
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(refs):
-        raise ContainerError(f"{file.name}: its list of storages is not that of its tensors\ndownload it again")
+        raise ContainerError(f"{file.name}: its list of storages is not that of its tensors", "download it again")
     for key in keys:
         ref = refs[key]
         numel = int.from_bytes(file.read(at, 8), "little", signed=True)
         if numel != ref.numel:
             raise ContainerError(
-                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}\n{DAMAGED}"
+                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}", DAMAGED
             )
         at += 8
         if at + ref.nbytes > file.size:
-            raise ContainerError(f"{file.name}: truncated in storage {key!r}\ndownload or copy the file again")
+            raise ContainerError(f"{file.name}: truncated in storage {key!r}", "download or copy the file again")
         storages[key] = Storage(file, (at, at + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
         at += ref.nbytes
     return storages

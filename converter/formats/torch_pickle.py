@@ -63,10 +63,10 @@ def storage_ref(pid: Any) -> StorageRef:
     """The storage that a persistent id names: ("storage", class, key, device, numel[, view])."""
     kind, type_, key, _device, numel, *view = pid
     if kind != "storage" or not (isinstance(type_, DType) or type_ == _UNTYPED):
-        raise PickleError(f"a reference to something other than a tensor's storage\n{NEXT_STEP}")
+        raise PickleError("a reference to something other than a tensor's storage", NEXT_STEP)
     first = view[0][1] if view and view[0] else 0
     if type(key) is not str or not (_is_int64(numel) and _is_int64(first)) or min(numel, first) < 0:
-        raise PickleError("a storage of an impossible name or size\ndownload or copy the file again")
+        raise PickleError("a storage of an impossible name or size", "download or copy the file again")
     return StorageRef(key, None if type_ == _UNTYPED else type_, numel, first)
 
 
@@ -91,13 +91,13 @@ def _rebuild_v3(
 ) -> TensorRecord:
     """A tensor whose element type is given beside its storage."""
     if metadata:
-        raise PickleError("a conjugated or negated view\nsave it again after .resolve_conj() and .resolve_neg()")
+        raise PickleError("a conjugated or negated view", "save it again after .resolve_conj() and .resolve_neg()")
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
-        raise PickleError("a tensor without a storage, an element type or a shape\ndownload or copy the file again")
+        raise PickleError("a tensor without a storage, an element type or a shape", "download or copy the file again")
     if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
-        raise PickleError("a tensor of an impossible shape\ndownload or copy the file again")
+        raise PickleError("a tensor of an impossible shape", "download or copy the file again")
     if ref.first and dtype != ref.dtype:
-        raise PickleError("a view of a storage in another element type\nload it with torch and save it again")
+        raise PickleError("a view of a storage in another element type", "load it with torch and save it again")
     return TensorRecord(ref, dtype, offset + ref.first, shape, strides)
 
 
@@ -132,7 +132,7 @@ def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     # Protocols 0 to 2 have no opcode for bytes and write them as this call.
     if type(text) is not str or encoding != "latin1":
-        raise PickleError(f"a call of _codecs.encode other than for bytes\n{NEXT_STEP}")
+        raise PickleError("a call of _codecs.encode other than for bytes", NEXT_STEP)
     return text.encode("latin1")
 
 
@@ -218,8 +218,8 @@ class Resolver:
 
     def _error(self, tensor: TensorInfo, why: str) -> ContainerError:
         return ContainerError(
-            f"{self._file.name}: tensor {tensor.key!r}: {why}\n"
-            "where you trust the file, load it with torch and save its tensors' clones"
+            f"{self._file.name}: tensor {tensor.key!r}: {why}",
+            "where you trust the file, load it with torch and save its tensors' clones",
         )
 
     def count(self, entries: int, depth: int) -> None:
@@ -227,16 +227,16 @@ class Resolver:
         self._entries += entries
         if depth > MAX_DEPTH or self._entries > MAX_ENTRIES:
             raise ContainerError(
-                f"{self._file.name}: dicts nested more than {MAX_DEPTH} deep, or of more than {MAX_ENTRIES} entries\n"
-                "no checkpoint needs that: do not trust this file"
+                f"{self._file.name}: dicts nested more than {MAX_DEPTH} deep, or of more than {MAX_ENTRIES} entries",
+                "no checkpoint needs that: do not trust this file",
             )
 
     def checked(self, name: str) -> str:
         """`name`; ContainerError where it is one that no checkpoint has."""
         if len(name) > MAX_NAME:
             raise ContainerError(
-                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...\n"
-                "no checkpoint needs that: do not trust this file"
+                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...",
+                "no checkpoint needs that: do not trust this file",
             )
         return name
 
@@ -264,7 +264,7 @@ def contents(file: SourceFile, value: Any, storage_of: StorageOf) -> Contents:
     if type(value) is not dict:
         kind = "tensor" if type(value) is TensorRecord else type(value).__name__
         raise ContainerError(
-            f"{file.name}: holds a {kind}, not a dict of tensors\n"
-            "save the weights as one: torch.save(model.state_dict(), 'weights.pth')"
+            f"{file.name}: holds a {kind}, not a dict of tensors",
+            "save the weights as one: torch.save(model.state_dict(), 'weights.pth')",
         )
     return Resolver(file, storage_of).contents(value)

@@ -67,7 +67,7 @@ class Archive:
         order = read_small(self.members[name], 16) if name in self.members else b"little"
         if order not in (b"little", b"big"):
             raise ContainerError(
-                f"{self.file.name}: byteorder: {order!r} is neither little nor big\ndownload or copy the file again"
+                f"{self.file.name}: byteorder: {order!r} is neither little nor big", "download or copy the file again"
             )
         return order
 
@@ -75,11 +75,11 @@ class Archive:
         """The member that holds `ref`'s bytes, checked to be as long as the pickle says."""
         name = f"{self.root}/data/{ref.key}"
         if name not in self.members:
-            raise ContainerError(f"{self.file.name}: no member {name!r}, which data.pkl refers to\ndownload it again")
+            raise ContainerError(f"{self.file.name}: no member {name!r}, which data.pkl refers to", "download it again")
         storage = self.members[name]
         if storage.size != ref.nbytes:
             raise ContainerError(
-                f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}\n{DAMAGED}"
+                f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}", DAMAGED
             )
         return storage._replace(big_endian=True) if self._big_endian else storage
 

@@ -37,14 +37,14 @@ def load(file: SourceFile) -> Contents:
     value, _ = unpickle(archive.pickle, archive.where, _ScriptGlobals(_GLOBALS), StorageRefs().load)
     if type(value) is not Node:
         raise ContainerError(
-            f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module\n"
-            "give a file that torch.jit.save or torch.save wrote"
+            f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module",
+            "give a file that torch.jit.save or torch.save wrote",
         )
     tensors: Contents = {tensor.key: tensor for tensor in _Flattener(archive).tensors(value)}
     if not tensors:
         raise ContainerError(
-            f"{file.name}: a TorchScript module without parameters: torch.jit.freeze leaves only nameless constants\n"
-            "save the module as it was before it was frozen"
+            f"{file.name}: a TorchScript module without parameters: torch.jit.freeze leaves only nameless constants",
+            "save the module as it was before it was frozen",
         )
     return tensors
 
@@ -103,8 +103,8 @@ class _Flattener:
             return
         if class_.restores_itself or type(node.state) is not dict:
             raise ContainerError(
-                f"{self._archive.file.name}: {node.name!r} restores itself by code of its own (__setstate__)\n"
-                "nothing of it was executed; save the module's state_dict() instead"
+                f"{self._archive.file.name}: {node.name!r} restores itself by code of its own (__setstate__)",
+                "nothing of it was executed; save the module's state_dict() instead",
             )
         self._resolver.count(len(node.state), depth)
         yield from self._own_tensors(class_, node.state, prefix)
@@ -130,7 +130,7 @@ class _Flattener:
     def _text(self, module: str) -> str:
         name = f"{self._archive.root}/code/{module.replace('.', '/')}.py"
         if name not in self._archive.members:
-            raise ContainerError(f"{self._archive.file.name}: no member {name!r}\ndownload or copy the file again")
+            raise ContainerError(f"{self._archive.file.name}: no member {name!r}", "download or copy the file again")
         member = self._archive.members[name]
         text = read_small(member, self._code_left).decode(errors="replace")
         self._code_left -= member.size

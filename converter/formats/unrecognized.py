@@ -38,7 +38,7 @@ def error(file: SourceFile) -> ContainerError:
     """What to tell the user of a file that no loader recognises."""
     kind, step = _identify(file)
     return ContainerError(
-        f"{file.name}: {kind}\n{step}\nread are: safetensors, and what torch.save and torch.jit.save write"
+        f"{file.name}: {kind}", f"{step}\nread are: safetensors, and what torch.save and torch.jit.save write"
     )
 
 

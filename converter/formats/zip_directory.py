@@ -12,7 +12,7 @@ from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from converter.errors import ContainerError, Name
+from converter.errors import ContainerError, printable
 from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile
 
@@ -72,7 +72,7 @@ class Directory(Mapping[str, Storage]):
             (member.header, min(member.end, member.header + longest)),
             member.length,
             member.size,
-            Name(name),
+            printable(name),
             member.crc32,
             deflated=member.method == _DEFLATED,
             find=cache(partial(_data_offset, self._file, name, member)),
@@ -104,14 +104,14 @@ def read_small(storage: Storage, limit: int) -> bytes:
     """A member's bytes, checked; ContainerError where it claims more than `limit`."""
     if storage.size > limit:
         raise ContainerError(
-            f"{storage.file.name}: {storage.name}: {storage.size} bytes, and at most {limit} are read\n"
-            "no checkpoint needs that: do not trust this file"
+            f"{storage.file.name}: {storage.name}: {storage.size} bytes, and at most {limit} are read",
+            "no checkpoint needs that: do not trust this file",
         )
     return storage.read()
 
 
 def _damaged(file: SourceFile, why: str) -> ContainerError:
-    return ContainerError(f"{file.name}: a damaged zip archive: {why}\ndownload or copy the file again")
+    return ContainerError(f"{file.name}: a damaged zip archive: {why}", "download or copy the file again")
 
 
 # ---- finding the directory: offset, length, number of members
@@ -150,8 +150,8 @@ def _end_record(file: SourceFile) -> tuple[int, bytes]:
             found = tail.rfind(b"PK\x05\x06", 0, found)
     raise ContainerError(
         f"{file.name}: truncated, or with something after its end: a zip archive (as torch.save writes) without the "
-        "directory that ends it\n"
-        "the download or copy was not finished: download or copy it again"
+        "directory that ends it",
+        "the download or copy was not finished: download or copy it again",
     )
 
 
@@ -211,15 +211,17 @@ def _central(file: SourceFile, data: bytes, at: int) -> tuple[_Member, int]:
 def _check_member(file: SourceFile, name: bytes, flags: int, method: int, length: int, size: int) -> None:
     where = f"{file.name}: {_text(file, name)!r}"
     if flags & _ENCRYPTED:
-        raise ContainerError(f"{where}: encrypted\nunpack it with its password and pack it again without one")
+        raise ContainerError(f"{where}: encrypted", "unpack it with its password and pack it again without one")
     if method not in (_STORED, _DEFLATED):
-        raise ContainerError(f"{where}: zip compression method {method}\nunpack it and pack it again with `zip -0 -r`")
+        raise ContainerError(
+            f"{where}: zip compression method {method}", "unpack it and pack it again with `zip -0 -r`"
+        )
     if (method == _STORED and length != size) or size > (length + 1) * MAX_RATIO:
         raise _damaged(file, f"{_text(file, name)!r}: {length} bytes cannot hold {size}")
     if size > LARGE and size > length * MAX_RATIO_LARGE:
         raise ContainerError(
-            f"{where}: {length} bytes that unfold to {size}: made to fill memory\n"
-            "do not trust this file; if it is your own, unpack it and pack it again with `zip -0 -r`"
+            f"{where}: {length} bytes that unfold to {size}: made to fill memory",
+            "do not trust this file; if it is your own, unpack it and pack it again with `zip -0 -r`",
         )
 
 

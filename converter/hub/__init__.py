@@ -38,7 +38,7 @@ def open_repository(address: Address, holds: Callable[[Path], bool]) -> Reposito
         except UnreachableError as other:
             raise UnreachableError(f"{unreachable.what}, and {other.what}", unreachable.why) from None
         except HubError as error:
-            raise HubError(f"{unreachable.what}\n{error}") from None
+            raise HubError(f"{unreachable.what}", f"{error}") from None
         found.notes.insert(0, f"{unreachable.what}: taken from ModelScope instead")
         return found
 

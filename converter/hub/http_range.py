@@ -108,7 +108,7 @@ class Transfer:
                     raise self._repository.refused(answer, self._path) from None
                 why, wait = str(answer), answer.retry_after
             except _ASTRAY as error:
-                raise HubError(f"{self._name}: {error}\nsee whether the hub's endpoint is set right") from None
+                raise HubError(f"{self._name}: {error}", "see whether the hub's endpoint is set right") from None
             except (UnreachableError, *_BROKEN) as error:
                 why = str(error).partition("\n")[0] or type(error).__name__
             tried = 1 if at > before else tried + 1
@@ -117,7 +117,7 @@ class Transfer:
 
     def _pause(self, tried: int, wait: float | None, why: str) -> None:
         if tried >= _TRIES:
-            raise HubError(f"{self._name}: could not be fetched in {tried} attempts: {why}\ntry again later")
+            raise HubError(f"{self._name}: could not be fetched in {tried} attempts: {why}", "try again later")
         self._stopped.wait(_wait(tried, wait))
 
     def _pieces(self, at: int, end: int) -> Iterator[memoryview]:
@@ -165,12 +165,13 @@ class Transfer:
         headers = response.headers
         if headers.get("Content-Type", "").startswith("text/html"):
             raise HubError(
-                f"{self._name}: {_host(response)} answers with a web page\nsee whether the network wants you to log in"
+                f"{self._name}: {_host(response)} answers with a web page",
+                "see whether the network wants you to log in",
             )
         if headers.get("Content-Encoding", "identity") != "identity":
             raise HubError(
-                f"{self._name}: {_host(response)} compresses what it was asked for as it is\n"
-                "add --download to fetch it whole"
+                f"{self._name}: {_host(response)} compresses what it was asked for as it is",
+                "add --download to fetch it whole",
             )
         size = self._size_told(response, at, end)
         etag, linked = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
@@ -194,12 +195,12 @@ class Transfer:
             length = response.headers.get("Content-Length", "")
             return int(length) if length.isdecimal() else self._size
         raise HubError(
-            f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range\n"
-            "add --download to fetch it whole"
+            f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range",
+            "add --download to fetch it whole",
         )
 
     def _changed(self) -> ContainerError:
-        return ContainerError(f"{self._name}: changed while it was being read\nrun again, or pin it with --revision")
+        return ContainerError(f"{self._name}: changed while it was being read", "run again, or pin it with --revision")
 
 
 def _good(response: requests.Response) -> requests.Response:

@@ -52,8 +52,8 @@ class HuggingFace:
             self.folder = self._snapshot()
         if constants.HF_HUB_OFFLINE and self.folder is None:
             raise HubError(
-                f"{self.name}: is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set\n"
-                "unset it, or download the repository first"
+                f"{self.name}: is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set",
+                "unset it, or download the repository first",
             )
         if self.folder is None:
             self._list()
@@ -120,9 +120,9 @@ class HuggingFace:
             raise self.refused(HubResponseError.of(_response(error)), path) from None
         except _NO_ANSWER as error:
             why = str(error).partition("\n")[0]
-            raise HubError(f"{self.name}/{path}: could not be downloaded: {why}\ntry again") from None
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {why}", "try again") from None
         if self.commit and self.commit not in found.parts:
-            raise HubError(f"{self.name}/{path}: changed while it was being downloaded\nrun again")
+            raise HubError(f"{self.name}/{path}: changed while it was being downloaded", "run again")
         # The library checks the size alone.
         expected = self.files[path].sha256
         if expected and (digest := sha256_of(LocalFile(found))) != expected:
@@ -131,8 +131,8 @@ class HuggingFace:
                 with suppress(OSError):
                     damaged.unlink()
             raise HubError(
-                f"{self.name}/{path}: what came does not have the SHA-256 that the hub gives, and was removed\n"
-                f"expected {expected}, found {digest}\ntry again"
+                f"{self.name}/{path}: what came does not have the SHA-256 that the hub gives, and was removed",
+                f"expected {expected}, found {digest}\ntry again",
             )
         return found
 
@@ -149,23 +149,25 @@ class HuggingFace:
         page, has_token = f"{constants.ENDPOINT}/{self._id}", huggingface_hub.get_token() is not None
         log_in = "log in with `hf auth login`, or set HF_TOKEN"
         if answer.status == 401 and "Invalid credentials" in answer.told:
-            return HubError(f"{where}: your token is not valid at {constants.ENDPOINT}\n{log_in}")
+            return HubError(f"{where}: your token is not valid at {constants.ENDPOINT}", f"{log_in}")
         if answer.code == "GatedRepo":
             step = "" if has_token else f", then {log_in}"
-            return HubError(f"{where}: is gated, and you have no access to it\naccept its conditions at {page}{step}")
+            return HubError(
+                f"{where}: is gated, and you have no access to it", f"accept its conditions at {page}{step}"
+            )
         if answer.code == "RevisionNotFound":
-            return HubError(f"{where}: there is no revision {self._asked!r}\nits branches and tags are at {page}")
+            return HubError(f"{where}: there is no revision {self._asked!r}", f"its branches and tags are at {page}")
         if answer.code == "EntryNotFound":
             return HubError(
-                f"{where}: there is no such file\nits files are at {page}/tree/{self.commit or self._asked}"
+                f"{where}: there is no such file", f"its files are at {page}/tree/{self.commit or self._asked}"
             )
         if answer.code == "RepoNotFound" or answer.status in (401, 404):
             hidden = "is private and not shown to your token" if has_token else "is private"
             step = "see whether the name is right" + ("" if has_token else f"; for a private one, {log_in}")
-            return HubError(f"{where}: there is no such repository at {constants.ENDPOINT}, or it {hidden}\n{step}")
+            return HubError(f"{where}: there is no such repository at {constants.ENDPOINT}, or it {hidden}", f"{step}")
         if answer.status == 403:
-            return HubError(f"{where}: access is refused: {answer.told}\nsee {page}")
-        return HubError(f"{where}: {constants.ENDPOINT} answers {answer}\ntry again later")
+            return HubError(f"{where}: access is refused: {answer.told}", f"see {page}")
+        return HubError(f"{where}: {constants.ENDPOINT} answers {answer}", "try again later")
 
 
 def _response(error: HfHubHTTPError) -> Any:

@@ -94,7 +94,7 @@ class ModelScope:
         with _answers():
             known = [entry["Revision"] for entry in self._api.list_repo_revisions(self._id, _KIND)]
         if self._revision not in known:
-            raise HubError(f"{self.name}: there is no revision {self._revision!r}\nit has {', '.join(known)}")
+            raise HubError(f"{self.name}: there is no revision {self._revision!r}", f"it has {', '.join(known)}")
         raise HubError(f"{self.name}: holds no files")
 
     def cached(self, path: str) -> Path | None:
@@ -118,7 +118,7 @@ class ModelScope:
         except library.APIError as error:
             raise self.refused(_answer(error), path) from None
         except (library.HubError, OSError) as error:
-            raise HubError(f"{self.name}/{path}: could not be downloaded: {_why(error)}\ntry again") from None
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {_why(error)}", "try again") from None
 
     def open(self, path: str, headers: dict[str, str]) -> requests.Response:
         with _answers():
@@ -130,15 +130,15 @@ class ModelScope:
         if answer.status == 404:
             what = "file" if path else "repository"
             return HubError(
-                f"{where}: there is no such {what} at ModelScope, or it is private\n"
-                f"see whether the name is right; for a private one, {log_in}"
+                f"{where}: there is no such {what} at ModelScope, or it is private",
+                f"see whether the name is right; for a private one, {log_in}",
             )
         if answer.status in (401, 403):
             return HubError(
-                f"{where}: ModelScope refuses access: {answer.told}\n"
-                f"ask for access at {get_default_config().endpoint}/models/{self._id}, then {log_in}"
+                f"{where}: ModelScope refuses access: {answer.told}",
+                f"ask for access at {get_default_config().endpoint}/models/{self._id}, then {log_in}",
             )
-        return HubError(f"{where}: ModelScope answers {answer}\ntry again later")
+        return HubError(f"{where}: ModelScope answers {answer}", "try again later")
 
 
 @contextmanager

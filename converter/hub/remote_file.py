@@ -49,7 +49,7 @@ class RemoteFile:
         self.name = f"{repository.name}/{path}"
         size = repository.files[path].size
         if size is None:
-            raise HubError(f"{self.name}: the hub does not tell its size\nadd --download to fetch it whole")
+            raise HubError(f"{self.name}: the hub does not tell its size", "add --download to fetch it whole")
         self.size = size
         self.fetched = self.needed = 0
         self._transfer = Transfer(repository, path, self.size)
@@ -106,8 +106,8 @@ class RemoteFile:
         free = shutil.disk_usage(folder).free
         if free < self.needed - self.fetched:
             raise OutputError(
-                f"{folder}: {self.needed} bytes of {self.name} are kept there for a while, and {free} are free\n"
-                "free some room, or set TMPDIR to a folder that has it"
+                f"{folder}: {self.needed} bytes of {self.name} are kept there for a while, and {free} are free",
+                "free some room, or set TMPDIR to a folder that has it",
             )
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
@@ -220,6 +220,6 @@ def _punch_hole(fd: int, start: int, length: int) -> None:
 
 def _no_room(name: str, error: Exception) -> OutputError:
     return OutputError(
-        f"{tempfile.gettempdir()}: parts of {name} cannot be kept there: {error}\n"
-        "free some room, or set TMPDIR to a folder that has it"
+        f"{tempfile.gettempdir()}: parts of {name} cannot be kept there: {error}",
+        "free some room, or set TMPDIR to a folder that has it",
     )

@@ -34,8 +34,8 @@ def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
     if len(templates) * len(names) > _MOST_COMPARED:
         raise MappingError(
-            f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors\n"
-            "a template such as blocks.{i}.{rest} stands for many names at once"
+            f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors",
+            "a template such as blocks.{i}.{rest} stands for many names at once",
         )
     claims = Claims(defaultdict(dict), [], [])
     for name in names:
@@ -54,9 +54,12 @@ def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
     return claims
 
 
+def first_few(items: list[str]) -> list[str]:
+    """Return the first few items, and how many more there are."""
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return items[:SHOWN] + more
+
+
 def summary(problems: list[str]) -> str:
-    """The first few problems, a line each, and how many more there are."""
-    lines = problems[:SHOWN]
-    if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more")
-    return "\n".join(lines)
+    """Return the first few problems, one a line."""
+    return "\n".join(first_few(problems))

@@ -50,14 +50,14 @@ def select_state_dicts(source: Checkpoint, path: str | None) -> list[StateDict]:
     found = state_dicts(source.contents)
     if not found:
         raise LayoutError(
-            f"{source.name}: holds no tensors under names\n"
-            "save the model's state dict, not a list of tensors or a training record without one, and convert that"
+            f"{source.name}: holds no tensors under names",
+            "save the model's state dict, not a list of tensors or a training record without one, and convert that",
         )
     if path is None:
         return found
     chosen = [entry for entry in found if entry.path == path.strip(".")]
     if not chosen:
-        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict\nit has: {_paths(found)}")
+        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict", f"it has: {_paths(found)}")
     return chosen
 
 
@@ -69,8 +69,8 @@ def detect_layout(source: Checkpoint, family: str, layouts: Sequence[LayoutEntry
         raise _unknown(source, family, layouts, candidates)
     if len(found) > 1:
         raise LayoutError(
-            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}\n"
-            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}"
+            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}",
+            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}",
         )
     return found[0]
 
@@ -89,7 +89,7 @@ def _known(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEn
         matches = match_layouts(tensors, layouts)
         if len(matches) > 1:
             names = ", ".join(match.candidate.name for match in matches)
-            raise LayoutError(f"{source.name}: fits several layouts: {names}\nchoose one with --mapping")
+            raise LayoutError(f"{source.name}: fits several layouts: {names}", "choose one with --mapping")
         if matches:
             return DetectedLayout(state_dict, wrapper, tensors, matches[0])
     return None
@@ -123,13 +123,15 @@ def _unknown(
     for other in FAMILIES:
         if other != family and _known(source, largest, registry.entries(other)):
             return LayoutError(
-                f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other} ..."
+                f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}",
+                f"run: dsocr-convert {other} ...",
             )
-    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
     mappings = [loaded for candidate in layouts if isinstance(loaded := candidate.load(), LayoutMapping)]
-    lines += nearest_layout(source, largest, mappings)
-    lines.append("write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)")
-    return LayoutError("\n".join(lines))
+    no_fit = f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"
+    return LayoutError(
+        "\n".join([no_fit, *nearest_layout(source, largest, mappings)]),
+        "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)",
+    )
 
 
 def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[LayoutMapping]) -> list[str]:

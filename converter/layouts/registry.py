@@ -47,7 +47,7 @@ def _folder() -> Path:
 def text(name: str) -> str:
     """The YAML of a layout that ships; LayoutError where none is called so."""
     if name not in layout_names():
-        raise LayoutError(f"no layout is called {name!r}\nlayouts: {', '.join(layout_names())}")
+        raise LayoutError(f"no layout is called {name!r}", f"layouts: {', '.join(layout_names())}")
     return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def read_file(path: Path) -> LayoutMapping | CanonicalLayout:
     try:
         return parse_mapping(_text_of(path), str(path))
     except MappingError as error:
-        raise MappingError(f"{error}\n{_EXAMPLE}") from error
+        raise MappingError(f"{error}", _EXAMPLE) from error
 
 
 def load_file(path: Path) -> LayoutMapping:
@@ -70,7 +70,7 @@ def load_file(path: Path) -> LayoutMapping:
     found = read_file(path)
     if isinstance(found, CanonicalLayout):
         raise MappingError(
-            f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)\n{_EXAMPLE}"
+            f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)", f"{_EXAMPLE}"
         )
     return found
 

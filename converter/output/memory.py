@@ -89,6 +89,6 @@ def checked_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(
-            f"device {name}: {str(error).splitlines()[0]}\nuse cpu, or a device that torch finds"
+            f"device {name}: {str(error).splitlines()[0]}", "use cpu, or a device that torch finds"
         ) from error
     return device

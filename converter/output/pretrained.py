@@ -27,11 +27,11 @@ def wants_folder(out: Path, layout: str, format: str) -> bool:
         return False
     if layout not in LAYOUTS:
         raise UsageError(
-            f"--output {out}: names a folder, and {layout} is one file\n"
-            f"end its name in one of {', '.join(WEIGHT_SUFFIXES)}; folders are for {', '.join(LAYOUTS)}"
+            f"--output {out}: names a folder, and {layout} is one file",
+            f"end its name in one of {', '.join(WEIGHT_SUFFIXES)}; folders are for {', '.join(LAYOUTS)}",
         )
     if format != "safetensors":
-        raise UsageError(f"--output {out}: names a folder, which holds {_MODEL}, not {format}\nleave out --format")
+        raise UsageError(f"--output {out}: names a folder, which holds {_MODEL}, not {format}", "leave out --format")
     return True
 
 
@@ -46,7 +46,7 @@ def config_files(plan: Plan, whole: bool) -> dict[str, bytes]:
     try:
         config, preprocessor = make(shapes, whole)
     except LayoutError as error:
-        raise LayoutError(f"{error}\nwrite the tensors alone: end --output in .safetensors") from error
+        raise LayoutError(f"{error}", "write the tensors alone: end --output in .safetensors") from error
     # The type that most tensors have: transformers loads all of them as one.
     config["torch_dtype"] = max(sorted(set(floats)), key=floats.count)
     return {"config.json": _json(config), "preprocessor_config.json": _json(preprocessor)}

@@ -18,10 +18,10 @@ def check_target(path: Path, force: bool, needed: int, option: str = "output") -
     check_name(path)
     with writing(path):
         if path.is_dir():
-            raise OutputError(f"{path}: is a folder\ngive a file's path to --{option}")
+            raise OutputError(f"{path}: is a folder", f"give a file's path to --{option}")
         if path.exists() and not path.is_file():
             # A rename would put a file in the place of /dev/null.
-            raise OutputError(f"{path}: is a device or a pipe, which --force does not replace\ngive a file's path")
+            raise OutputError(f"{path}: is a device or a pipe, which --force does not replace", "give a file's path")
         _check_place(path, force, needed, option)
 
 
@@ -39,26 +39,28 @@ def check_folder(path: Path, force: bool, needed: int) -> None:
 
 def _check_replaced(path: Path) -> None:
     if not path.is_dir():
-        raise OutputError(f"{path}: is a file\ngive a folder's path to --output, or a name that ends in .safetensors")
+        raise OutputError(f"{path}: is a file", "give a folder's path to --output, or a name that ends in .safetensors")
     if Path.cwd().is_relative_to(path.resolve()):
-        raise OutputError(f"{path}: is the current folder, or holds it\nname a folder of its own with --output")
+        raise OutputError(f"{path}: is the current folder, or holds it", "name a folder of its own with --output")
     inner = next((entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()), None)
     if inner is not None:
-        raise OutputError(f"{path}: holds a folder, {inner.name}: not replaced\nremove it, or choose another path")
+        raise OutputError(f"{path}: holds a folder, {inner.name}: not replaced", "remove it, or choose another path")
 
 
 def _check_place(path: Path, force: bool, needed: int, option: str) -> None:
     folder = path.parent
     advice = f"choose another path with --{option}"
     if not folder.is_dir():
-        raise OutputError(f"{path}: there is no folder {folder}\ncreate it, or {advice}")
+        raise OutputError(f"{path}: there is no folder {folder}", f"create it, or {advice}")
     if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already\n{advice}, or replace it with --force")
+        raise OutputError(f"{path}: exists already", f"{advice}, or replace it with --force")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable\n{advice}")
+        raise OutputError(f"{path}: the folder {folder} is not writable", f"{advice}")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OutputError(f"{path}: {needed} bytes are needed and {free} are free\nfree some room, or write elsewhere")
+        raise OutputError(
+            f"{path}: {needed} bytes are needed and {free} are free", "free some room, or write elsewhere"
+        )
 
 
 def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | Path | None = None) -> None:
@@ -68,9 +70,9 @@ def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | 
         for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
             # A link lies in one folder and leads to another.
             if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
-                raise OutputError(f"{target}: holds the source, {file.name}\nchoose another path with --output")
+                raise OutputError(f"{target}: holds the source, {file.name}", "choose another path with --output")
     if is_source(target, opened, mapping):
-        raise OutputError(f"{target}: is the source itself\nchoose another path with --output")
+        raise OutputError(f"{target}: is the source itself", "choose another path with --output")
 
 
 def is_source(path: Path, opened: Sequence[Checkpoint], *others: str | Path | None) -> bool:

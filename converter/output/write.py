@@ -105,7 +105,7 @@ def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: Re
     check_not_source(target, opened, output.mapping)
     remove_stale(target, files.all)
     if output.apart is not None and target.resolve().is_relative_to(output.apart.resolve()):
-        raise OutputError(f"{target}: lies in the checkpoint's own folder\nchoose another path with --output")
+        raise OutputError(f"{target}: lies in the checkpoint's own folder", "choose another path with --output")
     (check_folder if output.folder else check_target)(target, force, output.room)
     files.check(target, opened, force, output.mapping)
 

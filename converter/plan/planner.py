@@ -41,11 +41,11 @@ class ConvertOptions(NamedTuple):
         check_choices(family=(self.family, FAMILIES), dtype=(self.dtype, DTYPES))
         layouts = registry.names_of_family(self.family)
         if self.to and self.to not in layouts:
-            raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}\nlayouts: {', '.join(layouts)}")
+            raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}", f"layouts: {', '.join(layouts)}")
         if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
             raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
         if self.full_model and self.to in ("", self.canonical):
-            raise UsageError(f"--whole: {self.canonical} holds the encoder alone\nname another layout with --to")
+            raise UsageError(f"--whole: {self.canonical} holds the encoder alone", f"name another layout with --to")
         return self._replace(to=self.to or self.canonical)
 
     @property
@@ -76,7 +76,7 @@ def plan_to_canonical(opened: Checkpoint, known: DetectedLayout, options: Conver
     try:
         return make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=pixels)
     except MappingError as error:
-        raise MappingError(f"{error}\n{_next_step(mapping, options)}") from error
+        raise MappingError(f"{error}", f"{_next_step(mapping, options)}") from error
 
 
 def _next_step(mapping: LayoutMapping, options: ConvertOptions) -> str:
@@ -113,7 +113,7 @@ def check_not_converted(opened: Checkpoint, known: DetectedLayout) -> None:
     layout = known.match.candidate.load()
     if isinstance(layout, CanonicalLayout):
         raise LayoutError(
-            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert\nload it as it is"
+            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert", "load it as it is"
         )
 
 
@@ -132,8 +132,8 @@ def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:
     own = registry.load_file(Path(options.mapping))
     if own.family != options.family:
         raise UsageError(
-            f"--mapping {options.mapping}: is for the family {own.family!r}, not {options.family!r}\n"
-            f"run: dsocr-convert {own.family} ... --mapping {options.mapping}"
+            f"--mapping {options.mapping}: is for the family {own.family!r}, not {options.family!r}",
+            f"run: dsocr-convert {own.family} ... --mapping {options.mapping}",
         )
     return registry.entry_of(own)
 

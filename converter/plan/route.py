@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from converter.errors import MappingError
-from converter.layouts.claims import claim, summary
+from converter.layouts.claims import claim, first_few
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, Signature, invert
 from converter.layouts.template import Template, any_match
 from converter.plan.apply import apply
@@ -127,10 +127,10 @@ def _dropped(plan: Plan, target: LayoutMapping, made: set[str], outputs: dict[st
 
 def _check_complete(source: str, target: LayoutMapping, missing_names: list[str]) -> None:
     if missing_names:
-        names = summary(missing_names).replace("\n", ", ")
+        names = ", ".join(first_few(missing_names))
         raise MappingError(
-            f"{source}: {target.name} has tensors that it lacks: {names}\n"
-            "take them from a checkpoint that has them, with --fill-from"
+            f"{source}: {target.name} has tensors that it lacks: {names}",
+            "take them from a checkpoint that has them, with --fill-from",
         )
 
 

@@ -21,12 +21,12 @@ def check_files(*paths: Path | None) -> None:
     for path in filter(None, paths):
         check_name(path)
         if not path.parent.is_dir():
-            raise OutputError(f"{path}: there is no folder {path.parent}\ncreate it, or choose another path")
+            raise OutputError(f"{path}: there is no folder {path.parent}", "create it, or choose another path")
         if path.is_dir():
-            raise OutputError(f"{path}: is a folder\ngive a file's path")
+            raise OutputError(f"{path}: is a folder", "give a file's path")
         if os.path.lexists(path) and path.suffix.lower() not in _SUFFIXES:
             raise OutputError(
-                f"{path}: exists, and is no report by its name\nchoose another path: {', '.join(_SUFFIXES)}"
+                f"{path}: exists, and is no report by its name", f"choose another path: {', '.join(_SUFFIXES)}"
             )
 
 

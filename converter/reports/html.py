@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from converter.errors import Name, printable
+from converter.errors import printable
 from converter.reports import plot, words
 from converter.verification.result import FAILED, SKIPPED, Picture, Verification
 
@@ -32,7 +32,7 @@ def render(template: str, **values: Any) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
         # Names come from files: none may hide a character that reverses the line it stands in.
-        finalize=lambda value: printable(value, keep="\n") if type(value) in (str, Name) else value,
+        finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
     )
     return environment.get_template(template).render(values).encode("utf-8", "replace")
 

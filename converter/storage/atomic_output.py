@@ -54,7 +54,7 @@ def check_name(path: Path) -> None:
         return
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path}: cannot be written: {getattr(error, 'strerror', error)}\nchoose another path"
+            f"{path}: cannot be written: {getattr(error, 'strerror', error)}", "choose another path"
         ) from error
 
 
@@ -69,7 +69,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def _refused(path: Path, error: OSError) -> OutputError:
     step = _STEPS.get(error.errno or 0, "look after the disk and the folder's permissions, or write elsewhere")
-    return OutputError(f"{path}: could not be written: {error.strerror or error}\n{step}")
+    return OutputError(f"{path}: could not be written: {error.strerror or error}", f"{step}")
 
 
 class Staging:
@@ -154,8 +154,8 @@ class Staging:
                 _sync_folder(folder)
             except OSError as error:
                 raise OutputError(
-                    f"{self.output}: is written, whole, but may be gone after a power cut: {error.strerror}\n"
-                    f"look after the disk that {folder} is on, then write it again with --force"
+                    f"{self.output}: is written, whole, but may be gone after a power cut: {error.strerror}",
+                    f"look after the disk that {folder} is on, then write it again with --force",
                 ) from error
 
 
@@ -177,8 +177,8 @@ class _Stage:
                 place(self.stage, self.path, force)
             except FileExistsError:
                 raise OutputError(
-                    f"{self.path}: appeared while it was being written; it was left as it is\n"
-                    "choose another path, or replace it with --force"
+                    f"{self.path}: appeared while it was being written; it was left as it is",
+                    "choose another path, or replace it with --force",
                 ) from None
 
     def close(self) -> None:

@@ -106,14 +106,16 @@ def inflate(data: bytes, size: int, where: str) -> bytes:
     try:
         result = engine.decompress(data, size + 1)
     except zlib.error as error:
-        raise ContainerError(f"{where}: damaged compressed data ({error})\ndownload or copy the file again") from error
+        raise ContainerError(
+            f"{where}: damaged compressed data ({error})", "download or copy the file again"
+        ) from error
     if len(result) != size:
         more = "more" if len(result) > size else "less"
-        raise ContainerError(f"{where}: inflates to {more} than {size} bytes\ndownload or copy the file again")
+        raise ContainerError(f"{where}: inflates to {more} than {size} bytes", "download or copy the file again")
     return result
 
 
 def crc_error(storage: Storage) -> ContainerError:
     return ContainerError(
-        f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum\n{DAMAGED}"
+        f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum", DAMAGED
     )

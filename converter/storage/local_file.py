@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from converter.errors import ContainerError, DsocrError, Name
+from converter.errors import ContainerError, DsocrError, printable
 
 # Not to count a map as memory that will be written to: a file may be larger than all there is. Python names it from
 # 3.13 on; the number is that of Linux on x86 and ARM.
@@ -63,7 +63,7 @@ class LocalFile:
 
     def __init__(self, path: Path, name: str = "") -> None:
         """`name` is what messages call it, if not by its path."""
-        self.name = Name(name or path)
+        self.name = printable(name or str(path))
         self.path = str(path)
         self._fd = -1
         try:
@@ -71,11 +71,11 @@ class LocalFile:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
             self._stat = os.fstat(self._fd)
         except OSError as error:
-            raise ContainerError(f"{self.name}: cannot be read: {error.strerror}\n{READ_HINT}") from error
+            raise ContainerError(f"{self.name}: cannot be read: {error.strerror}", READ_HINT) from error
         if not stat.S_ISREG(self._stat.st_mode):
             raise ContainerError(
-                f"{self.name}: is a {_kind(self._stat.st_mode)}, not a file: nothing in it can be looked up\n"
-                "write what comes from it to a file, and give that"
+                f"{self.name}: is a {_kind(self._stat.st_mode)}, not a file: nothing in it can be looked up",
+                "write what comes from it to a file, and give that",
             )
         self.size = self._stat.st_size
 
@@ -112,8 +112,8 @@ class LocalFile:
 
     def _truncated(self, offset: int, length: int) -> ContainerError:
         return ContainerError(
-            f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}\n"
-            "download or copy it again"
+            f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}",
+            "download or copy it again",
         )
 
     def map(self) -> mmap.mmap:
@@ -126,7 +126,9 @@ class LocalFile:
     def check_unchanged(self) -> None:
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise ContainerError(f"{self.name}: changed while it was being read\nwait until it is complete, then rerun")
+            raise ContainerError(
+                f"{self.name}: changed while it was being read", "wait until it is complete, then rerun"
+            )
 
 
 def exists(path: str | Path) -> bool:

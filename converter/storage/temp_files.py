@@ -145,8 +145,8 @@ def roll_back(kept: Path, path: Path, output: Path) -> None:
             kept.replace(path) if kind == _OLD else path.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
-                f"{path}: what a run replaced that did not end could not be put back: {error.strerror}\n"
-                f"it lies in {kept.name}; the next run for the same files puts it back"
+                f"{path}: what a run replaced that did not end could not be put back: {error.strerror}",
+                f"it lies in {kept.name}; the next run for the same files puts it back",
             ) from error
     discard(kept)
 

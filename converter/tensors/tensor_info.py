@@ -53,13 +53,13 @@ def make_tensor(
     """A checked tensor: `offset` and `strides` in elements; ContainerError where an element leaves the storage."""
     where = f"{storage.file.name}: tensor {key!r}"
     if offset < 0 or any(n < 0 for n in shape) or any(n < 0 for n in strides) or len(shape) != len(strides):
-        raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}\n{DAMAGED}")
+        raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}", DAMAGED)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 in shape:
         last = offset - 1
     if (last + 1) * dtype.itemsize > storage.size:
         end = (last + 1) * dtype.itemsize
-        raise ContainerError(f"{where}: reaches byte {end} of a storage of {storage.size}\n{DAMAGED}")
+        raise ContainerError(f"{where}: reaches byte {end} of a storage of {storage.size}", DAMAGED)
     # A dimension of one element, or a tensor of none, may carry any stride: it is never taken.
     plain = contiguous_strides(shape)
     if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, plain, strict=True)):

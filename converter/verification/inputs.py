@@ -61,8 +61,8 @@ def as_converted(source: Checkpoint) -> Converted:
         families = [other.split("-")[0]] if other else FAMILIES
         commands = " or ".join(f"dsocr-convert {each} {source.name}" for each in families)
         raise LayoutError(
-            f"{source.name}: {what}; the DeepEncoder's is what is verified\n"
-            f"convert it first: {commands}; other layouts are checked against their card, with --card"
+            f"{source.name}: {what}; the DeepEncoder's is what is verified",
+            f"convert it first: {commands}; other layouts are checked against their card, with --card",
         )
     return Converted(source, entry, family)
 
@@ -76,7 +76,7 @@ def as_origin(
     layout = known.match.candidate.load()
     if isinstance(layout, CanonicalLayout):
         raise UsageError(
-            f"--source {source.name}: is itself in the layout {layout.name}\ngive what it was converted from"
+            f"--source {source.name}: is itself in the layout {layout.name}", "give what it was converted from"
         )
     dtype, pixels = _options(plan, target)
     if dtype != "keep" or pixels is not None:

@@ -41,7 +41,7 @@ class Recorded(NamedTuple):
 def read_record(path: Path) -> Recorded:
     """The card in a file; ContainerError where it is none, UsageError where a model card was given instead."""
     if path.suffix == ".md":
-        raise UsageError(f"--card {path}: a model card is for people\ngive the card that ends in .json")
+        raise UsageError(f"--card {path}: a model card is for people", "give the card that ends in .json")
     try:
         require_regular_file(path, ContainerError)
         if path.stat().st_size > _LARGEST:
@@ -55,7 +55,7 @@ def read_record(path: Path) -> Recorded:
 
 def _recorded(path: Path, document: Any) -> Recorded:
     if document["card"] != RECORD_FORMAT:
-        raise ContainerError(f"{path}: a card of another form, {str(document['card'])[:20]!r}\nupdate dsocr-convert")
+        raise ContainerError(f"{path}: a card of another form, {str(document['card'])[:20]!r}", "update dsocr-convert")
     tensors = {
         name: (str(entry["dtype"]), [int(size) for size in entry["shape"]], str(entry["sha256"]))
         for name, entry in document["tensors"].items()

@@ -63,8 +63,8 @@ def _by_its_loader(container: str, file: SourceFile) -> dict[str, torch.Tensor]:
     loader: Any = formats_registry.find_plugin(container)
     if not hasattr(loader, "reference"):
         raise UsageError(
-            f"{file.name}: the loader of {container} has no `reference`, which reads it by the format's own library\n"
-            "ask the package that brings the loader for one"
+            f"{file.name}: the loader of {container} has no `reference`, which reads it by the format's own library",
+            "ask the package that brings the loader for one",
         )
     found: dict[str, torch.Tensor] = loader.reference(file.path)
     return found

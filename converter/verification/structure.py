@@ -42,8 +42,8 @@ def _check_layout(name: str, family: str, tensors: dict[str, TensorInfo]) -> tup
             name,
         )
     except MappingError as error:
-        lines = str(error).split("\n")
-        return failed(PROOF, "layout", f"does not fit {canonical.name}: {lines[0]}", lines), None
+        problems = error.message.splitlines()
+        return failed(PROOF, "layout", f"does not fit {canonical.name}: {problems[0]}", problems), None
     lacking, extra = list(plan.generated), list(plan.dropped)
     if lacking or extra:
         detail = "; ".join([*(f"{key} is missing" for key in lacking), *(f"{key} is too much" for key in extra)])
