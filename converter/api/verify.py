@@ -75,9 +75,7 @@ def verify(
         there = stack.enter_context(closing(open_checkpoint(converted)))
         if recorded is not None and is_elsewhere(recorded):
             if source is not None:
-                raise UsageError(
-                    f"--source: {recorded.layout} is checked against its card alone", f"leave --source out"
-                )
+                raise UsageError(f"--source: {recorded.layout} is checked against its card alone", "leave --source out")
             found = _prove_by_card(there, recorded, on_progress)
         else:
             target, origin = as_converted(there), None
@@ -180,7 +178,7 @@ def _device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs", f"run with --device cpu")
+        raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs", "run with --device cpu")
     return device
 
 

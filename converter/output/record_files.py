@@ -43,7 +43,7 @@ class RecordFiles:
                 raise OutputError(f"{path}: cannot be the card: it is another file of this conversion")
             if output.resolve() in path.resolve().parents:
                 raise OutputError(
-                    f"{path}: lies in the output, a folder that appears whole", f"move it there afterwards"
+                    f"{path}: lies in the output, a folder that appears whole", "move it there afterwards"
                 )
             check_target(path, force, 0, "card")
             taken.append(path.resolve())
