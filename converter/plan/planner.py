@@ -45,7 +45,7 @@ class ConvertOptions(NamedTuple):
         if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
             raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
         if self.full_model and self.to in ("", self.canonical):
-            raise UsageError(f"--whole: {self.canonical} holds the encoder alone", f"name another layout with --to")
+            raise UsageError(f"--whole: {self.canonical} holds the encoder alone", "name another layout with --to")
         return self._replace(to=self.to or self.canonical)
 
     @property
