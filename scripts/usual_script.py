@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The script that everybody writes today, for scripts/bench to measure and for tests to compare bytes with.
+"""The script that everybody writes today, for scripts/bench.py to measure and for tests to compare bytes with.
 
 usual_script.py sam|clip SOURCE OUT
 """
