@@ -85,10 +85,10 @@ class UnreachableError(HubError):
     Args:
         what: What cannot be reached.
         why: What the hub's library reports.
+        hint: What to do if the network is all right.
     """
 
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(
-            f"{what}: {why}", "check the network, the proxy and the hub's endpoint setting, then run again"
-        )
+    def __init__(self, what: str, why: str, hint: str = "") -> None:
+        steps = "check the network, the proxy and the hub's endpoint setting, then run again"
+        super().__init__(f"{what}: {why}", f"{steps}\n{hint}" if hint else steps)
         self.what, self.why = what, why

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from converter.checkpoint.open import Checkpoint, OnProgress, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.hub.address import HubOptions
 from converter.output.pretrained import config_files, wants_folder
 from converter.output.record import ConversionRecord, shorten
@@ -15,6 +15,7 @@ from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write
 from converter.plan.plan import Plan
 from converter.plan.planner import ConvertOptions, resolve
+from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converter.checkpoint.open import Checkpoint, OnProgress, check_unchanged, open_checkpoint, progress_counter
+from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoint
 from converter.checkpoint.state_dict import largest_state_dict, unwrapped_names
 from converter.derivation.compose import Composed, compose, prove
 from converter.derivation.found import ALIKE, NAME, VALUES, Found, Job
@@ -19,6 +19,7 @@ from converter.layouts.parse import FAMILIES
 from converter.output.target import check_not_source, check_target
 from converter.plan.planner import ConvertOptions, plan_to_canonical
 from converter.storage.atomic_output import remove_stale, staged, write_all
+from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, nbytes, source_tensors
 
 

@@ -7,11 +7,12 @@ from contextlib import ExitStack, closing
 from functools import reduce
 from pathlib import Path
 
-from converter.checkpoint.open import OnProgress, check_unchanged, open_checkpoint, progress_counter
+from converter.checkpoint.open import check_unchanged, open_checkpoint
 from converter.comparison.align import Named, Side, common, side_of
 from converter.comparison.difference import Block, Change, Difference, Figures, block_of, in_order
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
+from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 

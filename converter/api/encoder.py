@@ -10,7 +10,7 @@ from pathlib import Path
 from converter.assembly.insert import output_of_copy, plan_copy
 from converter.assembly.parts import PREFIX, put_together, taken_out
 from converter.assembly.record import make_record, record_of_copy
-from converter.checkpoint.open import Checkpoint, OnProgress, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.errors import UsageError
 from converter.hub.address import HubOptions
 from converter.output.record import ConversionRecord
@@ -18,6 +18,7 @@ from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
 from converter.plan.plan import sort_outputs
 from converter.plan.planner import DTYPES, check_choices
+from converter.storage.progress import OnProgress
 from converter.tensors.serialize import Outputs
 
 

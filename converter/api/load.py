@@ -6,10 +6,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checkpoint.open import Checkpoint, OnProgress, check_unchanged, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoint
 from converter.hub.address import HubOptions
 from converter.plan.plan import Plan
 from converter.plan.planner import ConvertOptions, resolve, resolve_to_canonical
+from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 
 if TYPE_CHECKING:

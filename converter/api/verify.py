@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from converter import __version__
-from converter.checkpoint.open import Checkpoint, OnProgress, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.errors import UsageError
 from converter.hub.address import HubOptions
 from converter.plan.planner import check_choices
+from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
 from converter.verification import outputs, structure, weights

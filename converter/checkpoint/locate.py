@@ -1,4 +1,4 @@
-"""From what a user names to the files that hold the tensors: files here or on a hub, a folder, a sharded checkpoint."""
+"""Finding a checkpoint's files: local or on a hub, a single file, a folder or a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from converter.formats import strict_json
 from converter.hub.address import HubOptions, is_address, looks_like_repository, parse
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
 
-# In a folder, the first of these that is there: transformers looks in the same order.
-_STANDARD = (
+# The file to use in a folder is the first of these that exists, in the order of transformers.
+_STANDARD_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -21,17 +21,22 @@ _STANDARD = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
-_INDEX_STEP = "download it again, from where its checkpoint was published"
-# Names in a message: some repositories have a checkpoint for every thousandth step.
-_SHOWN = 20
+_INDEX_STEP = "download it again from where its checkpoint was published"
+# File names in a message: some repositories have a checkpoint for every thousandth step.
+_MAX_SHOWN = 20
 
 P = TypeVar("P", bound=PurePath)
 
 
 class Located(NamedTuple):
-    """The files of one checkpoint; `weight_map` is tensor name -> file name, where an index gives it.
+    """The open files of one checkpoint.
 
-    `commit` is the one that a hub had them at, `notes` what a user should know of where they were found.
+    Attributes:
+        name: The path or the hub address of the file, or of the index.
+        files: The file, or all shards.
+        weight_map: Tensor name -> shard name, from the index of a sharded checkpoint.
+        commit: The commit of the hub repository; empty for local files.
+        notes: Messages for the user about where the files were found.
     """
 
     name: str
@@ -42,83 +47,89 @@ class Located(NamedTuple):
 
 
 def locate(source: str, hub_options: HubOptions = HubOptions()) -> Located:  # noqa: B008 (a tuple)
-    """The files behind SOURCE; ContainerError where it is missing or leaves a choice, HubError where a hub fails."""
+    """Open the files of SOURCE.
+
+    Raises:
+        ContainerError: No such file, or several checkpoints in one folder.
+        HubError: A hub fails or refuses.
+        UsageError: SOURCE and `hub_options` contradict each other.
+    """
     if not source:
-        # What a shell makes of a variable that is not set; to Path, the current folder.
+        # From an unset shell variable; Path("") would be the current folder.
         raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
     path, shown = Path(source), printable(source)
     if is_address(source) or hub_options.hub is not None:
-        return _on_hub(source, hub_options)
+        return _locate_on_hub(source, hub_options)
     if exists(path):
         if hub_options.revision is not None or hub_options.download:
-            raise UsageError(f"{shown}: is here already: --revision and --download are for repositories on a hub")
-        return _here(path)
-    if looks_like_repository(source) and not _meant_here(path):
-        return _on_hub(source, hub_options)
+            raise UsageError(f"{shown}: is a local path: --revision and --download only apply to hub repositories")
+        return _locate_local(path)
+    if looks_like_repository(source) and not _looks_like_local_file(path):
+        return _locate_on_hub(source, hub_options)
     raise ContainerError(
         f"{shown}: no such file or folder", "give a checkpoint file, its folder or its index, or hf://org/name"
     )
 
 
-def _meant_here(path: Path) -> bool:
-    """Whether a path to nothing is a mistyped file's, not a repository's: by its suffix, and the folder it is in."""
+def _looks_like_local_file(path: Path) -> bool:
+    """Whether a missing path was probably meant as a local file: by its suffix, and by its first folder."""
     return path.suffix in (*WEIGHT_SUFFIXES, ".json") and (len(path.parts) == 2 or exists(path.parts[0]))
 
 
-def _here(path: Path) -> Located:
+def _locate_local(path: Path) -> Located:
     if path.is_dir():
         path = path / choose_checkpoint(_files_in(path), str(path))
-    return _with_shards(printable(str(path)), path, LocalFile, exists)
-
-
-def _with_shards(name: str, path: P, open_: Callable[[P], SourceFile], there: Callable[[P], bool]) -> Located:
-    """The file at a path or, where that is an index, the shards beside it."""
-    if not path.name.endswith(INDEX_SUFFIX):
-        return Located(name, (open_(path),))
-    with closing(open_(path)) as index:
-        weight_map, shards = _read_index(index, name, lambda shard: there(path.with_name(shard)))
-    with ExitStack() as stack:
-        files = tuple(stack.enter_context(closing(open_(path.with_name(shard)))) for shard in shards)
-        stack.pop_all()
-    return Located(name, files, weight_map)
+    return _open_files(printable(str(path)), path, LocalFile, exists)
 
 
 def _files_in(folder: Path) -> list[str]:
-    """All but folders: of what leads nowhere, or is no file, `LocalFile` says so."""
+    """List names that are not folders; `LocalFile` reports broken links and special files."""
     try:
         return [path.name for path in folder.iterdir() if not path.is_dir()]
     except OSError as error:
         raise ContainerError(f"{printable(str(folder))}: cannot be read: {error.strerror}", READ_HINT) from error
 
 
-def _on_hub(source: str, hub_options: HubOptions) -> Located:
-    # Two libraries that conversions of local files need not wait for.
-    from converter.hub import open_repository
+def _open_files(name: str, path: P, open_: Callable[[P], SourceFile], is_file: Callable[[P], bool]) -> Located:
+    """Open the file at `path` or, if it is an index, the shards in its folder."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return Located(name, (open_(path),))
+    with closing(open_(path)) as index:
+        weight_map, shards = _read_index(index, name, lambda shard: is_file(path.with_name(shard)))
+    with ExitStack() as stack:
+        files = tuple(stack.enter_context(closing(open_(path.with_name(shard)))) for shard in shards)
+        stack.pop_all()
+    return Located(name, files, weight_map)
+
+
+def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
+    # Imported here: the hubs' libraries take a fifth of a second.
+    from converter.hub.open import open_repository
     from converter.hub.remote_file import RemoteFile
 
     address = parse(source, hub_options)
-    repository = open_repository(address, lambda folder: _is_whole(folder / address.path))
+    repository = open_repository(address, lambda folder: _is_complete(folder / address.path))
     folder, notes = repository.folder, repository.notes
     if folder is not None:
-        found = _here(folder / address.path)
-        # The name goes into the output, which is to be the same wherever the cache lies.
-        name = f"{repository.name}/{PurePath(found.name).relative_to(printable(str(folder))).as_posix()}"
-        return found._replace(name=name, commit=repository.commit, notes=tuple(notes))
-    path = _chosen(repository.files, address.path, repository.name)
+        located = _locate_local(folder / address.path)
+        # The output records this name, and must not depend on where the cache is.
+        name = f"{repository.name}/{PurePath(located.name).relative_to(printable(str(folder))).as_posix()}"
+        return located._replace(name=name, commit=repository.commit, notes=tuple(notes))
+    path = _choose_in_repository(repository.files, address.path, repository.name)
 
     def open_(path: PurePosixPath) -> SourceFile:
         name = str(path)
         local = repository.download(name) if hub_options.download else repository.cached(name)
         return LocalFile(local) if local is not None else RemoteFile(repository, name)
 
-    found = _with_shards(
+    located = _open_files(
         f"{repository.name}/{path}", PurePosixPath(path), open_, lambda path: str(path) in repository.files
     )
-    return found._replace(commit=repository.commit, notes=(*notes, *_whence(found.files, hub_options)))
+    return located._replace(commit=repository.commit, notes=(*notes, *_cache_note(located.files, hub_options)))
 
 
-def _whence(files: Iterable[SourceFile], hub_options: HubOptions) -> list[str]:
-    """A word on files that are here already."""
+def _cache_note(files: Iterable[SourceFile], hub_options: HubOptions) -> list[str]:
+    """Return a note if all files came from the local cache."""
     if any(file.identity is None for file in files):
         return []
     return [
@@ -126,10 +137,10 @@ def _whence(files: Iterable[SourceFile], hub_options: HubOptions) -> list[str]:
     ]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint lies at a path in a cache, with all its shards."""
+def _is_complete(path: Path) -> bool:
+    """Whether a cache has a checkpoint at `path`, with all its shards."""
     try:
-        located = _here(path)
+        located = _locate_local(path)
     except ContainerError:
         return False
     for file in located.files:
@@ -137,15 +148,15 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _chosen(files: Iterable[str], path: str, where: str) -> str:
-    """The file that `path` names in a repository, or the checkpoint in the folder that it names."""
+def _choose_in_repository(files: Iterable[str], path: str, where: str) -> str:
+    """Return the file `path` of a repository, or the checkpoint in the folder `path`; HubError if there is none."""
     if path in files:
         return path
     prefix = f"{path}/" if path else ""
     inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
     if not inside:
         candidates = [name for name in files if name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))]
-        shown = ", ".join(sorted(candidates)[:_SHOWN]) + (", ..." if len(candidates) > _SHOWN else "")
+        shown = ", ".join(sorted(candidates)[:_MAX_SHOWN]) + (", ..." if len(candidates) > _MAX_SHOWN else "")
         raise HubError(f"{where}: there is no file {path!r}", f"its checkpoints: {shown or 'none'}")
     return prefix + choose_checkpoint(
         (name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError
@@ -153,42 +164,47 @@ def _chosen(files: Iterable[str], path: str, where: str) -> str:
 
 
 def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] = ContainerError) -> str:
-    """The checkpoint among the files of a folder; an error where there is none, or more than one could be meant."""
-    there = sorted(names)
-    for name in _STANDARD:
-        if name in there:
+    """Return the name of the checkpoint in a folder.
+
+    Args:
+        names: Names of all files in the folder.
+        where: The folder, for messages.
+        error: What to raise if there is no checkpoint, or more than one candidate.
+    """
+    ordered = sorted(names)
+    for name in _STANDARD_NAMES:
+        if name in ordered:
             return name
-    found = [name for name in there if name.endswith(WEIGHT_SUFFIXES)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        wanted = ", ".join((*_STANDARD, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
-        raise error(f"{where}: holds no checkpoint", f"looked for {wanted}")
-    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, found))}", "name the one to convert")
+    candidates = [name for name in ordered if name.endswith(WEIGHT_SUFFIXES)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        expected = ", ".join((*_STANDARD_NAMES, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
+        raise error(f"{where}: holds no checkpoint", f"looked for {expected}")
+    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, candidates))}", "name the one to convert")
 
 
-def _read_index(file: SourceFile, name: str, there: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
-    """The `weight_map` of an index, and the shards it lists, which must lie beside it: `there` tells."""
+def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
+    """Return the `weight_map` of an index, and its shards in order; ContainerError for a shard outside its folder."""
     weight_map = _weight_map(file, name)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Separators of any system, and what Windows takes no notice of at the end: an index made to leave its folder
-        # there is as hostile here.
+        # Separators of all systems, and what Windows ignores at the end of a name.
         if not shard or shard[-1] in ". " or set(shard) & set("/\\:") or not shard.isprintable():
-            raise ContainerError(f"{name}: the shard {shard!r} is not a file beside the index", _INDEX_STEP)
-        if not there(shard):
+            raise ContainerError(f"{name}: the shard {shard!r} is not a file in the index's folder", _INDEX_STEP)
+        if not is_file(shard):
             raise ContainerError(f"{name}: the shard {shard!r} is missing", "download the rest of the checkpoint")
     return weight_map, shards
 
 
 def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
-    """What an index says of which tensor is in which file."""
+    """Parse an index: tensor name -> shard name."""
     if file.size > strict_json.MAX_BYTES:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
         weight_map = strict_json.parse(file.read(0, file.size))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError("a file's name is no text")
+            raise ValueError("a file name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = error if isinstance(error, ValueError) else "expected a `weight_map` of names"
         raise ContainerError(f"{name}: no index of a sharded checkpoint: {why}", _INDEX_STEP) from error

@@ -1,52 +1,40 @@
-"""A checkpoint opened: its files, and what they hold."""
+"""Opening a checkpoint: its files, and the tensors and other values in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError
 from converter.formats.registry import open_file
 from converter.hub.address import HubOptions
 from converter.storage.local_file import Range, SourceFile
+from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import Contents, TensorInfo
 
 if TYPE_CHECKING:
     from converter.hub.remote_file import RemoteFile
 
-
-# Told what is being done, how much of it is done, and of how much.
-OnProgress = Callable[[str, int, int], None]
-
-
-def progress_counter(on_progress: OnProgress, what: str, total: int) -> Callable[[int], None]:
-    """What sums up the bytes it is told of, and tells `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        on_progress(what, done, total)
-
-    return count
-
-
-def check_unchanged(opened: Iterable[Checkpoint]) -> None:
-    """ContainerError where a file has changed since it was opened: what was read may be halves of two."""
-    for file in (file for source in opened for file in source.files):
-        file.check_unchanged()
-
-
-# What to do where shards and their index disagree.
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint as found: `containers` names the kind of each file, `contents` holds what all of them hold."""
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open checkpoint. Only metadata has been read, no tensor.
+
+    Attributes:
+        name: The path or the hub address of the file, or of the index of a sharded checkpoint.
+        files: The open files: one, or the shards in the order of their names.
+        containers: The container format of each file.
+        contents: Tensors and other values of all files, nested as in the files.
+        commit: The commit of the hub repository; empty for local files.
+        notes: Messages for the user about where the files were found.
+    """
 
     name: str
     files: tuple[SourceFile, ...]
@@ -57,15 +45,15 @@ class Checkpoint(NamedTuple):
 
     @property
     def remote(self) -> list[RemoteFile]:
-        """Those of the files that are fetched as they are read."""
+        """The files that are read from a hub by byte ranges."""
         return [cast("RemoteFile", file) for file in self.files if file.identity is None]
 
     def prefetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Have remote files fetch ahead what will be read once, in the order of `tensors`; `progress` is told of it."""
+        """Start to fetch tensors of remote files in the background, to be read once and in this order."""
         self._fetch(tensors, on_progress, keep=False)
 
     def fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Have remote files fetch `tensors`, for others to read."""
+        """Fetch tensors of remote files, to be read in any order, also by other libraries from `SourceFile.path`."""
         self._fetch(tensors, on_progress, keep=True)
 
     def _fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress, keep: bool) -> None:
@@ -76,27 +64,23 @@ class Checkpoint(NamedTuple):
         for tensor in tensors:
             if tensor.storage.file in spans:
                 spans[tensor.storage.file].append(tensor.storage.span)
-        lock, whole = Lock(), sum(file.size for file in self.files)
-
-        def tell() -> None:
-            with lock:
-                fetched, needed = sum(file.fetched for file in remote), sum(file.needed for file in remote)
-                on_progress(f"fetching ({1 - needed / whole:.1%} of {whole / 1e9:.2f} GB spared)", fetched, needed)
-
+        report = _fetch_reporter(remote, sum(file.size for file in self.files), on_progress)
         for file in remote:
-            (file.fetch_all if keep else file.prefetch)(spans[file], tell)
+            (file.fetch_all if keep else file.prefetch)(spans[file], report)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close all files."""
         for file in self.files:
             file.close()
 
 
 def open_checkpoint(name: str | Path, hub_options: HubOptions = HubOptions()) -> Checkpoint:  # noqa: B008 (a tuple)
-    """Open all files of SOURCE and read what they say of their tensors, not the tensors.
+    """Open all files of SOURCE and read their metadata.
 
-    ContainerError where one is missing, damaged or hostile, HubError where a hub fails, UsageError for a SOURCE that
-    contradicts `access`.
+    Raises:
+        ContainerError: A file is missing, damaged or hostile.
+        HubError: A hub fails or refuses.
+        UsageError: SOURCE and `hub_options` contradict each other.
     """
     located = locate(str(name), hub_options)
     with ExitStack() as stack:
@@ -104,27 +88,47 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = HubOptions()) ->
             stack.callback(file.close)
         opened = [open_file(file) for file in located.files]
         containers = tuple(container for container, _ in opened)
-        held = [contents for _, contents in opened]
-        contents = held[0] if located.weight_map is None else _joined(located, held)
+        shards = [contents for _, contents in opened]
+        contents = shards[0] if located.weight_map is None else _join_shards(located, shards)
         stack.pop_all()
     return Checkpoint(located.name, located.files, containers, contents, located.commit, located.notes)
 
 
-def _joined(located: Located, shards: list[Contents]) -> Contents:
-    """The tensors of all shards, which must be those that the index lists, where it lists them."""
+def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raise ContainerError if a file was modified after it was opened."""
+    for file in (file for checkpoint in checkpoints for file in checkpoint.files):
+        file.check_unchanged()
+
+
+def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnProgress) -> Callable[[], None]:
+    """Return the function that threads call after bytes have been received."""
+    lock = Lock()
+
+    def report() -> None:
+        with lock:
+            fetched, needed = sum(file.fetched for file in remote), sum(file.needed for file in remote)
+            spared = f"{1 - needed / total_size:.1%} of {total_size / 1e9:.2f} GB spared"
+            on_progress(f"fetching ({spared})", fetched, needed)
+
+    return report
+
+
+def _join_shards(located: Located, shards: list[Contents]) -> Contents:
+    """Merge the contents of all shards; raise ContainerError where shards and index disagree."""
+    weight_map = located.weight_map or {}
     joined: Contents = {}
     for file, contents in zip(located.files, shards, strict=True):
         shard = PurePath(file.name).name
         for key, value in contents.items():
             if key in joined:
-                raise ContainerError(f"{file.name}: {key!r} stands in another shard too", _SHARDS_STEP)
-            listed = (located.weight_map or {}).get(key)
+                raise ContainerError(f"{file.name}: {key!r} is in another shard too", _SHARDS_STEP)
+            listed = weight_map.get(key)
             if isinstance(value, TensorInfo) and listed != shard:
                 where = f"puts it into {listed!r}" if listed else "does not list it"
                 raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}", _SHARDS_STEP)
             joined[key] = value
-    absent = [key for key in located.weight_map or {} if not isinstance(joined.get(key), TensorInfo)]
-    if absent:
-        what = f"lists {len(absent)} tensors that its shards do not hold, such as {absent[0]!r}"
+    missing = [key for key in weight_map if not isinstance(joined.get(key), TensorInfo)]
+    if missing:
+        what = f"lists {len(missing)} tensors that its shards do not hold, such as {missing[0]!r}"
         raise ContainerError(f"{located.name}: {what}", _SHARDS_STEP)
     return joined

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import converter
-from converter.checkpoint.open import OnProgress
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet
 from converter.cli.views import count
+from converter.storage.progress import OnProgress
 
 if TYPE_CHECKING:
     from converter.comparison.difference import Block, Change, Difference

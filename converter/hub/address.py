@@ -1,4 +1,4 @@
-"""What a user calls a place on a hub."""
+"""Addresses of repositories and files on the hubs: hf://org/name[@revision][/path]."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 from converter.errors import UsageError
 
 SCHEMES = ("hf", "ms")
-# What --hub takes, spelt out or as in an address.
+# Values of --hub -> scheme.
 _HUBS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 
-# hf://org/name[@revision][/path]. A revision with slashes is one that Hugging Face makes itself (refs/pr/1).
+# The only revisions with slashes are those that Hugging Face makes itself (refs/pr/1).
 _ADDRESS = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|[^/@]+))?(/(?P<path>.*))?"
 )
 
 
 class HubOptions(NamedTuple):
-    """What a user says of remote sources: the options --revision, --hub and --download."""
+    """The options for hub sources: --revision, --hub and --download."""
 
     revision: str | None = None
     hub: str | None = None
@@ -26,7 +26,14 @@ class HubOptions(NamedTuple):
 
 
 class Address(NamedTuple):
-    """A place on a hub: `hub` is hf, ms or, where the user has not said, empty; `path` a file, a folder or empty."""
+    """A file or a folder on a hub.
+
+    Attributes:
+        hub: "hf" or "ms".
+        repository: "org/name".
+        revision: A branch, a tag or a commit; None for the main branch.
+        path: A file or a folder in the repository; empty for its root.
+    """
 
     hub: str
     repository: str
@@ -35,18 +42,18 @@ class Address(NamedTuple):
 
 
 def is_address(source: str) -> bool:
-    """Whether SOURCE names a hub by its scheme."""
+    """Whether SOURCE begins with a hub's scheme."""
     return source.partition("://")[0] in SCHEMES and "://" in source
 
 
 def looks_like_repository(source: str) -> bool:
-    """Whether SOURCE could be `org/name[@revision][/file]`, where no such file exists here."""
+    """Whether SOURCE has the form `org/name[@revision][/path]`."""
     return _ADDRESS.fullmatch(source) is not None
 
 
 def parse(source: str, hub_options: HubOptions) -> Address:
-    """The address that SOURCE and the options give together; UsageError where they disagree."""
-    scheme, found, rest = source.partition("://") if is_address(source) else ("", "", source)
+    """Combine SOURCE and the hub options into an address; UsageError if they contradict each other."""
+    scheme, separator, rest = source.partition("://") if is_address(source) else ("", "", source)
     match = _ADDRESS.fullmatch(rest)
     if match is None:
         raise UsageError(f"{source}: expected {scheme or 'hf'}://org/name[@revision][/file]")
@@ -55,9 +62,9 @@ def parse(source: str, hub_options: HubOptions) -> Address:
     if hub_options.hub is not None and hub_options.hub not in _HUBS:
         raise UsageError(f"--hub {hub_options.hub}: expected hf or modelscope")
     chosen = _HUBS[hub_options.hub] if hub_options.hub is not None else ""
-    if found and chosen and chosen != scheme:
+    if separator and chosen and chosen != scheme:
         raise UsageError(f"--hub {hub_options.hub}: {source} names the other hub")
     if match["revision"] and hub_options.revision and match["revision"] != hub_options.revision:
         raise UsageError(f"--revision {hub_options.revision}: {source} names another revision")
     revision = match["revision"] or hub_options.revision
-    return Address(scheme or chosen, match["id"], revision, (match["path"] or "").strip("/"))
+    return Address(scheme or chosen or "hf", match["id"], revision, (match["path"] or "").strip("/"))

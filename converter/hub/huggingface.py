@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import requests
-from huggingface_hub import constants, errors, utils
+from huggingface_hub import constants, utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
@@ -23,10 +24,18 @@ from converter.hub.repository import Entry, HubResponseError, ignore_netrc, list
 from converter.storage.local_file import LocalFile, sha256_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# No answer at all, by whichever HTTP library this version is built on.
-_NO_ANSWER: tuple[type[Exception], ...] = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined]
-# An answer, but not in JSON, or of other things than a model has.
-_NOT_A_HUB = (json.JSONDecodeError, requests.exceptions.InvalidJSONError, KeyError, TypeError, AttributeError)
+# Base errors of the HTTP libraries that huggingface_hub is built on: requests before 1.0, then httpx, then httpx2.
+_NETWORK_ERRORS: tuple[type[Exception], ...] = tuple(
+    getattr(sys.modules[module], name)
+    for module, names in (
+        ("requests", ["RequestException"]),
+        ("httpx", ["RequestError", "InvalidURL"]),
+        ("httpx2", ["RequestError", "InvalidURL"]),
+    )
+    if module in sys.modules
+    for name in names
+)
+_DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (OSError, *_NETWORK_ERRORS)
 
 # It tells on stderr of its own retries; ours are told by the bar, and failures by one message.
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -35,12 +44,12 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 class HuggingFace:
     """A repository on Hugging Face or, by HF_ENDPOINT, on a mirror of it; see Repository."""
 
-    def __init__(self, repository: str, revision: str | None, holds: Callable[[Path], bool]) -> None:
+    def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         """Raises UnreachableError where neither the hub nor its cache has it, and HubError for what the hub refuses."""
         self.timeout = (float(constants.HF_HUB_ETAG_TIMEOUT), float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
         self._session = requests.Session()
         ignore_netrc(self._session)
-        self._holds = holds
+        self._is_complete = is_complete
         self._id, self._asked = repository, revision or constants.DEFAULT_REVISION
         self.name = f"hf://{repository}" + (f"@{revision}" if revision else "")
         self.files: dict[str, Entry] = {}
@@ -84,11 +93,14 @@ class HuggingFace:
             raise HubError(f"{self.name}: {error}") from None
         except HfHubHTTPError as error:
             raise HubResponseError.of(_response(error)) from None
-        except _NOT_A_HUB:
-            # The page at which a hotel's network wants one to log in, for one.
-            raise UnreachableError(f"{constants.ENDPOINT} cannot be reached", "its answer is not a hub's") from None
-        except _NO_ANSWER as error:
-            raise UnreachableError(f"{constants.ENDPOINT} cannot be reached", str(error)) from None
+        except json.JSONDecodeError:
+            raise self._unreachable("the answer is not JSON (a captive portal or a proxy?)") from None
+        except _NETWORK_ERRORS as error:
+            raise self._unreachable(str(error)) from None
+
+    def _unreachable(self, why: str) -> UnreachableError:
+        hint = f"or try ModelScope, where names of repositories differ: --hub modelscope, or ms://{self._id}"
+        return UnreachableError(f"{constants.ENDPOINT} cannot be reached", why, hint)
 
     def _repository_folder(self) -> Path:
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._id, repo_type="model")
@@ -102,7 +114,7 @@ class HuggingFace:
 
     def _snapshot(self) -> Path | None:
         folder = self._repository_folder() / "snapshots" / self.commit
-        return folder if self.commit and folder.is_dir() and self._holds(folder) else None
+        return folder if self.commit and folder.is_dir() and self._is_complete(folder) else None
 
     def cached(self, path: str) -> Path | None:
         found = self.commit and huggingface_hub.try_to_load_from_cache(self._id, path, revision=self.commit)
@@ -118,7 +130,7 @@ class HuggingFace:
             found = Path(huggingface_hub.hf_hub_download(self._id, path, revision=self._asked))
         except HfHubHTTPError as error:
             raise self.refused(HubResponseError.of(_response(error)), path) from None
-        except _NO_ANSWER as error:
+        except _DOWNLOAD_ERRORS as error:
             why = str(error).partition("\n")[0]
             raise HubError(f"{self.name}/{path}: could not be downloaded: {why}", "try again") from None
         if self.commit and self.commit not in found.parts:

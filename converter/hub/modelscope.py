@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -35,7 +36,7 @@ logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
 class ModelScope:
     """A repository on ModelScope; see Repository."""
 
-    def __init__(self, repository: str, revision: str | None, holds: Callable[[Path], bool]) -> None:
+    def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         """Raises UnreachableError where neither the hub nor its cache has it, and HubError for what the hub refuses."""
         self._id, self._asked, self._revision = repository, revision, revision or _DEFAULT
         self.name = f"ms://{repository}" + (f"@{revision}" if revision else "")
@@ -44,7 +45,7 @@ class ModelScope:
         self.notes: list[str] = []
         self.commit = ""
         self.folder: Path | None = None
-        self._holds = holds
+        self._is_complete = is_complete
         self._api = HubApi()
         # The session that download_stream uses; another release may call it otherwise.
         ignore_netrc(getattr(self._api.legacy, "_read_session", requests.Session()))
@@ -76,18 +77,12 @@ class ModelScope:
             folder = Path(self._api.download_repo(self._id, _KIND, revision=self._asked, local_files_only=True))
         except library.CacheNotFound:
             return None
-        return folder if self._holds(folder) else None
+        return folder if self._is_complete(folder) else None
 
     def _listing(self) -> list[dict[str, Any]]:
         with _answers():
-            try:
-                found = self._api.legacy.list_repo_files(self._id, _KIND, self._revision)
-                return [{**entry, "CommittedDate": int(entry.get("CommittedDate") or 0)} for entry in found]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if isinstance(error, library.HubError):
-                    raise
-                # The page at which a hotel's network wants one to log in, for one.
-                raise UnreachableError("ModelScope cannot be reached", "its answer is not a hub's") from None
+            found = self._api.legacy.list_repo_files(self._id, _KIND, self._revision)
+            return [{**entry, "CommittedDate": int(entry.get("CommittedDate") or 0)} for entry in found]
 
     def _explain_emptiness(self) -> None:
         """An unknown revision is listed as one without files."""
@@ -148,6 +143,9 @@ def _answers() -> Iterator[None]:
         yield
     except library.APIError as error:
         raise _answer(error) from None
+    except json.JSONDecodeError:
+        why = "the answer is not JSON (a captive portal or a proxy?)"
+        raise UnreachableError("ModelScope cannot be reached", why) from None
     except (library.NetworkError, requests.ConnectionError, requests.Timeout) as error:
         raise UnreachableError("ModelScope cannot be reached", _why(error)) from None
 

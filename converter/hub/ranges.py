@@ -1,9 +1,9 @@
-"""Ranges of bytes: which of a file are there, and which requests bring the others."""
+"""The requests that fetch byte ranges of a file."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from converter.storage.local_file import Range
@@ -12,37 +12,6 @@ from converter.storage.local_file import Range
 _GAP = 64 << 10
 # Bytes of one request.
 _CHUNK = 16 << 20
-
-
-class Ranges:
-    """Disjoint half-open ranges of bytes, sorted."""
-
-    def __init__(self) -> None:
-        self._ranges: list[Range] = []
-
-    def add(self, start: int, end: int) -> None:
-        first = bisect.bisect_left(self._ranges, start, key=lambda r: r[1])
-        last = bisect.bisect_right(self._ranges, end, key=lambda r: r[0])
-        touched = self._ranges[first:last]
-        if touched:
-            start, end = min(start, touched[0][0]), max(end, touched[-1][1])
-        self._ranges[first:last] = [(start, end)]
-
-    def remove(self, start: int, end: int) -> None:
-        kept = [part for low, high in self._ranges for part in ((low, min(high, start)), (max(low, end), high))]
-        self._ranges = [(low, high) for low, high in kept if low < high]
-
-    def missing(self, start: int, end: int) -> Iterator[Range]:
-        """The parts of start to end that are in none."""
-        first = bisect.bisect_right(self._ranges, start, key=lambda r: r[1])
-        for low, high in self._ranges[first:]:
-            if low >= end:
-                break
-            if start < low:
-                yield start, low
-            start = max(start, high)
-        if start < end:
-            yield start, end
 
 
 class Chunk(NamedTuple):

@@ -21,9 +21,10 @@ from typing import IO
 
 from converter.errors import HubError, OutputError
 from converter.hub.http_range import Transfer
-from converter.hub.ranges import Chunk, Ranges, chunks
+from converter.hub.ranges import Chunk, chunks
 from converter.hub.repository import Repository
 from converter.storage.local_file import LocalFile, Range
+from converter.storage.range_set import RangeSet
 
 # Headers, directories and pickles lie at a file's ends: one request brings what several small reads want.
 _BLOCK = 128 << 10
@@ -55,7 +56,7 @@ class RemoteFile:
         self._transfer = Transfer(repository, path, self.size)
         self._spool, self.path = _spool(self.size, self.name)
         self._local = LocalFile(Path(self.path), self.name)
-        self._have, self._lock = Ranges(), threading.Lock()
+        self._have, self._lock = RangeSet(), threading.Lock()
         self._reading = threading.RLock()
         self._pool = ThreadPoolExecutor(_WORKERS, "fetch")
         # What will be read, in order, and the place in it that the reader has come to.

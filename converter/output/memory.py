@@ -8,10 +8,10 @@ from mmap import mmap
 import torch
 
 from converter.errors import UsageError
-from converter.hub.ranges import Ranges
 from converter.output.upload import Uploader
 from converter.storage.byte_range import ByteRange, Segment, merge
 from converter.storage.local_file import LocalFile, SourceFile
+from converter.storage.range_set import RangeSet
 from converter.storage.stream import BUFFER, CrcChecker
 from converter.tensors.evaluate import as_bytes, evaluate, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
@@ -28,7 +28,7 @@ class Loader:
         self._checks = CrcChecker()
         self._maps: dict[SourceFile, mmap] = {}
         # What tensors lie in: one that another lies in already is read, for writing to one must not change the other.
-        self._taken: dict[SourceFile, Ranges] = {}
+        self._taken: dict[SourceFile, RangeSet] = {}
 
     def __call__(self, value: LazyTensor) -> torch.Tensor:
         segments = byte_ranges(value)
@@ -56,7 +56,7 @@ class Loader:
         return flat.reshape(value.shape)
 
     def _take(self, file: SourceFile, offset: int, length: int) -> bool:
-        taken = self._taken.setdefault(file, Ranges())
+        taken = self._taken.setdefault(file, RangeSet())
         if list(taken.missing(offset, offset + length)) != [(offset, offset + length)]:
             return False
         taken.add(offset, offset + length)

@@ -13,12 +13,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from converter import __version__
-from converter.checkpoint.open import Checkpoint, OnProgress, progress_counter
+from converter.checkpoint.open import Checkpoint
 from converter.hub.address import is_address
 from converter.layouts import registry
 from converter.output.record import ConversionRecord
 from converter.plan.planner import ConvertOptions, ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
+from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
 

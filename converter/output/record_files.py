@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter.checkpoint.open import Checkpoint, OnProgress
+from converter.checkpoint.open import Checkpoint
 from converter.errors import OutputError, UsageError
 from converter.output.record import ConversionRecord
 from converter.output.record_document import TensorDigests, canonical_json, record_document
 from converter.output.target import check_target, is_source
 from converter.storage.atomic_output import Staging, check_name, write_all, writing
+from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import LazyTensor
 
 

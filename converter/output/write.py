@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.checkpoint.locate import WEIGHT_SUFFIXES
-from converter.checkpoint.open import Checkpoint, OnProgress, check_unchanged, progress_counter
+from converter.checkpoint.open import Checkpoint, check_unchanged
 from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
 from converter.output.pretrained import pretrained_file
@@ -17,6 +17,7 @@ from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
 from converter.plan.planner import check_choices
 from converter.storage.atomic_output import remove_stale, staging
+from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
 from converter.tensors.serialize import Outputs

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.checkpoint.open import Checkpoint, OnProgress
+from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
@@ -15,6 +15,7 @@ from converter.layouts.parse import FAMILIES
 from converter.layouts.spec import CanonicalLayout
 from converter.plan.plan import Plan
 from converter.plan.planner import ConvertOptions, plan_to_canonical, resolve_to_canonical
+from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader, open_independently

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from converter.checkpoint.open import Checkpoint, OnProgress
+from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, UsageError
 from converter.output.record_document import RECORD_FORMAT
 from converter.storage.local_file import require_regular_file
+from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader

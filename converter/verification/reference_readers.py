@@ -8,11 +8,12 @@ from typing import Any
 import safetensors
 import torch
 
-from converter.checkpoint.open import Checkpoint, OnProgress
+from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import UsageError
 from converter.formats import registry as formats_registry
 from converter.storage.local_file import SourceFile
+from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import TensorInfo
 
 # Containers whose library reads the tensors that are asked for, where they lie; others are read whole.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from converter.checkpoint.open import OnProgress
 from converter.encoders import ClipConfig
 from converter.output.upload import Uploader
+from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Resample
 from converter.verification import structure

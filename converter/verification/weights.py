@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from converter.checkpoint.open import OnProgress
 from converter.plan.plan import Plan
+from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.tensors.tensor_info import TensorInfo

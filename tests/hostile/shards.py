@@ -148,7 +148,7 @@ LEGAL: dict[str, Build] = {
 
 # ---- not legal
 
-OUTSIDE = "is not a file beside the index"
+OUTSIDE = "is not a file in the index's folder"
 NO_INDEX = "no index of a sharded checkpoint"
 AWAY = {
     "a folder up": "../model.safetensors",
@@ -249,12 +249,12 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "the index for a shard": (calling(INDEX), (f"{INDEX}: JSON text",)),
     "one shard under two names": (
         replaced(lambda path: path.symlink_to(SHARDS[0])),
-        (f"{SHARDS[1]}: '", "stands in another shard too"),
+        (f"{SHARDS[1]}: '", "is in another shard too"),
     ),
     "the two shards swapped": (beside(_swapped), (SHARDS[0], f"puts it into '{SHARDS[1]}'")),
     "a tensor in two shards": (
         second(lambda state: state | {next(iter(halves()[0])): torch.ones(1)}),
-        (f"{SHARDS[1]}: '{next(iter(halves()[0]))}' stands in another shard too",),
+        (f"{SHARDS[1]}: '{next(iter(halves()[0]))}' is in another shard too",),
     ),
     "a tensor in the wrong shard": (
         indexed(lambda known: known | {KEY: SHARDS[0]}),
@@ -287,10 +287,10 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
             (None, "expected a `weight_map`"),
             ("model.safetensors", "expected a `weight_map`"),
             ({}, "lists no files"),
-            ({KEY: 3}, "a file's name is no text"),
-            ({KEY: None}, "a file's name is no text"),
-            ({KEY: [SHARDS[0]]}, "a file's name is no text"),
-            ({KEY: {"a": "b"}}, "a file's name is no text"),
+            ({KEY: 3}, "a file name is not a string"),
+            ({KEY: None}, "a file name is not a string"),
+            ({KEY: [SHARDS[0]]}, "a file name is not a string"),
+            ({KEY: {"a": "b"}}, "a file name is not a string"),
         )
     },
     "an index that is a list": (index([weight_map()]), (INDEX, "expected a `weight_map`")),
