@@ -181,7 +181,9 @@ def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] 
     if not candidates:
         expected = ", ".join((*_STANDARD_NAMES, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
         raise error(f"{where}: holds no checkpoint", f"looked for {expected}")
-    raise error(f"{where}: holds several checkpoints: {', '.join(map(printable, candidates))}", "name the one to convert")
+    raise error(
+        f"{where}: holds several checkpoints: {', '.join(map(printable, candidates))}", "name the one to convert"
+    )
 
 
 def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
