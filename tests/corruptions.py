@@ -35,7 +35,7 @@ WEIGHTS, FILE, ARCHITECTURE = "weights", "file", "architecture"
 SAM, CLIP, BOTH = ("sam",), ("clip",), ("sam", "clip")
 # SAM with DeepSeek's net_2 and net_3, which no SAM checkpoint has.
 COMPRESSOR = ("compressor",)
-PROOFS = ("structure", "bytes", "outputs")
+GROUPS = ("structure", "bytes", "outputs")
 
 
 class Names(NamedTuple):
@@ -1325,17 +1325,13 @@ def _row(
 ) -> Row:
     checks = found.checks if found else []
     caught: dict[str, bool | None] = {}
-    for proof in PROOFS:
-        verdicts = [check.verdict for check in checks if check.proof == proof]
+    for proof in GROUPS:
+        verdicts = [check.verdict for check in checks if check.group == proof]
         ran = "failed" in verdicts or "passed" in verdicts
         caught[proof] = "failed" in verdicts if ran else None
     failures = [check for check in checks if check.verdict == "failed"]
-    tensors = {proof: [c for check in failures if check.proof == proof for c in check.tensors] for proof in PROOFS}
-    ratios = [
-        error / (trace.bar * floor)
-        for trace in (found.traces if found else [])
-        for error, floor in zip(trace.errors, trace.floors, strict=True)
-    ]
+    tensors = {proof: [c for check in failures if check.group == proof for c in check.tensors] for proof in GROUPS}
+    ratios = [point.error / point.tolerance for trace in (found.traces if found else []) for point in trace.points]
     return Row(
         name=corruption.name,
         kind=corruption.kind,

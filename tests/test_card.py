@@ -258,7 +258,7 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
 def verdicts(out: Path, card: Path, **options: object) -> dict[str, str]:
     """The card's checks, each with its verdict; the rest of the verification must have run too."""
     found = verify(out, card=card, fast=True, **options)  # type: ignore[arg-type]
-    checks = [check for check in found.checks if check.proof == "card"]
+    checks = [check for check in found.checks if check.group == "record"]
     assert found.ok == all(check.verdict != FAILED for check in found.checks)
     return {check.name: check.verdict for check in checks}
 
@@ -304,7 +304,9 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
         ],
         FAILED,
     )
-    details = {check.name: check.detail for check in verify(out, card=card, fast=True).checks if check.proof == "card"}
+    details = {
+        check.name: check.detail for check in verify(out, card=card, fast=True).checks if check.group == "record"
+    }
     assert details["pre_layrnorm.weight"] == "pre_layrnorm.weight is float16 [64]; the card gives float32 [64]"
     assert "tool is 'by hand', the card's 'dsocr-convert" in details["metadata"]
     assert details["more"] == "more is not on the card"
@@ -320,7 +322,7 @@ def test_the_card_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> 
 def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder: Path, tmp_path: Path) -> None:
     out, card = converted(folder, tmp_path, to=layout)
     found = verify(out, card=card)
-    assert found.ok and {check.proof for check in found.checks if check.verdict != "skipped"} == {"card"}
+    assert found.ok and {check.group for check in found.checks if check.verdict != "skipped"} == {"record"}
     name = next(iter(document(card)["tensors"]))
     rewritten(out, lambda tensors, metadata: tensors[name].zero_())
     assert verdicts(out, card)[name] == FAILED

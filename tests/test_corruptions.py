@@ -120,10 +120,10 @@ def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_
     source = subjects["sam"].source
     converter.convert(source, "sam", out=out, mapping=mapping)
     found = verify(str(out), source, mapping=mapping, device="cpu", sizes=subjects["sam"].sizes)
-    (alone,) = [check for check in found.checks if check.proof == "outputs" and check.name.startswith("transformers")][
+    (alone,) = [check for check in found.checks if check.group == "outputs" and check.name.startswith("transformers")][
         :1
     ]
-    assert all(check.verdict == "passed" for check in found.checks if check.proof == "bytes")
+    assert all(check.verdict == "passed" for check in found.checks if check.group == "bytes")
     assert alone.verdict == "failed" and alone.tensors[0] == "neck" and "neck.1.weight" in alone.tensors
     at = [number for number, line in enumerate(wrong, 1) if "neck.layer_norm" in line and "rename" in line]
     assert at and all(f"{mapping}:{number}" in alone.detail for number in at)
@@ -211,6 +211,6 @@ def test_correct_conversions_pass(number: int, monkeypatch: pytest.MonkeyPatch, 
     size = 16 * draw.randint(3, 12)
     found = verify(str(out), str(source), device="cpu", dtype=precision, sizes=[size])
     assert found.mapping == mapping
-    assert {check.proof for check in found.checks if check.verdict == "passed"} == {"structure", "bytes", "outputs"}
+    assert {check.group for check in found.checks if check.verdict == "passed"} == {"structure", "bytes", "outputs"}
     assert [check for check in found.checks if check.verdict in ("failed", "skipped")] == []
     assert found.ok

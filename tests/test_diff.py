@@ -306,11 +306,8 @@ def test_bars_fit_the_terminal(width: int, state: State, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("relative", [0.0, 1e-9, 0.03, 1.0, 7e12, math.inf, math.nan])
 def test_a_chart_keeps_every_bar_within_it(relative: float) -> None:
-    chart = movement.chart(moved(relative, 60).blocks)
-    assert len(chart.bars) == 60
-    for bar in chart.bars:
-        assert bar.y >= 14 and bar.y + bar.height == pytest.approx(278)
-    assert 2 <= len(chart.ticks) <= 8 and chart.ticks[0].text == "0"
+    bars = movement.bars(moved(relative, 60).blocks)
+    assert len(bars) == 60 and all(0 <= bar.width <= 100 for bar in bars)
 
 
 HOSTILE = "<script>alert('x')</script>\x1b[31m\u202e.1.w.weight"
@@ -328,13 +325,12 @@ def page(tmp_path: Path) -> tuple[str, Difference]:
 
 
 def test_the_page_is_well_formed_self_contained_and_passive(page: tuple[str, Difference]) -> None:
-    text, found = page
+    text, _ = page
     outline = Outline(text)
     assert not {tag for tag, _ in outline.tags} & {"script", "link", "iframe", "img", "object"}
     assert "url(" not in text and "\x1b" not in text and "\u202e" not in text
-    marks = outline.find("rect")
-    assert len(marks) == len(found.blocks) and sum(mark["class"] == "moved" for mark in marks) == 11
-    assert sum(mark["class"] == "beyond" for mark in marks) == 1
+    marks = [mark["class"] for mark in outline.find("span") if str(mark.get("class")).startswith("moved")]
+    assert marks.count("moved") == 11 and marks.count("moved infinite") == 1
     shown = "".join(outline.data)
     assert "only in B: 1 tensor: new.weight" in shown and "dsocr-convert diff a b" in shown
 
@@ -346,14 +342,14 @@ def test_the_page_in_a_browser(page: tuple[str, Difference], dark: bool, tmp_pat
 
     text, _ = page
     (tmp_path / "page.html").write_text(text)
-    assert browse(tmp_path, "--dump-dom", dark=dark).count("<svg") == 1
+    assert browse(tmp_path, "--dump-dom", dark=dark).count('class="moved') == 12
     browse(tmp_path, f"--screenshot={tmp_path / 'page.png'}", dark=dark)
     with Image.open(tmp_path / "page.png") as image:
         counts = {value: count for count, value in image.convert("RGB").getcolors(1 << 24)}
     assert max(counts, key=lambda value: counts[value]) == ((15, 19, 24) if dark else (255, 255, 255))
     # The bars, and the one that is not finite.
-    assert counts.get((130, 177, 255) if dark else (11, 87, 208), 0) > 5000
-    assert counts.get((255, 138, 128) if dark else (179, 38, 30), 0) > 5000
+    assert counts.get((130, 177, 255) if dark else (11, 87, 208), 0) > 2000
+    assert counts.get((255, 138, 128) if dark else (179, 38, 30), 0) > 2000
 
 
 # The command ------------------------------------------------------------------------------------------------------
@@ -388,7 +384,7 @@ def test_different_as_table_json_and_page(folder: Path, state: State, tmp_path: 
     assert len(document["same"]) == len(state) - 1
     assert "only in A: 2 tensors: post_layernorm.bias, post_layernorm.weight\n" in done.stderr
     assert "nan" in done.stderr and "A has no embeddings.position_ids" in done.stderr
-    assert (tmp_path / "r.html").read_text().count("<rect") == len(document["blocks"])
+    assert (tmp_path / "r.html").read_text().count("<tr><td") >= len(document["blocks"])
 
 
 @pytest.mark.parametrize(

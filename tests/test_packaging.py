@@ -54,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_modules() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "converter").rglob("*.py")}
     data = {f"converter/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
-    views = {f"converter/reports/{name}" for name in ("page.html", "movement.html", "axis.html", "style.css")}
+    views = {f"converter/reports/{name}" for name in ("page.html", "movement.html", "style.css")}
     return modules | data | views | {"converter/mappings/__init__.py", "converter/py.typed"}
 
 

@@ -67,7 +67,7 @@ def test_a_file_is_converted_and_verified(save: object, site: Path, tmp_path: Pa
     )
     assert verified.returncode == 0, verified.stderr
     checks = json.loads(verified.stdout)["checks"]
-    assert [check["verdict"] for check in checks if check["proof"] == "bytes"] == ["passed"]
+    assert [check["verdict"] for check in checks if check["group"] == "bytes"] == ["passed"]
 
 
 def test_without_the_plugin_the_file_is_refused(tmp_path: Path) -> None:

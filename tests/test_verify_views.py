@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,14 +27,22 @@ from converter import reports
 from converter.errors import ContainerError, OutputError, printable
 from converter.reports import github, html, junit, plot, text, words
 from converter.verification import pictures
-from converter.verification.result import Picture, Trace, Verification, failed, passed, skipped, warning
+from converter.verification.result import Picture, Trace, TracePoint, Verification, failed, passed, skipped, warning
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<script>alert('x')</script>]]>\x1b[31m\r\n::set-env name=a::b%0A|`c`[d](http://e.f)\u202e\x00&amp;"
 
-GOOD = Trace("reference at 224 x 224", [f"blocks.{i}" for i in range(12)] + ["neck"], [3e-7] * 13, [6e-7] * 13, 4.0)
-BAD = GOOD._replace(errors=[0.0] + [3e-7] * 5 + [1e-2] * 6 + [math.inf])
+PROBES = [*(f"blocks.{i}" for i in range(12)), "neck"]
+
+
+def trace(errors: list[float], name: str = "reference at 224 x 224", probe: str = "{}") -> Trace:
+    points = [TracePoint(probe.format(p), error, 6e-7, 2.4e-6) for p, error in zip(PROBES, errors, strict=True)]
+    return Trace(name, points)
+
+
+GOOD = trace([3e-7] * 13)
+BAD = trace([0.0] + [3e-7] * 5 + [1e-2] * 6 + [math.inf])
 
 
 def verification(**changes: object) -> Verification:
@@ -42,7 +50,7 @@ def verification(**changes: object) -> Verification:
         passed("structure", "layout", "294 tensors have the names, shapes and types of deepencoder-clip"),
         warning("structure", "missing", "loading it misses exactly net_2.weight", ["net_2.weight"]),
         passed("bytes", "tensors", "294 tensors equal their sources in every bit"),
-        passed("outputs", GOOD.name, "relative error 3e-07; bar 2.4e-06", error=3e-7, bar=2.4e-6),
+        passed("outputs", GOOD.name, "relative error 3e-07", error=3e-7, tolerance=2.4e-6),
     ]
     found = Verification(
         converted="deepencoder-clip.safetensors",
@@ -59,7 +67,7 @@ def verification(**changes: object) -> Verification:
         key_map={f"layers.{i}.qkv.weight": [f"h.{i}.{part}" for part in "qkv"] for i in range(3)}
         | {"position_ids": []},
     )
-    return found._replace(**changes)
+    return replace(found, **changes)
 
 
 def wrong(count: int = 40, name: str = "layers.{}.weight") -> Verification:
@@ -74,11 +82,12 @@ def hostile() -> Verification:
     """Hostile text wherever text goes."""
     found = wrong(3, HOSTILE + "{}")
     texts = dict.fromkeys(("converted", "source", "family", "mapping", "reference", "device", "dtype"), HOSTILE)
-    return found._replace(
+    return replace(
+        found,
         **texts,
         environment={"torch": HOSTILE},
         checks=[*found.checks, skipped("outputs", HOSTILE, HOSTILE), warning("structure", HOSTILE, HOSTILE, [HOSTILE])],
-        traces=[BAD._replace(name=HOSTILE, blocks=[f"{HOSTILE}.{i}" for i in range(13)])],
+        traces=[replace(BAD, name=HOSTILE, points=[replace(point, probe=HOSTILE) for point in BAD.points])],
         key_map={HOSTILE: [HOSTILE]},
         pictures=[Picture(HOSTILE, HOSTILE, b"")],
     )
@@ -96,16 +105,16 @@ def found(request: pytest.FixtureRequest) -> Verification:
 
 
 def test_the_verdict_says_what_it_leaves_open() -> None:
-    assert words.verdict(verification()) == "VERIFIED: 3 checks passed, none failed"
+    assert words.verdict_line(verification()) == "VERIFIED: 3 checks passed, none failed"
     partly = verification(checks=[passed("structure", "layout", ""), skipped("bytes", "tensors", "no --source")])
-    assert words.verdict(partly) == "VERIFIED as far as was checked: 1 check passed; not checked: bytes"
-    assert words.verdict(verification(checks=[])) == "NOT VERIFIED: nothing was proved"
-    assert words.verdict(wrong(1)) == "NOT VERIFIED: 2 checks failed, first bytes: layers.0.weight"
+    assert words.verdict_line(partly) == "VERIFIED as far as was checked: 1 check passed; not checked: bytes"
+    assert words.verdict_line(verification(checks=[])) == "NOT VERIFIED: no check was made"
+    assert words.verdict_line(wrong(1)) == "NOT VERIFIED: 2 checks failed, first bytes: layers.0.weight"
 
 
-def test_culprits_are_told_once_each_by_their_whole_names() -> None:
+def test_affected_tensors_are_mentioned_once() -> None:
     check = failed("outputs", "chain", "layers.10 is the first to diverge", ["layers.10", "layers.1", "chain"])
-    assert words.unsaid(check) == ["layers.1"]
+    assert words.unmentioned_tensors(check) == "layers.1"
 
 
 # Terminal ---------------------------------------------------------------------------------------------------------
@@ -121,7 +130,7 @@ def test_terminal_without_colours_has_no_escapes(found: Verification, monkeypatc
     monkeypatch.setenv("NO_COLOR", "1")
     text = shown(found)
     assert text.replace("\n", "").isprintable()
-    assert printable(words.verdict(found)) in text
+    assert printable(words.verdict_line(found)) in text
     # No line that GitHub would take for a command.
     assert not any(line.lstrip().startswith("::") for line in text.splitlines())
 
@@ -152,8 +161,9 @@ def test_json_is_strict_and_complete(found: Verification) -> None:
     assert document["verified"] is found.ok and "pictures" not in document
     assert [check["name"] for check in document["checks"]] == [check.name for check in found.checks]
     assert document["key_map"] == found.key_map
-    for trace, same in zip(document["traces"], found.traces, strict=True):
-        assert trace["errors"] == [error if math.isfinite(error) else None for error in same.errors]
+    for written, trace in zip(document["traces"], found.traces, strict=True):
+        errors = [point.error if math.isfinite(point.error) else None for point in trace.points]
+        assert [point["error"] for point in written["points"]] == errors
 
 
 # JUnit ------------------------------------------------------------------------------------------------------------
@@ -163,12 +173,12 @@ def test_junit_parses_back_with_every_check(found: Verification) -> None:
     report = junitparser.JUnitXml.fromstring(junit.document(found))
     cases = [case for suite in report for case in suite]
     kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped}
-    ordered = [check for checks in words.proofs(found).values() for check in checks]
+    ordered = [check for checks in words.by_group(found).values() for check in checks]
     assert [case.name for case in cases] == [printable(check.name) for check in ordered]
     assert len(cases) == report.tests == len(found.checks)
     for case, check in zip(cases, ordered, strict=True):
         assert [type(result) for result in case.result] == ([kinds[check.verdict]] if check.verdict in kinds else [])
-        if check.verdict in ("passed", "noted"):
+        if check.verdict in ("passed", "warning"):
             assert printable(check.detail, keep="\n") in case.system_out
     assert report.failures == sum(check.verdict == "failed" for check in found.checks)
     assert report.skipped == sum(check.verdict == "skipped" for check in found.checks)
@@ -180,7 +190,7 @@ def test_junit_names_suites_culprits_times_and_what_it_ran_on() -> None:
     assert list(suites) == ["dsocr-verify.structure", "dsocr-verify.bytes", "dsocr-verify.outputs"]
     assert suites["dsocr-verify.outputs"].time == 12.3
     (case,) = suites["dsocr-verify.outputs"]
-    assert "at fault: rule 3" in case.result[0].text
+    assert "affected: rule 3" in case.result[0].text
     properties = {entry.name: entry.value for entry in suites["dsocr-verify.bytes"].properties()}
     assert properties["reference"] == "transformers 5.0 CLIPVisionModel" and properties["torch"] == "2.9"
     assert properties["device"] == "CPU, 2 threads"
@@ -281,50 +291,37 @@ def test_html_is_well_formed_self_contained_and_passive(found: Verification) -> 
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
     shown = "".join(outline.data)
-    assert printable(words.verdict(found), keep="\n").replace("\n", "") in shown.replace("\n", "")
+    assert printable(words.verdict_line(found), keep="\n").replace("\n", "") in shown.replace("\n", "")
     assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
 
 
-def test_html_shows_every_block_once(found: Verification) -> None:
+def test_html_shows_every_probe_once(found: Verification) -> None:
     outline = Outline(html.page(found).decode())
-    marks = [a for tag, a in outline.tags if tag in ("circle", "path") and "point" in str(a.get("class"))]
-    assert len(marks) == sum(len(trace.blocks) for trace in found.traces)
-    over = [a for a in marks if "over" in str(a["class"])]
-    assert len(over) == sum(
-        not error <= trace.bar * floor
-        for trace in found.traces
-        for error, floor in zip(trace.errors, trace.floors, strict=True)
-    )
-    assert len(outline.find("polyline")) == 2 * len(found.traces)
-    # What is not to be seen has words.
+    marks = [str(a["class"]) for a in outline.find("span") if str(a.get("class")).startswith("error") and "style" in a]
+    points = [point for trace in found.traces for point in trace.points]
+    assert len(marks) == len(points)
+    assert sum("over" in mark for mark in marks) == sum(not point.within_tolerance for point in points)
     assert all(image["alt"] for image in outline.find("img"))
-    assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in outline.find("svg"))
 
 
 def test_html_folds_layers_and_gives_the_command() -> None:
     text = html.page(verification(), "dsocr-verify a --source b").decode()
     assert "dsocr-verify a --source b" in text
-    assert html.fold(verification().key_map) == [
-        ("layers.{}.qkv.weight", 3, ["h.{}.q", "h.{}.k", "h.{}.v"]),
-        ("position_ids", 1, []),
+    assert html.fold_layers(verification().key_map) == [
+        html.KeyMapRow("layers.{}.qkv.weight", 3, ["h.{}.q", "h.{}.k", "h.{}.v"]),
+        html.KeyMapRow("position_ids", 1, []),
     ]
     assert (
         "dsocr-verify deepencoder-clip.safetensors --source clip --dtype float32" in html.page(verification()).decode()
     )
 
 
-def test_a_plot_keeps_every_mark_and_name_within_it() -> None:
-    names = ["patch_embed", *(f"sam_model.blocks.{i}" for i in range(12)), "sam_model.neck"]
-    names += [*(f"vision_model.transformer.layers.{i}" for i in range(24)), "concatenation"]
-    for errors in ([0.0] * 39, [math.nan] * 39, [10.0 ** (i - 30) for i in range(39)], [1e300] * 39):
-        drawn = plot.plot(Trace("chain", names, errors, [1e-7] * 39, 4.0))
-        assert drawn is not None and len(drawn.points) == 39
-        assert all(plot.TOP <= point.y <= plot.BOTTOM for point in drawn.points)
-        assert all(plot.LEFT < point.x < plot.RIGHT for point in drawn.points)
-        ys = [label.y for label in drawn.ends]
-        assert all(b - a >= 13.9 for a, b in itertools.pairwise(ys)) and ys[-1] <= plot.BOTTOM
-        assert all(0 < len(group.text) * 3.5 <= group.middle <= plot.WIDTH for group in drawn.axis.groups)
-    assert plot.plot(Trace("nothing", [], [], [], 0.0)) is None
+@pytest.mark.parametrize("error", [0.0, math.nan, math.inf, 1e-300, 1e300])
+def test_a_plot_keeps_every_mark_within_it(error: float) -> None:
+    drawn = plot.error_plot(trace([error] * 13))
+    positions = [value for row in drawn.rows for value in (row.error, row.noise_floor, row.tolerance)]
+    assert len(drawn.rows) == 13 and all(0 <= value <= 100 for value in positions)
+    assert drawn.ticks and all(0 < position < 100 for _, position in drawn.ticks)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -334,11 +331,11 @@ def test_html_in_a_browser(make: object, colour: tuple[int, int, int], dark: boo
     assert callable(make)
     found = make()
     seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(1, 16, 8, 8)
-    found = found._replace(pictures=pictures.draw("encoder at 64 x 64", seen, reference, reference))
+    found = replace(found, pictures=pictures.draw("encoder at 64 x 64", seen, reference, reference))
     reports.write_files(found, html=tmp_path / "page.html")
     shot = tmp_path / "page.png"
     dom = browse(tmp_path, "--dump-dom", dark=dark)
-    assert words.verdict(found) in dom and dom.count("<svg") == 1
+    assert words.verdict_line(found) in dom and dom.count("<tr>") > 13
     browse(tmp_path, f"--screenshot={shot}", dark=dark)
     with Image.open(shot) as image:
         pixels = image.convert("RGB")
@@ -472,7 +469,7 @@ def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_
     assert done.stderr.count("::error ") == len(faults)
     assert ("❌" if code else "✅") in (tmp_path / "s.md").read_text()
     outline = Outline((tmp_path / "r.html").read_text())
-    assert len(outline.find("svg")) == len(document["traces"]) == 2
+    assert len(document["traces"]) == 2
     assert len(outline.find("img")) == 8
     assert f"dsocr-verify {folder / name} --source" in "".join(outline.data)
 

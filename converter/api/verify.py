@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def verify(
                 opened = stack.enter_context(closing(open_checkpoint(source, HubOptions(revision, hub, download))))
                 origin = as_origin(opened, target, mapping, state_dict, on_progress)
             found = _prove(target, origin, recorded, setting)
-    return found._replace(converted=str(converted), source=str(source or ""))
+    return replace(found, converted=str(converted), source=str(source or ""))
 
 
 def _prove_by_card(source: Checkpoint, card: Recorded, on_progress: OnProgress) -> Verification:
@@ -92,9 +93,9 @@ def _prove_by_card(source: Checkpoint, card: Recorded, on_progress: OnProgress) 
     seconds: dict[str, float] = {}
     state_dict = largest(source)
     found = open_independently(source, state_dict, state_dict.tensors.values(), on_progress)
-    with _timed(seconds, "card"):
+    with _timed(seconds, "record"):
         checks = check_record(card, source, state_dict.tensors, found, on_progress)
-    others = (structure.PROOF, weights.PROOF, outputs.PROOF)
+    others = (structure.GROUP, weights.GROUP, outputs.GROUP)
     return Verification(
         converted=source.name,
         source="",
@@ -104,7 +105,7 @@ def _prove_by_card(source: Checkpoint, card: Recorded, on_progress: OnProgress) 
         device="CPU",
         dtype="as stored",
         environment=_environment(),
-        checks=checks + [skipped(proof, "encoder", f"{card.layout}: its card alone is checked") for proof in others],
+        checks=checks + [skipped(group, "encoder", f"{card.layout}: its card alone is checked") for group in others],
         traces=[],
         seconds=seconds,
     )
@@ -121,7 +122,7 @@ def _prove(target: Converted, origin: Origin | None, card: Recorded | None, sett
         hub, compared = weights.prove(target, origin, found, setting.on_progress)
     checks += compared
     if card is not None:
-        with _timed(seconds, "card"):
+        with _timed(seconds, "record"):
             checks += check_record(card, target.source, tensors, found, setting.on_progress)
     faulty = [name for check in compared if check.verdict == FAILED for name in check.tensors[:1]]
     runs = Runs(target, origin, hub, faulty, setting)

@@ -1,6 +1,6 @@
-"""A verification for people and machines: a table on the terminal, JUnit, GitHub annotations, a page to open.
+"""Reports of a verification: a table on the terminal, JUnit XML, GitHub annotations and an HTML page.
 
-Each view imports its library when it is asked for: a verdict on the terminal waits for no template engine.
+Each report imports its library when it is written, because most runs only need the table.
 """
 
 from __future__ import annotations
@@ -12,42 +12,49 @@ from converter.errors import OutputError
 from converter.storage.atomic_output import check_name, staged, write_all
 from converter.verification.result import Verification
 
-# An older report is replaced without a question, but not a checkpoint or a card that was named by mistake.
+# An existing report is replaced; a file with another suffix may be a checkpoint that was named by mistake.
 _SUFFIXES = (".html", ".htm", ".xml")
 
 
 def check_files(*paths: Path | None) -> None:
-    """OutputError if a report could not be written there, asked before the minutes that it would report on."""
+    """Check that reports can be written, before the work that they report on.
+
+    Raises:
+        OutputError: The folder is missing, the path is a folder, or an existing file is no report.
+    """
     for path in filter(None, paths):
         check_name(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}", "create it, or choose another path")
         if path.is_dir():
-            raise OutputError(f"{path}: is a folder", "give a file's path")
+            raise OutputError(f"{path}: is a folder", "specify a file")
         if os.path.lexists(path) and path.suffix.lower() not in _SUFFIXES:
-            raise OutputError(
-                f"{path}: exists, and is no report by its name", f"choose another path: {', '.join(_SUFFIXES)}"
-            )
+            suffixes = ", ".join(_SUFFIXES)
+            raise OutputError(f"{path}: exists and is not a report", f"choose a path that ends in {suffixes}")
 
 
 def write_files(
-    found: Verification, html: Path | None = None, junit: Path | None = None, command: str | None = None
+    verification: Verification, html: Path | None = None, junit: Path | None = None, command: str | None = None
 ) -> None:
-    """Write the reports that were asked for, over older ones, each whole or not at all.
+    """Write reports atomically, over existing ones.
 
-    `command` is the command line that the page gives for repeating the verification.
+    Args:
+        verification: The result to report.
+        html: Path of the HTML page, if wanted.
+        junit: Path of the JUnit XML, if wanted.
+        command: The command line to repeat the verification, shown on the page.
     """
     if html is not None:
         from converter.reports.html import page
 
-        write(html, page(found, command))
+        write(html, page(verification, command))
     if junit is not None:
         from converter.reports.junit import document
 
-        write(junit, document(found))
+        write(junit, document(verification))
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a report, over an older one, whole or not at all."""
+    """Write a report atomically, over an existing one."""
     with staged(path, force=True) as fd:
         write_all(fd, memoryview(data))

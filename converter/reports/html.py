@@ -1,90 +1,99 @@
-"""The verification as one page that needs nothing else: no script, no font, no picture from elsewhere."""
+"""The verification as one self-contained page: no script, no font, no image from elsewhere."""
 
 from __future__ import annotations
 
 import base64
 import re
 import shlex
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from converter.errors import printable
-from converter.reports import plot, words
+from converter.reports import words
+from converter.reports.plot import error_plot
 from converter.verification.result import FAILED, SKIPPED, Picture, Verification
 
 
-class Generated(NamedTuple):
-    """Converted tensors that differ by their layer alone, and what they are made of."""
+@dataclass(frozen=True)
+class KeyMapRow:
+    """Converted tensors that differ only by their layer, and the source tensors of each."""
 
     name: str
     layers: int
-    parts: list[str]
+    sources: Sequence[str]
 
 
 def render(template: str, **values: Any) -> bytes:
-    """The page in UTF-8 that a template of this package gives, filled in with `values`."""
+    """Render a template of this package to UTF-8.
+
+    Args:
+        template: The template's file name.
+        values: Variables of the template; all text in them is escaped.
+    """
     environment = Environment(
-        loader=PackageLoader("converter.verify", "views"),
-        # Everything in it may come from a file.
+        loader=PackageLoader("converter", "reports"),
+        # Every text may come from a file.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Names come from files: none may hide a character that reverses the line it stands in.
-        finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
+        # Control characters in names could reverse or hide a line. Template text is not a plain str.
+        finalize=lambda value: printable(value, keep="\n") if _is_plain(value) else value,
     )
     return environment.get_template(template).render(values).encode("utf-8", "replace")
 
 
-def page(found: Verification, command: str | None = None) -> bytes:
-    """The page. `command` is how to repeat it; without one, what `found` says it was is given."""
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) and not hasattr(value, "__html__")
+
+
+def page(verification: Verification, command: str | None = None) -> bytes:
+    """The page as UTF-8; `command` is the command line to repeat it (default: derived from the verification)."""
     return render(
         "page.html",
-        found=found,
-        verdict=words.verdict(found),
-        signs=words.SIGNS,
-        proofs={proof: words.folded(checks) for proof, checks in words.proofs(found).items()},
-        explained=words.PROOFS,
-        seen=words.seen,
-        faults=words.having(found, FAILED),
-        skipped=words.having(found, SKIPPED),
-        plots=[(trace, plot.plot(trace)) for trace in found.traces],
-        axes=plot,
-        pictures=_by_run(found.pictures),
-        made=fold(found.key_map),
-        command=command or reproduce(found),
-        times=words.times(found),
+        found=verification,
+        verdict=words.verdict_line(verification),
+        words=words,
+        groups={group: words.split_failures(checks) for group, checks in words.by_group(verification).items()},
+        failures=words.with_verdict(verification, FAILED),
+        skipped=words.with_verdict(verification, SKIPPED),
+        plots=[error_plot(trace) for trace in verification.traces if trace.points],
+        pictures=_by_run(verification.pictures),
+        key_map=fold_layers(verification.key_map),
+        command=command or reproduce(verification),
     )
 
 
-def reproduce(found: Verification) -> str:
-    """The command that repeats a verification, as far as it tells how it was made."""
-    parts = ["dsocr-verify", found.converted]
-    if found.source:
-        parts += ["--source", found.source]
-    if not found.device.startswith("CPU"):
+def reproduce(verification: Verification) -> str:
+    """A command line that repeats the verification, as far as the result shows its options."""
+    parts = ["dsocr-verify", verification.converted]
+    if verification.source:
+        parts += ["--source", verification.source]
+    if not verification.device.startswith("CPU"):
         parts += ["--device", "cuda"]
-    return shlex.join([*parts, "--dtype", found.dtype])
+    return shlex.join([*parts, "--dtype", verification.dtype])
 
 
-def _by_run(pictures: list[Picture]) -> dict[str, list[tuple[Picture, str]]]:
-    """Pictures by the run they show, each with its address: its own bytes."""
+def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]:
+    """The pictures of each run, with their data URLs."""
     runs: dict[str, list[tuple[Picture, str]]] = {}
     for picture in pictures:
-        address = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
-        runs.setdefault(picture.run, []).append((picture, address))
+        url = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
+        runs.setdefault(picture.run, []).append((picture, url))
     return runs
 
 
-def fold(key_map: dict[str, list[str]]) -> list[Generated]:
-    """The key map with repeated layers folded into one line."""
+def fold_layers(key_map: Mapping[str, Sequence[str]]) -> list[KeyMapRow]:
+    """The key map with repeated layers as one row, `{}` in place of their number."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name, parts in key_map.items():
-        rows.setdefault((_pattern(name), *map(_pattern, parts)), []).append(name)
+    for name, sources in key_map.items():
+        rows.setdefault((_pattern(name), *map(_pattern, sources)), []).append(name)
     return [
-        Generated(pattern, len(names), parts) if len(names) > 1 else Generated(names[0], 1, key_map[names[0]])
-        for (pattern, *parts), names in rows.items()
+        KeyMapRow(pattern, len(names), sources) if len(names) > 1 else KeyMapRow(names[0], 1, key_map[names[0]])
+        for (pattern, *sources), names in rows.items()
     ]
 
 

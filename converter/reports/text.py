@@ -8,52 +8,61 @@ from rich.table import Table
 from rich.text import Text
 
 from converter.errors import printable
-from converter.reports.words import SIGNS, folded, proofs, seen, shorten, times, unsaid, verdict
+from converter.reports.words import (
+    SIGNS,
+    by_group,
+    detail_text,
+    durations,
+    split_failures,
+    unmentioned_tensors,
+    verdict_line,
+)
 from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification
 
 _STYLES = {PASSED: "green", FAILED: "bold red", WARNING: "yellow", SKIPPED: "dim"}
-# Logs are read in wide windows; 80 columns would fold every line.
+# Columns where stderr is no terminal: log viewers are wide, and 80 would fold every line.
 _LOG_WIDTH = 150
 
 
-def show(found: Verification, console: Console | None = None) -> None:
-    """Print the table, what the verification ran on, and the verdict."""
+def show(verification: Verification, console: Console | None = None) -> None:
+    """Print the table of checks, the inputs and the verdict."""
     if console is None:
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         if not console.is_terminal:
             console.width = max(console.width, _LOG_WIDTH)
-    console.print(_table(found))
-    for name, value in _facts(found).items():
+    console.print(_table(verification))
+    for name, value in _facts(verification).items():
         console.print(_text(f"{name + ':':<11}", "dim").append(printable(value)), soft_wrap=True)
-    console.print(_text(verdict(found), "bold green" if found.ok else "bold red"), soft_wrap=True)
+    style = "bold green" if verification.ok else "bold red"
+    console.print(_text(verdict_line(verification), style), soft_wrap=True)
 
 
-def _table(found: Verification) -> Table:
-    # A line of a log that began with `::` would be a command to GitHub, and names come from files: hence the border,
-    # and no line broken but in the table.
+def _table(verification: Verification) -> Table:
+    # GitHub reads a line that begins with `::` as a command, and names come from files. So the table has a border, and
+    # no line is folded outside of it.
     table = Table(box=ROUNDED, header_style="bold", expand=True)
-    table.add_column("proof", no_wrap=True)
+    table.add_column("group", no_wrap=True)
     table.add_column("check", overflow="fold", ratio=2)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("what was seen", overflow="fold", ratio=3)
-    for proof, checks in proofs(found).items():
-        shown, rest = folded(checks)
+    table.add_column("detail", overflow="fold", ratio=3)
+    for group, checks in by_group(verification).items():
+        shown, hidden = split_failures(checks)
         for check in shown:
-            table.add_row(*_row(check))
-        if rest:
-            table.add_row(proof, "", _mark(FAILED), _text(f"and {len(rest)} more"))
+            table.add_row(_text(check.group), _text(check.name), _verdict(check.verdict), _detail(check))
+        if hidden:
+            table.add_row(group, "", _verdict(FAILED), _text(f"and {len(hidden)} more"))
         table.add_section()
     return table
 
 
-def _row(check: Check) -> list[Text]:
-    words = _text(seen(check))
-    if check.verdict == FAILED and (names := unsaid(check)):
-        words.append(f"\nalso: {printable(shorten(names))}", "red")
-    return [_text(check.proof), _text(check.name), _mark(check.verdict), words]
+def _detail(check: Check) -> Text:
+    text = _text(detail_text(check))
+    if also := unmentioned_tensors(check):
+        text.append(f"\nalso: {printable(also)}", "red")
+    return text
 
 
-def _mark(verdict: str) -> Text:
+def _verdict(verdict: str) -> Text:
     return _text(f"{SIGNS[verdict]} {verdict}", _STYLES[verdict])
 
 
@@ -61,12 +70,13 @@ def _text(words: str, style: str = "") -> Text:
     return Text(printable(words), style)
 
 
-def _facts(found: Verification) -> dict[str, str]:
+def _facts(verification: Verification) -> dict[str, str]:
+    source = f"{verification.source} (layout {verification.mapping})" if verification.source else "none given"
     facts = {
-        "converted": found.converted,
-        "source": f"{found.source} (layout {found.mapping})" if found.source else "none given",
-        "reference": found.reference,
-        "device": f"{found.device}, {found.dtype}",
-        "time": times(found),
+        "converted": verification.converted,
+        "source": source,
+        "reference": verification.reference,
+        "device": f"{verification.device}, {verification.dtype}",
+        "time": durations(verification),
     }
     return {name: value for name, value in facts.items() if value}

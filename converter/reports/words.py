@@ -1,53 +1,55 @@
-"""What all views say in the same words."""
+"""Wording and order of checks, shared by all reports."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification
+from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification, shorten
 
-PROOFS = {
-    "structure": "Whether names, shapes and types are the target's, and whether the weights could show a mistake.",
-    "card": "Whether the file is the one that its card describes, by every tensor's SHA-256.",
-    "bytes": "Whether every tensor equals its source tensors in every bit, as the formats' own libraries read them.",
-    "outputs": "Whether the converted encoder computes what the source's own implementation computes.",
+GROUPS = {
+    "structure": "Names, shapes and types match the target layout, and no weight is NaN or infinite.",
+    "record": "The file is the one that its conversion record describes: SHA-256 of every tensor.",
+    "bytes": "Every tensor equals its source tensors bit by bit, as the formats' own libraries read them.",
+    "outputs": "The converted encoder computes the same features as the source's own implementation.",
 }
-# A sign beside each colour: neither is needed to understand the other.
+# Verdicts have a sign and a colour, so that either is enough.
 SIGNS = {PASSED: "✓", FAILED: "✗", WARNING: "!", SKIPPED: "-"}
 
-
-# A wrong pair fails in every tensor: whoever has read a dozen has read them all.
-FAULTS_SHOWN = 12
-
-
-def folded(checks: list[Check]) -> tuple[list[Check], list[Check]]:
-    """The checks to show, and the failures beyond the first dozen."""
-    rest = [check for check in checks if check.verdict == FAILED][FAULTS_SHOWN:]
-    return [check for check in checks if check not in rest], rest
+# A wrong source fails in every tensor: reports show this many failures of a group.
+_FAILURES_SHOWN = 12
 
 
-def having(found: Verification, verdict: str) -> list[Check]:
-    return [check for check in found.checks if check.verdict == verdict]
+def by_group(verification: Verification) -> dict[str, list[Check]]:
+    """The checks by group, in the order of `GROUPS`."""
+    groups: dict[str, list[Check]] = {group: [] for group in GROUPS}
+    for check in verification.checks:
+        groups.setdefault(check.group, []).append(check)
+    return {group: checks for group, checks in groups.items() if checks}
 
 
-def proofs(found: Verification) -> dict[str, list[Check]]:
-    """The checks by proof, in the order of the proofs."""
-    order = list(dict.fromkeys([*PROOFS, *(check.proof for check in found.checks)]))
-    groups = {proof: [check for check in found.checks if check.proof == proof] for proof in order}
-    return {proof: checks for proof, checks in groups.items() if checks}
+def with_verdict(verification: Verification, verdict: str) -> list[Check]:
+    """The checks with this verdict."""
+    return [check for check in verification.checks if check.verdict == verdict]
 
 
-def verdict(found: Verification) -> str:
-    """The verdict in one line, with what it leaves open."""
-    faults, passes = having(found, FAILED), having(found, PASSED)
-    if faults:
-        first = faults[0]
-        return f"NOT VERIFIED: {_count(len(faults))} failed, first {first.proof}: {first.name}"
+def split_failures(checks: Sequence[Check]) -> tuple[list[Check], list[Check]]:
+    """The checks of a group to show, and the failures beyond the first dozen."""
+    hidden = [check for check in checks if check.verdict == FAILED][_FAILURES_SHOWN:]
+    return [check for check in checks if check not in hidden], hidden
+
+
+def verdict_line(verification: Verification) -> str:
+    """The verdict in one line, with the groups that were not checked."""
+    failures, passes = with_verdict(verification, FAILED), with_verdict(verification, PASSED)
+    if failures:
+        first = failures[0]
+        return f"NOT VERIFIED: {_count(len(failures))} failed, first {first.group}: {first.name}"
     if not passes:
-        return "NOT VERIFIED: nothing was proved"
-    open_ends = list(dict.fromkeys(check.proof for check in having(found, SKIPPED)))
-    if open_ends:
-        return f"VERIFIED as far as was checked: {_count(len(passes))} passed; not checked: {', '.join(open_ends)}"
+        return "NOT VERIFIED: no check was made"
+    unchecked = list(dict.fromkeys(check.group for check in with_verdict(verification, SKIPPED)))
+    if unchecked:
+        return f"VERIFIED as far as was checked: {_count(len(passes))} passed; not checked: {', '.join(unchecked)}"
     return f"VERIFIED: {_count(len(passes))} passed, none failed"
 
 
@@ -55,25 +57,22 @@ def _count(number: int) -> str:
     return f"{number} check{'s' if number != 1 else ''}"
 
 
-def seen(check: Check) -> str:
-    """What was seen, for a reader who has the check's name before the eyes."""
+def detail_text(check: Check) -> str:
+    """The detail without the check's name, which reports show next to it."""
     return check.detail.removeprefix(f"{check.name} ")
 
 
-def unsaid(check: Check) -> list[str]:
-    """The culprits that neither the check's name nor its words name already."""
-    # Whole names: `layers.1` is not named by what is said of `layers.10`.
-    return [
+def unmentioned_tensors(check: Check) -> str:
+    """The affected tensors that neither name nor detail of a failed check mention, shortened; else empty."""
+    # Whole names only: `layers.10` does not mention `layers.1`.
+    names = [
         name
         for name in check.tensors
         if name != check.name and not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", check.detail)
     ]
+    return shorten(names) if check.verdict == FAILED else ""
 
 
-def times(found: Verification) -> str:
-    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in found.seconds.items())
-
-
-def shorten(names: list[str]) -> str:
-    """The first three names, and how many there are besides."""
-    return ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 3 else names)
+def durations(verification: Verification) -> str:
+    """Time by stage, such as `structure 0.1 s, bytes 0.5 s`."""
+    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in verification.seconds.items())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from converter.encoders import ClipConfig, ClipEncoder, DeepEncoder, SamConfig
 from converter.verification.deep_encoder_reference import assembled_chain
-from converter.verification.outputs import PROOF, Look, check_encoder
+from converter.verification.outputs import GROUP, Look, check_encoder
 from converter.verification.probes import PART, names_of, probes
 from converter.verification.reference_models import (
     Runner,
@@ -150,5 +150,5 @@ def check_chain(chain: Chain, pixels: Tensor, precision: torch.dtype, look: Look
     expected = (1, side * side, 2 * whole.vision_model.config.width)
     what = f"{chain.tested.label} at {size} x {size}"
     if tuple(tokens.shape) != expected or not bool(torch.isfinite(tokens).all()):
-        return failed(PROOF, what, f"tokens {list(tokens.shape)}, expected {list(expected)}, finite", [what]), None
-    return passed(PROOF, what, f"tokens {list(tokens.shape)}, finite; no second implementation to compare with"), None
+        return failed(GROUP, what, f"tokens {list(tokens.shape)}, expected {list(expected)}, finite", [what]), None
+    return passed(GROUP, what, f"tokens {list(tokens.shape)}, finite; no second implementation to compare with"), None

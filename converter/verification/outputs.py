@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from converter.verification.reference_models import Runner
-from converter.verification.result import Check, Trace, failed, passed
+from converter.verification.result import Check, Trace, TracePoint, failed, passed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROOF = "outputs"
+GROUP = "outputs"
 
 # Told what was compared, what both saw, the reference's final features and the converted encoder's.
 Look = Callable[[str, Tensor, Tensor, Tensor], None]
@@ -130,17 +130,19 @@ def judge(
     found, rounded, exact = (features[: len(names)] for features in (found, rounded, exact))
     if [tuple(tensor.shape) for tensor in found] != [tuple(tensor.shape) for tensor in rounded]:
         shapes = f"{[list(t.shape) for t in found[-1:]]} and {[list(t.shape) for t in rounded[-1:]]}"
-        return failed(PROOF, what, f"outputs have other shapes: {shapes}", []), Trace(what, [], [], [], 0.0)
+        return failed(GROUP, what, f"outputs have other shapes: {shapes}", []), Trace(what)
     # No floor lies below one rounding, even where the reference happens to round nothing.
     smallest = torch.finfo(precision).eps
     floors = [max(distance(a, b), smallest) for a, b in zip(rounded, exact, strict=True)]
     errors = [distance(a, b) for a, b in zip(found, rounded, strict=True)]
-    over = [name for name, error, floor in zip(names, errors, floors, strict=True) if not error <= MARGIN * floor]
-    bar = MARGIN * floors[-1]
-    detail = f"relative error {errors[-1]:.2g}; bar {bar:.2g}, {MARGIN:g} times the noise floor {floors[-1]:.2g}"
-    trace = Trace(what, names, errors, floors, MARGIN)
-    figures = {"error": errors[-1], "bar": bar, "floor": floors[-1]}
+    points = [
+        TracePoint(name, error, floor, MARGIN * floor) for name, error, floor in zip(names, errors, floors, strict=True)
+    ]
+    over = [point.probe for point in points if not point.within_tolerance]
+    last, trace = points[-1], Trace(what, points)
+    detail = f"relative error {last.error:.2g}, tolerance {last.tolerance:.2g} ({MARGIN:g} x noise floor)"
+    figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
     if over:
         where = f"{over[0]} is the first of {len(over)} to diverge"
-        return failed(PROOF, what, f"{detail}; {where}", over[:1], **figures), trace
-    return passed(PROOF, what, detail, **figures), trace
+        return failed(GROUP, what, f"{detail}; {where}", over[:1], **figures), trace
+    return passed(GROUP, what, detail, **figures), trace

@@ -7,6 +7,7 @@ the first block (positions added, CLIP's class token and norm), and what each bl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -72,4 +73,4 @@ def at_fault(check: Check, family: str, rules: dict[str, Rule], faulty: Sequence
         words = f"the tensors at work there are what the mapping makes of the source: {shorten(there, _NAMED)}"
     made = sorted({rules[name].place for name in wrong or there})
     detail = f"{check.detail}; {words}; made by {', '.join(map(str, made))}"
-    return check._replace(detail=detail, tensors=[*check.tensors, *(wrong or there)])
+    return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or there)])

@@ -19,7 +19,7 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader
 from converter.verification.result import Check, failed, passed
 
-PROOF = "card"
+GROUP = "record"
 
 # A card of CLIP-L has 150 kB.
 _LARGEST = 64 << 20
@@ -81,16 +81,16 @@ def check_record(
     card: Recorded, source: Checkpoint, tensors: dict[str, TensorInfo], found: Reader, on_progress: OnProgress
 ) -> list[Check]:
     """Whether a file holds what its card says, tensor by tensor."""
-    faults = [failed(PROOF, name, _presence(name, card), [name]) for name in sorted(set(tensors) ^ set(card.tensors))]
+    faults = [failed(GROUP, name, _presence(name, card), [name]) for name in sorted(set(tensors) ^ set(card.tensors))]
     both = [name for name in tensors if name in card.tensors]
     for done, name in enumerate(both):
         faults += _differing(card, name, tensors[name], found)
-        on_progress("card", done + 1, len(both))
+        on_progress("record", done + 1, len(both))
     if len(faults) > len(card.tensors) / 2:
         detail = f"{len(faults)} of {len(card.tensors)} tensors differ: {card.path.name} is the card of another file"
-        faults.insert(0, failed(PROOF, "file", detail, [card.path.name]))
+        faults.insert(0, failed(GROUP, "file", detail, [card.path.name]))
     detail = f"{len(both)} tensors have the names, shapes, types and SHA-256 digests that {card.path.name} gives"
-    checks = faults or [passed(PROOF, "tensors", detail)]
+    checks = faults or [passed(GROUP, "tensors", detail)]
     if card.metadata is not None:
         checks.append(_check_metadata(card, card.metadata, source))
     return checks
@@ -100,10 +100,10 @@ def _differing(card: Recorded, name: str, tensor: TensorInfo, found: Reader) -> 
     dtype, shape, digest = card.tensors[name]
     if (tensor.dtype.name, list(tensor.shape)) != (dtype, shape):
         detail = f"{name} is {tensor.dtype.name} {list(tensor.shape)}; the card gives {dtype} {shape}"
-        return [failed(PROOF, name, detail, [name])]
+        return [failed(GROUP, name, detail, [name])]
     seen = hashlib.sha256(as_bytes(found(name))).hexdigest()
     if seen != digest:
-        return [failed(PROOF, name, f"{name} has the SHA-256 {seen}; the card gives {digest}", [name])]
+        return [failed(GROUP, name, f"{name} has the SHA-256 {seen}; the card gives {digest}", [name])]
     return []
 
 
@@ -121,5 +121,5 @@ def _check_metadata(card: Recorded, wanted: dict[str, str], source: Checkpoint) 
     differing = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
     if differing:
         words = "; ".join(f"{key} is {there.get(key)!r}, the card's {wanted.get(key)!r}" for key in differing)
-        return failed(PROOF, "metadata", f"the file's metadata differ: {words}", differing)
-    return passed(PROOF, "metadata", f"the file's metadata are the card's: {', '.join(sorted(wanted))}")
+        return failed(GROUP, "metadata", f"the file's metadata differ: {words}", differing)
+    return passed(GROUP, "metadata", f"the file's metadata are the card's: {', '.join(sorted(wanted))}")

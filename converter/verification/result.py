@@ -1,101 +1,158 @@
-"""What a verification found, as values; the terminal, JSON, JUnit and HTML are views of them."""
+"""Results of a verification as values; the terminal table, JSON, JUnit and HTML are made from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from converter.output.record import as_json
 
-PASSED, FAILED, SKIPPED, WARNING = "passed", "failed", "skipped", "noted"
+PASSED, FAILED, SKIPPED, WARNING = "passed", "failed", "skipped", "warning"
 
 
-class Check(NamedTuple):
-    """One thing that was looked at: which of the three proofs it belongs to, its verdict, and what was seen.
+@dataclass(frozen=True)
+class Check:
+    """One check.
 
-    `culprits` names the tensors, rules or blocks at fault, worst first. `figures` are what was measured; a measured
-    `error` stands beside the `bar` it must not exceed.
+    Attributes:
+        group: structure, record, bytes or outputs.
+        name: What was checked, unique within its group.
+        verdict: PASSED, FAILED, SKIPPED or WARNING.
+        detail: The finding in words.
+        tensors: Affected tensors, files or probes, the most important first.
+        figures: Measured numbers; for a comparison of outputs `error`, `tolerance` and `noise_floor`.
     """
 
-    proof: str
+    group: str
     name: str
     verdict: str
     detail: str
-    tensors: list[str]
-    figures: dict[str, float]
+    tensors: Sequence[str] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
-class Trace(NamedTuple):
-    """Relative errors along an encoder, block by block: of the conversion, and of the reference against itself."""
+@dataclass(frozen=True)
+class TracePoint:
+    """Relative errors at one probe: of the conversion, and of the reference against itself in float64."""
+
+    probe: str
+    error: float
+    noise_floor: float
+    tolerance: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether the error is a number and at most the tolerance."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The errors of one run, probe by probe."""
 
     name: str
-    blocks: list[str]
-    errors: list[float]
-    floors: list[float]
-    bar: float
+    points: Sequence[TracePoint] = ()
 
 
-class Picture(NamedTuple):
-    """A PNG of what one run saw or computed; `name` is image, source, converted or difference."""
+@dataclass(frozen=True)
+class Picture:
+    """A PNG of the input or of features of one run; `name` is image, source, converted or difference."""
 
     run: str
     name: str
     png: bytes
 
 
-class Verification(NamedTuple):
-    """All checks of one converted checkpoint, and what they ran on.
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one converted checkpoint.
 
-    `reference` names the implementation that the outputs were compared with; `seconds` says where the time went.
-    `key_map` gives each tensor that the source makes the source tensors it is made of, in order; none for one that is
-    filled in. `pictures` are there if they were asked for.
+    Attributes:
+        converted: The verified file.
+        family: The encoder's family.
+        checks: All checks, in the order in which they were made.
+        source: The checkpoint it was converted from, if one was given.
+        mapping: The mapping from the source's layout.
+        reference: The implementation that the encoder's outputs were compared with.
+        device: The processor or GPU that the encoders ran on.
+        dtype: The precision that they ran in.
+        environment: Versions of dsocr-convert, torch and Python.
+        traces: Errors of each run, probe by probe.
+        seconds: Time spent in each stage.
+        key_map: The source tensors of each converted tensor, in order; none for a generated one.
+        pictures: The input and the features as pictures, if they were requested.
     """
 
     converted: str
-    source: str
     family: str
-    mapping: str
-    reference: str
-    device: str
-    dtype: str
-    environment: dict[str, str]
-    checks: list[Check]
-    traces: list[Trace]
-    seconds: dict[str, float]
-    key_map: dict[str, list[str]] = {}  # noqa: RUF012
-    pictures: list[Picture] = []  # noqa: RUF012
+    checks: Sequence[Check]
+    source: str = ""
+    mapping: str = ""
+    reference: str = ""
+    device: str = "CPU"
+    dtype: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    traces: Sequence[Trace] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    key_map: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed, and at least one check could have."""
+        """Whether at least one check passed and none failed."""
         verdicts = [check.verdict for check in self.checks]
         return FAILED not in verdicts and PASSED in verdicts
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: without pictures, and null for a number that is not finite."""
-        document = {"verified": self.ok, **as_json(self._replace(pictures=[]))}
+        document = asdict(replace(self, pictures=()))
         del document["pictures"]
-        return document
+        return {"verified": self.ok, **as_json(document)}
 
 
-def shorten(words: Sequence[str], shown: int = 3) -> str:
-    """The first of them, and how many there are besides."""
-    rest = len(words) - shown
-    return ", ".join(words[:shown]) + (f" and {rest} more" if rest > 0 else "")
+def passed(group: str, name: str, detail: str, **figures: float) -> Check:
+    """A check that passed."""
+    return Check(group, name, PASSED, detail, figures=figures)
 
 
-def passed(proof: str, name: str, detail: str, **figures: float) -> Check:
-    return Check(proof, name, PASSED, detail, [], figures)
+def failed(group: str, name: str, detail: str, tensors: Sequence[str], **figures: float) -> Check:
+    """A check that failed.
+
+    Args:
+        group: The group of the check.
+        name: What was checked.
+        detail: The finding.
+        tensors: The affected tensors, files or probes.
+        figures: Measured numbers.
+    """
+    return Check(group, name, FAILED, detail, tensors, figures)
 
 
-def failed(proof: str, name: str, detail: str, tensors: list[str], **figures: float) -> Check:
-    return Check(proof, name, FAILED, detail, tensors, figures)
+def warning(group: str, name: str, detail: str, tensors: Sequence[str]) -> Check:
+    """A finding that is no error but limits what the other checks show.
+
+    Args:
+        group: The group of the check.
+        name: What was checked.
+        detail: The finding.
+        tensors: The affected tensors.
+    """
+    return Check(group, name, WARNING, detail, tensors)
 
 
-def warning(proof: str, name: str, detail: str, tensors: list[str]) -> Check:
-    """Something that is not wrong in itself, and that whoever relies on the verdict should know."""
-    return Check(proof, name, WARNING, detail, tensors, {})
+def skipped(group: str, name: str, detail: str) -> Check:
+    """A check that was not made.
+
+    Args:
+        group: The group of the check.
+        name: What would have been checked.
+        detail: The reason.
+    """
+    return Check(group, name, SKIPPED, detail)
 
 
-def skipped(proof: str, name: str, detail: str) -> Check:
-    return Check(proof, name, SKIPPED, detail, [], {})
+def shorten(names: Sequence[str], shown: int = 3) -> str:
+    """The first names and the number of the others, such as `a, b, c and 2 more`."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

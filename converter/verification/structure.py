@@ -18,7 +18,7 @@ from converter.verification.reference_models import uninitialised
 from converter.verification.reference_readers import Reader
 from converter.verification.result import Check, failed, passed, shorten, warning
 
-PROOF = "structure"
+GROUP = "structure"
 
 _INDICES = "embeddings.position_ids"
 
@@ -43,12 +43,12 @@ def _check_layout(name: str, family: str, tensors: dict[str, TensorInfo]) -> tup
         )
     except MappingError as error:
         problems = error.message.splitlines()
-        return failed(PROOF, "layout", f"does not fit {canonical.name}: {problems[0]}", problems), None
+        return failed(GROUP, "layout", f"does not fit {canonical.name}: {problems[0]}", problems), None
     lacking, extra = list(plan.generated), list(plan.dropped)
     if lacking or extra:
         detail = "; ".join([*(f"{key} is missing" for key in lacking), *(f"{key} is too much" for key in extra)])
-        return failed(PROOF, "layout", f"does not fit {canonical.name}: {detail}", lacking + extra), plan
-    return passed(PROOF, "layout", f"{len(tensors)} tensors have the names, shapes and types of {canonical.name}"), plan
+        return failed(GROUP, "layout", f"does not fit {canonical.name}: {detail}", lacking + extra), plan
+    return passed(GROUP, "layout", f"{len(tensors)} tensors have the names, shapes and types of {canonical.name}"), plan
 
 
 def _check_missing(plan: Plan | None) -> list[Check]:
@@ -57,7 +57,7 @@ def _check_missing(plan: Plan | None) -> list[Check]:
         return []
     names = ", ".join(plan.missing)
     why = "; ".join(dict.fromkeys(plan.missing.values()))
-    return [warning(PROOF, "missing", f"loading it misses exactly {names}: {why}", list(plan.missing))]
+    return [warning(GROUP, "missing", f"loading it misses exactly {names}: {why}", list(plan.missing))]
 
 
 def _check_types(tensors: dict[str, TensorInfo]) -> list[Check]:
@@ -70,7 +70,7 @@ def _check_types(tensors: dict[str, TensorInfo]) -> list[Check]:
         return []
     *_, few = sorted(by_type.values(), key=len, reverse=True)
     counts = ", ".join(f"{len(names)} {dtype}" for dtype, names in by_type.items())
-    return [warning(PROOF, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)]
+    return [warning(GROUP, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)]
 
 
 def _check_values(names: list[str], get: Reader) -> list[Check]:
@@ -90,8 +90,8 @@ def _check_values(names: list[str], get: Reader) -> list[Check]:
     pointed_out = [*_pointed_out("zero", "all zero", zero), *_pointed_out("constant", "constant", constant)]
     if broken:
         detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {shorten(list(broken.values()))}"
-        return [failed(PROOF, "finite", detail, list(broken)), *pointed_out]
-    return [passed(PROOF, "finite", f"no NaN and no infinity in {len(names)} tensors"), *pointed_out]
+        return [failed(GROUP, "finite", detail, list(broken)), *pointed_out]
+    return [passed(GROUP, "finite", f"no NaN and no infinity in {len(names)} tensors"), *pointed_out]
 
 
 def _range(tensor: torch.Tensor) -> tuple[float, float]:
@@ -106,14 +106,14 @@ def _pointed_out(name: str, what: str, names: list[str]) -> list[Check]:
     if not names:
         return []
     detail = f"{what}: {shorten(names)}; outputs cannot show where such tensors are exchanged"
-    return [warning(PROOF, name, detail, names)]
+    return [warning(GROUP, name, detail, names)]
 
 
 def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, torch.nn.Module | None]:
     """Whether the encoder loads the tensors strictly, built as they say it is; and the loaded encoder."""
     if not _indices_fit(tensors):
         detail = f"{_INDICES} is of no integer type, or points outside its table"
-        return failed(PROOF, "loads", detail, [_INDICES]), None
+        return failed(GROUP, "loads", detail, [_INDICES]), None
     try:
         # Not on the meta device: its arange would import half a second of symbolic shapes.
         with uninitialised():
@@ -122,8 +122,8 @@ def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, t
         # Assigned, not copied: the encoder takes the tensors' types, and a gigabyte is not held twice.
         encoder.load_state_dict(tensors, strict=True, assign=True)
     except (LayoutError, RuntimeError) as error:
-        return failed(PROOF, "loads", f"the encoder does not load it: {error}", []), None
-    return passed(PROOF, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
+        return failed(GROUP, "loads", f"the encoder does not load it: {error}", []), None
+    return passed(GROUP, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
 
 
 def _config(family: str, tensors: dict[str, torch.Tensor]) -> SamConfig | ClipConfig:
@@ -144,4 +144,4 @@ def check_sizes(family: str, encoder: torch.nn.Module, canonical: dict[str, torc
     theirs, ours = vars(_config(family, canonical)), vars(encoder.config)
     differing = [name for name, value in theirs.items() if ours[name] != value]
     detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
-    return failed(PROOF, "sizes", detail, []) if differing else None
+    return failed(GROUP, "sizes", detail, []) if differing else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from converter.verification.reference_models import State
 from converter.verification.reference_readers import Reader
 from converter.verification.result import Check, failed, passed, skipped
 
-PROOF = "bytes"
+GROUP = "bytes"
 
 # Faulty tensors whose content is looked for under other names: each search reads the source once more, and where all is
 # wrong, a few say enough.
@@ -34,13 +35,13 @@ def prove(
 ) -> tuple[State, list[Check]]:
     """What the source gives, by canonical names, and whether the converted tensors, given by `found`, equal it."""
     if origin is None:
-        return {}, [skipped(PROOF, "tensors", "no --source was given: there is nothing to compare with")]
+        return {}, [skipped(GROUP, "tensors", "no --source was given: there is nothing to compare with")]
     there, outputs = target.state_dict.tensors, origin.plan.outputs
 
     def load(tensor: TensorInfo) -> torch.Tensor:
         return origin.read(tensor.key)
 
-    checks = [failed(PROOF, name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
+    checks = [failed(GROUP, name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
     canonical: State = {}
     for done, (name, value) in enumerate(outputs.items()):
         canonical[name] = evaluate(value, load)
@@ -49,11 +50,11 @@ def prove(
             if len(checks) < _SEARCHED:
                 fault = _elsewhere(fault, found(name), name, outputs, load)
             checks.append(_with_rule(fault, origin.plan, name))
-        on_progress(PROOF, done + 1, len(outputs))
+        on_progress(GROUP, done + 1, len(outputs))
     if len(checks) > len(outputs) / 2:
         detail = f"{len(checks)} of {len(outputs)} tensors differ: this was made from another checkpoint, or otherwise"
-        checks.insert(0, failed(PROOF, "source", detail, [origin.source.name]))
-    return canonical, checks or [passed(PROOF, "tensors", f"{len(canonical)} tensors equal their sources in every bit")]
+        checks.insert(0, failed(GROUP, "source", detail, [origin.source.name]))
+    return canonical, checks or [passed(GROUP, "tensors", f"{len(canonical)} tensors equal their sources in every bit")]
 
 
 def _presence(name: str, outputs: dict[str, LazyTensor]) -> str:
@@ -63,7 +64,7 @@ def _presence(name: str, outputs: dict[str, LazyTensor]) -> str:
 def _with_rule(fault: Check, plan: Plan, name: str) -> Check:
     """The fault with the mapping's rule that makes the tensor; none made what is filled in."""
     rule = plan.rules.get(name)
-    return fault._replace(detail=f"{fault.detail}; made by {rule.place}") if rule else fault
+    return replace(fault, detail=f"{fault.detail}; made by {rule.place}") if rule else fault
 
 
 def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: LazyTensor, load: Load) -> Check | None:
@@ -71,7 +72,7 @@ def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: Lazy
     origin = " + ".join(tensor.key for tensor in source_tensors(value)) or "filled in"
     if found.shape != expected.shape or found.dtype != expected.dtype:
         detail = f"{name} is {_kind(found)}; {origin} gives {_kind(expected)}"
-        return failed(PROOF, name, detail, [name])
+        return failed(GROUP, name, detail, [name])
     if torch.equal(_bits(found), _bits(expected)):
         return None
     differing = int((_bits(found) != _bits(expected)).sum()) if found.dim() else 1
@@ -80,7 +81,7 @@ def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: Lazy
     guess = _guess(found, expected, value, load)
     if guess:
         detail += f"; {guess}"
-    return failed(PROOF, name, detail, [name], differing=float(differing), error=error)
+    return failed(GROUP, name, detail, [name], differing=float(differing), error=error)
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -131,5 +132,5 @@ def _elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, 
         if other == name or value.shape != tuple(found.shape) or value.dtype.name != _kind(found).split()[0]:
             continue
         if torch.equal(found, evaluate(value, load)):
-            return fault._replace(detail=f"{fault.detail}; it holds what belongs to {other}", tensors=[name, other])
+            return replace(fault, detail=f"{fault.detail}; it holds what belongs to {other}", tensors=[name, other])
     return fault
