@@ -118,7 +118,7 @@ def draw_picture() -> Image.Image:
 
 def convert(source: str, folder: Path) -> None:
     """Meta's file as a folder for transformers, prompt encoder and mask decoder included."""
-    converter.convert(source, "sam", to="sam-hf", whole=True, out=folder)
+    converter.convert(source, "sam", to="sam-hf", full_model=True, out=folder)
 
 
 def ask_every_way(segmenter: Segmenter) -> dict[str, tuple[Prompt, HubResponseError]]:

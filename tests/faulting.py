@@ -84,8 +84,8 @@ class Scene:
         name = str(self.out / ("model" if self.kind == "folder" else "model.safetensors"))
         more = {
             "file": [],
-            "card": ["--card", str(self.out / "card.json"), "--card", str(self.out / "README.md")],
-            "folder": ["--to", "sam-hf", "--whole"],
+            "card": ["--record", str(self.out / "card.json"), "--record", str(self.out / "README.md")],
+            "folder": ["--to", "sam-hf", "--full-model"],
         }[self.kind]
         return ["sam", str(self.sources[source]), "-o", name, "-q", *more, *options]
 
@@ -174,7 +174,7 @@ class Scene:
         # A card of its stands there already, and it is not to replace it.
         there = self.folder / "there.json"
         there.touch()
-        done = self.run(1, "--card", str(there))
+        done = self.run(1, "--record", str(there))
         if done.code != 4:
             raise ViolationError(f"exit {done.code}, not 4: {done.err}")
         if self.litter() or self.state() not in (before, after):

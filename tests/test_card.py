@@ -46,7 +46,7 @@ def document(path: Path) -> dict[str, Any]:
 def converted(folder: Path, tmp_path: Path, **options: object) -> tuple[Path, Path]:
     """CLIP converted with a card: both files."""
     out, card = tmp_path / "out.safetensors", tmp_path / "out.json"
-    converter.convert(folder / "clip", "clip", out=out, card=card, **options)  # type: ignore[arg-type]
+    converter.convert(folder / "clip", "clip", out=out, record=card, **options)  # type: ignore[arg-type]
     return out, card
 
 
@@ -59,7 +59,7 @@ def converted(folder: Path, tmp_path: Path, **options: object) -> tuple[Path, Pa
 )
 def test_digests_are_of_the_output(options: dict[str, object], format: str, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / f"out.{format}"
-    made = converter.convert(folder / "clip", "clip", out=out, format=format, card=tmp_path / "c.json", **options)  # type: ignore[arg-type]
+    made = converter.convert(folder / "clip", "clip", out=out, format=format, record=tmp_path / "c.json", **options)  # type: ignore[arg-type]
     found = torch.load(out, weights_only=True) if format == "pth" else safetensors.torch.load_file(out)
     card = document(tmp_path / "c.json")
     assert card["tensors"].keys() == found.keys()
@@ -129,13 +129,13 @@ def test_the_same_input_gives_the_same_card(folder: Path, tmp_path: Path) -> Non
 def test_what_was_filled_in_names_its_source(folder: Path, tmp_path: Path) -> None:
     out, _ = converted(folder, tmp_path)
     back = {"out": tmp_path / "hf.safetensors", "to": "clip-hf", "fill_from": folder / "clip"}
-    converter.convert(out, "clip", card=tmp_path / "hf.json", **back)  # type: ignore[arg-type]
+    converter.convert(out, "clip", record=tmp_path / "hf.json", **back)  # type: ignore[arg-type]
     card = document(tmp_path / "hf.json")
     first, second = card["sources"]
     assert len(first["files"]) == 1 < len(second["files"])
     norm = card["tensors"]["vision_model.post_layernorm.weight"]
     assert norm["from"] == [{"key": "vision_model.post_layernorm.weight", "source": 1}]
-    assert verify(tmp_path / "hf.safetensors", card=tmp_path / "hf.json").ok
+    assert verify(tmp_path / "hf.safetensors", record=tmp_path / "hf.json").ok
 
 
 # How it is written ------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_what_was_filled_in_names_its_source(folder: Path, tmp_path: Path) -> No
 
 def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("mine")
-    with pytest.raises(OutputError, match=r"out\.json: exists already\nchoose another path with --card"):
+    with pytest.raises(OutputError, match=r"out\.json: exists already\nchoose another path with --record"):
         converted(folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     converted(folder, tmp_path, force=True)
@@ -154,26 +154,26 @@ def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Pat
 def test_a_card_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(OutputError, match="another file of this conversion"):
-        converter.convert(folder / "clip", "clip", out=tmp_path / "out.json", card=tmp_path / name)
+        converter.convert(folder / "clip", "clip", out=tmp_path / "out.json", record=tmp_path / name)
     with pytest.raises(OutputError, match="another file of this conversion"):
         cards = [tmp_path / "a.json", tmp_path / name, tmp_path / "a.json"]
-        converter.convert(folder / "clip", "clip", out=tmp_path / "out", card=cards)
+        converter.convert(folder / "clip", "clip", out=tmp_path / "out", record=cards)
 
 
 def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> None:
     options = {"out": tmp_path / "DIR", "to": "sam-hf", "whole": True}
     with pytest.raises(OutputError, match="move it there afterwards"):
-        converter.convert(folder / "sam.pth", "sam", card=tmp_path / "DIR" / "README.md", **options)  # type: ignore[arg-type]
+        converter.convert(folder / "sam.pth", "sam", record=tmp_path / "DIR" / "README.md", **options)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match="there is no folder"):
-        converter.convert(folder / "sam.pth", "sam", card=tmp_path / "none" / "c.json", **options)  # type: ignore[arg-type]
+        converter.convert(folder / "sam.pth", "sam", record=tmp_path / "none" / "c.json", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-    converter.convert(folder / "sam.pth", "sam", card=tmp_path / "c.json", **options)  # type: ignore[arg-type]
-    assert verify(tmp_path / "DIR", card=tmp_path / "c.json").ok
+    converter.convert(folder / "sam.pth", "sam", record=tmp_path / "c.json", **options)  # type: ignore[arg-type]
+    assert verify(tmp_path / "DIR", record=tmp_path / "c.json").ok
 
 
 def test_a_card_of_another_kind_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.json, or \.md"):
-        converter.convert(folder / "clip", "clip", card="card.txt")
+        converter.convert(folder / "clip", "clip", record="card.txt")
 
 
 def test_no_card_without_its_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_a_dry_run_writes_none(folder: Path, tmp_path: Path) -> None:
 def test_a_model_card_is_read_by_the_hubs_library(folder: Path, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    converter.convert(folder / "sam.pth", "sam", out=tmp_path / "sam.safetensors", card=tmp_path / "README.md")
+    converter.convert(folder / "sam.pth", "sam", out=tmp_path / "sam.safetensors", record=tmp_path / "README.md")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "pytorch" and card.data.base_model is None
     assert card.data.tags == ["deepseek-ocr", "sam", "deepencoder-sam", "dsocr-convert"]
@@ -224,7 +224,7 @@ def test_a_model_card_is_read_by_the_hubs_library(folder: Path, tmp_path: Path) 
 def test_names_from_a_file_do_not_steer_the_markdown(tmp_path: Path) -> None:
     _, _, make = LAYOUTS["clip-deepseek-ocr"]
     torch.save({**make()[0], "lm`_`head|<b>\n# c": torch.ones(1)}, tmp_path / "x.pth")
-    converter.convert(tmp_path / "x.pth", "clip", out=tmp_path / "x.safetensors", card=tmp_path / "x.md")
+    converter.convert(tmp_path / "x.pth", "clip", out=tmp_path / "x.safetensors", record=tmp_path / "x.md")
     text = (tmp_path / "x.md").read_text()
     assert "`lm\u02bb_\u02bbhead\\|<b> # c`" in text and "\n# c" not in text
 
@@ -239,7 +239,7 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
     with hub_server([repo]) as server:
         variables = {**os.environ, **environment(server, tmp_path)}
         program = Path(sys.executable).with_name("dsocr-convert")
-        command = [program, "sam", "org/sam", "--card", "x.json", "--card", "x.md"]
+        command = [program, "sam", "org/sam", "--record", "x.json", "--record", "x.md"]
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (source,) = document(tmp_path / "x.json")["sources"]
@@ -249,7 +249,7 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
     card = ModelCard.load(tmp_path / "x.md")
     assert card.data.base_model == "org/sam"
     assert f"--source hf://org/sam/sam.pth --revision {source['commit']}" in card.text
-    assert verify(tmp_path / "deepencoder-sam.safetensors", card=tmp_path / "x.json", fast=True).ok
+    assert verify(tmp_path / "deepencoder-sam.safetensors", record=tmp_path / "x.json", fast=True).ok
 
 
 # Verified ---------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
 
 def verdicts(out: Path, card: Path, **options: object) -> dict[str, str]:
     """The card's checks, each with its verdict; the rest of the verification must have run too."""
-    found = verify(out, card=card, fast=True, **options)  # type: ignore[arg-type]
+    found = verify(out, record=card, fast=True, **options)  # type: ignore[arg-type]
     checks = [check for check in found.checks if check.group == "record"]
     assert found.ok == all(check.verdict != FAILED for check in found.checks)
     return {check.name: check.verdict for check in checks}
@@ -266,7 +266,7 @@ def verdicts(out: Path, card: Path, **options: object) -> dict[str, str]:
 @pytest.mark.parametrize("format", ["safetensors", "pth"])
 def test_a_file_fits_its_card(format: str, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    converter.convert(folder / "clip", "clip", out=out, format=format, card=tmp_path / "c.json")
+    converter.convert(folder / "clip", "clip", out=out, format=format, record=tmp_path / "c.json")
     metadata = {"metadata": PASSED} if format == "safetensors" else {}
     assert verdicts(out, tmp_path / "c.json") == {"tensors": PASSED, **metadata}
     assert verdicts(out, tmp_path / "c.json", source=folder / "clip") == {"tensors": PASSED, **metadata}
@@ -305,7 +305,7 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
         FAILED,
     )
     details = {
-        check.name: check.detail for check in verify(out, card=card, fast=True).checks if check.group == "record"
+        check.name: check.detail for check in verify(out, record=card, fast=True).checks if check.group == "record"
     }
     assert details["pre_layrnorm.weight"] == "pre_layrnorm.weight is float16 [64]; the card gives float32 [64]"
     assert "tool is 'by hand', the card's 'dsocr-convert" in details["metadata"]
@@ -321,13 +321,13 @@ def test_the_card_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("layout", ["clip-hf", "clip-timm", "clip-openai"])
 def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder: Path, tmp_path: Path) -> None:
     out, card = converted(folder, tmp_path, to=layout)
-    found = verify(out, card=card)
+    found = verify(out, record=card)
     assert found.ok and {check.group for check in found.checks if check.verdict != "skipped"} == {"record"}
     name = next(iter(document(card)["tensors"]))
     rewritten(out, lambda tensors, metadata: tensors[name].zero_())
     assert verdicts(out, card)[name] == FAILED
     with pytest.raises(UsageError, match="against its card alone"):
-        verify(out, folder / "clip", card=card)
+        verify(out, folder / "clip", record=card)
 
 
 NO_CARDS = ["", "nonsense", "[]", "{}", '{"card":1}', '{"card":1,"tensors":[]}', '{"card":1,"tensors":{"a":1}}']
@@ -338,15 +338,15 @@ def test_what_is_no_card_is_refused(content: str, folder: Path, tmp_path: Path) 
     out, card = converted(folder, tmp_path)
     card.write_text(content)
     with pytest.raises(ContainerError, match=r"out\.json: (not a card|a card of another form)"):
-        verify(out, card=card, fast=True)
+        verify(out, record=card, fast=True)
 
 
 def test_a_model_card_or_a_missing_one_is_refused(folder: Path, tmp_path: Path) -> None:
     out, _ = converted(folder, tmp_path)
     with pytest.raises(UsageError, match=r"ends in \.json"):
-        verify(out, card=tmp_path / "x.md")
+        verify(out, record=tmp_path / "x.md")
     with pytest.raises(ContainerError, match="cannot be read: No such file"):
-        verify(out, card=tmp_path / "x.json")
+        verify(out, record=tmp_path / "x.json")
 
 
 # On the command line ----------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_a_model_card_or_a_missing_one_is_refused(folder: Path, tmp_path: Path) 
 
 def test_the_command_writes_cards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["clip", str(folder / "clip"), "--card", "c.json", "--card", "README.md"]
+    arguments = ["clip", str(folder / "clip"), "--record", "c.json", "--record", "README.md"]
     done = CliRunner().invoke(cli.app, arguments)
     assert (done.exit_code, done.stdout) == (0, "deepencoder-clip.safetensors\n")
     assert "card: c.json, README.md" in done.stderr

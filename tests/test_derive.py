@@ -227,7 +227,7 @@ def test_a_target_in_another_layout_is_reached_by_it(tmp_path: Path) -> None:
     state, _ = oracles.open_clip()
     torch.save(state, tmp_path / "known.pth")
     target = tmp_path / "hf.safetensors"
-    converter.convert(tmp_path / "known.pth", "clip", to="clip-hf", whole=True, out=target)
+    converter.convert(tmp_path / "known.pth", "clip", to="clip-hf", full_model=True, out=target)
     ours = {re.sub("resblocks", "stack", name).replace("ln_", "gain_"): tensor for name, tensor in state.items()}
     torch.save(ours, tmp_path / "source.pth")
     found = derive(tmp_path / "source.pth", target, out=tmp_path / "my.yaml", name="clip-stack")

@@ -140,7 +140,7 @@ def test_it_is_put_together_and_loads(sources: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "encoder."])
 def test_prefix_format_and_type(prefix: str, sources: Path, tmp_path: Path) -> None:
     whole = put_together(sources, tmp_path / "out.safetensors")
-    found = put_together(sources, tmp_path / "out.pth", prefix=prefix, format="pth", dtype="bfloat16")
+    found = put_together(sources, tmp_path / "out.pth", add_prefix=prefix, format="pth", dtype="bfloat16")
     assert_same(found, {name.replace("model.", prefix, 1): tensor.bfloat16() for name, tensor in whole.items()})
     # What was written is itself a source.
     card = encoder(tmp_path / "out.pth", out=tmp_path / "again.safetensors")
@@ -515,13 +515,17 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         ((*SAM, *CLIP, "--compressor", "wide.pth"), 2, "gives 65 channels, and CLIP takes 64"),
         ((*SAM, *CLIP, "--with-projector"), 2, "--with-projector: is for a SOURCE that holds both encoders"),
         ((*SAM, *CLIP, "--compressor", "random:0", "-o", "clip"), 4, "clip: holds the source"),
-        ((*SAM, *CLIP, "--revision", "main"), 2, "--revision: is for a SOURCE: write hf://org/name@REV"),
-        (("ocr", *SAM), 2, "--sam: does not go with SOURCE, which holds it"),
+        (
+            (*SAM, *CLIP, "--compressor", "random:0", "--revision", "main"),
+            2,
+            "is a local path; --revision only applies",
+        ),
+        (("ocr", *SAM), 2, "--sam: cannot be combined with SOURCE"),
         (("sam.pth",), 3, "to put one together, give them with --sam and --clip"),
         (("deepencoder", "--with-projector"), 3, "holds no model.projector.layers.weight, model.projector.layers.bias"),
         (("ocr", "--into", "ocr"), 2, "--into: name what to write with --output"),
-        (("ocr", "--into", "ocr", "-o", "x", "--prefix", "a."), 2, "--prefix: does not go with --into"),
-        (("ocr", "--into", "ocr", "-o", "x", "--format", "pth"), 2, "--format: does not go with --into"),
+        (("ocr", "--into", "ocr", "-o", "x", "--add-prefix", "a."), 2, "--add-prefix: cannot be combined with --into"),
+        (("ocr", "--into", "ocr", "-o", "x", "--format", "pth"), 2, "--format: cannot be combined with --into"),
         (("ocr", "--into", "org/name", "-o", "x"), 2, "no such file or folder\n  download the checkpoint first"),
         (("ocr", "--into", "ocr.pth", "-o", "x"), 3, "torch zip: only checkpoints in safetensors"),
     ],
@@ -585,14 +589,14 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 def proved(converted: Path, card: Path) -> list[str]:
     """The verdicts of a verification against the card alone."""
-    return [check.verdict for check in verify(converted, card=card, fast=True).checks if check.group == "record"]
+    return [check.verdict for check in verify(converted, record=card, fast=True).checks if check.group == "record"]
 
 
 def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
     """It names every source, and what was seeded; a verification against it sees one changed bit."""
     out, card = tmp_path / "e.safetensors", tmp_path / "e.json"
     options = {"sam": sources / "sam.pth", "clip": sources / "clip", "compressor": "random:3", "out": out}
-    encoder(**options, card=[card, tmp_path / "e.md"])  # type: ignore[arg-type]
+    encoder(**options, record=[card, tmp_path / "e.md"])  # type: ignore[arg-type]
     document = json.loads(card.read_bytes())
     assert [source["name"] for source in document["sources"]] == ["sam.pth", "model.safetensors"]
     for name, tensor in safetensors.torch.load_file(out).items():
@@ -600,7 +604,7 @@ def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(raw(tensor)).hexdigest()
         assert ("random:3" in entry.get("filled", "")) == (name.split(".")[-2] in ("net_2", "net_3"))
     assert document["metadata"]["compressor"].startswith("random:3")
-    assert "dsocr-verify e.safetensors --card e.json" in (tmp_path / "e.md").read_text()
+    assert "dsocr-verify e.safetensors --record e.json" in (tmp_path / "e.md").read_text()
     assert proved(out, card) == ["passed", "passed"]
     with out.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -611,11 +615,11 @@ def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
 def test_the_card_of_a_whole_checkpoint(sources: Path, tmp_path: Path) -> None:
     """Of all its tensors, those of the language model too, in however many shards."""
     out, card = tmp_path / "new", tmp_path / "new.json"
-    encoder(sources / "ocr", into=sources / "ocr", out=out, card=card)
+    encoder(sources / "ocr", into=sources / "ocr", out=out, record=card)
     document = json.loads(card.read_bytes())
     found = load(out)
     assert document["tensors"].keys() == found.keys() and document["metadata"] is None
     assert all(document["tensors"][name]["sha256"] == hashlib.sha256(raw(t)).hexdigest() for name, t in found.items())
     assert proved(out, card) == ["passed"]
     with pytest.raises(OutputError, match="lies in the output"):
-        encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", card=tmp_path / "b" / "card.json")
+        encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", record=tmp_path / "b" / "card.json")

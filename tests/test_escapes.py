@@ -15,8 +15,9 @@ from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layout
 from converter.layouts.shapes import fits, parse_dim
+from converter.options import ConvertOptions
 from converter.output import pretrained_config, record
-from converter.plan.planner import ConvertOptions, resolve_to_canonical
+from converter.plan.planner import resolve_to_canonical
 from converter.storage.byte_range import Storage
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides

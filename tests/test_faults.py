@@ -269,7 +269,7 @@ def test_the_file_that_has_no_room_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("converter.output.record_files.write_all", full)
     source = faulting.checkpoint(tmp_path / "sam.safetensors", 0)
     with pytest.raises(OutputError, match=r"card\.json: could not be written: No space left on device\nfree some room"):
-        converter.convert(source, "sam", out=tmp_path / "out.safetensors", card=tmp_path / "card.json")
+        converter.convert(source, "sam", out=tmp_path / "out.safetensors", record=tmp_path / "card.json")
     assert list(tmp_path.iterdir()) == [source]
 
 

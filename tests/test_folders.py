@@ -24,9 +24,10 @@ from torch import Tensor, nn
 import converter
 from converter.checkpoint.open import open_checkpoint
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
+from converter.options import ConvertOptions
 from converter.output.pretrained import config_files
 from converter.output.pretrained_config import sam as sam_documents
-from converter.plan.planner import ConvertOptions, resolve
+from converter.plan.planner import resolve
 from converter.storage import temp_files
 
 State = dict[str, Tensor]
@@ -105,7 +106,7 @@ def test_a_whole_sam_from_metas_file_and_back(
     record_property("writes", "sam-hf/folder")
     from transformers import SamModel, SamProcessor
 
-    card = converter.convert(meta, "sam", to="sam-hf", whole=True, out=tmp_path / "sam")
+    card = converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / "sam")
     assert card.output == str(tmp_path / "sam")
     assert sorted(path.name for path in (tmp_path / "sam").iterdir()) == FILES
     assert card.tensors == len(safetensors.torch.load_file(tmp_path / "sam" / "model.safetensors"))
@@ -128,7 +129,7 @@ def test_a_whole_sam_from_metas_file_and_back(
     torch.testing.assert_close(out.pred_masks[0], expected["low_res_logits"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out.iou_scores[0], expected["iou_predictions"], rtol=1e-3, atol=1e-3)
 
-    converter.convert(tmp_path / "sam", "sam", to="sam-meta", whole=True, out=tmp_path / "back.pth", format="pth")
+    converter.convert(tmp_path / "sam", "sam", to="sam-meta", full_model=True, out=tmp_path / "back.pth", format="pth")
     returned = torch.load(tmp_path / "back.pth", weights_only=True)
     assert returned.keys() == sam().state_dict().keys()
     assert all(torch.equal(returned[name], tensor) for name, tensor in sam().state_dict().items())
@@ -165,8 +166,8 @@ def test_a_whole_clip_through_openais_names(tmp_path: Path, record_property: Cal
     from transformers import CLIPModel
 
     path = save(clip().state_dict(), tmp_path / "clip.pth")
-    converter.convert(path, "clip", to="clip-openai", whole=True, out=tmp_path / "openai.pth", format="pth")
-    converter.convert(tmp_path / "openai.pth", "clip", to="clip-hf", whole=True, out=tmp_path / "clip")
+    converter.convert(path, "clip", to="clip-openai", full_model=True, out=tmp_path / "openai.pth", format="pth")
+    converter.convert(tmp_path / "openai.pth", "clip", to="clip-hf", full_model=True, out=tmp_path / "clip")
     model = loaded(CLIPModel, tmp_path / "clip")
     inputs = {"pixel_values": torch.randn(2, 3, 56, 56), "input_ids": torch.tensor([[97, 5, 6, 98], [97, 7, 98, 98]])}
     with torch.no_grad():
@@ -257,7 +258,7 @@ def test_clips_config_is_openais(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.pt", "x.bin"])
 def test_a_weight_files_suffix_means_a_file(name: str, meta: Path, tmp_path: Path) -> None:
-    converter.convert(meta, "sam", to="sam-hf", whole=True, out=tmp_path / name)
+    converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / name)
     assert (tmp_path / name).is_file()
 
 
@@ -273,7 +274,7 @@ def test_layouts_that_nothing_loads_from_a_folder(meta: Path, tmp_path: Path) ->
 def test_heads_that_no_tensor_tells(tmp_path: Path) -> None:
     path = save(models.open_clip().state_dict(), tmp_path / "clip.pth")
     with pytest.raises(LayoutError, match=r"32 channels, expected a multiple .*\n.*end --output in \.safetensors"):
-        converter.convert(path, "clip", to="clip-hf", whole=True, out=tmp_path / "clip", dry_run=True)
+        converter.convert(path, "clip", to="clip-hf", full_model=True, out=tmp_path / "clip", dry_run=True)
 
 
 def test_a_dry_run_writes_no_folder(meta: Path, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_a_folder_is_never_half_replaced(
             for name, function in real.items():
                 patch.setattr(os, name, failing(function, at))
             try:
-                converter.convert(meta, "sam", to="sam-hf", whole=True, out=out, force=True)
+                converter.convert(meta, "sam", to="sam-hf", full_model=True, out=out, force=True)
             except OutputError as error:
                 assert "No space left" in str(error) and str(out) in str(error)
             found = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -377,7 +378,7 @@ def test_folders_that_hold_more_than_a_model_are_not_replaced(
 
 
 def test_a_source_is_not_replaced_by_what_is_made_of_it(meta: Path, tmp_path: Path) -> None:
-    converter.convert(meta, "sam", to="sam-hf", whole=True, out=tmp_path / "sam")
+    converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / "sam")
     with pytest.raises(OutputError, match="holds the source"):
         converter.convert(tmp_path / "sam", "sam", to="sam-hf", out=tmp_path / "sam", force=True)
 
@@ -410,7 +411,7 @@ def test_the_umask_is_respected(meta: Path, tmp_path: Path) -> None:
 
 def test_the_command(meta: Path, tmp_path: Path) -> None:
     script = "from converter.cli.start import convert; convert()"
-    command = [sys.executable, "-c", script, "sam", str(meta), "--to", "sam-hf", "--whole", "-o", "folder"]
+    command = [sys.executable, "-c", script, "sam", str(meta), "--to", "sam-hf", "--full-model", "-o", "folder"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("folder\n", 0), done.stderr
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == FILES
@@ -422,6 +423,6 @@ def test_the_command(meta: Path, tmp_path: Path) -> None:
 
 def test_repeated_runs_give_the_same_bytes(meta: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        converter.convert(meta, "sam", to="sam-hf", whole=True, out=tmp_path / name)
+        converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / name)
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

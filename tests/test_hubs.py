@@ -33,11 +33,12 @@ from hypothesis import strategies as st
 
 from converter.errors import HubError, OutputError, UsageError
 from converter.hub import http_range, remote_file
-from converter.hub.address import Address, HubOptions, parse
+from converter.hub.address import Address, parse
 from converter.hub.http_range import Transfer
 from converter.hub.ranges import chunks
 from converter.hub.remote_file import RemoteFile
 from converter.hub.repository import Entry, HubResponseError, listed
+from converter.options import HubOptions
 from converter.storage.range_set import RangeSet
 
 BIN = Path(os.environ.get("DSOCR_BIN", Path(sys.executable).parent))
@@ -271,7 +272,7 @@ def test_addresses_are_taken_apart() -> None:
 
 def test_options_for_hubs_need_one(place: Place, made: Path) -> None:
     for option in (["--revision", "v1"], ["--download"]):
-        assert "only apply to hub repositories" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
+        assert "only applies to hub repositories" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
     place.refused("sam", "hf://org/sam", "--hub", "ms", code=2)
     # A mistyped path is no repository.
     (place.work / "runs").mkdir()

@@ -28,7 +28,8 @@ from converter.encoders import ClipEncoder, SamEncoder
 from converter.errors import MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.parse import parse_mapping
-from converter.plan.planner import ConvertOptions, resolve
+from converter.options import ConvertOptions
+from converter.plan.planner import resolve
 from converter.tensors.lazy_tensor import byte_ranges
 
 State = dict[str, Tensor]
@@ -322,7 +323,7 @@ def test_only_openais_projection_takes_more_than_copying(source: str, target: st
         closing(open_checkpoint(save(weights(source, seed=0), tmp_path / "a.pth"))) as opened,
         closing(open_checkpoint(lent or tmp_path / "a.pth")) as lending,
     ):
-        outputs = resolve(opened, ConvertOptions(family, target).checked(), lending if lent else None).plan.outputs
+        outputs = resolve(opened, ConvertOptions(family, target), lending if lent else None).plan.outputs
         computed = {name for name, value in outputs.items() if byte_ranges(value) is None}
     assert computed <= {"visual.proj"}
     # Turned twice is not turned at all.
@@ -348,7 +349,7 @@ def test_whole_models_there_and_back(source: str, tmp_path: Path) -> None:
     state = models.randomised(copy.deepcopy(build()), seed=2).state_dict()
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     path, family = save(state, tmp_path / "a.pth"), family_of(source)
-    converter.convert(path, family, to=target, whole=True, out=there)
+    converter.convert(path, family, to=target, full_model=True, out=there)
     expected = WHOLE[target][1]().state_dict()
     found = safetensors.torch.load_file(there)
     if target == "sam-hf":
@@ -358,7 +359,7 @@ def test_whole_models_there_and_back(source: str, tmp_path: Path) -> None:
     else:
         # The text towers of the tests' models are of two sizes.
         assert found.keys() == expected.keys()
-    converter.convert(there, family, to=source, whole=True, out=back)
+    converter.convert(there, family, to=source, full_model=True, out=back)
     same(safetensors.torch.load_file(back), {name: tensor for name, tensor in state.items() if name != TIED})
 
 
@@ -372,21 +373,21 @@ def test_a_decoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in models.sam_meta().state_dict().items() if name not in victims}
     path = save(state, tmp_path / "a.pth")
     with pytest.raises(MappingError) as error:
-        converter.convert(path, "sam", to="sam-hf", whole=True, out=tmp_path / "out.safetensors")
+        converter.convert(path, "sam", to="sam-hf", full_model=True, out=tmp_path / "out.safetensors")
     # By the target's names.
     assert victims[0] in str(error.value)
     assert "mask_decoder.output_hypernetworks_mlps.2.layers.0.weight" in str(error.value)
     assert victims[2] in str(error.value)
     save(models.sam_meta().state_dict(), tmp_path / "whole.pth")
     converter.convert(
-        path, "sam", to="sam-hf", whole=True, fill_from=tmp_path / "whole.pth", out=tmp_path / "out.safetensors"
+        path, "sam", to="sam-hf", full_model=True, fill_from=tmp_path / "whole.pth", out=tmp_path / "out.safetensors"
     )
 
 
 def test_a_text_tower_that_is_lacking_is_named(tmp_path: Path) -> None:
     path = save(models.clip_hf_vision().state_dict(), tmp_path / "a.pth")
     with pytest.raises(MappingError, match=r"lacks: visual_projection\.weight, .*text_model\.embeddings.* more\n"):
-        converter.convert(path, "clip", to="clip-hf", whole=True, out=tmp_path / "out.safetensors")
+        converter.convert(path, "clip", to="clip-hf", full_model=True, out=tmp_path / "out.safetensors")
 
 
 def test_the_prompt_encoder_comes_from_another_file(tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_the_prompt_encoder_comes_from_another_file(tmp_path: Path) -> None:
     own = weights("sam-deepseek-ocr", seed=0)
     path, meta = save(own, tmp_path / "a.pth"), models.sam_meta().state_dict()
     fill = save(meta, tmp_path / "meta.pth")
-    converter.convert(path, "sam", to="sam-meta", whole=True, fill_from=fill, out=tmp_path / "out.safetensors")
+    converter.convert(path, "sam", to="sam-meta", full_model=True, fill_from=fill, out=tmp_path / "out.safetensors")
     prefix = PROGRAMS["sam-deepseek-ocr"].prefix
     encoder = {f"image_encoder.{name.removeprefix(prefix)}": t for name, t in own.items() if "net_" not in name}
     same(safetensors.torch.load_file(tmp_path / "out.safetensors"), {**meta, **encoder})

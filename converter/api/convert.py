@@ -1,20 +1,21 @@
-"""The straight line of a conversion: locate, open, plan, write, card."""
+"""Converts a checkpoint: open, detect, plan, write, record."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
-from converter.checkpoint.open import Checkpoint, open_checkpoint
-from converter.hub.address import HubOptions
+from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
+from converter.options import split_options
 from converter.output.pretrained import config_files, wants_folder
 from converter.output.record import ConversionRecord, shorten
 from converter.output.record_document import make_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write
 from converter.plan.plan import Plan
-from converter.plan.planner import ConvertOptions, resolve
+from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 
@@ -24,70 +25,68 @@ def convert(
     family: str,
     *,
     out: str | Path | None = None,
-    to: str = "",
-    whole: bool = False,
     fill_from: str | Path | None = None,
-    mapping: str | Path | None = None,
-    dtype: str = "keep",
-    image_size: int | None = None,
     format: str | None = None,
-    state_dict: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    card: str | Path | Sequence[str | Path] = (),
-    revision: str | None = None,
-    hub: str | None = None,
-    download: bool = False,
+    record: str | Path | Sequence[str | Path] = (),
     on_progress: OnProgress = lambda what, done, total: None,
+    **options: Any,
 ) -> ConversionRecord:
-    """Convert a checkpoint into the DeepEncoder's layout, or any other, and return the card of the conversion.
+    """Convert a checkpoint into the DeepEncoder's layout, or another one.
 
-    `source` is a file, a folder or an index, here or on a hub (`hf://org/name`, `ms://org/name`, `org/name`).
-    `revision` pins what is on a hub, `hub` says which is meant (hf or modelscope); with `download` whole files are
-    fetched into the hub's cache, and not the needed bytes alone. `family` is "sam" or "clip". `out` defaults to
-    `<layout>.<format>` in the current folder; `format` (safetensors, pth) goes by its ending unless given. With
-    `to` sam-hf or clip-hf, an `out` whose name does not end in .safetensors, .pth, .pt or .bin is a folder for
-    transformers' from_pretrained: model.safetensors, config.json and preprocessor_config.json; with `force`, an
-    existing one is replaced with all that is in it.
+    Args:
+        source: A file, a folder or an index, or a repository on a hub: `hf://org/name[@revision]`, `ms://org/name`,
+            `org/name`.
+        family: "sam" or "clip".
+        out: The output; `<layout>.<format>` in the current folder by default. With `to` sam-hf or clip-hf, a name
+            without a suffix of weights is a folder for transformers' `from_pretrained`.
+        fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
+        format: "safetensors" or "pth"; by the suffix of `out` by default.
+        force: Replace an existing output; of a folder, everything in it.
+        dry_run: Plan the conversion, write nothing.
+        record: Files for the conversion record (.json, with the SHA-256 of every tensor) or a model card (.md).
+        on_progress: Called with what is done, and the bytes done and in total; from a hub, also from other threads,
+            one at a time.
+        **options: The fields of `converter.options.ConvertOptions` and `HubOptions`: to, full_model, mapping, dtype,
+            image_size, state_dict; revision, hub, download.
 
-    `to` is the layout to write, deepencoder-<family> unless given; what it has and the source lacks is taken from
-    `fill_from`, another source. With `whole`, what lies beside the encoder is converted too: SAM's prompt encoder and
-    mask decoder, CLIP's text tower. `mapping` is a mapping file to use instead of recognising the layout. `dtype` casts
-    floating-point tensors; `image_size`, in pixels, resamples CLIP's positions. `state_dict` chooses among several in
-    one file (`model`, `ema`; `.` for the top). `progress` is called as bytes are written or, from a hub, as they come;
-    then also from other threads, one at a time.
+    Returns:
+        The conversion record.
 
-    `card` names files for the card, which appear with the output: .json, with the SHA-256 of every tensor and of local
-    sources, or .md, a model card.
-
-    With `dry_run` the plan is made and nothing is written. Raises a DsocrError; whatever stood at `out` stands there
-    still then.
+    Raises:
+        DsocrError: The conversion is not possible. An existing output is unchanged.
+        TypeError: An option is unknown.
     """
+    convert_options, hub_options = split_options(family, options)
+    check_options(convert_options)
     format = format_for(out, format)
-    options = ConvertOptions(family, to, mapping, dtype, image_size, state_dict, whole).checked()
-    files = RecordFiles(card)
-    target = Path(out) if out is not None else Path(f"{options.to}.{format}")
-    folder = wants_folder(target, options.to, format)
+    files = RecordFiles(record)
+    target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
     with ExitStack() as stack:
-        opened = stack.enter_context(closing(open_checkpoint(source, HubOptions(revision, hub, download))))
-        donor = stack.enter_context(closing(open_checkpoint(fill_from))) if fill_from is not None else None
-        found = resolve(opened, options, donor)
-        # Made before a dry run ends: that sizes contradict each other is known without writing.
-        documents = config_files(found.plan, options.full_model) if folder else None
-        record = make_record(opened, found, options, target, format)
-        record = record._replace(notes=record.notes + _lent(found.plan, donor))
+        sources = [name for name in (source, fill_from) if name is not None]
+        opened = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
+        check_hub_options(hub_options, opened)
+        donor = opened[1] if fill_from is not None else None
+        resolved = resolve(opened[0], convert_options, donor)
+        # Before a dry run ends: contradictory sizes are found without writing.
+        folder = wants_folder(target, convert_options.layout, format)
+        documents = config_files(resolved.plan, convert_options.full_model) if folder else None
+        made = make_record(opened[0], resolved, convert_options, target, format)
+        made = made._replace(notes=made.notes + _donor_note(resolved.plan, donor))
         if dry_run:
-            return record
-        both = [opened, donor] if donor else [opened]
-        output = make_output(found.plan.outputs, record, record.metadata(), documents, mapping)
-        return write(output, record, both, files, force, on_progress)
+            return made
+        output = make_output(resolved.plan.outputs, made, made.metadata(), documents, convert_options.mapping)
+        return write(output, made, opened, files, force, on_progress)
 
 
-def _lent(plan: Plan, donor: Checkpoint | None) -> list[str]:
-    """A word on what was taken from the checkpoint that was to fill gaps."""
+def _donor_note(plan: Plan, donor: Checkpoint | None) -> list[str]:
+    """Note which tensors came from `fill_from`."""
     if donor is None:
         return []
     names = [
-        n for n, value in plan.outputs.items() if any(t.storage.file in donor.files for t in source_tensors(value))
+        name
+        for name, value in plan.outputs.items()
+        if any(tensor.storage.file in donor.files for tensor in source_tensors(value))
     ]
-    return [f"from {donor.name}: {shorten(names)}" if names else f"nothing was lacking: {donor.name} was not used"]
+    return [f"from {donor.name}: {shorten(names)}" if names else f"--fill-from {donor.name} was not needed"]

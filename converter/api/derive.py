@@ -16,8 +16,9 @@ from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, match_layouts, select_state_dicts
 from converter.layouts.parse import FAMILIES
+from converter.options import ConvertOptions
 from converter.output.target import check_not_source, check_target
-from converter.plan.planner import ConvertOptions, plan_to_canonical
+from converter.plan.planner import plan_to_canonical
 from converter.storage.atomic_output import remove_stale, staged, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, nbytes, source_tensors

@@ -6,18 +6,18 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from converter.assembly.insert import output_of_copy, plan_copy
 from converter.assembly.parts import PREFIX, put_together, taken_out
 from converter.assembly.record import make_record, record_of_copy
-from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
-from converter.hub.address import HubOptions
+from converter.options import DTYPES, HubOptions, check_choices
 from converter.output.record import ConversionRecord
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
 from converter.plan.plan import sort_outputs
-from converter.plan.planner import DTYPES, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.serialize import Outputs
 
@@ -29,18 +29,16 @@ def encoder(
     clip: str | Path | None = None,
     compressor: str | Path | None = None,
     with_projector: bool = False,
-    prefix: str = PREFIX,
+    add_prefix: str = PREFIX,
     into: str | Path | None = None,
     out: str | Path | None = None,
     dtype: str = "keep",
     format: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    card: str | Path | Sequence[str | Path] = (),
-    revision: str | None = None,
-    hub: str | None = None,
-    download: bool = False,
+    record: str | Path | Sequence[str | Path] = (),
     on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
 ) -> ConversionRecord:
     """Write one checkpoint with a whole DeepEncoder, `sam_model.*` and `vision_model.*`, and return its card.
 
@@ -50,56 +48,56 @@ def encoder(
     [CLIP's width, 2*neck, 3, 3]: a DeepSeek-OCR, a GOT-OCR2 or a Vary. `random:SEED` is an untrained one (see
     `converter.assembly.compressor.seeded`), in SAM's type. A `sam` that holds one needs none.
 
-    `prefix` comes before all names: with `model.` they are those of DeepSeek-OCR's checkpoint, which lacks
-    position_ids. `out` defaults to `deepencoder.<format>`; `dtype` casts. `revision`, `hub` and `download` are
-    `source`'s; for other sources, write the revision behind the name, `org/name@revision`.
+    `add_prefix` comes before all names: with `model.` they are those of DeepSeek-OCR's checkpoint, which lacks
+    position_ids. `out` defaults to `deepencoder.<format>`; `dtype` casts. `hub_options` (revision, hub,
+    download: the fields of `converter.options.HubOptions`) are for all sources.
 
     With `into`, a DeepSeek-OCR checkpoint on this machine, a copy of it is written to `out`, with this encoder in the
     place of its own: a folder for a folder, a file for a file. Shards, index, order of names and all other files are
     kept, and so are types unless `dtype` is given.
 
-    `card` is as in `convert`; the card of a copy is of all its tensors.
+    `record` is as in `convert`; the card of a copy is of all its tensors.
 
     Raises a DsocrError: UsageError where options or sizes contradict each other, LayoutError where a checkpoint is not
     of its kind or there is no compressor. Whatever stood at `out` stands there still then.
     """
     check_choices(dtype=(dtype, DTYPES))
-    if not re.fullmatch(r"([\w-]+\.)*", prefix):
-        raise UsageError(f"--prefix {prefix!r}: expected names that each end in a dot, such as model.")
-    _refuse("does not go with --into", format=into is not None and format)
+    if not re.fullmatch(r"([\w-]+\.)*", add_prefix):
+        raise UsageError(f"--add-prefix {add_prefix!r}: expected names that each end in a dot, such as model.")
+    _refuse("cannot be combined with --into", format=into is not None and format)
     format = format_for(None if into is not None else out, format)
-    files = RecordFiles(card)
+    files, hub = RecordFiles(record), HubOptions(**hub_options)
     with ExitStack() as stack:
 
-        def open_(name: str | Path, hub_options: HubOptions = HubOptions()) -> Checkpoint:  # noqa: B008 (a tuple)
-            return stack.enter_context(closing(open_checkpoint(name, hub_options)))
+        def open_(name: str | Path) -> Checkpoint:
+            return stack.enter_context(closing(open_checkpoint(name, hub)))
 
         if source is not None:
-            _refuse("does not go with SOURCE, which holds it", sam=sam, clip=clip, compressor=compressor)
-            parts = taken_out(open_(source, HubOptions(revision, hub, download)), with_projector)
+            _refuse("cannot be combined with SOURCE", sam=sam, clip=clip, compressor=compressor)
+            parts = taken_out(open_(source), with_projector)
         elif sam is None or clip is None:
             raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
         else:
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            _refuse("is for a SOURCE: write hf://org/name@REV", revision=revision, hub=hub, download=download)
             # One that is given twice is opened once: what of it is used is known by its files.
             opened = open_(sam)
             parts = put_together(opened, opened if sam == clip else open_(clip), str(compressor or ""), open_)
+        check_hub_options(hub, parts.opened)
         if into is not None:
-            _refuse("does not go with --into", prefix=prefix != PREFIX)
+            _refuse("cannot be combined with --into", add_prefix=add_prefix != PREFIX)
             if out is None:
                 raise UsageError("--into: name what to write with --output")
             copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)
-            record = record_of_copy(make_record(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
+            made = record_of_copy(make_record(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
             if dry_run:
-                return record
-            return write(output_of_copy(copy), record, [*parts.opened, copy.opened], files, force, on_progress)
-        names = {name: prefix + name for name in parts.outputs if name not in parts.constants}
+                return made
+            return write(output_of_copy(copy), made, [*parts.opened, copy.opened], files, force, on_progress)
+        names = {name: add_prefix + name for name in parts.outputs if name not in parts.constants}
         outputs = sort_outputs({new: parts.outputs[name] for name, new in names.items()}, dtype)
-        record = make_record(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
+        made = make_record(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
         if dry_run:
-            return record
-        return write(_output_of(outputs, record), record, parts.opened, files, force, on_progress)
+            return made
+        return write(_output_of(outputs, made), made, parts.opened, files, force, on_progress)
 
 
 def _refuse(why: str, **options: object) -> None:

@@ -1,37 +1,38 @@
-"""What a checkpoint holds, which layouts it fits, and what a conversion would make of it: no weights are read."""
+"""Inspects a checkpoint: contents, layouts, and what a conversion would write."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import DsocrError
-from converter.hub.address import HubOptions
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, nearest_layout, select_state_dicts
 from converter.layouts.parse import FAMILIES
+from converter.options import ConvertOptions, HubOptions
 from converter.output.record import FittingLayout, Inspection, group_layers
 from converter.output.record_document import count_dtypes, make_record
-from converter.plan.planner import ConvertOptions, ResolvedPlan, check_not_converted, plan_to_canonical
+from converter.plan.planner import ResolvedPlan, check_not_converted, plan_to_canonical
 from converter.tensors.lazy_tensor import lazy_read
 
 
-def inspect(
-    source: str | Path,
-    *,
-    state_dict: str | None = None,
-    revision: str | None = None,
-    hub: str | None = None,
-    download: bool = False,
-) -> Inspection:
-    """What a checkpoint holds, which layouts it fits and what a conversion would do; no weights are read.
+def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options: Any) -> Inspection:
+    """Report what a checkpoint holds, which layouts it fits and what a conversion would do; reads no weights.
 
-    `source`, `state_dict`, `revision`, `hub` and `download` are as in `convert`. Raises a DsocrError where the source
-    cannot be read or holds no tensors; one of no known layout is no error.
+    Args:
+        source: A checkpoint, as in `convert`.
+        state_dict: Which state dict of a file with several (model, ema; `.` for the top).
+        **hub_options: The fields of `converter.options.HubOptions`: revision, hub, download.
+
+    Raises:
+        DsocrError: The source cannot be read or holds no tensors. An unknown layout is no error.
     """
-    with closing(open_checkpoint(source, HubOptions(revision, hub, download))) as opened:
+    options = HubOptions(**hub_options)
+    with closing(open_checkpoint(source, options)) as opened:
+        check_hub_options(options, [opened])
         return _inspect(opened, state_dict)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoint
-from converter.hub.address import HubOptions
+from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
+from converter.options import ConvertOptions, split_options
 from converter.plan.plan import Plan
-from converter.plan.planner import ConvertOptions, resolve, resolve_to_canonical
+from converter.plan.planner import check_options, resolve, resolve_to_canonical
 from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 
@@ -21,19 +21,12 @@ def load(
     source: str | Path,
     family: str,
     *,
-    to: str = "",
-    whole: bool = False,
     fill_from: str | Path | None = None,
-    mapping: str | Path | None = None,
     dtype: str | torch.dtype = "keep",
-    image_size: int | None = None,
-    state_dict: str | None = None,
     device: str | torch.device = "cpu",
     check: bool = False,
-    revision: str | None = None,
-    hub: str | None = None,
-    download: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     """The tensors that `convert` would write, bit by bit and in the same order, on `device`; no file is written.
 
@@ -49,18 +42,18 @@ def load(
     pinned memory. No two tensors share memory. `progress` is called as bytes are fetched, then also from other threads,
     or after each tensor. Raises a DsocrError.
     """
-    options = ConvertOptions(
-        family, to, mapping, str(dtype).removeprefix("torch."), image_size, state_dict, whole
-    ).checked()
+    convert_options, hub_options = split_options(family, {**options, "dtype": str(dtype).removeprefix("torch.")})
+    check_options(convert_options)
     # Two seconds of torch, which a mistyped layout need not wait for.
     from converter.output.memory import Loader, checked_device
 
     place = checked_device(device)
     with ExitStack() as stack:
-        opened = stack.enter_context(closing(open_checkpoint(source, HubOptions(revision, hub, download))))
-        donor = stack.enter_context(closing(open_checkpoint(fill_from))) if fill_from is not None else None
-        outputs = _plan(opened, options, donor).outputs
-        both = [opened, donor] if donor else [opened]
+        sources = [name for name in (source, fill_from) if name is not None]
+        both = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
+        check_hub_options(hub_options, both)
+        opened, donor = both[0], both[1] if fill_from is not None else None
+        outputs = _plan(opened, convert_options, donor).outputs
         for each in both:
             each.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
         found = Loader(place, check)
@@ -75,6 +68,6 @@ def load(
 
 def _plan(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> Plan:
     """The plan of a conversion; unlike that, of a source that is in the wanted layout already, too."""
-    if options.to == options.canonical and donor is None:
+    if options.layout == options.canonical and donor is None:
         return resolve_to_canonical(opened, options, options.dtype).plan
     return resolve(opened, options, donor).plan

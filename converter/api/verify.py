@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from converter import __version__
 from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.errors import UsageError
-from converter.hub.address import HubOptions
-from converter.plan.planner import check_choices
+from converter.options import HubOptions, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
@@ -37,7 +37,7 @@ def verify(
     converted: str | Path,
     source: str | Path | None = None,
     *,
-    card: str | Path | None = None,
+    record: str | Path | None = None,
     mapping: str | Path | None = None,
     state_dict: str | None = None,
     device: str = "auto",
@@ -46,15 +46,13 @@ def verify(
     fast: bool = False,
     image: str | Path | None = None,
     draw: bool = False,
-    revision: str | None = None,
-    hub: str | None = None,
-    download: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
 ) -> Verification:
     """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
 
     `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
-    proved, and that the encoder runs. `card` is the .json that was written with it; with a card, files of other
+    proved, and that the encoder runs. `record` is the .json that was written with it; with a card, files of other
     layouts are checked too, against it alone. `mapping`, `state_dict`, `revision`, `hub` and `download` are what
     `convert` was given. `device` is auto, cpu, cuda or cuda:N;
     `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole chain runs. With
@@ -63,6 +61,7 @@ def verify(
     wrong conversion is a verdict, not an error.
     """
     check_choices(dtype=(dtype, DTYPES))
+    hub = HubOptions(**hub_options)
     place = _device(device)
     looked_at = None
     if image is not None:
@@ -70,11 +69,11 @@ def verify(
         from converter.verification.pictures import load
 
         looked_at = load(Path(image))
-    recorded = read_record(Path(card)) if card is not None else None
+    recorded = read_record(Path(record)) if record is not None else None
     chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
     setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, on_progress)
     with ExitStack() as stack:
-        there = stack.enter_context(closing(open_checkpoint(converted)))
+        there = stack.enter_context(closing(open_checkpoint(converted, hub)))
         if recorded is not None and is_elsewhere(recorded):
             if source is not None:
                 raise UsageError(f"--source: {recorded.layout} is checked against its card alone", "leave --source out")
@@ -82,7 +81,7 @@ def verify(
         else:
             target, origin = as_converted(there), None
             if source is not None:
-                opened = stack.enter_context(closing(open_checkpoint(source, HubOptions(revision, hub, download))))
+                opened = stack.enter_context(closing(open_checkpoint(source, hub)))
                 origin = as_origin(opened, target, mapping, state_dict, on_progress)
             found = _prove(target, origin, recorded, setting)
     return replace(found, converted=str(converted), source=str(source or ""))

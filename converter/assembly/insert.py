@@ -16,8 +16,9 @@ from converter.errors import ContainerError, LayoutError, UsageError, printable
 from converter.formats.safetensors import with_length
 from converter.layouts.claims import summary
 from converter.layouts.parse import ENCODER_PREFIX
+from converter.options import ConvertOptions
 from converter.output.write import Output
-from converter.plan.planner import ConvertOptions, resolve_to_canonical
+from converter.plan.planner import resolve_to_canonical
 from converter.storage.atomic_output import new_file, write_all
 from converter.storage.local_file import SourceFile, exists
 from converter.storage.stream import BUFFER, OnBytes, OnData

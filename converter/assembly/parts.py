@@ -11,7 +11,8 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.parse import ENCODER_PREFIX
-from converter.plan.planner import ConvertOptions, ResolvedPlan, resolve_to_canonical
+from converter.options import ConvertOptions
+from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.ops import CastTo
 

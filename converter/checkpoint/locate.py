@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar, cast
 
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
 from converter.formats import strict_json
-from converter.hub.address import HubOptions, is_address, looks_like_repository, parse
+from converter.hub.address import is_address, looks_like_repository, parse
+from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
 
 # The file to use in a folder is the first of these that exists, in the order of transformers.
@@ -46,7 +47,7 @@ class Located(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def locate(source: str, hub_options: HubOptions = HubOptions()) -> Located:  # noqa: B008 (a tuple)
+def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
     """Open the files of SOURCE.
 
     Raises:
@@ -58,11 +59,9 @@ def locate(source: str, hub_options: HubOptions = HubOptions()) -> Located:  # n
         # From an unset shell variable; Path("") would be the current folder.
         raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
     path, shown = Path(source), printable(source)
-    if is_address(source) or hub_options.hub is not None:
+    if is_address(source) or (hub_options.hub is not None and looks_like_repository(source) and not path.is_file()):
         return _locate_on_hub(source, hub_options)
     if exists(path):
-        if hub_options.revision is not None or hub_options.download:
-            raise UsageError(f"{shown}: is a local path: --revision and --download only apply to hub repositories")
         return _locate_local(path)
     if looks_like_repository(source) and not _looks_like_local_file(path):
         return _locate_on_hub(source, hub_options)

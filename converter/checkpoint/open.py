@@ -10,9 +10,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
-from converter.errors import ContainerError
+from converter.errors import ContainerError, UsageError
 from converter.formats.registry import open_file
-from converter.hub.address import HubOptions
+from converter.hub.address import is_address
+from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import Contents, TensorInfo
@@ -74,7 +75,7 @@ class Checkpoint:
             file.close()
 
 
-def open_checkpoint(name: str | Path, hub_options: HubOptions = HubOptions()) -> Checkpoint:  # noqa: B008 (a tuple)
+def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) -> Checkpoint:
     """Open all files of SOURCE and read their metadata.
 
     Raises:
@@ -92,6 +93,14 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = HubOptions()) ->
         contents = shards[0] if located.weight_map is None else _join_shards(located, shards)
         stack.pop_all()
     return Checkpoint(located.name, located.files, containers, contents, located.commit, located.notes)
+
+
+def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:
+    """Raise UsageError for hub options if all of a command's sources are local."""
+    names = [checkpoint.name for checkpoint in opened]
+    given = [name for name in ("hub", "revision", "download") if getattr(hub_options, name)]
+    if given and not any(map(is_address, names)):
+        raise UsageError(f"{names[0]}: is a local path: --{given[0]} only applies to hub repositories")
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:

@@ -16,7 +16,7 @@ import typer
 import converter
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet
-from converter.cli.views import count
+from converter.cli.render import count
 from converter.storage.progress import OnProgress
 
 if TYPE_CHECKING:

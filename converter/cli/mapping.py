@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import converter
-from converter.cli import console, views
-from converter.cli.options import Json, Quiet, StateDict
+from converter.cli import console, render
+from converter.cli.options import Json, Quiet, StateDict, complete_layout
 from converter.errors import UsageError
 from converter.layouts import registry
 from converter.layouts.spec import CanonicalLayout
@@ -28,11 +28,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-
-def complete_layout(incomplete: str) -> list[str]:
-    """Layouts' names that begin so."""
-    return [name for name in registry.layout_names() if name.startswith(incomplete)]
 
 
 @app.command("list")
@@ -78,17 +73,17 @@ def check_mapping(
         raise typer.Exit(max(codes))
     if sources:
         card = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True)
-        console.result(*views.summary(card))
+        console.result(*render.summary(card))
 
 
 def _check(file: Path) -> None:
     mapping = registry.read_file(file)
     if isinstance(mapping, CanonicalLayout):
         console.result(
-            f"{file}: {mapping.name}, a hub layout of {views.count(len(mapping.tensors), 'template')}, valid"
+            f"{file}: {mapping.name}, a hub layout of {render.count(len(mapping.tensors), 'template')}, valid"
         )
         return
-    rules = views.count(len(mapping.rules) + len(mapping.other_rules), "rule")
+    rules = render.count(len(mapping.rules) + len(mapping.other_rules), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
     # A drop of several names is as many rules.
     for told in dict.fromkeys(f"  {rule.place}: cannot be inverted: {why}" for rule, why in mapping.lossy()):
@@ -151,7 +146,7 @@ def derive_mapping(
 def _summary(found: "Derived") -> list[str]:
     """What was found how, how sure it is, and what is left, for people."""
     total = sum(found.found.values())
-    rules = views.count(found.rules, "rule")
+    rules = render.count(found.rules, "rule")
     lines = [f"{found.layout}: {total} of {found.tensors} tensors of {found.target}, in {rules}"]
     lines += [f"  {count:4} by {how} ({_CONFIDENCE[how]})" for how, count in found.found.items()]
     lines += _listing("others would have done as well for", [name for name, rivals in found.guessed.items() if rivals])
@@ -161,7 +156,7 @@ def _summary(found: "Derived") -> list[str]:
         lines.append(f"  SOURCE is of the layout {', '.join(found.known)}, which needs no file of its own")
     if found.unmatched:
         written = f"{found.output} lacks them" if found.written else "nothing was written; --partial writes the rest"
-        lacking = views.count(len(found.unmatched), "tensor")
+        lacking = render.count(len(found.unmatched), "tensor")
         lines += _listing(f"error: nothing makes {lacking} of {found.target} ({written})", found.unmatched)
     return lines
 

@@ -1,55 +1,123 @@
-"""What both programs have: how they are set up, and options, spelt and explained once."""
+"""Options that several commands have, and how both programs are set up."""
 
+from __future__ import annotations
+
+import inspect
 import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from converter import __version__
 from converter.cli import console
+from converter.layouts import registry
 
-# No rich markup in help texts and no rich tracebacks: importing rich would slow down every start.
+# rich would style help texts and tracebacks.
 PROGRAM: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
-MappingFile = Annotated[
-    Path | None, typer.Option("--mapping", metavar="FILE.yaml", help="Use this mapping; recognise nothing.")
-]
+Command = TypeVar("Command", bound=Callable[..., None])
+
 StateDict = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Which state dict, where a file holds several (model, ema; . for the top)."),
+    str | None, typer.Option(metavar="NAME", help="State dict of a file with several (model, ema; . for the top).")
 ]
-Dtype = Annotated[Literal["keep", "float32", "float16", "bfloat16"], typer.Option(help="Cast floating-point tensors.")]
-Format = Annotated[
-    Literal["safetensors", "pth"] | None,
-    typer.Option(help="What to write; pth is for torch.load. [default: by the output's ending]"),
-]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
-Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="On a hub: the branch, tag or commit. [default: the main branch]")
-]
-Hub = Annotated[str | None, typer.Option(metavar="hf|modelscope", help="The hub that SOURCE is on.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch whole files into the hub's own cache.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone, and the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the result.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def complete_layout(incomplete: str) -> list[str]:
+    """Complete the name of a layout in the shell."""
+    return [name for name in registry.layout_names() if name.startswith(incomplete)]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Options of all commands that write a checkpoint."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File to write, or a folder for from_pretrained or with --into FOLDER. [default: LAYOUT.FORMAT]",
+        ),
+    ] = None
+    format: Annotated[
+        Literal["safetensors", "pth"] | None,
+        typer.Option(help="Format to write; pth is for torch.load. [default: by the output's suffix]"),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False
+    record: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.json|FILE.md", help="Write the conversion record, or a model card; may be repeated."
+        ),
+    ] = None
+    json: Json = False
+    quiet: Quiet = False
+
+
+def add_options(
+    *groups: type, only: Collection[str] = (), without: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Replace `**options` in the signature of a command by the fields of dataclasses.
+
+    Args:
+        groups: Dataclasses whose fields are annotated for typer, or have metadata as in `converter.options`.
+        only: The fields to add; all if empty.
+        without: Fields to leave out.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+        own = [item.replace(kind=item.KEYWORD_ONLY) for item in own]
+        shared = [item for group in groups for item in _parameters(group)]
+        added = [item for item in shared if item.name not in without and (not only or item.name in only)]
+        command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        command.__annotations__ = {item.name: item.annotation for item in own + added}
+        return command
+
+    return decorate
+
+
+def _parameters(group: type) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for item in fields(group):
+        annotation = hints[item.name]
+        if item.metadata:
+            annotation = Annotated[item.metadata["type"] or annotation, _option(item.name, item.default, item.metadata)]
+        elif not hasattr(annotation, "__metadata__"):
+            continue
+        yield inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
+
+
+def _option(name: str, default: object, metadata: Any) -> Any:
+    """Make typer's description of a field of `converter.options`."""
+    return typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=metadata["help"],
+        metavar=metadata["metavar"],
+        show_default=bool(default),
+        autocompletion=complete_layout if name == "to" else None,
+    )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
         console.result(f"{Path(sys.argv[0]).name} {__version__}")
         raise typer.Exit
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-]
-CardFile = Annotated[
-    list[Path] | None,
-    typer.Option("--card", metavar="FILE.json|FILE.md", help="Write the card, or a model card; may be repeated."),
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 ]

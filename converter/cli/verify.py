@@ -1,19 +1,19 @@
-"""`dsocr-verify`: proves that a converted checkpoint holds its source's weights and computes what the source computes.
+"""`dsocr-verify`: proves that a converted checkpoint holds its source's weights and computes the same outputs."""
 
-Annotations are not postponed here: typer would have to compile each of them again at every start.
-"""
+from __future__ import annotations
 
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from converter.cli import console
-from converter.cli.options import PROGRAM, Download, Html, Hub, Json, MappingFile, Quiet, Revision, StateDict, Version
+from converter.cli.options import PROGRAM, Html, Json, Quiet, Version, add_options
 from converter.errors import UsageError
+from converter.options import ConvertOptions, HubOptions
 
 app = typer.Typer(**PROGRAM)
 
@@ -22,8 +22,8 @@ Source = Annotated[
     str | None,
     typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index, org/name."),
 ]
-CardFile = Annotated[
-    Path | None, typer.Option("--card", metavar="FILE.json", help="The card that was written with it: every digest.")
+RecordFile = Annotated[
+    Path | None, typer.Option("--record", metavar="FILE.json", help="The conversion record that was written with it.")
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
@@ -40,15 +40,11 @@ Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Action
 
 
 @app.command()
+@add_options(ConvertOptions, HubOptions, only=["mapping", "state_dict", "revision", "hub", "download"])
 def verify(
     converted: Converted,
     source: Source = None,
-    card: CardFile = None,
-    mapping: MappingFile = None,
-    state_dict: StateDict = None,
-    revision: Revision = None,
-    hub: Hub = None,
-    download: Download = False,
+    record: RecordFile = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     sizes: Sizes = None,
@@ -60,6 +56,7 @@ def verify(
     json: Json = False,
     quiet: Quiet = False,
     version: Version = False,
+    **options: Any,
 ) -> None:
     """Prove a conversion by structure, by bytes, and by outputs beside the source's own implementation."""
     chosen = _sizes(sizes)
@@ -75,19 +72,15 @@ def verify(
         found = run(
             converted,
             source,
-            card=card,
-            mapping=mapping,
-            state_dict=state_dict,
+            record=record,
             device=device,
             dtype=dtype,
             sizes=chosen,
             fast=fast,
             image=image,
             draw=html is not None,
-            revision=revision,
-            hub=hub,
-            download=download,
             on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
+            **options,
         )
     if not quiet:
         from converter.reports.text import show

@@ -16,7 +16,8 @@ from converter.layouts.detect import DetectedLayout, detect_layouts, select_stat
 from converter.layouts.parse import ENCODER_PREFIX, FAMILIES
 from converter.layouts.spec import CanonicalLayout
 from converter.layouts.template import any_match
-from converter.plan.planner import ConvertOptions, plan_to_canonical
+from converter.options import ConvertOptions
+from converter.plan.planner import plan_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 

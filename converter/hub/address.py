@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from converter.errors import UsageError
+from converter.options import HubOptions
 
 SCHEMES = ("hf", "ms")
 # Values of --hub -> scheme.
@@ -15,14 +16,6 @@ _HUBS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 _ADDRESS = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|[^/@]+))?(/(?P<path>.*))?"
 )
-
-
-class HubOptions(NamedTuple):
-    """The options for hub sources: --revision, --hub and --download."""
-
-    revision: str | None = None
-    hub: str | None = None
-    download: bool = False
 
 
 class Address(NamedTuple):

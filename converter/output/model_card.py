@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from converter.hub.address import HubOptions, is_address, parse
+from converter.hub.address import is_address, parse
 from converter.layouts import registry
+from converter.options import HubOptions
 from converter.output.record import ConversionRecord, group_by_reason, group_names, group_plan
 from converter.output.record_document import canonical_json
 
@@ -101,7 +102,7 @@ def _verify(card: ConversionRecord, name: str, documents: Sequence[str]) -> Iter
     yield "```sh"
     yield "pip install dsocr-convert"
     for document in documents:
-        yield shlex.join(["dsocr-verify", name, "--card", document])
+        yield shlex.join(["dsocr-verify", name, "--record", document])
     if card.target == f"deepencoder-{card.family}":
         yield shlex.join(["dsocr-verify", name, "--source", *_pinned(card)])
     yield "```"

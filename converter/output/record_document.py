@@ -16,8 +16,9 @@ from converter import __version__
 from converter.checkpoint.open import Checkpoint
 from converter.hub.address import is_address
 from converter.layouts import registry
+from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord
-from converter.plan.planner import ConvertOptions, ResolvedPlan
+from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME

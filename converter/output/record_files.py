@@ -24,7 +24,7 @@ class RecordFiles:
         self._staged: dict[Path, int] = {}
         for path in self._paths:
             if path.suffix not in (".json", ".md"):
-                raise UsageError(f"--card {path}: expected a name that ends in .json, or .md for a model card")
+                raise UsageError(f"--record {path}: expected a name that ends in .json, or .md for a model card")
 
     @property
     def _documents(self) -> list[Path]:

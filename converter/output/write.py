@@ -11,11 +11,11 @@ from converter.checkpoint.locate import WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint, check_unchanged
 from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
+from converter.options import check_choices
 from converter.output.pretrained import pretrained_file
 from converter.output.record import ConversionRecord
 from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
-from converter.plan.planner import check_choices
 from converter.storage.atomic_output import remove_stale, staging
 from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData

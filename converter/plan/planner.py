@@ -13,44 +13,10 @@ from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import LayoutEntry
 from converter.layouts.spec import CanonicalLayout, LayoutMapping
+from converter.options import ConvertOptions, check_choices
 from converter.plan.plan import Plan, make_plan
 from converter.plan.route import complete_from, identity_mapping, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
-
-DTYPES = ("keep", "float32", "float16", "bfloat16")
-# Positions of CLIP-L for such images take 1.4 GB, which are computed in memory.
-_LARGEST_IMAGE = 8192
-
-
-class ConvertOptions(NamedTuple):
-    """What a conversion is to give: tensors of `family` in the layout `to` (the canonical one, if empty).
-
-    `full_model` takes along what lies beside the encoder: SAM's decoder, CLIP's text tower. For the rest see `convert`.
-    """
-
-    family: str
-    to: str = ""
-    mapping: str | Path | None = None
-    dtype: str = "keep"
-    image_size: int | None = None
-    state_dict: str | None = None
-    full_model: bool = False
-
-    def checked(self) -> ConvertOptions:
-        """UsageError for a family, a type or a layout that does not exist, or options that contradict each other."""
-        check_choices(family=(self.family, FAMILIES), dtype=(self.dtype, DTYPES))
-        layouts = registry.names_of_family(self.family)
-        if self.to and self.to not in layouts:
-            raise UsageError(f"--to {self.to}: no layout of {self.family.upper()}", f"layouts: {', '.join(layouts)}")
-        if self.image_size is not None and self.image_size > _LARGEST_IMAGE:
-            raise UsageError(f"--image-size {self.image_size}: larger than {_LARGEST_IMAGE} pixels")
-        if self.full_model and self.to in ("", self.canonical):
-            raise UsageError(f"--whole: {self.canonical} holds the encoder alone", "name another layout with --to")
-        return self._replace(to=self.to or self.canonical)
-
-    @property
-    def canonical(self) -> str:
-        return f"deepencoder-{self.family}"
 
 
 class ResolvedPlan(NamedTuple):
@@ -96,14 +62,14 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     a `lender` of other sizes.
     """
     known, plan = resolve_to_canonical(
-        opened, options, dtype="keep" if options.to != options.canonical or donor else options.dtype
+        opened, options, dtype="keep" if options.layout != options.canonical or donor else options.dtype
     )
-    if options.to == options.canonical and donor is None:
+    if options.layout == options.canonical and donor is None:
         check_not_converted(opened, known)
     lent = _lent(donor, plan, options) if donor is not None else None
-    if options.to == options.canonical:
+    if options.layout == options.canonical:
         return ResolvedPlan(known, complete_from(plan, lent, options.dtype) if lent else plan)
-    target = registry.load(options.to)
+    target = registry.load(options.layout)
     assert isinstance(target, LayoutMapping)
     return ResolvedPlan(known, retarget(plan, target, lent, options.full_model, options.dtype, opened.name))
 
@@ -138,8 +104,9 @@ def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:
     return registry.entry_of(own)
 
 
-def check_choices(**choices: tuple[str, Sequence[str]]) -> None:
-    """UsageError for an option's value that is none of those allowed."""
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+def check_options(options: ConvertOptions) -> None:
+    """UsageError for a family or a layout that does not exist."""
+    check_choices(family=(options.family, FAMILIES))
+    layouts = registry.names_of_family(options.family)
+    if options.layout not in layouts:
+        raise UsageError(f"--to {options.to}: no layout of {options.family.upper()}", f"layouts: {', '.join(layouts)}")

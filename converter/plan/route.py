@@ -114,7 +114,7 @@ def _dropped(plan: Plan, target: LayoutMapping, made: set[str], outputs: dict[st
         if name in made:
             reason = "made anew by what loads it"
         elif any_match(beside, name):
-            reason = "beside the encoder; --whole takes it along"
+            reason = "beside the encoder; --full-model takes it along"
         else:
             reason = f"{target.name} has no such tensor"
         for tensor in source_tensors(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, select_state_dicts
 from converter.layouts.parse import FAMILIES
 from converter.layouts.spec import CanonicalLayout
+from converter.options import ConvertOptions
 from converter.plan.plan import Plan
-from converter.plan.planner import ConvertOptions, plan_to_canonical, resolve_to_canonical
+from converter.plan.planner import plan_to_canonical, resolve_to_canonical
 from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import source_tensors
 from converter.tensors.tensor_info import TensorInfo
@@ -63,7 +65,7 @@ def as_converted(source: Checkpoint) -> Converted:
         commands = " or ".join(f"dsocr-convert {each} {source.name}" for each in families)
         raise LayoutError(
             f"{source.name}: {what}; the DeepEncoder's is what is verified",
-            f"convert it first: {commands}; other layouts are checked against their card, with --card",
+            f"convert it first: {commands}; other layouts are checked against their card, with --record",
         )
     return Converted(source, entry, family)
 
@@ -81,7 +83,7 @@ def as_origin(
         )
     dtype, pixels = _options(plan, target)
     if dtype != "keep" or pixels is not None:
-        plan = plan_to_canonical(source, known, options._replace(image_size=pixels), dtype)
+        plan = plan_to_canonical(source, known, replace(options, image_size=pixels), dtype)
     own = {name: tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)}
     wanted = [*(tensor for value in plan.outputs.values() for tensor in source_tensors(value)), *own.values()]
     reader = open_independently(source, known.state_dict, wanted, on_progress)

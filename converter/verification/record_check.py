@@ -42,7 +42,7 @@ class Recorded(NamedTuple):
 def read_record(path: Path) -> Recorded:
     """The card in a file; ContainerError where it is none, UsageError where a model card was given instead."""
     if path.suffix == ".md":
-        raise UsageError(f"--card {path}: a model card is for people", "give the card that ends in .json")
+        raise UsageError(f"--record {path}: a model card is for people", "give the card that ends in .json")
     try:
         require_regular_file(path, ContainerError)
         if path.stat().st_size > _LARGEST:

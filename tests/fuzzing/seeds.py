@@ -129,7 +129,7 @@ def _cards() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         safetensors.torch.save_file(_models().clip_hf_vision().state_dict(), path / "x.safetensors")
-        converter.convert(path / "x.safetensors", "clip", out=path / "out.safetensors", card=path / "card.json")
+        converter.convert(path / "x.safetensors", "clip", out=path / "out.safetensors", record=path / "card.json")
         return [(path / "card.json").read_bytes()]
 
 

@@ -33,10 +33,11 @@ from converter.formats.torch_pickle import StorageRef
 from converter.layouts import registry
 from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import load_file
+from converter.options import ConvertOptions
 from converter.output import record
 from converter.output.pretrained import LAYOUTS, config_files
 from converter.plan.plan import Plan, make_plan
-from converter.plan.planner import ConvertOptions, resolve
+from converter.plan.planner import resolve
 from converter.storage.byte_range import Storage
 from converter.storage.stream import Copier
 from converter.tensors.dtypes import BY_NAME
@@ -209,7 +210,7 @@ def plan(data: bytes) -> None:
     with suppress(DsocrError):
         inspect._inspect(opened, None).to_json()
     options = _WISHES[len(data) % len(_WISHES)]
-    found = resolve(opened, options.checked(), None)
+    found = resolve(opened, options, None)
     _use_plan(found.plan)
     if options.to in LAYOUTS:
         config_files(found.plan, options.full_model)
@@ -251,7 +252,7 @@ def index(path: Path) -> None:
 
 
 def card(path: Path) -> None:
-    """A card as `dsocr-verify --card` reads it."""
+    """A card as `dsocr-verify --record` reads it."""
     # Imports torch.
     from converter.verification.record_check import is_elsewhere, read_record
 

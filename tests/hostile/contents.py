@@ -306,7 +306,7 @@ OTHERS = [
         "content: a text layer of a million, on to another layout",
         _file(_text_layer("999999")),
         Refused(("clip-hf has tensors that it lacks", "text_model.encoder.layers.2.")),
-        ("clip", "--to", "clip-hf", "--whole"),
+        ("clip", "--to", "clip-hf", "--full-model"),
     ),
     Case(
         "content: a decoder layer in superscript, on to another layout",
@@ -314,7 +314,7 @@ OTHERS = [
         Accepted(
             _superscript, ("dropped mask_decoder.transformer.layers.\u00b2.norm1.weight: sam-hf has no such tensor",)
         ),
-        ("sam", "--to", "sam-hf", "--whole"),
+        ("sam", "--to", "sam-hf", "--full-model"),
     ),
     Case(
         "content: positions of no square, resampled",

@@ -145,18 +145,29 @@ def _recognised(found: FittingLayout) -> Iterable[str]:
 
 
 def show_conversion(
-    convert: Callable[..., ConversionRecord], *, card: list[Path] | None, json: bool, quiet: bool, **options: Any
+    convert: Callable[..., ConversionRecord],
+    *sources: str | None,
+    record: list[Path] | None,
+    json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
-    """Convert as a command's options say, and show the card: the result on stdout, the rest on stderr.
+    """Run a conversion and show its record: the result on stdout, the rest on stderr.
 
-    The commands' options are called what `convert` calls its own, so they pass on `locals()`, card files among them.
+    Args:
+        convert: `converter.convert` or `converter.encoder`.
+        sources: Its positional arguments.
+        record: Files for the conversion record or a model card.
+        json: Print the record as JSON.
+        quiet: Print only the result.
+        options: Its other keyword arguments.
     """
     with console.Bar(enabled=not quiet) as bar:
-        made = convert(**options, card=card or (), on_progress=bar)
+        made = convert(*sources, record=record or (), on_progress=bar, **options)
     if not quiet:
         console.say(*summary(made))
-        if card and made.written:
-            console.say(f"card: {', '.join(map(str, card))}")
+        if record and made.written:
+            console.say(f"record: {', '.join(map(str, record))}")
     if json:
         console.result_json(made.to_json())
     elif made.written:
