@@ -518,7 +518,7 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         (
             (*SAM, *CLIP, "--compressor", "random:0", "--revision", "main"),
             2,
-            "is a local path; --revision only applies",
+            "is a local path: --revision only applies",
         ),
         (("ocr", *SAM), 2, "--sam: cannot be combined with SOURCE"),
         (("sam.pth",), 3, "to put one together, give them with --sam and --clip"),
