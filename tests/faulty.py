@@ -82,7 +82,7 @@ def run(arguments: list[str], folder: str, at: int, error: int, told: int) -> No
     sys.argv = ["dsocr-convert", *arguments]
     code = console.run(convert.app)
     os.pwrite(told, faults.calls.to_bytes(4, "little"), 0)
-    console.leave(code)
+    os._exit(code)
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def test_a_progress_bar_is_drawn_at_a_terminal_alone(
 ) -> None:
     from converter.cli import console
 
-    monkeypatch.setattr(console, "_BAR_AFTER_SECONDS", 0)
+    monkeypatch.setattr(console, "_BAR_DELAY", 0)
     with console.Bar(enabled=True) as bar:
         bar("file", 1, 2)
     assert capfd.readouterr().err == ""
@@ -260,13 +260,3 @@ def test_mapping_check_takes_several_files_and_checks_all(tmp_path: Path) -> Non
     for more in (["a.pth", "b.pth"], [good, "a.pth"]):
         two = run("mapping", "check", good, *more, cwd=tmp_path)
         assert two.returncode == 2 and "one mapping file and one checkpoint" in two.stderr
-
-
-def test_what_libraries_have_registered_for_the_end_is_done(tmp_path: Path) -> None:
-    """The process ends by os._exit; some release of a library leaves a temporary folder to its end."""
-    code = (
-        "import sys, tempfile; from converter.cli import console\n"
-        "kept = tempfile.TemporaryDirectory(dir=sys.argv[1]); console.leave(0)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert list(tmp_path.iterdir()) == []

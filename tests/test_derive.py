@@ -304,7 +304,7 @@ def test_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from converter.cli.start import convert; convert()"
+    code = "import sys; from converter.cli.main import convert; sys.exit(convert())"
     command = [sys.executable, "-c", code, "mapping", "derive", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

@@ -122,32 +122,6 @@ def test_signals_clean_up(tmp_path: Path) -> None:
     run_all(faulting.signals(Scene("card", tmp_path), 8, seed=1))
 
 
-DESTROYED = """
-import os, signal, sys, time
-from converter.cli import console
-
-class Late:
-    def __del__(self):
-        os.kill(os.getpid(), int(sys.argv[1]))
-        time.sleep(0.01)
-
-def program():
-    Late()
-    time.sleep(20)
-
-console.main(program)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_comes_in_a_destructor_is_not_lost(number: int) -> None:
-    """Python ignores what is raised there, and prints it."""
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", DESTROYED, str(number)], capture_output=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + number, b"", b"")
-    assert time.monotonic() - began < 10
-
-
 def test_a_signal_that_comes_while_remains_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[Path] = []
 

@@ -410,7 +410,7 @@ def test_the_umask_is_respected(meta: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(meta: Path, tmp_path: Path) -> None:
-    script = "from converter.cli.start import convert; convert()"
+    script = "import sys; from converter.cli.main import convert; sys.exit(convert())"
     command = [sys.executable, "-c", script, "sam", str(meta), "--to", "sam-hf", "--full-model", "-o", "folder"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("folder\n", 0), done.stderr

@@ -1,47 +1,27 @@
-"""What both programs do at the terminal: exit codes, messages on stderr, results on stdout, the progress bar."""
+"""Output of both programs: messages and progress bars on stderr, results on stdout, exit codes."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-from converter.cli.start import end_at_once, on_signal, unwind
 from converter.errors import DsocrError, OutputError, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# A bar that is gone before it is read only flickers.
-_BAR_AFTER_SECONDS = 0.5
-
-# Characters of a line for people; a file may give its tensors names of megabytes.
-_LONGEST = 1000
-
-
-def main(app: Callable[[], object]) -> NoReturn:
-    """A whole program, to its end or to that which a signal makes."""
-    # torch says so as it is imported without NumPy, which nothing here needs.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    try:
-        on_signal(unwind)
-        code = run(app)
-        on_signal(end_at_once)
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    leave(code)
+# A bar that disappears at once only flickers.
+_BAR_DELAY = 0.5  # seconds
+# Characters of a line on stderr: tensor names in a file may have megabytes.
+_MAX_LINE = 1000
 
 
 def run(app: Callable[[], object]) -> int:
-    """Run a program; its exit code. Errors a user can cause are told in a few lines, bugs keep their traceback."""
+    """Run a command and return its exit code; a DsocrError is printed in a few lines, a bug keeps its traceback."""
     try:
         app()
     except DsocrError as error:
@@ -53,53 +33,46 @@ def run(app: Callable[[], object]) -> int:
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End the process without taking the interpreter apart: 15 ms, a tenth of a short conversion."""
-    # What libraries have registered, such as the removal of their temporary folders.
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        # A reader that has gone away does not change what was done.
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
 def say(*lines: str) -> None:
-    """Lines for people, on stderr: of a very long one the beginning and the end."""
+    """Print lines on stderr; a very long one is shortened in the middle."""
     for line in map(printable, lines):
-        short = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        short = line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
         print(short, file=sys.stderr)
 
 
 def result(*lines: str) -> None:
-    """The command's result, on stdout."""
+    """Print the command's result on stdout."""
     _put("\n".join(map(printable, lines)))
 
 
 def result_json(document: dict[str, Any]) -> None:
-    """The command's result as one JSON document, on stdout."""
+    """Print the command's result as one JSON document on stdout."""
     _put(json.dumps(document, indent=2))
 
 
 def _put(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        # A reader that has gone away does not change what was done.
-        return
     except OSError as error:
-        raise OutputError(
-            f"standard output: could not be written: {error.strerror}", "what was to be told there was done"
-        ) from error
+        # Otherwise Python writes the rest of the buffer again when it exits, and fails again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that has closed the pipe, such as `head`, is no error.
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(
+                f"standard output: could not be written: {error.strerror}", "the command itself succeeded"
+            ) from error
 
 
 class Bar:
-    """A progress bar on stderr, drawn only at a terminal and only where the work takes a while.
-
-    rich is imported when it is first drawn: 50 ms that short conversions do not pay.
-    """
+    """A progress bar on stderr, shown on a terminal if the work takes a while."""
 
     def __init__(self, enabled: bool, unit: Literal["bytes", "steps"] = "bytes") -> None:
+        """Create a bar that is not shown yet.
+
+        Args:
+            enabled: Whether to show it at all.
+            unit: What is counted.
+        """
         self._unit = unit
         self._enabled = enabled and sys.stderr.isatty()
         self._begin = time.monotonic()
@@ -114,17 +87,16 @@ class Bar:
             self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show `done` of `total`, and what is being done."""
-        if not self._enabled or time.monotonic() - self._begin < _BAR_AFTER_SECONDS:
+        """Show that `done` of `total` is done of `what`."""
+        if not self._enabled or time.monotonic() - self._begin < _BAR_DELAY:
             return
         if self._bar is None or self._task is None:
             self._bar = self._make()
             self._task = self._bar.add_task(what, total=total)
-        # Again, if the stage before has ended.
+        # Again, if another task has ended before.
         self._bar.start()
         self._bar.update(self._task, description=what, completed=done, total=total)
         if done >= total:
-            # Another bar may follow.
             self._bar.stop()
 
     def _make(self) -> Progress:
@@ -138,7 +110,7 @@ class Bar:
             TransferSpeedColumn,
         )
 
-        # Markup off: a file's name may look like it.
+        # No markup: a file name may look like it.
         columns = (TextColumn("{task.description}", markup=False), BarColumn())
         counts = (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
         return Progress(*columns, *counts, console=Console(stderr=True), transient=True)

@@ -19,19 +19,21 @@ from typing import NamedTuple
 _SERVER = """
 import json, os, sys, traceback
 import converter.cli.convert
-from converter.cli.start import convert
+from converter.cli.main import convert
 
 def become(arguments, cwd, out, err):
     os.chdir(cwd)
     for fd, path in enumerate((os.devnull, out, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
     sys.argv = ["dsocr-convert", *arguments]
+    code = 1
     try:
-        convert()
+        code = convert()
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 for line in sys.stdin:
     child = os.fork()
