@@ -23,7 +23,7 @@ import converter
 from converter.api.verify import verify
 from converter.cli import convert as cli
 from converter.errors import ContainerError, OutputError, UsageError
-from converter.output.record_document import canonical_json
+from converter.output.json_document import canonical_json
 from converter.storage import atomic_output
 from converter.verification.result import FAILED, PASSED
 

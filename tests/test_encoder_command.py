@@ -484,7 +484,7 @@ def test_the_command_prints_as_the_others_do(sources: Path, tmp_path: Path) -> N
     done = run(*given, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "deepencoder.safetensors\n"), done.stderr
     assert "layout sam-meta + clip-hf\n" in done.stderr and "draws no masks" in done.stderr
-    assert "filled in model.sam_model.net_2.weight: random:0: untrained, uniform within 1/sqrt(144)" in done.stderr
+    assert "generated model.sam_model.net_2.weight: random:0: untrained, uniform within 1/sqrt(144)" in done.stderr
     done = run(*given, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
     assert re.search(r"model.sam_model.pos_embed +<- image_encoder.pos_embed\n", done.stdout)

@@ -307,10 +307,7 @@ def test_html_shows_every_probe_once(found: Verification) -> None:
 def test_html_folds_layers_and_gives_the_command() -> None:
     text = html.page(verification(), "dsocr-verify a --source b").decode()
     assert "dsocr-verify a --source b" in text
-    assert html.fold_layers(verification().key_map) == [
-        html.KeyMapRow("layers.{}.qkv.weight", 3, ["h.{}.q", "h.{}.k", "h.{}.v"]),
-        html.KeyMapRow("position_ids", 1, []),
-    ]
+    assert ">layers.{}.qkv.weight<" in text and ">h.{}.v<" in text and ">position_ids<" in text
     assert (
         "dsocr-verify deepencoder-clip.safetensors --source clip --dtype float32" in html.page(verification()).decode()
     )

@@ -9,8 +9,9 @@ from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.options import split_options
+from converter.output.names import shorten
 from converter.output.pretrained import config_files, wants_folder
-from converter.output.record import ConversionRecord, shorten
+from converter.output.record import ConversionRecord
 from converter.output.record_document import make_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write

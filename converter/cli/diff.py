@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ import converter
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet
 from converter.cli.render import count
+from converter.output.names import shorten
 from converter.storage.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -137,12 +139,9 @@ def names(found: "Difference") -> Iterable[str]:
 def _some(names: Sequence[str]) -> str:
     """A few names, or what modules they are of."""
     if len(names) <= _NAMES_SHOWN:
-        return ", ".join(names)
-    heads = [name.partition(".")[0] for name in names]
-    counted = {head: heads.count(head) for head in heads}
-    shown = sorted(counted, key=lambda head: -counted[head])[:_NAMES_SHOWN]
-    rest = len(counted) - len(shown)
-    return ", ".join(f"{head} ({counted[head]})" for head in shown) + (f" and {rest} more" if rest else "")
+        return shorten(names)
+    modules = Counter(name.partition(".")[0] for name in names)
+    return shorten([f"{module} ({number})" for module, number in modules.most_common()])
 
 
 def _bars(blocks: "list[Block]", width: int, fine: bool) -> Iterable[str]:

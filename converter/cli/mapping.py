@@ -15,7 +15,7 @@ from converter.cli.options import Json, Quiet, StateDict, complete_layout
 from converter.errors import UsageError
 from converter.layouts import registry
 from converter.layouts.spec import CanonicalLayout
-from converter.output.record import group_names
+from converter.output.names import fold_names
 
 if TYPE_CHECKING:
     from converter.api.derive import Derived
@@ -170,7 +170,7 @@ _CONFIDENCE = {
 
 def _listing(what: str, names: list[str]) -> list[str]:
     """A heading and names, those of layers folded, if there are any."""
-    folded = group_names(names)
+    folded = fold_names(names)
     more = [f"    and {len(folded) - _SHOWN} more"] if len(folded) > _SHOWN else []
     heading = what if what.startswith("error") else f"  {what}"
     return [f"{heading}:", *(f"    {name}" for name in folded[:_SHOWN]), *more] if names else []

@@ -6,16 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from converter.api.inspect import FittingLayout, Group, Inspection
 from converter.cli import console
-from converter.output.record import (
-    ConversionRecord,
-    FittingLayout,
-    Group,
-    Inspection,
-    group_by_reason,
-    group_plan,
-    shorten,
-)
+from converter.output.names import fold_key_map, group_by_reason, shorten
+from converter.output.record import ConversionRecord
 
 # Characters of a column: one name of a megabyte would pad all other lines to that.
 _WIDEST = 100
@@ -57,23 +51,24 @@ def transfers(card: ConversionRecord) -> Iterable[str]:
 
 
 def remarks(card: ConversionRecord) -> Iterable[str]:
-    """What is missing, filled in, left out or unusual."""
+    """Lists tensors that are missing, generated or dropped, and unusual sizes."""
     if card.unusual:
         found = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in card.unusual.items())
         yield f"  not the DeepEncoder's size: {found}"
     for reason, names in group_by_reason(card.missing).items():
         yield f"  missing {', '.join(names)}: {reason}"
     for name, how in card.generated.items():
-        yield f"  filled in {name}: {how}"
+        yield f"  generated {name}: {how}"
     for reason, names in group_by_reason(card.dropped).items():
-        yield f"  dropped {shorten(names)}: {reason}"
+        yield f"  dropped {shorten(names, shown=1)}: {reason}"
 
 
 def plan(card: ConversionRecord) -> Iterable[str]:
     """Every output tensor and what it is made of, layers folded."""
-    rows = [
-        (f"{name} (x {len(names)})" if len(names) > 1 else name, made_of) for name, made_of, names in group_plan(card)
-    ]
+    rows = []
+    for name, sources, members in fold_key_map(card.converted):
+        made_of = " + ".join(sources) or f"generated: {card.generated[members[0]]}"
+        rows.append((f"{name} (x {len(members)})" if len(members) > 1 else name, made_of))
     width = min(max((len(name) for name, _ in rows), default=0), _WIDEST)
     for name, made_of in rows:
         yield f"{name:{width}}  <- {made_of}"

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from converter.output.record import as_json
+from converter.output.json_document import as_json
 
 
 class Figures(NamedTuple):

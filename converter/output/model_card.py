@@ -13,8 +13,9 @@ from typing import Any
 from converter.hub.address import is_address, parse
 from converter.layouts import registry
 from converter.options import HubOptions
-from converter.output.record import ConversionRecord, group_by_reason, group_names, group_plan
-from converter.output.record_document import canonical_json
+from converter.output.json_document import canonical_json
+from converter.output.names import fold_key_map, fold_names, group_by_reason
+from converter.output.record import ConversionRecord
 
 # What loads a layout, by the end of its name, as the hubs call it.
 _LIBRARIES = {"-hf": "transformers", "-timm": "timm", "-open_clip": "open_clip"}
@@ -81,7 +82,8 @@ def _facts(card: ConversionRecord, document: dict[str, Any]) -> Iterator[tuple[s
 
 def _tensors(card: ConversionRecord, document: dict[str, Any]) -> list[str]:
     rows = []
-    for pattern, made_of, names in group_plan(card):
+    for pattern, sources, names in fold_key_map(card.converted):
+        made_of = " + ".join(sources) or f"generated: {card.generated[names[0]]}"
         first = document["tensors"][names[0]]
         shapes = {str(document["tensors"][name]["shape"]) for name in names}
         shape = shapes.pop() if len(shapes) == 1 else "several"
@@ -91,7 +93,7 @@ def _tensors(card: ConversionRecord, document: dict[str, Any]) -> list[str]:
 
 def _left_out(card: ConversionRecord) -> list[str]:
     rows = [
-        (verb, ", ".join(_code(text) for text in group_names(names)), _escaped(reason))
+        (verb, ", ".join(_code(text) for text in fold_names(names)), _escaped(reason))
         for verb, groups in (("left out", group_by_reason(card.dropped)), ("missing", group_by_reason(card.missing)))
         for reason, names in groups.items()
     ]

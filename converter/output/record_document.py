@@ -6,7 +6,6 @@ The document holds nothing that depends on time, machine or where files lie: the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -85,13 +84,6 @@ class TensorDigests:
     def hex(self, name: str) -> str:
         """The digest of a tensor, in hexadecimal."""
         return self._hashes[name].hexdigest()
-
-
-def canonical_json(document: dict[str, Any]) -> bytes:
-    """JSON in the one form that this document has: sorted keys, no spaces, UTF-8, one newline at the end."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    # Names may hold halves of surrogate pairs, which UTF-8 cannot.
-    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def record_document(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from converter.checkpoint.open import Checkpoint
 from converter.errors import OutputError, UsageError
+from converter.output.json_document import canonical_json
 from converter.output.record import ConversionRecord
-from converter.output.record_document import TensorDigests, canonical_json, record_document
+from converter.output.record_document import TensorDigests, record_document
 from converter.output.target import check_target, is_source
 from converter.storage.atomic_output import Staging, check_name, write_all, writing
 from converter.storage.progress import OnProgress

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import base64
-import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from converter.errors import printable
+from converter.output.names import fold_key_map
 from converter.reports import words
 from converter.reports.plot import error_plot
 from converter.verification.result import FAILED, SKIPPED, Picture, Verification
-
-
-@dataclass(frozen=True)
-class KeyMapRow:
-    """Converted tensors that differ only by their layer, and the source tensors of each."""
-
-    name: str
-    layers: int
-    sources: Sequence[str]
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -62,7 +52,7 @@ def page(verification: Verification, command: str | None = None) -> bytes:
         skipped=words.with_verdict(verification, SKIPPED),
         plots=[error_plot(trace) for trace in verification.traces if trace.points],
         pictures=_by_run(verification.pictures),
-        key_map=fold_layers(verification.key_map),
+        key_map=fold_key_map(verification.key_map),
         command=command or reproduce(verification),
     )
 
@@ -84,18 +74,3 @@ def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]
         url = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
         runs.setdefault(picture.run, []).append((picture, url))
     return runs
-
-
-def fold_layers(key_map: Mapping[str, Sequence[str]]) -> list[KeyMapRow]:
-    """The key map with repeated layers as one row, `{}` in place of their number."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for name, sources in key_map.items():
-        rows.setdefault((_pattern(name), *map(_pattern, sources)), []).append(name)
-    return [
-        KeyMapRow(pattern, len(names), sources) if len(names) > 1 else KeyMapRow(names[0], 1, key_map[names[0]])
-        for (pattern, *sources), names in rows.items()
-    ]
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", name)

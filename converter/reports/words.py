@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification, shorten
+from converter.output.names import shorten
+from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification
 
 GROUPS = {
     "structure": "Names, shapes and types match the target layout, and no weight is NaN or infinite.",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from torch import nn
 
 from converter.layouts.spec import Rule
-from converter.verification.result import FAILED, Check, shorten
+from converter.output.names import shorten
+from converter.verification.result import FAILED, Check
 
 # What an encoder's names begin with in the chain.
 PART = {"sam": "sam_model.", "clip": "vision_model."}

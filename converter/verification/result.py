@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from converter.output.record import as_json
+from converter.output.json_document import as_json
 
 PASSED, FAILED, SKIPPED, WARNING = "passed", "failed", "skipped", "warning"
 
@@ -150,9 +150,3 @@ def skipped(group: str, name: str, detail: str) -> Check:
         detail: The reason.
     """
     return Check(group, name, SKIPPED, detail)
-
-
-def shorten(names: Sequence[str], shown: int = 3) -> str:
-    """The first names and the number of the others, such as `a, b, c and 2 more`."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,6 +9,7 @@ import torch
 from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder, clip_config_from, sam_config_from
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
+from converter.output.names import shorten
 from converter.plan.plan import Plan, make_plan
 from converter.plan.route import identity_mapping
 from converter.tensors.lazy_tensor import lazy_read
@@ -16,7 +17,7 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted
 from converter.verification.reference_models import uninitialised
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, failed, passed, shorten, warning
+from converter.verification.result import Check, failed, passed, warning
 
 GROUP = "structure"
 

@@ -34,7 +34,6 @@ from converter.layouts import registry
 from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import load_file
 from converter.options import ConvertOptions
-from converter.output import record
 from converter.output.pretrained import LAYOUTS, config_files
 from converter.plan.plan import Plan, make_plan
 from converter.plan.planner import resolve
@@ -90,7 +89,7 @@ def use(contents: Contents) -> None:
         if left >= 0:
             _read(tensor, copier)
     for found in state_dicts(contents):
-        record.group_layers(found.tensors)
+        inspect.group_layers(found.tensors)
         for _ in without_common_prefixes(unwrapped_names(found.tensors, "input"), "input"):
             pass
 

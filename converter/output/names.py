@@ -1,0 +1,67 @@
+"""Lists of tensor names for people: shortened, repeated layers folded, grouped by reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+_Key = TypeVar("_Key")
+# A part of a dotted name that is a number.
+_INDEX = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
+
+
+def shorten(names: Sequence[str], shown: int = 3) -> str:
+    """The first `shown` names and the number of others, such as `a, b, c and 4 more`."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def fold(name: str) -> str:
+    """The name with `{}` for each layer index: `blocks.3.norm1.weight` becomes `blocks.{}.norm1.weight`."""
+    return _INDEX.sub("{}", name)
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """The names with repeated layers folded into one entry, such as `blocks.{}.norm1.weight (x 12)`."""
+    return [
+        f"{pattern} (x {len(members)})" if len(members) > 1 else members[0]
+        for pattern, members in _grouped((fold(name), name) for name in names).items()
+    ]
+
+
+class FoldedTensor(NamedTuple):
+    """Output tensors that differ by their layer alone.
+
+    Attributes:
+        name: their name, with `{}` for the layer index if there are several tensors.
+        sources: the source tensors that they are made of, named likewise.
+        members: the full names of the output tensors.
+    """
+
+    name: str
+    sources: list[str]
+    members: list[str]
+
+
+def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:
+    """Output tensors and the source tensors they are made of, repeated layers folded."""
+    groups = _grouped(((fold(name), *map(fold, sources)), name) for name, sources in key_map.items())
+    return [
+        FoldedTensor(pattern, sources, members)
+        if len(members) > 1
+        else FoldedTensor(members[0], list(key_map[members[0]]), members)
+        for (pattern, *sources), members in groups.items()
+    ]
+
+
+def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> names, from name -> reason."""
+    return _grouped((reason, name) for name, reason in reasons.items())
+
+
+def _grouped(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
+    groups: dict[_Key, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return groups
