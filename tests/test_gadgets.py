@@ -41,7 +41,7 @@ def test_every_gadget_is_refused_by_name(table: str, tmp_path: Path) -> None:
     for name, raw in found.items():
         with pytest.raises(ContainerError) as caught:
             unpickle(pickled({"model": raw}), "test", TABLES[table], storage_ref)
-        assert f"the pickle asks for {name}, " in str(caught.value)
+        assert f"the pickle refers to {name}, " in str(caught.value)
         assert "nothing of it was executed" in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -46,7 +46,7 @@ def numpy_file() -> bytes:
 
 UNKNOWN = {
     "empty": (b"", "an empty file"),
-    "zeros": (bytes(5000), "nothing but zeros"),
+    "zeros": (bytes(5000), "zeros only"),
     "html": (b"\n<!DOCTYPE html><html>", "a web page"),
     "html without doctype": (b"<HTML><head>", "a web page"),
     "xml": (b"<?xml version='1.0'?><Error>", "XML"),
@@ -62,9 +62,9 @@ UNKNOWN = {
     "zip": (zipped("a/b.txt"), "not one that torch.save"),
     "tar": (tarred("model/a.txt"), "a tar archive"),
     "old torch": (tarred("sys_info"), "before 0.1.10"),
-    "short": (b"ab\x01", "unknown kind: it begins with 61 62 01"),
+    "short": (b"ab\x01", "unknown format: it begins with 61 62 01"),
     "text": (b"hello, world, this is text\n", "text, not weights: 'hello, world"),
-    "noise": (bytes(range(1, 250)), "unknown kind"),
+    "noise": (bytes(range(1, 250)), "unknown format"),
 }
 
 

@@ -50,7 +50,7 @@ BAD: dict[str, tuple[Any, bytes, str]] = {
     "hole": ({"a": entry(), "b": entry(offsets=(8, 12))}, bytes(12), "gap"),
     "late start": ({"a": entry(offsets=(4, 8))}, bytes(8), "gap"),
     "truncated": ({"a": entry()}, bytes(3), "truncated"),
-    "left over": ({"a": entry()}, bytes(5), "left over"),
+    "left over": ({"a": entry()}, bytes(5), "extra bytes"),
     "size": ({"a": entry(shape=[2])}, bytes(4), "does not take 4 bytes"),
     "backwards": ({"a": entry(offsets=(4, 0))}, bytes(4), "does not take"),
     "negative": ({"a": entry(shape=[-1, -1])}, bytes(4), "integers"),
@@ -64,7 +64,7 @@ BAD: dict[str, tuple[Any, bytes, str]] = {
     "fields": ({"a": {"dtype": "F32"}}, b"", "is not described"),
     "entry": ({"a": 3}, b"", "is not described"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
-    "doubled": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":3}', bytes(4), "'a' stands there twice"),
+    "doubled": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":3}', bytes(4), "duplicate name 'a'"),
     "not json": (b"{]", b"", "cannot be read"),
     "not utf-8": (b'{"\xff": 1}', b"", "cannot be read"),
     "deep": (b'{"a":' + b"[" * 100_000, b"", "cannot be read"),
@@ -83,7 +83,7 @@ def test_bad_headers(name: str, tmp_path: Path) -> None:
             safetensors.torch.load_file(path)
 
 
-@pytest.mark.parametrize(("length", "message"), [((32 << 20) + 1, "at most 33554432"), (32 << 20, "truncated")])
+@pytest.mark.parametrize(("length", "message"), [((32 << 20) + 1, "the limit is 33554432"), (32 << 20, "truncated")])
 def test_header_length(length: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(ContainerError, match=message):
         opened(written(tmp_path / "x", b"{}", b"", length), "safetensors")

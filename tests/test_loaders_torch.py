@@ -274,13 +274,13 @@ def put(name: str, data: bytes) -> Any:
     ("change", "message"),
     [
         (drop("archive/data/0"), "no member 'archive/data/0'"),
-        (put("archive/data/0", bytes(4)), "4 bytes, where data.pkl says 8"),
-        (put("archive/data/0", bytes(12)), "12 bytes, where data.pkl says 8"),
+        (put("archive/data/0", bytes(4)), "4 bytes, but data.pkl says 8"),
+        (put("archive/data/0", bytes(12)), "12 bytes, but data.pkl says 8"),
         (put("archive/byteorder", b"middle"), "neither little nor big"),
-        (put("archive/byteorder", b"x" * 99), "at most 16"),
+        (put("archive/byteorder", b"x" * 99), "the limit is 16"),
         (put("archive/data.pkl", pickle.dumps([1], 2)), "holds a list, not a dict"),
         (put("archive/data.pkl", b""), "truncated"),
-        (put("archive/data.pkl", bytes(17 << 20)), "at most"),
+        (put("archive/data.pkl", bytes(17 << 20)), "the limit is"),
     ],
 )
 def test_bad_archives(change: Any, message: str, tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_a_bomb_of_shared_dicts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda data: data.replace(b"M\xe9\x03.\x80", b"M\xea\x03.\x80", 1), "version other than 1001"),
-        (lambda data: data[:-16] + struct.pack("<q", 3) + data[-8:], "3 elements, where"),
-        (lambda data: data[:-16] + struct.pack("<q", -1) + data[-8:], "-1 elements, where"),
+        (lambda data: data[:-16] + struct.pack("<q", 3) + data[-8:], "3 elements, but"),
+        (lambda data: data[:-16] + struct.pack("<q", -1) + data[-8:], "-1 elements, but"),
         (lambda data: data.replace(b"]q\x00X", b")q\x00X", 1), "items for a tuple"),
     ],
 )
@@ -402,7 +402,7 @@ def test_legacy_storage_list_must_be_that_of_the_tensors(tmp_path: Path) -> None
     path = tmp_path / "x"
     for keys in ([], ["7", "7"], ["8"], [7], [[]], {}, None):
         path.write_bytes(legacy_with_view(None).replace(pickle.dumps(["7"], 2), pickle.dumps(keys, 2)))
-        with pytest.raises(ContainerError, match="list of storages"):
+        with pytest.raises(ContainerError, match="storage list"):
             opened(path, "torch legacy")
 
 

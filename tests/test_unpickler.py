@@ -124,7 +124,7 @@ def test_canary_is_not_made(protocol: int, tmp_path: Any) -> None:
 
     path = tmp_path / "canary"
     for call, argument in ((os.system, f"touch {path}"), (eval, f"open({str(path)!r}, 'w')"), (os.mkdir, str(path))):
-        with pytest.raises(ContainerError, match="the pickle asks for"):
+        with pytest.raises(ContainerError, match="the pickle refers to"):
             read(pickle.dumps({"model": Canary(call, argument)}, protocol))
     assert not path.exists()
 
@@ -193,7 +193,7 @@ def test_copies_of_one_value_are_bounded(function: str) -> None:
     items = b"(" + (b"K\x01" if "set" in function else b"K\x01K\x01\x86") * 100_000 + b"l"
     table = b"(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(65536)) + b"d"
     value = {"encode": text, "Counter": table}.get(function.split()[1], items)
-    with pytest.raises(ContainerError, match="arguments in all"):
+    with pytest.raises(ContainerError, match="arguments in total"):
         read(value + b"q\x010c" + function.encode() + b"\nq\x02(" + b"h\x02h\x01\x85R0" * 1000 + b"t.")
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from converter.checkpoint.locate import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, UsageError, printable
-from converter.formats.safetensors import with_length
+from converter.formats.safetensors import add_header_length
 from converter.layouts.claims import summary
 from converter.layouts.parse import ENCODER_PREFIX
 from converter.options import ConvertOptions
@@ -233,4 +233,4 @@ def _header(file: SourceFile, values: Mapping[str, LazyTensor]) -> bytes:
         header[key] = {"dtype": value.dtype.code, "shape": list(value.shape), "data_offsets": [begin, end]}
     if header == before:
         return old
-    return with_length(json.dumps(header, separators=(",", ":")).encode())
+    return add_header_length(json.dumps(header, separators=(",", ":")).encode())

@@ -1,6 +1,6 @@
-"""What follows each opcode in a pickle of protocols 0 to 5: its argument, as a value.
+"""Decodes the argument that follows each opcode of a pickle, protocols 0 to 5.
 
-The grammar is that of the standard library's `pickletools`; what opcodes do is in `converter.formats.pickle_reader`.
+The grammar is that of the standard library's `pickletools`. `pickle_reader` executes the opcodes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from typing import Any
+
+from converter.errors import ContainerError
 
 MAX_INT_BYTES = 1024
 MAX_INT_DIGITS = 2466  # the same number in decimal
@@ -18,17 +20,17 @@ NEXT_STEP = (
 )
 
 
-class PickleError(Exception):
-    """What is wrong with the stream at the current opcode; `unpickle` says where that is."""
+class PickleError(ContainerError):
+    """The pickle is damaged or refused at the current opcode. `unpickle` adds the position to the message."""
 
 
-# From the data and the position after the opcode to the argument and the position after that. IndexError or
-# struct.error where the data end before it does.
-Reader = Callable[[bytes, int], tuple[Any, int]]
+# Takes the data and the position after the opcode. Returns the argument and the position after it. Raises IndexError or
+# struct.error where the data is truncated.
+ArgumentReader = Callable[[bytes, int], tuple[Any, int]]
 
 
-def _constant(value: Any) -> Reader:
-    """Nothing follows: the opcode says it all."""
+def _constant(value: Any) -> ArgumentReader:
+    """An opcode without an argument in the data; it always has this value."""
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
         return value, pos
@@ -40,7 +42,7 @@ def _byte(data: bytes, pos: int) -> tuple[int, int]:
     return data[pos], pos + 1
 
 
-def _number(format: str) -> Reader:
+def _number(format: str) -> ArgumentReader:
     layout = struct.Struct(format)
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
@@ -63,8 +65,8 @@ def _take(data: bytes, pos: int, length: int) -> tuple[bytes, int]:
     return data[pos:end], end
 
 
-def _bytes(format: str) -> Reader:
-    """Bytes after their number."""
+def _bytes(format: str) -> ArgumentReader:
+    """Bytes, preceded by their count."""
     length = _number(format)
 
     def read(data: bytes, pos: int) -> tuple[bytes, int]:
@@ -74,8 +76,8 @@ def _bytes(format: str) -> Reader:
     return read
 
 
-def _long(format: str) -> Reader:
-    """An integer in bytes after their number."""
+def _long(format: str) -> ArgumentReader:
+    """A little-endian signed integer, preceded by its count of bytes."""
     length = _number(format)
 
     def read(data: bytes, pos: int) -> tuple[int, int]:
@@ -96,19 +98,19 @@ def _line(data: bytes, pos: int) -> tuple[bytes, int]:
 
 
 def _names(data: bytes, pos: int) -> tuple[tuple[str, str], int]:
-    """A module and a name in it, a line each."""
+    """A module and a name in it, one line each."""
     line, pos = _line(data, pos)
     module = str(line, "utf-8")
     line, pos = _line(data, pos)
     return (module, str(line, "utf-8")), pos
 
 
-def _as(convert: Callable[[bytes], Any], encoded: Reader) -> Reader:
-    """What bytes stand for."""
+def _converted(convert: Callable[[bytes], Any], encoded: ArgumentReader) -> ArgumentReader:
+    """A value converted from bytes."""
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
-        found, pos = encoded(data, pos)
-        return convert(found), pos
+        raw, pos = encoded(data, pos)
+        return convert(raw), pos
 
     return read
 
@@ -120,7 +122,7 @@ def _decimal(text: bytes) -> int:
 
 
 def _decimal_or_bool(text: bytes) -> int:
-    # Protocol 0 has no other way to write a bool.
+    # Protocol 0 writes a bool as 00 or 01.
     return text == b"01" if text in (b"00", b"01") else _decimal(text)
 
 
@@ -129,17 +131,17 @@ def _decimal_long(text: bytes) -> int:
 
 
 def _text(data: bytes) -> str:
-    # Python 2 wrote its texts as bytes, which torch too takes for UTF-8.
+    # Strings of Python 2 are bytes; torch decodes them as UTF-8, too.
     return str(data, "utf-8", "surrogatepass")
 
 
-def _escaped(data: bytes) -> str:
+def _raw_unicode(data: bytes) -> str:
     return str(data, "raw-unicode-escape")
 
 
-_ARGUMENTS: dict[str, Reader] = {
+_ARGUMENTS: dict[str, ArgumentReader] = {
     "\x80": _protocol,
-    "\x95": _number("<Q"),  # the length of a frame: a hint for readers of streams
+    "\x95": _number("<Q"),  # length of a frame
     "N": _constant(None),
     "\x88": _constant(True),
     "\x89": _constant(False),
@@ -148,30 +150,30 @@ _ARGUMENTS: dict[str, Reader] = {
     "K": _byte,
     "M": _number("<H"),
     "J": _number("<i"),
-    "I": _as(_decimal_or_bool, _line),
-    "L": _as(_decimal_long, _line),
+    "I": _converted(_decimal_or_bool, _line),
+    "L": _converted(_decimal_long, _line),
     "\x8a": _long("<B"),
     "\x8b": _long("<i"),
-    "F": _as(float, _line),
+    "F": _converted(float, _line),
     "G": _number(">d"),
-    # Texts and bytes.
-    "\x8c": _as(_text, _bytes("<B")),
-    "X": _as(_text, _bytes("<I")),
-    "\x8d": _as(_text, _bytes("<Q")),
-    "U": _as(_text, _bytes("<B")),
-    "T": _as(_text, _bytes("<I")),
-    "V": _as(_escaped, _line),
+    # Strings and bytes.
+    "\x8c": _converted(_text, _bytes("<B")),
+    "X": _converted(_text, _bytes("<I")),
+    "\x8d": _converted(_text, _bytes("<Q")),
+    "U": _converted(_text, _bytes("<B")),
+    "T": _converted(_text, _bytes("<I")),
+    "V": _converted(_raw_unicode, _line),
     "C": _bytes("<B"),
     "B": _bytes("<I"),
     "\x8e": _bytes("<Q"),
-    # Places in the memo.
+    # Indices of the memo.
     "q": _byte,
     "r": _number("<I"),
-    "p": _as(_decimal, _line),
+    "p": _converted(_decimal, _line),
     "h": _byte,
     "j": _number("<I"),
-    "g": _as(_decimal, _line),
-    # How many values go into a container; None for those since the last MARK.
+    "g": _converted(_decimal, _line),
+    # Number of stack items for a container; None for all since the last MARK.
     "]": _constant(0),
     "}": _constant(0),
     "\x85": _constant(1),
@@ -184,5 +186,5 @@ _ARGUMENTS: dict[str, Reader] = {
     "i": _names,
 }
 
-# By opcode; None for what nothing follows, and for what is unknown.
+# By opcode; unknown opcodes have no argument.
 ARGUMENTS = [_ARGUMENTS.get(chr(code), _constant(None)) for code in range(256)]

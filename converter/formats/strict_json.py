@@ -1,31 +1,35 @@
-"""JSON from strangers: headers of safetensors files, indexes of shards."""
+"""Parses untrusted JSON: headers of safetensors files and indexes of sharded checkpoints."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
-MAX_BYTES = 32 << 20  # 200,000 tensors; the largest checkpoints there are have 100,000
-MAX_VALUES = 2_000_000  # each takes a hundred bytes of memory or so, ten describe a tensor
+MAX_BYTES = 32 << 20  # 200,000 tensors; the largest checkpoints have 100,000
+MAX_VALUES = 2_000_000  # ten describe a tensor; each takes about 100 bytes of memory
 
 
 def parse(text: bytes) -> Any:
-    """The values that UTF-8 text stands for; ValueError where it is no JSON, ambiguous, or made to exhaust memory."""
-    # Before they are made. Those in strings are counted too, which errs on the safe side.
+    """Parse UTF-8 encoded JSON.
+
+    Raises:
+        ValueError: The text is not JSON, has a duplicate name in an object, or exceeds the bounds.
+    """
+    # Counted before parsing. Characters inside of strings are counted, too: the result is an upper bound.
     values = sum(map(text.count, (b",", b"[", b"{")))
     if len(text) > MAX_BYTES or values > MAX_VALUES:
-        raise ValueError(f"{values} values in {len(text)} bytes, and at most {MAX_VALUES} in {MAX_BYTES} are read")
+        raise ValueError(f"{values} values in {len(text)} bytes; the limits are {MAX_VALUES} and {MAX_BYTES}")
     try:
-        return json.loads(text.decode(), object_pairs_hook=_without_doubles)
+        return json.loads(text.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs as a dict; of two with one name, some programs would take the first and others the last."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object as a dict. Of two values with one name, some parsers use the first and others the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        double = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{double!r} stands there twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate name {name!r}")
     return result

@@ -1,8 +1,8 @@
-"""torch.save's format before torch 1.6 (and still, on request): pickles in a row, then the storages.
+"""Reads torch.save's format before torch 1.6, which later versions still write on request.
 
-The pickles: a magic number, the protocol version, facts about the machine, the object, the list of storage keys. Then,
-a key at a time and in the order of that list, the count of elements (8 bytes) and the elements. Both are
-little-endian on every machine: torch never looked at the machine's own order that it wrote down.
+Five pickles: a magic number, the protocol version, properties of the machine, the object, and the list of storage keys.
+Then, for each key in the order of that list, the number of elements (8 bytes) and the elements. Both are little-endian
+on every machine: torch ignores the byte order in the properties of the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def can_read(file: SourceFile) -> bool:
 def load(file: SourceFile) -> Contents:
     if _is_tar(file):
         raise ContainerError(
-            f"{file.name}: a tar archive as torch wrote before 0.1.10 (2017), which is not read",
+            f"{file.name}: a tar archive of torch before 0.1.10 (2017), which is not supported",
             "where you trust the file, convert it: torch.save(torch.load(PATH, weights_only=False), NEW_PATH)",
         )
     reader = _Reader(file)
@@ -40,8 +40,7 @@ def load(file: SourceFile) -> Contents:
     protocol = reader.pickle()
     if protocol != _PROTOCOL:
         raise ContainerError(
-            f"{file.name}: torch's old format in a version other than {_PROTOCOL}, which is not known",
-            "download or copy the file again",
+            f"{file.name}: torch's legacy format with a protocol version other than {_PROTOCOL}", DAMAGED
         )
     reader.pickle()
     value = reader.pickle(torch_pickle.GLOBALS)
@@ -57,9 +56,9 @@ def _is_tar(file: SourceFile) -> bool:
 
 
 def _has_magic(file: SourceFile) -> bool:
-    # In protocol 0 the number is text, of 28 bytes; in the others it takes less.
+    # The number takes 28 bytes in protocol 0, and fewer in the others.
     head = file.read(0, min(file.size, 64))
-    # Cheaper than to try, for the files that are no pickle at all.
+    # Fast rejection of files that are not pickles.
     if head[:1] not in (b"\x80", b"L"):
         return False
     try:
@@ -69,7 +68,7 @@ def _has_magic(file: SourceFile) -> bool:
 
 
 class _Reader:
-    """Reads pickle after pickle; how long one is shows only at its end."""
+    """Reads consecutive pickles, whose lengths are unknown until they end."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
@@ -78,7 +77,7 @@ class _Reader:
         self._data = b""
 
     def pickle(self, globals_: Globals | None = None) -> Any:
-        """The next pickle's value."""
+        """Read the next pickle and return its value."""
         start = self.pos
         length = 256 << 10
         while True:
@@ -91,7 +90,7 @@ class _Reader:
                     raise
                 if length == MAX_PICKLE:
                     raise ContainerError(
-                        f"{self._file.name}: the pickle at byte {start} takes more than {MAX_PICKLE} bytes",
+                        f"{self._file.name}: the pickle at byte {start} is longer than {MAX_PICKLE} bytes",
                         "no checkpoint needs that: do not trust this file",
                     ) from None
                 length *= 4
@@ -100,22 +99,22 @@ class _Reader:
                 return value
 
 
-def _storages(file: SourceFile, keys: Any, refs: StorageRefs, at: int) -> dict[str, Storage]:
-    """Where each storage lies; `keys` is the order of those that follow byte `at`."""
+def _storages(file: SourceFile, keys: Any, refs: StorageRefs, pos: int) -> dict[str, Storage]:
+    """Locate the storages, which follow each other from byte `pos` in the order of `keys`."""
     storages: dict[str, Storage] = {}
-    # Sorted: neither list has one twice, and all that a tensor is in are there.
+    # Sorted lists: duplicates and missing keys are both found.
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(refs):
-        raise ContainerError(f"{file.name}: its list of storages is not that of its tensors", "download it again")
+        raise ContainerError(f"{file.name}: the storage list does not match the tensors", DAMAGED)
     for key in keys:
         ref = refs[key]
-        numel = int.from_bytes(file.read(at, 8), "little", signed=True)
+        numel = int.from_bytes(file.read(pos, 8), "little", signed=True)
         if numel != ref.numel:
             raise ContainerError(
-                f"{file.name}: storage {key!r}: {numel} elements, where the pickle says {ref.numel}", DAMAGED
+                f"{file.name}: storage {key!r}: {numel} elements, but the pickle says {ref.numel}", DAMAGED
             )
-        at += 8
-        if at + ref.nbytes > file.size:
-            raise ContainerError(f"{file.name}: truncated in storage {key!r}", "download or copy the file again")
-        storages[key] = Storage(file, (at, at + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
-        at += ref.nbytes
+        pos += 8
+        if pos + ref.nbytes > file.size:
+            raise ContainerError(f"{file.name}: truncated in storage {key!r}", DAMAGED)
+        storages[key] = Storage(file, (pos, pos + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
+        pos += ref.nbytes
     return storages

@@ -1,38 +1,44 @@
-"""What torch's pickles may name, whichever container holds them, and what becomes of each name.
+"""The globals of torch's pickles, in every container format, and the tensors that they describe.
 
-Tensors are rebuilt in two steps. While the pickle is read they are records; where their bytes lie is asked for once
-the keys under which they stand are known.
+Tensors are built in two steps. Reading the pickle gives a `TensorRecord` for each; a `Resolver` then adds its name and
+its storage in the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError
-from converter.formats.pickle_reader import Refused, hashable
-from converter.storage.byte_range import Storage
+from converter.formats.pickle_values import Refused, hashable
+from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, DType
 from converter.tensors.tensor_info import Contents, TensorInfo, make_tensor
 
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_DEPTH = 100  # of dicts in dicts: a dict may hold itself
-MAX_ENTRIES = 200_000  # of all dicts together: one dict may stand in many places
-MAX_NAME = 10_000  # characters of a key: names of keys in dicts in dicts repeat the outer ones
+MAX_DEPTH = 100  # of nested dicts: a dict may contain itself
+MAX_ENTRIES = 200_000  # of all dicts together: a dict may occur many times
+MAX_NAME = 10_000  # characters of a key: names of nested keys repeat the outer ones
 MAX_INT = 2**63 - 1  # of torch's sizes, strides and offsets
-# Bytes by which all tensors together may exceed their storages: expand() makes tensors of any size of one element.
-# They are written out, and each takes its whole size in memory. CLIP's token table, the largest tensor, takes 250 MB.
+# Bytes by which all tensors together may exceed their storages: expand() makes a tensor of any size from one element.
+# Such a tensor is computed in memory. CLIP's token table, the largest tensor, takes 250 MB.
 MAX_REPEATED = 1 << 30
 
 _UNTYPED = "UntypedStorage"
 
 
-class StorageRef(NamedTuple):
-    """A storage as the pickle names it: `numel` elements of `dtype`, or bytes where it is None.
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage that a pickle refers to.
 
-    Where an old torch saved a view of another storage, `first` is the element of the whole at which the view starts.
+    Attributes:
+        key: Name of the storage in the container.
+        dtype: Element type; None for an untyped storage, which consists of bytes.
+        numel: Number of elements.
+        first: Index of the first element of a view. torch before 0.4 saved views of storages; otherwise 0.
     """
 
     key: str
@@ -49,8 +55,9 @@ class StorageRef(NamedTuple):
         return self.numel * self.itemsize
 
 
-class TensorRecord(NamedTuple):
-    """A tensor as the pickle describes it: `offset` and `strides` count elements."""
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor as a pickle describes it. `offset` and `strides` are in elements."""
 
     ref: StorageRef
     dtype: DType
@@ -60,13 +67,13 @@ class TensorRecord(NamedTuple):
 
 
 def storage_ref(pid: Any) -> StorageRef:
-    """The storage that a persistent id names: ("storage", class, key, device, numel[, view])."""
+    """The storage of a persistent id: ("storage", class, key, device, numel[, view])."""
     kind, type_, key, _device, numel, *view = pid
     if kind != "storage" or not (isinstance(type_, DType) or type_ == _UNTYPED):
         raise PickleError("a reference to something other than a tensor's storage", NEXT_STEP)
     first = view[0][1] if view and view[0] else 0
     if type(key) is not str or not (_is_int64(numel) and _is_int64(first)) or min(numel, first) < 0:
-        raise PickleError("a storage of an impossible name or size", "download or copy the file again")
+        raise PickleError("a storage of an impossible name or size", DAMAGED)
     return StorageRef(key, None if type_ == _UNTYPED else type_, numel, first)
 
 
@@ -75,27 +82,27 @@ def _is_int64(number: Any) -> bool:
 
 
 class StorageRefs(dict[str, StorageRef]):
-    """The storages a pickle names, by key. As in torch, the first mention of one says what it holds."""
+    """The storages that a pickle refers to, by key. As in torch, the first reference decides dtype and size."""
 
     def load(self, pid: Any) -> StorageRef:
-        """The storage that a persistent id names."""
+        """The storage of a persistent id."""
         ref = storage_ref(pid)
-        return self.setdefault(ref.key, ref._replace(first=0))._replace(first=ref.first)
+        return replace(self.setdefault(ref.key, replace(ref, first=0)), first=ref.first)
 
 
-# ---- the functions that the table below gives a pickle; each returns a description
+# ---- functions that a pickle may call; none of them does more than describe
 
 
 def _rebuild_v3(
     ref: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> TensorRecord:
-    """A tensor whose element type is given beside its storage."""
+    """A tensor with an element type of its own, apart from that of its storage."""
     if metadata:
         raise PickleError("a conjugated or negated view", "save it again after .resolve_conj() and .resolve_neg()")
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
-        raise PickleError("a tensor without a storage, an element type or a shape", "download or copy the file again")
+        raise PickleError("a tensor without a storage, an element type or a shape", DAMAGED)
     if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
-        raise PickleError("a tensor of an impossible shape", "download or copy the file again")
+        raise PickleError("a tensor of an impossible shape", DAMAGED)
     if ref.first and dtype != ref.dtype:
         raise PickleError("a view of a storage in another element type", "load it with torch and save it again")
     return TensorRecord(ref, dtype, offset + ref.first, shape, strides)
@@ -104,7 +111,7 @@ def _rebuild_v3(
 def _rebuild_v2(
     ref: Any, offset: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
 ) -> TensorRecord:
-    """A tensor of its storage's element type; torch takes an untyped one for bytes."""
+    """A tensor of its storage's element type; of bytes if the storage is untyped."""
     dtype = (ref.dtype or BY_NAME["uint8"]) if type(ref) is StorageRef else None
     return _rebuild_v3(ref, offset, shape, strides, grad, hooks, dtype, metadata)
 
@@ -130,7 +137,7 @@ def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    # Protocols 0 to 2 have no opcode for bytes and write them as this call.
+    # Protocols 0 to 2 have no opcode for bytes and write this call instead.
     if type(text) is not str or encoding != "latin1":
         raise PickleError("a call of _codecs.encode other than for bytes", NEXT_STEP)
     return text.encode("latin1")
@@ -162,13 +169,13 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
     **{("torch", storage): dtype for storage, dtype in BY_STORAGE.items()},
     **{("torch", name): dtype for name, dtype in BY_NAME.items()},
-    # Protocols 0 to 2 write Python 2's name.
+    # Protocols 0 to 2 use the names of Python 2.
     **{(module, "set"): _set for module in ("builtins", "__builtin__")},
     **{(module, "frozenset"): _frozenset for module in ("builtins", "__builtin__")},
     **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
 }
 
-# Known, and not to be had as plain bytes.
+# Kinds of tensors that cannot be copied as plain bytes.
 _REFUSED = {
     "complex numbers": "ComplexFloatStorage ComplexDoubleStorage complex32 complex64 complex128",
     "a quantized tensor": "_rebuild_qtensor QInt8Storage QUInt8Storage QInt32Storage QUInt4x2Storage QUInt2x4Storage",
@@ -177,7 +184,7 @@ _REFUSED = {
     "a tensor on the meta device, which has no data": "_rebuild_meta_tensor_no_storage",
     "a tensor kept as a numpy array": "_rebuild_device_tensor_from_numpy _rebuild_xla_tensor",
     "a tensor of an accelerator": "_rebuild_device_tensor_from_cpu_tensor",
-    "a tensor of a class of its own": "_rebuild_wrapper_subclass _rebuild_from_type_v2",
+    "a tensor of a subclass": "_rebuild_wrapper_subclass _rebuild_from_type_v2",
 }
 for _what, _names in _REFUSED.items():
     for _name in _names.split():
@@ -185,16 +192,16 @@ for _what, _names in _REFUSED.items():
             GLOBALS[_module, _name] = Refused(f"{_what}: only plain tensors can be converted")
 
 
-# ---- from records to a checkpoint's contents
+# ---- from records to the contents of a checkpoint
 
-# Finds in the container the bytes of a storage that the pickle names.
+# Finds the bytes of a storage in the container.
 StorageOf = Callable[[StorageRef], Storage]
 
-_LEAVES = (str, int, float, bool)
+_SCALARS = (str, int, float, bool)
 
 
 class Resolver:
-    """Gives every tensor of an unpickled value its key and its storage."""
+    """Adds names and storages to the tensors of an unpickled value, within the limits above."""
 
     def __init__(self, file: SourceFile, storage_of: StorageOf) -> None:
         self._file, self._storage_of = file, storage_of
@@ -203,14 +210,14 @@ class Resolver:
         self._repeated = 0
 
     def tensor(self, key: str, record: TensorRecord) -> TensorInfo:
-        """A tensor of the file under its key; ContainerError where its bytes are not to be had."""
+        """The tensor with its name and storage; ContainerError where it does not fit into the storage."""
         storage = self._storages.get(record.ref)
         if storage is None:
             storage = self._storages[record.ref] = self._storage_of(record.ref)
         tensor = make_tensor(key, record.dtype, record.shape, storage, record.offset, record.strides)
         if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
-            # torch turns round the storage's elements, not the tensor's.
-            raise self._error(tensor, "big-endian, and of another element type than its storage")
+            # torch swaps the bytes of the storage's elements, not of the tensor's.
+            raise self._error(tensor, "big-endian, with another element type than its storage")
         self._repeated += max(tensor.nbytes - storage.size, 0)
         if self._repeated > MAX_REPEATED:
             raise self._error(tensor, f"the shape {tensor.shape} of {storage.size} bytes repeated")
@@ -223,16 +230,16 @@ class Resolver:
         )
 
     def count(self, entries: int, depth: int) -> None:
-        """ContainerError once there are too many dicts in dicts, or entries in all."""
+        """Count the entries of a dict; ContainerError where dicts are nested too deep or have too many entries."""
         self._entries += entries
         if depth > MAX_DEPTH or self._entries > MAX_ENTRIES:
             raise ContainerError(
-                f"{self._file.name}: dicts nested more than {MAX_DEPTH} deep, or of more than {MAX_ENTRIES} entries",
+                f"{self._file.name}: dicts nested more than {MAX_DEPTH} deep, or with more than {MAX_ENTRIES} entries",
                 "no checkpoint needs that: do not trust this file",
             )
 
-    def checked(self, name: str) -> str:
-        """`name`; ContainerError where it is one that no checkpoint has."""
+    def checked_name(self, name: str) -> str:
+        """Return `name`; ContainerError where it is too long."""
         if len(name) > MAX_NAME:
             raise ContainerError(
                 f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...",
@@ -241,26 +248,35 @@ class Resolver:
         return name
 
     def contents(self, value: dict[Any, Any], depth: int = 0) -> Contents:
-        """The dicts in `value` with each tensor under its key; all but tensors and scalars becomes None."""
+        """The nested dicts of `value` with their tensors. Values other than tensors, dicts and scalars become None."""
         self.count(len(value), depth)
-        return {key: self._leaf(key, item, depth) for key, item in value.items()}
+        return {key: self._item(key, item, depth) for key, item in value.items()}
 
-    def _leaf(self, key: Any, item: Any, depth: int) -> Any:
+    def _item(self, key: Any, item: Any, depth: int) -> Any:
         if type(item) is TensorRecord:
-            return self.tensor(self.checked(_key_name(key)), item)
-        if type(item) is dict and type(key) in _LEAVES:
-            self.checked(str(key))
+            return self.tensor(self.checked_name(_key_name(key)), item)
+        if type(item) is dict and type(key) in _SCALARS:
+            self.checked_name(str(key))
             return self.contents(item, depth + 1)
-        return item if type(item) in _LEAVES else None
+        return item if type(item) in _SCALARS else None
 
 
 def _key_name(key: Any) -> str:
-    """What a tensor under `key` is called; a tuple could make this as long as it likes."""
-    return str(key) if type(key) in _LEAVES else f"a {type(key).__name__}"
+    """Name of the tensor under `key`. The text of a tuple is not used: it has no bound."""
+    return str(key) if type(key) in _SCALARS else f"a {type(key).__name__}"
 
 
 def contents(file: SourceFile, value: Any, storage_of: StorageOf) -> Contents:
-    """What a loader returns for an unpickled `value`; `storage_of` finds a storage's bytes in the container."""
+    """Convert an unpickled value to what a loader returns.
+
+    Args:
+        file: The file, for messages.
+        value: The value, in which tensors are of type `TensorRecord`.
+        storage_of: Finds the bytes of a storage in the container.
+
+    Raises:
+        ContainerError: The value is not a dict, exceeds a limit, or has a tensor outside of its storage.
+    """
     if type(value) is not dict:
         kind = "tensor" if type(value) is TensorRecord else type(value).__name__
         raise ContainerError(

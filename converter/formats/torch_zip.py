@@ -1,12 +1,12 @@
-"""torch.save's format since torch 1.6: a zip archive of a pickle and one member a storage.
+"""Reads and writes torch.save's format since torch 1.6: a zip archive of a pickle and one member per storage.
 
-<root>/data.pkl      the pickled object, each storage in it a persistent id
-<root>/data/<key>    the bytes of a storage, as a rule stored and aligned
-<root>/byteorder     "little" or "big"; files of torch before 2.1 lack it and are little
+    <root>/data.pkl      the pickled object, in which persistent ids refer to storages
+    <root>/data/<key>    the bytes of a storage, usually stored without compression and aligned
+    <root>/byteorder     "little" or "big"; absent (and little) before torch 2.1
 
-It is written opcode by opcode, without torch: protocol 2, nothing memoised. Each tensor is
-`torch._utils._rebuild_tensor_v2` of a persistent id that names its storage (`archive/data/<index>`), an offset, a shape
-and strides; types without a storage class of their own take `_rebuild_tensor_v3`.
+Reading describes tensors by their byte ranges. Writing needs no torch: the pickle is assembled from its opcodes
+(protocol 2, without a memo). Each tensor is a call of `torch._utils._rebuild_tensor_v2` with its storage, offset, shape
+and strides, or of `_rebuild_tensor_v3` where its element type has no storage class.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import IO
 
 from converter.errors import ContainerError
 from converter.formats import torch_pickle
 from converter.formats.pickle_reader import MAX_PICKLE, unpickle
-from converter.formats.torch_pickle import StorageRef
-from converter.formats.zip_directory import Directory, is_zip, read_directory, read_small
+from converter.formats.torch_pickle import StorageRef, StorageRefs
+from converter.formats.zip_directory import is_zip, read_directory, read_small
 from converter.storage.byte_range import DAMAGED, Segment, Storage
 from converter.storage.local_file import SourceFile
 from converter.storage.stream import Copier, OnBytes, OnData
@@ -32,31 +31,34 @@ from converter.tensors.tensor_info import Contents, contiguous_strides
 
 CONTAINER = "torch zip"
 
-# Bytes of a zip member's local header before its name.
-_LOCAL_HEADER = 30
+_ALIGNMENT = 64  # of the bytes of a storage, as torch.save has it; torch.load can map them
+_LOCAL_HEADER = 30  # bytes of a member's local header before its name
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+# ---- reading
 
 
 def can_read(file: SourceFile) -> bool:
     if not is_zip(file):
         return False
-    names = read_directory(file)
-    # TorchScript archives have constants beside the data, and a loader of their own.
-    return f"{names.root}/data.pkl" in names and f"{names.root}/constants.pkl" not in names
+    members = read_directory(file)
+    # TorchScript archives also have constants; another loader reads them.
+    return f"{members.root}/data.pkl" in members and f"{members.root}/constants.pkl" not in members
 
 
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
-    value, _ = unpickle(archive.pickle, archive.where, torch_pickle.GLOBALS, torch_pickle.StorageRefs().load)
+    value, _ = unpickle(archive.pickle, archive.where, torch_pickle.GLOBALS, StorageRefs().load)
     return torch_pickle.contents(file, value, archive.storage)
 
 
 class Archive:
-    """The members that saved objects and TorchScript modules have in common."""
+    """The members that files of torch.save and of torch.jit.save have in common."""
 
     def __init__(self, file: SourceFile) -> None:
         self.file = file
-        self.members: Directory = read_directory(file)
+        self.members = read_directory(file)
         self.root = self.members.root
         self.where = f"{file.name}: data.pkl"
         self.pickle = read_small(self.members[f"{self.root}/data.pkl"], MAX_PICKLE)
@@ -66,90 +68,110 @@ class Archive:
         name = f"{self.root}/byteorder"
         order = read_small(self.members[name], 16) if name in self.members else b"little"
         if order not in (b"little", b"big"):
-            raise ContainerError(
-                f"{self.file.name}: byteorder: {order!r} is neither little nor big", "download or copy the file again"
-            )
+            raise ContainerError(f"{self.file.name}: byteorder: {order!r} is neither little nor big", DAMAGED)
         return order
 
     def storage(self, ref: StorageRef) -> Storage:
-        """The member that holds `ref`'s bytes, checked to be as long as the pickle says."""
+        """The member with the bytes of a storage; ContainerError where it is missing or of another size."""
         name = f"{self.root}/data/{ref.key}"
         if name not in self.members:
-            raise ContainerError(f"{self.file.name}: no member {name!r}, which data.pkl refers to", "download it again")
+            raise ContainerError(f"{self.file.name}: no member {name!r}, which data.pkl refers to", DAMAGED)
         storage = self.members[name]
         if storage.size != ref.nbytes:
             raise ContainerError(
-                f"{self.file.name}: {name}: {storage.size} bytes, where data.pkl says {ref.nbytes}", DAMAGED
+                f"{self.file.name}: {name}: {storage.size} bytes, but data.pkl says {ref.nbytes}", DAMAGED
             )
         return storage._replace(big_endian=True) if self._big_endian else storage
 
 
-def write_pth(fd: int, outputs: Outputs, count: OnBytes, seen: OnData | None = None) -> None:
-    """Write the zip; ContainerError where a source is damaged, OSError where the system refuses to write."""
+# ---- writing
+
+
+def write_pth(fd: int, outputs: Outputs, on_bytes: OnBytes, on_data: OnData | None = None) -> None:
+    """Write a file that torch.load reads as a state dict.
+
+    Args:
+        fd: Descriptor of the file, open for writing.
+        outputs: The tensors by name, in the order in which they are written.
+        on_bytes: Called with the number of bytes of tensor data that were written.
+        on_data: Called with each chunk of tensor data, in order.
+
+    Raises:
+        ContainerError: A source file is damaged.
+        OSError: The file cannot be written.
+    """
     with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
-        _add(archive, "data.pkl", [state_dict_pickle(outputs)])
-        _add(archive, "byteorder", [b"little"])
+        writer = _Writer(archive, on_bytes, on_data)
+        writer.write("data.pkl", state_dict_pickle(outputs))
+        writer.write("byteorder", b"little")
         for index, value in enumerate(outputs.values()):
-            _add(archive, f"data/{index}", segments_of([value]), nbytes(value), count, seen)
-        _add(archive, "version", [b"3\n"])
+            writer.write_storage(f"data/{index}", segments_of([value]), nbytes(value))
+        writer.write("version", b"3\n")
 
 
-def _add(
-    archive: zipfile.ZipFile,
-    name: str,
-    segments: Iterable[Segment | memoryview],
-    size: int = 0,
-    count: OnBytes = lambda _: None,
-    seen: OnData | None = None,
-) -> None:
-    # The date that zip gives to files without one: repeated runs give identical files.
-    info = zipfile.ZipInfo(f"archive/{name}")
-    # Data begins at multiples of 64 bytes, so that torch.load can map it; torch pads in the same way.
-    assert archive.fp is not None
-    large = size >= zipfile.ZIP64_LIMIT
-    begin = archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + (20 if large else 0)
-    padding = -begin % 64
-    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    with archive.open(info, "w", force_zip64=large) as member:
-        copier = Copier(partial(_write, member, seen), count)
-        copier.copy(segments)
-        copier.flush()
+class _Writer:
+    """Adds uncompressed, aligned members to an archive."""
 
+    def __init__(self, archive: zipfile.ZipFile, on_bytes: OnBytes, on_data: OnData | None) -> None:
+        self._archive, self._on_data = archive, on_data
+        # One for all members: it remembers which source storages it has checked.
+        self._copier = Copier(self._exchange, on_bytes)
+        self._member: IO[bytes]
 
-def _write(member: IO[bytes], seen: OnData | None, full: memoryview) -> memoryview:
-    """Write `full` and give its buffer back."""
-    member.write(full)
-    if seen is not None:
-        seen(full)
-    return memoryview(full.obj)
+    def write(self, name: str, data: bytes) -> None:
+        with self._open(name, len(data)) as member:
+            member.write(data)
+
+    def write_storage(self, name: str, segments: Iterable[Segment | memoryview], size: int) -> None:
+        with self._open(name, size) as self._member:
+            self._copier.copy(segments)
+            self._copier.flush()
+
+    def _open(self, name: str, size: int) -> IO[bytes]:
+        # ZipInfo's default date is constant: repeated runs write identical files.
+        info = zipfile.ZipInfo(f"archive/{name}")
+        large = size >= zipfile.ZIP64_LIMIT
+        assert self._archive.fp is not None
+        data = self._archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + (20 if large else 0)
+        padding = -data % _ALIGNMENT
+        # The extra field that torch.save pads with.
+        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        return self._archive.open(info, "w", force_zip64=large)
+
+    def _exchange(self, full: memoryview) -> memoryview:
+        """Write a buffer and return it for reuse."""
+        self._member.write(full)
+        if self._on_data is not None:
+            self._on_data(full)
+        return memoryview(full.obj)
 
 
 def state_dict_pickle(outputs: Mapping[str, LazyTensor]) -> bytes:
-    """The content of `data.pkl` for these tensors, whose storages are numbered in their order."""
-    items = b"".join(_text(name) + _tensor(value, index) for index, (name, value) in enumerate(outputs.items()))
+    """The content of `data.pkl`. Storages are numbered in the order of the tensors."""
+    items = b"".join(_string(name) + _tensor(value, index) for index, (name, value) in enumerate(outputs.items()))
     return b"\x80\x02" + _EMPTY_ORDERED_DICT + b"(" + items + b"u."
 
 
 def _tensor(value: LazyTensor, index: int) -> bytes:
-    count = math.prod(value.shape)
+    numel = math.prod(value.shape)
     if value.dtype.storage:
         rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
         storage = b"ctorch\n" + value.dtype.storage.encode() + b"\n"
         dtype = b""
     else:
-        # An untyped storage counts bytes, and the type is told apart.
+        # An untyped storage has bytes as elements; the element type is an argument of its own.
         rebuild = b"ctorch._utils\n_rebuild_tensor_v3\n"
         storage = b"ctorch.storage\nUntypedStorage\n"
-        count *= value.dtype.itemsize
+        numel *= value.dtype.itemsize
         dtype = b"ctorch\n" + value.dtype.name.encode() + b"\n"
-    persistent_id = b"(" + _text("storage") + storage + _text(str(index)) + _text("cpu") + _int(count) + b"tQ"
+    persistent_id = b"(" + _string("storage") + storage + _string(str(index)) + _string("cpu") + _int(numel) + b"tQ"
     shape, strides = _ints(value.shape), _ints(contiguous_strides(value.shape))
-    # Offset 0; requires no gradient; no backward hooks.
+    # Offset 0, requires_grad False, no backward hooks.
     arguments = persistent_id + _int(0) + shape + strides + b"\x89" + _EMPTY_ORDERED_DICT + dtype
     return rebuild + b"(" + arguments + b"tR"
 
 
-def _text(text: str) -> bytes:
+def _string(text: str) -> bytes:
     data = text.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 

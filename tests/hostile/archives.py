@@ -307,11 +307,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
                 central={"size": FULL, "extra": struct.pack("<2HQ", 1, 8, 10 << 30)},
             )
         ),
-        (STORAGE, "unfold to 10737418240"),
+        (STORAGE, "inflate to 10737418240"),
     ),
     "a pickle of 60 MB of zeros": (
         lambda: pack([*changed(PICKLE, data=_bomb(64 << 20), size=64 << 20, crc=0, method=DEFLATED)]),
-        (PICKLE, "67108864 bytes, and at most"),
+        (PICKLE, "67108864 bytes; the limit"),
     ),
     "more than is claimed": (
         lambda: pack(changed(PICKLE, PICKLE, size=len(_checkpoint()[PICKLE]) - 1)),
@@ -325,8 +325,8 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: pack([one for name, one in checkpoint().items() if name != STORAGE]),
         (f"no member '{STORAGE}'",),
     ),
-    "a storage short": (lambda: pack([*changed(data=bytes(4), size=4)]), (STORAGE, "4 bytes, where data.pkl says")),
-    "a storage twice": (lambda: pack([*changed(), member(STORAGE, b"x")]), ("two members", f"'{STORAGE}'")),
+    "a storage short": (lambda: pack([*changed(data=bytes(4), size=4)]), (STORAGE, "4 bytes, but data.pkl says")),
+    "a storage twice": (lambda: pack([*changed(), member(STORAGE, b"x")]), ("duplicate member", f"'{STORAGE}'")),
     "a storage outside": (
         lambda: pack(_renamed_storage(present=False)),
         ("no member 'archive/data/../../../../canary'",),
@@ -354,9 +354,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         ("encrypted",),
     ),
     **{f"cut to {what}": (lambda by=by: cut(by), ("truncated",)) for what, by in CUTS.items()},
-    "something before it": (lambda: b"#!/bin/sh\n" + saved(sam()), ("unknown kind: it begins with 23 21",)),
+    "something before it": (lambda: b"#!/bin/sh\n" + saved(sam()), ("unknown format: it begins with 23 21",)),
     "an archive before it": (lambda: pack([member("a", b"")]) + pack(changed()), ("directory ends at byte",)),
-    "something after it": (lambda: saved(sam()) + b"junk", ("something after its end",)),
+    "something after it": (lambda: saved(sam()) + b"junk", ("data after its end",)),
     "a second end": (lambda: saved(sam()) + ends(0, 0, 0), ("directory ends at byte 0",)),
     "ends that disagree": (
         lambda: pack(changed(), lambda count, length, at: ends_wide(count, length, at, (1, FULL, FULL))),
@@ -364,13 +364,13 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
     "a zip64 end that is not there": (
         lambda: pack(changed(), lambda count, length, at: ends_wide(count, length, at).replace(b"PK\6\6", b"PK\6\5")),
-        ("no zip64 record",),
+        ("zip64 end record is missing",),
     ),
     "a zip64 size that is not there": (lambda: pack(changed(central={"size": FULL})), ("a size is missing",)),
-    "several disks": (lambda: pack(changed(), functools.partial(ends, disk=1)), ("set of several",)),
+    "several disks": (lambda: pack(changed(), functools.partial(ends, disk=1)), ("multi-part archive",)),
     "two members at one place": (
         lambda: pack([*changed(), member("archive/version2", b"")._replace(central={"at": 0})]),
-        ("overlaps what follows it",),
+        ("overlaps the next member",),
     ),
     "a bomb of quoted headers": (lambda: pack(_quoted_overlap()), ("'archive/y' overlaps",)),
     "a million members claimed": (
@@ -422,12 +422,12 @@ OTHER: dict[str, tuple[Callable[[], bytes], str]] = {
     "numpy": (_npy, "a numpy array"),
     "GGUF": (lambda: b"GGUF\3\0\0\0" + bytes(100), "a GGUF file"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
-    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "unknown kind: it begins with 89 50 4e 47"),
+    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "unknown format: it begins with 89 50 4e 47"),
     "an error page": (lambda: b"\xef\xbb\xbf\r\n<!DOCTYPE html><title>404</title>", "a web page"),
     "a storage service's error": (lambda: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML"),
     "a hub's error": (lambda: b'{"error":"Repository not found"}', "JSON text"),
     "a line of text": (lambda: b"Entry not found\n", "text, not weights: 'Entry not found'"),
-    "text that steers terminals": (lambda: b"\x1b[2J\n::error::", "unknown kind"),
+    "text that steers terminals": (lambda: b"\x1b[2J\n::error::", "unknown format"),
     "a Git LFS pointer": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3\n",
         "git lfs pull",
@@ -451,7 +451,7 @@ def _special(make: Callable[[Path], object]) -> Build:
 
 
 ENCODER_PREFIX: dict[str, tuple[Build, tuple[str, ...]]] = {
-    "a terabyte of zeros": (_sparse, ("nothing but zeros",)),
+    "a terabyte of zeros": (_sparse, ("zeros only",)),
     "a folder": (_special(Path.mkdir), ("sam.pth", "holds no checkpoint")),
     "a pipe": (_special(os.mkfifo), ("sam.pth: is a pipe",)),
     "/dev/zero": (lambda folder: Path("/dev/zero"), ("/dev/zero: is a device",)),

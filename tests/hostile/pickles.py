@@ -40,7 +40,7 @@ def canary(folder: Path) -> Raw:
 
 
 def asks_for(name: str) -> Refused:
-    return Refused((f"the pickle asks for {name}, ", "weights.pth: ", NOTHING_RUN))
+    return Refused((f"the pickle refers to {name}, ", "weights.pth: ", NOTHING_RUN))
 
 
 # ---- gadgets: what is called
@@ -69,7 +69,7 @@ def _family(name: str, folder: Path) -> Path:
 
 def families() -> Iterable[Case]:
     for name in FAMILIES:
-        expected = Refused(("a tensor of a class of its own",)) if name.endswith("from_type_v2") else asks_for(name)
+        expected = Refused(("a tensor of a subclass",)) if name.endswith("from_type_v2") else asks_for(name)
         yield Case(f"pickle: {name}", functools.partial(_family, name), expected)
 
 
@@ -150,12 +150,12 @@ OPCODES: dict[str, tuple[bytes, str]] = {
     "a name that is no text": (b"NN\x93", "a global without a name"),
     "a name that would steer the terminal": (
         b"c\x1b[2J\x1b]0;x\x07\nsystem\n",
-        "asks for \\x1b[2J\\x1b]0;x\\x07.system,",
+        "refers to \\x1b[2J\\x1b]0;x\\x07.system,",
     ),
-    "a name in other letters": (b"ccollecti\xd0\xbens\nOrderedDict\n", "asks for collecti\u043ens.OrderedDict,"),
-    "a name with a space": (b"ccollections \nOrderedDict\n", "asks for collections .OrderedDict,"),
+    "a name in other letters": (b"ccollecti\xd0\xbens\nOrderedDict\n", "refers to collecti\u043ens.OrderedDict,"),
+    "a name with a space": (b"ccollections \nOrderedDict\n", "refers to collections .OrderedDict,"),
     "_codecs.encode other than for bytes": (call("_codecs.encode", "x", "rot13").opcodes, "a call of _codecs.encode"),
-    "a persistent id that is a call": (b"cos\nsystem\n" + text("true") + b"\x85RQ", "asks for os.system"),
+    "a persistent id that is a call": (b"cos\nsystem\n" + text("true") + b"\x85RQ", "refers to os.system"),
     "a persistent id of a module": (
         b"(" + text("module") + text("x") + text("x.py") + text("import os") + text("") + b"tQ",
         "a reference to something other than a tensor's storage",
@@ -390,12 +390,12 @@ BOMBS: dict[str, tuple[Callable[[], Any], str]] = {
     "2,000 marks": (lambda: Raw(b"(" * 2000), "nested more than 1000 deep"),
     "a million lists": (lambda: Raw(b"]" * MANY), "more than 1000000 opcodes"),
     "a million dicts": (lambda: Raw(b"}" * MANY), "more than 1000000 opcodes"),
-    "a million sets": (lambda: Raw(b"\x8f" * MANY), "arguments in all"),
+    "a million sets": (lambda: Raw(b"\x8f" * MANY), "arguments in total"),
     "a million places in the memo": (lambda: Raw(b"N" + b"\x94" * MANY), "more than 1000000 opcodes"),
     "a million numbers": (lambda: Raw(b"(" + b"M\xff\xff" * MANY + b"l"), "more than 1000000 opcodes"),
     "more than 16 MiB": (
         lambda: Raw(b"B" + struct.pack("<I", 17 << 20) + bytes(17 << 20)),
-        "at most 16777216 are read",
+        "the limit is 16777216",
     ),
     "dicts 200 deep": (lambda: _nested(200), "nested more than 100 deep"),
     "a dict in itself": (lambda: Raw(b"}r\0\0\1\0" + text("a") + b"j\0\0\1\0s"), "nested more than 100 deep"),
@@ -406,11 +406,11 @@ BOMBS: dict[str, tuple[Callable[[], Any], str]] = {
     "keys that share a hash: tuples": (lambda: Raw(b"}(" + _colliding_tuples(30_000) + b"u"), "a tuple as a key"),
     "copies of one list": (
         lambda: Raw(_LIST + b"(" + b"cbuiltins\nset\nj\0\0\1\0\x85R" * 100 + b"t"),
-        "calls with more than 1000000 arguments in all",
+        "calls with more than 1000000 arguments in total",
     ),
     "copies of one text": (
         lambda: Raw(b"(X\0\0\x10\0" + b"a" * MANY + b"r\0\0\1\0" + b"c_codecs\nencode\nj\0\0\1\0\x85R" * 100 + b"t"),
-        "calls with more than 1000000 arguments in all",
+        "calls with more than 1000000 arguments in total",
     ),
     "LONG4 of 2 GiB": (lambda: Raw(b"\x8b\xff\xff\xff\x7f"), "an integer of 2147483647 bytes"),
     "LONG4 of -1 bytes": (lambda: Raw(b"\x8b\xff\xff\xff\xff"), "an integer of -1 bytes"),
@@ -484,7 +484,7 @@ def cases() -> Iterable[Case]:
         build: Build = functools.partial(beside, Raw(opcodes))
         yield Case(f"pickle: {name}", build, Refused((words, "weights.pth: data.pkl: byte ")))
     for name, (value, asked) in FOREIGN.items():
-        expected = Refused((f"the pickle asks for {asked}", NOTHING_RUN, "save its weights alone"))
+        expected = Refused((f"the pickle refers to {asked}", NOTHING_RUN, "save its weights alone"))
         yield Case(f"pickle: {name} beside a model", functools.partial(beside, value), expected)
     for form in FORMS:
         expected = asks_for("torch.nn.modules.linear.Linear")

@@ -55,7 +55,7 @@ def own(*arguments: Any, **more: Any) -> Callable[[Records, Storages], None]:
 IMPOSSIBLE = "impossible shape"
 NO_NUMBERS = "a tensor of an impossible shape"
 LEAVES = "of a storage of 256"
-SAYS = "where data.pkl says"
+SAYS = "but data.pkl says"
 
 # What the record says of its storage of 64 float32, and what is wrong with that.
 BAD: dict[str, tuple[Callable[[Records, Storages], None], str]] = {
@@ -153,7 +153,7 @@ UNUSUAL: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "conjugated": (lambda: torch.zeros(16, dtype=torch.complex64).conj(), "complex numbers"),
     "negated": (lambda: torch.zeros(16)._neg_view(), "a conjugated or negated view"),
     "nested": (_nested, "a nested tensor"),
-    "of a class of its own": (lambda: torch.ones(16).as_subclass(Own), "a tensor of a class of its own"),
+    "of a subclass": (lambda: torch.ones(16).as_subclass(Own), "a tensor of a subclass"),
 }
 
 
@@ -333,7 +333,7 @@ def cases() -> Iterable[Case]:
     yield Case(
         "record: big-endian, of another type than its storage",
         functools.partial(_big_endian, _untyped),
-        Refused((repr(BIAS), "big-endian, and of another element type than its storage")),
+        Refused((repr(BIAS), "big-endian, with another element type than its storage")),
     )
 
 

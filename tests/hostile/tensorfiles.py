@@ -186,9 +186,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a header beyond the file": (of_length(1 << 24), ("truncated: 16777216 bytes wanted",)),
     "a header beyond the limit": (of_length(100_000_001), ("a header of 100000001 bytes",)),
     "a header of 2**39 bytes": (of_length(1 << 39), ("a header of 549755813888 bytes",)),
-    "a header of 2**63 bytes": (of_length(1 << 63), ("unknown kind: it begins with 00 00 00 00 00 00 00 80",)),
-    "a header of 2**64 - 1 bytes": (of_length(2**64 - 1), ("unknown kind: it begins with ff ff",)),
-    "a length alone": (lambda: struct.pack("<Q", 2), ("unknown kind",)),
+    "a header of 2**63 bytes": (of_length(1 << 63), ("unknown format: it begins with 00 00 00 00 00 00 00 80",)),
+    "a header of 2**64 - 1 bytes": (of_length(2**64 - 1), ("unknown format: it begins with ff ff",)),
+    "a length alone": (lambda: struct.pack("<Q", 2), ("unknown format",)),
     "no JSON": (text(lambda header: header.replace(":", "=")), (UNREADABLE,)),
     "a comma too many": (text(lambda header: header[:-1] + ",}"), (UNREADABLE,)),
     "a comment": (text(lambda header: header[:-1] + "/* */}"), (UNREADABLE,)),
@@ -196,9 +196,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "zeros behind the header": (text(lambda header: header + "\0\0"), (UNREADABLE, "Extra data")),
     "no UTF-8": (text(lambda header: header.encode().replace(b"pos_embed", b"pos_\xff\xfe")), (UNREADABLE, "utf-8")),
     "UTF-16": (text(lambda header: header.encode("utf-16-le")), (UNREADABLE,)),
-    "a list": (text(lambda header: f"[{header}]"), ("unknown kind",)),
-    "a byte order mark": (text(lambda header: "\ufeff" + header), ("unknown kind",)),
-    "white space before the header": (text(lambda header: " " + header), ("unknown kind",)),
+    "a list": (text(lambda header: f"[{header}]"), ("unknown format",)),
+    "a byte order mark": (text(lambda header: "\ufeff" + header), ("unknown format",)),
+    "white space before the header": (text(lambda header: " " + header), ("unknown format",)),
     "a line break in a name": (text(lambda header: header.replace("pos_embed", "pos\nembed")), (UNREADABLE, "control")),
     "half of a surrogate pair as a name": (
         text(lambda h: h.replace("pos_embed", "\\ud800")),
@@ -206,17 +206,17 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
     "a tensor twice": (
         text(lambda h: f'{h[:-1]}, "{KEY}": {json.dumps(parts(sam())[0][KEY])}}}'),
-        (f"'{KEY}'", "twice"),
+        (f"'{KEY}'", "duplicate name"),
     ),
     "a field twice": (
         text(lambda h: h.replace('"shape"', '"dtype": "F32", "shape"', 1)),
-        ("'dtype' stands there twice",),
+        ("duplicate name 'dtype'",),
     ),
     "metadata twice": (
         text(lambda h: f'{{"__metadata__": {{}}, "__metadata__": {{}}, {h[1:]}'),
-        ("'__metadata__'", "twice"),
+        ("'__metadata__'", "duplicate name"),
     ),
-    "a key of metadata twice": (metadata('{"a": "1", "a": "2"}'), ("'a' stands there twice",)),
+    "a key of metadata twice": (metadata('{"a": "1", "a": "2"}'), ("duplicate name 'a'",)),
     "a field more": (entry(strides=[1]), (f"tensor '{KEY}' is not described by",)),
     **{
         f"no {field}": (entry(**{field: None}), (f"tensor '{KEY}' is not described by",))
@@ -285,16 +285,16 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a number of 5000 digits": (raw("shape", f"[{'9' * 5000}]"), (UNREADABLE, "5000 digits")),
     "a number of 4000 digits": (raw("shape", f"[{'9' * 4000}]"), INTEGERS),
     **{
-        f"the dtype {json.dumps(value)}": (entry(dtype=value), (f"'{KEY}' has dtype {value!r}, which is not known",))
+        f"the dtype {json.dumps(value)}": (entry(dtype=value), (f"'{KEY}' has the unknown dtype {value!r}",))
         for value in ("F31", "f32", "C64", "F4", "\x1b[2J\n", "", 32, ["F32"], {"F32": None})
     },
     "a dtype of other size": (entry(dtype="F64"), (f"tensor '{KEY}': float64", MISFIT)),
-    "a byte missing": (text(str, lambda data: data[:-1]), ("truncated", "should be")),
-    "all data missing": (text(str, lambda data: b""), ("truncated", "should be")),
-    "a byte left over": (text(str, lambda data: data + b"\0"), ("bytes are left over",)),
+    "a byte missing": (text(str, lambda data: data[:-1]), ("truncated", "expected")),
+    "all data missing": (text(str, lambda data: b""), ("truncated", "expected")),
+    "a byte left over": (text(str, lambda data: data + b"\0"), ("extra bytes at the end",)),
     "no tensors": (lambda: written("{}", b""), ("holds no tensors",)),
     **{
-        f"the metadata {value}": (metadata(value), ("__metadata__ is not a table of strings",))
+        f"the metadata {value}": (metadata(value), ("__metadata__ is not an object of strings",))
         for value in ("null", "[]", '"a"', '{"a": 1}', '{"a": NaN}', '{"a": {"b": "c"}}', '{"a": ["b"]}')
     },
     # What is made to exhaust.
@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a hundred thousand tensors": (_many, ("no SAM layout fits its 100000 tensors",)),
     "a hundred thousand tensors and one of them again": (
         lambda: _many("99999"),
-        ("'model.layers.99999.weight'", "twice"),
+        ("'model.layers.99999.weight'", "duplicate name"),
     ),
     # Names.
     "no name": (named(""), ("no rule claims ''",)),

@@ -177,19 +177,19 @@ BY_HAND: dict[str, tuple[Callable[[], Any], Callable[[], bytes], dict[str, Calla
         lambda: instance("__torch__x.M", {}),
         bytes,
         {},
-        "asks for __torch__x.M",
+        "refers to __torch__x.M",
     ),
     "16 MiB of code": (
         lambda: instance("__torch__.M", {}),
         lambda: (CLASS % b"") + b"#" * (16 << 20),
         {},
-        "at most 4194304 are read",
+        "the limit is 4194304",
     ),
     "many files of 3 MiB of code": (
         lambda: instance("__torch__.M", {f"m{n}": instance(f"__torch__.f{n}.M", {}) for n in range(20)}),
         lambda: CLASS % b"",
         {f"code/__torch__/f{n}.py": lambda: (CLASS % b"") + b"#" * (3 << 20) for n in range(20)},
-        "are read",
+        "the limit is",
     ),
     "20,000 classes in one file": (
         lambda: _many_classes(20_000),
@@ -219,7 +219,7 @@ BY_HAND: dict[str, tuple[Callable[[], Any], Callable[[], bytes], dict[str, Calla
         lambda: instance("__torch__.M", {}),
         lambda: CLASS % b"" + b"  def   __setstate__ (self, state: Any) -> None:\n    pass\n",
         {},
-        "'__torch__.M' restores itself by code of its own (__setstate__)",
+        "'__torch__.M' restores itself by code (__setstate__)",
     ),
 }
 
@@ -273,7 +273,7 @@ def cases() -> Iterable[Case]:
     yield Case(
         "torchscript: a setstate that never ends",
         functools.partial(_script, lambda: nn.Sequential(tree(sam()), Restores()), "script"),
-        Refused(("Restores' restores itself by code of its own (__setstate__)", "nothing of it was executed")),
+        Refused(("Restores' restores itself by code (__setstate__)", "nothing of it was executed")),
     )
     append = code(lambda data, folder: data + HOSTILE_CODE % str(marker(folder)).encode())
     yield Case("torchscript: code that calls the system, and is none", append, Accepted(sam))
@@ -299,7 +299,7 @@ def cases() -> Iterable[Case]:
         Refused(("a zip archive, but not one",)),
     )
     short = member("/data/0", lambda data, folder: data[:-4])
-    yield Case("torchscript: a short storage", short, Refused(("archive/data/0", "where data.pkl says")))
+    yield Case("torchscript: a short storage", short, Refused(("archive/data/0", "but data.pkl says")))
     yield Case(
         "torchscript: no storage",
         member("/data/0", lambda data, folder: None),

@@ -33,7 +33,7 @@ def _tensor(key: str, member: Storage) -> TensorInfo:
     head = member.read() if member.deflated else member.file.read(member.offset, min(member.length, 4096))
     header = _HEADER.match(head)
     if header is None or header[1].decode() not in _DTYPES:
-        raise ContainerError(f"{member.file.name}: {member.name}: not a .npy file of a supported type\n{DAMAGED}")
+        raise ContainerError(f"{member.file.name}: {member.name}: not a .npy file of a supported type", DAMAGED)
     dtype = BY_NAME[_DTYPES[header[1].decode()]]
     shape = tuple(int(size) for size in header[3].split(b",") if size.strip())
     strides = contiguous_strides(shape[::-1])[::-1] if header[2] == b"True" else contiguous_strides(shape)
