@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import re
 import shutil
@@ -126,44 +125,6 @@ def test_errors_of_hubs(tmp_path: Path) -> None:
         settings = environment(server, tmp_path)
         names = {server.hf_endpoint: "https://huggingface.co", str(tmp_path / "hf"): "~/.cache/huggingface"}
         check(under(DOCS / "hubs.md", "## Errors"), tmp_path, settings, names=names)
-
-
-# The rows of the picture in docs/architecture.md, from the ground up.
-ROWS = (
-    "errors version dtypes files strictjson checkpoint report mapping catalogue",
-    "compute encoders",
-    "hubs locate loaders unwrap source recognition planning"
-    " target beside stage copier write pth writing cards pretrained",
-    "pipeline assemble inspection loading comparison derivation verify",
-    "cli",
-)
-HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row.split()}
-
-
-def imports() -> list[tuple[str, str]]:
-    """Which module or package of ours imports which, each by its first name."""
-    found = []
-    for path in (ROOT / "converter").rglob("*.py"):
-        importer = path.relative_to(ROOT / "converter").with_suffix("").parts[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "converter":
-                names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                found += [(importer, name) for name in names]
-    return [(a, b) for a, b in found if a not in ("__init__", b) and not b.startswith("__")]
-
-
-def test_imports_go_down_as_the_architecture_draws_them() -> None:
-    up = {f"{a} imports {b}" for a, b in imports() if HEIGHT[a] < HEIGHT[b]}
-    assert not up
-
-
-def test_the_architecture_names_every_package_and_what_it_names_exists() -> None:
-    page = (DOCS / "architecture.md").read_text()
-    named = {*re.findall(r"`([a-z_]+)(?:\.py|/)`", page), "errors", "version", "dtypes", "files", "strictjson", "cli"}
-    assert set(HEIGHT) <= named
-    for path in re.findall(r"`([\w/*-]+(?:\.py|\.yaml|\.toml|\.json|/))`", page):
-        places = (ROOT, ROOT / "converter", ROOT / "mappings")
-        assert any(list(place.glob(path.rstrip("/"))) for place in places), path
 
 
 def small_checkpoints(folder: Path) -> None:
