@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from converter.version import __version__
+from converter import __version__
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
