@@ -48,14 +48,12 @@ def true_size(tmp_path: Path) -> Path:
     """The folder in which the commands are run that show their outputs."""
     make = [sys.executable, ROOT / "scripts" / "make_checkpoints.py", tmp_path, "--only", "sam-b"]
     subprocess.run(make, check=True, capture_output=True)
-    with (tmp_path / "sam_vit_b_01ec64.pth").open("rb") as whole:
-        (tmp_path / "half-downloaded.pth").write_bytes(whole.read(100_000_000))
     return tmp_path
 
 
 def test_outputs_are_what_is_printed(true_size: Path, hub: dict[str, str]) -> None:
     told = walkthrough.steps(ENGLISH)
-    assert len(told) == 5
+    assert len(told) == 4
     walkthrough.check(told, true_size, hub)
 
 
@@ -79,10 +77,10 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_commands_run(tiny: Path) -> None:
-    """Line after line; the opening two are shown again below, with their outputs."""
+    """Line after line, but for the full verification: the models are too small for the whole chain."""
     lines = [line for block in blocks(ENGLISH, "sh") for line in block.splitlines() if line.startswith("dsocr-")]
-    assert len(lines) >= 17
-    for line in lines[2:]:
+    assert len(lines) == 8
+    for line in [lines[0], *lines[2:]]:
         done = walkthrough.shell(line, tiny)
         assert done.returncode == 0, f"{line}\n{done.stdout}"
 
