@@ -24,8 +24,8 @@ html_show_sphinx = False
 html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
-# The schema is for editors to read, under a name of its own.
-html_extra_path = ["mapping.schema.json"]
+# Editors read the schema at this address.
+html_extra_path = ["../converter/layouts/mapping.schema.json"]
 # The console's lines, with their `$ `, are no language's.
 highlight_language = "none"
 

@@ -256,7 +256,7 @@ def test_mapping_check_takes_several_files_and_checks_all(tmp_path: Path) -> Non
     assert "sam-hf, 34 rules, valid" in done.stdout
     assert "bad.yaml:2: unknown key 'foo'" in done.stderr and "none.yml: cannot be read" in done.stderr
     hub = run("mapping", "check", good.with_name("deepencoder-sam.yaml"), cwd=tmp_path)
-    assert (hub.returncode, "deepencoder-sam, a hub layout of 21 templates, valid" in hub.stdout) == (0, True)
+    assert (hub.returncode, "deepencoder-sam, a canonical layout, valid" in hub.stdout) == (0, True)
     for more in (["a.pth", "b.pth"], [good, "a.pth"]):
         two = run("mapping", "check", good, *more, cwd=tmp_path)
         assert two.returncode == 2 and "one mapping file and one checkpoint" in two.stderr

@@ -69,12 +69,6 @@ def test_every_page_is_listed_on_the_first() -> None:
         assert name == "index" or (f"({name}.md)" in index and f"\n{name}\n" in index), name
 
 
-def test_the_reference_of_rules_is_current() -> None:
-    command = [sys.executable, ROOT / "scripts" / "reference.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_the_tutorial(tmp_path: Path) -> None:
     # A clone whose mappings can be added to, in the place of the one that is installed.
     package = tmp_path / "clone" / "converter"

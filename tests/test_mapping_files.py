@@ -12,8 +12,8 @@ from converter.checkpoint.open import open_checkpoint
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layout
-from converter.layouts.parse import parse_mapping, parse_signature
-from converter.layouts.spec import CanonicalLayout, LayoutMapping
+from converter.layouts.parse import parse_mapping
+from converter.layouts.spec import LayoutSpec
 from converter.output.record import ConversionRecord
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import lazy_read
@@ -24,15 +24,15 @@ def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
     loaded, text = registry.load(name), registry.text(name)
     assert loaded.name == name
     assert name.startswith(f"{loaded.family}-") or name == f"deepencoder-{loaded.family}"
-    assert isinstance(loaded, CanonicalLayout) == name.startswith("deepencoder-")
+    assert loaded.is_canonical == name.startswith("deepencoder-")
     assert len(text.splitlines()) <= 66
     assert 20 <= len(loaded.description) <= 100 and "\n" not in loaded.description
-    assert parse_signature(text, name) == loaded.signature
     assert len(loaded.digest) == 64
 
 
 def test_every_family_has_a_canonical_layout_and_mappings_to_it() -> None:
-    for family in ("sam", "clip"):
+    assert registry.families() == ("sam", "clip")
+    for family in registry.families():
         assert registry.canonical(family).name == f"deepencoder-{family}"
         assert len(registry.mappings(family)) >= 5
 
@@ -72,11 +72,15 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "no rules": ("\nrules:", "\nextra_tensors:", 13, "unknown key 'extra_tensors'"),
     "no family": ("family: clip\n", "", 1, "the key 'family' is missing"),
     "no description": ("description: a test\n", "", 1, "the key 'description' is missing"),
-    "empty description": ("description: a test", "description:", 3, "expected one line .*, found nothing"),
-    "list as description": ("description: a test", "description: [a]", 3, "expected one line .*, found a list"),
-    "family": ("family: clip", "family: vit", 2, "one of the families sam, clip, found 'vit'"),
-    "key twice": ("family: clip", "layout: other", 2, "the key 'layout' stands here twice"),
-    "variable twice": ("  name: name", "  layer: name", 7, "the key 'layer' stands here twice"),
+    "empty description": ("description: a test", "description:", 3, "expected a one-line description, found nothing"),
+    "list as description": (
+        "description: a test",
+        "description: [a]",
+        3,
+        "expected a one-line description, found a list",
+    ),
+    "key twice": ("family: clip", "layout: other", 2, "duplicate key 'layout'"),
+    "variable twice": ("  name: name", "  layer: name", 7, "duplicate key 'layer'"),
     "list as key": ("family: clip", "? [a]\n: clip", 2, "expected a key, found a list"),
     "sizes": ("prefix: model.", "sizes: {a: 1}", 10, "unknown key 'sizes'"),
     "variable kind": ("layer: int", "layer: float", 5, "'layer': expected int, name, path, or a list .*'float'"),
@@ -85,26 +89,26 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "word with dot": ("[q, k, v]\n  name", "[q.a, k, v]\n  name", 6, "different words without dots"),
     "word twice": ("[q, k, v]\n  name", "[q, q, v]\n  name", 6, "different words without dots"),
     "word a list": ("[q, k, v]\n  name", "[[q], k, v]\n  name", 6, "expected a word, found a list"),
-    "strip a map": (
+    "prefix a map": (
         "prefix: model.",
         "prefix: {a: b}",
         10,
         "expected a prefix, or a list of prefixes, found a mapping",
     ),
-    "strip nothing": ("prefix: model.", "prefix: []", 10, "expected a prefix"),
-    "beside without strip": ("prefix: model.\n", "", 24, "`other_rules` speaks of names without the prefix"),
-    "beside and elsewhere": (
+    "prefix empty": ("prefix: model.", "prefix: []", 10, "expected a prefix"),
+    "other_rules without prefix": ("prefix: model.\n", "", 24, "`other_rules` applies to names without the prefix"),
+    "other_rules and drop_rest": (
         "other_rules:",
         "drop_rest: text\nother_rules:",
         24,
         "`other_rules` .* or `drop_rest`, not both",
     ),
-    "elsewhere blank": ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: ' '", 24, "a reason in words"),
-    "recognise nothing": ("  a.weight: [3*width, 7, _]", "  {}", 12, "at least one name"),
+    "drop_rest blank": ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: ' '", 24, "a reason in words"),
+    "detect nothing": ("  a.weight: [3*width, 7, _]", "  {}", 12, "at least one name"),
     "shape a word": ("[3*width, 7, _]", "width", 12, r"expected a shape such as \[3\*width, width\], found 'width'"),
-    "dim zero": ("3*width, 7", "3*width, 0", 12, "'0' is no dimension"),
-    "dim negative": ("3*width, 7", "3*width, -1", 12, "'-1' is no dimension"),
-    "dim sum": ("3*width, 7", "width+1, 7", 12, "'width\\+1' is no dimension: write a number, a name"),
+    "dim zero": ("3*width, 7", "3*width, 0", 12, "'0' is not a dimension"),
+    "dim negative": ("3*width, 7", "3*width, -1", 12, "'-1' is not a dimension"),
+    "dim sum": ("3*width, 7", "width+1, 7", 12, "'width\\+1' is not a dimension: write a number, a name"),
     "dim map": ("3*width, 7", "{a: b}, 7", 12, "expected a dimension, found a mapping"),
     "rules a map": (
         "other_rules:\n  - {keep: e, optional: true}",
@@ -140,7 +144,7 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "dim below zero": ("    into: l.{layer}", "    dim: -1\n    into: l.{layer}", 18, "a dimension, found '-1'"),
     "then a word": ("then: [squeeze: 2]", "then: squeeze", 15, "a list of operations, found 'squeeze'"),
     "op": ("squeeze: 2", "rotate: 2", 15, "unknown key 'rotate'; expected one of .*deinterleave.*squeeze"),
-    "two ops": ("[squeeze: 2]", "[{squeeze: 2, cast: float16}]", 15, "expected one operation an item"),
+    "two ops": ("[squeeze: 2]", "[{squeeze: 2, unsqueeze: 2}]", 15, "expected one operation per item"),
     "squeeze twice": ("squeeze: 2", "squeeze: [0, 0]", 15, "expected different dimensions"),
     "squeeze nothing": ("squeeze: 2", "squeeze: []", 15, "expected different dimensions"),
     "squeeze a name": ("squeeze: 2", "unsqueeze: last", 15, "expected a dimension, or a list of them, found 'last'"),
@@ -150,9 +154,12 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "reshape sizes": ("squeeze: 2", "reshape: {from: [2, 3], to: [7]}", 15, "different numbers of elements"),
     "heads": ("squeeze: 2", "deinterleave: {heads: 0, parts: 3}", 15, "expected a number of heads, found 0"),
     "parts": ("squeeze: 2", "deinterleave: {heads: 4}", 15, "the key 'parts' is missing"),
-    "cast": ("squeeze: 2", "cast: int8", 15, "expected a floating-point type, found 'int8'"),
-    "resample": ("squeeze: 2", "resample: 0", 15, "side of the new grid"),
-    "number too long": ("squeeze: 2", "resample: 99999999999999999999", 15, "side of the new grid .*found '9+'"),
+    "number too long": (
+        "squeeze: 2",
+        "squeeze: 99999999999999999999",
+        15,
+        "a dimension, or a list of them, found '9+'",
+    ),
     "tag": ("family: clip", "family: !!python/name:os.system clip", 2, "YAML tag .* is not allowed"),
     "tag of YAML": ("family: clip", "family: !!str clip", 2, "YAML tag .* is not allowed"),
     "anchor": ("family: clip", "family: &x clip", 2, "anchors and aliases are not allowed"),
@@ -160,17 +167,16 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "deep": ("keep: e,", "keep: " + "[" * 20 + "]" * 20 + ",", 25, "nested too deeply"),
     "not YAML": ("prefix: model.", "prefix: [model.", 11, "not valid YAML"),
     "tab": ("family: clip", "\tfamily: clip", 2, "not valid YAML"),
-    "two documents": ("other_rules:", "---\nother_rules:", 24, "not valid YAML: but found another document"),
+    "two documents": ("other_rules:", "---\nother_rules:", 24, "expected one YAML document"),
 }
 
 
-def mapping_of(text: str) -> LayoutMapping | CanonicalLayout:
+def mapping_of(text: str) -> LayoutSpec:
     return parse_mapping(text, "my.yaml")
 
 
 def test_the_table_starts_from_a_good_file() -> None:
-    mapping = mapping_of(GOOD)
-    assert isinstance(mapping, LayoutMapping)
+    mapping = mapping_of(GOOD).mapping
     assert [rule.place.line for rule in (*mapping.rules, *mapping.other_rules)] == [14, 16, 19, 22, 25]
 
 
@@ -183,6 +189,34 @@ def test_a_malformed_file_is_told_by_line_and_what_was_expected(old: str, new: s
     assert found, caught.value
     assert int(found[1]) == line
     assert re.search(complaint, found[2]), found[2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("prefix: model.", "strip: model."),
+        ("detect:", "recognise:"),
+        ("other_rules:", "beside:"),
+        ("other_rules:\n  - {keep: e, optional: true}", "elsewhere: text"),
+        ("optional: true}", "optional: reading}"),
+    ],
+)
+def test_a_former_key_is_an_error_that_names_the_new_one(old: str, new: str) -> None:
+    line = GOOD[: GOOD.index(old)].count("\n") + 1
+    key = new.strip("}").removesuffix(" model.").removesuffix(" text").removesuffix(":")
+    renamed = {"strip": "prefix", "recognise": "detect", "beside": "other_rules", "elsewhere": "drop_rest"}
+    renamed["optional: reading"] = "optional: on_read"
+    with pytest.raises(MappingError, match=rf"^my\.yaml:{line}: .*{key}.* is now called .{renamed[key]}"):
+        mapping_of(GOOD.replace(old, new))
+
+
+@pytest.mark.parametrize(("old", "new"), [("extra_tensors:", "beyond:"), ("generate: arange", "fill: arange")])
+def test_a_former_key_of_a_canonical_layout(old: str, new: str) -> None:
+    text = registry.text("deepencoder-clip")
+    with pytest.raises(
+        MappingError, match=rf"^my\.yaml:\d+: .*{new.split(':')[0]}.* is now called .{old.split(':')[0]}"
+    ):
+        mapping_of(text.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -213,10 +247,10 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
     ("old", "new", "complaint"),
     [
         ("shape: [width, 3, patch, patch]", "dtype: float32", "the key 'shape' is missing"),
-        ("generate: arange", "generate: zeros", "expected arange, of dtype int64"),
+        ("generate: arange", "generate: zeros", "expected arange, with dtype int64"),
         ("dtype: int64", "dtype: int65", "unknown element type 'int65'; expected one of float64"),
         ("positions: true", "positions: yes", "expected true or false, found 'yes'"),
-        ("pre_layrnorm.{param}: [width]", "pre_layrnorm.{rest}: [width]", "int variables and lists of words only"),
+        ("pre_layrnorm.{param}: [width]", "pre_layrnorm.{rest}: [width]", "only have int variables and lists of words"),
         ("depth: 24", "depth: all", "expected a size, found 'all'"),
         ("text_model.{rest}: CLIP's text", "text_model.{tower}: CLIP's text", "variable 'tower'"),
     ],
@@ -235,6 +269,10 @@ def test_a_malformed_canonical_layout_is_refused(old: str, new: str, complaint: 
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"layout: \xff"), "not UTF-8 text"),
         (lambda path: path.symlink_to("/dev/zero"), "is no file"),
+        (
+            lambda path: path.write_text(GOOD.replace("clip\n", "vit\n")),
+            "my.yaml:2: expected one of the families sam, clip, ",
+        ),
         (lambda path: path.write_text(registry.text("deepencoder-sam")), "describes a canonical layout"),
     ],
 )
@@ -314,10 +352,8 @@ def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, 
     """The shapes of what a conversion would write."""
     opened = open_checkpoint(str(sparse(folder / "model.safetensors", inventories()[checkpoint])))
     known = detect_layout(opened, family, registry.entries(family), None)
-    layout = known.match.candidate.load()
-    assert isinstance(layout, LayoutMapping)
     tensors = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
-    plan = make_plan(layout, known.match.prefix, registry.canonical(family), tensors, checkpoint)
+    plan = make_plan(known.match.layout.mapping, known.match.prefix, registry.canonical(family), tensors, checkpoint)
     return {name: value.shape for name, value in plan.outputs.items()}
 
 

@@ -26,8 +26,8 @@ from converter.storage.atomic_output import staged, write_all
 from converter.storage.byte_range import ByteRange
 from converter.storage.stream import BUFFER, BackgroundWriter, Copier
 from converter.tensors.dtypes import BY_NAME
-from converter.tensors.lazy_tensor import lazy_read, nbytes
-from converter.tensors.ops import CastTo, Fuse, Permuted, Split, apply_op
+from converter.tensors.lazy_tensor import cast, lazy_read, nbytes
+from converter.tensors.ops import Fuse, Permuted, Split, apply_op
 from converter.tensors.serialize import Outputs
 
 WRITERS = ["safetensors", "pth"]
@@ -82,7 +82,7 @@ def test_copied_and_computed_tensors_lie_side_by_side(format: str, tmp_path: Pat
     a, b = torch.randn(300, 400), torch.randn(300, 400)
     (fused,) = apply_op(Fuse(2), (expr(a), expr(b)))
     (turned,) = apply_op(Permuted((1, 0)), (expr(a),))
-    (rounded,) = apply_op(CastTo("bfloat16"), (expr(b),))
+    rounded = cast(expr(b), "bfloat16")
     first, second = apply_op(Split(2), (expr(b),))
     outputs = {"second": second, "turned": turned, "fused": fused, "rounded": rounded, "first": first}
     told = write(tmp_path / "out", outputs, format)

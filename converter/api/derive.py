@@ -15,7 +15,6 @@ from converter.derivation.names import by_names
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, match_layouts, select_state_dicts
-from converter.layouts.parse import FAMILIES
 from converter.options import ConvertOptions
 from converter.output.target import check_not_source, check_target
 from converter.plan.planner import plan_to_canonical
@@ -115,7 +114,7 @@ def _job(
         return Job(source, tensors, target, target, canonical, {}), None
     opened = stack.enter_context(closing(open_checkpoint(target)))
     entries = select_state_dicts(opened, None)
-    known = {f: hits[0] for f in FAMILIES if (hits := detect_layouts(opened, registry.entries(f), entries))}
+    known = {f: hits[0] for f in registry.families() if (hits := detect_layouts(opened, registry.entries(f), entries))}
     chosen = [f for f in known if family in ("", f)]
     if not chosen:
         what = f"no {family.upper()} layout" if family else "no layout that is known"
@@ -126,7 +125,7 @@ def _job(
     plan = plan_to_canonical(opened, known[chosen[0]], ConvertOptions(chosen[0]))
     made = {**plan.outputs, **plan.extra_tensors}
     opened.fetch((tensor for value in made.values() for tensor in source_tensors(value)), on_progress)
-    layout = known[chosen[0]].match.candidate.name
+    layout = known[chosen[0]].match.name
     return Job(source, tensors, opened.name, layout, plan.target, made), opened
 
 
@@ -182,7 +181,7 @@ def _result(path: Path, layout: str, job: Job, composed: Composed) -> Derived:
         unmatched=composed.unmatched,
         dropped=composed.dropped,
         rules=composed.rules,
-        known=[match.candidate.name for match in known],
+        known=[match.name for match in known],
         notes=notes,
         text=composed.text,
     )

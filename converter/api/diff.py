@@ -61,7 +61,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         a=sides[0].opened.name,
         b=sides[1].opened.name,
         containers=[sorted(set(side.opened.containers)) for side in sides],
-        layouts=[[hit.match.candidate.name for hit in side.known.values()] for side in sides],
+        layouts=[[hit.match.name for hit in side.known.values()] for side in sides],
         names=names,
         notes=notes,
         same=[name for name in alike if name not in unequal],

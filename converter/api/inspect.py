@@ -13,7 +13,6 @@ from converter.checkpoint.state_dict import StateDict
 from converter.errors import DsocrError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, nearest_layout, select_state_dicts
-from converter.layouts.parse import FAMILIES
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
 from converter.output.names import fold
@@ -93,8 +92,8 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
 def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
     entries = select_state_dicts(opened, state_dict)
     largest = max(entries, key=lambda entry: len(entry.tensors))
-    recognised = [found for family in FAMILIES if (found := _recognised(opened, family, entries))]
-    mappings = [mapping for family in FAMILIES for mapping in registry.mappings(family)]
+    recognised = [found for family in registry.families() if (found := _recognised(opened, family, entries))]
+    mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]
     return Inspection(
         source=opened.name,
         files={file.name: file.size for file in opened.files},
@@ -114,7 +113,7 @@ def _recognised(opened: Checkpoint, family: str, entries: list[StateDict]) -> Fi
     found = detect_layouts(opened, registry.entries(family), entries)
     if not found:
         return None
-    layout = found[0].match.candidate.load()
+    layout = found[0].match.layout
     try:
         check_not_converted(opened, found[0])
         plan = plan_to_canonical(opened, found[0], ConvertOptions(family))

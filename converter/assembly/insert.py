@@ -14,16 +14,15 @@ from converter.checkpoint.locate import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, UsageError, printable
 from converter.formats.safetensors import add_header_length
+from converter.layouts import registry
 from converter.layouts.claims import summary
-from converter.layouts.parse import ENCODER_PREFIX
 from converter.options import ConvertOptions
 from converter.output.write import Output
 from converter.plan.planner import resolve_to_canonical
 from converter.storage.atomic_output import new_file, write_all
 from converter.storage.local_file import SourceFile, exists
 from converter.storage.stream import BUFFER, OnBytes, OnData
-from converter.tensors.lazy_tensor import LazyTensor, Read, lazy_read, nbytes
-from converter.tensors.ops import CastTo
+from converter.tensors.lazy_tensor import LazyTensor, Read, cast, lazy_read, nbytes
 from converter.tensors.serialize import write_tensors
 from converter.tensors.tensor_info import TensorInfo
 
@@ -104,7 +103,8 @@ def plan_copy(
 def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[str, TensorInfo]:
     """The tensors that are to be replaced, by their names inside of DeepSeek-OCR's model."""
     found: dict[str, TensorInfo] = {}
-    for family, place in ENCODER_PREFIX.items():
+    for family in registry.families():
+        place = registry.encoder_prefix(family)
         known, plan = resolve_to_canonical(opened, ConvertOptions(family))
         prefix = known.match.prefix
         if not prefix.endswith(place):
@@ -128,7 +128,7 @@ def _misfit(name: str, tensor: TensorInfo, new: LazyTensor | None) -> str:
 
 
 def _cast(value: LazyTensor, tensor: TensorInfo, dtype: str) -> LazyTensor:
-    return CastTo(tensor.dtype.name if dtype == "keep" else dtype).one(value) if value.dtype.is_float else value
+    return cast(value, tensor.dtype.name if dtype == "keep" else dtype) if value.dtype.is_float else value
 
 
 def _beside(folder: Path, opened: Checkpoint) -> tuple[list[Path], list[str]]:

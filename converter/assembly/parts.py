@@ -10,11 +10,9 @@ from converter.assembly.compressor import check_compressor, find_compressor, see
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
 from converter.layouts import registry
-from converter.layouts.parse import ENCODER_PREFIX
 from converter.options import ConvertOptions
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
-from converter.tensors.ops import CastTo
+from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
 
 PREFIX = "model."
 # What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
@@ -42,8 +40,8 @@ class Parts(NamedTuple):
     def constants(self) -> set[str]:
         """Those of the outputs that are written only where they replace one."""
         specs = {
-            place + spec.name.text: spec
-            for f, place in ENCODER_PREFIX.items()
+            registry.encoder_prefix(f) + spec.name.text: spec
+            for f in registry.families()
             for spec in registry.canonical(f).tensors
         }
         return {name for name, spec in specs.items() if spec.generate}
@@ -61,15 +59,15 @@ def put_together(sam: Checkpoint, clip: Checkpoint, wanted: str, open_: Callable
     neck, width = plans["sam"].plan.sizes["neck"], plans["clip"].plan.sizes["width"]
     opened, nets, generated = [sam] if clip is sam else [sam, clip], {}, {}
     if wanted.startswith("random:"):
-        cast = CastTo(plans["sam"].plan.outputs["neck.2.weight"].dtype.name)
-        nets = {name: cast.one(value) for name, value in seeded(wanted, neck, width).items()}
+        dtype = plans["sam"].plan.outputs["neck.2.weight"].dtype.name
+        nets = {name: cast(value, dtype) for name, value in seeded(wanted, neck, width).items()}
         generated = {
             name: f"{wanted}: untrained, uniform within 1/sqrt({9 * net.shape[1]})" for name, net in nets.items()
         }
     elif wanted:
         opened.append(open_(wanted))
         nets = find_compressor(opened[-1])
-    outputs = {**_placed(plans), **{ENCODER_PREFIX["sam"] + name: value for name, value in nets.items()}}
+    outputs = {**_placed(plans), **{registry.encoder_prefix("sam") + name: value for name, value in nets.items()}}
     _check_compressor(plans, outputs, wanted or sam.name)
     own = [plans["sam"].plan.outputs[name] for name in nets if name in plans["sam"].plan.outputs]
     replaced = {tensor.key: f"--compressor {wanted} gives another" for net in own for tensor in source_tensors(net)}
@@ -77,7 +75,7 @@ def put_together(sam: Checkpoint, clip: Checkpoint, wanted: str, open_: Callable
         opened,
         plans,
         outputs,
-        {ENCODER_PREFIX["sam"] + name: how for name, how in generated.items()},
+        {registry.encoder_prefix("sam") + name: how for name, how in generated.items()},
         {**_dropped(plans, outputs), **replaced},
     )
 
@@ -85,7 +83,7 @@ def put_together(sam: Checkpoint, clip: Checkpoint, wanted: str, open_: Callable
 def taken_out(opened: Checkpoint, with_projector: bool) -> Parts:
     """The encoder, and the projector if wanted, out of a checkpoint with both encoders; LayoutError for another."""
     try:
-        plans = {family: resolve_to_canonical(opened, ConvertOptions(family)) for family in ENCODER_PREFIX}
+        plans = {family: resolve_to_canonical(opened, ConvertOptions(family)) for family in registry.families()}
     except LayoutError as error:
         raise LayoutError(
             f"{error}",
@@ -119,7 +117,9 @@ def _dropped(plans: dict[str, ResolvedPlan], outputs: dict[str, LazyTensor]) -> 
 
 def _placed(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
     return {
-        ENCODER_PREFIX[family] + name: value for family in plans for name, value in plans[family].plan.outputs.items()
+        registry.encoder_prefix(family) + name: value
+        for family in plans
+        for name, value in plans[family].plan.outputs.items()
     }
 
 
@@ -135,5 +135,6 @@ def _projector(opened: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
 
 
 def _check_compressor(plans: dict[str, ResolvedPlan], outputs: dict[str, LazyTensor], origin: str) -> None:
-    nets = {name: outputs[ENCODER_PREFIX["sam"] + name] for name in NETS if ENCODER_PREFIX["sam"] + name in outputs}
+    prefix = registry.encoder_prefix("sam")
+    nets = {name: outputs[prefix + name] for name in NETS if prefix + name in outputs}
     check_compressor(nets, plans["sam"].plan.sizes["neck"], plans["clip"].plan.sizes["width"], origin)

@@ -8,7 +8,7 @@ from pathlib import Path
 from converter import __version__
 from converter.assembly.insert import Copy
 from converter.assembly.parts import Parts
-from converter.layouts.parse import ENCODER_PREFIX
+from converter.layouts import registry
 from converter.output.record import ConversionRecord
 from converter.output.record_document import count_dtypes
 from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
@@ -30,7 +30,9 @@ def make_record(
     all_on_hubs = len(commits) == len(parts.opened)
     unwritten = [value for name, value in parts.outputs.items() if name not in names]
     absent = {
-        ENCODER_PREFIX[family] + name: why for family, plan in plans.items() for name, why in plan.missing.items()
+        registry.encoder_prefix(family) + name: why
+        for family, plan in plans.items()
+        for name, why in plan.missing.items()
     }
     return ConversionRecord(
         tool=f"dsocr-convert {__version__}",

@@ -14,7 +14,6 @@ from converter.cli import console, render
 from converter.cli.options import Json, Quiet, StateDict, complete_layout
 from converter.errors import UsageError
 from converter.layouts import registry
-from converter.layouts.spec import CanonicalLayout
 from converter.output.names import fold_names
 
 if TYPE_CHECKING:
@@ -47,10 +46,7 @@ def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompl
 @app.command("schema")
 def mapping_schema() -> None:
     """Print the JSON Schema of mapping files, for editors."""
-    # Imported here: no other command reads it.
-    from converter.layouts.schema import schema
-
-    console.result_json(schema())
+    console.result(*registry.schema().splitlines())
 
 
 @app.command("check")
@@ -77,17 +73,17 @@ def check_mapping(
 
 
 def _check(file: Path) -> None:
-    mapping = registry.read_file(file)
-    if isinstance(mapping, CanonicalLayout):
-        console.result(
-            f"{file}: {mapping.name}, a hub layout of {render.count(len(mapping.tensors), 'template')}, valid"
-        )
+    spec = registry.read_file(file)
+    if spec.is_canonical:
+        console.result(f"{file}: {spec.name}, a canonical layout, valid")
         return
+    mapping = spec.mapping
     rules = render.count(len(mapping.rules) + len(mapping.other_rules), "rule")
     console.result(f"{file}: {mapping.name}, {rules}, valid")
-    # A drop of several names is as many rules.
-    for told in dict.fromkeys(f"  {rule.place}: cannot be inverted: {why}" for rule, why in mapping.lossy()):
-        console.result(told)
+    dropped = [rule for rule in (*mapping.rules, *mapping.other_rules) if not rule.targets]
+    # One line per list item: a drop of several names is as many rules.
+    for line in dict.fromkeys(f"  {rule.place}: cannot be inverted: dropped: {rule.reason}" for rule in dropped):
+        console.result(line)
 
 
 @app.command("derive")

@@ -11,10 +11,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names, without_common_prefixes
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
-from converter.layouts.claims import claim
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
-from converter.layouts.parse import ENCODER_PREFIX, FAMILIES
-from converter.layouts.spec import CanonicalLayout
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.planner import plan_to_canonical
@@ -49,7 +46,7 @@ def side_of(opened: Checkpoint, path: str) -> Side:
         entries = select_state_dicts(opened, path)
     chosen = largest_state_dict(entries, opened.name)
     known: dict[str, DetectedLayout] = {}
-    for family in FAMILIES:
+    for family in registry.families():
         # A checkpoint that fits two layouts is compared by its own names.
         with suppress(LayoutError):
             known.update((family, hit) for hit in detect_layouts(opened, registry.entries(family), [chosen]))
@@ -106,7 +103,7 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
         known = side.known[family]
         plan = plan_to_canonical(side.opened, known._replace(tensors=_fitting(known)), ConvertOptions(family))
         # Where both families are there, their names are kept apart.
-        prefix = ENCODER_PREFIX[family] if len(families) > 1 else ""
+        prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
@@ -119,12 +116,8 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
 
 def _fitting(known: DetectedLayout) -> dict[str, TensorInfo]:
     """The tensors that the layout knows: a head that was added does not keep the rest from being compared."""
-    layout = known.match.candidate.load()
-    if isinstance(layout, CanonicalLayout):
-        templates = [*(spec.name for spec in layout.tensors), *(template for template, _ in layout.extra_tensors)]
-        return {n: t for n, t in known.tensors.items() if any_match(templates, n)}
-    unclaimed = set(claim(layout.rules_for(known.match.prefix), known.tensors).unclaimed)
-    return {name: tensor for name, tensor in known.tensors.items() if name not in unclaimed}
+    templates = known.match.layout.templates(known.match.prefix)
+    return {name: tensor for name, tensor in known.tensors.items() if any_match(templates, name)}
 
 
 def _made_up(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:

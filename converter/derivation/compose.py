@@ -14,7 +14,6 @@ from converter.errors import LayoutError, MappingError
 from converter.layouts import detect, registry
 from converter.layouts.parse import parse_mapping
 from converter.layouts.spec import CanonicalLayout
-from converter.layouts.spec import LayoutMapping as Rules
 from converter.layouts.template import any_match
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import source_tensors
@@ -104,8 +103,7 @@ def _check_names(names: Iterable[str]) -> None:
 
 def prove(job: Job, composed: Composed, name: str) -> None:
     """MappingError unless the text, read as any mapping file is and applied to the source, makes what was found."""
-    mapping = parse_mapping(composed.text, f"{name}.yaml")
-    assert isinstance(mapping, Rules)
+    mapping = parse_mapping(composed.text, f"{name}.yaml").mapping
     tensors = {name: tensor for name, value in job.tensors.items() for tensor in source_tensors(value)}
     matches = detect.match_layouts(tensors, registry.entry_of(mapping))
     if not matches:

@@ -14,7 +14,6 @@ from converter.layouts.claims import claim
 from converter.layouts.shapes import Dim, Shape, Sizes, fits
 from converter.layouts.spec import CanonicalLayout, Rule, invert
 from converter.plan.apply import apply
-from converter.plan.route import identity_mapping
 from converter.tensors.dtypes import FLOAT32
 from converter.tensors.lazy_tensor import Generated, LazyTensor
 
@@ -68,9 +67,7 @@ def by_names(source: Named, canonical: CanonicalLayout, layout: str) -> list[Fou
     source that holds more than one model, the one under whose prefix most is found.
     """
     rules = {mapping.name: mapping.rules for mapping in registry.mappings(canonical.family)}
-    # What is lossy has no names of its own for the canonical tensors.
-    invertible = (some for some in rules.values() if not any(rule.targets and rule.lossy for rule in some))
-    chosen = [rules[layout]] if layout != canonical.name else [identity_mapping(canonical).rules, *invertible]
+    chosen = [rules[layout]] if layout != canonical.name else [canonical.mapping.rules, *rules.values()]
     tried: list[tuple[tuple[int, int, int], list[Found]]] = []
 
     @cache

@@ -1,4 +1,4 @@
-"""Which rule claims which tensor name."""
+"""Claims: which rule matches which tensor names."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from dataclasses import dataclass
 from converter.errors import MappingError
 from converter.layouts.spec import Rule
 
-# Errors list this many names, then count: a wrong mapping can disagree with every tensor of a checkpoint.
+# Number of problems that an error lists; a wrong mapping can disagree with every tensor of a checkpoint.
 SHOWN = 5
-# Names times templates, a few seconds: 3,000 rules for the 3,000 tensors of a language model.
+# Names times templates, for a few seconds of matching: 3,000 rules for a language model of 3,000 tensors.
 _MOST_COMPARED = 10_000_000
 
 
 @dataclass(slots=True, eq=False)
 class Claims:
-    """Which rule claims which names; `groups` holds, per rule and variable values, the names of its parts."""
+    """Result of matching names with rules.
+
+    Attributes:
+        groups: Names by part number, for each pair of a rule's index and values of its variables.
+        unclaimed: Names that no rule matches.
+        twice: Names that two rules match, with both rules.
+    """
 
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]]
     unclaimed: list[str]
     twice: list[tuple[str, Rule, Rule]]
 
     def dead(self, rules: tuple[Rule, ...]) -> list[Rule]:
-        """The rules that must match something and did not."""
-        alive = {index for index, _ in self.groups}
-        return [rule for index, rule in enumerate(rules) if index not in alive and not rule.optional]
+        """The required rules that matched nothing."""
+        used = {index for index, _ in self.groups}
+        return [rule for index, rule in enumerate(rules) if index not in used and not rule.optional]
 
 
 def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
-    """Match every name against every rule; MappingError where there are too many of both to do so."""
+    """Match every name with every rule; MappingError if there are too many of both."""
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
     if len(templates) * len(names) > _MOST_COMPARED:
         raise MappingError(
             f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors",
-            "a template such as blocks.{i}.{rest} stands for many names at once",
+            "use templates such as blocks.{i}.{rest}, which match many names",
         )
     claims = Claims(defaultdict(dict), [], [])
     for name in names:

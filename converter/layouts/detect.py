@@ -1,9 +1,8 @@
-"""Which state dict of a checkpoint has which layout, and what to say where none does."""
+"""Layout detection: which state dict of a checkpoint has which layout, and an explanation if none has any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from collections.abc import Mapping as Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
@@ -11,32 +10,41 @@ from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_na
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts import registry
 from converter.layouts.claims import SHOWN, claim
-from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import LayoutEntry
 from converter.layouts.shapes import Sizes, fits
-from converter.layouts.spec import LayoutMapping
+from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.tensors.tensor_info import TensorInfo
 
-# Tensors of which all rules are tried to find the nearest layout: whole OCR models have 3,000.
+# Above this number of tensors no nearest layout is searched, which tries all rules; full OCR models have 3,000.
 _MOST_COMPARED = 10_000
 
 
 class LayoutMatch(NamedTuple):
-    """A layout that fits a checkpoint whose names carry `prefix`."""
+    """A layout that fits a checkpoint whose names begin with `prefix`."""
 
-    candidate: LayoutEntry
+    entry: LayoutEntry
     prefix: str
 
     @property
+    def name(self) -> str:
+        """The name of the layout."""
+        return self.entry.name
+
+    @property
+    def layout(self) -> LayoutSpec:
+        """The layout with its rules."""
+        return self.entry.load()
+
+    @property
     def evidence(self) -> list[str]:
-        """The tensors by which the layout was known."""
-        return [self.prefix + key for key in self.candidate.signature.tensors]
+        """The tensors by which the layout was detected."""
+        return [self.prefix + key for key in self.entry.signature.tensors]
 
 
 class DetectedLayout(NamedTuple):
-    """The state dict of a source that a layout fits.
+    """A state dict and the layout it was detected as.
 
-    `wrapper` is the prefix that was removed from all names to get `tensors`, whose keys are those the layout knows.
+    `tensors` are the state dict's tensors by the layout's names: without `wrapper`, the common prefix of all names.
     """
 
     state_dict: StateDict
@@ -46,49 +54,68 @@ class DetectedLayout(NamedTuple):
 
 
 def select_state_dicts(source: Checkpoint, path: str | None) -> list[StateDict]:
-    """The state dicts of a source; with `path` (the option --state-dict, `.` for the top) that one alone."""
-    found = state_dicts(source.contents)
-    if not found:
+    """The state dicts of a checkpoint, or only the one at `path` (--state-dict; `.` is the top level)."""
+    entries = state_dicts(source.contents)
+    if not entries:
         raise LayoutError(
-            f"{source.name}: holds no tensors under names",
-            "save the model's state dict, not a list of tensors or a training record without one, and convert that",
+            f"{source.name}: contains no named tensors",
+            "save the model's state dict and convert that",
         )
     if path is None:
-        return found
-    chosen = [entry for entry in found if entry.path == path.strip(".")]
+        return entries
+    chosen = [entry for entry in entries if entry.path == path.strip(".")]
     if not chosen:
-        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict", f"it has: {_paths(found)}")
+        raise UsageError(f"--state-dict {path}: {source.name} has no such state dict", f"it has: {_paths(entries)}")
     return chosen
 
 
 def detect_layout(source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], path: str | None) -> DetectedLayout:
-    """The one state dict of a source that one of `layouts` fits; LayoutError where none or several do."""
+    """Detect the layout of a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        family: The family of the layouts, for error messages.
+        layouts: The layouts to try.
+        path: The state dict to use (--state-dict), or None to search all of them.
+
+    Raises:
+        LayoutError: No state dict fits a layout, or several do.
+    """
     candidates = select_state_dicts(source, path)
-    found = detect_layouts(source, layouts, candidates)
-    if not found:
+    detected = detect_layouts(source, layouts, candidates)
+    if not detected:
         raise _unknown(source, family, layouts, candidates)
-    if len(found) > 1:
+    if len(detected) > 1:
         raise LayoutError(
-            f"{source.name}: holds {len(found)} state dicts that fit: {_paths([hit.state_dict for hit in found])}",
-            f"choose one, such as --state-dict {printable(found[0].state_dict.path) or '.'}",
+            f"{source.name}: has {len(detected)} state dicts that fit: {_paths([hit.state_dict for hit in detected])}",
+            f"choose one, such as --state-dict {printable(detected[0].state_dict.path) or '.'}",
         )
-    return found[0]
+    return detected[0]
 
 
 def detect_layouts(
     source: Checkpoint, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
 ) -> list[DetectedLayout]:
-    """Those of the candidates that one of `layouts` fits."""
-    return [hit for hit in (_known(source, candidate, layouts) for candidate in candidates) if hit]
+    """Detect the layouts of several state dicts.
+
+    Args:
+        source: The checkpoint, for error messages.
+        layouts: The layouts to try.
+        candidates: The state dicts of the checkpoint.
+
+    Returns:
+        One item for each state dict that fits a layout.
+    """
+    return [hit for hit in (_detect(source, candidate, layouts) for candidate in candidates) if hit]
 
 
-def _known(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEntry]) -> DetectedLayout | None:
-    """The layout of a state dict, tried under its own names first, then with common prefixes removed."""
+def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEntry]) -> DetectedLayout | None:
+    """Detect the layout of a state dict by its own names first, then with common prefixes removed."""
     plain = unwrapped_names(state_dict.tensors, source.name)
     for wrapper, tensors in without_common_prefixes(plain, source.name):
         matches = match_layouts(tensors, layouts)
         if len(matches) > 1:
-            names = ", ".join(match.candidate.name for match in matches)
+            names = ", ".join(match.name for match in matches)
             raise LayoutError(f"{source.name}: fits several layouts: {names}", "choose one with --mapping")
         if matches:
             return DetectedLayout(state_dict, wrapper, tensors, matches[0])
@@ -97,17 +124,17 @@ def _known(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEn
 
 def match_layouts(tensors: Mapping[str, TensorInfo], candidates: Iterable[LayoutEntry]) -> list[LayoutMatch]:
     """The layouts that fit, each with the first of its prefixes that does."""
-    return [match for match in (_fit(tensors, candidate) for candidate in candidates) if match]
+    return [match for match in (_fit(tensors, entry) for entry in candidates) if match]
 
 
-def _fit(tensors: Mapping[str, TensorInfo], candidate: LayoutEntry) -> LayoutMatch | None:
-    for prefix in candidate.signature.prefixes:
+def _fit(tensors: Mapping[str, TensorInfo], entry: LayoutEntry) -> LayoutMatch | None:
+    for prefix in entry.signature.prefixes:
         sizes: Sizes = {}
         if all(
             prefix + key in tensors and fits(shape, tensors[prefix + key].shape, sizes)
-            for key, shape in candidate.signature.tensors.items()
+            for key, shape in entry.signature.tensors.items()
         ):
-            return LayoutMatch(candidate, prefix)
+            return LayoutMatch(entry, prefix)
     return None
 
 
@@ -118,15 +145,15 @@ def _paths(entries: Sequence[StateDict]) -> str:
 def _unknown(
     source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
 ) -> LayoutError:
-    """What to say of a source that no layout fits: the other family's, or the nearest layout and the differences."""
+    """The error for a checkpoint that no layout fits: it is another family's, or how it differs from the nearest."""
     largest = max(candidates, key=lambda entry: len(entry.tensors))
-    for other in FAMILIES:
-        if other != family and _known(source, largest, registry.entries(other)):
+    for other in registry.families():
+        if other != family and _detect(source, largest, registry.entries(other)):
             return LayoutError(
                 f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}",
                 f"run: dsocr-convert {other} ...",
             )
-    mappings = [loaded for candidate in layouts if isinstance(loaded := candidate.load(), LayoutMapping)]
+    mappings = [spec.mapping for spec in (entry.load() for entry in layouts) if not spec.is_canonical]
     no_fit = f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"
     return LayoutError(
         "\n".join([no_fit, *nearest_layout(source, largest, mappings)]),
@@ -135,24 +162,33 @@ def _unknown(
 
 
 def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[LayoutMapping]) -> list[str]:
-    """Lines on the mapping that comes closest to a state dict, and where the two first differ."""
+    """Describe the mapping that is closest to a state dict, and the first differences.
+
+    Args:
+        source: The checkpoint, for error messages.
+        state_dict: The state dict that fits no layout.
+        mappings: The mappings to compare it with.
+
+    Returns:
+        Lines of text.
+    """
     tensors = unwrapped_names(state_dict.tensors, source.name)
     near = _nearest(tensors, mappings)
     if near is None:
-        return [f"its first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
-    differences = [f"  {near.mapping.name} has nothing for {name!r}" for name in near.unclaimed[:SHOWN]]
-    differences += [f"  the checkpoint has nothing for {text}" for text in near.unmatched[:SHOWN]]
+        return [f"first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
+    differences = [f"  {near.mapping.name} has no rule for {name!r}" for name in near.unclaimed[:SHOWN]]
+    differences += [f"  the checkpoint has no tensor for {text}" for text in near.unmatched[:SHOWN]]
     for key, shape in near.mapping.signature.tensors.items():
         tensor = tensors.get(near.prefix + key)
         if tensor and len(tensor.shape) != len(shape):
             differences.append(f"  {near.prefix + key!r} has {len(tensor.shape)} dimensions, not {len(shape)}")
     prefix = f" (prefix {near.prefix})" if near.prefix else ""
-    # With the lines around them a dozen.
+    # The whole message has about a dozen lines.
     return [f"nearest is {near.mapping.name}{prefix}:", *differences[:9]]
 
 
 class _Nearest(NamedTuple):
-    """The mapping that comes closest to tensors that fit none, and where it first differs from them."""
+    """The mapping that is closest to tensors that fit none: names without a rule, rules without a name."""
 
     mapping: LayoutMapping
     prefix: str
@@ -161,7 +197,7 @@ class _Nearest(NamedTuple):
 
 
 def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping]) -> _Nearest | None:
-    """The mapping whose rules claim most of the tensors and are used most, or None where all claim nothing."""
+    """The mapping with the highest share of claimed tensors times used rules, or None if no rule claims any."""
     if len(tensors) > _MOST_COMPARED:
         return None
     best: _Nearest | None = None
@@ -172,7 +208,7 @@ def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping])
             claims = claim(rules, tensors)
             alive = len({index for index, _ in claims.groups})
             claimed = sum(len(parts) for parts in claims.groups.values())
-            # A mapping of few wide rules claims much by chance: both shares count.
+            # Both shares count: a mapping with a few general rules claims much by chance.
             score = claimed / max(len(tensors), 1) * alive / len(rules)
             if score > best_score:
                 dead = [rule.text for rule in claims.dead(rules)]

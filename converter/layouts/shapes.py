@@ -1,4 +1,4 @@
-"""Shapes with named sizes, `[3*width, width]`: checked against a tensor, they tell what the names stand for."""
+"""Shapes with named sizes such as `[3*width, width]`; matching a tensor's shape binds the names to numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 _DIM = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)")
 
-# What the names have been found to stand for so far.
+# Sizes by name, as far as they are known.
 Sizes = dict[str, int]
 
 
 class Dim(NamedTuple):
-    """One dimension: `factor` times the size `name`, or just `factor` where `name` is None; factor 0 is any size."""
+    """One dimension: `factor` times the size `name`, or `factor` itself if `name` is None; factor 0 is any size."""
 
     factor: int
     name: str | None
@@ -27,40 +27,45 @@ Shape = tuple[Dim, ...]
 
 
 def parse_dim(text: str) -> Dim:
-    """`768`, `width`, `3*width`, or `_` for any size; ValueError otherwise."""
+    """Parse `768`, `width`, `3*width`, or `_` for any size; ValueError otherwise."""
     if text == "_":
         return Dim(0, None)
     if re.fullmatch("[1-9][0-9]{0,11}", text):
         return Dim(int(text), None)
-    found = _DIM.fullmatch(text)
-    if found is None:
-        raise ValueError(f"{text!r} is no dimension: write a number, a name, a number*name, or _ for any")
-    return Dim(int(found.group(1) or 1), found.group(2))
+    match = _DIM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a dimension: write a number, a name, a number*name, or _ for any")
+    return Dim(int(match.group(1) or 1), match.group(2))
 
 
 def written(shape: Shape) -> str:
-    """The shape as mapping files have it."""
+    """The shape as written in mapping files."""
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Whether `actual` has this shape given `sizes`; names met for the first time are added to `sizes`.
+    """Whether a tensor has a shape; if so, names that are new are added to `sizes`.
 
-    No name stands for 0: of tensors without elements a file may claim any size.
+    Names do not match size 0, because a file may claim any other size for a tensor without elements.
+
+    Args:
+        shape: The expected shape.
+        actual: The shape of the tensor.
+        sizes: The sizes known so far.
     """
     if len(shape) != len(actual):
         return False
-    found = dict(sizes)
+    bound = dict(sizes)
     for dim, size in zip(shape, actual, strict=True):
         if dim.name is None:
             if dim.factor not in (0, size):
                 return False
-        elif not size or size % dim.factor or found.setdefault(dim.name, size // dim.factor) != size // dim.factor:
+        elif not size or size % dim.factor or bound.setdefault(dim.name, size // dim.factor) != size // dim.factor:
             return False
-    sizes.update(found)
+    sizes.update(bound)
     return True
 
 
 def resolve(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
-    """The shape in numbers; KeyError for a name that nothing has determined."""
+    """The shape in numbers; KeyError for a name without a size."""
     return tuple(dim.factor if dim.name is None else dim.factor * sizes[dim.name] for dim in shape)

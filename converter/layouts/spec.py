@@ -1,14 +1,14 @@
-"""Rules, the mappings that hold them, and the canonical layouts they lead to."""
+"""Specifications of layouts: mappings with their rules, and the canonical layouts that mappings lead to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from converter.errors import MappingError
 from converter.layouts.shapes import Shape
 from converter.layouts.template import Template
-from converter.tensors.ops import Op, lossy_reason
+from converter.tensors.ops import Op
 
 
 class Place(NamedTuple):
@@ -22,10 +22,10 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Takes the tensors that `sources` match, applies `ops` in order, and gives them the names of `targets`.
+    """Takes the tensors that `sources` match, applies `ops` in order, and names the results by `targets`.
 
-    A rule without targets drops its tensors, because of `reason`. A rule that is not `optional` must match something;
-    one that is `demanded` may match nothing when its layout is read, and must when it is written.
+    A rule without targets drops its tensors for `reason`. A rule that is not `optional` must match something. With
+    `required_on_write` it is optional when the layout is read, and required when it is written.
     """
 
     sources: tuple[Template, ...]
@@ -38,75 +38,97 @@ class Rule(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The rule on one line, for people."""
-        names, made = (" + ".join(repr(name.text)[1:-1] for name in names) for names in (self.sources, self.targets))
-        return f"{names} -> {made}" if self.targets else f"drop {names}"
-
-    @property
-    def lossy(self) -> str:
-        """Why the rule cannot be undone, or nothing if it can."""
-        if not self.targets:
-            return f"dropped: {self.reason}"
-        return "; ".join(why for op in self.ops if (why := lossy_reason(op)))
+        """The rule on one line, for messages."""
+        sources, targets = (
+            " + ".join(repr(name.text)[1:-1] for name in names) for names in (self.sources, self.targets)
+        )
+        return f"{sources} -> {targets}" if self.targets else f"drop {sources}"
 
     def prefixed(self, prefix: str) -> Rule:
-        """The rule for names that carry a prefix still."""
+        """The rule for source names that begin with a prefix."""
         return self._replace(sources=tuple(template.prefixed(prefix) for template in self.sources))
 
     def inverse(self) -> Rule:
-        """The rule in the other direction; MappingError where an operation has no inverse."""
-        if self.targets and self.lossy:
-            raise MappingError(f"{self.place}: has no way back, so its layout cannot be written: {self.lossy}")
+        """The rule from targets to sources."""
         ops = tuple(op.inverse() for op in reversed(self.ops))
         optional = self.optional and not self.required_on_write
         return self._replace(sources=self.targets, targets=self.sources, ops=ops, optional=optional)
 
 
+def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Invert rules; rules that drop tensors have no inverse and are left out."""
+    return tuple(rule.inverse() for rule in rules if rule.targets)
+
+
 class Signature(NamedTuple):
-    """By what a layout is known: prefixes its names may carry, and some names (without prefix) with their shapes."""
+    """Identifies a layout: the prefixes that its names may have, and some names (without prefix) with their shapes."""
 
     prefixes: tuple[str, ...]
     tensors: Mapping[str, Shape]
 
 
-class LayoutMapping(NamedTuple):
-    """How one layout becomes the family's canonical layout.
-
-    `rules` match names without the prefix, `other_rules` the names that lack it. If `drop_rest` is set,
-    it is why all names that lack it are dropped. `digest` is the SHA-256 of the text.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutSpec:
+    """What every layout has: name, family, description and signature; file and line, and the SHA-256 of its YAML."""
 
     name: str
     family: str
     description: str
     signature: Signature
-    rules: tuple[Rule, ...]
-    other_rules: tuple[Rule, ...]
-    drop_rest: str
     place: Place
     digest: str
 
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is the layout of the DeepEncoder itself."""
+        raise NotImplementedError
+
+    @property
+    def mapping(self) -> LayoutMapping:
+        """The mapping from this layout to the family's canonical layout."""
+        raise NotImplementedError
+
+    def templates(self, prefix: str) -> list[Template]:
+        """Templates for all names that the layout can have, in a checkpoint whose names begin with `prefix`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutMapping(LayoutSpec):
+    """Rules that convert a layout to the family's canonical layout.
+
+    `rules` match names without the prefix, `other_rules` names that do not begin with it. A nonempty `drop_rest` is
+    the reason to drop all names that do not begin with it.
+    """
+
+    rules: tuple[Rule, ...]
+    other_rules: tuple[Rule, ...] = ()
+    drop_rest: str = ""
+
+    @property
+    def is_canonical(self) -> bool:
+        return False
+
+    @property
+    def mapping(self) -> LayoutMapping:
+        return self
+
+    def templates(self, prefix: str) -> list[Template]:
+        return [template for rule in self.rules_for(prefix) for template in rule.sources]
+
     def rules_for(self, prefix: str) -> tuple[Rule, ...]:
-        """All rules in terms of full names, for a checkpoint whose names carry `prefix`."""
+        """All rules, with full names, for a checkpoint whose names begin with `prefix`."""
         if not prefix:
             return self.rules
         return (*(rule.prefixed(prefix) for rule in self.rules), *self.other_rules)
 
-    def lossy(self) -> list[tuple[Rule, str]]:
-        """The rules that cannot be undone, and why."""
-        return [(rule, why) for rule in (*self.rules, *self.other_rules) if (why := rule.lossy)]
-
-
-def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules from targets back to sources; drops vanish. MappingError where an operation has no inverse."""
-    return tuple(rule.inverse() for rule in rules if rule.targets)
-
 
 class TensorSpec(NamedTuple):
-    """Tensors that a canonical layout has: name, shape, and element type where it is not the checkpoint's choice.
+    """Tensors of a canonical layout: a template for their names, and their shape.
 
-    `optional` says why they may be missing; `generate` says how they are made where the source has none.
-    `positions` marks the table that `--image-size` resamples.
+    `dtype` is set if the checkpoint does not choose it. `optional` is the reason why the tensors may be missing.
+    `generate` says how they are generated if the checkpoint has none. `positions` marks the table of position
+    embeddings that `--image-size` resamples.
     """
 
     name: Template
@@ -117,23 +139,46 @@ class TensorSpec(NamedTuple):
     positions: bool = False
 
 
-class CanonicalLayout(NamedTuple):
-    """A canonical layout: the DeepEncoder's own tensors, its sizes, and the family's tensors `extra_tensors` it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanonicalLayout(LayoutSpec):
+    """The tensors of the DeepEncoder itself, which all layouts of a family are converted through.
 
-    Those have names, so that layouts that hold them can be converted into each other; the DeepEncoder drops them for
-    the reason given.
+    `sizes` are those of DeepSeek-OCR. `extra_tensors` are names that other layouts of the family have and the
+    DeepEncoder has not, each with the reason; they let such layouts be converted into each other. `encoder_prefix` is
+    the prefix of the encoder in DeepSeek-OCR's model, and `encoder_order` its position among the model's encoders.
     """
 
-    name: str
-    family: str
-    description: str
     sizes: Mapping[str, int]
-    signature: Signature
     tensors: tuple[TensorSpec, ...]
     extra_tensors: tuple[tuple[Template, str], ...]
-    place: Place
-    digest: str
+    encoder_prefix: str
+    encoder_order: int
+
+    @property
+    def is_canonical(self) -> bool:
+        return True
+
+    @property
+    def mapping(self) -> LayoutMapping:
+        """The identity: every name is kept."""
+        any_name = Template.parse("{rest}", {"rest": "path"})
+        return LayoutMapping(
+            name=self.name,
+            family=self.family,
+            description=self.description,
+            signature=Signature(("",), self.signature.tensors),
+            place=self.place,
+            digest=self.digest,
+            rules=(Rule((any_name,), (any_name,), (), False, "", self.place),),
+        )
+
+    def templates(self, prefix: str) -> list[Template]:
+        return [*(spec.name for spec in self.tensors), *(template for template, _ in self.extra_tensors)]
 
     def spec(self, name: str) -> TensorSpec | None:
-        """What the DeepEncoder's tensor of that name is to be, if it has one."""
+        """The specification of a tensor, or None if the layout has no tensor of that name."""
         return next((spec for spec in self.tensors if spec.name.match(name) is not None), None)
+
+    def extra_reason(self, name: str) -> str | None:
+        """Why the DeepEncoder has no tensor of that name, or None if the name is not among `extra_tensors`."""
+        return next((reason for template, reason in self.extra_tensors if template.match(name) is not None), None)

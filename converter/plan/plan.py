@@ -11,8 +11,7 @@ from converter.layouts.claims import summary
 from converter.layouts.shapes import Sizes, fits, resolve, written
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import Applied, apply
-from converter.tensors.lazy_tensor import LazyTensor, arange, nbytes, source_tensors
-from converter.tensors.ops import LARGEST_GRID, CastTo, ResamplePositions
+from converter.tensors.lazy_tensor import LARGEST_GRID, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
 # A patch is one position, and the class token another: numbers for more of them would be made for nothing, in memory.
 MOST_POSITIONS = LARGEST_GRID**2 + 1
@@ -87,8 +86,7 @@ def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTe
     Wider types come first, so that every tensor is aligned, then names.
     """
     if dtype != "keep":
-        cast = CastTo(dtype)
-        outputs = {name: cast.one(value) if value.dtype.is_float else value for name, value in outputs.items()}
+        outputs = {name: cast(value, dtype) if value.dtype.is_float else value for name, value in outputs.items()}
     return dict(sorted(outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
@@ -181,7 +179,7 @@ def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
         return
     before = applied.values[name].shape
     try:
-        applied.values[name] = ResamplePositions(image_size // patch).one(applied.values[name])
+        applied.values[name] = resampled(applied.values[name], image_size // patch)
     except ValueError as error:
         raise MappingError(f"{name}: {error}") from error
     if applied.values[name].shape == before:

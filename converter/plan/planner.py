@@ -10,12 +10,11 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
-from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import LayoutEntry
-from converter.layouts.spec import CanonicalLayout, LayoutMapping
+from converter.layouts.spec import LayoutMapping
 from converter.options import ConvertOptions, check_choices
 from converter.plan.plan import Plan, make_plan
-from converter.plan.route import complete_from, identity_mapping, retarget
+from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 
 
@@ -34,9 +33,9 @@ def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str
 
 def plan_to_canonical(opened: Checkpoint, known: DetectedLayout, options: ConvertOptions, dtype: str = "keep") -> Plan:
     """Plan the conversion of a detected checkpoint to the canonical layout; MappingError if the tensors do not fit."""
-    layout = known.match.candidate.load()
+    layout = known.match.layout
     canonical = registry.canonical(options.family)
-    mapping = identity_mapping(canonical) if isinstance(layout, CanonicalLayout) else layout
+    mapping = layout.mapping
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
     prefix, pixels = known.match.prefix, options.image_size
     try:
@@ -69,15 +68,14 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     lent = _lent(donor, plan, options) if donor is not None else None
     if options.layout == options.canonical:
         return ResolvedPlan(known, complete_from(plan, lent, options.dtype) if lent else plan)
-    target = registry.load(options.layout)
-    assert isinstance(target, LayoutMapping)
+    target = registry.load(options.layout).mapping
     return ResolvedPlan(known, retarget(plan, target, lent, options.full_model, options.dtype, opened.name))
 
 
 def check_not_converted(opened: Checkpoint, known: DetectedLayout) -> None:
     """LayoutError for a checkpoint that is in the canonical layout already."""
-    layout = known.match.candidate.load()
-    if isinstance(layout, CanonicalLayout):
+    layout = known.match.layout
+    if layout.is_canonical:
         raise LayoutError(
             f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert", "load it as it is"
         )
@@ -106,7 +104,7 @@ def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:
 
 def check_options(options: ConvertOptions) -> None:
     """UsageError for a family or a layout that does not exist."""
-    check_choices(family=(options.family, FAMILIES))
+    check_choices(family=(options.family, registry.families()))
     layouts = registry.names_of_family(options.family)
     if options.layout not in layouts:
         raise UsageError(f"--to {options.to}: no layout of {options.family.upper()}", f"layouts: {', '.join(layouts)}")

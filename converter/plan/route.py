@@ -7,29 +7,11 @@ from dataclasses import replace
 
 from converter.errors import MappingError
 from converter.layouts.claims import claim, first_few
-from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, Signature, invert
+from converter.layouts.spec import LayoutMapping, Rule, invert
 from converter.layouts.template import Template, any_match
 from converter.plan.apply import apply
 from converter.plan.plan import Plan, sort_outputs
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
-
-
-def identity_mapping(canonical: CanonicalLayout) -> LayoutMapping:
-    """The canonical layout as a mapping to itself: every name is kept."""
-    any_name = Template.parse("{rest}", {"rest": "path"})
-    rule = Rule((any_name,), (any_name,), (), False, "", canonical.place)
-    signature = Signature(("",), canonical.signature.tensors)
-    return LayoutMapping(
-        canonical.name,
-        canonical.family,
-        canonical.description,
-        signature,
-        (rule,),
-        (),
-        "",
-        canonical.place,
-        canonical.digest,
-    )
 
 
 def retarget(plan: Plan, target: LayoutMapping, fill: Plan | None, full_model: bool, dtype: str, source: str) -> Plan:

@@ -1,4 +1,4 @@
-"""Expressions that take more than copying, evaluated with torch, one output tensor at a time."""
+"""Evaluation of lazy tensors with torch, one output tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,37 +13,47 @@ from converter.tensors.tensor_info import TensorInfo
 
 
 def tensor_bytes(expr: LazyTensor) -> memoryview:
-    """The bytes of the tensor, little-endian and row-major; ContainerError where what it is made of is damaged."""
+    """Evaluate to bytes, little-endian and row-major; ContainerError for damaged source data."""
     return as_bytes(evaluate(expr))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of a tensor on the CPU in order, as bytes: its own memory if it is contiguous."""
+    """The bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
     tensor = tensor.detach().contiguous()
     if not tensor.numel():
         return memoryview(b"")
-    # The array keeps the tensor alive, and spares a copy.
     array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    # Keeps the memory alive as long as the view.
     array.tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
 
 
 def read_tensor(tensor: TensorInfo) -> torch.Tensor:
-    """A tensor of a checkpoint, read whole with the storage it lies in."""
+    """Read a tensor of a checkpoint into memory."""
     dtype = torch_dtype(tensor.dtype.name)
-    data = bytearray(tensor.storage.read())
-    if tensor.storage.big_endian:
-        data = byte_swapped(data, tensor.dtype.itemsize)
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)
-    # `start` need not be a multiple of the element size in a hostile file; frombuffer would take it all the same.
-    count = (len(data) - tensor.start) // tensor.dtype.itemsize
-    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=tensor.start)
-    return flat.as_strided(tensor.shape, tensor.strides)
+    data, start = _tensor_data(tensor)
+    if tensor.storage.big_endian:
+        data = byte_swapped(data, tensor.dtype.itemsize)
+    # A hostile file may have a `start` that is not a multiple of the element size; frombuffer accepts it.
+    count = (len(data) - start) // tensor.dtype.itemsize
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).as_strided(tensor.shape, tensor.strides)
+
+
+def _tensor_data(tensor: TensorInfo) -> tuple[bytearray, int]:
+    """Bytes that contain a tensor, and its first byte in them: its own, or all of a storage that must be checked."""
+    storage = tensor.storage
+    if storage.deflated or storage.big_endian or storage.crc32 is not None:
+        return bytearray(storage.read()), tensor.start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    data = bytearray((last + 1) * tensor.dtype.itemsize)
+    storage.file.readinto(memoryview(data), storage.offset + tensor.start)
+    return data, 0
 
 
 def evaluate(expr: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = read_tensor) -> torch.Tensor:
-    """The tensor that an expression stands for, on the CPU; `load` gives the source's tensors."""
+    """Evaluate a lazy tensor on the CPU; `load` reads the tensors of the checkpoint."""
     match expr:
         case Read(tensor=tensor):
             return load(tensor)
@@ -66,7 +76,7 @@ def evaluate(expr: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = read
 
 
 def byte_swapped(data: bytearray, itemsize: int) -> bytearray:
-    """The elements with their bytes in reverse order."""
+    """Reverse the bytes of each element."""
     result = bytearray(len(data))
     for i in range(itemsize):
         result[i::itemsize] = data[itemsize - 1 - i :: itemsize]
@@ -74,16 +84,16 @@ def byte_swapped(data: bytearray, itemsize: int) -> bytearray:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's own object for an element type."""
+    """The torch dtype of that name."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """A table [1 + n*n, width] resampled to [1 + grid*grid, width]: bicubic, antialiased, in float32.
+    """Resample position embeddings [1 + n*n, width] to [1 + grid*grid, width]: bicubic, antialiased, in float32.
 
-    As DeepSeek-OCR's CLIP does when it runs at another size; the class token, the first row, is kept.
+    The same as DeepSeek-OCR's CLIP at another image size; the class token, the first row, is kept.
     """
     token, positions = table[:1], table[1:].float()
     side = math.isqrt(positions.shape[0])

@@ -12,8 +12,6 @@ from converter.checkpoint.state_dict import StateDict
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, select_state_dicts
-from converter.layouts.parse import FAMILIES
-from converter.layouts.spec import CanonicalLayout
 from converter.options import ConvertOptions
 from converter.plan.plan import Plan
 from converter.plan.planner import plan_to_canonical, resolve_to_canonical
@@ -53,15 +51,15 @@ def largest(source: Checkpoint) -> StateDict:
 def as_converted(source: Checkpoint) -> Converted:
     """The family is the one whose names most of the tensors have: a few wrong ones are for the checks to find."""
     entry = largest(source)
-    counts = {family: registry.count_known(family, entry.tensors) for family in FAMILIES}
+    counts = {family: registry.count_known(family, entry.tensors) for family in registry.families()}
     family = max(counts, key=lambda family: counts[family])
     # A damaged conversion fits no layout; one that fits another is no conversion into the DeepEncoder's.
-    fitting = [hit for each in FAMILIES for hit in detect_layouts(source, registry.entries(each), [entry])]
-    names = [hit.match.candidate.name for hit in fitting]
+    fitting = [hit for each in registry.families() for hit in detect_layouts(source, registry.entries(each), [entry])]
+    names = [hit.match.name for hit in fitting]
     other = next((name for name in names if name != f"deepencoder-{family}"), "")
     if other or counts[family] <= len(entry.tensors) / 2:
         what = f"is in the layout {other}" if other else "is not in the DeepEncoder's layout"
-        families = [other.split("-")[0]] if other else FAMILIES
+        families = [other.split("-")[0]] if other else registry.families()
         commands = " or ".join(f"dsocr-convert {each} {source.name}" for each in families)
         raise LayoutError(
             f"{source.name}: {what}; the DeepEncoder's is what is verified",
@@ -76,8 +74,8 @@ def as_origin(
     """The source, and the plan that `convert` would have made with the options that the converted file shows."""
     options = ConvertOptions(target.family, mapping=mapping, state_dict=state_dict)
     known, plan = resolve_to_canonical(source, options)
-    layout = known.match.candidate.load()
-    if isinstance(layout, CanonicalLayout):
+    layout = known.match.layout
+    if layout.is_canonical:
         raise UsageError(
             f"--source {source.name}: is itself in the layout {layout.name}", "give what it was converted from"
         )

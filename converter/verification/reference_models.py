@@ -183,8 +183,7 @@ def uninitialised() -> Iterator[None]:
 
 def in_layout(name: str, canonical: State) -> State:
     """Tensors in the canonical names brought to a layout's, with the first of its prefixes."""
-    mapping = registry.load(name)
-    assert isinstance(mapping, LayoutMapping)
+    mapping = registry.load(name).mapping
     rules = tuple(rule._replace(optional=True) for rule in writing_rules(mapping, full_model=False))
     unclaimed = set(claim(rules, canonical).unclaimed)
     values = {key: _described(key, tensor) for key, tensor in canonical.items() if key not in unclaimed}

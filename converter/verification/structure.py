@@ -11,7 +11,6 @@ from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.output.names import shorten
 from converter.plan.plan import Plan, make_plan
-from converter.plan.route import identity_mapping
 from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted
@@ -36,7 +35,7 @@ def _check_layout(name: str, family: str, tensors: dict[str, TensorInfo]) -> tup
     canonical = registry.canonical(family)
     try:
         plan = make_plan(
-            identity_mapping(canonical),
+            canonical.mapping,
             "",
             canonical,
             {key: lazy_read(tensor) for key, tensor in tensors.items()},

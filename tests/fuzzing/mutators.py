@@ -364,8 +364,6 @@ _TOKENS = (
         "permute",
         "deinterleave",
         "reorder",
-        "cast",
-        "resample",
     ),
     *(
         "[0, 1]",

@@ -31,7 +31,6 @@ from converter.formats import (
 from converter.formats import registry as formats_registry
 from converter.formats.torch_pickle import StorageRef
 from converter.layouts import registry
-from converter.layouts.parse import FAMILIES
 from converter.layouts.registry import load_file
 from converter.options import ConvertOptions
 from converter.output.pretrained import LAYOUTS, config_files
@@ -69,7 +68,7 @@ def prepare(folder: Path) -> None:
     registry.entries = functools.cache(registry.entries)
     for name in registry.layout_names():
         registry.load(name)
-    for family in FAMILIES:
+    for family in registry.families():
         registry.entries(family)
     _known()
     for name in SHARDS:
@@ -169,7 +168,7 @@ def zip_members(data: bytes) -> None:
 @functools.cache
 def _known() -> dict[str, list[dict[str, TensorInfo]]]:
     """Tensors that mappings are tried on: those of real checkpoints, two layers of each."""
-    found: dict[str, list[dict[str, TensorInfo]]] = {family: [] for family in FAMILIES}
+    found: dict[str, list[dict[str, TensorInfo]]] = {family: [] for family in registry.families()}
     for name, text in inventories().items():
         found["clip" if "clip" in name else "sam"].append(dict(_described(json.loads(text))))
     return found
@@ -216,10 +215,10 @@ def plan(data: bytes) -> None:
 
 
 _WISHES = [
-    *(ConvertOptions(family, dtype=dtype) for family in FAMILIES for dtype in ("keep", "float16")),
+    *(ConvertOptions(family, dtype=dtype) for family in registry.families() for dtype in ("keep", "float16")),
     ConvertOptions("clip", image_size=336),
-    *(ConvertOptions(family, to=f"{family}-{of}") for family in FAMILIES for of in ("hf", "timm")),
-    *(ConvertOptions(family, to=f"{family}-hf", full_model=True) for family in FAMILIES),
+    *(ConvertOptions(family, to=f"{family}-{of}") for family in registry.families() for of in ("hf", "timm")),
+    *(ConvertOptions(family, to=f"{family}-hf", full_model=True) for family in registry.families()),
     ConvertOptions("sam", to="sam-meta"),
 ]
 
