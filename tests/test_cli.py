@@ -99,7 +99,7 @@ def test_an_existing_output_is_kept_unless_forced(folder: Path, tmp_path: Path) 
         (("sam", "sam.pth", "--state-dict", "ema"), 2, "has no such state dict\n  it has: . (188 tensors)"),
         (("sam", "sam.pth", "--mapping", "none.yaml"), 3, "none.yaml: cannot be read"),
         (("clip", "clip", "--image-size", "225"), 2, "not a multiple of the patch size, 14"),
-        (("mapping", "show", "sam-none"), 3, "no layout is called 'sam-none'"),
+        (("mapping", "show", "sam-none"), 3, "unknown layout 'sam-none'"),
         (("inspect", "page.bin"), 3, "page.bin"),
     ],
 )
@@ -140,9 +140,9 @@ def test_inspect_of_an_unknown_checkpoint_names_the_nearest_layout(tmp_path: Pat
     torch.save(state, tmp_path / "odd.pth")
     done = run("inspect", "odd.pth", cwd=tmp_path)
     assert "nearest is sam-timm" in done.stdout
-    assert "sam-timm has nothing for 'blocks.0.mlp.fc9.weight'" in done.stdout
+    assert "sam-timm has no rule for 'blocks.0.mlp.fc9.weight'" in done.stdout
     done = run("sam", "odd.pth", cwd=tmp_path)
-    assert done.returncode == 3 and "sam-timm has nothing for 'blocks.0.mlp.fc9.weight'" in done.stderr
+    assert done.returncode == 3 and "sam-timm has no rule for 'blocks.0.mlp.fc9.weight'" in done.stderr
 
 
 def test_inspect_json(folder: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
     with pytest.raises(LayoutError) as caught:
         detect_layout(source(tensors), "sam", registry.entries("sam"), None)
     message = str(caught.value)
-    for words in ("sam-meta has nothing for 'unheard.of.0.y'", "the checkpoint has nothing for"):
+    for words in ("sam-meta has no rule for 'unheard.of.0.y'", "the checkpoint has no tensor for"):
         assert words in message
     assert len(message.splitlines()) <= 12
 

@@ -492,7 +492,7 @@ def test_moving_bytes_imports_no_torch(tmp_path: Path) -> None:
     sam = save(models.sam_meta().state_dict(), tmp_path / "sam.pth")
     clip = save(weights("clip-openai", seed=0), tmp_path / "clip.pth")
     jobs = [
-        (str(sam), "sam", {"to": "sam-hf", "whole": True, "out": str(tmp_path / "folder")}),
+        (str(sam), "sam", {"to": "sam-hf", "full_model": True, "out": str(tmp_path / "folder")}),
         (str(sam), "sam", {"to": "sam-timm", "out": str(tmp_path / "timm.safetensors")}),
         (str(clip), "clip", {"to": "clip-timm", "out": str(tmp_path / "clip-timm.safetensors")}),
         (str(clip), "clip", {"to": "clip-hf", "out": str(tmp_path / "clip-hf.pth"), "format": "pth"}),
