@@ -1,7 +1,7 @@
-"""Runs one target under atheris: harness.py TARGET [option of libFuzzer ...] [folder of inputs ...].
+"""Fuzzes one target with atheris: harness.py TARGET [libFuzzer option ...] [folder of inputs ...].
 
-It ends at the first escape: an exception that is no DsocrError, more time or memory than an input may take, or anything
-that a reader has no business doing (running code, importing, writing, opening connections), which audit events tell.
+Stops at the first escape: an exception other than DsocrError, excessive time or memory, or an audit event of an action
+that no reader may take (running code, importing, writing, opening connections).
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# For one input of at most 64 KiB. Instrumented code takes a few times as long.
+# Limits for one input of at most 64 KiB. Instrumented code takes a few times as long as the program.
 SECONDS = 5.0
-MEMORY = 256 << 20
-# Of a message.
-LINES = 12
-# libFuzzer's own bounds, for what would not return or not be counted.
+MEMORY = 256 << 20  # bytes
+LINES = 12  # of a message
+# libFuzzer's own limits, for endless loops and for memory that is allocated outside of Python.
 OPTIONS = ("-timeout=60", "-rss_limit_mb=2048", "-max_len=65536", "-print_final_stats=1")
 
-# Audit events by how their names begin.
+# Prefixes of audit events.
 _FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile", "os.kill", "os.putenv"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate"),
@@ -51,39 +50,39 @@ _FORBIDDEN = (
 
 
 class Escape(BaseException):
-    """What must not happen did; no `except Exception` hides it."""
+    """A forbidden action; not caught by `except Exception`."""
 
 
 class Guard:
-    """Watches what Python does while an input is read."""
+    """Detects forbidden actions and excessive time while a target runs."""
 
     def __init__(self) -> None:
-        self._on = False
-        self._seen = ""
+        self._active = False
+        self._event = ""
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._on:
+        if not self._active:
             return
         if _forbidden(event, arguments):
-            self._seen = self._seen or f"{event}{arguments!r}"[:500]
-            raise Escape(self._seen)
+            self._event = self._event or f"{event}{arguments!r}"[:500]
+            raise Escape(self._event)
 
     def run(self, target: Callable[[Any], object], data: bytes | Path) -> None:
-        """Have `target` read `data`; Escape or the exception itself where that is not as it should be."""
+        """Run `target` on `data`; raises Escape, or the target's exception if it is not a DsocrError."""
         from converter.errors import DsocrError
 
         began = time.process_time()
-        self._on = True
+        self._active = True
         try:
             target(data)
         except DsocrError as error:
             if len(lines := str(error).splitlines()) > LINES:
                 raise Escape(f"a message of {len(lines)} lines") from error
         finally:
-            self._on = False
-        if self._seen:
-            raise Escape(self._seen)
+            self._active = False
+        if self._event:
+            raise Escape(self._event)
         seconds = time.process_time() - began
         if seconds > SECONDS:
             raise Escape(f"{seconds:.1f} s for one input")
@@ -91,7 +90,7 @@ class Guard:
 
 def _forbidden(event: str, arguments: tuple[Any, ...]) -> bool:
     if event == "open":
-        # The low bits of the flags: 0 to read, 1 to write, 2 for both.
+        # The low bits of the flags: 0 for reading, 1 for writing, 2 for both.
         return bool(arguments[2] & 3)
     return event.startswith(_FORBIDDEN)
 
@@ -100,8 +99,8 @@ def main() -> None:
     name = sys.argv.pop(1)
     with atheris.instrument_imports(include=["converter"], exclude=["converter.encoders"]):
         targets = import_module("fuzzing.targets")
-        # An import while an input is read would be an escape: what is imported late is imported here.
-        for module in ("cards.card", "loaders.unknown", "pretrained.configs", *(["verify.carded"] * (name == "card"))):
+        # Lazy imports of the program: while a target runs, an import is an escape.
+        for module in ("output.pretrained_config", *(["verification.record_check"] * (name == "record"))):
             import_module(f"converter.{module}")
     for codec in ("utf_16_be", "utf_16_le", "utf_32_be", "utf_32_le", "utf_8_sig", "raw_unicode_escape"):
         import_module(f"encodings.{codec}")
@@ -116,17 +115,17 @@ def main() -> None:
             path.write_bytes(data)
         guard.run(target.run, path if target.file else data)
 
-    def mutated(data: bytes, most: int, seed: int) -> bytes:
-        result: bytes = target.mutate(data, most, Random(seed), atheris.Mutate)
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        result: bytes = target.mutate(data, max_size, Random(seed), atheris.Mutate)
         return result
 
-    atheris.Setup([sys.argv[0], *OPTIONS, *sys.argv[1:]], one, custom_mutator=mutated)
+    atheris.Setup([sys.argv[0], *OPTIONS, *sys.argv[1:]], one, custom_mutator=mutate)
     atheris.Fuzz()
 
 
 @cache
 def _limit_memory() -> None:
-    """From the first input on, when all is imported, let the process grow by no more than one may take."""
+    """Limit the growth of the process, from the first input on: imports are done by then."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
 

@@ -1,7 +1,7 @@
-"""The inputs that fuzzing starts from: seeds.py FOLDER writes FOLDER/<target>/<digest>.
+"""Writes the seeds, the first inputs of fuzzing: seeds.py FOLDER writes FOLDER/<target>/<digest>.
 
-Tiny checkpoints in every container, as torch, transformers' and safetensors' own code write them, the mappings that
-ship, real checkpoints' names, and the hostile corpus.
+Seeds are tiny checkpoints that torch and safetensors write in every format, the built-in mappings, the tensor names of
+real checkpoints, and the hostile corpus.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from converter.layouts import registry
 from fuzzing import targets
 from fuzzing.mutators import members_of, packed
 
-# The longest input that is tried.
-LARGEST = 64 << 10
+MAX_INPUT = 64 << 10  # bytes
 
 Seeds = dict[str, list[bytes]]
 
 
 def states() -> list[dict[str, Any]]:
-    """Small state dicts, with every type and way to lie in memory."""
+    """Small state dicts with all dtypes and kinds of strides."""
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     types = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
     shared = torch.arange(12.0)
@@ -51,12 +50,12 @@ def states() -> list[dict[str, Any]]:
 
 
 def _models() -> Any:
-    # Imports the libraries that define the layouts.
+    # Lazy: it imports the libraries that define the layouts.
     return import_module("models")
 
 
 def _few(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's names, each a tensor of as many dimensions, of sizes that a seed has room for."""
+    """The state dict of a model with each dimension cut to two."""
     state = model.state_dict()
     return {name: tensor[tuple(slice(2) for _ in tensor.shape)].clone() for name, tensor in state.items()}
 
@@ -113,7 +112,7 @@ def seeds() -> Seeds:
         "mapping": [registry.text(name).encode() for name in registry.layout_names()],
         "plan": [text.encode() for text in targets.inventories().values()],
         "index": [json.dumps(document).encode() for document in _indexes()],
-        "card": _cards(),
+        "record": _records(),
     }
 
 
@@ -125,16 +124,16 @@ def _indexes() -> list[object]:
     ]
 
 
-def _cards() -> list[bytes]:
+def _records() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         safetensors.torch.save_file(_models().clip_hf_vision().state_dict(), path / "x.safetensors")
-        converter.convert(path / "x.safetensors", "clip", out=path / "out.safetensors", record=path / "card.json")
-        return [(path / "card.json").read_bytes()]
+        converter.convert(path / "x.safetensors", "clip", out=path / "out.safetensors", record=path / "record.json")
+        return [(path / "record.json").read_bytes()]
 
 
 def hostile() -> Iterator[bytes]:
-    """The files of the hostile corpus; of the large ones, what they hold may be small enough."""
+    """The files of the hostile corpus. Large files are included: a pickle inside of one may be small."""
     for path in sorted((Path(__file__).parent.parent / "hostile").glob("*.py")):
         for case in getattr(import_module(f"hostile.{path.stem}"), "CASES", ()):
             with tempfile.TemporaryDirectory() as folder:
@@ -142,11 +141,11 @@ def hostile() -> Iterator[bytes]:
                 inside.mkdir()
                 case.build(inside)
                 for file in sorted(inside.rglob("*")):
-                    if file.is_file() and not file.is_symlink() and file.stat().st_size <= 16 * LARGEST:
+                    if file.is_file() and not file.is_symlink() and file.stat().st_size <= 16 * MAX_INPUT:
                         yield file.read_bytes()
 
 
-# Which targets a file of the corpus is a seed of: all that could make something of it.
+# The targets that a file of the corpus is a seed of.
 _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
     (lambda data: data[8:9] == b"{", ("safetensors", "container")),
     (lambda data: data[:2] == b"PK" and b"constants.pkl" in data, ("torchscript", "zip")),
@@ -159,7 +158,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
 
 
 def _pickles(data: bytes) -> list[bytes]:
-    """The pickles in a zip archive that Python can read."""
+    """The pickles in a zip archive, if Python can read it."""
     with contextlib.suppress(Exception):
         return [held for name, held, _ in members_of(data) if name.endswith("data.pkl")]
     return []
@@ -176,7 +175,7 @@ def main() -> None:
         folder = Path(sys.argv[1], name)
         folder.mkdir(parents=True, exist_ok=True)
         for data in inputs:
-            if len(data) <= LARGEST:
+            if len(data) <= MAX_INPUT:
                 (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
         print(f"{name}: {len(list(folder.iterdir()))} inputs")
 

@@ -1,6 +1,6 @@
-"""What is fuzzed: functions of bytes that read them as the program would, and on to every tensor that was accepted.
+"""Fuzz targets: functions that read an input as the program does, including the data of every accepted tensor.
 
-Nothing but a DsocrError may leave one. No torch: a target would wait seconds for it, and readers do without.
+A target may raise DsocrError only. Targets do not import torch, which takes seconds: readers do not need it.
 """
 
 from __future__ import annotations
@@ -44,17 +44,20 @@ from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strid
 from fuzzing import mutators
 from fuzzing.mutators import Mutator
 
-# Tensors' bytes that are read of one input: more would say no more of the reader.
-MOST_READ = 4 << 20
+# Bytes of tensor data that are read of one input.
+MAX_DATA = 4 << 20
 
-# What stands beside an index.
+# The shards next to an index.
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 class Target(NamedTuple):
-    """`run` reads an input: its bytes or, with `file`, a file of that name which holds them.
+    """A target.
 
-    `mutate` makes another input of one, and keeps its form where bytes alone would lose it.
+    Attributes:
+        run: Reads an input: the bytes or, with `file`, the path of a file that contains them.
+        mutate: Derives an input from another one and keeps its structure valid.
+        file: Name of the file; empty to pass bytes.
     """
 
     run: Callable[[Any], object]
@@ -63,7 +66,7 @@ class Target(NamedTuple):
 
 
 def prepare(folder: Path) -> None:
-    """Load and keep what the program reads anew in every run, and write what inputs in `folder` may refer to."""
+    """Cache what the program loads in every run, and write the files that inputs may refer to into `folder`."""
     formats_registry.plugins = lambda: iter(())
     registry.entries = functools.cache(registry.entries)
     for name in registry.layout_names():
@@ -75,13 +78,13 @@ def prepare(folder: Path) -> None:
         (folder / name).write_bytes(mutators.safetensors_file({name[:11]: ("F32", [2])}))
 
 
-# ---- what is done with contents that a reader accepted
+# ---- contents that a reader accepted
 
 
 def use(contents: Contents) -> None:
-    """Read every tensor, look for state dicts and shorten their names, as the commands do."""
+    """Read every tensor, find state dicts and remove common prefixes, as the commands do."""
     copier = Copier(lambda full: memoryview(full.obj), lambda count: None)
-    left = MOST_READ
+    left = MAX_DATA
     for tensor in _tensors(contents):
         check(tensor)
         left -= tensor.storage.length + tensor.storage.size
@@ -102,7 +105,7 @@ def _tensors(contents: Contents) -> Iterator[TensorInfo]:
 
 
 def check(tensor: TensorInfo) -> None:
-    """What the rest of the program relies on."""
+    """Check what the rest of the program relies on."""
     assert type(tensor.key) is str and len(tensor.shape) == len(tensor.strides)
     assert min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
@@ -131,13 +134,13 @@ def _loaded(loader: formats_registry.Loader) -> Callable[[bytes], None]:
 
 
 def container(data: bytes) -> None:
-    """A file of a kind that is to be found out."""
+    """A file of any format."""
     _, contents = formats_registry.open_file(Memory(data))
     use(contents)
 
 
 def pickle(data: bytes) -> None:
-    """A pickle with a state dict, whose storages all exist."""
+    """A pickle of a state dict, with all storages present."""
     file = Memory(b"")
 
     def storage(ref: StorageRef) -> Storage:
@@ -154,7 +157,7 @@ def zip_members(data: bytes) -> None:
     file = Memory(data)
     if not zip_directory.is_zip(file):
         return
-    left = MOST_READ
+    left = MAX_DATA
     for storage in zip_directory.read_directory(file).values():
         left -= storage.length + storage.size
         if left >= 0:
@@ -162,12 +165,12 @@ def zip_members(data: bytes) -> None:
                 assert len(storage.read()) == storage.size
 
 
-# ---- what stands beside tensors
+# ---- mappings, plans, indexes, records
 
 
 @functools.cache
 def _known() -> dict[str, list[dict[str, TensorInfo]]]:
-    """Tensors that mappings are tried on: those of real checkpoints, two layers of each."""
+    """Tensors to apply mappings to: two layers of each real checkpoint, by family."""
     found: dict[str, list[dict[str, TensorInfo]]] = {family: [] for family in registry.families()}
     for name, text in inventories().items():
         found["clip" if "clip" in name else "sam"].append(dict(_described(json.loads(text))))
@@ -175,7 +178,7 @@ def _known() -> dict[str, list[dict[str, TensorInfo]]]:
 
 
 def inventories() -> dict[str, str]:
-    """Two layers of each real checkpoint, as the target `plan` reads them."""
+    """Two layers of each real checkpoint as inputs of the target `plan`."""
     from inventories import inventories
 
     def few(key: str) -> bool:
@@ -199,7 +202,7 @@ def mapping(path: Path) -> None:
 
 
 def plan(data: bytes) -> None:
-    """Names, types and shapes as JSON, recognised and planned in one of several ways."""
+    """Names, dtypes and shapes as JSON: detected, and planned with one of several options."""
     try:
         contents: Contents = dict(_described(json.loads(data)))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
@@ -207,14 +210,14 @@ def plan(data: bytes) -> None:
     opened = Checkpoint("input", (Memory(b""),), ("safetensors",), contents)
     with suppress(DsocrError):
         inspect._inspect(opened, None).to_json()
-    options = _WISHES[len(data) % len(_WISHES)]
+    options = _OPTIONS[len(data) % len(_OPTIONS)]
     found = resolve(opened, options, None)
     _use_plan(found.plan)
     if options.to in LAYOUTS:
         config_files(found.plan, options.full_model)
 
 
-_WISHES = [
+_OPTIONS = [
     *(ConvertOptions(family, dtype=dtype) for family in registry.families() for dtype in ("keep", "float16")),
     ConvertOptions("clip", image_size=336),
     *(ConvertOptions(family, to=f"{family}-{of}") for family in registry.families() for of in ("hf", "timm")),
@@ -224,13 +227,13 @@ _WISHES = [
 
 
 def _described(document: Any) -> Iterator[tuple[str, TensorInfo]]:
-    """Tensors of these names, types and shapes; whatever a container would refuse is an error here."""
+    """Tensors of these names, dtypes and shapes; ValueError where a container reader would refuse them."""
     file = Memory(b"")
     for key, (dtype, shape) in document.items():
         if not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 64:
             raise ValueError
         nbytes = math.prod(shape) * BY_NAME[dtype].itemsize
-        # The format's headers are not larger, and no disk is.
+        # Larger than any disk.
         if nbytes >= 1 << 50:
             raise ValueError
         storage = Storage(file, (0, nbytes), nbytes, nbytes, key)
@@ -249,8 +252,8 @@ def index(path: Path) -> None:
         use(opened.contents)
 
 
-def card(path: Path) -> None:
-    """A card as `dsocr-verify --record` reads it."""
+def record_file(path: Path) -> None:
+    """A conversion record as `dsocr-verify --record` reads it."""
     # Imports torch.
     from converter.verification.record_check import is_elsewhere, read_record
 
@@ -268,5 +271,5 @@ TARGETS: dict[str, Target] = {
     "mapping": Target(mapping, mutators.lines, "mapping.yaml"),
     "plan": Target(plan, mutators.json_document),
     "index": Target(index, mutators.json_document, "model.safetensors.index.json"),
-    "card": Target(card, mutators.json_document, "card.json"),
+    "record": Target(record_file, mutators.json_document, "record.json"),
 }
