@@ -324,7 +324,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
     from converter.verification import outputs
 
     busy = Busy()
-    recorded, forward = outputs.run_recorded, DeepEncoder.forward
+    recorded, forward = outputs.record_features, DeepEncoder.forward
 
     def recorded_timed(*arguments: Any) -> Any:
         with busy.forward():
@@ -337,7 +337,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
     busy.start()
     # Every forward pass of a verification goes through one of the two.
     with (
-        mock.patch.object(outputs, "run_recorded", recorded_timed),
+        mock.patch.object(outputs, "record_features", recorded_timed),
         mock.patch.object(DeepEncoder, "forward", forward_timed),
     ):
         source = str(args.work / checkpoint.path)

@@ -19,8 +19,10 @@ from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
 
 import converter
 from converter.api.verify import verify
+from converter.encoders import DeepEncoder
 from converter.layouts import registry
-from converter.verification import probes
+from converter.verification.deep_encoder_reference import REFERENCES
+from converter.verification.families import FAMILIES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,11 +83,12 @@ def _check_blame(row: Row, subject: Subject) -> None:
     """No block before the first changed tensor's is blamed by the outputs; where it shows at all, that one is first."""
     if not row.caught["outputs"] or not row.changed:
         return
-    order = probes.names_of(subject.family, subject.names.depth)
-    # SAM alone ends in its neck; its compressor runs in the chain alone, before CLIP's first block.
-    order += ["neck", "vision_model.pre_layrnorm"] * (subject.family == "sam")
-    used = {place: probes.at_work(subject.family, place, row.changed) for place in order}
-    assert row.first.removeprefix("sam_model.") == next(place for place in order if used[place])
+    family, depth = FAMILIES[subject.family], subject.names.depth
+    order = [family.patches, family.entry, *(f"{family.blocks}.{i}" for i in range(depth)), family.output]
+    # SAM's compressor only runs in the DeepEncoder, before CLIP's first block.
+    order.append("vision_model.pre_layrnorm")
+    first = next(probe for probe in order if probe and family.tensors_at(probe, row.changed))
+    assert row.first.removeprefix(family.prefix) == first
 
 
 IN_THE_CHAIN = [
@@ -97,13 +100,11 @@ IN_THE_CHAIN = [
 def test_a_transformers_without_the_chain_notices_too(
     corruption: Corruption, kind: str, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("converter.verification.deep_encoder._MODULE", "transformers.models.none_such")
+    monkeypatch.setitem(REFERENCES, DeepEncoder, REFERENCES[DeepEncoder][1:])
     right, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
     assert right.ok and right.ratio is not None and right.ratio < 0.5
     row, found = corruptions.run(corruption, subjects[kind], tmp_path, device="cpu")
-    assert (
-        found is not None and found.traces[-1].name.startswith("transformers") and "together" in found.traces[-1].name
-    )
+    assert found is not None and "assembled" in found.traces[-1].name
     assert row.caught["outputs"] and row.first.endswith(row.expected)
 
 

@@ -27,7 +27,17 @@ from converter import reports
 from converter.errors import ContainerError, OutputError, printable
 from converter.reports import github, html, junit, plot, text, words
 from converter.verification import pictures
-from converter.verification.result import Picture, Trace, TracePoint, Verification, failed, passed, skipped, warning
+from converter.verification.result import (
+    FAILED,
+    PASSED,
+    SKIPPED,
+    WARNING,
+    Check,
+    Picture,
+    Trace,
+    TracePoint,
+    Verification,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
@@ -47,10 +57,10 @@ BAD = trace([0.0] + [3e-7] * 5 + [1e-2] * 6 + [math.inf])
 
 def verification(**changes: object) -> Verification:
     checks = [
-        passed("structure", "layout", "294 tensors have the names, shapes and types of deepencoder-clip"),
-        warning("structure", "missing", "loading it misses exactly net_2.weight", ["net_2.weight"]),
-        passed("bytes", "tensors", "294 tensors equal their sources in every bit"),
-        passed("outputs", GOOD.name, "relative error 3e-07", error=3e-7, tolerance=2.4e-6),
+        Check("structure", "layout", PASSED, "294 tensors have the names, shapes and types of deepencoder-clip"),
+        Check("structure", "missing", WARNING, "loading it misses exactly net_2.weight", ["net_2.weight"]),
+        Check("bytes", "tensors", PASSED, "294 tensors equal their sources in every bit"),
+        Check("outputs", GOOD.name, PASSED, "relative error 3e-07", figures={"error": 3e-7, "tolerance": 2.4e-6}),
     ]
     found = Verification(
         converted="deepencoder-clip.safetensors",
@@ -73,8 +83,8 @@ def verification(**changes: object) -> Verification:
 def wrong(count: int = 40, name: str = "layers.{}.weight") -> Verification:
     """A verification with `count` wrong tensors."""
     names = [name.format(i) for i in range(count)]
-    faults = [failed("bytes", n, f"{n} differs from its source", [n], error=math.nan) for n in names]
-    at_fault = failed("outputs", "chain", "blocks.6 is the first to diverge", ["blocks.6", "blocks.7", "rule 3"])
+    faults = [Check("bytes", n, FAILED, f"{n} differs from its source", [n], {"error": math.nan}) for n in names]
+    at_fault = Check("outputs", "chain", FAILED, "blocks.6 is the first to diverge", ["blocks.6", "blocks.7", "rule 3"])
     return verification(checks=[*verification().checks[:2], *faults, at_fault], traces=[BAD])
 
 
@@ -86,7 +96,11 @@ def hostile() -> Verification:
         found,
         **texts,
         environment={"torch": HOSTILE},
-        checks=[*found.checks, skipped("outputs", HOSTILE, HOSTILE), warning("structure", HOSTILE, HOSTILE, [HOSTILE])],
+        checks=[
+            *found.checks,
+            Check("outputs", HOSTILE, SKIPPED, HOSTILE),
+            Check("structure", HOSTILE, WARNING, HOSTILE, [HOSTILE]),
+        ],
         traces=[replace(BAD, name=HOSTILE, points=[replace(point, probe=HOSTILE) for point in BAD.points])],
         key_map={HOSTILE: [HOSTILE]},
         pictures=[Picture(HOSTILE, HOSTILE, b"")],
@@ -106,14 +120,16 @@ def found(request: pytest.FixtureRequest) -> Verification:
 
 def test_the_verdict_says_what_it_leaves_open() -> None:
     assert words.verdict_line(verification()) == "VERIFIED: 3 checks passed, none failed"
-    partly = verification(checks=[passed("structure", "layout", ""), skipped("bytes", "tensors", "no --source")])
+    partly = verification(
+        checks=[Check("structure", "layout", PASSED, ""), Check("bytes", "tensors", SKIPPED, "no --source")]
+    )
     assert words.verdict_line(partly) == "VERIFIED as far as was checked: 1 check passed; not checked: bytes"
     assert words.verdict_line(verification(checks=[])) == "NOT VERIFIED: no check was made"
     assert words.verdict_line(wrong(1)) == "NOT VERIFIED: 2 checks failed, first bytes: layers.0.weight"
 
 
 def test_affected_tensors_are_mentioned_once() -> None:
-    check = failed("outputs", "chain", "layers.10 is the first to diverge", ["layers.10", "layers.1", "chain"])
+    check = Check("outputs", "chain", FAILED, "layers.10 is the first to diverge", ["layers.10", "layers.1", "chain"])
     assert words.unmentioned_tensors(check) == "layers.1"
 
 

@@ -1,4 +1,4 @@
-"""The verification as a straight line: open both, plan, then the three proofs as far as they were asked for."""
+"""verify: check a converted checkpoint by structure, bytes and outputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from converter.options import HubOptions, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
-from converter.verification import outputs, structure, weights
-from converter.verification.inputs import Converted, Origin, as_converted, as_origin, largest
-from converter.verification.record_check import Recorded, check_record, is_elsewhere, read_record
+from converter.verification.inputs import Converted, Origin, largest_state_dict, open_converted, open_origin
+from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.reference_readers import open_independently
-from converter.verification.result import FAILED, Verification, skipped
-from converter.verification.runs import Runs, Setting
+from converter.verification.result import FAILED, SKIPPED, Check, Verification
+from converter.verification.runs import Expected, RunOptions, run_encoders
+from converter.verification.structure import check_structure
+from converter.verification.weights import check_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Pixels along a side at which DeepSeek-OCR runs the chain. Two cores take a minute for what a GPU does in a second:
-# there, the smallest, which is not the trained one.
+# Pixels along a side at which DeepSeek-OCR runs. On a CPU the smallest one takes a minute.
 SIZES = (512, 640, 1024, 1280)
 CPU_SIZES = (512,)
 
@@ -49,124 +49,123 @@ def verify(
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> Verification:
-    """Prove a converted checkpoint by structure, bytes and outputs; what was found comes back as a value.
+    """Verify a converted checkpoint.
 
-    `converted` is a file in the DeepEncoder's layout, `source` what it was made from: without it, structure alone is
-    proved, and that the encoder runs. `record` is the .json that was written with it; with a card, files of other
-    layouts are checked too, against it alone. `mapping`, `state_dict`, `revision`, `hub` and `download` are what
-    `convert` was given. `device` is auto, cpu, cuda or cuda:N;
-    `dtype` the precision that the encoders run in; `sizes` the pixels along a side at which the whole chain runs. With
-    `fast`, nothing runs. `image` is a file to look at in place of our page; `draw` makes pictures of what the encoders
-    see in it. Raises a DsocrError for a file that cannot be read, or where no library to compare with is installed; a
-    wrong conversion is a verdict, not an error.
+    A wrong conversion is a verdict, not an exception.
+
+    Args:
+        converted: A file with a canonical layout; with a record also one with another layout.
+        source: The checkpoint it was converted from. Without it, bytes and outputs are not compared.
+        record: The conversion record (.json) that was written with it.
+        mapping: The mapping file that `convert` was given.
+        state_dict: The state dict of the source that `convert` was given.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: The precision the encoders run in: float32, bfloat16 or float16.
+        sizes: Pixels along a side at which the whole DeepEncoder runs.
+        fast: Run nothing.
+        image: An image file to run on instead of the drawn page.
+        draw: Make pictures of the features.
+        on_progress: Called with the stage, the work done and all work.
+        hub_options: The fields of HubOptions.
+
+    Raises:
+        DsocrError: A file cannot be read, or no library to compare with is installed.
     """
     check_choices(dtype=(dtype, DTYPES))
-    hub = HubOptions(**hub_options)
-    place = _device(device)
-    looked_at = None
-    if image is not None:
-        # PIL, which a verification that runs nothing can do without.
-        from converter.verification.pictures import load
-
-        looked_at = load(Path(image))
+    where, hub = _device(device), HubOptions(**hub_options)
+    chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
+    options = RunOptions(where, torch_dtype(dtype), chosen, _load_image(image), draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
-    chosen = () if fast else tuple(sizes or (SIZES if place.type == "cuda" else CPU_SIZES))
-    setting = Setting(place, torch_dtype(dtype), chosen, looked_at, draw, on_progress)
     with ExitStack() as stack:
-        there = stack.enter_context(closing(open_checkpoint(converted, hub)))
-        if recorded is not None and is_elsewhere(recorded):
+        opened = stack.enter_context(closing(open_checkpoint(converted, hub)))
+        if recorded is not None and not recorded.canonical:
             if source is not None:
-                raise UsageError(f"--source: {recorded.layout} is checked against its card alone", "leave --source out")
-            found = _prove_by_card(there, recorded, on_progress)
+                message = f"--source: a file with the layout {recorded.layout} is only compared with its record"
+                raise UsageError(message, "leave --source out")
+            result = _verify_record(opened, recorded, on_progress)
         else:
-            target, origin = as_converted(there), None
+            target, origin = open_converted(opened), None
             if source is not None:
                 opened = stack.enter_context(closing(open_checkpoint(source, hub)))
-                origin = as_origin(opened, target, mapping, state_dict, on_progress)
-            found = _prove(target, origin, recorded, setting)
-    return replace(found, converted=str(converted), source=str(source or ""))
+                origin = open_origin(opened, target, mapping, state_dict, on_progress)
+            result = _verify(target, origin, recorded, options)
+    return replace(result, converted=str(converted), source=str(source or ""))
 
 
-def _prove_by_card(source: Checkpoint, card: Recorded, on_progress: OnProgress) -> Verification:
-    """A file of another layout than the DeepEncoder's: its card is all there is to check it with."""
+def _verify_record(opened: Checkpoint, record: Record, on_progress: OnProgress) -> Verification:
+    """Compare a file of another layout with its record, as nothing else is known of it."""
     seconds: dict[str, float] = {}
-    state_dict = largest(source)
-    found = open_independently(source, state_dict, state_dict.tensors.values(), on_progress)
+    state_dict = largest_state_dict(opened)
+    read = open_independently(opened, state_dict, state_dict.tensors.values(), on_progress)
     with _timed(seconds, "record"):
-        checks = check_record(card, source, state_dict.tensors, found, on_progress)
-    others = (structure.GROUP, weights.GROUP, outputs.GROUP)
+        checks = check_record(record, opened, state_dict.tensors, read, on_progress)
+    reason = f"a file with the layout {record.layout} is only compared with its record"
     return Verification(
-        converted=source.name,
-        source="",
-        family=card.family,
-        mapping=card.mapping,
-        reference="",
-        device="CPU",
+        converted=opened.name,
+        family=record.family,
+        checks=[*checks, *(Check(group, "encoder", SKIPPED, reason) for group in ("structure", "bytes", "outputs"))],
+        mapping=record.mapping,
         dtype="as stored",
         environment=_environment(),
-        checks=checks + [skipped(group, "encoder", f"{card.layout}: its card alone is checked") for group in others],
-        traces=[],
         seconds=seconds,
     )
 
 
-def _prove(target: Converted, origin: Origin | None, card: Recorded | None, setting: Setting) -> Verification:
-    """The three proofs; without sizes to run at, nothing runs."""
+def _verify(target: Converted, origin: Origin | None, record: Record | None, options: RunOptions) -> Verification:
+    """Make all checks of a file with a canonical layout."""
     seconds: dict[str, float] = {}
-    tensors = target.state_dict.tensors
-    found = open_independently(target.source, target.state_dict, tensors.values(), setting.on_progress)
+    tensors, on_progress = target.state_dict.tensors, options.on_progress
+    read = open_independently(target.source, target.state_dict, tensors.values(), on_progress)
     with _timed(seconds, "structure"):
-        checks = structure.prove(target, found)
-    with _timed(seconds, "bytes"):
-        hub, compared = weights.prove(target, origin, found, setting.on_progress)
-    checks += compared
-    if card is not None:
-        with _timed(seconds, "record"):
-            checks += check_record(card, target.source, tensors, found, setting.on_progress)
-    faulty = [name for check in compared if check.verdict == FAILED for name in check.tensors[:1]]
-    runs = Runs(target, origin, hub, faulty, setting)
-    if setting.sizes:
-        with _timed(seconds, "outputs"), _installed():
-            runs.prove(found)
+        checks = check_structure(target, read)
+    expected = None
+    if origin is None:
+        checks.append(Check("bytes", "tensors", SKIPPED, "no --source to compare with"))
     else:
-        with _timed(seconds, "loading"):
-            checks.append(structure.check_loads(target.family, {name: found(name) for name in tensors})[0])
-        checks.append(skipped("outputs", "encoder", "--fast: nothing was run"))
-    made = origin.plan.outputs if origin else {}
+        with _timed(seconds, "bytes"):
+            canonical, compared = check_bytes(target, origin, read, on_progress)
+        checks += compared
+        differing = [check.tensors[0] for check in compared if check.verdict == FAILED]
+        expected = Expected(origin, canonical, differing)
+    if record is not None:
+        with _timed(seconds, "record"):
+            checks += check_record(record, target.source, tensors, read, on_progress)
+    with _timed(seconds, "outputs"), _require_libraries():
+        results = run_encoders(target, expected, read, options)
+    outputs = origin.plan.outputs if origin else {}
     return Verification(
         converted=target.source.name,
-        source=origin.source.name if origin else "",
         family=target.family,
+        checks=[*checks, *results.checks],
         mapping=origin.plan.mapping.name if origin else "",
-        reference=runs.reference,
-        device=_device_name(setting.device),
-        dtype=str(setting.precision).removeprefix("torch."),
+        reference=results.reference,
+        device=_device_name(options.device),
+        dtype=str(options.precision).removeprefix("torch."),
         environment=_environment(),
-        checks=checks + runs.checks,
-        traces=runs.traces,
+        traces=results.traces,
         seconds=seconds,
-        key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in made.items()},
-        pictures=runs.pictures,
+        key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
+        pictures=results.pictures,
     )
 
 
 @contextmanager
-def _installed() -> Iterator[None]:
-    """UsageError where the library to compare with is not there."""
+def _require_libraries() -> Iterator[None]:
+    """UsageError if the library to compare with is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{error.name} is not installed, and outputs are compared with it",
-            "install it: pip install 'dsocr-convert[verify]'; or leave the runs out with --fast",
+            f"{error.name} is not installed, which outputs are compared with",
+            "pip install 'dsocr-convert[verify]', or leave the runs out with --fast",
         ) from error
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
-    seconds[what] = round(time.perf_counter() - begin, 3)
+    seconds[stage] = round(time.perf_counter() - begin, 3)
 
 
 def _device(name: str) -> torch.device:
@@ -175,8 +174,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs", "run with --device cpu")
@@ -185,6 +184,15 @@ def _device(name: str) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _load_image(path: str | Path | None) -> Any:
+    if path is None:
+        return None
+    # PIL is not imported by a verification without runs.
+    from converter.verification.pictures import load
+
+    return load(Path(path))
 
 
 def _environment() -> dict[str, str]:

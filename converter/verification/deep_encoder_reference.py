@@ -1,8 +1,4 @@
-"""The DeepEncoder put together from transformers' SAM and CLIP, for a transformers that has no DeepEncoder of its own.
-
-Blocks are run by transformers; what DeepSeek puts between them (resampled positions, the compressor, the class token,
-the concatenation) is written here a second time, without our encoder's functions.
-"""
+"""References for the whole DeepEncoder: transformers' own, or one assembled from its SAM and CLIP where it has none."""
 
 from __future__ import annotations
 
@@ -13,19 +9,85 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder
+from converter.verification.deep_encoder import OUTPUT
+from converter.verification.families import FAMILIES, State
+from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import (
-    Runner,
-    State,
-    in_layout,
+    Reference,
+    clip_sizes,
     label,
+    sam_sizes,
+    to_layout,
     transformers_clip,
     transformers_sam,
-    under,
+    without_prefix,
 )
+from converter.verification.skip_init import SkipInitialization
+
+_SAM, _CLIP = FAMILIES["sam"], FAMILIES["clip"]
+
+
+def build_deep_encoder_reference(model: Any, state: State, device: torch.device) -> ProbedEncoder:
+    """The reference for a DeepEncoder.
+
+    Args:
+        model: Our DeepEncoder, for its sizes.
+        state: The weights by DeepSeek-OCR's names.
+        device: Where the reference is built.
+    """
+    reference = next(each for each in REFERENCES[type(model)] if each.installed or each is REFERENCES[type(model)][-1])
+    # Built where it runs: transformers' own initialisation takes seconds on a processor.
+    with device, SkipInitialization():
+        encoder = reference.build(model, state)
+    encoder.model.to(device).eval()
+    return encoder
+
+
+def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
+    """transformers' UnlimitedOcrVisionModel."""
+    from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
+    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
+
+    sam, clip = model.sam_model.config, model.vision_model.config
+    sam_config = configuration.UnlimitedOcrSamVisionConfig(
+        **sam_sizes(sam), downsample_channels=list(sam.compressor or ())
+    )
+    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_sizes(clip))
+    reference = UnlimitedOcrVisionModel(
+        configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
+    )
+    tensors: dict[str, Tensor] = {}
+    for family in (_SAM, _CLIP):
+        tensors |= to_layout(f"{family.name}-unlimited-ocr-hf", without_prefix(family.prefix, state))
+    tensors = {
+        name: tensor
+        for name, tensor in without_prefix("model.vision_tower.", tensors).items()
+        if not name.endswith("position_ids")
+    }
+    reference.load_state_dict(tensors)
+    sam_encoder, clip_encoder = reference.sam_encoder, reference.vision_encoder
+    probes = _SAM.probes(sam_encoder.layers, sam_encoder.patch_embed.projection, _SAM.prefix)
+    probes += _CLIP.probes(clip_encoder.encoder.layers, prefix=_CLIP.prefix)
+    return ProbedEncoder(label("transformers", "UnlimitedOcrVisionModel"), reference, probes, reference, OUTPUT)
+
+
+def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
+    """A DeepEncoder assembled from transformers' SamVisionEncoder and CLIPVisionModel."""
+    sam_state, config = without_prefix(_SAM.prefix, state), model.vision_model.config
+    # transformers' class has a patch convolution, which does not run.
+    patches = torch.zeros(config.width, config.channels, config.patch, config.patch)
+    clip_state = {"embeddings.patch_embedding.weight": patches, **without_prefix(_CLIP.prefix, state)}
+    sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
+    clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
+    whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
+    probes = _SAM.probes(sam.layers, sam.patch_embed.projection, _SAM.prefix)
+    probes += _CLIP.probes(clip.encoder.layers, prefix=_CLIP.prefix)
+    name = label("transformers", "SamVisionEncoder and CLIPVisionModel, assembled")
+    return ProbedEncoder(name, whole, probes, whole, OUTPUT)
 
 
 class Assembled(nn.Module):
-    """(B, 3, H, W) -> (B, N, 2 * width), as DeepEncoder."""
+    """transformers' SAM and CLIP with what DeepSeek-OCR has around them, written without our encoders' functions."""
 
     def __init__(self, sam: Any, clip: Any, net_2: Tensor, net_3: Tensor) -> None:
         super().__init__()
@@ -33,18 +95,19 @@ class Assembled(nn.Module):
         self.net_2, self.net_3 = nn.Parameter(net_2), nn.Parameter(net_3)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, 2 * width), as DeepEncoder."""
         features = self._compressed(pixels)
         semantic = self._clip(features)
         return torch.cat((semantic[:, 1:], features.flatten(2).permute(0, 2, 1)), dim=-1)
 
     def _compressed(self, pixels: Tensor) -> Tensor:
-        # Not SAM's own forward: it refuses sizes other than the trained one.
+        # SAM's own forward refuses sizes other than the trained one.
         x = self.sam.patch_embed.projection(pixels).permute(0, 2, 3, 1)
         x = x + _resized(self.sam.pos_embed.permute(0, 3, 1, 2), x.shape[1], x.shape[2]).permute(0, 2, 3, 1)
         for layer in self.sam.layers:
-            found = layer(x)
-            # transformers before 5 gives a tuple.
-            x = found if isinstance(found, Tensor) else found[0]
+            output = layer(x)
+            # A tuple before transformers 5.
+            x = output if isinstance(output, Tensor) else output[0]
         x = F.conv2d(self.sam.neck(x), self.net_2, stride=2, padding=1)
         return F.conv2d(x, self.net_3, stride=2, padding=1)
 
@@ -57,8 +120,8 @@ class Assembled(nn.Module):
         positions = torch.cat((table[:1], _resized(image, h, w)[0].flatten(1).T))
         token = embeddings.class_embedding.reshape(1, 1, width).expand(batch, 1, width)
         x = torch.cat((token, features.flatten(2).permute(0, 2, 1)), dim=1) + positions
-        found: Tensor = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(x)).last_hidden_state
-        return found
+        output: Tensor = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(x)).last_hidden_state
+        return output
 
 
 def _resized(image: Tensor, h: int, w: int) -> Tensor:
@@ -69,16 +132,10 @@ def _resized(image: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(wide, size=(h, w), mode="bicubic", antialias=True).to(image.dtype)
 
 
-def assembled_chain(whole: DeepEncoder, truth: State) -> Runner:
-    """The reference for a chain, with `truth`, tensors by DeepSeek's names."""
-    config, sam_state = whole.vision_model.config, under("sam_model.", truth)
-    # transformers' class has a patch embedding; the chain never runs it.
-    patches = torch.zeros(config.width, config.channels, config.patch, config.patch)
-    clip_state = {"embeddings.patch_embedding.weight": patches, **under("vision_model.", truth)}
-    sam = transformers_sam(whole.sam_model.config, in_layout("sam-hf", sam_state))
-    clip = transformers_clip(config, in_layout("clip-hf", clip_state))
-    inner: Any = getattr(clip.model, "vision_model", clip.model)
-    model = Assembled(sam.model, inner, sam_state["net_2.weight"], sam_state["net_3.weight"]).eval()
-    name = label("transformers", "SamVisionEncoder and CLIPVisionModel, put together")
-    # CLIP's patch convolution is not run: its other places follow SAM's.
-    return Runner(name, model, [*sam.places, *clip.places[1:]], model)
+# By class, the best first.
+REFERENCES: dict[type[nn.Module], tuple[Reference, ...]] = {
+    DeepEncoder: (
+        Reference("transformers.models.unlimited_ocr", unlimited_ocr),
+        Reference("transformers", assembled),
+    )
+}

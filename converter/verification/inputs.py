@@ -1,11 +1,11 @@
-"""The two sides of a verification: the converted file, and the source with the plan that should have made it."""
+"""The inputs of a verification: the converted file, and the source with the plan that should have produced it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict
@@ -21,84 +21,109 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader, open_independently
 
 
-class Converted(NamedTuple):
-    """The file to be verified: where its tensors are, and the family they are of."""
+@dataclass(frozen=True)
+class Converted:
+    """The converted file."""
 
     source: Checkpoint
     state_dict: StateDict
     family: str
 
 
-class Origin(NamedTuple):
-    """The source it was converted from, the plan by which it should have been, and a reader that is not ours.
+@dataclass(frozen=True)
+class Origin:
+    """The source of the converted file.
 
-    `own` are the tensors under the layout's prefix: what the source's own library is loaded with. `resampled` tells
-    that positions were: that library then cannot run what was made of it.
+    Attributes:
+        source: The opened checkpoint.
+        own: The tensors under the layout's prefix, which the source's own library loads.
+        plan: The conversion, with the options that the converted file shows.
+        read: Reads tensors by their keys, with the format's own library.
+        resampled: Whether positions were resampled, so that the source's own library cannot load them.
     """
 
     source: Checkpoint
-    own: dict[str, TensorInfo]
+    own: Mapping[str, TensorInfo]
     plan: Plan
     read: Reader
     resampled: bool
 
 
-def largest(source: Checkpoint) -> StateDict:
-    """The state dict of a file that dsocr-convert wrote, which has one."""
+def largest_state_dict(source: Checkpoint) -> StateDict:
+    """The state dict with the most tensors; a file that dsocr-convert wrote has only one."""
     return max(select_state_dicts(source, None), key=lambda entry: len(entry.tensors))
 
 
-def as_converted(source: Checkpoint) -> Converted:
-    """The family is the one whose names most of the tensors have: a few wrong ones are for the checks to find."""
-    entry = largest(source)
-    counts = {family: registry.count_known(family, entry.tensors) for family in registry.families()}
-    family = max(counts, key=lambda family: counts[family])
-    # A damaged conversion fits no layout; one that fits another is no conversion into the DeepEncoder's.
-    fitting = [hit for each in registry.families() for hit in detect_layouts(source, registry.entries(each), [entry])]
-    names = [hit.match.name for hit in fitting]
-    other = next((name for name in names if name != f"deepencoder-{family}"), "")
-    if other or counts[family] <= len(entry.tensors) / 2:
-        what = f"is in the layout {other}" if other else "is not in the DeepEncoder's layout"
-        families = [other.split("-")[0]] if other else registry.families()
-        commands = " or ".join(f"dsocr-convert {each} {source.name}" for each in families)
-        raise LayoutError(
-            f"{source.name}: {what}; the DeepEncoder's is what is verified",
-            f"convert it first: {commands}; other layouts are checked against their card, with --record",
-        )
-    return Converted(source, entry, family)
+def open_converted(source: Checkpoint) -> Converted:
+    """The converted file, of the family that most of its tensors belong to.
+
+    Raises:
+        LayoutError: The file does not have a canonical layout.
+    """
+    state_dict = largest_state_dict(source)
+    counts = {family: registry.count_known(family, state_dict.tensors) for family in registry.families()}
+    family = max(counts, key=lambda name: counts[name])
+    # A damaged conversion fits no layout at all, so that only fitting another one is an error.
+    others = [
+        (name, hit.match.name)
+        for name in registry.families()
+        for hit in detect_layouts(source, registry.entries(name), [state_dict])
+        if hit.match.name != f"deepencoder-{family}"
+    ]
+    if not others and counts[family] > len(state_dict.tensors) / 2:
+        return Converted(source, state_dict, family)
+    problem = f"has the layout {others[0][1]}" if others else "does not have the DeepEncoder's layout"
+    commands = " or ".join(
+        f"dsocr-convert {name} {source.name}" for name in ([others[0][0]] if others else registry.families())
+    )
+    raise LayoutError(
+        f"{source.name}: {problem}, which cannot be verified",
+        f"convert it first: {commands}; other layouts are compared with their conversion record (--record)",
+    )
 
 
-def as_origin(
+def open_origin(
     source: Checkpoint, target: Converted, mapping: str | Path | None, state_dict: str | None, on_progress: OnProgress
 ) -> Origin:
-    """The source, and the plan that `convert` would have made with the options that the converted file shows."""
+    """Plan the conversion of the source again, with the options that the converted file shows.
+
+    Args:
+        source: The opened source.
+        target: The converted file.
+        mapping: A mapping file, as for `convert`.
+        state_dict: Which state dict of the source, as for `convert`.
+        on_progress: Called as tensors are fetched from a hub.
+
+    Raises:
+        UsageError: The source has the canonical layout itself.
+    """
     options = ConvertOptions(target.family, mapping=mapping, state_dict=state_dict)
-    known, plan = resolve_to_canonical(source, options)
-    layout = known.match.layout
+    detected, plan = resolve_to_canonical(source, options)
+    layout = detected.match.layout
     if layout.is_canonical:
-        raise UsageError(
-            f"--source {source.name}: is itself in the layout {layout.name}", "give what it was converted from"
-        )
-    dtype, pixels = _options(plan, target)
-    if dtype != "keep" or pixels is not None:
-        plan = plan_to_canonical(source, known, replace(options, image_size=pixels), dtype)
-    own = {name: tensor for name, tensor in known.tensors.items() if name.startswith(known.match.prefix)}
-    wanted = [*(tensor for value in plan.outputs.values() for tensor in source_tensors(value)), *own.values()]
-    reader = open_independently(source, known.state_dict, wanted, on_progress)
-    return Origin(source, own, plan, reader, pixels is not None)
+        message = f"--source {source.name}: has the layout {layout.name} itself"
+        raise UsageError(message, "specify the checkpoint that it was converted from")
+    dtype, image_size = _infer_options(plan, target)
+    if dtype != "keep" or image_size is not None:
+        plan = plan_to_canonical(source, detected, replace(options, image_size=image_size), dtype)
+    own = {name: tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix)}
+    needed = [*(tensor for value in plan.outputs.values() for tensor in source_tensors(value)), *own.values()]
+    read = open_independently(source, detected.state_dict, needed, on_progress)
+    return Origin(source, own, plan, read, image_size is not None)
 
 
-def _options(plan: Plan, target: Converted) -> tuple[str, int | None]:
-    """`--dtype` and `--image-size` as they must have been, told from the converted tensors."""
-    found = {tensor.dtype.name for tensor in target.state_dict.tensors.values() if tensor.dtype.is_float}
+def _infer_options(plan: Plan, target: Converted) -> tuple[str, int | None]:
+    """`--dtype` and `--image-size` of the conversion, inferred from the converted tensors."""
+    tensors = target.state_dict.tensors
+    actual = {tensor.dtype.name for tensor in tensors.values() if tensor.dtype.is_float}
     kept = {value.dtype.name for value in plan.outputs.values() if value.dtype.is_float}
-    dtype = found.pop() if len(found) == 1 and found != kept else "keep"
+    dtype = next(iter(actual)) if len(actual) == 1 and actual != kept else "keep"
     for spec in plan.target.tensors:
-        tensor = target.state_dict.tensors.get(spec.name.text) if spec.positions else None
+        tensor = tensors.get(spec.name.text) if spec.positions else None
         if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
             continue
         grid = math.isqrt(max(tensor.shape[0] - 1, 0))
-        # A table that is no class token and square grid was not resampled: it is wrong, and the bytes will tell.
+        # Only a class token and a square grid can be resampled positions; anything else fails the comparison of bytes.
         if grid and grid**2 + 1 == tensor.shape[0]:
             return dtype, grid * plan.sizes.get("patch", plan.target.sizes["patch"])
     return dtype, None

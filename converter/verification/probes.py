@@ -1,77 +1,71 @@
-"""Where features are compared on their way through an encoder, and which tensors are at work before each place.
-
-Every implementation has the same places, whatever its modules are called: what the patch convolution gives, what enters
-the first block (positions added, CLIP's class token and norm), and what each block gives.
-"""
+"""Probes: the places in an encoder where features are compared, the same in every implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-
-from converter.layouts.spec import Rule
-from converter.output.names import shorten
-from converter.verification.result import FAILED, Check
-
-# What an encoder's names begin with in the chain.
-PART = {"sam": "sam_model.", "clip": "vision_model."}
-# Tensors at work before a place that does not bear their names, by family and place.
-_BEFORE = {
-    ("clip", "pre_layrnorm"): ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm."),
-    # In the chain, what enters CLIP's first block has come through the end of SAM.
-    ("sam", "vision_model.pre_layrnorm"): ("neck.", "net_2.", "net_3."),
-}
-# A block of SAM has fourteen tensors; where all are named, none is.
-_NAMED = 4
+import torch
+from torch import Tensor, nn
 
 
-class Probe(NamedTuple):
-    """A module whose output is looked at; with `entering`, what goes into it instead."""
+@dataclass(frozen=True)
+class Probe:
+    """A module whose output is compared, or its input with `takes_input`."""
 
+    name: str
     module: nn.Module
-    entering: bool = False
+    takes_input: bool = False
 
 
-def probes(patches: nn.Module, *stacks: Iterable[nn.Module]) -> list[Probe]:
-    """The places of an encoder with a patch convolution and one stack of blocks or, in the chain, two."""
-    found = [Probe(patches)]
-    for stack in map(list, stacks):
-        found += [Probe(stack[0], entering=True), *map(Probe, stack)]
-    return found
+@dataclass(frozen=True)
+class ProbedEncoder:
+    """An encoder to run.
 
-
-def names_of(family: str, depth: int) -> list[str]:
-    """What the places of an encoder of `depth` blocks are called."""
-    if family == "sam":
-        return ["patch_embed", "pos_embed", *(f"blocks.{i}" for i in range(depth))]
-    return ["embeddings.patch_embedding", "pre_layrnorm", *(f"transformer.layers.{i}" for i in range(depth))]
-
-
-def at_work(family: str, place: str, tensors: Iterable[str]) -> list[str]:
-    """Those of a family's tensors that are used between the place before and this one."""
-    local = place.removeprefix(PART[family])
-    wanted = _BEFORE.get((family, local), (local,) if local == "pos_embed" else (f"{local}.",))
-    return [name for name in tensors if name.startswith(wanted)]
-
-
-def at_fault(check: Check, family: str, rules: dict[str, Rule], faulty: Sequence[str]) -> Check:
-    """A failed comparison with the tensors that are at work where it first shows, and the rules that made them.
-
-    `rules` gives each converted tensor its rule, `faulty` names those that are not what the source gives.
+    Attributes:
+        label: Library, version and class.
+        model: The module with all weights.
+        probes: Where features are recorded. One whose module does not run records nothing.
+        run: Computes features from pixels (B, 3, H, W).
+        output: The probe name of what `run` returns; empty if it is not compared.
     """
-    if check.verdict != FAILED or not check.tensors:
-        return check
-    there = at_work(family, check.tensors[0], rules)
-    if not there:
-        return check
-    wrong = [name for name in there if name in faulty]
-    if wrong:
-        words = f"there, {shorten(wrong, _NAMED)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
-    else:
-        words = f"the tensors at work there are what the mapping makes of the source: {shorten(there, _NAMED)}"
-    made = sorted({rules[name].place for name in wrong or there})
-    detail = f"{check.detail}; {words}; made by {', '.join(map(str, made))}"
-    return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or there)])
+
+    label: str
+    model: nn.Module
+    probes: Sequence[Probe]
+    run: Callable[[Tensor], Any]
+    output: str = ""
+
+
+def record_features(encoder: ProbedEncoder, pixels: Tensor) -> dict[str, Tensor]:
+    """The features at every probe, in the order of execution."""
+    recorded: dict[str, Tensor] = {}
+    handles = [_record(probe, recorded) for probe in encoder.probes]
+    try:
+        with torch.inference_mode():
+            output = encoder.run(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded | ({encoder.output: _tensor(output).detach()} if encoder.output else {})
+
+
+def _record(probe: Probe, recorded: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Hook a probe's module to put its features into `recorded`."""
+
+    def record(features: Tensor) -> None:
+        recorded[probe.name] = features.detach().clone()
+
+    if not probe.takes_input:
+        return probe.module.register_forward_hook(lambda module, args, output: record(_tensor(output)))
+    return probe.module.register_forward_pre_hook(
+        lambda module, args, kwargs: record((args or tuple(kwargs.values()))[0]), with_kwargs=True
+    )
+
+
+def _tensor(output: Any) -> Tensor:
+    """The features in a module's output: a tensor, a tuple that begins with it, or transformers' output object."""
+    while not isinstance(output, Tensor):
+        output = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return output

@@ -1,11 +1,13 @@
-"""A converted file against its card: names, shapes, types, metadata, and the digest of every tensor's bytes."""
+"""Record: names, shapes, types, metadata and SHA-256 of every tensor match the file's conversion record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 
@@ -17,109 +19,127 @@ from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, failed, passed
+from converter.verification.result import FAILED, PASSED, Check
 
 GROUP = "record"
 
-# A card of CLIP-L has 150 kB.
-_LARGEST = 64 << 20
+# The record of CLIP-L has 150 kB.
+_MAX_BYTES = 64 << 20
 
 
-class Recorded(NamedTuple):
-    """What a card file says: `tensors` gives each tensor its type, shape and SHA-256.
+@dataclass(frozen=True)
+class RecordedTensor:
+    """A tensor's type, shape and SHA-256."""
 
-    `metadata` is None where none were written.
-    """
+    dtype: str
+    shape: Sequence[int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a conversion record says of its file; `metadata` is None if none was written."""
 
     path: Path
     family: str
     layout: str
     mapping: str
-    metadata: dict[str, str] | None
-    tensors: dict[str, tuple[str, list[int], str]]
+    metadata: Mapping[str, str] | None
+    tensors: Mapping[str, RecordedTensor]
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the file has an encoder's canonical layout: not another layout, nor a whole DeepEncoder."""
+        return self.layout.startswith("deepencoder-")
 
 
-def read_record(path: Path) -> Recorded:
-    """The card in a file; ContainerError where it is none, UsageError where a model card was given instead."""
+def read_record(path: Path) -> Record:
+    """Read a conversion record.
+
+    Raises:
+        ContainerError: The file is no conversion record.
+        UsageError: The file is a model card.
+    """
     if path.suffix == ".md":
-        raise UsageError(f"--record {path}: a model card is for people", "give the card that ends in .json")
+        raise UsageError(f"--record {path}: is a model card", "specify the conversion record, which ends in .json")
     try:
         require_regular_file(path, ContainerError)
-        if path.stat().st_size > _LARGEST:
-            raise ContainerError(f"{path}: larger than any card")
-        return _recorded(path, json.loads(path.read_bytes()))
+        if path.stat().st_size > _MAX_BYTES:
+            raise ContainerError(f"{path}: too large for a conversion record")
+        return _parse(path, json.loads(path.read_bytes()))
     except OSError as error:
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ContainerError(f"{path}: not a card that dsocr-convert wrote ({error})") from error
+        raise ContainerError(f"{path}: not a conversion record of dsocr-convert ({error})") from error
 
 
-def _recorded(path: Path, document: Any) -> Recorded:
+def _parse(path: Path, document: Any) -> Record:
     if document["card"] != RECORD_FORMAT:
-        raise ContainerError(f"{path}: a card of another form, {str(document['card'])[:20]!r}", "update dsocr-convert")
-    tensors = {
-        name: (str(entry["dtype"]), [int(size) for size in entry["shape"]], str(entry["sha256"]))
-        for name, entry in document["tensors"].items()
-    }
-    written = document["metadata"]
-    return Recorded(
-        path,
-        str(document["family"]),
-        str(document["target"]["name"]),
-        str(document["mapping"]["name"]),
-        dict(written) if written is not None else None,
-        tensors,
+        found = str(document["card"])[:20]
+        raise ContainerError(f"{path}: a record of another format, {found!r}", "update dsocr-convert")
+    metadata = document["metadata"]
+    return Record(
+        path=path,
+        family=str(document["family"]),
+        layout=str(document["target"]["name"]),
+        mapping=str(document["mapping"]["name"]),
+        metadata=dict(metadata) if metadata is not None else None,
+        tensors={
+            name: RecordedTensor(str(entry["dtype"]), [int(n) for n in entry["shape"]], str(entry["sha256"]))
+            for name, entry in document["tensors"].items()
+        },
     )
 
 
-def is_elsewhere(card: Recorded) -> bool:
-    """Whether it is the card of a whole encoder, or of a file in another layout than the DeepEncoder's."""
-    return not card.layout.startswith("deepencoder-")
-
-
 def check_record(
-    card: Recorded, source: Checkpoint, tensors: dict[str, TensorInfo], found: Reader, on_progress: OnProgress
+    record: Record, source: Checkpoint, tensors: Mapping[str, TensorInfo], read: Reader, on_progress: OnProgress
 ) -> list[Check]:
-    """Whether a file holds what its card says, tensor by tensor."""
-    faults = [failed(GROUP, name, _presence(name, card), [name]) for name in sorted(set(tensors) ^ set(card.tensors))]
-    both = [name for name in tensors if name in card.tensors]
-    for done, name in enumerate(both):
-        faults += _differing(card, name, tensors[name], found)
-        on_progress("record", done + 1, len(both))
-    if len(faults) > len(card.tensors) / 2:
-        detail = f"{len(faults)} of {len(card.tensors)} tensors differ: {card.path.name} is the card of another file"
-        faults.insert(0, failed(GROUP, "file", detail, [card.path.name]))
-    detail = f"{len(both)} tensors have the names, shapes, types and SHA-256 digests that {card.path.name} gives"
-    checks = faults or [passed(GROUP, "tensors", detail)]
-    if card.metadata is not None:
-        checks.append(_check_metadata(card, card.metadata, source))
-    return checks
+    """Compare a file with its record, tensor by tensor.
+
+    Args:
+        record: The conversion record.
+        source: The opened file.
+        tensors: Its tensors.
+        read: Reads them.
+        on_progress: Called after each tensor.
+    """
+    checks = []
+    for name in sorted(tensors.keys() ^ record.tensors.keys()):
+        missing = name in record.tensors
+        detail = f"{name} is missing, though the record has it" if missing else f"{name} is not in the record"
+        checks.append(Check(GROUP, name, FAILED, detail, [name]))
+    common = [name for name in tensors if name in record.tensors]
+    for done, name in enumerate(common, 1):
+        checks += _compare(name, record.tensors[name], tensors[name], read)
+        on_progress(GROUP, done, len(common))
+    if len(checks) > len(record.tensors) / 2:
+        cause = f"{record.path.name} is the record of another file"
+        detail = f"{len(checks)} of {len(record.tensors)} tensors differ: {cause}"
+        checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
+    detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
+    checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
+    return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, source)]
 
 
-def _differing(card: Recorded, name: str, tensor: TensorInfo, found: Reader) -> list[Check]:
-    dtype, shape, digest = card.tensors[name]
-    if (tensor.dtype.name, list(tensor.shape)) != (dtype, shape):
-        detail = f"{name} is {tensor.dtype.name} {list(tensor.shape)}; the card gives {dtype} {shape}"
-        return [failed(GROUP, name, detail, [name])]
-    seen = hashlib.sha256(as_bytes(found(name))).hexdigest()
-    if seen != digest:
-        return [failed(GROUP, name, f"{name} has the SHA-256 {seen}; the card gives {digest}", [name])]
+def _compare(name: str, recorded: RecordedTensor, tensor: TensorInfo, read: Reader) -> list[Check]:
+    kind, expected = f"{tensor.dtype.name} {list(tensor.shape)}", f"{recorded.dtype} {recorded.shape}"
+    if kind != expected:
+        return [Check(GROUP, name, FAILED, f"{name} is {kind}, in the record {expected}", [name])]
+    digest = hashlib.sha256(as_bytes(read(name))).hexdigest()
+    if digest != recorded.sha256:
+        return [Check(GROUP, name, FAILED, f"{name} has SHA-256 {digest}, in the record {recorded.sha256}", [name])]
     return []
 
 
-def _presence(name: str, card: Recorded) -> str:
-    return f"{name} is missing, though the card has it" if name in card.tensors else f"{name} is not on the card"
-
-
-def _check_metadata(card: Recorded, wanted: dict[str, str], source: Checkpoint) -> Check:
-    """The safetensors header's words on how the file was made."""
-    there: dict[str, str] = {}
+def _check_metadata(recorded: Mapping[str, str], source: Checkpoint) -> Check:
+    """Compare the metadata in the header of safetensors files."""
+    actual: dict[str, str] = {}
     for container, file in zip(source.containers, source.files, strict=True):
         if container == "safetensors":
             opened: Any = safetensors.safe_open(file.path, "pt")
-            there |= opened.metadata() or {}
-    differing = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
+            actual |= opened.metadata() or {}
+    differing = [key for key in sorted({*recorded, *actual}) if recorded.get(key) != actual.get(key)]
     if differing:
-        words = "; ".join(f"{key} is {there.get(key)!r}, the card's {wanted.get(key)!r}" for key in differing)
-        return failed(GROUP, "metadata", f"the file's metadata differ: {words}", differing)
-    return passed(GROUP, "metadata", f"the file's metadata are the card's: {', '.join(sorted(wanted))}")
+        pairs = "; ".join(f"{key} is {actual.get(key)!r}, in the record {recorded.get(key)!r}" for key in differing)
+        return Check(GROUP, "metadata", FAILED, f"metadata differs: {pairs}", differing)
+    return Check(GROUP, "metadata", PASSED, f"metadata matches the record: {', '.join(sorted(recorded))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converter.output.json_document import as_json
@@ -106,47 +106,6 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: without pictures, and null for a number that is not finite."""
-        document = asdict(replace(self, pictures=()))
+        document = {"verified": self.ok, **as_json(replace(self, pictures=()))}
         del document["pictures"]
-        return {"verified": self.ok, **as_json(document)}
-
-
-def passed(group: str, name: str, detail: str, **figures: float) -> Check:
-    """A check that passed."""
-    return Check(group, name, PASSED, detail, figures=figures)
-
-
-def failed(group: str, name: str, detail: str, tensors: Sequence[str], **figures: float) -> Check:
-    """A check that failed.
-
-    Args:
-        group: The group of the check.
-        name: What was checked.
-        detail: The finding.
-        tensors: The affected tensors, files or probes.
-        figures: Measured numbers.
-    """
-    return Check(group, name, FAILED, detail, tensors, figures)
-
-
-def warning(group: str, name: str, detail: str, tensors: Sequence[str]) -> Check:
-    """A finding that is no error but limits what the other checks show.
-
-    Args:
-        group: The group of the check.
-        name: What was checked.
-        detail: The finding.
-        tensors: The affected tensors.
-    """
-    return Check(group, name, WARNING, detail, tensors)
-
-
-def skipped(group: str, name: str, detail: str) -> Check:
-    """A check that was not made.
-
-    Args:
-        group: The group of the check.
-        name: What would have been checked.
-        detail: The reason.
-    """
-    return Check(group, name, SKIPPED, detail)
+        return document

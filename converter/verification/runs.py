@@ -1,33 +1,50 @@
-"""The runs of the third proof: the encoder by itself at its trained size, then the whole chain at every size."""
+"""Runs of the converted encoder: by itself at its trained size, then in the whole DeepEncoder at every size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from converter.encoders import ClipConfig
+from converter.layouts.spec import Rule
+from converter.output.names import shorten
 from converter.output.upload import Uploader
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Resample
+from converter.tensors.tensor_info import TensorInfo
 from converter.verification import structure
-from converter.verification.deep_encoder import build_chain, check_chain, with_patches
+from converter.verification.deep_encoder import build_deep_encoder, with_optional_tensors
+from converter.verification.deep_encoder_reference import build_deep_encoder_reference
+from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, Origin
-from converter.verification.outputs import check_encoder, pixels_of
-from converter.verification.probes import at_fault, names_of, probes
-from converter.verification.reference_models import Runner, State, build
+from converter.verification.outputs import GROUP, Comparison, check_tokens, compare, pixels_of
+from converter.verification.reference_models import build_reference
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, Picture, Trace, skipped
+from converter.verification.result import FAILED, SKIPPED, Check, Picture, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# A block of SAM has fourteen tensors: too many to list.
+_NAMES_SHOWN = 4
 
-class Setting(NamedTuple):
-    """How the encoders are run: where, in which precision, looking at which image (our page, if None)."""
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the encoders are run.
+
+    Attributes:
+        device: Where they run.
+        precision: The type they compute in.
+        sizes: Pixels along a side at which the whole DeepEncoder runs; none to run nothing.
+        image: The image to run on; a drawn page by default.
+        draw: Whether to make pictures of the features.
+        on_progress: Called with the stage, the runs done and their number.
+    """
 
     device: torch.device
     precision: torch.dtype
@@ -37,121 +54,153 @@ class Setting(NamedTuple):
     on_progress: OnProgress
 
 
-class Runs:
-    """What the runs found adds up here, and the label of the reference.
+@dataclass(frozen=True)
+class RunResults:
+    """The results of all runs; `reference` is the label of the implementation compared with."""
 
-    `canonical` are the source's tensors by canonical names, on the CPU; `faulty` names those that differ in the file.
+    checks: Sequence[Check]
+    traces: Sequence[Trace] = ()
+    pictures: Sequence[Picture] = ()
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the source gives.
+
+    Attributes:
+        origin: The source and its plan.
+        canonical: Its tensors by canonical names.
+        differing: Converted tensors that differ from them.
     """
 
-    def __init__(
-        self, target: Converted, origin: Origin | None, canonical: State, faulty: list[str], setting: Setting
-    ) -> None:
-        self._target, self._origin, self._canonical, self._faulty, self._setting = (
-            target,
-            origin,
-            canonical,
-            faulty,
-            setting,
+    origin: Origin
+    canonical: State
+    differing: Sequence[str]
+
+
+def run_encoders(target: Converted, expected: Expected | None, read: Reader, options: RunOptions) -> RunResults:
+    """Load the converted encoder, run it and compare its features.
+
+    Args:
+        target: The converted file.
+        expected: What the source gives, if one was specified.
+        read: Reads the converted tensors.
+        options: How the encoders are run.
+    """
+    family, upload = FAMILIES[target.family], Uploader(options.device)
+    loads, encoder = structure.check_loads(family, {name: upload(read(name)) for name in target.state_dict.tensors})
+    if not options.sizes:
+        return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
+    if encoder is None:
+        return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")])
+    wrong = structure.check_sizes(family, encoder, expected.canonical) if expected else None
+    if wrong is not None:
+        return RunResults(
+            [loads, wrong, Check(GROUP, "encoder", SKIPPED, "not run: the source's encoder has other sizes")]
         )
-        self._upload = Uploader(setting.device)
-        self.reference = ""
-        self.checks: list[Check] = []
-        self.traces: list[Trace] = []
-        self.pictures: list[Picture] = []
+    comparisons = list(_compare_all(family, encoder, expected, options, upload))
+    checks = [each.check for each in comparisons]
+    if expected:
+        checks = [explain_failure(check, family, expected.origin.plan.rules, expected.differing) for check in checks]
+    return RunResults(
+        checks=[loads, *checks],
+        traces=[each.trace for each in comparisons if each.trace],
+        pictures=[picture for each in comparisons if options.draw for picture in _draw(each)],
+        reference=comparisons[0].reference if comparisons else "",
+    )
 
-    def prove(self, found: Reader) -> None:
-        """Run the tensors of the converted file, which `found` gives."""
-        family, setting = self._target.family, self._setting
-        tensors = {name: self._upload(found(name)) for name in self._target.state_dict.tensors}
-        check, encoder = structure.check_loads(family, tensors)
-        self.checks.append(check)
-        if encoder is None:
-            self.checks.append(skipped("outputs", "encoder", "it could not be loaded, so it was not run"))
-            return
-        fault = structure.check_sizes(family, encoder, self._canonical) if self._canonical else None
-        if fault is not None:
-            self.checks += [fault, skipped("outputs", "encoder", "the source's is built otherwise, so it was not run")]
-            return
-        canonical = State()
-        if self._origin is not None:
-            own, canonical = self._uploaded(self._origin)
-            self._alone(encoder, self._origin, own, canonical)
-        setting.on_progress("outputs", 1, len(setting.sizes) + 1)
-        chain = build_chain(family, encoder, canonical, setting.device)
-        for done, size in enumerate(setting.sizes):
-            self._add(*check_chain(chain, self._pixels(size), setting.precision, self._look))
-            setting.on_progress("outputs", done + 2, len(setting.sizes) + 1)
 
-    def _uploaded(self, origin: Origin) -> tuple[State, State]:
-        """The source's tensors by its own and by canonical names, on the device; each is copied there once."""
-        there: State = {}
+def _compare_all(
+    family: Family, encoder: Any, expected: Expected | None, options: RunOptions, upload: Uploader
+) -> Iterator[Comparison]:
+    """Compare the encoder by itself, then in the DeepEncoder at every size."""
+    canonical: State = {}
+    if expected is not None:
+        own, canonical = _upload_source(expected, upload)
+        yield _compare_alone(family, encoder, expected.origin, own, canonical, options)
+    options.on_progress("outputs", 1, len(options.sizes) + 1)
+    tested, reference = build_deep_encoder(family, encoder, options.device), None
+    if canonical:
+        state = {**tested.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
+        reference = build_deep_encoder_reference(tested.model, state, options.device)
+    for done, size in enumerate(options.sizes, 2):
+        pixels = pixels_of(options.image, size, options.device)
+        if reference is None:
+            yield Comparison(check_tokens(tested, pixels, options.precision))
+        else:
+            yield compare(tested, reference, pixels, options.precision)
+        options.on_progress("outputs", done, len(options.sizes) + 1)
 
-        def load(key: str) -> Tensor:
-            if key not in there:
-                there[key] = self._upload(origin.read(key))
-            return there[key]
 
-        own = {name: load(tensor.key) for name, tensor in origin.own.items()}
-        canonical: State = {}
-        for name, value in origin.plan.outputs.items():
-            # Resampled here, they would be other roundings of the same positions.
-            on_cpu = isinstance(value, Resample)
-            tensor = self._canonical[name] if on_cpu else evaluate(value, lambda tensor: load(tensor.key))
-            canonical[name] = self._upload(tensor)
-        return own, canonical
+def _compare_alone(
+    family: Family, encoder: Any, origin: Origin, own: State, canonical: State, options: RunOptions
+) -> Comparison:
+    """Compare the encoder at its trained size with the source's own implementation."""
+    encoder, canonical = with_optional_tensors(family, encoder, canonical)
+    # Built where it runs: some libraries' initialisation takes seconds on a processor.
+    with options.device:
+        reference = build_reference(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
+    reference.model.to(options.device)
+    pixels = pixels_of(options.image, encoder.config.image_size, options.device)
+    return compare(family.probed(encoder), reference, pixels, options.precision)
 
-    def _alone(self, encoder: Any, origin: Origin, own: State, canonical: State) -> None:
-        """The encoder by itself against the source's own implementation."""
-        config = encoder.config
-        if isinstance(config, ClipConfig) and not config.patch_convolution:
-            encoder, canonical = with_patches(encoder, canonical)
-        # Made where it runs: its own initialisation, overwritten at once, takes seconds on a processor.
-        with self._setting.device:
-            reference = build(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
-        reference.model.eval().to(self._setting.device)
-        tested, names = _tested(self._target.family, encoder)
-        pixels = self._pixels(config.image_size)
-        self._add(*check_encoder(tested, names, reference, pixels, self._setting.precision, self._look))
-        self.reference = reference.label
 
-    def _pixels(self, size: int) -> Tensor:
-        return pixels_of(self._setting.image, size, self._setting.device)
+def _upload_source(expected: Expected, upload: Uploader) -> tuple[State, State]:
+    """The source's tensors by their own and by canonical names, each uploaded once."""
+    origin, uploaded = expected.origin, dict[str, Tensor]()
 
-    def _look(self, what: str, seen: Tensor, reference: Tensor, converted: Tensor) -> None:
-        if self._setting.draw:
-            from converter.verification.pictures import draw
+    def load(tensor: TensorInfo) -> Tensor:
+        if tensor.key not in uploaded:
+            uploaded[tensor.key] = upload(origin.read(tensor.key))
+        return uploaded[tensor.key]
 
-            self.pictures += draw(what, seen, reference, converted)
-
-    def _add(self, check: Check, trace: Trace | None) -> None:
-        if self._origin is not None:
-            check = at_fault(check, self._target.family, self._origin.plan.rules, self._faulty)
-        self.checks.append(check)
-        if trace is not None:
-            self.traces.append(trace)
+    own = {name: load(tensor) for name, tensor in origin.own.items()}
+    canonical = {
+        # Resampled on a GPU, positions would be rounded otherwise than in the file.
+        name: upload(expected.canonical[name] if isinstance(value, Resample) else evaluate(value, load))
+        for name, value in origin.plan.outputs.items()
+    }
+    return own, canonical
 
 
 def _as_converted(own: State, origin: Origin) -> State:
-    """The source's tensors in the type that the converted ones have been given.
+    """The source's tensors in the type of the converted ones; none if positions were resampled.
 
-    None of them where positions were resampled: the source's own library cannot run what was made of it.
+    The source's own library cannot load resampled positions.
     """
     if origin.resampled:
         return {}
-    cast = {value.dtype.name for value in origin.plan.outputs.values() if value.dtype.is_float}
-    if len(cast) > 1:
+    types = {value.dtype.name for value in origin.plan.outputs.values() if value.dtype.is_float}
+    if len(types) > 1:
         return own
-    dtype = torch_dtype(cast.pop())
+    dtype = torch_dtype(types.pop())
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _tested(family: str, encoder: Any) -> tuple[Runner, list[str]]:
-    """Our own encoder, and what its places and its end are called."""
-    label = type(encoder).__name__
-    if family == "sam":
-        places = probes(encoder.patch_embed.proj, encoder.blocks)
-        return Runner(label, encoder, places, encoder.features), [*names_of(family, len(encoder.blocks)), "neck"]
-    # The last block's output is the whole's: open_clip and timm go on to layers that the DeepEncoder has not.
-    layers = encoder.transformer.layers
-    places = probes(encoder.embeddings.patch_embedding, layers)
-    return Runner(label, encoder, places, encoder), names_of(family, len(layers))
+def _draw(comparison: Comparison) -> list[Picture]:
+    from converter.verification.pictures import draw
+
+    return draw(comparison.check.name, *comparison.features) if comparison.features else []
+
+
+def explain_failure(check: Check, family: Family, rules: Mapping[str, Rule], differing: Sequence[str]) -> Check:
+    """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them.
+
+    Args:
+        check: The comparison.
+        family: The encoder's family.
+        rules: The rule of each converted tensor.
+        differing: Converted tensors that differ from the source.
+    """
+    used = family.tensors_at(check.tensors[0], rules) if check.verdict == FAILED and check.tensors else []
+    if not used:
+        return check
+    wrong = [name for name in used if name in differing]
+    if wrong:
+        cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
+    else:
+        cause = f"the tensors used there match the source: {shorten(used, _NAMES_SHOWN)}"
+    places = sorted({rules[name].place for name in wrong or used})
+    detail = f"{check.detail}; {cause}; made by {', '.join(map(str, places))}"
+    return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])

@@ -1,147 +1,154 @@
-"""The first proof: names, shapes and types are the target's, and the weights could show a mistake."""
+"""Structure: names, shapes and types match the target layout, the encoder loads, and all weights are finite."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder, clip_config_from, sam_config_from
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.output.names import shorten
 from converter.plan.plan import Plan, make_plan
 from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
+from converter.verification.families import Family, State
 from converter.verification.inputs import Converted
-from converter.verification.reference_models import uninitialised
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, failed, passed, warning
+from converter.verification.result import FAILED, PASSED, WARNING, Check
 
 GROUP = "structure"
 
 _INDICES = "embeddings.position_ids"
 
 
-def prove(target: Converted, found: Reader) -> list[Check]:
-    """All that can be told without running anything; `found` gives the tensors."""
+def check_structure(target: Converted, read: Reader) -> list[Check]:
+    """All checks of a converted file that run nothing; `read` reads its tensors."""
     tensors = target.state_dict.tensors
     layout, plan = _check_layout(target.source.name, target.family, tensors)
-    return [layout, *_check_missing(plan), *_check_types(tensors), *_check_values(list(tensors), found)]
+    return [layout, *_check_missing(plan), *_check_types(tensors), *_check_values(list(tensors), read)]
 
 
-def _check_layout(name: str, family: str, tensors: dict[str, TensorInfo]) -> tuple[Check, Plan | None]:
-    """Names, shapes and types against the target layout; the plan is what the file says it is."""
-    canonical = registry.canonical(family)
+def _check_layout(file: str, family: str, tensors: Mapping[str, TensorInfo]) -> tuple[Check, Plan | None]:
+    """Check names, shapes and types against the canonical layout; the plan copies the file into it."""
+    layout = registry.canonical(family)
+    values = {key: lazy_read(tensor) for key, tensor in tensors.items()}
     try:
-        plan = make_plan(
-            canonical.mapping,
-            "",
-            canonical,
-            {key: lazy_read(tensor) for key, tensor in tensors.items()},
-            name,
-        )
+        plan = make_plan(layout.mapping, "", layout, values, file)
     except MappingError as error:
         problems = error.message.splitlines()
-        return failed(GROUP, "layout", f"does not fit {canonical.name}: {problems[0]}", problems), None
-    lacking, extra = list(plan.generated), list(plan.dropped)
-    if lacking or extra:
-        detail = "; ".join([*(f"{key} is missing" for key in lacking), *(f"{key} is too much" for key in extra)])
-        return failed(GROUP, "layout", f"does not fit {canonical.name}: {detail}", lacking + extra), plan
-    return passed(GROUP, "layout", f"{len(tensors)} tensors have the names, shapes and types of {canonical.name}"), plan
+        return Check(GROUP, "layout", FAILED, f"does not fit {layout.name}: {problems[0]}", problems), None
+    missing, extra = list(plan.generated), list(plan.dropped)
+    if missing or extra:
+        problems = [*(f"missing tensor {key}" for key in missing), *(f"unexpected tensor {key}" for key in extra)]
+        return Check(
+            GROUP, "layout", FAILED, f"does not fit {layout.name}: {'; '.join(problems)}", missing + extra
+        ), plan
+    return Check(
+        GROUP, "layout", PASSED, f"{len(tensors)} tensors have the names, shapes and types of {layout.name}"
+    ), plan
 
 
 def _check_missing(plan: Plan | None) -> list[Check]:
-    """What the target has and the file may lack, which those who load it strictly should know."""
+    """Warn about tensors that a converted file may lack, as a strict load fails without them."""
     if plan is None or not plan.missing:
         return []
-    names = ", ".join(plan.missing)
-    why = "; ".join(dict.fromkeys(plan.missing.values()))
-    return [warning(GROUP, "missing", f"loading it misses exactly {names}: {why}", list(plan.missing))]
+    reasons = "; ".join(dict.fromkeys(plan.missing.values()))
+    detail = f"loading it misses exactly {', '.join(plan.missing)}: {reasons}"
+    return [Check(GROUP, "missing", WARNING, detail, list(plan.missing))]
 
 
-def _check_types(tensors: dict[str, TensorInfo]) -> list[Check]:
-    """Floating-point tensors of several types, which no loader minds and no training script expects."""
+def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
+    """Warn about floating-point tensors of several types."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype.is_float:
             by_type.setdefault(tensor.dtype.name, []).append(name)
     if len(by_type) < 2:
         return []
-    *_, few = sorted(by_type.values(), key=len, reverse=True)
+    rarest = sorted(by_type.values(), key=len, reverse=True)[-1]
     counts = ", ".join(f"{len(names)} {dtype}" for dtype, names in by_type.items())
-    return [warning(GROUP, "types", f"its tensors are of several types: {counts}; {few[0]} is of the rarest", few)]
+    return [Check(GROUP, "types", WARNING, f"tensors of several types: {counts}; {rarest[0]} is of the rarest", rarest)]
 
 
-def _check_values(names: list[str], get: Reader) -> list[Check]:
-    """NaN and infinity are wrong; constant tensors are pointed out, for exchanging them would change nothing."""
+def _check_values(names: Sequence[str], read: Reader) -> list[Check]:
+    """Check for NaN and infinity; warn about constant tensors, which could be exchanged without any effect."""
     broken: dict[str, str] = {}
     zero: list[str] = []
     constant: list[str] = []
     for name in names:
-        tensor = get(name)
-        # Types of one byte have few operations of their own.
+        tensor = read(name)
+        # Types of one byte lack most operations.
         tensor = tensor.float() if tensor.element_size() == 1 else tensor
         lowest, highest = _range(tensor)
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
         elif lowest == highest and tensor.numel() > 1:
             (constant if lowest else zero).append(name)
-    pointed_out = [*_pointed_out("zero", "all zero", zero), *_pointed_out("constant", "constant", constant)]
+    warnings = [*_warn_constant("zero", "all zero", zero), *_warn_constant("constant", "constant", constant)]
     if broken:
         detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {shorten(list(broken.values()))}"
-        return [failed(GROUP, "finite", detail, list(broken)), *pointed_out]
-    return [passed(GROUP, "finite", f"no NaN and no infinity in {len(names)} tensors"), *pointed_out]
+        return [Check(GROUP, "finite", FAILED, detail, list(broken)), *warnings]
+    return [Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(names)} tensors"), *warnings]
 
 
-def _range(tensor: torch.Tensor) -> tuple[float, float]:
-    """The lowest and the highest element, found in one pass; NaN where any is."""
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """The lowest and the highest element; NaN if any is."""
     if not tensor.numel():
         return 0.0, 0.0
     lowest, highest = torch.aminmax(tensor)
     return float(lowest), float(highest)
 
 
-def _pointed_out(name: str, what: str, names: list[str]) -> list[Check]:
-    if not names:
-        return []
-    detail = f"{what}: {shorten(names)}; outputs cannot show where such tensors are exchanged"
-    return [warning(GROUP, name, detail, names)]
+def _warn_constant(name: str, kind: str, tensors: Sequence[str]) -> list[Check]:
+    detail = f"{kind}: {shorten(tensors)}; outputs cannot show whether such tensors are exchanged"
+    return [Check(GROUP, name, WARNING, detail, tensors)] if tensors else []
 
 
-def check_loads(family: str, tensors: dict[str, torch.Tensor]) -> tuple[Check, torch.nn.Module | None]:
-    """Whether the encoder loads the tensors strictly, built as they say it is; and the loaded encoder."""
+def check_loads(family: Family, tensors: State) -> tuple[Check, Any]:
+    """Check that the encoder loads the tensors strictly.
+
+    Args:
+        family: The encoder's family.
+        tensors: The converted tensors.
+
+    Returns:
+        The check, and the loaded encoder or None.
+    """
     if not _indices_fit(tensors):
-        detail = f"{_INDICES} is of no integer type, or points outside its table"
-        return failed(GROUP, "loads", detail, [_INDICES]), None
+        detail = f"{_INDICES} has no integer type, or an index outside of its table"
+        return Check(GROUP, "loads", FAILED, detail, [_INDICES]), None
     try:
-        # Not on the meta device: its arange would import half a second of symbolic shapes.
-        with uninitialised():
-            config = _config(family, tensors)
-            encoder = SamEncoder(config) if isinstance(config, SamConfig) else ClipEncoder(config)
-        # Assigned, not copied: the encoder takes the tensors' types, and a gigabyte is not held twice.
-        encoder.load_state_dict(tensors, strict=True, assign=True)
+        encoder = family.load(tensors)
     except (LayoutError, RuntimeError) as error:
-        return failed(GROUP, "loads", f"the encoder does not load it: {error}", []), None
-    return passed(GROUP, "loads", f"{type(encoder).__name__} loads it strictly"), encoder.eval()
+        return Check(GROUP, "loads", FAILED, f"the encoder does not load it: {error}", []), None
+    return Check(GROUP, "loads", PASSED, f"{type(encoder).__name__} loads it strictly"), encoder
 
 
-def _config(family: str, tensors: dict[str, torch.Tensor]) -> SamConfig | ClipConfig:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return sam_config_from(shapes) if family == "sam" else clip_config_from(shapes)
-
-
-def _indices_fit(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether position_ids can be run: on a GPU an index out of range ends the whole process."""
+def _indices_fit(tensors: State) -> bool:
+    """Whether position_ids can be run: on a GPU, an index out of range ends the whole process."""
     ids, table = tensors.get(_INDICES), tensors.get("embeddings.position_embedding.weight")
     if ids is None or table is None or not ids.numel():
         return True
     return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
 
 
-def check_sizes(family: str, encoder: torch.nn.Module, canonical: dict[str, torch.Tensor]) -> Check | None:
-    """None if the encoder is built as the source's tensors, by the canonical names, say that theirs is."""
-    theirs, ours = vars(_config(family, canonical)), vars(encoder.config)
-    differing = [name for name, value in theirs.items() if ours[name] != value]
-    detail = "; ".join(f"{name} is {ours[name]}, the source's {theirs[name]}" for name in differing)
-    return failed(GROUP, "sizes", detail, []) if differing else None
+def check_sizes(family: Family, encoder: Any, canonical: State) -> Check | None:
+    """Compare the encoder's config with the one that the source's tensors show.
+
+    Args:
+        family: The encoder's family.
+        encoder: The converted encoder.
+        canonical: The source's tensors by canonical names.
+
+    Returns:
+        A failed check, or None if the configs are equal.
+    """
+    config = family.config_from({name: tensor.shape for name, tensor in canonical.items()})
+    expected, actual = vars(config), vars(encoder.config)
+    differing = [name for name, value in expected.items() if actual[name] != value]
+    detail = "; ".join(f"{name} is {actual[name]}, in the source {expected[name]}" for name in differing)
+    return Check(GROUP, "sizes", FAILED, detail, []) if differing else None

@@ -1,136 +1,143 @@
-"""The second proof: every output tensor, bit by bit, against its source tensors read by the formats' own libraries.
+"""Bytes: every converted tensor equals, bit by bit, what the mapping makes of its source tensors.
 
-It alone sees what outputs do not show: k's bias, which the softmax cancels, and any change below the noise floor.
+Both are read by the formats' own libraries. Only this check sees what outputs cannot show: k's bias, which the softmax
+cancels, and any change below the noise floor.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, Origin
-from converter.verification.reference_models import State
 from converter.verification.reference_readers import Reader
-from converter.verification.result import Check, failed, passed, skipped
+from converter.verification.result import FAILED, PASSED, Check
 
 GROUP = "bytes"
 
-# Faulty tensors whose content is looked for under other names: each search reads the source once more, and where all is
-# wrong, a few say enough.
+# Differing tensors whose content is searched under other names: each search reads the whole source once more.
 _SEARCHED = 12
 
-Load = Callable[[TensorInfo], torch.Tensor]
+Load = Callable[[TensorInfo], Tensor]
 
 
-def prove(
-    target: Converted, origin: Origin | None, found: Reader, on_progress: OnProgress
-) -> tuple[State, list[Check]]:
-    """What the source gives, by canonical names, and whether the converted tensors, given by `found`, equal it."""
-    if origin is None:
-        return {}, [skipped(GROUP, "tensors", "no --source was given: there is nothing to compare with")]
-    there, outputs = target.state_dict.tensors, origin.plan.outputs
+def check_bytes(
+    target: Converted, origin: Origin, read: Reader, on_progress: OnProgress
+) -> tuple[dict[str, Tensor], list[Check]]:
+    """Compare every converted tensor with its source tensors.
 
-    def load(tensor: TensorInfo) -> torch.Tensor:
+    Args:
+        target: The converted file.
+        origin: The source and its plan.
+        read: Reads the converted tensors.
+        on_progress: Called after each tensor.
+
+    Returns:
+        The tensors that the source gives, by canonical names, and the checks.
+    """
+    tensors, outputs = target.state_dict.tensors, origin.plan.outputs
+
+    def load(tensor: TensorInfo) -> Tensor:
         return origin.read(tensor.key)
 
-    checks = [failed(GROUP, name, _presence(name, outputs), [name]) for name in sorted(set(there) ^ set(outputs))]
-    canonical: State = {}
-    for done, (name, value) in enumerate(outputs.items()):
-        canonical[name] = evaluate(value, load)
-        fault = _compare(name, found(name), canonical[name], value, load) if name in there else None
-        if fault is not None:
+    checks = [
+        Check(GROUP, name, FAILED, _presence(name, outputs), [name]) for name in sorted(tensors.keys() ^ outputs.keys())
+    ]
+    expected: dict[str, Tensor] = {}
+    for done, (name, value) in enumerate(outputs.items(), 1):
+        expected[name] = evaluate(value, load)
+        check = _compare(name, read(name), expected[name], value, load) if name in tensors else None
+        if check is not None:
             if len(checks) < _SEARCHED:
-                fault = _elsewhere(fault, found(name), name, outputs, load)
-            checks.append(_with_rule(fault, origin.plan, name))
-        on_progress(GROUP, done + 1, len(outputs))
+                check = _with_true_name(check, read(name), name, outputs, load)
+            if rule := origin.plan.rules.get(name):
+                check = replace(check, detail=f"{check.detail}; made by {rule.place}")
+            checks.append(check)
+        on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
-        detail = f"{len(checks)} of {len(outputs)} tensors differ: this was made from another checkpoint, or otherwise"
-        checks.insert(0, failed(GROUP, "source", detail, [origin.source.name]))
-    return canonical, checks or [passed(GROUP, "tensors", f"{len(canonical)} tensors equal their sources in every bit")]
+        cause = "converted from a different checkpoint, or with other options"
+        detail = f"{len(checks)} of {len(outputs)} tensors differ: {cause}"
+        checks.insert(0, Check(GROUP, "source", FAILED, detail, [origin.source.name]))
+    return expected, checks or [
+        Check(GROUP, "tensors", PASSED, f"{len(expected)} tensors equal their sources in every bit")
+    ]
 
 
-def _presence(name: str, outputs: dict[str, LazyTensor]) -> str:
-    return f"{name} is missing, though the source gives it" if name in outputs else f"{name} comes from nothing"
+def _presence(name: str, outputs: Mapping[str, LazyTensor]) -> str:
+    if name in outputs:
+        return f"{name} is missing, though the source has it"
+    return f"{name} is not produced from any source tensor"
 
 
-def _with_rule(fault: Check, plan: Plan, name: str) -> Check:
-    """The fault with the mapping's rule that makes the tensor; none made what is filled in."""
-    rule = plan.rules.get(name)
-    return replace(fault, detail=f"{fault.detail}; made by {rule.place}") if rule else fault
-
-
-def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, value: LazyTensor, load: Load) -> Check | None:
-    """None if the two are equal in every bit; else what differs, and which mistake would look like that."""
-    origin = " + ".join(tensor.key for tensor in source_tensors(value)) or "filled in"
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        detail = f"{name} is {_kind(found)}; {origin} gives {_kind(expected)}"
-        return failed(GROUP, name, detail, [name])
-    if torch.equal(_bits(found), _bits(expected)):
+def _compare(name: str, actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> Check | None:
+    """None if all bits are equal; else a failed check with a likely cause."""
+    sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
+        return Check(GROUP, name, FAILED, detail, [name])
+    if torch.equal(_bits(actual), _bits(expected)):
         return None
-    differing = int((_bits(found) != _bits(expected)).sum()) if found.dim() else 1
-    error = float((found.double() - expected.double()).abs().max())
-    detail = f"{name} differs from {origin}: {differing} of {found.numel()} elements, by at most {error:.3g}"
-    guess = _guess(found, expected, value, load)
-    if guess:
-        detail += f"; {guess}"
-    return failed(GROUP, name, detail, [name], differing=float(differing), error=error)
+    differing = int((_bits(actual) != _bits(expected)).sum())
+    error = float((actual.double() - expected.double()).abs().max())
+    detail = f"{name} differs from {sources}: {differing} of {actual.numel()} elements, by at most {error:.3g}"
+    if cause := _likely_cause(actual, expected, value, load):
+        detail += f"; {cause}"
+    return Check(GROUP, name, FAILED, detail, [name], {"differing": differing, "error": error})
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers: a NaN equals itself, and 0 does not equal -0."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(sizes[tensor.element_size()])
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements as integers: a NaN equals itself, and 0 differs from -0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
 
 
-def _guess(found: torch.Tensor, expected: torch.Tensor, value: LazyTensor, load: Load) -> str:
-    """The mistake in words, if it is one of those that are often made."""
-    if order := _order(found, _parts(expected, value, load)):
-        return f"its parts are there in the order {', '.join(str(i + 1) for i in order)}"
-    if found.dim() == 2 and found.shape[0] == found.shape[1] and torch.equal(found, expected.T):
+def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> str:
+    """The common mistake that gives exactly this tensor; empty if none does."""
+    if order := _order(actual, _parts(expected, value, load)):
+        return f"its parts are concatenated in the wrong order: {', '.join(str(i + 1) for i in order)}"
+    if actual.dim() == 2 and actual.shape[0] == actual.shape[1] and torch.equal(actual, expected.T):
         return "it is transposed"
-    if found.dim() and torch.equal(found, expected.flip(0)):
+    if actual.dim() and torch.equal(actual, expected.flip(0)):
         return "its rows are in reverse order"
     for step in (1, -1):
-        if found.dim() and torch.equal(found, expected.roll(step, 0)):
+        if actual.dim() and torch.equal(actual, expected.roll(step, 0)):
             return f"its rows are shifted by {step}"
     for dtype in (torch.bfloat16, torch.float16):
-        if found.is_floating_point() and torch.equal(found, expected.to(dtype).to(found.dtype)):
-            return f"it has been rounded to {str(dtype).removeprefix('torch.')} on the way"
-    if not bool(found.any()):
-        return "it is all zero"
-    return ""
+        if actual.is_floating_point() and torch.equal(actual, expected.to(dtype).to(actual.dtype)):
+            return f"it was rounded to {str(dtype).removeprefix('torch.')}"
+    return "" if bool(actual.any()) else "it is all zero"
 
 
-def _parts(expected: torch.Tensor, value: LazyTensor, load: Load) -> Sequence[torch.Tensor]:
-    """What the tensor is put together from: q, k and v, which a source may have fused already."""
+def _parts(expected: Tensor, value: LazyTensor, load: Load) -> Sequence[Tensor]:
+    """The parts that the tensor is concatenated from: q, k and v, which a source may have fused already."""
     if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
         return [evaluate(part, load) for part in value.parts]
     return expected.chunk(3) if expected.dim() and len(expected) % 3 == 0 else []
 
 
-def _order(found: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
-    """The order in which `parts` make up what was found."""
+def _order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The order in which `parts` are concatenated in the tensor, if any."""
     orders = itertools.permutations(range(len(parts))) if parts else ()
-    return next((order for order in orders if torch.equal(found, torch.cat([parts[i] for i in order]))), None)
+    return next((order for order in orders if torch.equal(actual, torch.cat([parts[i] for i in order]))), None)
 
 
-def _elsewhere(fault: Check, found: torch.Tensor, name: str, outputs: dict[str, LazyTensor], load: Load) -> Check:
-    """The fault, with the name under which the tensor's content belongs, if there is one: a layer shifted, say."""
+def _with_true_name(check: Check, actual: Tensor, name: str, outputs: Mapping[str, LazyTensor], load: Load) -> Check:
+    """Add the name of another tensor with the same content as the differing one, as in a shifted layer."""
     for other, value in outputs.items():
-        if other == name or value.shape != tuple(found.shape) or value.dtype.name != _kind(found).split()[0]:
+        if other == name or value.shape != tuple(actual.shape) or value.dtype.name != _kind(actual).split()[0]:
             continue
-        if torch.equal(found, evaluate(value, load)):
-            return replace(fault, detail=f"{fault.detail}; it holds what belongs to {other}", tensors=[name, other])
-    return fault
+        if torch.equal(actual, evaluate(value, load)):
+            return replace(check, detail=f"{check.detail}; it has the content of {other}", tensors=[name, other])
+    return check

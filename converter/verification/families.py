@@ -1,0 +1,163 @@
+"""The encoder families as data. A new family is a new entry here, and its layouts' entries in `reference_models`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from converter.encoders import (
+    ClipConfig,
+    ClipEncoder,
+    DeepEncoder,
+    SamConfig,
+    SamEncoder,
+    clip_config_from,
+    sam_config_from,
+)
+from converter.layouts import registry
+from converter.verification.probes import Probe, ProbedEncoder
+from converter.verification.skip_init import SkipInitialization
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family of encoders.
+
+    Attributes:
+        name: The family's name in mapping files.
+        encoder: Its module class, built from a config; its state_dict has the canonical names.
+        config_from: Reads the config off the shapes of tensors by canonical names.
+        deep_encoder: Builds a whole DeepEncoder that an encoder of a config fits into.
+        patches: Module and probe: the patch convolution.
+        entry: Probe: the input of the first block.
+        blocks: Module and prefix of probes: the list of blocks.
+        output: Probe: the features that `run` returns; empty if they are the last block's.
+        run: Name of the method that computes the features to compare from pixels.
+        used_at: Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own.
+        optional: Tensors, with their shapes, that a source may lack because the DeepEncoder does not use them.
+    """
+
+    name: str
+    encoder: type[nn.Module]
+    config_from: Callable[[Mapping[str, Sequence[int]]], Any]
+    deep_encoder: Callable[[Any], nn.Module]
+    patches: str
+    entry: str
+    blocks: str
+    output: str = ""
+    run: str = "forward"
+    used_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the encoder's tensors in the DeepEncoder."""
+        return registry.canonical(self.name).encoder_prefix
+
+    def probes(self, blocks: Iterable[nn.Module], patches: nn.Module | None = None, prefix: str = "") -> list[Probe]:
+        """The probes of an implementation, whatever its modules are called.
+
+        Args:
+            blocks: The transformer blocks in order.
+            patches: The patch convolution, if it runs.
+            prefix: Prefix of the probes' names.
+        """
+        blocks = list(blocks)
+        first = [Probe(prefix + self.patches, patches)] if patches is not None else []
+        entry = Probe(prefix + self.entry, blocks[0], takes_input=True)
+        return [*first, entry, *(Probe(f"{prefix}{self.blocks}.{i}", block) for i, block in enumerate(blocks))]
+
+    def tensors_at(self, probe: str, names: Iterable[str]) -> list[str]:
+        """Those of the encoder's tensors that are used between a probe and the one before it."""
+        probe = probe.removeprefix(self.prefix)
+        return [name for name in names if name.startswith(self.used_at.get(probe, (f"{probe}.",)))]
+
+    def load(self, tensors: State) -> nn.Module:
+        """Load the encoder strictly, built for the tensors' shapes.
+
+        Raises:
+            LayoutError: The shapes fit no encoder.
+            RuntimeError: Tensors are missing, unexpected or of another shape.
+        """
+        with SkipInitialization():
+            encoder = self.encoder(self.config_from({name: tensor.shape for name, tensor in tensors.items()}))
+        # Assigned, not copied: the encoder takes the tensors' types, and no gigabyte is held twice.
+        encoder.load_state_dict(tensors, strict=True, assign=True)
+        return encoder.eval()
+
+    def own_probes(self, encoder: nn.Module, prefix: str = "") -> list[Probe]:
+        """The probes of our own encoder."""
+        modules: dict[str, Any] = dict(encoder.named_modules())
+        return self.probes(modules[self.blocks], modules.get(self.patches), prefix)
+
+    def probed(self, encoder: nn.Module) -> ProbedEncoder:
+        """Our own encoder with its probes."""
+        run = getattr(encoder, self.run)
+        return ProbedEncoder(type(encoder).__name__, encoder, self.own_probes(encoder), run, self.output)
+
+
+def _clip_patches(config: ClipConfig) -> dict[str, tuple[int, ...]]:
+    """The patch convolution, which the DeepEncoder never runs and some programs leave out."""
+    shape = (config.width, config.channels, config.patch, config.patch)
+    return {} if config.patch_convolution else {"embeddings.patch_embedding.weight": shape}
+
+
+def _around_sam(sam: SamConfig) -> DeepEncoder:
+    """CLIP has DeepSeek-OCR's own sizes next to SAM-base, and the same proportions next to others."""
+    compressor = sam.compressor or (2 * sam.neck, 4 * sam.neck)
+    width = compressor[1]
+    clip = ClipConfig(width=width, depth=2 * sam.depth, heads=max(width // 64, 1), mlp=4 * width)
+    return DeepEncoder(dataclasses.replace(sam, compressor=compressor), clip)
+
+
+def _around_clip(clip: ClipConfig) -> DeepEncoder:
+    """SAM has DeepSeek-OCR's own sizes next to CLIP-L, and the same proportions next to others."""
+    heads, depth, neck = max(3 * clip.width // 256, 1), -(-clip.depth // 2), max(clip.width // 4, 1)
+    sam = SamConfig(
+        width=64 * heads,
+        depth=depth,
+        heads=heads,
+        mlp=256 * heads,
+        global_blocks=tuple(range(2, depth, 3)),
+        neck=neck,
+        compressor=(2 * neck, clip.width),
+    )
+    return DeepEncoder(sam, clip)
+
+
+_ALL = (
+    Family(
+        name="sam",
+        encoder=SamEncoder,
+        config_from=sam_config_from,
+        deep_encoder=_around_sam,
+        patches="patch_embed.proj",
+        entry="pos_embed",
+        blocks="blocks",
+        output="neck",
+        run="features",
+        # In the DeepEncoder, the input of CLIP's first block comes from the end of SAM.
+        used_at={
+            "pos_embed": ("pos_embed",),
+            "vision_model.pre_layrnorm": ("neck.", "net_2.", "net_3."),
+        },
+    ),
+    Family(
+        name="clip",
+        encoder=ClipEncoder,
+        config_from=clip_config_from,
+        deep_encoder=_around_clip,
+        patches="embeddings.patch_embedding",
+        entry="pre_layrnorm",
+        blocks="transformer.layers",
+        used_at={"pre_layrnorm": ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm.")},
+        optional=_clip_patches,
+    ),
+)
+FAMILIES = {family.name: family for family in _ALL}
