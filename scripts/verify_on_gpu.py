@@ -321,14 +321,14 @@ def forward_shares(args: argparse.Namespace) -> list[dict[str, Any]]:
 def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     from converter.api.verify import verify
     from converter.encoders import DeepEncoder
-    from converter.verification import outputs
+    from converter.verification.probes import record_features
 
     busy = Busy()
-    recorded, forward = outputs.record_features, DeepEncoder.forward
+    forward = DeepEncoder.forward
 
     def recorded_timed(*arguments: Any) -> Any:
         with busy.forward():
-            return recorded(*arguments)
+            return record_features(*arguments)
 
     def forward_timed(self: Any, pixels: Any) -> Any:
         with busy.forward():
@@ -337,7 +337,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
     busy.start()
     # Every forward pass of a verification goes through one of the two.
     with (
-        mock.patch.object(outputs, "record_features", recorded_timed),
+        mock.patch("converter.verification.outputs.record_features", recorded_timed),
         mock.patch.object(DeepEncoder, "forward", forward_timed),
     ):
         source = str(args.work / checkpoint.path)
