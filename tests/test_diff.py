@@ -134,7 +134,7 @@ def test_names_on_one_side(state: State, tmp_path: Path) -> None:
 def test_a_missing_tensor_leaves_the_names_as_they_are(state: State, tmp_path: Path) -> None:
     found = compared(state, {name: value for name, value in state.items() if name != LAYER}, tmp_path)
     assert found.removed == [LAYER] and found.names == []
-    assert "compared under their own names" in found.notes[0] and f"nothing gives '{LAYER}'" in found.notes[0]
+    assert "compared under their own names" in found.notes[0] and f"missing tensor '{LAYER}'" in found.notes[0]
 
 
 def test_a_tensor_under_another_name(state: State, tmp_path: Path) -> None:

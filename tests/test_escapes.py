@@ -111,7 +111,7 @@ def test_indices_whose_number_nothing_tells() -> None:
     """They are made up where they lack: as many as there are positions."""
     shapes = inventory("clip-hf")
     tensors = described({**shapes, "vision_model.embeddings.position_embedding.weight": (2, 2, 2)})
-    with pytest.raises(MappingError, match=r"position_ids' cannot be made: nothing of the right shape tells positions"):
+    with pytest.raises(MappingError, match=r"position_ids' cannot be generated: unknown size positions"):
         resolve_to_canonical(source(tensors), ConvertOptions("clip"))
 
 
@@ -128,5 +128,5 @@ def test_positions_are_numbered_up_to_a_bound() -> None:
     shapes = inventory("clip-hf")
     width = shapes["vision_model.embeddings.class_embedding"][0]
     table = {"vision_model.embeddings.position_embedding.weight": (10**9, width)}
-    with pytest.raises(MappingError, match=r"position_ids' cannot be made: \[1, 1000000000\] is more than any image"):
+    with pytest.raises(MappingError, match=r"cannot be generated: \[1, 1000000000\] has more positions than any image"):
         resolve_to_canonical(source(described({**shapes, **table})), ConvertOptions("clip"))

@@ -387,7 +387,7 @@ REFUSED = [
 def test_every_other_checkpoint_is_refused_with_its_reason(checkpoint: str, family: str, tmp_path: Path) -> None:
     other = {"sam": "clip", "clip": "sam"}[family]
     if checkpoint == f"deepencoder-{family}":
-        reason = f"is in the layout deepencoder-{family} already: there is nothing to convert"
+        reason = f"already has the layout deepencoder-{family}: there is nothing to convert"
     else:
         reason = f"is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other}"
     with pytest.raises(LayoutError, match=reason):
@@ -424,8 +424,8 @@ Q5 = "vision_model.encoder.layers.5.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("inventory", "family", "told"),
     [
-        (without(META, "image_encoder.blocks.7.attn.qkv.bias"), "sam", "nothing gives 'blocks.7.attn.qkv.bias'"),
-        (without(HF, Q5), "clip", rf"clip-hf.yaml:\d+: '{Q5}' is missing beside"),
+        (without(META, "image_encoder.blocks.7.attn.qkv.bias"), "sam", "missing tensor 'blocks.7.attn.qkv.bias'"),
+        (without(HF, Q5), "clip", rf"clip-hf.yaml:\d+: '{Q5}' is missing next to"),
         ({**META, "image_encoder.cls": ("float32", (1,))}, "sam", "no rule claims 'image_encoder.cls'"),
         ({**HF, "extra.weight": ("float32", (1,))}, "clip", "no rule claims 'extra.weight'"),
         (
@@ -445,7 +445,7 @@ Q5 = "vision_model.encoder.layers.5.self_attn.q_proj.weight"
         (
             {**META, "image_encoder.blocks.99999.norm1.bias": ("float32", (768,))},
             "sam",
-            "layer 99999 of only 315 tensors",
+            "layer index 99999 with only 315 tensors",
         ),
     ],
 )

@@ -295,8 +295,8 @@ def test_what_the_source_lacks_is_named(source: str, target: str, tmp_path: Path
         converter.convert(path, family, to=target, out=tmp_path / "out.safetensors")
     assert error.value.exit_code == 3
     first, second = str(error.value).splitlines()
-    start, names = first.split(" has tensors that it lacks: ")
-    assert start == f"{path}: {target}"
+    start, names = first.split(f": lacks tensors of {target}: ")
+    assert start == str(path)
     assert sorted(names.split(", ")) == sorted(lacking(source, target))
     assert second == "take them from a checkpoint that has them, with --fill-from"
     assert list(tmp_path.iterdir()) == [path]
@@ -373,7 +373,7 @@ def test_a_decoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_tower_that_is_lacking_is_named(tmp_path: Path) -> None:
     path = save(models.clip_hf_vision().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(MappingError, match=r"lacks: visual_projection\.weight, .*text_model\.embeddings.* more\n"):
+    with pytest.raises(MappingError, match=r"lacks tensors of clip-hf: visual_projection\.weight, .*text_model\.embeddings.* more\n"):
         converter.convert(path, "clip", to="clip-hf", full_model=True, out=tmp_path / "out.safetensors")
 
 
@@ -421,7 +421,7 @@ def test_filling_from_a_model_of_another_size(tmp_path: Path) -> None:
     small = SamEncoder(replace(SAM_SIZES, neck=8, compressor=(16, 64)))
     fill = save(small.state_dict(), tmp_path / "small.pth")
     path = save(weights("sam-meta", seed=0), tmp_path / "a.pth")
-    with pytest.raises(UsageError, match=r"--fill-from .*small\.pth: is of another size: neck 8 \(not 16\)"):
+    with pytest.raises(UsageError, match=r"--fill-from .*small\.pth: has other sizes: neck 8 \(not 16\)"):
         converter.convert(path, "sam", to="sam-got-ocr2", fill_from=fill, out=tmp_path / "out.safetensors")
 
 

@@ -208,12 +208,12 @@ ERRORS: dict[str, tuple[str, dict[str, tuple[int, ...]], list[str]]] = {
     "made twice": (
         "- keep: a\n- rename: b\n  to: a",
         {"a": (1,), "b": (1,)},
-        ["'a' is made twice: by test.yaml:10 and by test.yaml:11, from 'b'"],
+        ["'a' is produced twice: by test.yaml:10 and by test.yaml:11, from 'b'"],
     ),
     "missing part": (
         "- fuse: h.{layer}.{proj}\n  parts: {proj: [q, k, v]}\n  into: h.{layer}.qkv",
         {"h.0.q": (1,), "h.0.k": (1,), "h.0.v": (1,), "h.1.q": (1,), "h.1.v": (1,)},
-        [":10", "'h.1.k' is missing beside 'h.1.q'"],
+        [":10", "'h.1.k' is missing next to 'h.1.q'"],
     ),
     "shapes": (
         "- fuse: h.{proj}\n  parts: {proj: [q, k, v]}\n  into: h",
@@ -257,7 +257,7 @@ def test_types_that_differ_cannot_be_fused() -> None:
 def test_optional_rules_may_match_nothing_but_not_a_part_only() -> None:
     fuse = "- keep: a\n- fuse: h.{proj}\n  parts: {proj: [q, k, v]}\n  into: h\n  optional: true"
     assert list(applied_text(fuse, state_dict({"a": (1,)})).values) == ["a"]
-    with pytest.raises(MappingError, match=r"'h.k', 'h.v' is missing beside 'h.q'"):
+    with pytest.raises(MappingError, match=r"'h.k', 'h.v' is missing next to 'h.q'"):
         applied_text(fuse, state_dict({"a": (1,), "h.q": (1,)}))
 
 

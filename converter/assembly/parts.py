@@ -125,8 +125,8 @@ def _placed(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
 
 def _projector(opened: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
     """The tensors of `_PROJECTOR`; LayoutError names those that are not there."""
-    base = PREFIX if sam.known.match.prefix.startswith(PREFIX) else ""
-    tensors = sam.known.tensors
+    base = PREFIX if sam.detected.match.prefix.startswith(PREFIX) else ""
+    tensors = sam.detected.tensors
     found = {name: tensors.get(base + name) or tensors.get(base + other) for name, other in _PROJECTOR.items()}
     lacking = [base + name for name, tensor in found.items() if tensor is None]
     if lacking:

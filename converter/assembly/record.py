@@ -23,7 +23,7 @@ def make_record(
 
     Where several sources have something to say, their words are joined by a plus.
     """
-    known = [resolve.known for resolve in parts.plans.values()]
+    known = [resolve.detected for resolve in parts.plans.values()]
     plans = {family: resolve.plan for family, resolve in parts.plans.items()}
     seeds = dict.fromkeys(how.partition(": ")[0] for how in parts.generated.values())
     commits = [source.commit for source in parts.opened if source.commit]

@@ -1,4 +1,4 @@
-"""Rules applied to tensors, all at once: each name is claimed by exactly one rule, each new name made exactly once."""
+"""Application of rules to tensors, all at once: one rule claims each name, and one rule produces each new name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from converter.tensors.ops import apply_op
 
 @dataclass(slots=True, eq=False)
 class Applied:
-    """What the rules made: tensors by their new names, the rule behind each, and why others were dropped."""
+    """Result of applying rules.
+
+    Attributes:
+        values: Tensors by their new names.
+        rules: The rule that produced each tensor, by its new name.
+        dropped: The reason to drop a tensor, by its old name.
+    """
 
     values: dict[str, LazyTensor] = field(default_factory=dict)
     rules: dict[str, Rule] = field(default_factory=dict)
@@ -23,7 +29,16 @@ class Applied:
 
 
 def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: str) -> Applied:
-    """The tensors that `rules` make of `tensors`; MappingError names `source`, rule and name for any disagreement."""
+    """Apply rules to tensors.
+
+    Args:
+        rules: The rules; their order does not matter.
+        tensors: The tensors by name.
+        source: The checkpoint's name, for error messages.
+
+    Raises:
+        MappingError: A name is claimed or produced by no rule or by two, or an operation does not fit a tensor.
+    """
     claims = claim(rules, tensors)
     problems = [
         f"{name!r} is claimed by two rules: {first.place} ({first.text}) and {second.place} ({second.text})"
@@ -32,25 +47,25 @@ def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: st
     problems += [f"no rule claims {name!r}" for name in claims.unclaimed]
     problems += [f"{rule.place}: the rule matches nothing: {rule.text}" for rule in claims.dead(rules)]
     applied = Applied()
-    for (index, bound), parts in claims.groups.items():
-        problems += _apply_one(rules[index], dict(bound), parts, tensors, applied)
+    for (index, bindings), parts in claims.groups.items():
+        problems += _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
     if problems:
         raise MappingError(f"{source}: {summary(problems)}")
     return applied
 
 
-def _apply_one(
+def _apply_rule(
     rule: Rule, bindings: Bindings, parts: dict[int, str], tensors: Mapping[str, LazyTensor], applied: Applied
 ) -> list[str]:
-    """Apply a rule to the tensors of one set of variable values; what is wrong comes back as text."""
+    """Apply a rule to the tensors of one set of variable values; return problems."""
     if not rule.targets:
         applied.dropped.update((name, rule.reason) for name in parts.values())
         return []
-    absent = [rule.sources[i].fill(bindings) for i in range(len(rule.sources)) if i not in parts]
+    absent = [template.fill(bindings) for part, template in enumerate(rule.sources) if part not in parts]
     if absent:
-        return [f"{rule.place}: {', '.join(map(repr, absent))} is missing beside {next(iter(parts.values()))!r}"]
+        return [f"{rule.place}: {', '.join(map(repr, absent))} is missing next to {next(iter(parts.values()))!r}"]
     try:
-        values = tuple(tensors[parts[i]] for i in range(len(rule.sources)))
+        values = tuple(tensors[parts[part]] for part in range(len(rule.sources)))
         for op in rule.ops:
             values = apply_op(op, values)
         names = [target.fill(bindings) for target in rule.targets]
@@ -60,7 +75,7 @@ def _apply_one(
     for name, value in zip(names, values, strict=True):
         if name in applied.values:
             first = applied.rules[name].place
-            problems.append(f"{name!r} is made twice: by {first} and by {rule.place}, from {parts[0]!r}")
+            problems.append(f"{name!r} is produced twice: by {first} and by {rule.place}, from {parts[0]!r}")
         applied.values[name] = value
         applied.rules[name] = rule
     return problems

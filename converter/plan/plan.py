@@ -1,4 +1,4 @@
-"""The plan of a conversion: every output tensor and what it is made of, known before any weight is read."""
+"""Plans: every output tensor of a conversion and what it is made of, before any weight is read."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorS
 from converter.plan.apply import Applied, apply
 from converter.tensors.lazy_tensor import LARGEST_GRID, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
-# A patch is one position, and the class token another: numbers for more of them would be made for nothing, in memory.
-MOST_POSITIONS = LARGEST_GRID**2 + 1
+# One position per patch, and one for the class token. More would only fill memory.
+MAX_POSITIONS = LARGEST_GRID**2 + 1
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """What one checkpoint becomes: `outputs` by name, in the order they are written.
+    """The plan of one conversion.
 
-    `dropped` gives each source tensor that is left out and why; `missing` each target tensor that the source cannot
-    give and may lack, and why; `generated` each tensor that was generated. `sizes` holds the sizes found and `unusual`
-    those that are not the DeepEncoder's, as name -> (found, DeepEncoder's). `rules` gives each output the rule that
-    made it, but for those generated. `extra_tensors` holds tensors that the family has and the target does not.
-    `layout` names the layout of the outputs. Where it is not the target, `canonical_tensors` holds the tensors that
-    the outputs are made of, by their canonical names.
+    Attributes:
+        mapping: The mapping from the checkpoint's layout to the canonical layout.
+        target: The canonical layout.
+        outputs: The output tensors by name, in the order of the output file.
+        dropped: The reason for each checkpoint tensor that is not converted.
+        missing: The reason for each target tensor that the checkpoint lacks and may lack.
+        generated: How each generated tensor was generated.
+        sizes: The sizes that the checkpoint's shapes show.
+        unusual: Sizes that differ from DeepSeek-OCR's, as pairs of both.
+        rules: The rule that produced each output, except generated ones.
+        extra_tensors: Tensors that the canonical layout names but the DeepEncoder has not.
+        layout: The layout of the outputs: the target, or the one that it was converted to.
+        canonical_tensors: If that is not the target: the tensors the outputs are made of, by canonical names.
     """
 
     mapping: LayoutMapping
@@ -58,21 +65,35 @@ def make_plan(
     dtype: str = "keep",
     image_size: int | None = None,
 ) -> Plan:
-    """The plan that turns `tensors` (by source name) into `target`; MappingError where they do not fit."""
-    kept = {name: value for name, value in tensors.items() if not (mapping.drop_rest and not name.startswith(prefix))}
+    """Plan the conversion of a checkpoint to the canonical layout.
+
+    Args:
+        mapping: The mapping from the checkpoint's layout.
+        prefix: The prefix of the layout's names in the checkpoint.
+        target: The canonical layout.
+        tensors: The checkpoint's tensors by name.
+        source: The checkpoint's name, for error messages.
+        dtype: The dtype of floating-point outputs, or "keep".
+        image_size: Image size in pixels for resampled position embeddings, or None.
+
+    Raises:
+        MappingError: The tensors do not fit the mapping or the canonical layout.
+        UsageError: The canonical layout does not allow this image size.
+    """
+    kept = {name: value for name, value in tensors.items() if name.startswith(prefix) or not mapping.drop_rest}
     where = f"{source}: by {mapping.place.file}"
     applied = apply(mapping.rules_for(prefix), kept, where)
     applied.dropped.update((name, mapping.drop_rest) for name in tensors if name not in kept)
-    # By the names in the file, which may have wrappers that `tensors` was rid of.
+    # By the names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
     plan = Plan(mapping, target, {}, dropped, layout=target.name)
     plan.sizes["depth"] = depth = _depth(target, applied)
-    # Said here, before a name is made for every layer that a single wild index stands for.
+    # Checked before names are listed for all layers: a single name can have any index.
     if depth > len(applied.values):
-        raise MappingError(f"{where}: layer {depth - 1} of only {len(applied.values)} tensors")
+        raise MappingError(f"{where}: layer index {depth - 1} with only {len(applied.values)} tensors")
     if image_size is not None:
         _resample(plan, applied, image_size)
-    _roll_back(plan, applied, where)
+    _fit_target(plan, applied, where)
     plan.outputs = sort_outputs(plan.outputs, dtype)
     plan.unusual = {
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
@@ -81,9 +102,9 @@ def make_plan(
 
 
 def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-    """The tensors in safetensors' own order, floating-point ones cast unless `dtype` is keep.
+    """Cast floating-point tensors unless `dtype` is "keep", and sort all as safetensors does.
 
-    Wider types come first, so that every tensor is aligned, then names.
+    Larger dtypes come first, which aligns all tensors; then names.
     """
     if dtype != "keep":
         outputs = {name: cast(value, dtype) if value.dtype.is_float else value for name, value in outputs.items()}
@@ -91,15 +112,15 @@ def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTe
 
 
 def _depth(target: CanonicalLayout, applied: Applied) -> int:
-    """How many layers there are: one more than the highest index."""
+    """The number of layers: one more than the highest index."""
     numbered = [spec.name for spec in target.tensors if any(field.kind == "int" for field in spec.name.fields)]
-    found = (template.match(name) for name in applied.values for template in numbered)
-    values = (value for bindings in found if bindings for value in bindings.values())
+    matches = (template.match(name) for name in applied.values for template in numbered)
+    values = (value for bindings in matches if bindings for value in bindings.values())
     return max((int(value) + 1 for value in values if value.isdigit()), default=0)
 
 
-def _roll_back(plan: Plan, applied: Applied, where: str) -> None:
-    """Fit what the rules made into the target: every tensor there, of the right shape, and nothing left over."""
+def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
+    """Check the results of the rules against the target, and add them to the plan: all tensors, with their shapes."""
     values = dict(applied.values)
     problems: list[str] = []
     absent: list[tuple[TensorSpec, str]] = []
@@ -111,15 +132,15 @@ def _roll_back(plan: Plan, applied: Applied, where: str) -> None:
                 plan.outputs[name], plan.rules[name] = value, applied.rules[name]
             else:
                 absent.append((spec, name))
-    # What is too much comes before what is lacking: it may be the same, under a name of its own.
+    # Unknown names are listed first: they may explain the missing ones.
     for name, value in values.items():
-        reason = _reason_beyond(plan.target, name)
+        reason = plan.target.extra_reason(name)
         if reason is None:
-            problems.append(f"{plan.target.name} has no tensor {name!r} ({applied.rules[name].place} makes it)")
+            problems.append(f"{plan.target.name} has no tensor {name!r} (from {applied.rules[name].place})")
         else:
             plan.extra_tensors[name] = value
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
-    problems += [problem for spec, name in absent for problem in _supply(plan, spec, name)]
+    problems += [problem for spec, name in absent for problem in _generate(plan, spec, name)]
     if problems:
         raise MappingError(f"{where}: {summary(problems)}")
 
@@ -136,25 +157,25 @@ def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> lis
     return [f"{name!r}{origin} has shape {list(value.shape)}; expected {written(spec.shape)}, where {known or 'any'}"]
 
 
-def _supply(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
-    """Make up, or do without, a tensor that the source does not give."""
+def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
+    """Generate a tensor that the checkpoint lacks, or record it as missing; return problems."""
     if spec.generate == "arange":
         if unknown := [str(dim.name) for dim in spec.shape if dim.name not in (None, *plan.sizes)]:
-            return [f"{name!r} cannot be made: nothing of the right shape tells {', '.join(unknown)}"]
+            return [f"{name!r} cannot be generated: unknown size {', '.join(unknown)}"]
         shape = resolve(spec.shape, plan.sizes)
-        if math.prod(shape) > MOST_POSITIONS:
-            return [f"{name!r} cannot be made: {list(shape)} is more than any image has positions"]
+        if math.prod(shape) > MAX_POSITIONS:
+            return [f"{name!r} cannot be generated: {list(shape)} has more positions than any image"]
         plan.outputs[name] = arange(shape)
         plan.generated[name] = "0, 1, 2, ..."
     elif spec.optional:
         plan.missing[name] = spec.optional
     else:
-        return [f"nothing gives {name!r}"]
+        return [f"missing tensor {name!r}"]
     return []
 
 
 def _patch_size(target: CanonicalLayout, applied: Applied) -> int:
-    """Pixels along a side of a patch: the source's, or the target's own where the source has no patch embedding."""
+    """The patch size in pixels: the checkpoint's, or DeepSeek-OCR's if it has no patch embedding."""
     sizes: Sizes = {}
     for spec in target.tensors:
         if any(dim.name == "patch" for dim in spec.shape) and spec.name.text in applied.values:
@@ -162,15 +183,11 @@ def _patch_size(target: CanonicalLayout, applied: Applied) -> int:
     return sizes.get("patch", target.sizes["patch"])
 
 
-def _reason_beyond(target: CanonicalLayout, name: str) -> str | None:
-    return next((reason for template, reason in target.extra_tensors if template.match(name) is not None), None)
-
-
 def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
-    """Resample the table of positions, and leave the position indices to be made anew."""
+    """Resample the position embeddings, and drop the position indices, which are generated for the new number."""
     spec = next((spec for spec in plan.target.tensors if spec.positions), None)
     if spec is None:
-        raise UsageError(f"--image-size: {plan.target.name} takes images of any size: there is nothing to resample")
+        raise UsageError(f"--image-size: {plan.target.name} takes images of any size: nothing to resample")
     name = spec.name.text
     patch = _patch_size(plan.target, applied)
     if image_size < patch or image_size % patch:
@@ -187,5 +204,5 @@ def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
     for other in plan.target.tensors:
         if other.generate and other.name.text in applied.values:
             value = applied.values.pop(other.name.text)
-            reason = "made anew for the new number of positions"
+            reason = "generated for the new number of positions"
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))

@@ -19,75 +19,103 @@ from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 
 
 class ResolvedPlan(NamedTuple):
-    """A checkpoint recognised, and what it becomes."""
+    """A detected checkpoint and the plan of its conversion."""
 
-    known: DetectedLayout
+    detected: DetectedLayout
     plan: Plan
 
 
 def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
-    """Plan the conversion of a checkpoint to the canonical layout; LayoutError or MappingError if impossible."""
-    known = detect_layout(opened, options.family, _layouts(options), options.state_dict)
-    return ResolvedPlan(known, plan_to_canonical(opened, known, options, dtype))
+    """Detect a checkpoint's layout and plan its conversion to the canonical layout.
+
+    Args:
+        opened: The checkpoint.
+        options: The family, mapping, state dict and image size to use.
+        dtype: The dtype of floating-point outputs, or "keep".
+
+    Raises:
+        LayoutError: The checkpoint has no known layout.
+        MappingError: Its tensors do not fit the detected layout.
+    """
+    detected = detect_layout(opened, options.family, _layouts(options), options.state_dict)
+    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
 
 
-def plan_to_canonical(opened: Checkpoint, known: DetectedLayout, options: ConvertOptions, dtype: str = "keep") -> Plan:
-    """Plan the conversion of a detected checkpoint to the canonical layout; MappingError if the tensors do not fit."""
-    layout = known.match.layout
+def plan_to_canonical(
+    opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, dtype: str = "keep"
+) -> Plan:
+    """Plan the conversion of a checkpoint with a detected layout to the canonical layout.
+
+    Args:
+        opened: The checkpoint, for error messages.
+        detected: Its tensors and layout.
+        options: The family and image size to use.
+        dtype: The dtype of floating-point outputs, or "keep".
+
+    Raises:
+        MappingError: The tensors do not fit the layout.
+    """
+    mapping, prefix = detected.match.layout.mapping, detected.match.prefix
     canonical = registry.canonical(options.family)
-    mapping = layout.mapping
-    tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
-    prefix, pixels = known.match.prefix, options.image_size
+    tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
     try:
-        return make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=pixels)
+        return make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
     except MappingError as error:
-        raise MappingError(f"{error}", f"{_next_step(mapping, options)}") from error
+        raise MappingError(str(error), _hint(mapping, options)) from error
 
 
-def _next_step(mapping: LayoutMapping, options: ConvertOptions) -> str:
-    """What to do where a checkpoint was recognised and does not fit all the same."""
+def _hint(mapping: LayoutMapping, options: ConvertOptions) -> str:
+    """The next step if a checkpoint does not fit the layout that was detected."""
     if options.mapping is not None:
-        return f"correct {options.mapping}, or leave --mapping out if the checkpoint is of a known layout"
+        return f"correct {options.mapping}, or omit --mapping if the checkpoint has a known layout"
     return (
-        f"the checkpoint is incomplete, or differs from {mapping.name}: get a whole one, or say what is to be done\n"
-        f"in a mapping of your own: dsocr-convert mapping show {mapping.name} > mine.yaml; then --mapping mine.yaml"
+        f"the checkpoint is incomplete or differs from {mapping.name}: get a complete one, or write your own mapping:\n"
+        f"dsocr-convert mapping show {mapping.name} > mine.yaml; then --mapping mine.yaml"
     )
 
 
 def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> ResolvedPlan:
-    """The plan for a checkpoint; what it lacks is taken from `lender`, another one of the same model's sizes.
+    """Plan the conversion of a checkpoint to the layout of the options.
 
-    LayoutError where it is of no known layout, or converted already; MappingError where it does not fit; UsageError for
-    a `lender` of other sizes.
+    Args:
+        opened: The checkpoint.
+        options: The conversion options.
+        donor: A checkpoint of the same sizes that supplies missing tensors (--fill-from), or None.
+
+    Raises:
+        LayoutError: The checkpoint has no known layout, or is converted already.
+        MappingError: Its tensors do not fit, or are incomplete.
+        UsageError: The donor has other sizes.
     """
-    known, plan = resolve_to_canonical(
-        opened, options, dtype="keep" if options.layout != options.canonical or donor else options.dtype
-    )
-    if options.layout == options.canonical and donor is None:
-        check_not_converted(opened, known)
-    lent = _lent(donor, plan, options) if donor is not None else None
-    if options.layout == options.canonical:
-        return ResolvedPlan(known, complete_from(plan, lent, options.dtype) if lent else plan)
+    to_canonical = options.layout == options.canonical
+    # Outputs are cast once, by the last step.
+    detected, plan = resolve_to_canonical(opened, options, dtype="keep" if donor or not to_canonical else options.dtype)
+    if to_canonical and donor is None:
+        check_not_converted(opened, detected)
+    donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
+    if to_canonical:
+        return ResolvedPlan(detected, complete_from(plan, donor_plan, options.dtype) if donor_plan else plan)
     target = registry.load(options.layout).mapping
-    return ResolvedPlan(known, retarget(plan, target, lent, options.full_model, options.dtype, opened.name))
+    return ResolvedPlan(detected, retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name))
 
 
-def check_not_converted(opened: Checkpoint, known: DetectedLayout) -> None:
-    """LayoutError for a checkpoint that is in the canonical layout already."""
-    layout = known.match.layout
-    if layout.is_canonical:
+def check_not_converted(opened: Checkpoint, detected: DetectedLayout) -> None:
+    """LayoutError for a checkpoint that already has the canonical layout."""
+    if detected.match.layout.is_canonical:
         raise LayoutError(
-            f"{opened.name}: is in the layout {layout.name} already: there is nothing to convert", "load it as it is"
+            f"{opened.name}: already has the layout {detected.match.name}: there is nothing to convert",
+            "use the file as it is",
         )
 
 
-def _lent(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
-    lent = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
-    differing = [name for name, size in plan.sizes.items() if lent.sizes.get(name, size) != size]
-    if differing:
-        sizes = ", ".join(f"{name} {lent.sizes[name]} (not {plan.sizes[name]})" for name in differing)
-        raise UsageError(f"--fill-from {donor.name}: is of another size: {sizes}")
-    return lent
+def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
+    donor_plan = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
+    sizes = donor_plan.sizes
+    different = [name for name, size in plan.sizes.items() if sizes.get(name, size) != size]
+    if different:
+        found = ", ".join(f"{name} {sizes[name]} (not {plan.sizes[name]})" for name in different)
+        raise UsageError(f"--fill-from {donor.name}: has other sizes: {found}")
+    return donor_plan
 
 
 def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:

@@ -1,4 +1,4 @@
-"""The tensor element types that checkpoints hold, under the names that torch and safetensors give them."""
+"""Element types of tensors, by their names in torch and safetensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    """One element type: torch's name, bytes an element, safetensors' code, torch's storage class if it has one."""
+    """An element type: torch's name, bytes per element, safetensors' code, and torch's storage class if it has one."""
 
     name: str
     itemsize: int
@@ -18,7 +18,7 @@ class DType(NamedTuple):
         return self.name.startswith(("float", "bfloat"))
 
 
-# torch gave the types below without a storage class no class of their own: it saves them as untyped storages.
+# torch saves types without a storage class as untyped storages.
 _ALL = (
     DType("float64", 8, "F64", "DoubleStorage"),
     DType("float32", 4, "F32", "FloatStorage"),

@@ -1,4 +1,4 @@
-"""Lazy tensors turned into the bytes of an output, streamed in order."""
+"""Serialization of lazy tensors: their bytes in order, copied or computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from converter.storage.byte_range import Segment, merge
 from converter.storage.stream import BackgroundWriter, Copier, OnBytes, OnData, Write
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
 
-# Output tensors by name, in the order they are written.
+# Output tensors by name, in the order of the file.
 Outputs = dict[str, LazyTensor]
 
 
@@ -17,29 +17,38 @@ def write_tensors(
     fd: int,
     header: bytes,
     values: Iterable[LazyTensor],
-    count: OnBytes,
-    seen: OnData | None,
+    on_bytes: OnBytes,
+    on_data: OnData | None,
     write: Write | None = None,
 ) -> None:
-    """Write a header, which is not counted, and the bytes of tensors after it, with `write` if there is one."""
+    """Write a header and the bytes of tensors.
+
+    Args:
+        fd: The output file.
+        header: The bytes before the tensors.
+        values: The tensors in order.
+        on_bytes: Called with the number of tensor bytes copied.
+        on_data: Called with each chunk of tensor bytes, or None.
+        write: Appends a buffer to a file; None for plain writing.
+    """
     write_all(fd, memoryview(header))
-    with BackgroundWriter(fd, seen, write) as writer:
-        copier = Copier(writer.exchange, count)
+    with BackgroundWriter(fd, on_data, write) as writer:
+        copier = Copier(writer.exchange, on_bytes)
         copier.copy(segments_of(values))
         copier.flush()
 
 
 def segments_of(values: Iterable[LazyTensor]) -> Iterator[Segment | memoryview]:
-    """The bytes of tensors, in order: extents where copying is enough, neighbours merged; else computed one by one."""
+    """Yield the data of tensors in order: merged byte ranges of files, or the bytes of one computed tensor."""
     run: list[Segment] = []
     for value in values:
-        found = byte_ranges(value)
-        if found is not None:
-            run += found
+        ranges = byte_ranges(value)
+        if ranges is not None:
+            run += ranges
             continue
         yield from merge(run)
         run = []
-        # Two seconds of import, for those conversions alone that need it.
+        # Imported only if needed: torch takes two seconds.
         from converter.tensors.evaluate import tensor_bytes
 
         yield tensor_bytes(value)

@@ -1,4 +1,4 @@
-"""What a loader finds in a file: named tensors, described but not read."""
+"""Descriptions of the tensors in a checkpoint file, which loaders return without reading the data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from converter.tensors.dtypes import DType
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint: `start` is its first byte in `storage`, `strides` count elements.
+    """One tensor of a checkpoint; all of its elements are within its storage.
 
-    The loader has checked that every element lies within the storage.
+    Attributes:
+        key: The tensor's name in the file.
+        dtype: The element type.
+        shape: The sizes of its dimensions.
+        storage: The bytes that the tensor views.
+        start: Its first byte in the storage.
+        strides: Its strides in elements.
     """
 
     key: str
@@ -29,17 +35,17 @@ class TensorInfo(NamedTuple):
 
     @property
     def verbatim(self) -> bool:
-        """Whether the bytes in the file are the tensor's own, in order, as a little-endian machine has them."""
+        """Whether the file has the tensor's bytes contiguous, uncompressed and little-endian."""
         plain = not (self.storage.deflated or self.storage.big_endian)
         return plain and self.strides == contiguous_strides(self.shape)
 
 
-# What a loader returns: dicts whose leaves are tensors; whatever else the file holds stands there as None or a scalar.
+# What a loader returns: nested dicts of tensors. Other objects in the file are None or scalars.
 Contents = dict[Any, Any]
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in elements, as torch gives them to a tensor it makes."""
+    """Row-major strides in elements, as in a new torch tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -50,7 +56,19 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def make_tensor(
     key: str, dtype: DType, shape: tuple[int, ...], storage: Storage, offset: int, strides: tuple[int, ...]
 ) -> TensorInfo:
-    """A checked tensor: `offset` and `strides` in elements; ContainerError where an element leaves the storage."""
+    """Check a tensor's place in its storage and describe it.
+
+    Args:
+        key: The tensor's name in the file.
+        dtype: The element type.
+        shape: The sizes of its dimensions.
+        storage: The bytes that the tensor views.
+        offset: Its first element in the storage.
+        strides: Its strides in elements.
+
+    Raises:
+        ContainerError: An element is outside the storage.
+    """
     where = f"{storage.file.name}: tensor {key!r}"
     if offset < 0 or any(n < 0 for n in shape) or any(n < 0 for n in strides) or len(shape) != len(strides):
         raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}", DAMAGED)
@@ -59,8 +77,8 @@ def make_tensor(
         last = offset - 1
     if (last + 1) * dtype.itemsize > storage.size:
         end = (last + 1) * dtype.itemsize
-        raise ContainerError(f"{where}: reaches byte {end} of a storage of {storage.size}", DAMAGED)
-    # A dimension of one element, or a tensor of none, may carry any stride: it is never taken.
+        raise ContainerError(f"{where}: needs {end} bytes, but its storage has {storage.size}", DAMAGED)
+    # The strides of dimensions of size 1, and of empty tensors, have no effect.
     plain = contiguous_strides(shape)
     if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, plain, strict=True)):
         strides = plain

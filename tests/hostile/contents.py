@@ -185,7 +185,7 @@ CLIP_ACCEPTED: dict[str, tuple[Build, Callable[[], State], tuple[str, ...]]] = {
 
 SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "prefix on every second name": (_file(_prefixed("model.", 2)), ("no rule claims 'model.image_encoder.", "more")),
-    "wrapped nine times": (_file(_wrapped(*"abcdefghi")), ("model.pth", "holds no tensors under names")),
+    "wrapped nine times": (_file(_wrapped(*"abcdefghi")), ("model.pth", "contains no named tensors")),
     "the same twice without the wrapper": (
         _file(lambda: {**sam(), **_prefixed("module.")()}),
         ("'module.image_encoder.", "are both 'image_encoder.", "without their wrappers"),
@@ -195,12 +195,12 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "CLIP given as SAM": (_file(clip), ("is a CLIP checkpoint, not SAM", "dsocr-convert clip")),
     "a language model": (_file(_language_model), ("no SAM layout fits its 14 tensors", "--mapping")),
-    "empty": (_file(dict), ("model.pth: holds no tensors under names",)),
-    "no tensors": (_file(lambda: {"epoch": 3, "state_dict": {}}), ("model.pth: holds no tensors under names",)),
+    "empty": (_file(dict), ("model.pth: contains no named tensors",)),
+    "no tensors": (_file(lambda: {"epoch": 3, "state_dict": {}}), ("model.pth: contains no named tensors",)),
     "a list of tensors": (_file(lambda: list(sam().values())), ("model.pth",)),
     "one tensor": (_file(lambda: torch.zeros(3)), ("model.pth",)),
-    "numbered names": (_file(lambda: dict(enumerate(sam().values()))), ("model.pth: holds no tensors under names",)),
-    "converted already": (_converted, ("is in the layout deepencoder-sam already", "load it as it is")),
+    "numbered names": (_file(lambda: dict(enumerate(sam().values()))), ("model.pth: contains no named tensors",)),
+    "converted already": (_converted, ("already has the layout deepencoder-sam", "use the file as it is")),
     "a transposed matrix": (
         _file(_with(sam, LIN1, lambda t: t.T.contiguous())),
         ("'blocks.1.mlp.lin1.weight'", "has shape [24, 40]; expected [mlp, width]", "mlp = 40"),
@@ -209,9 +209,9 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(_with(sam, LIN1, torch.Tensor.flatten)), ("'blocks.1.mlp.lin1.weight'", "has shape [960]")
     ),
     "one tensor lacking": (
-        _file(_without(sam, "blocks.2.norm1.bias")), ("nothing gives 'blocks.2.norm1.bias'", "mapping show sam-meta")
+        _file(_without(sam, "blocks.2.norm1.bias")), ("missing tensor 'blocks.2.norm1.bias'", "mapping show sam-meta")
     ),
-    "one block lacking": (_file(_without(sam, r"blocks\.1\.")), ("nothing gives 'blocks.1.norm1.weight'", "more")),
+    "one block lacking": (_file(_without(sam, r"blocks\.1\.")), ("missing tensor 'blocks.1.norm1.weight'", "more")),
     "the first block lacking": (_file(_without(sam, r"blocks\.0\.")), ("no SAM layout fits", "nearest is sam-meta")),
     "the neck lacking": (_file(_without(sam, "neck")), ("no SAM layout fits", "nothing for image_encoder.neck.{rest}")),
     "a tensor too much": (
@@ -230,7 +230,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(lambda: _renamed(sam(), r"blocks\.(\d)", "blocks.1\\1")), ("no SAM layout fits", "nearest is sam-meta")
     ),
     "a block's number left out": (
-        _file(lambda: _renamed(sam(), r"blocks\.2", "blocks.3")), ("nothing gives 'blocks.2.norm1.weight'",)
+        _file(lambda: _renamed(sam(), r"blocks\.2", "blocks.3")), ("missing tensor 'blocks.2.norm1.weight'",)
     ),
     "leading zeros": (
         _file(lambda: _renamed(sam(), r"blocks\.1", "blocks.01")),
@@ -240,7 +240,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(lambda: _renamed(sam(), r"blocks\.2", "blocks.-1")), ("deepencoder-sam has no tensor 'blocks.-1.",)
     ),
     "a block of a million": (
-        _file(lambda: {**sam(), "image_encoder.blocks.999999.norm1.weight": torch.zeros(24)}), ("layer 999999 of only",)
+        _file(lambda: {**sam(), "image_encoder.blocks.999999.norm1.weight": torch.zeros(24)}), ("layer index 999999 with only",)
     ),
     "a block of 5,000 digits": (
         _file(lambda: {**sam(), f"image_encoder.blocks.{'9' * 5000}.norm1.weight": torch.zeros(24)}),
@@ -274,7 +274,7 @@ CLIP_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "half converted": (_file(_half_fused), ("no CLIP layout fits", "qkv_proj")),
     "q without k and v": (
         _file(_without(clip, r"layers\.1\.self_attn\.[kv]_proj")),
-        (f"'{_LAYER}.1.self_attn.k_proj.weight'", f"is missing beside '{_Q}'"),
+        (f"'{_LAYER}.1.self_attn.k_proj.weight'", f"is missing next to '{_Q}'"),
     ),
     "q of another type": (
         _file(_with(clip, _Q, lambda t: t.half())), (f"'{_Q}'", "cannot fuse float16 with float32")
@@ -305,7 +305,7 @@ OTHERS = [
     Case(
         "content: a text layer of a million, on to another layout",
         _file(_text_layer("999999")),
-        Refused(("clip-hf has tensors that it lacks", "text_model.encoder.layers.2.")),
+        Refused(("lacks tensors of clip-hf", "text_model.encoder.layers.2.")),
         ("clip", "--to", "clip-hf", "--full-model"),
     ),
     Case(

@@ -216,7 +216,7 @@ CONTRADICTED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "a name made twice": (
         _changed(OWN, "  - {rename: pos_embed, to: patch_embed.proj.weight}\n"),
-        ("'patch_embed.proj.weight' is made twice", "m.yaml:18", "m.yaml:19"),
+        ("'patch_embed.proj.weight' is produced twice", "m.yaml:18", "m.yaml:19"),
     ),
     "a rule that matches nothing": (
         _changed(OWN, f"{OWN}  - keep: rel_pos\n"), ("m.yaml:19", "the rule matches nothing", "image_encoder.rel_pos"),
@@ -228,10 +228,10 @@ CONTRADICTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "no rule for a tensor": (_changed(OWN, ""), ("no rule claims 'image_encoder.pos_embed'",)),
     "a name the target has not": (
         _changed(OWN, "  - {rename: pos_embed, to: positions}\n"),
-        ("has no tensor 'positions'", "m.yaml:18", "nothing gives 'pos_embed'"),
+        ("has no tensor 'positions'", "m.yaml:18", "missing tensor 'pos_embed'"),
     ),
     "a name that is dropped and needed": (
-        _changed(OWN, "  - {drop: pos_embed, because: why not}\n"), ("nothing gives 'pos_embed'",),
+        _changed(OWN, "  - {drop: pos_embed, because: why not}\n"), ("missing tensor 'pos_embed'",),
     ),
     "recognised by a tensor that is not there": (
         _changed("  neck.0.weight: [neck", "  net_2.weight: [neck"), ("no SAM layout fits", "nearest is sam-meta"),
@@ -259,7 +259,7 @@ CONTRADICTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers from 900": (
         _changed("  - keep: blocks.{rest}", "  - {rename: 'blocks.{i}.{rest}', to: 'blocks.{i+900}.{rest}'}")
         .replace("  rest: path", "  rest: path\n  i: int"),
-        ("layer 902 of only",),
+        ("layer index 902 with only",),
     ),
 }  # fmt: skip
 

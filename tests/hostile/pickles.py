@@ -499,7 +499,7 @@ def cases() -> Iterable[Case]:
             yield Case(
                 f"pickle: {type(value).__name__}, not a dict, {form}", functools.partial(_top, value, form), expected
             )
-        expected = Refused(("holds no tensors under names",))
+        expected = Refused(("contains no named tensors",))
         yield Case(f"pickle: an empty dict, {form}", functools.partial(_top, {}, form), expected)
     for name, (make, words) in BOMBS.items():
         yield Case(f"pickle: {name}", functools.partial(_bomb, make, "zip"), Refused((words,)))

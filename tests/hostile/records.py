@@ -54,7 +54,7 @@ def own(*arguments: Any, **more: Any) -> Callable[[Records, Storages], None]:
 
 IMPOSSIBLE = "impossible shape"
 NO_NUMBERS = "a tensor of an impossible shape"
-LEAVES = "of a storage of 256"
+LEAVES = "but its storage has 256"
 SAYS = "but data.pkl says"
 
 # What the record says of its storage of 64 float32, and what is wrong with that.
@@ -64,10 +64,10 @@ BAD: dict[str, tuple[Callable[[Records, Storages], None], str]] = {
     "a negative stride": (own((16,), (-1,), 20), IMPOSSIBLE),
     "two sizes and one stride": (own((4, 4), (1,)), IMPOSSIBLE),
     "one size and two strides": (own((16,), (1, 1)), IMPOSSIBLE),
-    "an offset beyond the storage": (own((16,), (1,), 64), f"reaches byte 320 {LEAVES}"),
-    "an offset that leaves too little": (own((16,), (1,), 49), f"reaches byte 260 {LEAVES}"),
-    "a stride that leaves the storage": (own((16,), (5,)), f"reaches byte 304 {LEAVES}"),
-    "a size that leaves the storage": (own((65,), (1,)), f"reaches byte 260 {LEAVES}"),
+    "an offset beyond the storage": (own((16,), (1,), 64), f"needs 320 bytes, {LEAVES}"),
+    "an offset that leaves too little": (own((16,), (1,), 49), f"needs 260 bytes, {LEAVES}"),
+    "a stride that leaves the storage": (own((16,), (5,)), f"needs 304 bytes, {LEAVES}"),
+    "a size that leaves the storage": (own((65,), (1,)), f"needs 260 bytes, {LEAVES}"),
     "an offset of 2**63 - 1": (own((16,), (1,), 2**63 - 1), LEAVES),
     "an offset of 2**63": (own((16,), (1,), 2**63), NO_NUMBERS),
     "an offset of 2**64, which is 0 in 64 bits": (own((16,), (1,), 2**64), NO_NUMBERS),
@@ -93,7 +93,7 @@ BAD: dict[str, tuple[Callable[[Records, Storages], None], str]] = {
     "eight bytes an item": (own((16,), (1,), storage=torch.DoubleStorage), SAYS),
     "a view in another type that leaves the storage": (
         own((33,), (1,), dtype=torch.float64),
-        f"reaches byte 264 {LEAVES}",
+        f"needs 264 bytes, {LEAVES}",
     ),
     "a storage of complex numbers": (own((16,), (1,), storage=torch.ComplexFloatStorage), "complex numbers"),
     "a storage of quantized numbers": (own((16,), (1,), storage=torch.QInt8Storage), "a quantized tensor"),
