@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Fuzzes what reads untrusted bytes, guided by coverage, and prints a table; ends with 1 where an input escaped.
+"""Fuzzes the readers of untrusted bytes, guided by coverage, and prints a table. Exit code 1 after an escape.
 
-An escape is any exception but the program's own kind, more time or memory than one input may take, code that was run,
-anything written. Inputs are kept in .fuzz/, and the next run goes on from them; what escaped is kept there too.
+An escape is an exception other than the program's own errors, excessive time or memory for one input, or an attempt to
+run code or to write. Inputs are kept in .fuzz/, where the next run continues; escapes are kept there, too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from fuzzing.targets import TARGETS  # noqa: E402 (from the tests)
 
-# Seconds beyond those asked for: start, and the inputs there are.
+# Seconds for starting and for reading the seeds, in addition to --seconds.
 _GRACE = 120
 
 
 class Result(NamedTuple):
-    """What became of one target: `features` are libFuzzer's count of what the inputs reached, `escape` tells of one."""
+    """The result of one target. `features` is libFuzzer's measure of coverage; `escape` is empty if there was none."""
 
     target: str
     seconds: float
@@ -47,15 +47,15 @@ class Result(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="+", choices=["all", *TARGETS], help="what to fuzz")
-    parser.add_argument("--seconds", type=int, default=1800, help="for each target (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of chance; 0 takes another each time (default)")
+    parser.add_argument("--seconds", type=int, default=1800, help="per target (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel targets (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; 0 is different in each run (default)")
     parser.add_argument("--folder", type=Path, default=ROOT / ".fuzz", help="inputs and logs (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     args = parser.parse_args()
     names = list(TARGETS) if "all" in args.target else args.target
     folder = args.folder.resolve()
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores; making the first inputs ...", flush=True)
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores; writing seeds ...", flush=True)
     seeds(folder / "seeds")
     results = run_all(names, folder, args.seconds, args.jobs, args.seed)
     print("\n".join(table(results)))
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def seeds(folder: Path) -> None:
-    """The inputs to begin with, in a folder for each target."""
+    """Write the seeds, one folder per target."""
     subprocess.run([sys.executable, "-W", "ignore", FUZZING / "seeds.py", folder], check=True)
 
 
@@ -82,7 +82,7 @@ def run_all(names: Sequence[str], folder: Path, seconds: int, jobs: int, seed: i
 
 
 def fuzz(name: str, folder: Path, seconds: int, seed: int) -> Result:
-    """Fuzz one target in a process of its own."""
+    """Fuzz one target in a new process."""
     inputs, escapes = folder / "inputs" / name, folder / "escapes"
     for path in (inputs, escapes):
         path.mkdir(parents=True, exist_ok=True)
@@ -96,25 +96,25 @@ def fuzz(name: str, folder: Path, seconds: int, seed: int) -> Result:
                 command, stdout=out, stderr=out, cwd=own, env={**os.environ, "TMPDIR": own}, timeout=seconds + _GRACE
             ).returncode
         except subprocess.TimeoutExpired:
-            code = "no end"
+            code = "a timeout"
     took, text = time.monotonic() - began, log.read_text(errors="replace")
     kept = sorted(path.name for path in set(escapes.iterdir()) - before if path.name.startswith(f"{name}-"))
     return _result(name, took, text, f"{_why(text, code)}: {', '.join(kept) or log}" if code or kept else "")
 
 
 def _memory() -> str | None:
-    """A folder in memory, where there is one: an input is a file for some targets."""
+    """A folder in memory, if there is one: some targets read files."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def _why(text: str, code: int | str) -> str:
-    """The line that says what went wrong."""
-    told = re.search(r"=== Uncaught Python exception: ===\n(.*)", text) or re.search(r"ERROR: libFuzzer: (.*)", text)
-    return told[1][:300] if told else f"ended with {code}"
+    """The line of the log with the error."""
+    match = re.search(r"=== Uncaught Python exception: ===\n(.*)", text) or re.search(r"ERROR: libFuzzer: (.*)", text)
+    return match[1][:300] if match else f"ended with {code}"
 
 
 def _result(name: str, seconds: float, text: str, escape: str) -> Result:
-    """The figures that libFuzzer printed last."""
+    """The last figures that libFuzzer printed."""
     status = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)/", text) or [("0", "0", "0")]
     coverage, features, inputs = map(int, status[-1])
     stats = {key: int(value) for key, value in re.findall(r"stat::(\w+): +(\d+)", text)}
@@ -124,7 +124,7 @@ def _result(name: str, seconds: float, text: str, escape: str) -> Result:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """The figures as Markdown."""
+    """The results as a Markdown table."""
     lines = ["| target | executions | seconds | coverage | features | inputs kept | memory | escapes |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---|")
     for result in results:

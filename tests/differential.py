@@ -1,6 +1,7 @@
-"""Our readers beside torch.load(weights_only=True) and safetensors on the same changed files: who accepts what.
+"""Compares the readers with torch.load(weights_only=True) and safetensors on randomly changed files.
 
-Where both accept a file, every name, type, shape and byte must agree. Where one does, `REASONS` must know why.
+Where both accept a file, all names, dtypes, shapes and bytes must be equal. Where only one does, the reason must be in
+`REASONS`.
 """
 
 from __future__ import annotations
@@ -32,18 +33,25 @@ from converter.tensors.evaluate import tensor_bytes
 from converter.tensors.lazy_tensor import byte_ranges, lazy_read
 from converter.tensors.tensor_info import Contents, TensorInfo
 
-# A forked process has none of torch's threads, and would wait for them.
+# A forked process has no threads of torch and would wait for them forever.
 torch.set_num_threads(1)
 
-# Of the process that reads one file: a hostile one may ask the other library for anything.
+# Limits of the process that reads one file: the libraries have none.
 MEMORY = 8 << 30
 SECONDS = 20
 
-OURS, THEIRS = "only we accept", "only they accept"
+OURS, THEIRS, NEITHER, BOTH = "only dsocr-convert", "only the library", "neither", "both"
 
 
 class Reason(NamedTuple):
-    """Why one side alone accepts a file: `words` are found in the refusal, ours or theirs by `who`."""
+    """Why only one side accepts a file.
+
+    Attributes:
+        kind: "torch" or "safetensors".
+        who: The side that accepts it.
+        words: Regular expression that the error of the other side matches.
+        why: The reason, as in docs/differential.md.
+    """
 
     kind: str
     who: str
@@ -51,51 +59,49 @@ class Reason(NamedTuple):
     why: str
 
 
-# The first that fits holds. docs/differential.md says more of each.
+# The first match is used. docs/differential.md explains them.
 REASONS = [
     Reason("torch", THEIRS, r"only plain tensors can be converted", "sparse, quantized, complex or meta"),
     Reason("torch", THEIRS, r"holds an? \w+, not a dict of tensors", "not a dict"),
-    Reason("torch", THEIRS, r"dicts nested more than", "nested deeper than any checkpoint"),
-    Reason("torch", THEIRS, r"\w+ as a key|a key without a value", "keys that are no plain values"),
-    Reason("torch", THEIRS, r"more than \d+ opcodes|a name of \d+ characters", "more than any checkpoint needs"),
+    Reason("torch", THEIRS, r"dicts nested more than", "nested too deep"),
+    Reason("torch", THEIRS, r"\w+ as a key|a key without a value", "unsafe keys"),
+    Reason("torch", THEIRS, r"more than \d+ opcodes|a name of \d+ characters", "beyond a limit"),
     Reason("torch", THEIRS, r"of \d+ bytes repeated", "expanded to more than a GiB"),
-    Reason("torch", THEIRS, r"big-endian, with another", "big-endian, in another type than its storage"),
+    Reason("torch", THEIRS, r"big-endian, with another", "big-endian, with another dtype than its storage"),
     Reason("torch", THEIRS, r"checksum|damaged zip archive|own header disagree", "a damaged archive"),
-    Reason("torch", THEIRS, r"the pickle refers to", "globals that weights do not need"),
-    Reason("torch", THEIRS, r"a zip archive, but not one that torch", "members in other letters"),
-    Reason("torch", THEIRS, r"no member 'archive/data/", "members in other letters"),
-    Reason("torch", THEIRS, r"unknown format: it begins with", "a magic number written another way"),
-    Reason("torch", THEIRS, r"a pickle, but not one that torch", "a magic number written another way"),
+    Reason("torch", THEIRS, r"the pickle refers to", "other globals"),
+    Reason("torch", THEIRS, r"a zip archive, but not one that torch", "member names in other letters"),
+    Reason("torch", THEIRS, r"no member 'archive/data/", "member names in other letters"),
+    Reason("torch", THEIRS, r"unknown format: it begins with", "another encoding of the magic number"),
+    Reason("torch", THEIRS, r"a pickle, but not one that torch", "another encoding of the magic number"),
     Reason("torch", OURS, r"TorchScript archives", "TorchScript"),
     Reason(
         "torch",
         OURS,
         r"invalid literal for int|codec can't decode|not in a subdirectory",
-        "members that are not weights",
+        "damaged members without weights",
     ),
-    Reason("torch", OURS, r"PytorchStreamReader failed|Couldn't parse the version", "members that are not weights"),
-    Reason(
-        "torch", OURS, r"required positional argument|not enough values to unpack", "what we read past may be absent"
-    ),
-    Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "what its restricted reader lacks"),
-    Reason("safetensors", THEIRS, r"duplicate name", "a name twice"),
-    Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "further fields"),
+    Reason("torch", OURS, r"PytorchStreamReader failed|Couldn't parse the version", "damaged members without weights"),
+    Reason("torch", OURS, r"required positional argument|not enough values to unpack", "ignored values are missing"),
+    Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "unsupported by weights_only"),
+    Reason("safetensors", THEIRS, r"duplicate name", "a duplicate name"),
+    Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "additional fields"),
     Reason("safetensors", THEIRS, r"unknown format|begins with", "no brace at the beginning"),
     Reason("safetensors", THEIRS, r"__metadata__ is not an object", "metadata null"),
-    Reason("safetensors", OURS, r"hex escape", "halves of surrogate pairs"),
+    Reason("safetensors", OURS, r"hex escape", "lone surrogates"),
     Reason("safetensors", OURS, r"floating point `-0.0`", "-0 as an integer"),
 ]
 
 
 class Outcome(NamedTuple):
-    """What became of one file: who accepted it, and the refusal of the other, or where both differ."""
+    """The result for one file: who accepted it, and the other's error or the differences."""
 
     who: str
     message: str
 
 
 def compare(kind: str, data: bytes) -> Outcome:
-    """Read a file with both, in a process of its own that may die."""
+    """Read a file with both in a new process, which may die."""
     source, target = os.pipe()
     child = os.fork()
     if not child:
@@ -112,7 +118,7 @@ def compare(kind: str, data: bytes) -> Outcome:
     with os.fdopen(source, "rb") as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
-    return Outcome(*pickle.loads(answer)) if answer else Outcome("died", "the process that read it")
+    return Outcome(*pickle.loads(answer)) if answer else Outcome("crashed", "the process that read it")
 
 
 def _compare(kind: str, data: bytes) -> tuple[str, str]:
@@ -120,27 +126,27 @@ def _compare(kind: str, data: bytes) -> tuple[str, str]:
     ours, our_error = _ours(data)
     theirs, their_error = _theirs(kind, data)
     if ours is None or theirs is None:
-        who = OURS if ours is not None else THEIRS if theirs is not None else "none accepts"
+        who = OURS if ours is not None else THEIRS if theirs is not None else NEITHER
         return who, our_error if theirs is not None else their_error
-    return "both accept", "\n".join(_differences(ours, theirs, ""))
+    return BOTH, "\n".join(_differences(ours, theirs, ""))
 
 
 def _ours(data: bytes) -> tuple[Contents | None, str]:
-    """The contents with every tensor's bytes in its place, as a conversion would write them."""
+    """The contents, each tensor with the bytes that a conversion would write."""
     try:
         _, contents = open_file(Memory(data))
-        return _filled(contents), ""
+        return _with_bytes(contents), ""
     except DsocrError as error:
         return None, str(error)
 
 
-def _filled(contents: Contents) -> Contents:
+def _with_bytes(contents: Contents) -> Contents:
     return {key: _value(value) for key, value in contents.items()}
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, dict):
-        return _filled(value)
+        return _with_bytes(value)
     if not isinstance(value, TensorInfo):
         return value
     check(value)
@@ -154,7 +160,7 @@ def _theirs(kind: str, data: bytes) -> tuple[Any, str]:
         if kind == "safetensors":
             return safetensors.torch.load(data), ""
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), ""
-    except Exception as error:  # whatever they raise: it is a refusal
+    except Exception as error:  # the libraries may raise anything
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -170,7 +176,7 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
         if ours != found:
             yield f"{where}: {str(ours)[:80]} and {str(found)[:80]}"
     elif isinstance(theirs, (str, int, float, bool)):
-        # A NaN equals nothing.
+        # NaN is not equal to itself.
         if ours != theirs and repr(ours) != repr(theirs):
             yield f"{where}: {ours!r} and {theirs!r}"
     elif ours is not None:
@@ -181,7 +187,7 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
 
 
 def originals() -> dict[str, list[bytes]]:
-    """What is changed, and read as it is first: by who else reads it."""
+    """The files to change, by the library that reads them."""
     zips = [saved(state) for state in (*states(), *_odd())]
     legacy = [saved(state, _use_new_zipfile_serialization=False) for state in (*states(), *_odd())]
     legacy += [saved(states()[1], _use_new_zipfile_serialization=False, pickle_protocol=number) for number in (0, 4)]
@@ -195,7 +201,7 @@ def originals() -> dict[str, list[bytes]]:
 
 
 def _odd() -> list[Any]:
-    """What torch.load gives back, weights alone or not, and no converter of plain tensors needs."""
+    """Values that torch.load returns and dsocr-convert does not support."""
     quantized = torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8)
     nested: Any = {"x": torch.ones(1)}
     for _ in range(120):
@@ -217,7 +223,7 @@ def _odd() -> list[Any]:
 
 
 def _lenient() -> list[bytes]:
-    """Headers of which the format's document and its library say different things."""
+    """Headers for which the format's document and its library differ."""
     entry = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
     headers = [
         b'{"x":' + entry + b',"x":' + entry + b"}",
@@ -237,37 +243,37 @@ def _lenient() -> list[bytes]:
     ]
 
 
-def changed(kind: str, data: bytes, chance: Random) -> bytes:
-    """A file with one change: to its structure, or to a few of its bytes."""
+def changed(kind: str, data: bytes, random: Random) -> bytes:
+    """The file with one change to its structure or to a few of its bytes."""
     if kind == "safetensors":
         mutator = mutators.safetensors
     else:
         mutator = mutators.archive if data[:2] == b"PK" else mutators.pickle
-    return mutator(data, 1 << 20, chance, lambda part, most: _bytes_changed(part, chance))
+    return mutator(data, 1 << 20, random, lambda part, most: _bytes_changed(part, random))
 
 
-def _bytes_changed(data: bytes, chance: Random) -> bytes:
+def _bytes_changed(data: bytes, random: Random) -> bytes:
     result = bytearray(data or b"\0")
-    for _ in range(chance.choice((1, 1, 1, 2, 5))):
-        at = chance.randrange(len(result))
-        what = chance.randrange(4)
+    for _ in range(random.choice((1, 1, 1, 2, 5))):
+        at = random.randrange(len(result))
+        what = random.randrange(4)
         if what == 0:
-            result[at] = chance.randrange(256)
+            result[at] = random.randrange(256)
         elif what == 1:
-            result[at] ^= 1 << chance.randrange(8)
+            result[at] ^= 1 << random.randrange(8)
         elif what == 2:
-            del result[at : at + chance.randint(1, 4)]
+            del result[at : at + random.randint(1, 4)]
         else:
-            result[at:at] = chance.randbytes(chance.randint(1, 4))
+            result[at:at] = random.randbytes(random.randint(1, 4))
         result = result or bytearray(1)
     return bytes(result)
 
 
-# ---- what came of them
+# ---- results
 
 
 class Tally(NamedTuple):
-    """How often each outcome and reason came; `unexplained` are the files that no reason fits, and what was said."""
+    """Counts of outcomes and reasons. `unexplained`: files without a reason, with their kinds and outcomes."""
 
     outcomes: Counter[tuple[str, str]]
     reasons: Counter[tuple[str, str, str]]
@@ -285,8 +291,8 @@ def tally(count: int, seed: int) -> Tally:
     """Read all originals, then `count` changed files of each kind."""
     result = Tally(Counter(), Counter(), [])
     for kind, files in originals().items():
-        chance = Random(f"{kind} {seed}")
-        cases = [*files, *(changed(kind, chance.choice(files), chance) for _ in range(count))]
+        random = Random(f"{kind} {seed}")
+        cases = [*files, *(changed(kind, random.choice(files), random) for _ in range(count))]
         for data in cases:
             _count(result, kind, data)
     return result
@@ -295,7 +301,7 @@ def tally(count: int, seed: int) -> Tally:
 def _count(result: Tally, kind: str, data: bytes) -> None:
     outcome = compare(kind, data)
     result.outcomes[kind, outcome.who] += 1
-    if outcome.who == "none accepts" or (outcome.who == "both accept" and not outcome.message):
+    if outcome.who == NEITHER or (outcome.who == BOTH and not outcome.message):
         return
     found = reason(kind, outcome)
     if found is None:

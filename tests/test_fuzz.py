@@ -1,4 +1,4 @@
-"""A minute of fuzzing, spread over all targets; `scripts/fuzz.py` does the same for as long as one likes."""
+"""Fuzzes each target for a few seconds; `scripts/fuzz.py` does the same for any time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def script() -> Any:
 def test_no_input_escapes(name: str, folder: Path) -> None:
     result = script().fuzz(name, folder, SECONDS, seed=6)
     assert not result.escape, (result, (folder / f"{name}.log").read_text(errors="replace")[-3000:])
-    # It did run, and past the first check: what it reached grew with the inputs.
+    # The target ran and got past the first checks.
     assert result.executions > 20 and result.features > 10 and result.inputs > 1, result
 
 
@@ -58,8 +58,8 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_escapes_are_noticed(name: str, tmp_path: Path) -> None:
-    """By the guard that watches every input, of a target that does what none may."""
+def test_escapes_are_detected(name: str, tmp_path: Path) -> None:
+    """The guard detects a target that does something forbidden."""
     statement, words = ESCAPES[name]
     lines = [
         "import contextlib, os, pickle, warnings",
