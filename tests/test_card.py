@@ -24,7 +24,6 @@ from converter.api.verify import verify
 from converter.cli import convert as cli
 from converter.errors import ContainerError, OutputError, UsageError
 from converter.output.json_document import canonical_json
-from converter.storage import atomic_output
 from converter.verification.result import FAILED, PASSED
 
 
@@ -120,7 +119,7 @@ def test_the_same_input_gives_the_same_card(folder: Path, tmp_path: Path) -> Non
         where = tmp_path / name
         where.mkdir()
         (where / "sam.pth").write_bytes((folder / "sam.pth").read_bytes())
-        outputs = {"out": where / "x.safetensors", "card": [where / "x.json", where / "x.md"]}
+        outputs = {"out": where / "x.safetensors", "record": [where / "x.json", where / "x.md"]}
         converter.convert(where / "sam.pth", "sam", **outputs)  # type: ignore[arg-type]
     for name in ("x.json", "x.md", "x.safetensors"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
@@ -161,8 +160,8 @@ def test_a_card_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_
 
 
 def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> None:
-    options = {"out": tmp_path / "DIR", "to": "sam-hf", "whole": True}
-    with pytest.raises(OutputError, match="move it there afterwards"):
+    options = {"out": tmp_path / "DIR", "to": "sam-hf", "full_model": True}
+    with pytest.raises(OutputError, match="lies in the output folder"):
         converter.convert(folder / "sam.pth", "sam", record=tmp_path / "DIR" / "README.md", **options)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match="there is no folder"):
         converter.convert(folder / "sam.pth", "sam", record=tmp_path / "none" / "c.json", **options)  # type: ignore[arg-type]
@@ -190,11 +189,10 @@ def test_no_output_without_its_card(folder: Path, tmp_path: Path, monkeypatch: p
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("converter.output.record_files.write_all", full)
+    monkeypatch.setattr("converter.output.write.write_all", full)
     with pytest.raises(OutputError, match="No space left"):
         converted(folder, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert atomic_output.write_all is not full
 
 
 def test_a_dry_run_writes_none(folder: Path, tmp_path: Path) -> None:
@@ -357,5 +355,5 @@ def test_the_command_writes_cards(folder: Path, tmp_path: Path, monkeypatch: pyt
     arguments = ["clip", str(folder / "clip"), "--record", "c.json", "--record", "README.md"]
     done = CliRunner().invoke(cli.app, arguments)
     assert (done.exit_code, done.stdout) == (0, "deepencoder-clip.safetensors\n")
-    assert "card: c.json, README.md" in done.stderr
+    assert "record: c.json, README.md" in done.stderr
     assert document(tmp_path / "c.json")["tensors"]

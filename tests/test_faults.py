@@ -1,11 +1,10 @@
-"""Whatever happens to a run, the output is what it was or what it should become, and the next run succeeds.
+"""After any fault in a run, each file is old or new, and the next run succeeds.
 
-Some of what `scripts/faults.py` does in thousands; docs/faults.md has its figures.
+Some of what `scripts/faults.py` does in thousands; docs/faults.md has the counts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,14 @@ from faulting import Done, Scene
 
 import converter
 from converter.errors import OutputError
-from converter.storage import atomic_output, temp_files
-from converter.storage.atomic_output import remove_stale, staged, staging
+from converter.storage import atomic_output
+from converter.storage.atomic_output import AtomicOutput, atomic_file, remove_stale, temporary_path
 
-KINDS = ["file", "card", "folder"]
+KINDS = ["file", "record", "folder"]
 
 
 class Faulty:
-    """Runs of the program in forks of one process, in which one call fails; like faulting.PROGRAM otherwise."""
+    """Runs of the program in forks of one process, in which one call fails."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -43,11 +41,21 @@ class Faulty:
         )
 
     def __call__(self, arguments: list[str], folder: Path, at: int = 0, error: int = 0) -> tuple[Done, int]:
-        """A run of which one call, counted from 1, fails with an error, or is the process's last for error 0."""
+        """Run the program.
+
+        Args:
+            arguments: Its arguments.
+            folder: The folder that it writes to.
+            at: Which call that concerns the folder fails, counted from 1; 0 for none.
+            error: The error number; 0 for SIGKILL.
+
+        Returns:
+            The result, and the number of calls.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps([arguments, str(folder), at, error]), file=self.process.stdin, flush=True)
-        code, said, calls = json.loads(self.process.stdout.readline())
-        return Done(code, said), calls
+        code, output, calls = json.loads(self.process.stdout.readline())
+        return Done(code, "\n".join(line for line in output.splitlines() if not line.startswith("/"))), calls
 
     def close(self) -> None:
         # Closes both pipes, at which it ends.
@@ -71,81 +79,49 @@ class ForkedScene(Scene):
         super().__init__(kind, folder)
 
     def run(self, source: int, *options: str, **more: Any) -> Done:
-        if more:
-            return super().run(source, *options, **more)
-        done, _ = self._faulty(self.command(source, *options), self.out)
-        return Done(done.code, "\n".join(line for line in done.err.splitlines() if not line.startswith("/")))
+        return self._faulty(self.command(source, *options), self.out)[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "force", "errors"),
-    [
-        ("file", False, (errno.ENOSPC, errno.EIO, errno.EINTR)),
-        ("card", True, (errno.EIO, errno.ENOSPC, errno.EINTR)),
-        ("card", False, ()),
-        ("folder", True, (errno.EINTR, errno.ENOSPC, errno.EIO)),
-    ],
-)
-def test_every_call_that_fails_and_death_at_every_call(
-    kind: str, force: bool, errors: tuple[int, ...], faulty: Faulty, tmp_path: Path
-) -> None:
-    """Each call fails with one of the errors; all of them at each, by the kernel's own doing, is the script's part."""
+@pytest.mark.parametrize(("kind", "force"), [("file", False), ("record", True), ("folder", True)])
+def test_every_call_that_fails_and_kills_at_every_call(kind: str, force: bool, faulty: Faulty, tmp_path: Path) -> None:
+    """Each call fails with one of three errors; the script does it with all of them, by the kernel."""
     scene = ForkedScene(kind, tmp_path, faulty)
     old, options = (0, ["--force"]) if force else (None, [])
+    errors = (errno.ENOSPC, errno.EIO, errno.EINTR)
     scene.reset(old)
     done, calls = faulty(scene.command(1, *options), scene.out)
-    assert done.code == 0 and calls > 15
-    seen = set()
+    assert done.code == 0 and calls > 10
+    outcomes = set()
     for at in range(1, calls + 1):
-        if errors:
-            scene.reset(old)
-            done, _ = faulty(scene.command(1, *options), scene.out, at, errors[at % len(errors)])
-            seen.add(scene.check_failed(done, old, 1, force))
+        scene.reset(old)
+        done, _ = faulty(scene.command(1, *options), scene.out, at, errors[at % len(errors)])
+        outcomes.add(scene.check_error(done, old, 1, force))
         scene.reset(old)
         done, _ = faulty(scene.command(1, *options), scene.out, at)
         assert done.code == -signal.SIGKILL, done
-        seen.add(scene.check_killed(old, 1, force))
-    assert seen >= {"old, litter", "new"} | ({"refused"} if errors else set())
-    assert kind != "card" or "between, litter" in seen
+        outcomes.add(scene.check_fault(old, 1, force))
+    assert outcomes >= {"old, temporary files", "new", "refused: old"}
+    assert kind != "record" or "between, temporary files" in outcomes
 
 
 def run_all(cases: list[faulting.Case]) -> set[str]:
     return {case() for case in cases}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_random_moments(kind: str, tmp_path: Path) -> None:
-    run_all(faulting.kills(Scene(kind, tmp_path), 6, seed=1))
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    run_all(faulting.kills(Scene("record", tmp_path), 2, seed=1))
 
 
-def test_signals_clean_up(tmp_path: Path) -> None:
-    run_all(faulting.signals(Scene("card", tmp_path), 8, seed=1))
+def test_signals(tmp_path: Path) -> None:
+    run_all(faulting.signals(Scene("folder", tmp_path), 2, seed=1))
 
 
-def test_a_signal_that_comes_while_remains_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    came: list[Path] = []
-
-    def interrupted(path: Path) -> None:
-        came.append(path)
-        if len(came) == 1:
-            raise KeyboardInterrupt
-        temp_files.discard(path)
-
-    monkeypatch.setattr("converter.storage.atomic_output.discard", interrupted)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(KeyboardInterrupt), staging(force=True) as new:
-        (new.folder(tmp_path / "out") / "file").write_text("new")
-    assert len(came) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_runs_for_one_output_at_the_same_time(tmp_path: Path) -> None:
+    run_all(faulting.races(Scene("record", tmp_path, sources=4), 2, 0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_runs_and_eight_for_one_output(kind: str, tmp_path: Path) -> None:
-    scene = Scene(kind, tmp_path, sources=8 if kind == "card" else 2)
-    run_all(faulting.races(scene, 2, 0, runs=len(scene.sources)))
-
-
-def test_limits_on_the_size_of_files(tmp_path: Path) -> None:
-    assert run_all(faulting.limits(Scene("card", tmp_path), 6, 0)) >= {"refused"}
+def test_limits_on_the_size_of_files(tmp_path: Path, faulty: Faulty) -> None:
+    assert run_all(faulting.limits(Scene("record", tmp_path), 3, 0)) >= {"refused: old"}
 
 
 def test_inputs_that_change(tmp_path: Path) -> None:
@@ -153,98 +129,146 @@ def test_inputs_that_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [faulting.full_disks, faulting.permissions], ids=["disks", "permissions"])
-def test_what_needs_root(part: Callable[[Scene, int, int], list[faulting.Case]]) -> None:
-    # pytest's own folders are closed to the other user.
+def test_faults_that_need_root(part: Callable[[Scene, int, int], list[faulting.Case]]) -> None:
+    # pytest's own folders are closed to another user.
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         try:
-            run_all(part(Scene("card", Path(name, "scene")), 4, 0))
-        except (RuntimeError, FileNotFoundError) as error:
+            run_all(part(Scene("record", Path(name, "scene")), 4, 0))
+        except (RuntimeError, OSError) as error:
             pytest.skip(str(error))
 
 
-# The protocol's parts ---------------------------------------------------------------------------------------------
+def test_a_full_disk_behind_stdout_is_an_error() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [*faulting.PROGRAM, "mapping", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=faulting.environment())
+    assert done.returncode == 4 and done.stderr.startswith("error: standard output: could not be written: No space")
 
 
-def test_a_stage_is_cleared_only_when_nobody_holds_it(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    dead = [tmp_path / ".out.0123abcd.part", tmp_path / ".out.deadbeef.part"]
-    dead[0].write_text("half")
-    dead[1].mkdir()
-    (dead[1] / "x").write_text("half")
-    others = [".out.part", ".out.1.part", ".outer.0123abcd.part", "abc.part", ".out.x.0123abcd.part"]
-    for name in others:
-        (tmp_path / name).write_text("a stranger's")
-    with staged(out, False) as fd:
-        os.write(fd, b"whole")
-        remove_stale(out)
-        assert not any(path.exists() for path in dead)
-        assert len(list(tmp_path.glob(".out.????????.part"))) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+# Parts of the protocol ------------------------------------------------------------------------------------------------
 
 
-def test_what_another_wrote_after_a_dead_run_is_not_undone(tmp_path: Path) -> None:
-    """Only what the dead run put there is: the card that somebody has written since stays."""
-    card, out = tmp_path / "card.json", tmp_path / "out"
-    (tmp_path / ".card.json.1.2.old").write_text("older")
-    card.write_text("mine")
-    remove_stale(out, [card])
-    assert card.read_text() == "mine" and list(tmp_path.iterdir()) == [card]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["replaced", "new"])
-@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_a_place_that_cannot_be_taken_gives_all_others_back(
-    old: bool, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stale", ["file", "folder", "hard link of the output"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_stale_temporary_file_is_replaced(stale: str, kind: str, tmp_path: Path) -> None:
+    out, temporary, other = tmp_path / "out", tmp_path / ".out.part", tmp_path / "other"
+    other.write_text("other")
+    if stale == "file":
+        temporary.write_text("half")
+    elif stale == "folder":
+        temporary.mkdir()
+        (temporary / "half").write_text("half")
+    else:
+        temporary.hardlink_to(other)
+    with AtomicOutput(force=False) as output:
+        if kind == "folder":
+            (output.folder(out) / "file").write_text("new")
+        else:
+            os.write(output.file(out), b"new")
+    assert ((out / "file") if kind == "folder" else out).read_text() == "new"
+    assert names(tmp_path) == ["other", "out"] and other.read_text() == "other"
+
+
+def test_two_runs_for_one_output(tmp_path: Path) -> None:
+    """The first one wins; the second one fails, and so does one that only removes stale files."""
+    out, record = tmp_path / "out", tmp_path / "record.json"
+    with AtomicOutput(force=True) as first:
+        os.write(first.file(out), b"first")
+        os.write(first.file(record), b"first")
+        for path in (out, record):
+            with pytest.raises(OutputError, match=f"{path.name}: another run is writing it"), atomic_file(path, True):
+                pytest.fail("the second run began")
+            with pytest.raises(OutputError, match="another run is writing it"):
+                remove_stale(path)
+    assert out.read_bytes() == record.read_bytes() == b"first" and names(tmp_path) == ["out", "record.json"]
+    with atomic_file(out, True) as fd:
+        os.write(fd, b"second")
+    assert out.read_bytes() == b"second"
+
+
+def test_without_locks_a_run_that_lost_its_temporary_file_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: Any, **options: Any) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(atomic_output, "fcntl", None)
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="another run is writing it"), atomic_file(out, True) as first:
+        os.write(first, b"first")
+        with atomic_file(out, True) as second:
+            os.write(second, b"second")
+    assert out.read_bytes() == b"second" and names(tmp_path) == ["out"]
 
+
+def test_a_record_that_cannot_be_committed_leaves_the_output(tmp_path: Path) -> None:
+    out, record = tmp_path / "out", tmp_path / "record.json"
+    with pytest.raises(OutputError, match=r"record\.json: could not be written") as error, AtomicOutput(True) as output:
+        for path in (out, record):
+            os.write(output.file(path), b"new")
+        record.mkdir()
+    assert "out is complete" in error.value.hint
+    record.rmdir()
+    assert names(tmp_path) == ["out"] and out.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_created_meanwhile_stays(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:
-        monkeypatch.setattr(os, "link", refuse)
-    out, card, page = (tmp_path / name for name in ("out", "card.json", "card.md"))
-    for path in (card, page) if old else ():
-        path.write_text("old")
-    with pytest.raises(OutputError, match="out: could not be written"), staging(force=True) as new:
-        for path in (out, card, page):
-            os.write(new.file(path), b"new")
-        # A folder where the output should stand.
-        out.mkdir()
-    out.rmdir()
-    assert sorted(tmp_path.iterdir()) == ([card, page] if old else [])
-    assert all(path.read_text() == "old" for path in tmp_path.iterdir())
+        monkeypatch.setattr(os, "link", lambda *names: Path("none").stat())
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="was created meanwhile"), atomic_file(out, False):
+        out.write_text("theirs")
+    assert out.read_text() == "theirs" and names(tmp_path) == ["out"]
 
 
-def test_without_locks_all_appears_and_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(temp_files, "fcntl", None)
-    dead = tmp_path / ".out.0123abcd.part"
-    dead.write_text("may be a live run's")
-    with staging(force=False) as new:
-        for name in ("out", "card.json"):
-            os.write(new.file(tmp_path / name), b"new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [dead.name, "card.json", "out"]
+def test_a_folder_that_a_killed_run_was_replacing_is_put_back(tmp_path: Path) -> None:
+    """Where two folders cannot be exchanged in one step: the run was killed between two renames."""
+    out = tmp_path / "out"
+    backup = Path(f"{temporary_path(out)}.old")
+    backup.mkdir()
+    (backup / "file").write_text("old")
+    remove_stale(out)
+    assert (out / "file").read_text() == "old" and names(tmp_path) == ["out"]
+    backup.mkdir()
+    remove_stale(out)
+    assert (out / "file").read_text() == "old" and names(tmp_path) == ["out"]
 
 
-def test_a_strangers_lock_on_the_folder_does_not_block(tmp_path: Path) -> None:
-    """`flock FOLDER dsocr-convert ...` holds it as long as the program runs."""
+def test_a_lock_on_the_folder_does_not_block(tmp_path: Path) -> None:
+    """`flock FOLDER dsocr-convert ...` holds one as long as the program runs."""
+    import fcntl
+
     fd = os.open(tmp_path, os.O_RDONLY)
-    assert temp_files.lock(fd)
-    began = time.monotonic()
-    with staged(tmp_path / "out", False) as out:
-        os.write(out, b"whole")
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with atomic_file(tmp_path / "out", False) as out:
+        os.write(out, b"new")
     os.close(fd)
-    assert (tmp_path / "out").read_bytes() == b"whole" and time.monotonic() - began < 5
+    assert (tmp_path / "out").read_bytes() == b"new"
 
 
 def test_the_file_that_has_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("converter.output.record_files.write_all", full)
+    monkeypatch.setattr("converter.output.write.write_all", full)
     source = faulting.checkpoint(tmp_path / "sam.safetensors", 0)
-    with pytest.raises(OutputError, match=r"card\.json: could not be written: No space left on device\nfree some room"):
-        converter.convert(source, "sam", out=tmp_path / "out.safetensors", record=tmp_path / "card.json")
-    assert list(tmp_path.iterdir()) == [source]
+    with pytest.raises(OutputError, match=r"record\.json: could not be written: No space left") as error:
+        converter.convert(source, "sam", out=tmp_path / "out.safetensors", record=tmp_path / "record.json")
+    assert "free some space" in error.value.hint and list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_source_with_the_name_of_a_temporary_file_is_not_removed(record: bool, tmp_path: Path) -> None:
+    name = ".record.json.part" if record else ".out.safetensors.part"
+    source = faulting.checkpoint(tmp_path / name, 0)
+    before = source.read_bytes()
+    records = [tmp_path / "record.json"] if record else []
+    with pytest.raises(OutputError, match=r"is the source itself|is another file of this conversion"):
+        converter.convert(source, "sam", out=tmp_path / "out.safetensors", record=records, force=True)
+    assert source.read_bytes() == before and names(tmp_path) == [name]
 
 
 def test_derive_never_replaces_what_it_reads(tmp_path: Path) -> None:
@@ -253,42 +277,3 @@ def test_derive_never_replaces_what_it_reads(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is the source itself"):
         converter.derive(source, "deepencoder-sam", out=source, force=True)
     assert source.read_bytes() == before
-
-
-def test_a_full_disk_behind_stdout_is_told() -> None:
-    with Path("/dev/full").open("w") as full:
-        command = [*faulting.PROGRAM, "mapping", "list"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=faulting.environment())
-    assert done.returncode == 4 and done.stderr.startswith("error: standard output: could not be written: No space")
-
-
-@pytest.mark.parametrize("step", ["keep", "place", "settle", "discard"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_between_any_two_steps_leaves_nothing(
-    step: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One signal, at each of the steps in which card and output take their places."""
-    output, card = tmp_path / "out", tmp_path / "card"
-    done = getattr(atomic_output, step)
-    calls: list[int] = []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if when == "before" and len(calls) == at:
-            raise KeyboardInterrupt
-        result = done(*arguments)
-        if when == "after" and len(calls) == at:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(atomic_output, step, interrupted)
-    for at in range(1, 5):
-        for path in (output, card):
-            path.write_bytes(b"old")
-        calls.clear()
-        with contextlib.suppress(KeyboardInterrupt), staging(True) as new:
-            for path in (output, card):
-                os.write(new.file(path), b"new")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["card", "out"], at
-        # The output's place says which of the two it is.
-        assert output.read_bytes() == card.read_bytes(), at

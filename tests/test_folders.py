@@ -28,7 +28,7 @@ from converter.options import ConvertOptions
 from converter.output.pretrained import config_files
 from converter.output.pretrained_config import sam as sam_documents
 from converter.plan.planner import resolve
-from converter.storage import temp_files
+from converter.storage import atomic_output
 
 State = dict[str, Tensor]
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -306,7 +306,7 @@ def test_a_folder_is_never_half_replaced(
     converter.convert(meta, "sam", to="sam-hf", out=out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if not swap:
-        monkeypatch.setattr(temp_files, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(atomic_output, "_exchange", lambda one, other: False)
     steps = 0
 
     def failing(real: object, at: int) -> object:
@@ -356,7 +356,7 @@ def test_a_folder_that_appears_meanwhile_is_left_as_it_is(meta: Path, tmp_path: 
     def appear(what: str, done: int, total: int) -> None:
         out.mkdir(exist_ok=True)
 
-    with pytest.raises(OutputError, match="appeared while it was being written"):
+    with pytest.raises(OutputError, match="was created meanwhile"):
         converter.convert(meta, "sam", to="sam-hf", out=out, on_progress=appear)
     assert sorted(tmp_path.iterdir()) == [out, meta]
     assert list(out.iterdir()) == []

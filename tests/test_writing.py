@@ -22,7 +22,7 @@ import converter
 from converter.errors import ContainerError, OutputError
 from converter.formats.safetensors import write_safetensors
 from converter.formats.torch_zip import write_pth
-from converter.storage.atomic_output import staged, write_all
+from converter.storage.atomic_output import atomic_file, write_all
 from converter.storage.byte_range import ByteRange
 from converter.storage.stream import BUFFER, BackgroundWriter, Copier
 from converter.tensors.dtypes import BY_NAME
@@ -36,7 +36,7 @@ WRITERS = ["safetensors", "pth"]
 def write(path: Path, outputs: Outputs, format: str, *, force: bool = False) -> list[int]:
     """The plan written to `path`; the counts of bytes that progress was told."""
     told: list[int] = []
-    with staged(path, force) as fd:
+    with atomic_file(path, force) as fd:
         if format == "pth":
             write_pth(fd, outputs, told.append)
         else:
@@ -184,7 +184,7 @@ def test_the_umask_is_respected(mask: int, tmp_path: Path) -> None:
 
 def test_a_file_that_appears_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="appeared while it was being written"), staged(out, False) as fd:
+    with pytest.raises(OutputError, match="was created meanwhile"), atomic_file(out, False) as fd:
         os.write(fd, b"new")
         out.write_text("theirs")
     assert out.read_text() == "theirs"
@@ -193,7 +193,7 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_whatever_interrupts_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), staged(tmp_path / "out", False) as fd:
+    with pytest.raises(error), atomic_file(tmp_path / "out", False) as fd:
         os.write(fd, b"half of it")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -209,7 +209,7 @@ def test_ctrl_c_during_a_copy_leaves_nothing_and_no_thread(format: str, tmp_path
     # A shell starts background jobs with this signal ignored, and Python leaves it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False) as fd:
+        with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "out", False) as fd:
             outputs = {"x": expr(torch.zeros(BUFFER * 4))}
             if format == "pth":
                 write_pth(fd, outputs, interrupt)
@@ -223,7 +223,7 @@ def test_ctrl_c_during_a_copy_leaves_nothing_and_no_thread(format: str, tmp_path
 
 def test_nothing_but_the_whole_file_is_ever_seen_under_its_name(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    with staged(out, False) as fd:
+    with atomic_file(out, False) as fd:
         os.write(fd, b"half")
         assert not out.exists()
         assert [path.suffix for path in tmp_path.iterdir()] == [".part"]

@@ -18,7 +18,7 @@ from converter.layouts.detect import detect_layouts, match_layouts, select_state
 from converter.options import ConvertOptions
 from converter.output.target import check_not_source, check_target
 from converter.plan.planner import plan_to_canonical
-from converter.storage.atomic_output import remove_stale, staged, write_all
+from converter.storage.atomic_output import atomic_file, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, nbytes, source_tensors
 
@@ -99,7 +99,7 @@ def derive(
         derived.notes.extend(_prove(job, composed, layout, partial) if derived.complete else _told_of_copies(copies))
         check_unchanged([opened, other] if other else [opened])
     if composed.found and (partial or derived.complete):
-        with staged(path, force) as fd:
+        with atomic_file(path, force) as fd:
             write_all(fd, memoryview(composed.text.encode()))
         return derived._replace(written=True)
     return derived

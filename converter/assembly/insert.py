@@ -163,7 +163,7 @@ def output_of_copy(copy: Copy) -> Output:
     # Not the files' sizes: what has holes keeps them.
     room = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
     room += sum(map(nbytes, copy.replaced.values()))
-    return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, apart=copy.folder)
+    return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, source_folder=copy.folder)
 
 
 def _write(copy: Copy, place: int | Path, count: OnBytes, seen: OnData | None) -> None:

@@ -47,7 +47,7 @@ class Loader:
         if not isinstance(file, LocalFile) or offset % value.dtype.itemsize or not self._take(file, offset, length):
             return None
         if self._check:
-            self._checks.whole(storage)
+            self._checks.check(storage)
         if file not in self._maps:
             self._maps[file] = file.map()
         flat = torch.frombuffer(

@@ -1,4 +1,4 @@
-"""How every command writes tensors: whole, with the card's files or not at all, and nothing over what it reads."""
+"""Writing of tensors for all commands: the output and its record are complete or absent, and replace no input."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from converter.formats.safetensors import write_safetensors
 from converter.options import check_choices
 from converter.output.pretrained import pretrained_file
 from converter.output.record import ConversionRecord
+from converter.output.record_document import TensorDigests
 from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
-from converter.storage.atomic_output import remove_stale, staging
+from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
@@ -26,101 +27,129 @@ FORMATS = ("safetensors", "pth")
 
 
 class Output(NamedTuple):
-    """What is to be written: `tensors` by name, in their order, which take `room` bytes, and `fill`, which writes them.
+    """A file or a folder to write.
 
-    `fill` is given the descriptor of a new file, or the path of a new folder if this is one, whom to tell of bytes and
-    whom to show them to. `metadata` is what the output says of its making, if it says anything. It may not take the
-    place of `mapping`, a file that was read, nor lie in the folder `apart`.
+    Attributes:
+        tensors: The tensors by name, in the order in which they are written.
+        nbytes: Disk space that it takes.
+        fill: Writes it. Called with the descriptor of a new file, or the path of a new folder, and two callbacks: one
+            for the number of bytes copied, one (or None) for the tensors' data.
+        folder: Whether it is a folder.
+        metadata: The metadata in its header, if its format has any.
+        mapping: The mapping file, an input.
+        source_folder: A folder that it must not be in.
     """
 
     tensors: Outputs
-    room: int
+    nbytes: int
     fill: Callable[[int | Path, OnBytes, OnData | None], None]
     folder: bool = False
     metadata: dict[str, str] | None = None
     mapping: str | Path | None = None
-    apart: Path | None = None
+    source_folder: Path | None = None
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
-    """The format to write: what was asked for or, without, what the output's ending says; UsageError if unknown."""
+    """Return the format to write: `format` or, if it is None, what the suffix of `out` says."""
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format
-    ending = Path(out).suffix if out is not None else ""
-    return "pth" if ending in WEIGHT_SUFFIXES and ending != ".safetensors" else "safetensors"
+    suffix = Path(out).suffix if out is not None else ""
+    return "pth" if suffix in WEIGHT_SUFFIXES and suffix != ".safetensors" else "safetensors"
 
 
 def make_output(
     tensors: Outputs,
-    card: ConversionRecord,
+    record: ConversionRecord,
     metadata: dict[str, str],
     documents: Mapping[str, bytes] | None = None,
     mapping: str | Path | None = None,
 ) -> Output:
-    """A file of the tensors in the card's format, in a folder beside `documents` if there are any.
+    """Return an output in the format that the record names.
 
-    `metadata` has a place in safetensors alone.
+    Args:
+        tensors: The tensors by name.
+        record: The conversion.
+        metadata: Metadata for the header of a safetensors file.
+        documents: Other files of a from_pretrained folder; None for a single file.
+        mapping: The mapping file, an input.
     """
 
-    def fill(place: int | Path, count: OnBytes, seen: OnData | None) -> None:
+    def fill(place: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
         with nullcontext(place) if isinstance(place, int) else pretrained_file(place, documents or {}) as fd:
-            if card.format == "pth":
-                # Imported here: the zip module is for those alone who ask for it.
+            if record.format == "pth":
                 from converter.formats.torch_zip import write_pth
 
-                write_pth(fd, tensors, count, seen)
+                write_pth(fd, tensors, on_bytes, on_data)
             else:
-                write_safetensors(fd, tensors, metadata, count, seen)
+                write_safetensors(fd, tensors, metadata, on_bytes, on_data)
 
-    told = metadata if card.format == "safetensors" else None
-    return Output(tensors, card.nbytes, fill, documents is not None, told, mapping)
+    header = metadata if record.format == "safetensors" else None
+    return Output(tensors, record.nbytes, fill, documents is not None, header, mapping)
 
 
 def write(
     output: Output,
-    card: ConversionRecord,
+    record: ConversionRecord,
     opened: Sequence[Checkpoint],
     files: RecordFiles,
     force: bool,
     on_progress: OnProgress,
 ) -> ConversionRecord:
-    """Write an output to the card's place, with the card's files, or nothing of it; the card of what was written.
+    """Write an output to `record.output`, and then the files of its record.
 
-    OutputError where it cannot be written there, or may not replace what stands there; ContainerError for a source that
-    is damaged, or changed meanwhile.
+    Args:
+        output: The output.
+        record: The planned conversion.
+        opened: The sources.
+        files: The files of the record.
+        force: Whether existing files are replaced.
+        on_progress: Called as bytes are written or, for sources on a hub, fetched.
+
+    Returns:
+        The record of the finished conversion.
+
+    Raises:
+        OutputError: The output cannot be written, or exists and is not to be replaced.
+        ContainerError: A source is damaged, or was modified meanwhile.
     """
-    target = Path(card.output)
+    target = Path(record.output)
     _check(output, target, opened, files, force)
-    with staging(force) as new:
+    with AtomicOutput(force) as new:
         place = new.folder(target) if output.folder else new.file(target)
-        seen = files.stage(new, output.tensors)
-        output.fill(place, _read_ahead(opened, output.tensors.values(), card.nbytes, on_progress), seen)
-        files.write(card, output.tensors, opened, seen, output.metadata, on_progress)
+        fds = {path: new.file(path) for path in files.paths}
+        digests = TensorDigests(output.tensors) if fds else None
+        output.fill(place, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
+        if digests is not None:
+            for path, data in files.contents(record, output.tensors, opened, digests, output.metadata, on_progress):
+                with output_errors(path):
+                    write_all(fds[path], memoryview(data))
         check_unchanged(opened)
-    return card._replace(written=True, fetched={file.name: file.fetched for source in opened for file in source.remote})
+    fetched = {file.name: file.fetched for source in opened for file in source.remote}
+    return record._replace(written=True, fetched=fetched)
 
 
 def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: RecordFiles, force: bool) -> None:
-    """OutputError where the output or the card's files cannot be written; clears what dead runs left there."""
+    """Raise OutputError if the output or its record cannot be written; remove temporary files of killed runs."""
     check_not_source(target, opened, output.mapping)
-    remove_stale(target, files.all)
-    if output.apart is not None and target.resolve().is_relative_to(output.apart.resolve()):
+    files.check_names(target, opened, output.mapping)
+    for path in (target, *files.paths):
+        remove_stale(path)
+    if output.source_folder is not None and target.resolve().is_relative_to(output.source_folder.resolve()):
         raise OutputError(f"{target}: lies in the checkpoint's own folder", "choose another path with --output")
-    (check_folder if output.folder else check_target)(target, force, output.room)
-    files.check(target, opened, force, output.mapping)
+    (check_folder if output.folder else check_target)(target, force, output.nbytes)
+    for path in files.paths:
+        check_target(path, force, 0, "record")
 
 
-def _read_ahead(
-    opened: Sequence[Checkpoint], values: Iterable[LazyTensor], total: int, on_progress: OnProgress
+def _start_reading(
+    opened: Sequence[Checkpoint], values: Iterable[LazyTensor], nbytes: int, on_progress: OnProgress
 ) -> OnBytes:
-    """Have what is on hubs fetched in the order of `values`; what is to be told of bytes that were written."""
+    """Start to fetch what is on a hub, in the order of `values`; return the callback for bytes that are copied."""
     tensors = [tensor for value in values for tensor in source_tensors(value)]
     for source in opened:
         source.prefetch(tensors, on_progress)
-    # What is fetched takes longer than what is written, and is told of instead.
-    return (
-        (lambda nbytes: None)
-        if any(source.remote for source in opened)
-        else progress_counter(on_progress, "converting", total)
-    )
+    if any(source.remote for source in opened):
+        # Fetching takes longer than writing, and reports its own progress.
+        return lambda count: None
+    return progress_counter(on_progress, "converting", nbytes)

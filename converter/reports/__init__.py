@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from converter.errors import OutputError
-from converter.storage.atomic_output import check_name, staged, write_all
+from converter.storage.atomic_output import atomic_file, remove_stale, write_all
 from converter.verification.result import Verification
 
 # An existing report is replaced; a file with another suffix may be a checkpoint that was named by mistake.
@@ -23,7 +23,7 @@ def check_files(*paths: Path | None) -> None:
         OutputError: The folder is missing, the path is a folder, or an existing file is no report.
     """
     for path in filter(None, paths):
-        check_name(path)
+        remove_stale(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}", "create it, or choose another path")
         if path.is_dir():
@@ -56,5 +56,5 @@ def write_files(
 
 def write(path: Path, data: bytes) -> None:
     """Write a report atomically, over an existing one."""
-    with staged(path, force=True) as fd:
+    with atomic_file(path, force=True) as fd:
         write_all(fd, memoryview(data))

@@ -1,231 +1,229 @@
-"""Output that appears whole or not at all: written to a file beside it, made durable, then put in its place.
+"""Atomic output: files and folders are written under a temporary name and renamed when they are complete.
 
-A folder likewise: its files are written to a folder beside it, which is renamed or changes places with an older one.
-Several files appear together. docs/faults.md says what holds when.
+    .NAME.part       the temporary file or folder of NAME, locked (flock) by the run that writes it
+    .NAME.part.old   the folder NAME while it is replaced, where two folders cannot be exchanged in one step
+
+A temporary file without a lock was left by a killed run; the next run for the same output removes it. Where there are
+no locks, a run whose temporary file was removed by another run fails at its commit. Guarantees: docs/faults.md.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from converter.errors import OutputError
-from converter.storage.temp_files import (
-    clear,
-    discard,
-    identity,
-    keep,
-    lock,
-    place,
-    record_of,
-    roll_back,
-    stage_of,
-    turn,
-)
 
-_ROOM = "free some room, or write elsewhere"
-_STEPS = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write elsewhere",
+try:
+    import fcntl
+except ImportError:  # Windows, which also renames and removes no open file
+    fcntl = None  # type: ignore[assignment]
+
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+
+# What an error means here, and the next step.
+_MEANINGS = {
+    errno.EWOULDBLOCK: ("another run is writing it", "wait until it ends, or choose another path"),
+    errno.EEXIST: ("was created meanwhile; not overwritten", "choose another path, or replace it with --force"),
+    errno.ENOSPC: ("could not be written: No space left on device", "free some space, or write to another disk"),
+    errno.EFBIG: ("could not be written: File too large", "raise the limit (ulimit -f), or write to another disk"),
 }
 
 
-def remove_stale(output: Path, others: Sequence[Path] = ()) -> None:
-    """Remove what dead runs left beside the output and what appears with it, and finish or undo what they began.
+class AtomicOutput:
+    """Files and folders that are committed together when the `with` block ends without an error.
 
-    Before anything is checked: it takes room, and a file may stand there that is to be undone.
-    """
-    for path in (output, *others):
-        check_name(path)
-        with writing(path), turn(path.parent) as held:
-            if held:
-                clear(path, output)
+    Each of them is the old one or the complete new one at every moment. They are renamed in the order in which they
+    were added: a run that is killed in between leaves the first of them new and the second old.
 
-
-def check_name(path: Path) -> None:
-    """OutputError for a path that the system cannot even look at: too long, or with a NUL in it."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path}: cannot be written: {getattr(error, 'strerror', error)}", "choose another path"
-        ) from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """OutputError that names `path` for what the system refuses in the block."""
-    try:
-        yield
-    except OSError as error:
-        raise _refused(path, error) from error
-
-
-def _refused(path: Path, error: OSError) -> OutputError:
-    step = _STEPS.get(error.errno or 0, "look after the disk and the folder's permissions, or write elsewhere")
-    return OutputError(f"{path}: could not be written: {error.strerror or error}", f"{step}")
-
-
-class Staging:
-    """Files and folders that appear together: the output, and what is to be there as soon as it is.
-
-    The output is what is asked for first. It takes its place last: until then, whatever fails leaves all that stood in
-    the other places before, and if the process is killed, the next run for the same files puts it back.
+    Raises:
+        OutputError: For an OSError in the block or the commit, and for an existing file that is not to be replaced.
+            What was committed before it stays.
     """
 
     def __init__(self, force: bool) -> None:
-        """`force` replaces what stands there."""
+        """Replace existing files and folders if `force` is set."""
         self._force = force
-        self._stages: list[_Stage] = []
-        self._records: list[tuple[Path, Path]] = []
+        self._temporaries: list[_Temporary] = []
+        self._stack = ExitStack()
 
     def file(self, path: Path) -> int:
-        """A file descriptor to write to what shall stand at `path`."""
-        return self._begin(path, _create).fd
+        """Return the descriptor of a new file that will become `path`."""
+        return self._add(path, folder=False).fd
 
     def folder(self, path: Path) -> Path:
-        """A new folder to put files into, which shall stand at `path`."""
-        return self._begin(path, _create_folder).stage
+        """Return a new folder that will become `path`."""
+        return self._add(path, folder=True).name
 
-    def _begin(self, path: Path, create: Callable[[Path], int]) -> _Stage:
-        stage = _Stage(path)
-        # Before there is any: a signal may come between any two steps.
-        self._stages.append(stage)
-        with writing(path), turn(path.parent) as held:
-            if held:
-                clear(path, self.output)
-            stage.fd = create(stage.stage)
-            lock(stage.fd)
-        return stage
+    def _add(self, path: Path, folder: bool) -> _Temporary:
+        remove_stale(path)
+        temporary = _Temporary(path)
+        self._temporaries.append(temporary)
+        self._stack.callback(temporary.close)
+        with output_errors(path):
+            temporary.create(folder)
+        return temporary
 
-    @property
-    def output(self) -> Path:
-        return self._stages[0].path
+    def __enter__(self) -> AtomicOutput:
+        return self
 
-    def appear(self) -> None:
-        """Make all that was written durable, then let it take its places, one directly after the other."""
-        for stage in self._stages:
-            with writing(stage.path):
-                stage.sync()
-        output, *others = self._stages
-        wanted = identity(output.stage)
-        with ExitStack() as stack:
-            for folder in sorted({stage.path.parent.resolve() for stage in self._stages}):
-                stack.enter_context(turn(folder))
-            try:
-                for stage in others:
-                    with writing(stage.path):
-                        kept = record_of(stage.path, stage.stage, wanted)
-                        # Before there is any: a signal may come between any two steps.
-                        self._records.append((kept, stage.path))
-                        keep(stage.path, kept)
-                        stage.appear(self._force)
-                output.appear(self._force)
-            finally:
-                self._roll_back()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._stack:
+            if error is None:
+                self._commit()
+            elif isinstance(error, OSError):
+                with output_errors(self._temporaries[0].path):
+                    raise error
 
-    def _roll_back(self) -> None:
-        """Undo what was done for nothing; what a signal keeps from it is done when this is called again."""
-        while self._records:
-            try:
-                roll_back(*self._records[-1], self.output)
-            except OutputError:
-                self._records.pop()
-                raise
-            self._records.pop()
-
-    def end(self) -> None:
-        """Remove what has no place, or was replaced."""
-        self._roll_back()
-        for stage in self._stages:
-            discard(stage.stage)
-            stage.close()
-
-    def sync(self) -> None:
-        """Make it durable that they took their places."""
-        for folder in {stage.path.parent for stage in self._stages}:
-            try:
+    def _commit(self) -> None:
+        for temporary in self._temporaries:
+            with output_errors(temporary.path):
+                temporary.sync()
+        first, hint = self._temporaries[0].path, ""
+        for temporary in self._temporaries:
+            with output_errors(temporary.path, hint):
+                temporary.commit(self._force)
+            hint = f"{first} is complete; write both again with --force"
+        try:
+            for folder in {temporary.path.parent for temporary in self._temporaries}:
                 _sync_folder(folder)
-            except OSError as error:
-                raise OutputError(
-                    f"{self.output}: is written, whole, but may be gone after a power cut: {error.strerror}",
-                    f"look after the disk that {folder} is on, then write it again with --force",
-                ) from error
+        except OSError as error:
+            raise OutputError(
+                f"{first}: written, but syncing its folder failed: {error.strerror}",
+                "it may be lost on power failure: check the disk, then write it again with --force",
+            ) from error
 
 
-class _Stage:
-    """One of them while it is written: its place, its name until then, and an open file that keeps it locked."""
+class _Temporary:
+    """The temporary file or folder of one output, open and locked until it is closed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stage, self.fd = path, stage_of(path), -1
+        self.path, self.name = path, temporary_path(path)
+        self.fd = -1
+        self._own: os.stat_result | None = None
+
+    def create(self, folder: bool) -> None:
+        if folder:
+            self.name.mkdir()
+        self.fd = _open_locked(self.name, os.O_RDONLY if folder else _NEW_FILE)
+        self._own = os.fstat(self.fd) if self.fd >= 0 else self.name.lstat()
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """BlockingIOError where the temporary name belongs to another run."""
+        with suppress(FileNotFoundError):
+            if self._own is not None and os.path.samestat(self.name.lstat(), self._own):
+                return
+        raise BlockingIOError(errno.EWOULDBLOCK, "removed by another run")
 
     def sync(self) -> None:
-        for folder, inner, _ in os.walk(self.stage):
-            for name in inner:
-                _sync_folder(Path(folder, name))
-        _sync(self.fd)
+        if not self.name.is_dir():
+            os.fsync(self.fd)
+        for folder, _, _ in os.walk(self.name):
+            _sync_folder(Path(folder))
 
-    def appear(self, force: bool) -> None:
-        with writing(self.path):
-            try:
-                place(self.stage, self.path, force)
-            except FileExistsError:
-                raise OutputError(
-                    f"{self.path}: appeared while it was being written; it was left as it is",
-                    "choose another path, or replace it with --force",
-                ) from None
+    def commit(self, force: bool) -> None:
+        """Rename it; FileExistsError where `path` exists, unless `force` is set."""
+        self._check_own()
+        if fcntl is None:
+            self._release()
+        if not force:
+            _rename_new(self.name, self.path)
+        elif self.name.is_dir() and os.path.lexists(self.path):
+            self._replace_folder()
+        else:
+            self.name.replace(self.path)
+
+    def _replace_folder(self) -> None:
+        replaced = self.path.lstat()
+        if _exchange(self.name, self.path):
+            # The temporary name is now that of the old folder.
+            self._own = replaced
+            return
+        backup = Path(f"{self.name}.old")
+        self.path.rename(backup)
+        try:
+            self.name.rename(self.path)
+        except BaseException:
+            backup.rename(self.path)
+            raise
+        with suppress(OSError):
+            _remove(backup)
 
     def close(self) -> None:
-        # After fsync there is nothing that this could still tell.
-        with suppress(OSError):
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                os.close(fd)
-
-
-@contextmanager
-def staging(force: bool) -> Iterator[Staging]:
-    """What appears together when the block ends without an error.
-
-    Otherwise nothing is left, and what stood in the places before stands there still. OutputError for what the system
-    refuses, and where something stands in a place that is not to be replaced.
-    """
-    new = Staging(force)
-    try:
-        yield new
-        new.appear()
-    except OSError as error:
-        raise _refused(new.output, error) from error
-    finally:
+        """Remove what has the temporary name, if it is this run's, and release the lock."""
+        if fcntl is None:
+            self._release()
         try:
-            new.end()
-        except BaseException:
-            # A signal's, which came just now: another one would end the process at once.
-            new.end()
-            raise
-    new.sync()
+            # What cannot be removed now is removed by the next run.
+            with suppress(OSError):
+                self._check_own()
+                _remove(self.name)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        fd, self.fd = self.fd, -1
+        _close(fd)
 
 
 @contextmanager
-def staged(path: Path, force: bool) -> Iterator[int]:
-    """A file descriptor to write to; when the block ends without an error, what was written stands at `path`.
+def atomic_file(path: Path, force: bool) -> Iterator[int]:
+    """Yield the descriptor of a new file that becomes `path` when the block ends without an error."""
+    with AtomicOutput(force) as output:
+        yield output.file(path)
 
-    Otherwise nothing is left, and what stood at `path` before stands there still; OutputError as for `staging`.
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is written."""
+    return path.parent / f".{path.name}.part"
+
+
+def remove_stale(path: Path) -> None:
+    """Remove the temporary files of a killed run for `path`, and put back a folder that it was replacing.
+
+    Raises:
+        OutputError: Another run is writing `path`, or the system refuses.
     """
-    with staging(force) as new:
-        yield new.file(path)
+    temporary = temporary_path(path)
+    backup = Path(f"{temporary}.old")
+    with output_errors(path):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            fd = _open_locked(temporary, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            try:
+                _remove(temporary)
+            finally:
+                _close(fd)
+        if os.path.lexists(backup):
+            _remove(backup) if os.path.lexists(path) else backup.rename(path)
+
+
+@contextmanager
+def output_errors(path: Path, hint: str = "") -> Iterator[None]:
+    """Raise an OutputError that names `path` for an OSError in the block, or for a ValueError (a NUL in a name).
+
+    Args:
+        path: The file or folder that is written.
+        hint: The next step for the user; by default, one that fits the error.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        default = f"could not be written: {reason}", "check the disk and the permissions, or choose another path"
+        meaning, step = _MEANINGS.get(getattr(error, "errno", 0), default)
+        raise OutputError(f"{path}: {meaning}", hint or step) from error
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """A file descriptor to write to; a file in a staged folder, durable when the block ends."""
-    fd = _create(path)
+    """Yield the descriptor of a new file in a temporary folder; it is durable when the block ends."""
+    fd = os.open(path, _NEW_FILE, 0o666)
     try:
         yield fd
         os.fsync(fd)
@@ -233,34 +231,80 @@ def new_file(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _create(path: Path) -> int:
-    # Mode 0666 less the umask, as any program's output: safetensors' own writer leaves files only the owner reads.
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all bytes: a single write may be cut short by a signal or a full disk."""
+    while data:
+        data = data[os.write(fd, data) :]
 
 
-def _create_folder(path: Path) -> int:
-    path.mkdir()
-    return os.open(path, os.O_RDONLY)
+def _open_locked(path: Path, flags: int) -> int:
+    """Open a file or a folder, locked until it is closed; BlockingIOError where another run holds the lock.
 
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    Where there are no locks, nothing that exists is opened: -1.
+    """
+    if fcntl is None and not flags & os.O_CREAT:
+        path.lstat()
+        return -1
+    # Mode 0666 less the umask, as for any program's output; safetensors' own writer creates files for the owner alone.
+    fd = os.open(path, flags, 0o666)
     try:
-        _sync(fd)
-    finally:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Other errors: a file system without locks.
+        if isinstance(error, BlockingIOError):
+            os.close(fd)
+            raise
+    return fd
+
+
+def _close(fd: int) -> None:
+    # After fsync, an error means nothing; -1 is no descriptor.
+    with suppress(OSError):
         os.close(fd)
 
 
-def _sync(fd: int) -> None:
+def _sync_folder(folder: Path) -> None:
+    if fcntl is None:
+        # Windows opens no folders.
+        return
+    fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        # What some network file systems say of folders.
+        # Network file systems may refuse it for folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+    finally:
+        _close(fd)
 
 
-def write_all(fd: int, data: memoryview) -> None:
-    """Write every byte: a signal or a full disk may cut a write short."""
-    while data:
-        data = data[os.write(fd, data) :]
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        # Another run may be removing it, too.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rename_new(old: Path, new: Path) -> None:
+    """Rename; FileExistsError where `new` exists, which the system itself decides where it has hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        old.rename(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step by Linux's renameat2, which Python does not have; whether that was done."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_fdcwd, rename_exchange = -100, 2
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2 is not None and renameat2(at_fdcwd, names[0], at_fdcwd, names[1], rename_exchange) == 0

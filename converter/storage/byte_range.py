@@ -1,4 +1,4 @@
-"""Runs of bytes in files: storages that tensors view, and the byte ranges of them that are copied."""
+"""Byte ranges of files: the storages that tensors view, and the segments that an output is written from."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from isal import isal_zlib
-
 from converter.errors import ContainerError
 from converter.storage.local_file import Range, SourceFile
 
-# The next step wherever a file contradicts itself.
+try:
+    # Several times as fast as zlib's.
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:
+    from zlib import crc32 as crc32
+
+# The hint of all errors for a file that contradicts itself.
 DAMAGED = "the file is damaged: download or copy it again"
 
 
 class Storage(NamedTuple):
     """A run of bytes in a file that one or more tensors view.
 
-    Its `length` bytes lie in `file` somewhere in `span`, with nothing else of interest: `find` tells where, and reads a
-    zip member's own header for it. `crc32` is the checksum the file gives for it, where it gives one. A `deflated`
-    storage holds `size` bytes once inflated; for any other `size` equals `length`. `big_endian` storages have their
-    elements' bytes the other way round.
+    Attributes:
+        file: The file.
+        span: The part of the file that holds the storage, and nothing else of interest.
+        length: Bytes in the file.
+        size: Bytes of data; another number than `length` only if it is compressed.
+        name: What the file calls it.
+        crc32: The checksum that the file gives for it, if any.
+        deflated: Whether it is compressed (raw deflate).
+        big_endian: Whether the bytes of its elements are in big-endian order.
+        find: Returns its offset in the file, where only the header of a zip member tells it.
     """
 
     file: SourceFile
@@ -36,33 +46,33 @@ class Storage(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Where in the file it begins, in bytes; ContainerError where the file contradicts itself about that."""
+        """Its first byte in the file; ContainerError where the file contradicts itself about that."""
         return self.span[0] if self.find is None else self.find()
 
     def read(self) -> bytes:
-        """All `size` bytes, inflated and checked against the CRC."""
+        """Return all data, decompressed and checked against the CRC."""
         data = self.file.read(self.offset, self.length)
         if self.deflated:
-            data = inflate(data, self.size, f"{self.file.name}: {self.name}")
-        if self.crc32 is not None and isal_zlib.crc32(data) != self.crc32:
+            data = _inflate(data, self.size, f"{self.file.name}: {self.name}")
+        if self.crc32 is not None and crc32(data) != self.crc32:
             raise crc_error(self)
         return data
 
 
 class ByteRange(NamedTuple):
-    """`length` bytes from byte `start` of a storage's data, to be copied verbatim."""
+    """`length` bytes of a storage from byte `start`, which are copied as they are."""
 
     storage: Storage
     start: int
     length: int
 
 
-# Bytes to write: from a file, or made up (position_ids, an untrained compressor).
+# Bytes to write: copied from a file, or generated (position_ids, a random compressor).
 Segment = ByteRange | bytes
 
 
 def cut(segments: list[Segment], start: int, length: int) -> list[Segment]:
-    """The part of `pieces`, laid end to end, from byte `start` on."""
+    """Return `length` bytes from byte `start` of the concatenated segments."""
     result: list[Segment] = []
     for segment in segments:
         size = len(segment) if isinstance(segment, bytes) else segment.length
@@ -77,19 +87,18 @@ def cut(segments: list[Segment], start: int, length: int) -> list[Segment]:
 
 
 def merge(segments: list[Segment]) -> list[Segment]:
-    """The same bytes in as few extents as possible: neighbours in one storage, or in one file without checksums."""
+    """Join neighbours: byte ranges that are adjacent in one storage, or in one file without checksums."""
     result: list[Segment] = []
     for segment in segments:
-        both = _both(result[-1], segment) if result else None
-        if both is None:
+        joined = _join(result[-1], segment) if result else None
+        if joined is None:
             result.append(segment)
         else:
-            result[-1] = both
+            result[-1] = joined
     return result
 
 
-def _both(a: Segment, b: Segment) -> ByteRange | None:
-    """The extent that begins with one and ends with the other, if there is one."""
+def _join(a: Segment, b: Segment) -> ByteRange | None:
     if isinstance(a, bytes) or isinstance(b, bytes):
         return None
     if a.storage is b.storage and a.start + a.length == b.start:
@@ -100,18 +109,16 @@ def _both(a: Segment, b: Segment) -> ByteRange | None:
     return ByteRange(a.storage, a.start, a.length + b.length) if adjacent else None
 
 
-def inflate(data: bytes, size: int, where: str) -> bytes:
-    """Raw deflate to exactly `size` bytes; never asks for more memory than that."""
+def _inflate(data: bytes, size: int, where: str) -> bytes:
+    """Decompress raw deflate to exactly `size` bytes; a bomb gets no more memory than that."""
     engine = zlib.decompressobj(-15)
     try:
         result = engine.decompress(data, size + 1)
     except zlib.error as error:
-        raise ContainerError(
-            f"{where}: damaged compressed data ({error})", "download or copy the file again"
-        ) from error
+        raise ContainerError(f"{where}: damaged compressed data ({error})", DAMAGED) from error
     if len(result) != size:
         more = "more" if len(result) > size else "less"
-        raise ContainerError(f"{where}: inflates to {more} than {size} bytes", "download or copy the file again")
+        raise ContainerError(f"{where}: decompresses to {more} than {size} bytes", DAMAGED)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Files that tensors are read from by offset, wherever they lie."""
+"""Files that tensors are read from by offset."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from converter.errors import ContainerError, DsocrError, printable
 
-# Not to count a map as memory that will be written to: a file may be larger than all there is. Python names it from
-# 3.13 on; the number is that of Linux on x86 and ARM.
+# A map of a file larger than all memory must not be counted as memory. Python has the name from 3.13 on; the number is
+# that of Linux on x86 and ARM.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
-READ_HINT = "check that it is there, where it leads if it is a link, and that you may read it"
+READ_HINT = "check that it exists, where a link leads to, and that you may read it"
 
-# Bytes that are digested at once.
-_PIECE = 1 << 20
+_BUFFER = 1 << 20
 
 # First byte, and the one after the last.
 Range = tuple[int, int]
 
 
 class SourceFile(Protocol):
-    """Bytes that can be read at any offset; the one door through which checkpoints are read.
+    """A file that is read at any offset, on this machine or on a hub.
 
-    `name` is what messages call the file, `size` its length in bytes. `identity` is device and inode of a local file:
-    two paths with the same pair are one file, and a remote one has none. `path` is where other libraries find what has
-    been read of it.
+    Attributes:
+        name: The file's name in messages.
+        size: Bytes.
+        identity: Device and inode of a local file, equal for two paths of one file; None for a file on a hub.
+        path: A path at which other libraries can read what has been read of it.
     """
 
     @property
@@ -43,39 +45,39 @@ class SourceFile(Protocol):
     def path(self) -> str: ...
 
     def close(self) -> None:
-        """Let go of it: nothing is read any more."""
+        """Close it."""
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on; ContainerError where the file ends before it is full."""
+        """Fill `buffer` from `offset` on; ContainerError where the file ends before that."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset`; ContainerError where the file ends before that."""
+        """Return `length` bytes at `offset`; ContainerError where the file ends before that."""
 
     def check_unchanged(self) -> None:
-        """ContainerError if the file was written to or cut since it was opened."""
+        """Raise ContainerError if the file was modified after it was opened."""
 
 
 class LocalFile:
-    """A file on this machine, opened once and kept open, so that a replaced file cannot be mixed with its successor.
+    """A file on this machine. It is opened once: if another file takes its name, the two are not mixed.
 
-    Reads by `pread`: a memory map would count every page that was touched as the process's own memory.
+    It is read, not mapped: a map would count every page that was touched as the process's own memory.
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        """`name` is what messages call it, if not by its path."""
+        """Open the file at `path`; `name` is its name in messages, by default its path."""
         self.name = printable(name or str(path))
         self.path = str(path)
-        self._fd = -1
+        self._fd, self._lock = -1, Lock()
         try:
-            # Else a pipe is waited for until somebody writes to it.
+            # O_NONBLOCK: opening a pipe would wait for a writer.
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
             self._stat = os.fstat(self._fd)
         except OSError as error:
             raise ContainerError(f"{self.name}: cannot be read: {error.strerror}", READ_HINT) from error
         if not stat.S_ISREG(self._stat.st_mode):
             raise ContainerError(
-                f"{self.name}: is a {_kind(self._stat.st_mode)}, not a file: nothing in it can be looked up",
-                "write what comes from it to a file, and give that",
+                f"{self.name}: is a {_kind(self._stat.st_mode)}, which cannot be read at an offset",
+                "write its content to a file, and give that",
             )
         self.size = self._stat.st_size
 
@@ -92,18 +94,31 @@ class LocalFile:
         return self._stat.st_dev, self._stat.st_ino
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        generated = 0
-        while generated < len(buffer):
+        done = 0
+        while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[generated:]], offset + generated)
+                count = self._read_at(buffer[done:], offset + done)
             except OSError as error:
                 raise ContainerError(f"{self.name}: cannot be read at byte {offset}: {error.strerror}") from error
             if not count:
                 raise self._truncated(offset, len(buffer))
-            generated += count
+            done += count
+
+    def _read_at(self, buffer: memoryview, offset: int) -> int:
+        """Read as much as the system gives in one call; return the number of bytes."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], offset)
+        if hasattr(os, "pread"):
+            data = os.pread(self._fd, len(buffer), offset)
+        else:  # Windows
+            with self._lock:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                data = os.read(self._fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def read(self, offset: int, length: int) -> bytes:
-        # Asked before the buffer is made: a file may claim any length it likes.
+        # Before the buffer is allocated: a header may claim any length.
         if offset < 0 or length < 0 or offset + length > self.size:
             raise self._truncated(offset, length)
         data = bytearray(length)
@@ -117,8 +132,10 @@ class LocalFile:
         )
 
     def map(self) -> mmap.mmap:
-        """The file in memory, read as it is touched; what is written there never reaches the file."""
+        """Map the file into memory; what is written to the map does not reach the file."""
         try:
+            if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+                return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
             return mmap.mmap(self._fd, self.size, mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             raise ContainerError(f"{self.name}: cannot be mapped into memory: {error.strerror}") from error
@@ -132,31 +149,29 @@ class LocalFile:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is something at a path. Unlike for Path.exists(), a name that is too long is no error."""
+    """Whether there is something at a path. False for a name that is too long, for which Path.exists() raises."""
     return os.path.exists(path)  # noqa: PTH110
 
 
 def require_regular_file(path: Path, error: type[DsocrError]) -> None:
-    """`error` for a pipe, which would be waited for, or a device, which may have no end; OSError as stat raises it."""
+    """Raise `error` for a pipe or a device, which may never end; OSError as `stat` raises it."""
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-        raise error(f"{path}: is no file")
+        raise error(f"{path}: is not a file")
 
 
 def _kind(mode: int) -> str:
-    """What people call it when it is no file."""
     kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
-    return next((kind for is_, kind in kinds if is_(mode)), "device")
+    return next((kind for is_kind, kind in kinds if is_kind(mode)), "device")
 
 
-def sha256_of(file: SourceFile, count: Callable[[int], None] = lambda nbytes: None) -> str:
-    """The digest of a whole file, in hexadecimal; `count` is told the bytes as they are read."""
-    # Two milliseconds of import, for those alone who ask.
+def sha256_of(file: SourceFile, on_bytes: Callable[[int], None] = lambda nbytes: None) -> str:
+    """Return the SHA-256 of a whole file in hexadecimal; `on_bytes` is called with the number of bytes read."""
     import hashlib
 
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    for start in range(0, file.size, _PIECE):
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BUFFER))
+    for start in range(0, file.size, _BUFFER):
         part = buffer[: file.size - start]
         file.readinto(part, start)
         digest.update(part)
-        count(len(part))
+        on_bytes(len(part))
     return digest.hexdigest()
