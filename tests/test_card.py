@@ -161,7 +161,7 @@ def test_a_card_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_
 
 def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> None:
     options = {"out": tmp_path / "DIR", "to": "sam-hf", "full_model": True}
-    with pytest.raises(OutputError, match="lies in the output folder"):
+    with pytest.raises(OutputError, match="is inside the output folder"):
         converter.convert(folder / "sam.pth", "sam", record=tmp_path / "DIR" / "README.md", **options)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match="there is no folder"):
         converter.convert(folder / "sam.pth", "sam", record=tmp_path / "none" / "c.json", **options)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ class RecordFiles:
             if place in taken or is_source(path, opened, mapping):
                 raise OutputError(f"{path}: cannot be the record: it is another file of this conversion")
             if output.resolve() in place.parents:
-                raise OutputError(f"{path}: lies in the output folder", "write it elsewhere, and move it there later")
+                raise OutputError(f"{path}: is inside the output folder", "write it elsewhere, and move it there later")
             taken.append(place)
 
     def contents(

@@ -136,7 +136,7 @@ def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: Re
     for path in (target, *files.paths):
         remove_stale(path)
     if output.source_folder is not None and target.resolve().is_relative_to(output.source_folder.resolve()):
-        raise OutputError(f"{target}: lies in the checkpoint's own folder", "choose another path with --output")
+        raise OutputError(f"{target}: is inside the checkpoint's own folder", "choose another path with --output")
     (check_folder if output.folder else check_target)(target, force, output.nbytes)
     for path in files.paths:
         check_target(path, force, 0, "record")
