@@ -148,8 +148,8 @@ def test_inspect_of_an_unknown_checkpoint_names_the_nearest_layout(tmp_path: Pat
 def test_inspect_json(folder: Path, tmp_path: Path) -> None:
     found = json.loads(run("inspect", folder / "sam.pth", "--json", cwd=tmp_path).stdout)
     assert (found["tensors"], found["containers"], found["dtypes"]) == (188, ["torch zip"], {"float32": 188})
-    (recognised,) = found["recognised"]
-    assert recognised["layout"] == "sam-meta" and recognised["card"]["tensors"] == 51
+    (fits,) = found["layouts"]
+    assert fits["layout"] == "sam-meta" and fits["record"]["tensors"] == 51
     assert sum(group["tensors"] for group in found["groups"]) == 188
 
 

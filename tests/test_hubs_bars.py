@@ -161,7 +161,7 @@ def test_metadata_takes_little(checkpoint: Checkpoint, hub: str, tmp_path: Path)
             out = command(*arguments, cwd=tmp_path, server=server)
             assert server.sent < 2 << 20
         if arguments[0] == "inspect":
-            assert {found["family"] for found in json.loads(out)["recognised"]} == set(checkpoint.encoders)
+            assert {found["family"] for found in json.loads(out)["layouts"]} == set(checkpoint.encoders)
 
 
 @pytest.mark.parametrize(

@@ -399,10 +399,10 @@ def test_inspect_says_what_convert_would_do(checkpoint: str, tmp_path: Path) -> 
     path = sparse(tmp_path / "model.safetensors", inventories()[checkpoint])
     found = converter.inspect(str(path))
     assert found.tensors == len(inventories()[checkpoint])
-    layouts = {entry.family: entry.layout for entry in found.recognised if entry.card}
+    layouts = {entry.family: entry.layout for entry in found.layouts if entry.record}
     assert layouts == {family: layout for (name, family), layout in CONVERTS.items() if name == checkpoint}
-    for entry in found.recognised:
-        assert ("already" in entry.problem) == (entry.card is None) == checkpoint.startswith("deepencoder-")
+    for entry in found.layouts:
+        assert ("already" in entry.problem) == (entry.record is None) == checkpoint.startswith("deepencoder-")
 
 
 def without(inventory: Inventory, name: str) -> Inventory:

@@ -464,8 +464,8 @@ def got_ocr2() -> nn.Module:
 def test_what_transformers_saves_is_known(build: Callable[[], nn.Module], layouts: list[str], tmp_path: Path) -> None:
     build().save_pretrained(tmp_path / "saved")
     found = converter.inspect(tmp_path / "saved")
-    assert [entry.layout for entry in found.recognised] == layouts
-    assert [entry.problem for entry in found.recognised] == [""] * len(layouts)
+    assert [entry.layout for entry in found.layouts] == layouts
+    assert [entry.problem for entry in found.layouts] == [""] * len(layouts)
 
 
 @pytest.mark.filterwarnings("ignore")

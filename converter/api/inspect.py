@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.checkpoint.state_dict import StateDict
@@ -23,10 +24,17 @@ from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 
 
-class Group(NamedTuple):
-    """Tensors that differ by their layer alone: `name` has `{}` where their indices were, of which `layers` says which.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors whose names differ only in layer indices.
 
-    `shapes` lists what shapes they have, most frequent first.
+    Attributes:
+        name: Their name, with `{}` for each index.
+        layers: The indices, such as `0..23`.
+        tensors: How many there are.
+        dtypes: Their types.
+        shapes: Their shapes, most frequent first.
+        nbytes: Their bytes in total.
     """
 
     name: str
@@ -37,10 +45,19 @@ class Group(NamedTuple):
     nbytes: int
 
 
-class FittingLayout(NamedTuple):
-    """A layout that a checkpoint fits, the names it was known by, and the card that a conversion would have.
+@dataclass(frozen=True, slots=True)
+class FittingLayout:
+    """A layout that a checkpoint fits.
 
-    `card` is None where a conversion is not possible; `problem` says why.
+    Attributes:
+        family: "sam" or "clip".
+        layout: The name of the layout.
+        description: Which checkpoints have it.
+        prefix: The prefix of the encoder's names.
+        state_dicts: The state dicts of the file that fit; `.` for the top.
+        evidence: The tensors by which it was recognised.
+        record: The record that a conversion would have; None if a conversion is not possible.
+        problem: Why it is not possible.
     """
 
     family: str
@@ -49,12 +66,26 @@ class FittingLayout(NamedTuple):
     prefix: str
     state_dicts: list[str]
     evidence: list[str]
-    card: ConversionRecord | None
+    record: ConversionRecord | None
     problem: str
 
 
-class Inspection(NamedTuple):
-    """What a checkpoint holds. Counts are of the state dict with most tensors; `state_dicts` counts them all."""
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The contents of a checkpoint.
+
+    Attributes:
+        source: Its name.
+        files: Its files, and their sizes in bytes.
+        containers: Its container formats.
+        state_dicts: Its state dicts and how many tensors each has. All other counts are of the largest one.
+        tensors: The number of tensors.
+        nbytes: Their bytes in total.
+        dtypes: The number of tensors of each type.
+        groups: The tensors, repeated layers folded.
+        layouts: The layouts that it fits.
+        nearest: If it fits none, how it differs from the nearest one, for people.
+    """
 
     source: str
     files: dict[str, int]
@@ -64,11 +95,11 @@ class Inspection(NamedTuple):
     nbytes: int
     dtypes: dict[str, int]
     groups: list[Group]
-    recognised: list[FittingLayout]
+    layouts: list[FittingLayout]
     nearest: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
+        """Return the document that `--json` prints."""
         return cast("dict[str, Any]", as_json(self))
 
 
@@ -92,7 +123,7 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
 def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
     entries = select_state_dicts(opened, state_dict)
     largest = max(entries, key=lambda entry: len(entry.tensors))
-    recognised = [found for family in registry.families() if (found := _recognised(opened, family, entries))]
+    layouts = [layout for family in registry.families() if (layout := _fitting_layout(opened, family, entries))]
     mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]
     return Inspection(
         source=opened.name,
@@ -103,43 +134,42 @@ def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
         nbytes=sum(tensor.nbytes for tensor in largest.tensors.values()),
         dtypes=count_dtypes([lazy_read(tensor) for tensor in largest.tensors.values()]),
         groups=group_layers(largest.tensors),
-        recognised=recognised,
-        nearest=[] if recognised else nearest_layout(opened, largest, mappings),
+        layouts=layouts,
+        nearest=[] if layouts else nearest_layout(opened, largest, mappings),
     )
 
 
-def _recognised(opened: Checkpoint, family: str, entries: list[StateDict]) -> FittingLayout | None:
-    """What `convert` would make of a source, or None where it is not of this family."""
-    found = detect_layouts(opened, registry.entries(family), entries)
-    if not found:
+def _fitting_layout(opened: Checkpoint, family: str, entries: list[StateDict]) -> FittingLayout | None:
+    """Detect a family's layout and plan its conversion; None if no layout of the family fits."""
+    detected = detect_layouts(opened, registry.entries(family), entries)
+    if not detected:
         return None
-    layout = found[0].match.layout
+    first, options = detected[0], ConvertOptions(family)
+    layout = first.match.layout
+    record, problem = None, ""
     try:
-        check_not_converted(opened, found[0])
-        plan = plan_to_canonical(opened, found[0], ConvertOptions(family))
-        card, problem = (
-            make_record(opened, ResolvedPlan(found[0], plan), ConvertOptions(family), None, "safetensors"),
-            "",
-        )
+        check_not_converted(opened, first)
+        plan = plan_to_canonical(opened, first, options)
+        record = make_record(opened, ResolvedPlan(first, plan), options, None, "safetensors")
     except DsocrError as error:
-        card, problem = None, str(error)
+        problem = str(error)
     return FittingLayout(
         family=family,
         layout=layout.name,
         description=layout.description,
-        prefix=found[0].wrapper + found[0].match.prefix,
-        state_dicts=[hit.state_dict.path or "." for hit in found],
-        evidence=found[0].match.evidence,
-        card=card,
+        prefix=first.wrapper + first.match.prefix,
+        state_dicts=[entry.state_dict.path or "." for entry in detected],
+        evidence=first.match.evidence,
+        record=record,
         problem=problem,
     )
 
 
 def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
-    """The tensors with repeated layers folded into one group, in the order they were first met."""
+    """Fold repeated layers into groups, in the order of the tensors."""
     members: dict[tuple[str, int], list[str]] = {}
     for name, tensor in tensors.items():
-        # Layers have tensors of one rank; the numbered stages of a sequence may not.
+        # Tensors of different rank are not layers of one kind, whatever their names.
         members.setdefault((fold(name), len(tensor.shape)), []).append(name)
     groups = []
     for (pattern, _), names in members.items():
@@ -159,14 +189,14 @@ def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
 
 
 def _ranges(pattern: str, names: list[str]) -> str:
-    """The indices that stand in a pattern's places, such as `0..23`."""
+    """Return the indices that a pattern's `{}` replace, such as `0..23`."""
     places = [i for i, segment in enumerate(pattern.split(".")) if segment == "{}"]
     columns = [sorted({int(name.split(".")[place]) for name in names}) for place in places]
     return ", ".join(_range(column) for column in columns)
 
 
 def _range(numbers: list[int]) -> str:
-    # Sorted, and none twice.
+    # `numbers` are sorted and distinct.
     if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}..{numbers[-1]}"
     return " ".join(map(str, numbers))

@@ -1,4 +1,4 @@
-"""Cards and inspections as plain text: importing rich would take longer than most plans."""
+"""Conversion records and inspections as plain text."""
 
 from __future__ import annotations
 
@@ -11,90 +11,89 @@ from converter.cli import console
 from converter.output.names import fold_key_map, group_by_reason, shorten
 from converter.output.record import ConversionRecord
 
-# Characters of a column: one name of a megabyte would pad all other lines to that.
-_WIDEST = 100
+# Characters of a column: tensor names in a file may have megabytes.
+_MAX_COLUMN = 100
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def size(nbytes: int) -> str:
-    """Bytes in the unit that leaves one to three digits before the point, as `ls -h --si` and the hubs count."""
+    """Format a number of bytes with a decimal unit, as the hubs do."""
     thousands = min((len(str(nbytes)) - 1) // 3, len(_UNITS) - 1)
     return f"{nbytes / 1000**thousands:.1f} {_UNITS[thousands]}" if thousands else f"{nbytes} B"
 
 
-def summary(card: ConversionRecord) -> Iterable[str]:
-    """What was converted into what, and everything a user should know of it."""
-    layout = f"{', '.join(card.containers)}, layout {card.mapping}"
-    if card.wrapper:
-        layout += f", prefix {card.wrapper} removed"
-    yield f"{card.source}: {layout}"
-    dtypes = " and ".join(f"{count} {name}" for name, count in card.dtypes.items())
-    verb = "wrote" if card.written else "would write"
-    yield f"{verb} {card.output}: {card.tensors} tensors ({dtypes}), {size(card.nbytes)}"
-    yield from transfers(card)
-    yield from remarks(card)
+def summary(record: ConversionRecord) -> Iterable[str]:
+    """Describe a conversion: source, output, transfers, and tensors that need attention."""
+    layout = f"{', '.join(record.containers)}, layout {record.mapping}"
+    if record.wrapper:
+        layout += f", prefix {record.wrapper} removed"
+    yield f"{record.source}: {layout}"
+    dtypes = " and ".join(f"{number} {name}" for name, number in record.dtypes.items())
+    verb = "wrote" if record.written else "would write"
+    yield f"{verb} {record.output}: {record.tensors} tensors ({dtypes}), {size(record.nbytes)}"
+    yield from transfers(record)
+    yield from remarks(record)
 
 
-def transfers(card: ConversionRecord) -> Iterable[str]:
-    """What came from a hub, and what of it could be checked."""
-    yield from (f"  {note}" for note in card.notes)
-    if card.commit:
-        yield f"  commit {card.commit}"
-    if card.fetched:
-        whole = sum(card.files.values())
-        fetched = sum(card.fetched.values())
-        yield f"  fetched {size(fetched)} of {size(whole)}, {fetched / whole:.1%}"
-        if "safetensors" in card.containers:
+def transfers(record: ConversionRecord) -> Iterable[str]:
+    """Describe what was fetched from a hub, and how it was checked."""
+    yield from (f"  {note}" for note in record.notes)
+    if record.commit:
+        yield f"  commit {record.commit}"
+    if record.fetched:
+        total, fetched = sum(record.files.values()), sum(record.fetched.values())
+        yield f"  fetched {size(fetched)} of {size(total)}, {fetched / total:.1%}"
+        if "safetensors" in record.containers:
             yield "  checked: sizes, ranges, ETags; safetensors has no checksums, the hub's SHA-256 is of whole files"
         else:
             yield "  checked: sizes, ranges, ETags, and the CRC-32 of every tensor"
 
 
-def remarks(card: ConversionRecord) -> Iterable[str]:
-    """Lists tensors that are missing, generated or dropped, and unusual sizes."""
-    if card.unusual:
-        found = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in card.unusual.items())
-        yield f"  not the DeepEncoder's size: {found}"
-    for reason, names in group_by_reason(card.missing).items():
+def remarks(record: ConversionRecord) -> Iterable[str]:
+    """List unusual sizes, and tensors that are missing, generated or dropped."""
+    if record.unusual:
+        sizes = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in record.unusual.items())
+        yield f"  not the DeepEncoder's size: {sizes}"
+    for reason, names in group_by_reason(record.missing).items():
         yield f"  missing {', '.join(names)}: {reason}"
-    for name, how in card.generated.items():
+    for name, how in record.generated.items():
         yield f"  generated {name}: {how}"
-    for reason, names in group_by_reason(card.dropped).items():
+    for reason, names in group_by_reason(record.dropped).items():
         yield f"  dropped {shorten(names, shown=1)}: {reason}"
 
 
-def plan(card: ConversionRecord) -> Iterable[str]:
-    """Every output tensor and what it is made of, layers folded."""
+def plan(record: ConversionRecord) -> Iterable[str]:
+    """List every output tensor and its sources, repeated layers folded."""
     rows = []
-    for name, sources, members in fold_key_map(card.converted):
-        made_of = " + ".join(sources) or f"generated: {card.generated[members[0]]}"
-        rows.append((f"{name} (x {len(members)})" if len(members) > 1 else name, made_of))
-    width = min(max((len(name) for name, _ in rows), default=0), _WIDEST)
-    for name, made_of in rows:
-        yield f"{name:{width}}  <- {made_of}"
+    for name, sources, members in fold_key_map(record.converted):
+        origin = " + ".join(sources) or f"generated: {record.generated[members[0]]}"
+        rows.append((f"{name} (x {len(members)})" if len(members) > 1 else name, origin))
+    width = min(max((len(name) for name, _ in rows), default=0), _MAX_COLUMN)
+    for name, origin in rows:
+        yield f"{name:{width}}  <- {origin}"
 
 
-def inspection(found: Inspection) -> Iterable[str]:
-    """What a checkpoint holds, at a glance."""
-    total = sum(found.files.values())
-    yield f"{found.source}: {', '.join(found.containers)}, {count(len(found.files), 'file')}, {size(total)}"
-    if len(found.state_dicts) > 1 or "." not in found.state_dicts:
-        yield "state dicts: " + ", ".join(f"{path} ({count} tensors)" for path, count in found.state_dicts.items())
-    dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
-    yield f"{found.tensors} tensors, {size(found.nbytes)}: {dtypes}"
+def inspection(result: Inspection) -> Iterable[str]:
+    """Describe the contents of a checkpoint."""
+    total = sum(result.files.values())
+    yield f"{result.source}: {', '.join(result.containers)}, {count(len(result.files), 'file')}, {size(total)}"
+    if len(result.state_dicts) > 1 or "." not in result.state_dicts:
+        yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in result.state_dicts.items())
+    dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
+    yield f"{result.tensors} tensors, {size(result.nbytes)}: {dtypes}"
     yield ""
-    yield from _table(found.groups)
-    for recognised in found.recognised:
+    yield from _table(result.groups)
+    for layout in result.layouts:
         yield ""
-        yield from _recognised(recognised)
-    if not found.recognised:
+        yield from _fitting_layout(layout)
+    if not result.layouts:
         yield ""
         yield "no known layout fits"
-        yield from found.nearest
+        yield from result.nearest
 
 
 def count(number: int, noun: str) -> str:
-    """The number and its noun, in the plural where it takes one."""
+    """Format a number with its noun, in the plural if needed."""
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
@@ -106,13 +105,13 @@ def _table(groups: list[Group]) -> Iterable[str]:
             name = f"{name.removesuffix('weight')}{{weight,bias}}"
             shapes, nbytes = f"{shapes}, {_shapes(partner)}", nbytes + partner.nbytes
         rows.append((name, group.layers, "/".join(group.dtypes), shapes, size(nbytes)))
-    widths = [min(max(len(row[column]) for row in rows), _WIDEST) for column in range(4)]
+    widths = [min(max(len(row[column]) for row in rows), _MAX_COLUMN) for column in range(4)]
     for row in rows:
         yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
 
 
 def _paired(groups: list[Group]) -> Iterable[tuple[Group, Group | None]]:
-    """The groups, each weight with its bias where it has one: a module a line."""
+    """Pair each weight with its bias, so that a module takes one line."""
     by_name = {(group.name, group.layers, *group.dtypes): group for group in groups}
     for group in groups:
         module, _, kind = group.name.rpartition(".")
@@ -126,17 +125,17 @@ def _shapes(group: Group) -> str:
     return " or ".join(str(shape) for shape in group.shapes)
 
 
-def _recognised(found: FittingLayout) -> Iterable[str]:
-    yield f"{found.family}: layout {found.layout}, {found.description}"
-    yield f"  known by {', '.join(found.evidence)}"
-    if len(found.state_dicts) > 1:
-        yield f"  choose one with --state-dict: {', '.join(found.state_dicts)}"
-    if found.card is None:
-        yield from (f"  {line}" for line in found.problem.split("\n"))
-        return
-    card = found.card
-    yield f"  `dsocr-convert {card.family}` would write {card.tensors} tensors, {size(card.nbytes)}"
-    yield from remarks(card)
+def _fitting_layout(layout: FittingLayout) -> Iterable[str]:
+    yield f"{layout.family}: layout {layout.layout}, {layout.description}"
+    yield f"  recognised by {', '.join(layout.evidence)}"
+    if len(layout.state_dicts) > 1:
+        yield f"  choose one with --state-dict: {', '.join(layout.state_dicts)}"
+    record = layout.record
+    if record is None:
+        yield from (f"  {line}" for line in layout.problem.split("\n"))
+    else:
+        yield f"  `dsocr-convert {record.family}` would write {record.tensors} tensors, {size(record.nbytes)}"
+        yield from remarks(record)
 
 
 def show_conversion(
