@@ -320,7 +320,7 @@ def test_the_command(tmp_path: Path) -> None:
     saved({**hub, "pos_embed": hub["pos_embed"] + 1}, tmp_path / "target.safetensors")
     done = run("source.pth", "target.safetensors", "--json", folder=tmp_path)
     assert done.returncode == 3 and json.loads(done.stdout)["unmatched"] == ["pos_embed"]
-    assert "nothing makes 1 tensor of target.safetensors (nothing was written" in done.stderr
+    assert "no match for 1 tensor of target.safetensors (nothing was written" in done.stderr
     assert not (tmp_path / "my.yaml").exists()
 
 

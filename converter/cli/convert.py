@@ -39,7 +39,7 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 
 
 @app.command()
-@add_options(ConvertOptions, HubOptions, only=["state_dict", "revision", "hub", "download"])
+@add_options((ConvertOptions, ["state_dict"]), HubOptions)
 def inspect(source: Source, json: Json = False, **options: Any) -> None:
     """Show what a checkpoint holds, its layout and what a conversion would write. Reads no weights."""
     found = converter.inspect(source, **options)

@@ -1,7 +1,6 @@
-"""`dsocr-convert diff`: what differs between two checkpoints, and how far each block moved.
+"""`dsocr-convert diff`: compares two checkpoints."""
 
-Annotations are not postponed here: typer would have to compile each of them again at every start.
-"""
+from __future__ import annotations
 
 import math
 import shlex
@@ -10,13 +9,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import converter
+from converter import reports
 from converter.cli import console
-from converter.cli.options import Html, Json, Quiet
+from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
 from converter.output.names import shorten
 from converter.storage.progress import OnProgress
@@ -25,65 +27,73 @@ if TYPE_CHECKING:
     from converter.comparison.difference import Block, Change, Difference
 
 _NAMES_SHOWN = 3
-_MOVED_SHOWN = 12
-_LONGEST_BAR, _SHORTEST_BAR = 60, 10
+_TENSORS_SHOWN = 12
+_MIN_BAR, _MAX_BAR = 10, 60  # columns
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
-StateDict = Annotated[
-    str | None,
-    typer.Option(metavar="NAME[,NAME]", help="Which state dict, where a file holds several; A's and B's apart."),
-]
+A = Annotated[str, typer.Argument(metavar="A", help="A checkpoint: file, folder, sharded index, or org/name.")]
+B = Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, of any layout.")]
 
 
-def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: file, folder, sharded index, or org/name.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one, of any layout.")],
-    state_dict: StateDict = None,
-    html: Html = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Show what differs between two checkpoints, and how far each block moved. Exits with 1 if anything does.
+@dataclass(frozen=True)
+class DiffOptions:
+    """Options of the command."""
 
-    Formats and layouts do not matter: both are compared under the DeepEncoder's names where they can be. On a hub,
-    hf://org/name@REVISION names a revision.
+    state_dict: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME]", help="State dict of files with several; with a comma, A's and B's."),
+    ] = None
+    html: Html = None
+    json: Json = False
+    quiet: Quiet = False
+
+
+@add_options(DiffOptions)
+def diff(a: A, b: B, **options: Any) -> None:
+    """Compare two checkpoints and show how far each block moved. The exit code is 1 if they differ.
+
+    Formats and layouts may differ: both are compared under the DeepEncoder's names if possible. Choose a revision on a
+    hub with hf://org/name@REVISION.
     """
-    if html is not None:
-        from converter.reports import check_files
-
-        check_files(html)
+    chosen = DiffOptions(**options)
+    if chosen.html is not None:
+        reports.check_files(chosen.html)
     with ExitStack() as bars:
-        found = converter.diff(a, b, state_dict=state_dict, on_progress=_one_each(bars, not quiet))
-    if not quiet:
-        console.say(*table(found, shutil.get_terminal_size().columns, _blocks_print(sys.stderr.encoding)))
-    if html is not None:
-        from converter.reports import write
-        from converter.reports.movement import page
-
-        facts = [in_both(found), *names(found)]
-        write(html, page(found, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
-    if json:
-        console.result_json(found.to_json())
+        on_progress = _bar_per_task(bars, not chosen.quiet)
+        difference = converter.diff(a, b, state_dict=chosen.state_dict, on_progress=on_progress)
+    if not chosen.quiet:
+        console.say(*table(difference, shutil.get_terminal_size().columns, _can_encode_blocks(sys.stderr.encoding)))
+    if chosen.html is not None:
+        _write_page(chosen.html, difference)
+    if chosen.json:
+        console.result_json(difference.to_json())
     else:
-        console.result("equal" if found.equal else "different")
-    raise typer.Exit(0 if found.equal else 1)
+        console.result("equal" if difference.equal else "different")
+    raise typer.Exit(0 if difference.equal else 1)
 
 
-def _one_each(bars: ExitStack, enabled: bool) -> OnProgress:
-    """A progress bar for each thing that is done: fetching, comparing, measuring."""
-    made: dict[str, console.Bar] = {}
+def _write_page(path: Path, difference: Difference) -> None:
+    from converter.reports.movement import page
+
+    facts = [in_both(difference), *names(difference)]
+    reports.write(path, page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
+
+
+def _bar_per_task(stack: ExitStack, enabled: bool) -> OnProgress:
+    """Make a callback that shows a progress bar for each task: fetching, comparing, measuring."""
+    bars: dict[str, console.Bar] = {}
 
     def on_progress(what: str, done: int, total: int) -> None:
-        kind = what.partition(" ")[0]
-        if kind not in made:
-            made[kind] = bars.enter_context(console.Bar(enabled))
-        made[kind](what, done, total)
+        task = what.partition(" ")[0]
+        if task not in bars:
+            bars[task] = stack.enter_context(console.Bar(enabled))
+        bars[task](what, done, total)
 
     return on_progress
 
 
-def _blocks_print(encoding: str | None) -> bool:
-    """Whether a stream can print parts of blocks."""
+def _can_encode_blocks(encoding: str | None) -> bool:
+    """Whether an encoding has block characters."""
     try:
         _EIGHTHS.encode(encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
@@ -91,90 +101,106 @@ def _blocks_print(encoding: str | None) -> bool:
     return True
 
 
-def table(found: "Difference", width: int, fine: bool) -> Iterable[str]:
-    """The difference for a terminal of `width` columns; its bars are of ASCII unless `fine`."""
-    for side, name, kinds, layouts in zip("AB", (found.a, found.b), found.containers, found.layouts, strict=True):
-        known = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
-        yield f"{side}  {name}: {', '.join(kinds)}, {known}"
+def table(difference: Difference, width: int, blocks: bool) -> Iterable[str]:
+    """Describe a difference.
+
+    Args:
+        difference: The difference.
+        width: The columns of the terminal.
+        blocks: Whether to draw bars with block characters instead of ASCII.
+    """
+    for side, name, kinds, layouts in zip(
+        "AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True
+    ):
+        layout = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
+        yield f"{side}  {name}: {', '.join(kinds)}, {layout}"
     yield (
-        f"compared under the names of {' and '.join(found.names)}" if found.names else "compared under their own names"
+        f"compared under the names of {' and '.join(difference.names)}"
+        if difference.names
+        else "compared under their own names"
     )
-    yield from (f"  {note}" for note in found.notes)
-    yield in_both(found)
-    yield from names(found)
-    if found.moved:
+    yield from (f"  {note}" for note in difference.notes)
+    yield in_both(difference)
+    yield from names(difference)
+    if difference.moved:
         yield ""
-        yield from _bars(found.blocks, width, fine)
+        yield from _bars(difference.blocks, width, blocks)
         yield ""
-        yield from _furthest(found.moved)
+        yield from _moved_tensors(difference.moved)
 
 
-def in_both(found: "Difference") -> str:
-    """How many tensors both have, and how many of them are equal."""
-    both = len(found.same) + len(found.changed)
-    if not found.changed:
+def in_both(difference: Difference) -> str:
+    """Count the tensors that are in both checkpoints, and the equal ones."""
+    both = len(difference.same) + len(difference.changed)
+    if not difference.changed:
         return f"{count(both, 'tensor')} in both, equal in every bit" if both else "no tensor is in both"
-    return f"{count(both, 'tensor')} in both: {len(found.same)} equal in every bit, {len(found.changed)} not"
+    return f"{count(both, 'tensor')} in both: {len(difference.same)} equal in every bit, {len(difference.changed)} not"
 
 
-def names(found: "Difference") -> Iterable[str]:
-    """Names, types and shapes that differ."""
-    for side, names in (("A", found.removed), ("B", found.added)):
+def names(difference: Difference) -> Iterable[str]:
+    """List the names, types and shapes that differ."""
+    for side, names in (("A", difference.removed), ("B", difference.added)):
         if names:
-            yield f"only in {side}: {count(len(names), 'tensor')}: {_some(names)}"
-    if found.renamed:
-        pairs = [f"{old} -> {new}" for old, new in found.renamed.items()]
+            yield f"only in {side}: {count(len(names), 'tensor')}: {_shorten(names)}"
+    if difference.renamed:
+        pairs = [f"{old} -> {new}" for old, new in difference.renamed.items()]
         yield f"renamed: {count(len(pairs), 'tensor')}, equal in every bit"
-        yield from (f"  {pair}" for pair in pairs[:_MOVED_SHOWN])
-        if len(pairs) > _MOVED_SHOWN:
-            yield f"  and {len(pairs) - _MOVED_SHOWN} more"
-    for change in found.reshaped:
+        yield from (f"  {pair}" for pair in pairs[:_TENSORS_SHOWN])
+        if len(pairs) > _TENSORS_SHOWN:
+            yield f"  and {len(pairs) - _TENSORS_SHOWN} more"
+    for change in difference.reshaped:
         yield f"shape of {change.name}: {change.shapes[0]} in A, {change.shapes[1]} in B"
-    kinds = [tuple(change.dtypes) for change in found.changed if change.dtypes[0] != change.dtypes[1]]
-    for kind in dict.fromkeys(kinds):
-        same = sum(tuple(change.dtypes) == kind and change.differing == 0 for change in found.changed)
-        yield f"type: {count(kinds.count(kind), 'tensor')} {kind[0]} in A, {kind[1]} in B; {same} equal in value"
+    casts = [tuple(change.dtypes) for change in difference.changed if change.dtypes[0] != change.dtypes[1]]
+    for cast, number in Counter(casts).items():
+        same = sum(tuple(change.dtypes) == cast and change.differing == 0 for change in difference.changed)
+        yield f"type: {count(number, 'tensor')} {cast[0]} in A, {cast[1]} in B; {same} equal in value"
 
 
-def _some(names: Sequence[str]) -> str:
-    """A few names, or what modules they are of."""
+def _shorten(names: Sequence[str]) -> str:
+    """Return the names, or if there are many, the modules that contain them."""
     if len(names) <= _NAMES_SHOWN:
         return shorten(names)
     modules = Counter(name.partition(".")[0] for name in names)
     return shorten([f"{module} ({number})" for module, number in modules.most_common()])
 
 
-def _bars(blocks: "list[Block]", width: int, fine: bool) -> Iterable[str]:
-    """How far each block moved, as a figure and as a bar."""
+def _bars(blocks: list[Block], width: int, block_characters: bool) -> Iterable[str]:
+    """Show how far each block moved, as a number and as a bar."""
     longest = max(len("block"), *(len(block.name) for block in blocks))
-    room = min(max(width - longest - len("  differ    moved  |"), _SHORTEST_BAR), _LONGEST_BAR)
-    furthest = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
+    columns = min(max(width - longest - len("  differ    moved  |"), _MIN_BAR), _MAX_BAR)
+    largest_move = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
     yield "how far each block moved: the norm of B - A, relative to A's"
     yield f"{'block':{longest}}  differ    moved"
     for block in blocks:
         differ = f"{block.differing}/{block.tensors}"
-        share = block.relative / furthest if furthest and math.isfinite(block.relative) else block.relative == math.inf
-        line = f"{block.name:{longest}}  {differ:>6}  {_figure(block.relative):>7}  {_bar(share * room, fine)}"
-        yield line.rstrip()
+        share = _share(block.relative, largest_move)
+        bar = _bar(share * columns, block_characters)
+        yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
 
 
-def _bar(length: float, fine: bool) -> str:
-    if not fine:
+def _share(value: float, largest: float) -> float:
+    if math.isfinite(value):
+        return value / largest if largest else 0.0
+    return float(value == math.inf)
+
+
+def _bar(length: float, block_characters: bool) -> str:
+    if not block_characters:
         return "#" * max(round(length), length > 0)
-    # What moved at all is seen.
+    # At least one eighth, so that every movement is visible.
     eighths = max(round(length * 8), length > 0)
     return _EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def _furthest(moved: "list[Change]") -> Iterable[str]:
-    """The tensors that moved furthest; names last, for they are of any length."""
+def _moved_tensors(moved: list[Change]) -> Iterable[str]:
+    """List the tensors that moved furthest; names come last as they may be long."""
     yield "  moved  largest    cosine    differing  tensor"
-    for change in moved[:_MOVED_SHOWN]:
-        figures = f"{_figure(change.relative):>7}  {_figure(change.maximum):>7}  {change.cosine or 0.0:8.6f}"
-        yield f"{figures}  {change.differing or 0:>11,}  {change.name}"
-    if len(moved) > _MOVED_SHOWN:
-        yield f"and {len(moved) - _MOVED_SHOWN} more (--json lists all)"
+    for change in moved[:_TENSORS_SHOWN]:
+        numbers = f"{_number(change.relative):>7}  {_number(change.maximum):>7}  {change.cosine or 0.0:8.6f}"
+        yield f"{numbers}  {change.differing or 0:>11,}  {change.name}"
+    if len(moved) > _TENSORS_SHOWN:
+        yield f"and {len(moved) - _TENSORS_SHOWN} more (--json lists all)"
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return f"{value:.1e}" if value else "0"

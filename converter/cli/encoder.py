@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,44 +16,40 @@ from converter.options import DtypeName, HubOptions
 Source = Annotated[
     str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint that holds both encoders, such as DeepSeek-OCR.")
 ]
-Sam = Annotated[str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: a SAM checkpoint of any layout.")]
-Clip = Annotated[str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: a CLIP checkpoint of any layout.")]
-Compressor = Annotated[
-    str | None,
-    typer.Option(metavar="SOURCE|random:SEED", help="Checkpoint with trained net_2 and net_3 weights, or random:SEED."),
-]
-WithProjector = Annotated[
-    bool, typer.Option("--with-projector", help="Also take projector, image_newline and view_seperator.")
-]
-AddPrefix = Annotated[str, typer.Option(metavar="NAME.", help="Prefix of all tensor names in the output.")]
-Into = Annotated[
-    Path | None, typer.Option(metavar="CHECKPOINT", help="Write a copy of this DeepSeek-OCR with the encoder in it.")
-]
-Dtype = Annotated[DtypeName, typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types.")]
 
 
-@add_options(WriteOptions, HubOptions)
-def encoder(
-    source: Source = None,
-    sam: Sam = None,
-    clip: Clip = None,
-    compressor: Compressor = None,
-    with_projector: WithProjector = False,
-    add_prefix: AddPrefix = "model.",
-    into: Into = None,
-    dtype: Dtype = "keep",
-    **options: Any,
-) -> None:
-    """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam, --clip and --compressor."""
-    render.show_conversion(
-        converter.encoder,
-        source,
-        sam=sam,
-        clip=clip,
-        compressor=compressor,
-        with_projector=with_projector,
-        add_prefix=add_prefix,
-        into=into,
-        dtype=dtype,
-        **options,
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Options of `converter.encoder`."""
+
+    sam: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: a SAM checkpoint of any layout.")
+    ] = None
+    clip: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: a CLIP checkpoint of any layout.")
+    ] = None
+    compressor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE|random:SEED", help="Checkpoint with trained net_2 and net_3 weights, or random:SEED."
+        ),
+    ] = None
+    with_projector: Annotated[
+        bool, typer.Option("--with-projector", help="Also take projector, image_newline and view_seperator.")
+    ] = False
+    add_prefix: Annotated[str, typer.Option(metavar="NAME.", help="Prefix of all tensor names in the output.")] = (
+        "model."
     )
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Write a copy of this DeepSeek-OCR with the encoder in it."),
+    ] = None
+    dtype: Annotated[DtypeName, typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types.")] = (
+        "keep"
+    )
+
+
+@add_options(EncoderOptions, WriteOptions, HubOptions)
+def encoder(source: Source = None, **options: Any) -> None:
+    """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam, --clip and --compressor."""
+    render.show_conversion(converter.encoder, source, **options)

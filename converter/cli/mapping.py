@@ -1,26 +1,43 @@
-"""`dsocr-convert mapping`: the files that describe layouts, listed, shown, checked and derived.
+"""`dsocr-convert mapping`: lists, shows, checks and derives mapping files."""
 
-Annotations are not postponed here: typer would have to compile each of them again at every start.
-"""
+from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import converter
 from converter.cli import console, render
-from converter.cli.options import Json, Quiet, StateDict, complete_layout
+from converter.cli.options import Json, Quiet, add_options, complete_layout
 from converter.errors import UsageError
 from converter.layouts import registry
+from converter.options import ConvertOptions
 from converter.output.names import fold_names
 
 if TYPE_CHECKING:
     from converter.api.derive import Derived
 
-# What of a long list is told; --json has all of it.
+# Names of a list on the terminal; --json has all.
 _SHOWN = 8
+# How names in `Derived.found` are explained.
+_CONFIDENCE = {
+    "values": "certain",
+    "values that several tensors have, and name": "the values are certain, the names a guess",
+    "shape and name": "a guess: try it on a checkpoint",
+}
+
+NewLayout = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a new layout.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        autocompletion=complete_layout,
+        help="The same weights in a known layout, or the name of a layout: then only names and shapes are compared.",
+    ),
+]
 
 app = typer.Typer(
     help="List, show, check and derive the mapping files that describe layouts.",
@@ -31,7 +48,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_mappings() -> None:
-    """List the layouts that are known."""
+    """List the known layouts."""
     width = max(map(len, registry.layout_names()))
     for name in registry.layout_names():
         console.result(f"{name:{width}}  {registry.load(name).description}")
@@ -39,7 +56,7 @@ def list_mappings() -> None:
 
 @app.command("show")
 def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=complete_layout)]) -> None:
-    """Print the mapping file of a layout, to read or to start one's own from."""
+    """Print the mapping file of a layout, for example as a start for your own."""
     console.result(*registry.text(name).rstrip().split("\n"))
 
 
@@ -54,11 +71,11 @@ def check_mapping(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE.yaml... [SOURCE]", help="Mapping files; behind one alone, a checkpoint to try it on."
+            metavar="FILE.yaml... [SOURCE]", help="Mapping files; after a single one, a checkpoint to try it on."
         ),
     ],
 ) -> None:
-    """Check mapping files, and what one would make of a checkpoint."""
+    """Check mapping files, and try one on a checkpoint."""
     first, *others = paths
     files = [first, *(path for path in others if path.suffix in (".yaml", ".yml"))]
     sources = [str(path) for path in others if path.suffix not in (".yaml", ".yml")]
@@ -68,8 +85,8 @@ def check_mapping(
     if any(codes):
         raise typer.Exit(max(codes))
     if sources:
-        card = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True)
-        console.result(*render.summary(card))
+        record = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True)
+        console.result(*render.summary(record))
 
 
 def _check(file: Path) -> None:
@@ -86,87 +103,59 @@ def _check(file: Path) -> None:
         console.result(line)
 
 
-@app.command("derive")
-def derive_mapping(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a layout of its own.")],
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            autocompletion=complete_layout,
-            help="The same weights in a layout that is known; or the name of a layout, to go by names and shapes.",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
-    ] = Path("my.yaml"),
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What to call the layout. [default: FILE]")] = "",
-    family: Annotated[
-        Literal["sam", "clip"] | None, typer.Option(help="Which encoder of a TARGET that holds both.")
-    ] = None,
-    state_dict: StateDict = None,
-    partly: Annotated[
-        bool,
-        typer.Option("--partial", help="Write the file even if something of TARGET was not found."),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write a mapping file for the layout of SOURCE, by comparing its tensors with those of TARGET."""
-    # Imported here: values are compared with torch.
-    from converter.api.derive import derive
+@dataclass(frozen=True)
+class DeriveOptions:
+    """Options of `converter.derive`."""
 
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
+    ] = Path("my.yaml")
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the layout. [default: FILE]")] = ""
+    family: Annotated[Literal["sam", "clip"] | None, typer.Option(help="The encoder, if TARGET holds both.")] = None
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Write the file even if tensors of TARGET were not found.")
+    ] = False
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False
+
+
+@app.command("derive")
+@add_options(DeriveOptions, (ConvertOptions, ["state_dict"]))
+def derive_mapping(source: NewLayout, target: Target, json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+    """Write a mapping file for the layout of SOURCE by comparing its tensors with those of TARGET."""
     with console.Bar(enabled=not quiet) as bar:
-        found = derive(
-            source,
-            target,
-            out=output,
-            name=name,
-            family=family or "",
-            state_dict=state_dict,
-            force=force,
-            partial=partly,
-            on_progress=bar,
-        )
-    if not quiet or not found.complete:
-        console.say(*_summary(found))
+        options["family"] = options["family"] or ""
+        derived = converter.derive(source, target, on_progress=bar, **options)
+    if not quiet or not derived.complete:
+        console.say(*_summary(derived))
     if json:
-        console.result_json(found.to_json())
-    elif found.written:
-        console.result(found.output)
-    if not found.complete:
+        console.result_json(derived.to_json())
+    elif derived.written:
+        console.result(derived.output)
+    if not derived.complete:
         raise typer.Exit(3)
 
 
-def _summary(found: "Derived") -> list[str]:
-    """What was found how, how sure it is, and what is left, for people."""
-    total = sum(found.found.values())
-    rules = render.count(found.rules, "rule")
-    lines = [f"{found.layout}: {total} of {found.tensors} tensors of {found.target}, in {rules}"]
-    lines += [f"  {count:4} by {how} ({_CONFIDENCE[how]})" for how, count in found.found.items()]
-    lines += _listing("others would have done as well for", [name for name, rivals in found.guessed.items() if rivals])
-    lines += _listing("leads nowhere, and is dropped", found.dropped)
-    lines += [f"  {note}" for note in found.notes]
-    if found.known:
-        lines.append(f"  SOURCE is of the layout {', '.join(found.known)}, which needs no file of its own")
-    if found.unmatched:
-        written = f"{found.output} lacks them" if found.written else "nothing was written; --partial writes the rest"
-        lacking = render.count(len(found.unmatched), "tensor")
-        lines += _listing(f"error: nothing makes {lacking} of {found.target} ({written})", found.unmatched)
+def _summary(derived: Derived) -> list[str]:
+    """Describe how tensors were found, how certain that is, and what is missing."""
+    total = sum(derived.found.values())
+    rules = render.count(derived.rules, "rule")
+    lines = [f"{derived.layout}: {total} of {derived.tensors} tensors of {derived.target}, in {rules}"]
+    lines += [f"  {number:4} by {how} ({_CONFIDENCE[how]})" for how, number in derived.found.items()]
+    lines += _listing("ambiguous match for", [name for name, rivals in derived.guessed.items() if rivals])
+    lines += _listing("unused, dropped", derived.dropped)
+    lines += [f"  {note}" for note in derived.notes]
+    if derived.known:
+        lines.append(f"  SOURCE already has the layout {', '.join(derived.known)}: no mapping file is needed")
+    if derived.unmatched:
+        outcome = f"not in {derived.output}" if derived.written else "nothing was written; --partial writes the rest"
+        unmatched = render.count(len(derived.unmatched), "tensor")
+        lines += _listing(f"error: no match for {unmatched} of {derived.target} ({outcome})", derived.unmatched)
     return lines
 
 
-_CONFIDENCE = {
-    "values": "certain",
-    "values that several tensors have, and name": "the same bytes whichever it is; the names a guess",
-    "shape and name": "guessed: try it on a checkpoint",
-}
-
-
-def _listing(what: str, names: list[str]) -> list[str]:
-    """A heading and names, those of layers folded, if there are any."""
+def _listing(title: str, names: list[str]) -> list[str]:
+    """Return a heading and names, repeated layers folded; nothing if there are no names."""
     folded = fold_names(names)
     more = [f"    and {len(folded) - _SHOWN} more"] if len(folded) > _SHOWN else []
-    heading = what if what.startswith("error") else f"  {what}"
+    heading = title if title.startswith("error") else f"  {title}"
     return [f"{heading}:", *(f"    {name}" for name in folded[:_SHOWN]), *more] if names else []

@@ -24,9 +24,6 @@ PROGRAM: dict[str, Any] = {
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-StateDict = Annotated[
-    str | None, typer.Option(metavar="NAME", help="State dict of a file with several (model, ema; . for the top).")
-]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the result.")]
@@ -67,22 +64,21 @@ class WriteOptions:
 
 
 def add_options(
-    *groups: type, only: Collection[str] = (), without: Collection[str] = ()
+    *groups: type | tuple[type, Collection[str]], without: Collection[str] = ()
 ) -> Callable[[Command], Command]:
     """Replace `**options` in the signature of a command by the fields of dataclasses.
 
     Args:
-        groups: Dataclasses whose fields are annotated for typer, or have metadata as in `converter.options`.
-        only: The fields to add; all if empty.
+        groups: Dataclasses whose fields are annotated for typer, or have metadata as in `converter.options`; with
+            names, only these fields.
         without: Fields to leave out.
     """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
-        own = [item.replace(kind=item.KEYWORD_ONLY) for item in own]
-        shared = [item for group in groups for item in _parameters(group)]
-        added = [item for item in shared if item.name not in without and (not only or item.name in only)]
+        own = [item.replace(kind=item.KEYWORD_ONLY) for item in signature.parameters.values()]
+        own = [item for item in own if item.name != "options"]
+        added = [item for group in groups for item in _parameters(group) if item.name not in without]
         command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in own + added}
         return command
@@ -90,15 +86,17 @@ def add_options(
     return decorate
 
 
-def _parameters(group: type) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    for item in fields(group):
+def _parameters(group: type | tuple[type, Collection[str]]) -> Iterator[inspect.Parameter]:
+    cls, names = group if isinstance(group, tuple) else (group, None)
+    hints = get_type_hints(cls, include_extras=True)
+    for item in fields(cls):
         annotation = hints[item.name]
         if item.metadata:
             annotation = Annotated[item.metadata["type"] or annotation, _option(item.name, item.default, item.metadata)]
-        elif not hasattr(annotation, "__metadata__"):
-            continue
-        yield inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
+        if hasattr(annotation, "__metadata__") and (names is None or item.name in names):
+            yield inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation
+            )
 
 
 def _option(name: str, default: object, metadata: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,90 +16,101 @@ from converter.cli.options import PROGRAM, Html, Json, Quiet, Version, add_optio
 from converter.errors import UsageError
 from converter.options import ConvertOptions, HubOptions
 
+if TYPE_CHECKING:
+    from converter.verification.result import Verification
+
 app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
-Source = Annotated[
-    str | None,
-    typer.Option("--source", "-s", metavar="SOURCE", help="What it was converted from: file, folder, index, org/name."),
-]
-RecordFile = Annotated[
-    Path | None, typer.Option("--record", metavar="FILE.json", help="The conversion record that was written with it.")
-]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the encoders run.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="The precision they run in.")]
-Sizes = Annotated[
-    str | None,
-    typer.Option(metavar="PIXELS,...", help="Sizes for the whole chain. [default: 512,640,1024,1280; on a CPU 512]"),
-]
-Fast = Annotated[bool, typer.Option("--fast", help="Structure and bytes alone; run nothing.")]
-Image = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Let the encoders look at this image. [default: a drawn page]")
-]
-Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case a check, for CI systems.")]
-Github = Annotated[bool, typer.Option("--github", help="Annotate a GitHub Actions run, and write its step summary.")]
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `converter.verify`."""
+
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", metavar="SOURCE", help="The checkpoint that it was converted from.")
+    ] = None
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="The conversion record that was written with it.")
+    ] = None
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Device to run the encoders on.")] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision to run the encoders in.")
+    ] = "float32"
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIXELS,...",
+            help="Image sizes for the whole DeepEncoder. [default: 512,640,1024,1280; on a CPU 512]",
+        ),
+    ] = None
+    fast: Annotated[bool, typer.Option("--fast", help="Check only structure and bytes; run nothing.")] = False
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Input image for the encoders. [default: a drawn page]")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How to report a verification."""
+
+    html: Html = None
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a JUnit report, one test case per check.")
+    ] = None
+    github: Annotated[
+        bool, typer.Option("--github", help="Annotate a GitHub Actions run and write its step summary.")
+    ] = False
+    json: Json = False
+    quiet: Quiet = False
+    version: Version = False
 
 
 @app.command()
-@add_options(ConvertOptions, HubOptions, only=["mapping", "state_dict", "revision", "hub", "download"])
-def verify(
-    converted: Converted,
-    source: Source = None,
-    record: RecordFile = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    sizes: Sizes = None,
-    fast: Fast = False,
-    image: Image = None,
-    html: Html = None,
-    junit: Junit = None,
-    github: Github = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    version: Version = False,
-    **options: Any,
-) -> None:
-    """Prove a conversion by structure, by bytes, and by outputs beside the source's own implementation."""
-    chosen = _sizes(sizes)
-    # Gigabytes of attention scores in pages of 4 KiB cost the kernel as much time as the arithmetic takes. torch reads
-    # this as it is imported.
+@add_options(VerifyOptions, (ConvertOptions, ["mapping", "state_dict"]), HubOptions, ReportOptions)
+def verify(converted: Converted, **options: Any) -> None:
+    """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
+    report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
+    sizes = _parse_sizes(options.pop("sizes"))
+    # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Two seconds of torch, which --help and a mistyped option need not wait for.
+    # They import torch, which takes two seconds; --help and usage errors do without it.
     from converter import reports
     from converter.api.verify import verify as run
 
-    reports.check_files(html, junit)
-    with console.Bar(not quiet) as fetching, console.Bar(not quiet, "steps") as steps:
-        found = run(
+    reports.check_files(report.html, report.junit)
+    with console.Bar(not report.quiet) as fetching, console.Bar(not report.quiet, "steps") as steps:
+        verification = run(
             converted,
-            source,
-            record=record,
-            device=device,
-            dtype=dtype,
-            sizes=chosen,
-            fast=fast,
-            image=image,
-            draw=html is not None,
+            sizes=sizes,
+            draw=report.html is not None,
             on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
             **options,
         )
-    if not quiet:
-        from converter.reports.text import show
+    _show(verification, report)
+    raise typer.Exit(0 if verification.ok else 1)
 
-        show(found)
-    reports.write_files(found, html=html, junit=junit, command=shlex.join(["dsocr-verify", *sys.argv[1:]]))
-    if github:
-        from converter.reports.github import annotate
 
-        annotate(found)
-    if json:
-        console.result_json(found.to_json())
+def _show(verification: Verification, report: ReportOptions) -> None:
+    """Print a verification and write its reports."""
+    from converter import reports
+    from converter.reports.github import annotate
+    from converter.reports.text import show
+
+    if not report.quiet:
+        show(verification)
+    command = shlex.join(["dsocr-verify", *sys.argv[1:]])
+    reports.write_files(verification, html=report.html, junit=report.junit, command=command)
+    if report.github:
+        annotate(verification)
+    if report.json:
+        console.result_json(verification.to_json())
     else:
-        console.result("verified" if found.ok else "not verified")
-    raise typer.Exit(0 if found.ok else 1)
+        console.result("verified" if verification.ok else "not verified")
 
 
-def _sizes(text: str | None) -> tuple[int, ...] | None:
+def _parse_sizes(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     words = text.split(",")
