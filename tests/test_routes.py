@@ -373,7 +373,9 @@ def test_a_decoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_tower_that_is_lacking_is_named(tmp_path: Path) -> None:
     path = save(models.clip_hf_vision().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(MappingError, match=r"lacks tensors of clip-hf: visual_projection\.weight, .*text_model\.embeddings.* more\n"):
+    with pytest.raises(
+        MappingError, match=r"lacks tensors of clip-hf: visual_projection\.weight, .*text_model\.embeddings.* more\n"
+    ):
         converter.convert(path, "clip", to="clip-hf", full_model=True, out=tmp_path / "out.safetensors")
 
 
