@@ -230,7 +230,8 @@ def test_a_target_in_another_layout_is_reached_by_it(tmp_path: Path) -> None:
     torch.save(ours, tmp_path / "source.pth")
     found = derive(tmp_path / "source.pth", target, out=tmp_path / "my.yaml", name="clip-stack")
     assert found.written and set(found.found) == {"values"} and not found.dropped
-    options = {"mapping": tmp_path / "my.yaml", "to": "clip-hf", "whole": True, "out": tmp_path / "out.safetensors"}
+    options = {"mapping": tmp_path / "my.yaml", "to": "clip-hf", "full_model": True}
+    options["out"] = tmp_path / "out.safetensors"
     card = converter.convert(tmp_path / "source.pth", "clip", **options)  # type: ignore[arg-type]
     assert card.mapping == "clip-stack"
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), safetensors.torch.load_file(target))
