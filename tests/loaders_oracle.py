@@ -1,4 +1,4 @@
-"""Turns what our loaders describe into torch tensors, to compare with what the real libraries load."""
+"""Builds torch tensors from the loaders' descriptions, to compare them with those of the libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(path: Path, container: str) -> Contents:
 
 
 def to_torch(tensor: TensorInfo) -> torch.Tensor:
-    """The tensor that `tensor` describes."""
+    """Read a described tensor."""
     data = tensor.storage.read()
     if tensor.storage.big_endian:
         size = tensor.dtype.itemsize
@@ -40,7 +40,7 @@ def to_torch(tensor: TensorInfo) -> torch.Tensor:
 
 
 def assert_same(ours: Any, theirs: Any, key: Any = None) -> None:
-    """Same keys in the same order; same dtype, shape and bytes of every tensor; all else a scalar or None."""
+    """Check keys and their order, dtype, shape and bytes of each tensor; other values are scalars or None."""
     if isinstance(theirs, dict):
         assert list(ours) == list(theirs)
         for name in theirs:

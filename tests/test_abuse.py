@@ -1,4 +1,4 @@
-"""What clumsy and hostile users do: every mistake is told in a few lines, and nothing but the output is written."""
+"""Mistakes of users and hostile options: each gives a short error, and only the output is written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own for each test, with copies: what is written over the sources is seen."""
+    """A new folder with copies of the sources, so that changes to them are detected."""
     for path in (path for path in made.rglob("*") if path.is_file()):
         (tmp_path / path.relative_to(made)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path.relative_to(made)).write_bytes(path.read_bytes())
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def check_refused(folder: Path, error: type[DsocrError], words: str, call: Callable[[], object]) -> None:
-    """The call fails with a short message that holds the words, and leaves the folder as it was."""
+    """The call fails with a short message that contains the words, and changes nothing in the folder."""
     before = contents(folder)
     with pytest.raises(error) as caught:
         call()
@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[type[DsocrError], str, Callable[[], object]]] = {
     "long checkpoint": (UsageError, "no such file", encoder(into=TOO_LONG, out="x.safetensors")),
     "NUL in output": (OutputError, "embedded null", sam(out="a\0b")),
     "empty source": (UsageError, "SOURCE is empty", lambda: converter.convert("", "sam")),
-    "empty lender": (UsageError, "SOURCE is empty", sam(fill_from="", to="sam-hf", out="x.pth")),
+    "empty donor": (UsageError, "SOURCE is empty", sam(fill_from="", to="sam-hf", out="x.pth")),
     "over the index": (OutputError, "is the source", clip(out="clip/model.safetensors.index.json")),
     "over a pipe": (OutputError, "a device or a pipe", sam(out="pipe", force=True)),
     "huge images": (UsageError, "expected 1 to", clip(image_size=14_000_000)),
@@ -107,7 +107,7 @@ def test_mistakes_are_refused_before_anything_is_written(name: str, folder: Path
 
 @pytest.mark.parametrize("link", [False, True], ids=["itself", "hard link"])
 @pytest.mark.parametrize("what", ["source", "index", "mapping"])
-def test_a_card_never_replaces_an_input(what: str, link: bool, folder: Path) -> None:
+def test_a_record_never_replaces_an_input(what: str, link: bool, folder: Path) -> None:
     own = {"source": "sam.json", "index": "clip/model.safetensors.index.json", "mapping": "m.json"}
     (folder / "sam.pth").rename("sam.json")
     (folder / "m.json").write_text(registry.text("sam-meta"))
@@ -122,8 +122,8 @@ def test_a_card_never_replaces_an_input(what: str, link: bool, folder: Path) -> 
         check_refused(folder, OutputError, "is the source", lambda: call(out=own[what]))
 
 
-def test_names_that_are_no_utf8(folder: Path) -> None:
-    """On Linux a file's name is bytes: cards and mapping files hold what of it is text."""
+def test_file_names_that_are_not_utf8(folder: Path) -> None:
+    """On Linux a file name is bytes. Records and mapping files contain it escaped."""
     (folder / "clip.pth").rename("\udcff.pth")
     converter.convert("\udcff.pth", "clip", out="\udcfe.pth", record=["\udcfd.json", "\udcfd.md"])
     assert "# \\udcfe.pth" in Path("\udcfd.md").read_text()
@@ -135,8 +135,8 @@ def test_names_that_are_no_utf8(folder: Path) -> None:
 # Into a checkpoint ------------------------------------------------------------------------------------------------
 
 
-def test_halves_of_surrogate_pairs_in_a_checkpoint(folder: Path) -> None:
-    """JSON may write them, UTF-8 may not: what cannot be kept byte for byte is escaped again."""
+def test_lone_surrogates_in_a_checkpoint(folder: Path) -> None:
+    """JSON can escape them, UTF-8 cannot encode them: they are escaped again."""
     index = folder / "deepseek" / "model.safetensors.index.json"
     document = json.loads(index.read_bytes())
     document["metadata"] = {"total_size": 3, "by": "\ud800"}
@@ -153,7 +153,7 @@ def test_halves_of_surrogate_pairs_in_a_checkpoint(folder: Path) -> None:
     assert found["__metadata__"] == {"by": "\ud800"} and found["model.sam_model.pos_embed"]["dtype"] == "F32"
 
 
-def test_a_file_beside_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_file_of_the_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
     def refusing(path: Path, *options: Any, **more: Any) -> Any:
@@ -161,20 +161,20 @@ def test_a_file_beside_that_cannot_be_read(folder: Path, monkeypatch: pytest.Mon
             raise PermissionError(13, "Permission denied")
         return opened(path, *options, **more)
 
-    # Root may read everything.
+    # Patched, because root may read everything.
     monkeypatch.setattr(Path, "open", refusing)
     with pytest.raises(ContainerError, match=r"config\.json: cannot be read: Permission denied"):
         encoder(into="deepseek", out="new")()
     assert not [path for path in folder.iterdir() if "new" in path.name]
 
 
-# Cards and reports ------------------------------------------------------------------------------------------------
+# Records and reports ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "hostile", [{"shape": [float("inf")]}, {"shape": [[1]]}, {"shape": None}, {"card": ["x" * 100_000]}], ids=str
 )
-def test_hostile_cards(hostile: dict[str, Any], folder: Path) -> None:
+def test_hostile_records(hostile: dict[str, Any], folder: Path) -> None:
     converter.convert("clip.pth", "clip", out="out.safetensors", record="card.json")
     card = json.loads(Path("card.json").read_bytes())
     next(iter(card["tensors"].values())).update({key: value for key, value in hostile.items() if key != "card"})
@@ -185,21 +185,21 @@ def test_hostile_cards(hostile: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe.json", TOO_LONG], ids=["endless", "pipe", "long"])
-def test_cards_that_are_no_files(path: str, folder: Path) -> None:
+def test_records_that_are_not_files(path: str, folder: Path) -> None:
     os.mkfifo("pipe.json")
     converter.convert("clip.pth", "clip", out="out.safetensors")
     check_refused(folder, ContainerError, "", lambda: verify("out.safetensors", record=path, fast=True))
 
 
 @pytest.mark.parametrize("name", ["sam.pth", "clip/config.json", TOO_LONG, "/dev/null"], ids=lambda name: name[:20])
-def test_reports_replace_reports_alone(name: str, folder: Path) -> None:
+def test_reports_only_replace_reports(name: str, folder: Path) -> None:
     check_refused(folder, OutputError, "", lambda: diff_command("sam.pth", "sam.pth", html=Path(name), quiet=True))
     (folder / "report.html").write_text("an older one")
     check_files(folder / "report.html", folder / "new", None)
 
 
 def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
-    """A rename over /dev/null, by root, would leave a machine without it."""
+    """A rename by root would replace /dev/null."""
     for check in (check_target, check_folder):
         with pytest.raises(OutputError):
             check(Path("/dev/null"), force=True, needed=0)
@@ -207,9 +207,9 @@ def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
     check_target(tmp_path / "old.safetensors", force=True, needed=0)
 
 
-# Names that steer --------------------------------------------------------------------------------------------------
+# Names with control characters ----------------------------------------------------------------------------------------
 
-# What a terminal obeys, and what GitHub's runner takes for a command at the beginning of a line.
+# Terminal control sequences, and a command of GitHub's runner at the beginning of a line.
 STEERING = "a\r\n::error::b\x1b[2J\u202e\u2028"
 SHOWN: dict[str, tuple[str, ...]] = {
     "inspected": ("inspect", "odd.safetensors"),
@@ -226,7 +226,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("how", SHOWN)
-def test_names_in_files_and_of_files_never_reach_the_terminal_as_they_are(how: str, tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(how: str, tmp_path: Path) -> None:
     state = {f"{STEERING}.{name}": tensor.contiguous() for name, tensor in models.sam_meta().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "odd.safetensors")
     safetensors.torch.save_file({STEERING: torch.ones(2), "b": torch.ones(1)}, tmp_path / "other.safetensors")

@@ -1,4 +1,4 @@
-"""Every gadget is refused by its name; and gadgets they are, where Python itself reads them."""
+"""Every gadget is refused by name. Python's own unpickler executes them: the gadgets are real."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from converter.formats.torchscript import _GLOBALS, _ScriptGlobals
 
 TABLES: dict[str, Any] = {"torch": GLOBALS, "TorchScript": _ScriptGlobals(_GLOBALS)}
 
-# Reads each pickle in a process of its own: a gadget may do anything to it.
+# Loads each pickle in a new process, which the gadget may damage.
 VICTIM = """
 import os, pickle, signal, sys
 import numpy.f2py.crackfortran, torch
@@ -46,8 +46,8 @@ def test_every_gadget_is_refused_by_name(table: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def alive(make: Any, names: list[str], folder: Path) -> set[str]:
-    """The names of those that create the file they are given, where Python reads them."""
+def executed(make: Any, names: list[str], folder: Path) -> set[str]:
+    """The names of the pickles that create their file when Python loads them."""
     for name in names:
         made: Raw = make(folder / f"{name}.canary")[name]
         (folder / f"{name}.pkl").write_bytes(pickled(made))
@@ -56,17 +56,17 @@ def alive(make: Any, names: list[str], folder: Path) -> set[str]:
     return {name for name in names if (folder / f"{name}.canary").exists()}
 
 
-def test_gadgets_are_alive_in_python(tmp_path: Path) -> None:
+def test_gadgets_work_in_python(tmp_path: Path) -> None:
     names = [name for name in gadgets.canaries(tmp_path) if name in (*pickles.FAMILIES, "os.system")]
-    # Those take seconds to import; and a distribution's Python may come without idlelib.
+    # The first two take seconds to import; Python may be installed without idlelib.
     without = ("torch.fx", "torch.jit", *(() if importlib.util.find_spec("idlelib") else ("idlelib",)))
     names = [name for name in names if not name.startswith(without)]
-    assert alive(gadgets.canaries, names, tmp_path) == set(names)
+    assert executed(gadgets.canaries, names, tmp_path) == set(names)
 
 
-def test_ways_to_call_are_alive_in_python(tmp_path: Path) -> None:
+def test_ways_to_call_work_in_python(tmp_path: Path) -> None:
     def make(path: Path) -> dict[str, Raw]:
         return {name.replace(" ", "-"): raw for name, (raw, _) in pickles.ways(path).items()}
 
     names = list(make(tmp_path))
-    assert alive(make, names, tmp_path) == set(names)
+    assert executed(make, names, tmp_path) == set(names)

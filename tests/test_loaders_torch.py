@@ -27,7 +27,7 @@ CONTAINERS = {"zip": "torch zip", "legacy": "torch legacy"}
 
 
 def saved(path: Path, value: Any, form: str = "zip", **options: Any) -> Path:
-    """The file that torch writes; in memory it calls a zip's folder `archive`, whatever the file's name is to be."""
+    """Save in memory: the folder in the zip is then called `archive`."""
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=form == "zip", **options)
     path.write_bytes(buffer.getvalue())
@@ -108,7 +108,7 @@ def test_dtypes(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     }
     path = saved(tmp_path / "x", value, form)
     if form == "legacy" and dtype.is_floating_point is False and "uint" in str(dtype) and dtype != torch.uint8:
-        # torch itself cannot read what it wrote of these.
+        # torch cannot read the files that it writes of these dtypes.
         assert_same(opened(path, "torch legacy"), value)
     elif form == "legacy" and "float8" in str(dtype):
         assert_same(opened(path, "torch legacy"), value)
@@ -139,7 +139,7 @@ def test_large_object_pickle_in_legacy(tmp_path: Path) -> None:
 
 
 def repacked(source: Path, method: int, change: Any = None) -> Path:
-    """The archive written anew by Python's zipfile."""
+    """Rewrite the archive with Python's zipfile."""
     members = {info.filename: data for info, data in read_members(source)}
     if change:
         change(members)
@@ -188,7 +188,7 @@ def test_legacy_ignores_the_machines_byte_order(tmp_path: Path) -> None:
 
 
 def legacy_with_view(view: Any) -> bytes:
-    """A file as torch before 0.4 wrote it: a view of a storage is named beside the whole."""
+    """A file of torch before 0.4, in which a persistent id may have a view of the storage."""
 
     class Id:
         def __init__(self, pid: Any) -> None:
@@ -228,7 +228,7 @@ def reads_all(path: Path, container: str) -> None:
             value.storage.read()
 
 
-def test_flipped_bits_are_found(tmp_path: Path) -> None:
+def test_flipped_bits_are_detected(tmp_path: Path) -> None:
     path = saved(tmp_path / "x", {"a": torch.arange(100.0), "b": torch.ones(3)})
     good = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -255,7 +255,7 @@ def test_every_truncation(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_truncation_is_called_that(form: str, tmp_path: Path) -> None:
+def test_truncation_is_reported(form: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "x", {"a": torch.arange(2000.0)}, form)
     rewrite(path, lambda data: data[:-400])
     with pytest.raises(ContainerError, match=r"truncated(.|\n)*again"):
@@ -290,7 +290,7 @@ def test_bad_archives(change: Any, message: str, tmp_path: Path) -> None:
 
 
 def pickled(arguments: tuple[Any, ...], key: str = "0", numel: int = 6) -> bytes:
-    """A data.pkl with one tensor, rebuilt of a storage of six floats with `arguments`."""
+    """A data.pkl with one tensor: a storage of six floats, rebuilt with `arguments`."""
 
     class Id:
         pass
@@ -368,7 +368,7 @@ def test_refused_by_name(form: str, value: Any, name: str, tmp_path: Path) -> No
         opened(path, CONTAINERS[form])
 
 
-def test_a_dict_in_itself(tmp_path: Path) -> None:
+def test_a_dict_that_contains_itself(tmp_path: Path) -> None:
     value: dict[str, Any] = {"a": torch.ones(1)}
     value["self"] = value
     with pytest.raises(ContainerError, match="nested"):
@@ -398,7 +398,7 @@ def test_bad_legacy_files(change: Any, message: str, tmp_path: Path) -> None:
         opened(path, "torch legacy")
 
 
-def test_legacy_storage_list_must_be_that_of_the_tensors(tmp_path: Path) -> None:
+def test_legacy_storage_list_must_match_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "x"
     for keys in ([], ["7", "7"], ["8"], [7], [[]], {}, None):
         path.write_bytes(legacy_with_view(None).replace(pickle.dumps(["7"], 2), pickle.dumps(keys, 2)))
@@ -429,7 +429,7 @@ def test_mutated_files(form: str, changes: list[tuple[int, int]], tmp_path_facto
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_tensor_alone_is_called_so(form: str, tmp_path: Path) -> None:
+def test_a_single_tensor_is_reported(form: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", torch.ones(2), form)
     with pytest.raises(ContainerError, match="holds a tensor, not a dict of tensors"):
         opened(path, CONTAINERS[form])

@@ -49,7 +49,7 @@ class Everything(nn.Module):
 
 
 class Restores(nn.Module):
-    """A module whose code makes its state: TorchScript would run it on loading."""
+    """A module that restores its state by code, which torch.jit.load runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def changed(path: Path, change: Any) -> Path:
     return path
 
 
-def test_old_archives_name_no_buffers(tmp_path: Path) -> None:
+def test_old_archives_do_not_list_buffers(tmp_path: Path) -> None:
     module = nn.BatchNorm1d(2)
     path = saved(tmp_path / "x", torch.jit.script(module))
 
@@ -145,12 +145,12 @@ def test_old_archives_name_no_buffers(tmp_path: Path) -> None:
             if name.endswith(".py"):
                 members[name] = b"\n".join(line for line in data.split(b"\n") if b"__buffers__" not in line)
 
-    # torch of today would leave the buffers out; they are weights all the same.
+    # Current torch leaves these buffers out, but they are weights.
     assert_same(opened(changed(path, old), "TorchScript"), dict(module.state_dict()))
 
 
 def module_of(*parts: bytes) -> bytes:
-    """A data.pkl of a module of class __torch__.M whose state dict is given as opcodes."""
+    """A data.pkl of a module of the class __torch__.M; `parts` are the opcodes of its state."""
     return b"\x80\x02c__torch__\nM\nq\x00)\x81q\x01}(" + b"".join(parts) + b"ub."
 
 

@@ -56,7 +56,7 @@ def test_zip64(tmp_path: Path) -> None:
 
 
 def zip64(data: bytes, **wrong: int) -> bytes:
-    """An archive of one member with all that can be moved to zip64 records moved there."""
+    """The archive of one member with all its fields in zip64 records."""
     end = data.rfind(b"PK\x05\x06")
     _, _, _, _, count, _, offset, _ = struct.unpack_from("<4s4H2LH", data, end)
     entry = bytearray(data[offset:end])
@@ -73,13 +73,13 @@ def zip64(data: bytes, **wrong: int) -> bytes:
 @pytest.mark.parametrize(
     "wrong", [{"size": 2**63}, {"header": 2**40}, {"record": 0}, {"record": 2**60}, {"length": 7}, {"header": 5}]
 )
-def test_zip64_that_lies(wrong: dict[str, int], tmp_path: Path) -> None:
+def test_inconsistent_zip64_records(wrong: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ContainerError):
         read(tmp_path / "x", zip64(packed({"a/b": b"data"}), **wrong))
 
 
 def patched(at: int, layout: str, *values: Any, start: bytes = b"PK\x01\x02") -> bytes:
-    """A good archive with a field of its first central, local or end record changed."""
+    """A valid archive with a changed field in its first central, local or end record."""
     data = bytearray(packed({"a/b": b"data", "a/c": b"more"}))
     struct.pack_into(layout, data, data.find(start) + at, *values)
     return bytes(data)
@@ -124,7 +124,7 @@ def test_bad_archives(name: str, tmp_path: Path) -> None:
         read(tmp_path / "x", data)
 
 
-def test_parsed_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_is_parsed_once_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     path.write_bytes(packed(MEMBERS))
     file = LocalFile(path)

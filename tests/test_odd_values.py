@@ -1,4 +1,4 @@
-"""NaN payloads, infinities and zeros: written as they were, bit for bit, and told by the verification."""
+"""NaN payloads, infinities and zeros are converted bit by bit and reported by the verification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BROKEN = "image_encoder.blocks.2.mlp.lin1.weight"
 @pytest.mark.parametrize("dtype", ODD_BITS, ids=str)
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_every_bit_is_kept(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
-    """Against the source itself: signalling NaNs stay signalling, payloads and signs stay."""
+    """Signalling NaNs, payloads and signs are equal in source and output."""
     state = odd_values(dtype, dict(models.sam_meta().state_dict()))
     source = tmp_path / f"odd.{form}"
     torch.save(state, source) if form == "pth" else safetensors.torch.save_file(state, source)
@@ -44,21 +44,21 @@ def verified(state: dict[str, torch.Tensor], folder: Path) -> Verification:
 
 
 def views(found: Verification) -> list[str]:
-    """What people and programs see of it: terminal, page, JSON."""
+    """The report as terminal text, HTML page and JSON."""
     terminal = io.StringIO()
     text.show(found, Console(file=terminal, width=400))
     return [terminal.getvalue(), html.page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
 
 
 @pytest.mark.parametrize("dtype", ODD_BITS, ids=str)
-def test_the_verification_tells_which_tensors_are_not_finite_and_how_many(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_verification_reports_tensors_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
     state = {name: tensor.to(dtype) for name, tensor in models.sam_meta().state_dict().items()}
     state[BROKEN] = odd_values(dtype, {BROKEN: state[BROKEN]})[BROKEN]
     count = int((~state[BROKEN].double().isfinite()).sum())
     state |= {name: torch.zeros_like(state[name]) for name in ZERO}
     found = verified(state, tmp_path)
     verdicts = {check.name: check for check in found.checks}
-    # The conversion kept them: the bytes say so, and the weights are unfit for use all the same.
+    # The bytes are equal, but the weights are unusable.
     assert verdicts["tensors"].verdict == "passed" and not found.ok
     assert verdicts["finite"].verdict == "failed" and verdicts["finite"].tensors == ["blocks.2.mlp.lin1.weight"]
     assert verdicts["zero"].verdict == "warning" and verdicts["zero"].tensors == ["blocks.0.norm1.bias", "neck.1.bias"]
@@ -68,13 +68,13 @@ def test_the_verification_tells_which_tensors_are_not_finite_and_how_many(dtype:
         assert "all zero: blocks.0.norm1.bias, neck.1.bias; outputs cannot show" in view
 
 
-def test_all_zero_weights_pass_and_are_told(tmp_path: Path) -> None:
+def test_all_zero_weights_pass_with_a_warning(tmp_path: Path) -> None:
     found = verified({name: torch.zeros_like(t) for name, t in models.sam_meta().state_dict().items()}, tmp_path)
     (zero,) = [check for check in found.checks if check.name == "zero"]
     assert found.ok and zero.verdict == "warning" and len(zero.tensors) > 40 and " more; outputs" in zero.detail
 
 
-def test_a_constant_tensor_is_told_apart_from_a_zero_one(tmp_path: Path) -> None:
+def test_constant_and_zero_tensors_are_different_warnings(tmp_path: Path) -> None:
     state = dict(models.sam_meta().state_dict())
     state["image_encoder.neck.1.weight"] = torch.ones_like(state["image_encoder.neck.1.weight"])
     found = verified(state, tmp_path)

@@ -44,7 +44,7 @@ def read(data: bytes) -> Any:
 def same(ours: Any, theirs: Any) -> None:
     assert type(ours) is type(theirs)
     assert ours == theirs
-    # repr tells 1 from True and 0.0 from -0.0, but not a set's order.
+    # repr distinguishes 1 from True and 0.0 from -0.0, but the order of a set varies.
     if not any(isinstance(theirs, kind) for kind in (set, frozenset)) and "{" not in repr(theirs):
         assert repr(ours) == repr(theirs)
 
@@ -70,14 +70,14 @@ def test_python_2_strings() -> None:
     assert read(b"\x80\x02T\x03\0\0\0abc.") == "abc"
 
 
-def test_end_is_given() -> None:
+def test_the_end_is_returned() -> None:
     first, second = pickle.dumps(1), pickle.dumps([2])
     value, end = unpickle(first + second + b"rest", "test")
     assert (value, end) == (1, len(first))
     assert unpickle((first + second + b"rest")[end:], "test") == ([2], len(second))
 
 
-# What a checkpoint of each kind asks for.
+# Globals, calls and opcodes that are refused.
 FORBIDDEN = {
     "global": b"cos\nsystem\n(S'x'\ntR.",
     "reduce": b"\x80\x02cos\nsystem\nX\x01\0\0\0x\x85R.",
@@ -119,7 +119,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_canary_is_not_made(protocol: int, tmp_path: Any) -> None:
+def test_canary_is_not_called(protocol: int, tmp_path: Any) -> None:
     import os
 
     path = tmp_path / "canary"
@@ -129,7 +129,7 @@ def test_canary_is_not_made(protocol: int, tmp_path: Any) -> None:
     assert not path.exists()
 
 
-def test_names_cannot_obey_to_the_terminal() -> None:
+def test_names_cannot_control_the_terminal() -> None:
     with pytest.raises(ContainerError) as caught:
         read(b"c\x1b[2J\nx\n.")
     assert "\x1b" not in str(caught.value)
@@ -164,7 +164,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_is_an_error_of_ours(name: str) -> None:
+def test_damage_is_a_container_error(name: str) -> None:
     with pytest.raises(ContainerError) as caught:
         read(DAMAGED[name])
     assert not isinstance(caught.value, TruncatedPickleError)
@@ -197,11 +197,11 @@ def test_copies_of_one_value_are_bounded(function: str) -> None:
         read(value + b"q\x010c" + function.encode() + b"\nq\x02(" + b"h\x02h\x01\x85R0" * 1000 + b"t.")
 
 
-def test_large_claims_reserve_nothing() -> None:
+def test_large_sizes_allocate_nothing() -> None:
     for opcode in (b"\x8e", b"\x8d"):
         with pytest.raises(TruncatedPickleError):
             read(b"\x80\x04" + opcode + b"\xff" * 8 + b".")
-    # A memo index is only a key.
+    # A memo index is a key of a dict.
     assert read(b"\x80\x02Nr\xff\xff\xff\xff.") is None
 
 
@@ -216,7 +216,7 @@ def test_deep_values_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_every_truncation_is_called_one(protocol: int) -> None:
+def test_every_truncation_is_reported(protocol: int) -> None:
     data = pickle.dumps({"a": [1, 2.5, b"x", "text", (1, 2, 3, 4), 10**30, {3}, True, None]}, protocol)
     for end in range(len(data)):
         with pytest.raises(TruncatedPickleError):

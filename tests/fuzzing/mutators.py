@@ -1,4 +1,4 @@
-"""Mutations that keep an input's form, so that fuzzing gets past the first checks: CRCs, lengths, brackets, opcodes.
+"""Mutations that keep an input's structure valid (CRCs, lengths, brackets, opcodes) to get past the first checks.
 
 Each takes an input, the most bytes that another may have, a source of chance, and the fuzzer's own mutation of bytes.
 An input that has lost its form is left to that one. So is one in four that has not: what is malformed is tried too.
@@ -22,7 +22,7 @@ from converter.tensors.dtypes import BY_CODE
 Mutate = Callable[[bytes, int], bytes]
 Mutator = Callable[[bytes, int, Random, Mutate], bytes]
 
-# Where arithmetic goes wrong: signs, the bounds of types, what is longer than Python would print.
+# Critical integers: signs, bounds of types, more digits than Python prints.
 NUMBERS = [0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 256, 65535, 65536]
 NUMBERS += [sign * (1 << bits) + off for bits in (31, 32, 40, 62, 63, 64, 80) for sign in (1, -1) for off in (-1, 0, 1)]
 WORDS = [
@@ -49,14 +49,14 @@ def plain(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
 
 
 def _formed(mutator: Mutator) -> Mutator:
-    """`mutator` for inputs that have its form, and the fuzzer's own mutation for the rest."""
+    """`mutator` for inputs with its structure, and the fuzzer's own mutation for others."""
 
     def wrapped(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
         if chance.random() < 0.25:
             return mutate(data, most)
         try:
             result = mutator(data, most, chance, mutate)
-        except Exception:  # whatever a malformed input makes its parser raise
+        except Exception:  # parsers may raise anything for a malformed input
             return mutate(data, most)
         return result if len(result) <= most else mutate(data, most)
 
@@ -125,7 +125,7 @@ def _value(chance: Random) -> Any:
 
 
 def safetensors_file(tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
-    """A file of these tensors, name -> (code of the type, shape), of counting bytes."""
+    """A file of tensors, given as name -> (dtype code, shape), with bytes 0, 1, 2, ..."""
     header, end = {}, 0
     for name, (code, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * BY_CODE[code].itemsize
@@ -150,7 +150,7 @@ def safetensors(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes
 
 
 def _laid_out(header: dict[str, Any], body: bytes, most: int) -> bytes:
-    """The offsets of a header made to fit its shapes, and data of that many bytes."""
+    """Set the offsets of a header from its shapes, and add data of that size."""
     end = 0
     for name, entry in header.items():
         if name != "__metadata__":
@@ -163,10 +163,10 @@ def _laid_out(header: dict[str, Any], body: bytes, most: int) -> bytes:
     return (body + bytes(end))[:end]
 
 
-# ---- pickles, also in a row as torch's old format has them
+# ---- pickles, also consecutive ones of the legacy format
 
 
-# An opcode and an argument that does something in our reader: each can stand anywhere.
+# Opcodes with arguments that the reader supports; each may be anywhere.
 _OPCODES = [
     *(bytes([code]) for code in b"().0125NRabdelostu}]\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94Q"),
     *(b"h" + bytes([i]) for i in range(4)),
@@ -231,13 +231,13 @@ def pickle(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
 
 
 def _parts(data: bytes) -> list[bytes]:
-    """The opcodes, with their arguments, of all pickles at the beginning of `data`, and what follows them."""
+    """The opcodes with arguments of all pickles at the start of `data`, and the rest of the data."""
     parts: list[bytes] = []
     at = 0
     while at < len(data):
         try:
             found = [at + pos for _, _, pos in pickletools.genops(data[at:]) if pos is not None]
-        except Exception:  # whatever pickletools makes of bytes that are no pickle
+        except Exception:  # pickletools may raise anything for malformed bytes
             break
         end = data.index(b".", found[-1]) + 1
         parts += [data[a:b] for a, b in zip(found, [*found[1:], end], strict=True)]
@@ -258,7 +258,7 @@ def _number(chance: Random) -> bytes:
 
 @_formed
 def archive(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
-    """The archive with one or two members changed, all lengths and checksums right."""
+    """The archive with one or two changed members and valid lengths and checksums."""
     members = members_of(data)
     for _ in range(chance.randint(1, 2)):
         at = _member(members, chance)
@@ -288,7 +288,7 @@ def members_of(data: bytes) -> list[tuple[str, bytes, int]]:
 
 
 def _member(members: list[tuple[str, bytes, int]], chance: Random) -> int:
-    """Which to change: mostly a pickle or code, for the rest holds nothing to parse."""
+    """The member to change: mostly a pickle or code, since other members are not parsed."""
     parsed = [i for i, (name, _, _) in enumerate(members) if name.endswith((".pkl", ".py", "byteorder"))]
     return chance.choice(parsed) if parsed and chance.random() < 0.8 else chance.randrange(len(members))
 
@@ -298,7 +298,7 @@ def packed(members: Iterable[tuple[str, bytes, int]]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as target:
         for name, held, method in members:
-            # Of one day, so that an input is the same whenever it is made.
+            # A constant date, so that inputs are reproducible.
             info = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
             info.compress_type = method
             target.writestr(info, held)
@@ -310,7 +310,7 @@ def packed(members: Iterable[tuple[str, bytes, int]]) -> bytes:
 
 @_formed
 def lines(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
-    """YAML or code with lines, or words in them, exchanged."""
+    """YAML or code with changed lines or words."""
     rows = data.decode().split("\n")
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         at = chance.randrange(len(rows))

@@ -1,1 +1,1 @@
-"""Bad and odd inputs, each built on the spot from a tiny checkpoint; `test_hostile` runs every one of them."""
+"""Hostile and unusual inputs, each derived from a tiny checkpoint; `test_hostile` runs the program on each."""

@@ -1,4 +1,4 @@
-"""Zip archives that are damaged, lie, or are made in another way than torch makes them, and files of other kinds."""
+"""Zip archives that are damaged, inconsistent, or written by other programs, and files of other formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STORAGE, PICKLE = "archive/data/0", "archive/data.pkl"
 
 
 class Member(NamedTuple):
-    """A member and all that its two headers say of it; `local` and `central` hold fields that one alone has so."""
+    """A member and the fields of its headers; `local` and `central` replace fields in one of the two."""
 
     name: bytes
     data: bytes
@@ -60,7 +60,7 @@ def _checkpoint() -> dict[str, bytes]:
 
 
 def checkpoint(*deflated: str) -> dict[str, Member]:
-    """The members of a tiny SAM as torch saves it; `deflated` are the beginnings of names of those to compress."""
+    """The members of a tiny SAM of torch.save; those whose names start with `deflated` are compressed."""
     return {
         name: member(name, data, DEFLATED if name.startswith(deflated) else STORED)
         for name, data in _checkpoint().items()
@@ -68,7 +68,7 @@ def checkpoint(*deflated: str) -> dict[str, Member]:
 
 
 def changed(name: str = STORAGE, *deflated: str, **fields: Any) -> list[Member]:
-    """The members of a tiny SAM, one of them with other `fields`."""
+    """The members of a tiny SAM, one with changed `fields`."""
     members = checkpoint(*deflated)
     members[name] = members[name]._replace(**fields)
     return list(members.values())
@@ -92,7 +92,7 @@ def ends(count: int, length: int, offset: int, comment: bytes = b"", disk: int =
 
 
 def ends_wide(count: int, length: int, offset: int, narrow: tuple[int, int, int] = (0xFFFF, FULL, FULL)) -> bytes:
-    """The end record in zip64, its locator, and the end record that says to look there."""
+    """The zip64 end record, its locator, and the end record that refers to it."""
     wide = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, offset)
     return wide + struct.pack("<4sLQL", b"PK\6\7", 0, offset + length, 1) + ends(*narrow)
 
@@ -100,7 +100,7 @@ def ends_wide(count: int, length: int, offset: int, narrow: tuple[int, int, int]
 def pack(
     members: list[Member], end: Callable[[int, int, int], bytes] = ends, gap: bytes = b"", before: bytes = b""
 ) -> bytes:
-    """An archive; `gap` stands after each member."""
+    """An archive, with `gap` after each member."""
     data, directory = bytearray(before), bytearray()
     for one in members:
         directory += central_header(one, len(data))
@@ -109,13 +109,13 @@ def pack(
 
 
 def widened(one: Member, which: str) -> Member:
-    """A member whose sizes are in zip64 fields: of its `local` header, of its `central` one or of `both`."""
+    """A member with its sizes in zip64 fields of the `local` header, the `central` one, or `both`."""
     length, size = len(one.data), one.size
     wide = {"length": FULL, "size": FULL, "extra": struct.pack("<2H2Q", 1, 16, size, length)}
     return one._replace(**{side: wide for side in ("local", "central") if which in (side, "both")})
 
 
-# ---- archives as others make them
+# ---- archives of other programs
 
 
 def put(data: bytes | Callable[[], bytes], name: str = "sam.pth") -> Build:
@@ -127,7 +127,7 @@ def put(data: bytes | Callable[[], bytes], name: str = "sam.pth") -> Build:
 
 
 def _described() -> list[Member]:
-    """Each member's sums behind it, as a program writes it that cannot go back."""
+    """Sizes and CRC after each member, as programs write that cannot seek."""
     told = {"crc": 0, "length": 0, "size": 0}
     return [
         one._replace(
@@ -153,7 +153,7 @@ def _odd_names() -> list[Member]:
 
 
 def _renamed_storage(present: bool) -> list[Member]:
-    """A storage that goes by the path of a file outside."""
+    """A storage named like a file outside of the archive."""
     key = b"../../../../canary"
     members = checkpoint()
     text = _checkpoint()[PICKLE].replace(b"X\1\0\0\x000", b"X" + struct.pack("<L", len(key)) + key)
@@ -164,7 +164,7 @@ def _renamed_storage(present: bool) -> list[Member]:
 
 
 def _far(folder: Path) -> Path:
-    """A member of 5 GiB, all holes, before those that are read."""
+    """A sparse member of 5 GiB before the others."""
     path, hole = folder / "sam.pth", 5 << 30
     first, *rest = checkpoint().values()
     big = member("archive/hole", b"")._replace(size=hole)
@@ -217,7 +217,7 @@ LEGAL: dict[str, Callable[[], bytes]] = {
 }
 
 
-# ---- archives that lie or are damaged
+# ---- inconsistent or damaged archives
 
 
 def flipped(name: str, *deflated: str) -> list[Member]:
@@ -227,7 +227,7 @@ def flipped(name: str, *deflated: str) -> list[Member]:
 
 
 def _bomb(size: int) -> bytes:
-    """Zeros, deflated without ever having been in memory."""
+    """Deflated zeros, without allocating them."""
     engine = zlib.compressobj(9, wbits=-15)
     segment = 64 << 20
     packed = engine.compress(bytes(segment)) + engine.flush(zlib.Z_FULL_FLUSH)
@@ -235,12 +235,12 @@ def _bomb(size: int) -> bytes:
 
 
 def _quoted_overlap() -> list[Member]:
-    """Each member is a stored block that quotes the next one's header, and so unfolds to all that follow."""
+    """Overlapping members: each is a stored block with the next one's header, and inflates to all that follow."""
     kernel = member("archive/z", bytes(1 << 20), DEFLATED)
     quoted = local_header(kernel)
     block = struct.pack("<B2H", 0, len(quoted), 0xFFFF ^ len(quoted)) + quoted + kernel.data
     outer = Member(b"archive/y", block, kernel.size + len(quoted), 0, DEFLATED)
-    # The last entry of the directory begins within the data of the one before it.
+    # The last entry of the directory starts inside the data of the one before it.
     at = sum(len(local_header(one)) + len(one.data) for one in checkpoint().values())
     inside = at + len(local_header(outer)) + 5
     return [*checkpoint().values(), outer, kernel._replace(central={"at": inside})]
@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
 }
 
 
-# ---- files of other kinds
+# ---- files of other formats
 
 
 def _tar() -> bytes:

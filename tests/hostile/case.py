@@ -1,4 +1,4 @@
-"""What a hostile or odd input is, and what the program is to do with it."""
+"""A hostile or unusual input, and the expected behaviour of the program."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 
 State = dict[str, torch.Tensor]
 
-# Writes an input into an empty folder. What it gives are the program's arguments after the command: SOURCE, options.
+# Writes an input into an empty folder. Returns the arguments after the command: SOURCE and options.
 Build = Callable[[Path], Path | Sequence[str | Path]]
 
 
 class Refused(NamedTuple):
-    """The program ends with `code`, and its few lines on stderr hold `words`: cause (tensor, global, member), file."""
+    """Expect the exit code `code` and a short message that contains `words`: cause (tensor, global, member), file."""
 
     words: tuple[str, ...]
     code: int = 3
 
 
 class Accepted(NamedTuple):
-    """The program converts it, exactly: to what it makes of `like`, plain tensors, when safetensors saved them.
+    """Expect the same output as for the plain tensors of `like` in a safetensors file.
 
-    `words` stand on stderr. `computed` allows for torch's import, which takes memory.
+    `words` are expected on stderr. `computed` allows the time and memory of importing torch.
     """
 
     like: Callable[[], State]
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def marker(folder: Path) -> Path:
-    """The file that a canary in an input in `folder` creates, if anything runs it."""
+    """The file that a canary in `folder` creates if it is executed."""
     return folder.parent / "canary"
 
 
@@ -58,17 +58,17 @@ def _clip() -> State:
 
 
 def sam() -> State:
-    """A tiny SAM in Meta's names; a dict of one's own to change, of tensors that are everybody's."""
+    """A tiny SAM with Meta's names. The dict is new, its tensors are shared."""
     return dict(_sam())
 
 
 def clip() -> State:
-    """A tiny CLIP vision tower in transformers' names, likewise."""
+    """A tiny CLIP vision tower with transformers' names. The dict is new, its tensors are shared."""
     return dict(_clip())
 
 
 def saved(value: object, *, zip: bool = True) -> bytes:
-    """What torch.save writes."""
+    """The file that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=zip)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""State dicts in a sound container whose content is odd: values, types, wrappers, names, and what is lacking."""
+"""State dicts with unusual values, dtypes, wrappers and names, or with missing tensors, in valid containers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SQUARE = "image_encoder.blocks.1.attn.proj.weight"
 
 
 def odd_values(dtype: torch.dtype, state: State) -> State:
-    """The state in one type, with odd values in every tensor of some elements."""
+    """The state in one dtype, with unusual values in every tensor that is not empty."""
     bits = np.array(ODD_BITS[dtype], _UNSIGNED[dtype.itemsize])
     odd = torch.frombuffer(bytearray(bits.tobytes()), dtype=torch.uint8)
     made = {}
@@ -50,7 +50,7 @@ def _renamed(state: State, pattern: str, new: str) -> State:
 
 
 def _file(value: Callable[[], object], *options: str) -> Build:
-    """What torch.save makes of it."""
+    """The file that torch.save writes of it."""
 
     def build(folder: Path) -> list[str | Path]:
         path = folder / "model.pth"
@@ -65,7 +65,7 @@ def _typed(state: State, types: Callable[[str], torch.dtype]) -> State:
 
 
 def _mixed(name: str) -> torch.dtype:
-    """Another type in every block, but one for all of a block, which is fused."""
+    """A different dtype in each block, one per block: tensors of a block are fused."""
     kinds = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32)
     found = re.search(r"(?:blocks|layers)\.(\d+)", name)
     return kinds[int(found[1]) if found else -1 - len(name) % 3]
@@ -115,7 +115,7 @@ def _with(
 
 
 def _half_fused() -> State:
-    """The first layer's q, k and v fused already, as somebody's script left them."""
+    """The first layer's q, k and v already fused."""
     state = clip()
     for param in ("weight", "bias"):
         parts = [state.pop(f"{_LAYER}.0.self_attn.{p}_proj.{param}") for p in "qkv"]
@@ -136,7 +136,7 @@ def _language_model() -> State:
 
 
 def _converted(folder: Path) -> Path:
-    """A SAM as the DeepEncoder has it."""
+    """A SAM in the DeepEncoder's layout."""
     state = {
         n.removeprefix("image_encoder."): t.contiguous() for n, t in sam().items() if n.startswith("image_encoder.")
     }
@@ -290,7 +290,7 @@ CLIP_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
 
 
 def _text_layer(index: str) -> Callable[[], State]:
-    """A whole CLIP with one more tensor in its text tower, of a layer that it has not."""
+    """A full CLIP with a tensor of another layer in its text tower."""
     return lambda: {
         **models.clip_hf().state_dict(),
         f"text_model.encoder.layers.{index}.layer_norm1.weight": torch.zeros(32),

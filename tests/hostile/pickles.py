@@ -1,4 +1,4 @@
-"""Pickles that would do harm, that ask for too much, or that only look odd."""
+"""Pickles that are malicious, too large, or only unusual."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written(folder: Path, data: bytes) -> Path:
 
 
 def beside(extra: Any, folder: Path, form: str = "zip", protocol: int = 2) -> Path:
-    """A SAM, and something beside it."""
+    """A SAM and another value."""
     records, storages = described(sam())
     return written(folder, as_file({"model": records, "extra": extra}, storages, form, protocol))
 
@@ -43,9 +43,9 @@ def asks_for(name: str) -> Refused:
     return Refused((f"the pickle refers to {name}, ", "weights.pth: ", NOTHING_RUN))
 
 
-# ---- gadgets: what is called
+# ---- gadgets
 
-# One of each family; test_gadgets.py asks for all of them.
+# One of each family; test_gadgets.py has all of them.
 FAMILIES = (
     *("posix.system", "os.popen", "os.mkdir", "pty.spawn", "subprocess.Popen", "subprocess.check_output"),
     *("asyncio.unix_events._UnixSubprocessTransport._start", "multiprocessing.util.spawnv_passfds"),
@@ -73,7 +73,7 @@ def families() -> Iterable[Case]:
         yield Case(f"pickle: {name}", functools.partial(_family, name), expected)
 
 
-# ---- ways to call it
+# ---- ways to call a gadget
 
 
 def text(value: str) -> bytes:
@@ -81,7 +81,7 @@ def text(value: str) -> bytes:
 
 
 def ways(path: Path) -> dict[str, tuple[Raw, str]]:
-    """Opcodes that create the file `path`, and the global that gives them away."""
+    """Opcodes that create the file `path`, and the global in the error message."""
     shell = f"touch {path}"
     argument, system = text(shell), b"cos\nsystem\n"
     names = text("os") + text("system")
@@ -99,7 +99,7 @@ def ways(path: Path) -> dict[str, tuple[Raw, str]]:
         ),
         "INST": (b"(" + argument + b"ios\nsystem\n", "os.system"),
         "OBJ": (b"(" + system + argument + b"o", "os.system"),
-        # bytes() of a map takes its items, each of which is a call.
+        # bytes() iterates over the map, which calls the function.
         "NEWOBJ": (
             b"cbuiltins\nbytes\ncbuiltins\nmap\n" + system + b"]" + argument + b"a\x86\x81\x85\x81",
             "builtins.map",
@@ -131,7 +131,7 @@ def _way(name: str, folder: Path) -> Path:
     return beside(ways(marker(folder))[name][0], folder)
 
 
-# What Python's own reader would look up outside the pickle, or what no reader of weights has any use for.
+# Opcodes that refer to something outside of the pickle, or that no checkpoint needs.
 OPCODES: dict[str, tuple[bytes, str]] = {
     "EXT1": (b"\x82\x01)R", "opcode 0x82"),
     "EXT2": (b"\x83\x01\x01)R", "opcode 0x83"),
@@ -167,7 +167,7 @@ OPCODES: dict[str, tuple[bytes, str]] = {
 }
 
 
-# ---- places where it stands
+# ---- places of a gadget
 
 
 def _in_model(change: Callable[[dict[str, Any], Raw], None], form: str, folder: Path) -> Path:
@@ -177,7 +177,7 @@ def _in_model(change: Callable[[dict[str, Any], Raw], None], form: str, folder: 
 
 
 def _argument(at: int, records: dict[str, Any], raw: Any) -> None:
-    """An argument of the first tensor's rebuilding."""
+    """An argument of the call that rebuilds the first tensor."""
     first = next(iter(records.values()))
     first.arguments = (*first.arguments[:at], raw, *first.arguments[at + 1 :])
 
@@ -206,7 +206,7 @@ IN_MODEL: dict[str, Callable[[dict[str, Any], Raw], None]] = {
 
 
 def _pickle_of_five(number: int, folder: Path) -> Path:
-    """A legacy file in whose nth pickle something is made and dropped before the true value."""
+    """A legacy file whose nth pickle builds a value and drops it before the expected one."""
     records, storages = described(sam())
     values: list[Any] = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, records, list(storages)]
     plain = pickled(values[number - 1])
@@ -232,7 +232,7 @@ _HOSTILE_BYTES = pickled(call("os.system", "true"))
 
 
 def _padded(tensor: torch.Tensor) -> bytes:
-    """Bytes of a tensor's size that begin with a pickle."""
+    """Tensor data that starts with a pickle."""
     return (_HOSTILE_BYTES + bytes(tensor.nbytes))[: tensor.nbytes]
 
 
@@ -278,11 +278,11 @@ def places() -> Iterable[Case]:
     yield Case("pickle: os.system in a pickle that is no container", _bare, Refused((OURS,)))
 
 
-# ---- classes that belong into checkpoints, some say
+# ---- classes that occur in training checkpoints
 
 
 def instance(name: str) -> Raw:
-    """An object of a class that is not installed here, as protocol 2 has it."""
+    """An object of a class that is not installed, in protocol 2."""
     return Raw(named(name).opcodes + b")\x81}" + text("content") + b"}sb")
 
 
@@ -291,7 +291,7 @@ def _optimizer() -> Any:
 
 
 def _trained() -> dict[str, Any]:
-    """What a training loop keeps beside the model, in plain values."""
+    """Plain values of a training loop."""
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones(3)
@@ -342,7 +342,7 @@ def _torch_saved(form: str, folder: Path) -> Path:
     return folder / "weights.pth"
 
 
-# ---- too much of it
+# ---- beyond a limit
 
 
 def _nested(depth: int) -> Any:
@@ -353,15 +353,15 @@ def _nested(depth: int) -> Any:
 
 
 def _laughs(make: Callable[[Any], Any], value: Any, depth: int) -> Any:
-    """A value in which what `make` makes stands `depth` deep, and doubled at each depth."""
+    """A value nested `depth` times, doubled at each level."""
     for _ in range(depth):
         value = make(value)
     return value
 
 
 def _colliding_tuples(count: int) -> bytes:
-    """Pairs of numbers, which all have one hash: what a hash takes from the first, the second gives back."""
-    # CPython's tuple hash is xxHash's, of the numbers themselves.
+    """Pairs of numbers with equal hashes."""
+    # CPython's tuple hash is xxHash of the items' hashes, here the numbers.
     prime1, prime2, prime5, mask = 11400714785074694791, 14029467366897019727, 2870177450012600261, 2**64 - 1
     inverse, pairs, first = pow(prime2, -1, 2**64), [], 0
     while len(pairs) < count:
@@ -385,7 +385,7 @@ def _colliding_numbers(count: int) -> bytes:
 MANY = 1 << 20
 _LIST = b"(" + b"K\x01" * 30_000 + b"lr\0\0\1\0000"
 
-# Opcodes of one value, and what to say of it.
+# Opcodes of one value, and the expected message.
 BOMBS: dict[str, tuple[Callable[[], Any], str]] = {
     "2,000 marks": (lambda: Raw(b"(" * 2000), "nested more than 1000 deep"),
     "a million lists": (lambda: Raw(b"]" * MANY), "more than 1000000 opcodes"),
@@ -425,7 +425,7 @@ BOMBS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def _bomb(make: Callable[[], Any], form: str, folder: Path) -> Path:
-    # Without a model, whose opcodes would count too.
+    # Without a model: its opcodes would count.
     return written(folder, as_file({"extra": make()}, {}, form))
 
 
@@ -436,7 +436,7 @@ def _long_name(folder: Path) -> Path:
 
 
 def _many_prefixes(folder: Path) -> Path:
-    """Names under a common prefix of more segments than wrappers add."""
+    """Names with a longer common prefix than wrappers add."""
     records, storages = described(sam())
     prefix = "a." * 60
     return written(folder, zipped(pickled({prefix + name: record for name, record in records.items()}), storages))
@@ -453,7 +453,7 @@ def _top(value: Any, form: str, folder: Path) -> Path:
     return written(folder, as_file(value, {}, form))
 
 
-# ---- odd, and legal
+# ---- unusual but valid
 
 ODDITIES: dict[str, Callable[[], Any]] = {
     "tuples 200,000 deep": lambda: Raw(b")" + b"\x85" * 200_000),

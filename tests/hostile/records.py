@@ -1,4 +1,4 @@
-"""Tensors as no torch would describe them, and as torch does where it is seldom asked to."""
+"""Tensors that torch never writes, and those that it rarely writes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Records, Storages = dict[str, Any], dict[str, bytes]
 
 
 def changed(change: Callable[[Records, Storages], None], form: str, folder: Path) -> Path:
-    """A SAM whose records or storages were changed."""
+    """A SAM with changed records or storages."""
     records, storages = described(sam())
     change(records, storages)
-    # torch saves no storage that nothing is in.
+    # torch does not save empty storages.
     ids = [made.arguments[0] for made in records.values()]
     named_ = {id_.pid[2] for id_ in ids if isinstance(id_, Id)}
     return written(folder, as_file({"model": records}, {key: storages[key] for key in storages if key in named_}, form))
 
 
 def _one(values: torch.Tensor, make: Callable[[], Any], records: Records, storages: Storages) -> None:
-    """One bias is a record of a storage of its own, which holds `values`."""
+    """One bias in a storage of its own with `values`."""
     records[BIAS] = make()
     storages[KEY] = values.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -57,7 +57,7 @@ NO_NUMBERS = "a tensor of an impossible shape"
 LEAVES = "but its storage has 256"
 SAYS = "but data.pkl says"
 
-# What the record says of its storage of 64 float32, and what is wrong with that.
+# The record of a storage of 64 float32, and the expected message.
 BAD: dict[str, tuple[Callable[[Records, Storages], None], str]] = {
     "a negative offset": (own((16,), (1,), -1), IMPOSSIBLE),
     "a negative size": (own((-16,), (1,)), IMPOSSIBLE),
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Callable[[Records, Storages], None], str]] = {
 
 
 def _terabytes(names: Iterable[str]) -> Callable[[Records, Storages], None]:
-    """Tensors of one element each, which only together are too large."""
+    """Tensors expanded from one element, too large only together."""
 
     def change(records: Records, storages: Storages) -> None:
         storages[KEY] = bytes(4)
@@ -119,7 +119,7 @@ def _terabytes(names: Iterable[str]) -> Callable[[Records, Storages], None]:
     return change
 
 
-# ---- what torch saves and is no plain tensor
+# ---- tensors that are not plain
 
 
 def _quantized() -> torch.Tensor:
@@ -141,7 +141,7 @@ def _nested() -> torch.Tensor:
 
 
 class Own(torch.Tensor):
-    """A class of one's own, as fastai and others have."""
+    """A subclass of Tensor, as in fastai."""
 
 
 UNUSUAL: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
@@ -165,7 +165,7 @@ def _saved(make: Callable[[], State], form: str, folder: Path) -> Path:
     return path
 
 
-# ---- what torch saves, and other programs forget
+# ---- unusual tensors of torch.save
 
 
 def _views() -> State:
@@ -186,7 +186,7 @@ def _tied() -> State:
 
 
 def _transposed() -> State:
-    """All tensors of two dimensions or more, column by column in their storages."""
+    """All tensors of two dimensions or more in column-major order."""
     return {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in sam().items()}
 
 
@@ -207,7 +207,7 @@ def _parameters() -> State:
 
 
 def _with(*more: torch.Tensor) -> Callable[[], Any]:
-    """A SAM beside other tensors."""
+    """A SAM and other tensors."""
     return lambda: {"model": sam(), "other": dict(enumerate(more)), "named": {str(n): t for n, t in enumerate(more)}}
 
 
@@ -242,14 +242,14 @@ def _half(state: State) -> State:
 
 
 def _untyped(records: Records, storages: Storages) -> None:
-    """One bias in an untyped storage, counted in bytes, its type given beside it."""
+    """One bias in an untyped storage, with an element type of its own."""
     _one(
         BASE, lambda: record(KEY, (16,), (1,), 3, storage=UNTYPED, numel=GIVEN, dtype=torch.float32), records, storages
     )
 
 
 def _other_type(records: Records, storages: Storages) -> None:
-    """One bias in a storage that says it is of integers."""
+    """One bias in a storage of integers."""
     _one(
         BASE,
         lambda: record(KEY, (16,), (1,), storage=torch.IntStorage, numel=64, dtype=torch.float32),
@@ -259,13 +259,13 @@ def _other_type(records: Records, storages: Storages) -> None:
 
 
 def _mentioned_twice(records: Records, storages: Storages) -> None:
-    """A storage that is of float32 where it is first named, and of integers later: to torch, of float32."""
+    """A storage referred to as float32 first and as integers later; torch uses float32."""
     _one(BASE, lambda: record(KEY, (16,), (1,), numel=64), records, storages)
     records["image_encoder.neck.3.bias"] = record(KEY, (16,), (1,), 8, storage=torch.LongStorage, numel=32)
 
 
 def _old_rebuild(records: Records, storages: Storages) -> None:
-    """As torch before 0.4 had it."""
+    """As in torch before 0.4."""
     arguments = record(KEY, (16,), (1,), numel=64).arguments[:4]
     _one(BASE, lambda: Rebuilt(torch._utils._rebuild_tensor, *arguments), records, storages)
 

@@ -1,4 +1,4 @@
-"""safetensors files: headers that lie, are no headers or are made to exhaust, and all that the format allows.
+"""safetensors files: headers that are inconsistent, invalid or too large, and unusual valid files.
 
 The format's own library agrees on what is refused, but for `LENIENT`, which it reads, and `STRICT`, which it does not.
 """
@@ -19,11 +19,11 @@ from hostile.case import Accepted, Build, Case, Refused, State, sam
 Header = dict[str, Any]
 KEY = "image_encoder.pos_embed"
 FIRST = "image_encoder.blocks.0.attn.proj.bias"
-SIDE = "prompt_encoder."  # what is called so may be anything: it is dropped
+SIDE = "prompt_encoder."  # tensors with this prefix are dropped
 
 
 def parts(state: State) -> tuple[Header, bytes]:
-    """Header and data as the library writes them."""
+    """Header and data, as the library writes them."""
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
@@ -45,7 +45,7 @@ def put(make: Callable[[], bytes], name: str = "sam.safetensors") -> Build:
 
 
 def entry(**fields: Any) -> Callable[[], bytes]:
-    """A tiny SAM, of which one tensor is described otherwise; a field that is None is left out."""
+    """A tiny SAM with changed fields of one tensor; None removes a field."""
 
     def make() -> bytes:
         header, data = parts(sam())
@@ -56,7 +56,7 @@ def entry(**fields: Any) -> Callable[[], bytes]:
 
 
 def offsets(begin: Any, end: Any) -> Callable[[], bytes]:
-    """A tiny SAM, of which one tensor lies elsewhere: by bytes from where it should begin, or just where it is said."""
+    """A tiny SAM with other offsets of one tensor: shifted by bytes, or as given."""
 
     def make() -> bytes:
         header, data = parts(sam())
@@ -70,7 +70,7 @@ def offsets(begin: Any, end: Any) -> Callable[[], bytes]:
 def text(
     change: Callable[[str], str | bytes], after: Callable[[bytes], bytes] = lambda data: data
 ) -> Callable[[], bytes]:
-    """A tiny SAM with another text of its header, and other data after it."""
+    """A tiny SAM with a changed header text and changed data."""
 
     def make() -> bytes:
         header, data = parts(sam())
@@ -80,7 +80,7 @@ def text(
 
 
 def raw(field: str, value: str) -> Callable[[], bytes]:
-    """A tiny SAM, a field of which holds what the JSON text `value` stands for, if it stands for anything."""
+    """A tiny SAM with the JSON text `value` in a field; it may be invalid."""
     return text(lambda header: header.replace(json.dumps(parts(sam())[0][KEY][field]), value))
 
 
@@ -106,7 +106,7 @@ def _many(last: str = "") -> bytes:
     )
 
 
-# ---- what the format allows
+# ---- valid files
 
 
 def wrapped(prefix: str) -> Callable[[], bytes]:
@@ -114,7 +114,7 @@ def wrapped(prefix: str) -> Callable[[], bytes]:
 
 
 def _other_order() -> bytes:
-    """Data in another order than the header: the reverse of it."""
+    """Data in the reverse order of the header."""
     header, data = parts(sam())
     at, moved = 0, []
     for key in reversed(header):
@@ -168,7 +168,7 @@ LEGAL: dict[str, Callable[[], bytes]] = {
     ),
 }
 
-# ---- what it does not
+# ---- invalid files
 
 
 def metadata(value: str) -> Callable[[], bytes]:
@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         f"the metadata {value}": (metadata(value), ("__metadata__ is not an object of strings",))
         for value in ("null", "[]", '"a"', '{"a": 1}', '{"a": NaN}', '{"a": {"b": "c"}}', '{"a": ["b"]}')
     },
-    # What is made to exhaust.
+    # Exhausting memory or time.
     "a hundred thousand lists in one another": (lambda: written(b'{"a":' + b"[" * 100_000, b""), (UNREADABLE, "deep")),
     "a hundred thousand tables in one another": (lambda: written(b'{"a":' * 100_000, b""), (UNREADABLE, "deep")),
     "a header of 90 MB": (lambda: written(b"{" + b" " * 90_000_000 + b"}", b""), ("a header of 90000002 bytes",)),
@@ -325,23 +325,23 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
 }
 
 LENIENT = (
-    "safetensors: a header of 90 MB",  # white space: we read less
+    "safetensors: a header of 90 MB",  # white space, over the limit
     "safetensors: no tensors",  # nothing to convert
     "safetensors: white space before the header",
-    "safetensors: a tensor twice",  # the last is taken
+    "safetensors: a tensor twice",  # the library uses the last one
     "safetensors: a key of metadata twice",
     "safetensors: a field more",
     "safetensors: a list for a tensor",
     "safetensors: the metadata null",
     'safetensors: the dtype {"F32": null}',
     "safetensors: a hundred thousand tensors and one of them again",
-    "safetensors: a shape of 65 dimensions",  # torch takes 64 from its own files
+    "safetensors: a shape of 65 dimensions",  # the limit is 64, as in torch
 )
 STRICT = (
     "safetensors: an offset of -0",
     "safetensors: half of a surrogate pair in metadata",
 )
-# What no rule claims is read, and so are others' tensors.
+# Tensors that are dropped may have any dtype.
 UNKNOWN = ("no rule claims", "no SAM layout fits", "its first names")
 
 CASES = [

@@ -1,4 +1,4 @@
-"""Files as torch.save writes them, of parts that torch.save would not put into them."""
+"""Builds files in torch.save's formats from arbitrary parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT = torch.FloatStorage
 
 
 class Raw:
-    """Opcodes that leave one value on the stack, to stand anywhere in a value that `pickled` pickles."""
+    """Opcodes that push one value; can be anywhere in a value that `pickled` pickles."""
 
     def __init__(self, opcodes: bytes) -> None:
         self.opcodes = opcodes
@@ -32,7 +32,7 @@ class Id:
 
 
 class Rebuilt:
-    """What a function of torch makes of arguments when the pickle is loaded."""
+    """A call of a function of torch."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -42,7 +42,7 @@ class Rebuilt:
 
 
 class _Pickler(pickle._Pickler):
-    # The standard library's Pickler in Python, whose stream others may write into.
+    # The Python implementation of Pickler, whose stream can be written to.
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
     dispatch[Raw] = lambda self, raw: self.write(raw.opcodes)
 
@@ -57,7 +57,7 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
 
 
 def opcodes(value: Any) -> bytes:
-    """Those that leave `value` on the stack, and use no memo."""
+    """Opcodes that push `value` without a memo."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, 2)
     pickler.fast = True
@@ -72,12 +72,12 @@ def named(name: str) -> Raw:
 
 
 def call(function: str | Raw, *arguments: Any) -> Raw:
-    """What a global, or what stands for one, returns."""
+    """A call of a global."""
     callee = named(function) if isinstance(function, str) else function
     return Raw(callee.opcodes + opcodes(arguments) + b"R")
 
 
-# ---- values: state dicts whose tensors are described as we like
+# ---- state dicts with arbitrary records
 
 
 def record(
@@ -101,7 +101,7 @@ def record(
 
 
 def described(state: State) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A state dict as records, one storage of its own for each tensor, and the storages' bytes: all to be changed."""
+    """A state dict as records with one storage for each tensor, and the storages' bytes; the caller may change both."""
     records, storages = {}, {}
     for number, (name, tensor) in enumerate(state.items()):
         key = f"{number}"
@@ -110,17 +110,17 @@ def described(state: State) -> tuple[dict[str, Any], dict[str, bytes]]:
     return records, storages
 
 
-# ---- the two containers
+# ---- the two formats
 
 
 def zipped(data: bytes, storages: Mapping[str, bytes], more: Mapping[str, bytes] | None = None) -> bytes:
-    """The zip that holds a pickle and the storages; `more` are further members or others' replacements."""
+    """A zip of a pickle and storages; `more` adds or replaces members."""
     members = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
     members |= {f"data/{key}": content for key, content in storages.items()} | dict(more or {})
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            # Deflated where that is what makes it small.
+            # Large members are deflated.
             method = zipfile.ZIP_DEFLATED if len(content) > 1 << 20 else zipfile.ZIP_STORED
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content, method)
     return buffer.getvalue()
@@ -129,7 +129,7 @@ def zipped(data: bytes, storages: Mapping[str, bytes], more: Mapping[str, bytes]
 def legacy(
     data: bytes, storages: Mapping[str, bytes], pickles: Mapping[int, bytes] | None = None, itemsize: int = 4
 ) -> bytes:
-    """The file of five pickles and the storages; `pickles` replaces some of the five, counted from 1."""
+    """A legacy file of five pickles and storages; `pickles` replaces pickles by number, from 1."""
     parts = [pickled(MAGIC), pickled(PROTOCOL), pickled(SYSTEM), data, pickled(list(storages))]
     for number, content in (pickles or {}).items():
         parts[number - 1] = content
@@ -139,6 +139,6 @@ def legacy(
 
 
 def as_file(value: Any, storages: Mapping[str, bytes], form: str, protocol: int = 2) -> bytes:
-    """Either container of a value."""
+    """A value in either format."""
     container: Callable[[bytes, Mapping[str, bytes]], bytes] = zipped if form == "zip" else legacy
     return container(pickled(value, protocol), storages)

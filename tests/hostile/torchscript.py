@@ -1,4 +1,4 @@
-"""TorchScript archives, of which nothing is run, whatever their code would do."""
+"""TorchScript archives, whose code is never run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hostile.torchfiles import Raw, pickled
 
 
 class Part(nn.Module):
-    """A module of whatever is put into it, which does nothing."""
+    """A module of arbitrary submodules and attributes that computes nothing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 class Restores(Part):
-    """A module whose code makes its state: torch.jit.load runs it."""
+    """A module that restores its state by code, which torch.jit.load runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Restores(Part):
 
 
 def tree(state: State) -> Part:
-    """Modules in modules, so that their state dict is `state`: floats as parameters, all else as buffers."""
+    """Nested modules with the state dict `state`: floats are parameters, others are buffers."""
     root = Part()
     for name, tensor in state.items():
         *path, last = name.split(".")
@@ -89,7 +89,7 @@ def archived(folder: Path, members: dict[str, bytes]) -> Path:
 
 
 def changed(change: Callable[[str, bytes, Path], bytes | None], folder: Path) -> Path:
-    """A SAM's archive, each member changed or, with None, left out."""
+    """A SAM's archive with changed members; None removes a member."""
     made = {name: change(name, data, folder) for name, data in scripted().items()}
     return archived(folder, {name: data for name, data in made.items() if data is not None})
 
@@ -111,7 +111,7 @@ def _script(make: Callable[[], nn.Module], how: str, folder: Path) -> Path:
     return written(folder, saved(make(), how))
 
 
-# ---- archives of modules made by hand
+# ---- hand-written archives
 
 CLASS = b"class M(Module):\n  __parameters__ = [%b]\n  __buffers__ = []\n"
 
@@ -132,14 +132,14 @@ def _deep(depth: int) -> Raw:
 
 
 def _many_classes(count: int) -> Raw:
-    """As many modules of as many classes, all in one source file."""
+    """`count` modules of `count` classes in one source file."""
     parts = b"".join(text(f"m{n}") + f"c__torch__\nC{n}\n)\x81}}b".encode("latin1") for n in range(count))
     return Raw(b"c__torch__\nM\n)\x81}(" + parts + b"ub")
 
 
 SELF = Raw(b"c__torch__\nM\n)\x81r\0\0\1\0}" + text("a") + b"j\0\0\1\0sb")
 
-# data.pkl's value, the source text, further members, and what to say.
+# data.pkl's value, the source text, other members, and the expected message.
 BY_HAND: dict[str, tuple[Callable[[], Any], Callable[[], bytes], dict[str, Callable[[], bytes]], str]] = {
     "a module in itself": (lambda: SELF, lambda: CLASS % b"", {}, "nested more than 100 deep"),
     "modules 900 deep": (lambda: _deep(900), lambda: CLASS % b"", {}, "nested more than 100 deep"),
@@ -229,11 +229,11 @@ def _by_hand(name: str, folder: Path) -> Path:
     return by_hand(pickled(value()), source(), {key: make() for key, make in more.items()}, folder)
 
 
-# ---- what is read, exactly
+# ---- valid archives
 
 
 def _openai() -> State:
-    """OpenAI's CLIP, whose archive has three numbers beside its weights."""
+    """OpenAI's CLIP, whose archive has three numbers besides the weights."""
     visual = {f"visual.{name}": tensor for name, tensor in models.open_clip().visual.state_dict().items()}
     numbers = {"input_resolution": 56, "context_length": 8, "vocab_size": 99}
     return visual | {name: torch.tensor(number) for name, number in numbers.items()}
