@@ -28,7 +28,7 @@ MEMORY = 256 << 20  # bytes
 LINES = 12  # of a message
 # libFuzzer's own limits, for endless loops (wall-clock seconds, on a machine that may be busy) and for memory that is
 # allocated outside of Python.
-OPTIONS = ("-timeout=600", "-rss_limit_mb=2048", "-max_len=65536", "-print_final_stats=1")
+OPTIONS = ("-timeout=600", "-report_slow_units=600", "-rss_limit_mb=2048", "-max_len=65536", "-print_final_stats=1")
 
 # Prefixes of audit events.
 _FORBIDDEN = (
