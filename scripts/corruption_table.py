@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Runs the catalogue of corruptions on tiny encoders and writes docs/verification/corruptions.md: who caught what.
+"""Runs the catalogue of corruptions on tiny encoders, and writes docs/verification/corruptions.md.
 
-With `--gpu results.json`, from verify_on_gpu.py, the table also holds what was seen at true size.
+With `--gpu gpu.json`, from verify_on_gpu.py, the table also has the results at true size.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ TABLE = ROOT / "docs" / "verification" / "corruptions.md"
 TITLES = {
     "weights": (
         "Wrong weights",
-        "Tensors changed in a correct conversion. Names and shapes stay right, so structure alone sees few of them.",
+        "Tensors changed in a correct conversion. Names and shapes stay right, so structure catches few of them.",
     ),
     "file": ("Wrong files", "Names, types, bytes, or a source that the file was not made from."),
     "architecture": (
         "Wrong encoders",
-        "The file is right; a mistake was patched into our encoder for one run. Only running it beside another "
-        "implementation can tell.",
+        "The file is right; a mistake was patched into our encoder for one run. Only comparing outputs can show it.",
     ),
 }
 Rows = dict[tuple[str, str], dict[str, Any]]
@@ -38,9 +37,9 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=TABLE, help="default %(default)s")
-    parser.add_argument("--gpu", type=Path, metavar="RESULTS", help="results.json of verify_on_gpu.py")
+    parser.add_argument("--gpu", type=Path, metavar="GPU_JSON", help="gpu.json of verify_on_gpu.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
-    parser.add_argument("--only", default="", metavar="NAMES", help="these corruptions alone")
+    parser.add_argument("--only", default="", metavar="NAMES", help="corruptions to run (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s)")
     args = parser.parse_args()
     rows = run_all([name for name in args.only.split(",") if name], args.jobs)
@@ -82,26 +81,25 @@ def run_part(only: list[str], index: int, count: int) -> list[dict[str, Any]]:
 def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     true: Rows = {}
     if gpu is not None:
-        found = gpu["corruptions"]["rows"]
-        true = {(row["name"], row["family"]): row for row in found if row["name"] != "none" and "error" not in row}
-    names = {name for name, _ in rows}
+        true = {(row["name"], row["family"]): row for row in gpu["corruptions"]["rows"]}
+        true = {key: row for key, row in true.items() if row["name"] != "none" and "error" not in row}
     caught = sum(not row["ok"] for row in rows.values())
     yield "# What the verification catches"
     yield ""
     yield (
-        f"{len(names)} ways to get a conversion wrong (`tests/corruptions.py`), each applied to a correct conversion "
-        f"of SAM, of CLIP, or of both: {len(rows)} runs, {caught} caught. This page is written by "
-        "`scripts/corruption_table.py`; `tests/test_corruptions.py` holds the same in the test suite, and that 200 "
-        "correct conversions of random layouts and sizes pass."
+        f"{len({name for name, _ in rows})} ways to get a conversion wrong (`tests/corruptions.py`), each applied to a "
+        f"correct conversion of SAM, of CLIP, or of both: {len(rows)} runs, {caught} caught. "
+        "`scripts/corruption_table.py` writes this page. `tests/test_corruptions.py` repeats the runs, and checks that "
+        "200 correct conversions of random layouts and sizes pass."
     )
     yield ""
     yield (
-        "S, B, O: caught by structure, bytes, outputs. The figure is the largest error at any place over its bar, "
-        "which is 3 times the noise floor measured in the same run: what is over 1 fails. No figure: the file's shapes "
-        "fit no such encoder, or its values are not finite. Refused: the files were not accepted at all."
+        "S, B, O: caught by structure, bytes, outputs. The figure is the largest error at any probe relative to its "
+        "tolerance, which is 3 times the noise floor measured in the same run: above 1 fails. No figure: the shapes "
+        "fit no encoder, or values are not finite. Refused: the file cannot be read at all."
     )
     yield ""
-    yield from seen_on(gpu, true)
+    yield from machines(gpu, true)
     for kind, (title, text) in TITLES.items():
         chosen = {key: row for key, row in rows.items() if row["kind"] == kind}
         if chosen:
@@ -111,12 +109,11 @@ def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     yield ""
     yield ", ".join(f"`{name}`" for name in quiet) + (
         ": the outputs stay within the noise of float32, or do not change at all (the softmax cancels k's bias; the "
-        "class embedding and its position are only ever added). A check of outputs alone passes them, however exact. "
-        "Bytes catch them."
+        "class embedding and its position are only ever added). Only bytes catch them."
     )
 
 
-def seen_on(gpu: dict[str, Any] | None, true: Rows) -> Iterator[str]:
+def machines(gpu: dict[str, Any] | None, true: Rows) -> Iterator[str]:
     import torch
     import transformers
 
@@ -125,12 +122,12 @@ def seen_on(gpu: dict[str, Any] | None, true: Rows) -> Iterator[str]:
         f"transformers {transformers.__version__}, Python {platform.python_version()}."
     )
     if gpu is not None:
-        about, not_run = gpu["environment"], len(gpu["corruptions"]["not_run"])
-        caught = sum(not row["ok"] for row in true.values())
+        machine, not_run = gpu["environment"], len(gpu["corruptions"]["not_run"])
+        caught = sum(bool(row["caught_by"] or row.get("refused")) for row in true.values())
         yield (
-            f"True size: SAM-base and CLIP-L with seeded weights on one {about.get('gpu', 'CPU')}, "
-            f"torch {about['libraries']['torch']}, transformers {about['libraries']['transformers']}; "
-            f"{len(true)} runs, {caught} caught" + (f", {not_run} for which there was no time." if not_run else ".")
+            f"True size: SAM-base and CLIP-L with seeded weights on one {machine.get('gpu', 'CPU')}, "
+            f"torch {machine['libraries']['torch']}, transformers {machine['libraries']['transformers']}; "
+            f"{len(true)} runs, {caught} caught" + (f", {not_run} not run for lack of time." if not_run else ".")
         )
     yield ""
 
@@ -164,13 +161,13 @@ def cell(rows: Rows, name: str, family: str) -> str:
     row = rows.get((name, family)) or (rows.get((name, "compressor")) if family == "sam" else None)
     if row is None:
         return ""
-    if row["refused"]:
+    if row.get("refused"):
         return "refused"
-    if row["ok"]:
+    groups = row.get("caught_by") or [group for group, caught in row.get("caught", {}).items() if caught]
+    if not groups:
         return "**missed**"
-    proofs = " ".join(proof[0].upper() for proof, caught in row["caught"].items() if caught)
-    ratio = row["ratio"]
-    return f"{proofs} {figure(ratio)}" if isinstance(ratio, float) else proofs
+    letters, ratio = " ".join(group[0].upper() for group in groups), row.get("ratio")
+    return f"{letters} {figure(ratio)}" if isinstance(ratio, float) else letters
 
 
 def figure(ratio: float) -> str:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Verifies true-size conversions on one NVIDIA GPU, and shows that spoiled ones are caught; writes what it measured.
+"""Verifies true-size conversions on one NVIDIA GPU, and checks that corrupted ones are caught.
 
-Weights of true layout and size are made, seeded, by make_checkpoints.py; `dsocr-convert` converts them; `dsocr-verify`
-verifies each in float32, bfloat16 and float16, as a new process, timed from its start to its verdict with all imports.
-Then the time that the GPU was busy in forward passes is measured, and as much of the corruption catalogue
-(tests/corruptions.py) as the time allows is run.
+make_checkpoints.py makes seeded weights of true layout and size, `dsocr-convert` converts them, and `dsocr-verify`
+verifies each in float32, bfloat16 and float16: as a new process, timed from its start to its verdict. Then the share of
+GPU time in forward passes is measured, and the catalogue of corruptions (tests/corruptions.py) is run as far as the
+time allows.
 
-Writes OUT_DIR/results.json. `--tiny` goes through the same on tiny weights, on any machine.
-Exit code 0 if everything was verified, every corruption caught, and the bars were kept.
+Writes OUT_DIR/results.json with everything, and OUT_DIR/gpu.json, the summary for docs/verification. `--tiny` does the
+same with tiny weights, on any machine. Exit code 0 if everything was verified, every corruption caught, and the limits
+on time were kept.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = (512, 640, 1024, 1280)
-# The sizes of the catalogue's chains: one that is not the trained one shows what resampling does.
+# The size of the DeepEncoder in the catalogue: not the trained one, so that positions are resampled.
 CORRUPTION_SIZES = (512,)
 STAGES = ("verifications", "forward_share", "corruptions")
-SECONDS_BAR, FORWARD_BAR = 20.0, 0.80
+MAX_SECONDS, MIN_FORWARD_SHARE = 20.0, 0.80
 LIBRARIES = ("torch", "transformers", "timm", "segment-anything", "open_clip_torch", "safetensors", "numpy")
 
 
 class Checkpoint(NamedTuple):
-    """One source: its name in make_checkpoints.py, family, and where it lies."""
+    """One source: its name in make_checkpoints.py, its family, and its path."""
 
     name: str
     family: str
@@ -62,12 +63,12 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--tiny", action="store_true", help="tiny weights, as a test of this script")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
-    parser.add_argument("--work", type=Path, help="where weights are kept (default: a folder that is removed)")
-    parser.add_argument("--seconds", type=float, default=510, help="for all of it (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for weights (default: a temporary one)")
+    parser.add_argument("--seconds", type=float, default=510, help="time for everything (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes for the catalogue (default: by the cores)")
     parser.add_argument("--dtypes", default=",".join(PRECISIONS), help="default %(default)s")
-    parser.add_argument("--stages", default=",".join(STAGES), help="of the measurements, these (default %(default)s)")
-    parser.add_argument("--only", default="", metavar="NAMES", help="of the catalogue, these alone")
+    parser.add_argument("--stages", default=",".join(STAGES), help="measurements to make (default %(default)s)")
+    parser.add_argument("--only", default="", metavar="NAMES", help="corruptions to run (default: all)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -85,18 +86,19 @@ def main() -> int:
 
 def everything(args: argparse.Namespace) -> int:
     begin = time.monotonic()
-    results: dict[str, Any] = {"tiny": args.tiny, "bars": {"seconds": SECONDS_BAR, "forward_share": FORWARD_BAR}}
+    limits = {"seconds": MAX_SECONDS, "forward_share": MIN_FORWARD_SHARE}
+    results: dict[str, Any] = {"tiny": args.tiny, "limits": limits}
     stages: dict[str, float] = {}
     results["stages"] = stages
 
     def stage(name: str, function: Any, *arguments: Any) -> None:
-        """Run a part, keep what it gives and how long it took, and write all down: a later part may never end."""
+        """Run a stage and write its result and duration, as a later stage may never end."""
         start = time.monotonic()
         print(f"{start - begin:5.0f} s  {name} ...", flush=True)
         try:
             results[name] = function(*arguments)
         except Exception:
-            # The parts do not depend on each other's results, and time on such a machine is short.
+            # Stages do not depend on each other's results.
             traceback.print_exc()
             results.setdefault("errors", {})[name] = traceback.format_exc()
         stages[name] = round(time.monotonic() - start, 1)
@@ -115,11 +117,12 @@ def everything(args: argparse.Namespace) -> int:
     results["seconds"] = round(time.monotonic() - begin, 1)
     results["summary"] = summary = summarise(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "gpu.json").write_text(document(results))
     print(json.dumps(summary, indent=1))
     return 0 if summary["ok"] else 1
 
 
-# What it runs on ------------------------------------------------------------------------------------------------------
+# The machine ---------------------------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _output(*command: str) -> str:
 
 
 def make_checkpoints(args: argparse.Namespace) -> dict[str, Any]:
-    """All of them at once: drawing numbers takes one core each."""
+    """Make all checkpoints at once: drawing random numbers takes one core each."""
     if args.tiny:
         make_tiny(args.work)
     else:
@@ -191,7 +194,7 @@ def make_tiny(work: Path) -> None:
 
 
 def make_others(work: Path) -> None:
-    """For each family another checkpoint of the same layout: every weight negated, the text tower left out."""
+    """Make another checkpoint of each family and layout: all weights negated, without the text tower."""
     import safetensors.torch
 
     for checkpoint in CHECKPOINTS:
@@ -204,7 +207,7 @@ def make_others(work: Path) -> None:
 
 
 def program(name: str) -> list[str]:
-    """The installed command, as a user starts it: beside this Python, or on the path."""
+    """The installed command: next to this Python, or on the path."""
     places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     found = shutil.which(f"dsocr-{name}", path=places)
     if found is None:
@@ -245,7 +248,7 @@ def verify_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def verify_cold(args: argparse.Namespace, checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
-    """One run of `dsocr-verify`, timed from the start of its process to its end."""
+    """Run `dsocr-verify` once, timed from the start of its process to its end."""
     command = [*program("verify"), str(converted(args.work, checkpoint)), "--source", str(args.work / checkpoint.path)]
     command += ["--device", args.device, "--dtype", precision, "--json", "--quiet"]
     command += ["--sizes", "192" if args.tiny else ",".join(map(str, SIZES))]
@@ -267,10 +270,10 @@ def verify_cold(args: argparse.Namespace, checkpoint: Checkpoint, precision: str
 
 
 class Busy:
-    """How long the GPU was busy inside forward passes and outside them, in seconds.
+    """Seconds that the GPU was busy inside and outside of forward passes.
 
     Busy is what torch's profiler records on the device: kernels and copies, without the gaps between them. The
-    profiler is stopped and started, with the device idle, at the borders of each forward pass.
+    profiler is restarted, with the device idle, at the start and end of each forward pass.
     """
 
     def __init__(self) -> None:
@@ -295,7 +298,7 @@ class Busy:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward pass; one inside another counts with the outer."""
+        """Count a forward pass; one inside of another counts with the outer."""
         self._depth += 1
         if self._depth == 1:
             self.outside += self.stop()
@@ -310,7 +313,7 @@ class Busy:
 
 
 def forward_shares(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """For one conversion of each family, the share of the GPU's busy time that was spent in forward passes."""
+    """Measure the share of the GPU's busy time in forward passes, for one conversion of each family."""
     import torch
 
     if not torch.cuda.is_available() or args.device == "cpu":
@@ -335,7 +338,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
             return forward(self, pixels)
 
     busy.start()
-    # Every forward pass of a verification goes through one of the two.
+    # Every forward pass of a verification is inside of one of the two.
     with (
         mock.patch("converter.verification.outputs.record_features", recorded_timed),
         mock.patch.object(DeepEncoder, "forward", forward_timed),
@@ -357,7 +360,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
 
 
 def corrupt_all(args: argparse.Namespace, end: float) -> dict[str, Any]:
-    """The catalogue in several processes; each writes a line for each corruption and stops in time."""
+    """Run the catalogue in several processes; each writes a line for each corruption and stops in time."""
     # Six take up to 60 GiB of the GPU's memory: attention over a whole image in float64, several times.
     half = max((args.workers or min(len(os.sched_getaffinity(0)) // 2, 6)) // 2, 1)
     parts = [f"{family}:{index}:{half}" for family in ("sam", "clip") for index in range(half)]
@@ -392,7 +395,7 @@ def rows_path(work: Path, part: str) -> Path:
 
 
 def corruption_worker(args: argparse.Namespace) -> None:
-    """One process's share of the catalogue."""
+    """Run one process's share of the catalogue."""
     import corruptions
     import torch
     from corruptions import Corruption
@@ -401,7 +404,7 @@ def corruption_worker(args: argparse.Namespace) -> None:
     chosen = [name for name in args.only.split(",") if name]
     kinds = ("clip",) if family == "clip" else ("sam", "compressor")
     cases = [(c, kind) for c, kind in corruptions.cases() if kind in kinds and (not chosen or c.name in chosen)]
-    # Mistakes of the encoder first: the GPU's outputs alone show them.
+    # Wrong encoders first: only their outputs on a GPU show them.
     cases.sort(key=lambda case: case[0].kind != corruptions.ARCHITECTURE)
     cases = cases[int(index) :: int(count)]
     with tempfile.TemporaryDirectory(dir=args.work) as name, rows_path(args.work, args.part).open("w") as lines:
@@ -420,7 +423,7 @@ def corruption_worker(args: argparse.Namespace) -> None:
                 line = {"name": corruption.name, "family": kind, "error": traceback.format_exc()[-2000:]}
                 print(line["error"], flush=True)
             if torch.cuda.is_available():
-                # The other processes need what this one keeps in reserve.
+                # Other processes need the memory that torch keeps in reserve.
                 torch.cuda.empty_cache()
             lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -461,8 +464,8 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
         "caught": len(rows) - len(missed),
         "missed": missed,
         "caught_by": {
-            proof: sum(bool(row.get("caught", {}).get(proof)) for row in rows)
-            for proof in ("structure", "bytes", "outputs")
+            group: sum(bool(row.get("caught", {}).get(group)) for row in rows)
+            for group in ("structure", "bytes", "outputs")
         },
         "refused": sum(bool(row.get("refused")) for row in rows),
         "unnamed": [f"{row['name']} ({row['family']})" for row in rows if row.get("unnamed")],
@@ -470,17 +473,69 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
         "correct_ones_failed": sum(not row.get("ok", False) for row in controls),
         "errors": sorted(results.get("errors", {})),
     }
-    bars = [each["seconds"] <= SECONDS_BAR or results["tiny"] for each in verifications]
-    bars += [each["verified"] and each["share"] >= FORWARD_BAR for each in shares]
+    limits = [each["seconds"] <= MAX_SECONDS or results["tiny"] for each in verifications]
+    limits += [each["verified"] and each["share"] >= MIN_FORWARD_SHARE for each in shares]
     found["ok"] = bool(
         found["verified"] == found["verifications"]
-        and all(bars)
+        and all(limits)
         and not missed
         and not found["correct_ones_failed"]
         and not found["errors"]
         and (verifications or shares or rows)
     )
     return found
+
+
+# The summary for docs/verification ------------------------------------------------------------------------------------
+
+
+def document(results: dict[str, Any]) -> str:
+    """The measurements without details, as JSON with one run or corruption a line."""
+    catalogue = results.get("corruptions", {"rows": [], "not_run": []})
+    short = {key: value for key, value in results.items() if key not in ("conversions", "errors")}
+    short["verifications"] = [verification_summary(each) for each in results.get("verifications", [])]
+    short["corruptions"] = {**catalogue, "rows": [row_summary(row) for row in catalogue["rows"]]}
+    return one_line_each(short) + "\n"
+
+
+def verification_summary(result: dict[str, Any]) -> dict[str, Any]:
+    """One verification: what ran, and error, noise floor and tolerance of each comparison of outputs."""
+    keys = ("source", "dtype", "seconds", "verified", "reference", "device")
+    checks = [check for check in result.get("checks", ()) if "noise_floor" in check["figures"]]
+    traces = [trace for trace in result.get("traces", ()) if trace["points"]]
+    runs = []
+    for check, trace in zip(checks, traces, strict=True):
+        # The largest error in noise floors, at any probe.
+        worst = max((point["error"] or 0.0) / point["noise_floor"] for point in trace["points"])
+        figures = {name: float(f"{value:.3g}") for name, value in check["figures"].items()}
+        runs.append({"name": check["name"], **figures, "most_noise_floors": round(worst, 2)})
+    return {**{key: result.get(key) for key in keys}, "runs": runs}
+
+
+def row_summary(row: dict[str, Any]) -> dict[str, Any]:
+    """One corruption: the groups that caught it, and the largest error in tolerances."""
+    ratio = row.get("ratio")
+    return {
+        "name": row["name"],
+        "family": row["family"],
+        "caught_by": [group for group, caught in row.get("caught", {}).items() if caught],
+        **({"refused": True} if row.get("refused") else {}),
+        **({"error": True} if row.get("error") else {}),
+        **({"ratio": float(f"{ratio:.4g}") if isinstance(ratio, float) else ratio} if ratio is not None else {}),
+    }
+
+
+def one_line_each(value: Any, indent: str = "") -> str:
+    """JSON with one entry a line, but short values and those without nested ones on one line."""
+    text = json.dumps(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if len(text) < 110 or not any(isinstance(each, dict | list) and each for each in inner):
+        return text
+    entries = [one_line_each(each, f"{indent} ") for each in inner]
+    if isinstance(value, dict):
+        entries = [f"{json.dumps(key)}: {entry}" for key, entry in zip(value, entries, strict=True)]
+    lines = ",\n".join(f"{indent} {entry}" for entry in entries)
+    return f"{text[0]}\n{lines}\n{indent}{text[-1]}"
 
 
 if __name__ == "__main__":
