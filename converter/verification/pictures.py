@@ -162,7 +162,8 @@ def _principal_directions(centred: Tensor) -> Tensor:
     if patches >= channels:
         return vectors
     vectors = centred.T @ vectors
-    return vectors / vectors.norm(dim=0).clamp_min(1e-12)
+    vectors /= vectors.norm(dim=0).clamp_min(1e-12)
+    return vectors
 
 
 def _difference(reference: Tensor, converted: Tensor) -> Tensor:
