@@ -1,7 +1,8 @@
-"""Mapping files derived from pairs of checkpoints: every layout that ships is found again, and ones never seen."""
+"""Mapping files derived from pairs of checkpoints, and from names alone."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,8 @@ from inventories import inventories, sparse
 from test_oracles import LAYOUTS, State, check_equal
 
 import converter
-from converter.api.derive import Derived, derive
+from converter.api.derive import derive
+from converter.derivation.mapping import Derived
 from converter.errors import LayoutError, MappingError, OutputError, UsageError
 from converter.layouts import registry
 
@@ -51,47 +53,42 @@ def templates(found: Derived) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_that_ships_is_found_again(layout: str, tmp_path: Path) -> None:
+def test_shipped_layouts_are_found_by_values(layout: str, tmp_path: Path) -> None:
     family, name, make = LAYOUTS[layout]
     state, expected = make()
     found = derived(state, expected, tmp_path)
     check_converts(found, expected, tmp_path)
-    assert set(found.found) == {"values"} and not found.guessed
-    assert found.family == family and found.known == [name]
-    shipped = registry.load(name)
-    assert found.rules <= 2 * len(shipped.rules)  # type: ignore[union-attr]
-    assert 20 <= len(found.text.splitlines()) <= 60
-    assert max(map(len, found.text.splitlines())) <= 120
+    assert (found.family, list(found.found)) == (family, ["values"])
+    assert found.rules <= 2 * len(registry.load(name).mapping.rules)
+    assert len(found.text.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_and_by_its_names_and_shapes_alone(layout: str, tmp_path: Path) -> None:
-    family, name, make = LAYOUTS[layout]
+def test_shipped_layouts_are_found_by_names_under_another_prefix(layout: str, tmp_path: Path) -> None:
+    family, _, make = LAYOUTS[layout]
     state, expected = make()
-    for target in (f"deepencoder-{family}", name):
-        found = derived(state, target, tmp_path, force=True)
-        check_converts(found, expected, tmp_path)
-        assert set(found.found) == {"shape and name"}
-        (tmp_path / "out.safetensors").unlink()
-    assert "Guessed by shape and name" in found.text
+    inside = {f"tower.{name}": tensor for name, tensor in state.items()}
+    found = derived({**inside, "lm_head.weight": torch.ones(2, 2)}, f"deepencoder-{family}", tmp_path)
+    check_converts(found, expected, tmp_path)
+    assert "by comparing names" in found.text and "lm_head.weight" in found.dropped
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "family"),
     [("sam-hf-bin", "sam"), ("sam-meta-vit-h", "sam"), ("clip-open_clip", "clip"), ("unlimited-ocr-hf-vision", "sam")],
 )
-def test_the_names_of_real_checkpoints(checkpoint: str, family: str, tmp_path: Path) -> None:
-    """Of files of true size that hold no weights: towers of other depths and sizes beside what is meant."""
+def test_names_of_real_checkpoints(checkpoint: str, family: str, tmp_path: Path) -> None:
+    """Files of real size without weights, which hold other towers too."""
     path = sparse(tmp_path / "model.safetensors", inventories()[checkpoint])
     found = derive(path, f"deepencoder-{family}", out=tmp_path / "my.yaml")
     shipped = converter.convert(path, family, dry_run=True)
     ours = converter.convert(path, family, mapping=tmp_path / "my.yaml", dry_run=True)
     assert (ours.converted, ours.missing) == (shipped.converted, shipped.missing)
-    assert found.rules <= 12
+    assert found.rules <= 14
 
 
 def flax_clip() -> tuple[State, State]:
-    """Kernels the other way round, q, k and v apart with a dimension for heads, layers from 1, other names, a head."""
+    """Transposed kernels; separate q, k and v with a dimension for heads; layers counted from 1; a head."""
     _, hub = oracles.clip_hf()
     width, heads = models.CLIP_WIDTH, models.CLIP_HEADS
     state: State = {
@@ -121,7 +118,7 @@ def flax_clip() -> tuple[State, State]:
 
 
 def interleaved_sam() -> tuple[State, State]:
-    """q, k and v head by head, both relative positions in one tensor, linear weights transposed, stages from 1."""
+    """q, k and v interleaved by head; relative positions fused; linear weights transposed; stages counted from 1."""
     _, hub = oracles.sam_meta()
     state: State = {}
     for name, tensor in hub.items():
@@ -145,7 +142,7 @@ def interleaved_sam() -> tuple[State, State]:
 
 
 def heads_apart() -> tuple[State, State]:
-    """q, k and v of every head as a tensor of its own; blocks numbered by tens within a word."""
+    """q, k and v of every head in a tensor of its own; the block's number within a word."""
     _, hub = oracles.sam_meta()
     state: State = {}
     for name, tensor in hub.items():
@@ -158,9 +155,28 @@ def heads_apart() -> tuple[State, State]:
     return state, hub
 
 
-@pytest.fixture(params=[flax_clip, interleaved_sam, heads_apart], ids=lambda make: make.__name__)
+def fused_transposed(order: str) -> tuple[State, State]:
+    """q, k and v in one matrix, in another order and transposed; layers counted from 1."""
+    _, hub = oracles.clip_hf()
+    state: State = {}
+    for name, tensor in hub.items():
+        number = re.match(r"transformer\.layers\.(\d+)\.", name)
+        name = f"vit.{name}" if number is None else f"vit.stack.{int(number[1]) + 1}.{name[number.end() :]}"
+        if "qkv_proj" in name:
+            parts = dict(zip("qkv", tensor.chunk(3), strict=True))
+            tensor = torch.cat([parts[part] for part in order])
+        state[name] = tensor.T if name.endswith("qkv_proj.weight") else tensor
+    return state, hub
+
+
+def fused_kvq() -> tuple[State, State]:
+    """The order k, v, q."""
+    return fused_transposed("kvq")
+
+
+@pytest.fixture(params=[flax_clip, interleaved_sam, heads_apart, fused_kvq], ids=lambda make: make.__name__)
 def unseen(request: pytest.FixtureRequest) -> Callable[[], tuple[State, State]]:
-    """A layout that no file describes."""
+    """A layout that does not ship."""
     make: Callable[[], tuple[State, State]] = request.param
     return make
 
@@ -170,58 +186,122 @@ RULES = {
         "cls -> embeddings.class_embedding",
         " + ".join(f"Transformer.encoderblock_{{layer+1}}.MHA.{part}.kernel" for part in ("query", "key", "value"))
         + " -> transformer.layers.{layer}.self_attn.qkv_proj.weight",
-        "Transformer.encoderblock_{layer+1}.MLP.Dense_{i}.bias -> transformer.layers.{layer}.mlp.fc{i+1}.bias",
+        "Transformer.encoderblock_{layer+1}.MLP.Dense_0.bias -> transformer.layers.{layer}.mlp.fc1.bias",
     ],
     interleaved_sam: [
         "stage{layer+1}.att.w_{param} -> blocks.{layer}.attn.qkv.{param}",
         "stage{layer+1}.att.rel -> blocks.{layer}.attn.rel_pos_h + blocks.{layer}.attn.rel_pos_w",
-        "fpn.{rest} -> neck.{rest}",
+        "fpn.{layer}.weight -> neck.{layer}.weight",
     ],
-    heads_apart: ["enc.b{layer}_norm{n}.{param} -> blocks.{layer}.norm{n}.{param}"],
+    heads_apart: ["enc.b{layer}_norm{n_2}.{param} -> blocks.{layer}.norm{n_2}.{param}"],
+    fused_kvq: [
+        "stack.{layer+1}.self_attn.qkv_proj.weight -> transformer.layers.{layer}.self_attn.qkv_proj.weight",
+        "stack.{layer+1}.mlp.fc{n}.{param} -> transformer.layers.{layer}.mlp.fc{n}.{param}",
+    ],
 }
 
 
-def test_a_layout_never_seen(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
+def test_unknown_layouts_are_found_by_values(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
     state, hub = unseen()
     found = derived(state, hub, tmp_path)
     check_converts(found, hub, tmp_path)
-    assert set(found.found) == {"values"} and not found.known
     assert set(RULES[unseen]) <= set(templates(found))
-    assert found.rules <= 15 and len(found.text.splitlines()) <= 60
+    assert found.rules <= 17
 
 
-def zeroed(state: State, hub: State, chosen: Callable[[str], bool]) -> tuple[State, State]:
-    """Both with some of the hub's tensors, and whatever of the state they are made of, all zeros."""
-    values = {}
-    for tensor in (tensor for name, tensor in hub.items() if chosen(name)):
-        for parts in (1, 3, 3 * models.HEADS):
-            for part in tensor.chunk(parts) if len(tensor) % parts == 0 else ():
-                values[tuple(part.flatten().sort().values.tolist())] = True
+@pytest.mark.parametrize("order", ["".join(order) for order in itertools.permutations("qkv")])
+def test_fused_transposed_parts_in_any_order(order: str, tmp_path: Path) -> None:
+    state, hub = fused_transposed(order)
+    found = derived(state, hub, tmp_path)
+    check_converts(found, hub, tmp_path)
+    assert ("reorder:" in found.text) == (order != "qkv") and "permute: [1, 0]" in found.text
+
+
+@pytest.mark.parametrize("order", ["".join(order) for order in itertools.permutations("qkv")])
+def test_separate_parts_are_fused_in_the_order_of_their_values(order: str, tmp_path: Path) -> None:
+    """Names that say nothing: the first part may be q, k or v."""
+    _, hub = oracles.clip_hf()
+    state: State = {}
+    for name, tensor in hub.items():
+        parts = dict(zip("qkv", tensor.chunk(3), strict=True)) if "qkv_proj" in name else {}
+        state.update({name.replace("qkv_proj", f"part{i}"): parts[order[i]].t() for i in range(3) if parts})
+        state.update({} if parts else {name: tensor})
+    check_converts(derived(state, hub, tmp_path), hub, tmp_path)
+
+
+# Ties and leftovers -----------------------------------------------------------------------------------------------
+
+
+def test_copies_of_the_model_are_a_tie(tmp_path: Path) -> None:
+    state, hub = oracles.clip_hf()
+    copies = {f"ema.{name}": tensor for name, tensor in state.items()}
+    with pytest.raises(LayoutError, match=r"'vision_model\.(\S+)' and 'ema\.vision_model\.\1' for"):
+        derived({**state, **copies}, hub, tmp_path)
+    assert not (tmp_path / "my.yaml").exists()
+    # Other values are no tie: the model has the target's.
+    found = derived({**state, **{name: tensor + 1 for name, tensor in copies.items()}}, hub, tmp_path)
+    check_converts(found, hub, tmp_path)
+    assert set(copies) <= set(found.dropped)
+
+
+def test_one_tensor_under_two_names_is_a_tie(tmp_path: Path) -> None:
+    state, hub = oracles.sam_timm()
+    with pytest.raises(LayoutError, match="'pos_embed' and 'tied' for 'pos_embed'"):
+        derived({**state, "tied": state["pos_embed"]}, hub, tmp_path, partial=True)
+
+
+def test_biases_of_zeros_are_a_tie(tmp_path: Path) -> None:
+    """Before training all biases are zeros: their values do not tell which is which."""
+    state, hub = oracles.clip_hf()
     blank = [
-        {n: torch.zeros_like(t) if tuple(t.flatten().sort().values.tolist()) in values else t for n, t in side.items()}
+        {name: torch.zeros_like(tensor) if name.endswith("bias") else tensor for name, tensor in side.items()}
         for side in (state, hub)
     ]
-    return blank[0], blank[1]
+    with pytest.raises(LayoutError, match=r"'\S+k_proj\.bias' and '\S+v_proj\.bias' .*\n.* before training"):
+        derived(blank[0], blank[1], tmp_path)
 
 
-@pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("make", [flax_clip, interleaved_sam, *{make for _, _, make in LAYOUTS.values()}])
-def test_tensors_that_are_alike_are_told_apart_by_their_neighbours(
-    make: Callable[[], tuple[State, State]], norms: bool, tmp_path: Path
-) -> None:
-    """As before training: all biases are equal, or the norms' weights too; the rules are those of trained weights."""
-    state, hub = make()
-    (tmp_path / "trained").mkdir()
-    expected = derived(state, hub, tmp_path / "trained")
-    constant = zeroed(state, hub, lambda name: name.endswith("bias") or (norms and "norm" in name.replace("layr", "n")))
-    found = derived(*constant, tmp_path)
-    check_converts(found, constant[1], tmp_path)
-    assert sorted(templates(found)) == sorted(templates(expected))
-    assert found.found["values that several tensors have, and name"] > 10
+@pytest.mark.parametrize("prefixes", [("model.visual.", "teacher.visual."), ("student.", "teacher.")])
+def test_two_subtrees_with_the_same_names_are_a_tie(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    state, _ = oracles.clip_hf_vision()
+    towers = {prefix + name: tensor for prefix in prefixes for name, tensor in state.items()}
+    with pytest.raises(LayoutError, match=f"2 subtrees fit .* equally well: '{prefixes[0]}', '{prefixes[1]}'"):
+        derived(towers, "deepencoder-clip", tmp_path, partial=True)
+    assert not (tmp_path / "my.yaml").exists()
 
 
-def test_a_target_in_another_layout_is_reached_by_it(tmp_path: Path) -> None:
-    """The text tower and the projections, which the DeepEncoder lacks, are led to their names too."""
+ADAPTERS = {
+    "lora": ["blocks.0.attn.qkv.linear_a_q.weight", "blocks.1.attn.qkv.linear_b_v.weight"],
+    "adapter": ["blocks.1.MLP_Adapter.D_fc1.weight"],
+    "outside blocks": ["patch_embed.proj.lora_A"],
+}
+
+
+@pytest.mark.parametrize("by_names", [False, True])
+@pytest.mark.parametrize("names", ADAPTERS.values(), ids=ADAPTERS)
+def test_tensors_left_over_inside_matched_modules_are_refused(names: list[str], by_names: bool, tmp_path: Path) -> None:
+    state, hub = oracles.sam_meta()
+    extra = {f"image_encoder.{name}": torch.randn(4, 4) for name in names}
+    with pytest.raises(LayoutError) as caught:
+        derived({**state, **extra}, "deepencoder-sam" if by_names else hub, tmp_path, partial=True)
+    assert all(repr(name) in str(caught.value) for name in extra)
+    assert "LoRA" in caught.value.hint and not (tmp_path / "my.yaml").exists()
+
+
+def test_tensors_left_over_outside_are_dropped_with_a_reason(tmp_path: Path) -> None:
+    state, hub = oracles.clip_hf()
+    found = derived({**state, "head.0.lora.weight": torch.randn(4, 4)}, hub, tmp_path)
+    check_converts(found, hub, tmp_path)
+    reasons = converter.convert(tmp_path / "source.pth", "clip", mapping=tmp_path / "my.yaml", dry_run=True).dropped
+    assert reasons["head.0.lora.weight"] == "not part of CLIP"
+    assert reasons["vision_model.post_layernorm.weight"] == "no tensor of target.safetensors has these values"
+
+
+# Targets, names and files ------------------------------------------------------------------------------------------
+
+
+def test_the_target_may_be_a_full_model(tmp_path: Path) -> None:
+    """The text tower and the projections, which the DeepEncoder lacks, have rules too."""
     state, _ = oracles.open_clip()
     torch.save(state, tmp_path / "known.pth")
     target = tmp_path / "hf.safetensors"
@@ -230,22 +310,19 @@ def test_a_target_in_another_layout_is_reached_by_it(tmp_path: Path) -> None:
     torch.save(ours, tmp_path / "source.pth")
     found = derive(tmp_path / "source.pth", target, out=tmp_path / "my.yaml", name="clip-stack")
     assert found.written and set(found.found) == {"values"} and not found.dropped
-    options = {"mapping": tmp_path / "my.yaml", "to": "clip-hf", "full_model": True}
-    options["out"] = tmp_path / "out.safetensors"
+    options = {
+        "mapping": tmp_path / "my.yaml",
+        "to": "clip-hf",
+        "full_model": True,
+        "out": tmp_path / "out.safetensors",
+    }
     card = converter.convert(tmp_path / "source.pth", "clip", **options)  # type: ignore[arg-type]
     assert card.mapping == "clip-stack"
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), safetensors.torch.load_file(target))
     assert "\nother_rules:\n" in found.text
 
 
-def test_a_tensor_under_two_names_is_used_once(tmp_path: Path) -> None:
-    state, hub = oracles.sam_timm()
-    found = derived({**state, "tied": state["pos_embed"]}, hub, tmp_path)
-    check_converts(found, hub, tmp_path)
-    assert "because: the same tensor as pos_embed" in found.text
-
-
-def test_what_is_recognised_is_no_other_layout(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
+def test_derived_mappings_detect_no_other_layout(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
     state, hub = unseen()
     mapping = registry.load_file(Path(derived(state, hub, tmp_path).output))
     for name, inventory in inventories().items():
@@ -261,15 +338,13 @@ def test_a_target_of_two_families_needs_a_choice(tmp_path: Path) -> None:
     assert derived(both, both, tmp_path, family="clip").family == "clip"
 
 
-def test_a_target_of_no_known_layout_is_refused(tmp_path: Path) -> None:
+def test_a_target_without_a_known_layout_is_refused(tmp_path: Path) -> None:
     state, _ = flax_clip()
-    with pytest.raises(
-        LayoutError, match="fits no layout that is known\nTARGET is to be a checkpoint in one of: deepenc"
-    ):
+    with pytest.raises(LayoutError, match="TARGET has no known layout"):
         derived(state, state, tmp_path)
 
 
-def test_what_is_not_found_is_told_and_nothing_written(tmp_path: Path) -> None:
+def test_an_incomplete_mapping_is_written_with_partial_only(tmp_path: Path) -> None:
     state, hub = oracles.clip_hf()
     lost = "transformer.layers.1.layer_norm1.bias"
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path)
@@ -278,13 +353,15 @@ def test_what_is_not_found_is_told_and_nothing_written(tmp_path: Path) -> None:
     assert found.written and registry.load_file(tmp_path / "my.yaml").name == "my"
 
 
-def test_other_types_have_no_equal_values(tmp_path: Path) -> None:
+def test_no_match_at_all_is_refused(tmp_path: Path) -> None:
     state, hub = oracles.sam_meta()
-    found = derived(state, {name: tensor.half() for name, tensor in hub.items()}, tmp_path)
-    assert found.notes == ["SOURCE is float32, TARGET float16: no values can be equal"]
+    with pytest.raises(LayoutError, match="one element type"):
+        derived(state, {name: tensor.half() for name, tensor in hub.items()}, tmp_path)
+    with pytest.raises(LayoutError, match="known layout"):
+        derived({"a.weight": torch.randn(3, 3)}, "deepencoder-sam", tmp_path, partial=True)
 
 
-def test_names_that_yaml_would_misread_are_quoted(tmp_path: Path) -> None:
+def test_odd_names_are_quoted(tmp_path: Path) -> None:
     state, hub = oracles.sam_timm()
     odd = {f"a: b #{name}".replace("blocks", "- 'no\"\té"): tensor for name, tensor in state.items()}
     check_converts(derived(odd, hub, tmp_path, name="yes: #1"), hub, tmp_path)
@@ -314,8 +391,8 @@ def test_the_command(tmp_path: Path) -> None:
     saved(hub, tmp_path / "target.safetensors")
     done = run("source.pth", "target.safetensors", "-o", "new.yaml", "--name", "sam-new", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "new.yaml\n")
-    assert "sam-new: 51 of 51 tensors of target.safetensors, in 12 rules" in done.stderr
-    assert "51 by values (certain)" in done.stderr
+    assert "sam-new: 51 of 51 tensors of target.safetensors, in 13 rules" in done.stderr
+    assert "51 matched by values" in done.stderr
     done = run("source.pth", "target.safetensors", "-o", "new.yaml", folder=tmp_path)
     assert done.returncode == 4 and "exists already" in done.stderr
     saved({**hub, "pos_embed": hub["pos_embed"] + 1}, tmp_path / "target.safetensors")
@@ -325,26 +402,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert not (tmp_path / "my.yaml").exists()
 
 
-def test_an_existing_file_is_asked_about_before_anything_is_read(tmp_path: Path) -> None:
+def test_existing_files_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         derive(tmp_path / "absent", tmp_path / "absent", out=tmp_path / "my.yaml")
     assert (tmp_path / "my.yaml").read_text() == "mine"
 
 
-def test_names_that_mislead_are_found_out(tmp_path: Path) -> None:
-    """A tensor of the wrong shape under the right name: nothing is written, unless to be finished by hand."""
+def test_wrong_shapes_under_right_names_are_refused(tmp_path: Path) -> None:
     state, _ = oracles.sam_timm()
-    state = {**state, "neck.3.bias": torch.randn(models.NECK + 1)}
-    found = derived(state, "deepencoder-sam", tmp_path)
-    assert found.unmatched == ["neck.3.bias"] and not found.written
-    assert derived(state, "deepencoder-sam", tmp_path, partial=True).written
-
-
-def test_a_source_that_has_nothing_of_the_target(tmp_path: Path) -> None:
-    _, hub = oracles.sam_meta()
-    found = derived({"a.weight": torch.randn(3, 3)}, hub, tmp_path, partial=True)
-    assert len(found.unmatched) == len(hub) and not found.written and found.rules == 1
+    with pytest.raises(MappingError, match=r"neck\.3\.bias.* has shape"):
+        derived({**state, "neck.3.bias": torch.randn(models.NECK + 1)}, "deepencoder-sam", tmp_path)
 
 
 def test_one_of_several_state_dicts_is_chosen(tmp_path: Path) -> None:
@@ -357,31 +425,20 @@ def test_one_of_several_state_dicts_is_chosen(tmp_path: Path) -> None:
     assert derive(*ask, out=tmp_path / "my.yaml", state_dict="ema").written
 
 
-def test_tensors_that_stand_there_twice_are_told(tmp_path: Path) -> None:
-    """What is fused of q, k and v could be made of either; all else is as good from one as from the other."""
-    state, expected = oracles.clip_hf()
-    found = derived({**state, **{f"ema.{name}": tensor for name, tensor in state.items()}}, expected, tmp_path)
-    assert not found.written and all("qkv_proj" in name for name in found.unmatched)
-    (note,) = found.notes
-    assert "have another's values" in note and "save one of each alone" in note
-
-
-def test_a_name_that_no_template_can_write_is_told(tmp_path: Path) -> None:
+def test_names_with_braces_are_refused(tmp_path: Path) -> None:
     state, expected = oracles.clip_hf()
     braced = {name.replace("mlp", "m{l}p"): tensor for name, tensor in state.items()}
-    with pytest.raises(MappingError, match=r"'.*m\{l\}p.*' has a brace in its name"):
+    with pytest.raises(MappingError, match=r"m\{l\}p"):
         derived(braced, expected, tmp_path)
-    (tmp_path / "my.yaml").unlink(missing_ok=True)
-    # Beside what is converted it is of no consequence.
+    # Outside the encoder they do not matter.
     assert derived({**{f"clip.{n}": t for n, t in state.items()}, "other{}": torch.ones(3)}, expected, tmp_path).written
 
 
-def test_many_tensors_beside_it_take_no_time_to_speak_of(tmp_path: Path) -> None:
-    """By names alone: 5,000 tensors of a language model took minutes when each was looked at for every missing one."""
+def test_large_models_around_the_encoder_take_little_time(tmp_path: Path) -> None:
     inventory = inventories()["clip-hf-vision-336"]
     words = ("q", "k", "v", "o", "up", "down", "gate", "norm1", "norm2")
     beside = {f"language.layers.{i // 9}.{words[i % 9]}.weight": ("float32", (16, 16)) for i in range(5000)}
     path = sparse(tmp_path / "model.safetensors", {**inventory, **beside})  # type: ignore[dict-item]
     began = time.process_time()
     found = derive(path, "deepencoder-clip", out=tmp_path / "my.yaml", partial=True)
-    assert found.found == {"shape and name": 288} and time.process_time() - began < 60
+    assert sum(found.found.values()) == 293 and time.process_time() - began < 60

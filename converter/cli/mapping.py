@@ -18,16 +18,10 @@ from converter.options import ConvertOptions
 from converter.output.names import fold_names
 
 if TYPE_CHECKING:
-    from converter.api.derive import Derived
+    from converter.derivation.mapping import Derived
 
 # Names of a list on the terminal; --json has all.
 _SHOWN = 8
-# How names in `Derived.found` are explained.
-_CONFIDENCE = {
-    "values": "certain",
-    "values that several tensors have, and name": "the values are certain, the names a guess",
-    "shape and name": "a guess: try it on a checkpoint",
-}
 
 NewLayout = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a new layout.")]
 Target = Annotated[
@@ -35,7 +29,7 @@ Target = Annotated[
     typer.Argument(
         metavar="TARGET",
         autocompletion=complete_layout,
-        help="The same weights in a known layout, or the name of a layout: then only names and shapes are compared.",
+        help="The same weights in a known layout, or the name of a layout: then only names are compared.",
     ),
 ]
 
@@ -136,16 +130,11 @@ def derive_mapping(source: NewLayout, target: Target, json: Json = False, quiet:
 
 
 def _summary(derived: Derived) -> list[str]:
-    """Describe how tensors were found, how certain that is, and what is missing."""
-    total = sum(derived.found.values())
-    rules = render.count(derived.rules, "rule")
-    lines = [f"{derived.layout}: {total} of {derived.tensors} tensors of {derived.target}, in {rules}"]
-    lines += [f"  {number:4} by {how} ({_CONFIDENCE[how]})" for how, number in derived.found.items()]
-    lines += _listing("ambiguous match for", [name for name, rivals in derived.guessed.items() if rivals])
+    """Describe how tensors were matched, and what is unused or missing."""
+    found, rules = sum(derived.found.values()), render.count(derived.rules, "rule")
+    lines = [f"{derived.layout}: {found} of {found + len(derived.unmatched)} tensors of {derived.target}, in {rules}"]
+    lines += [f"  {number:4} matched by {method}" for method, number in derived.found.items()]
     lines += _listing("unused, dropped", derived.dropped)
-    lines += [f"  {note}" for note in derived.notes]
-    if derived.known:
-        lines.append(f"  SOURCE already has the layout {', '.join(derived.known)}: no mapping file is needed")
     if derived.unmatched:
         outcome = f"not in {derived.output}" if derived.written else "nothing was written; --partial writes the rest"
         unmatched = render.count(len(derived.unmatched), "tensor")

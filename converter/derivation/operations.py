@@ -1,0 +1,86 @@
+"""Finds the operations that turn one tensor into another, by comparing their elements."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from converter.tensors.ops import Deinterleave, Op, Permuted, Reorder, Reshaped, Squeeze, Unsqueeze
+
+# Equal parts of the rows: q, k and v in another order, or interleaved head by head.
+_PARTS = (2, 3, 4)
+_MOST_HEADS = 128
+# Permutations are tried up to the five dimensions of a video's patch embedding.
+_MOST_DIMS = 5
+
+Ops = tuple[Op, ...]
+
+
+def find_operations(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
+    """Return the fewest operations that turn `tensor` into `target`, or None.
+
+    These are a reshape and a permutation, then one that moves rows.
+    """
+    if tensor.numel() != target.numel():
+        return None
+    arranged = sorted(_arrangements(tensor, tuple(target.shape)), key=lambda item: len(item[0]))
+    for find_rows in (_equal, _reorder, _deinterleave):
+        for ops, value in arranged:
+            rows = find_rows(value, target)
+            if rows is not None:
+                return (*ops, *rows)
+    return None
+
+
+def _arrangements(tensor: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Ops, torch.Tensor]]:
+    """Yield the tensor in `shape` by a reshape and each permutation, the identity first."""
+    identity = tuple(range(len(shape)))
+    for dims in itertools.permutations(identity) if len(shape) <= _MOST_DIMS else [identity]:
+        before = tuple(shape[dims.index(i)] for i in identity)
+        reshape = _reshape(tuple(tensor.shape), before)
+        yield reshape if dims == identity else (*reshape, Permuted(dims)), tensor.reshape(before).permute(dims)
+
+
+def _reshape(before: tuple[int, ...], after: tuple[int, ...]) -> Ops:
+    """Return the operation from one shape to another; squeeze and unsqueeze suit models of any size."""
+    if before == after:
+        return ()
+    longer, shorter, op = (before, after, Squeeze) if len(before) > len(after) else (after, before, Unsqueeze)
+    ones = [dim for dim, size in enumerate(longer) if size == 1]
+    for dims in itertools.combinations(ones, len(longer) - len(shorter)):
+        if dims and tuple(size for dim, size in enumerate(longer) if dim not in dims) == shorter:
+            return (op(dims),)
+    return (Reshaped(before, after),)
+
+
+def _equal(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
+    return () if torch.equal(tensor, target) else None
+
+
+def _reorder(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
+    """Return the new order of equal parts of the rows."""
+    for parts in _PARTS:
+        if target.dim() and len(target) and len(target) % parts == 0:
+            pieces = tensor.chunk(parts)
+            equal = ([i for i, piece in enumerate(pieces) if torch.equal(piece, part)] for part in target.chunk(parts))
+            order = tuple(numbers[0] if len(numbers) == 1 else -1 for numbers in equal)
+            if sorted(order) == list(range(parts)):
+                return (Reorder(order),)
+    return None
+
+
+def _deinterleave(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
+    """Return how rows are interleaved head by head."""
+    rows = len(target) if target.dim() else 0
+    # The first column is compared before whole tensors are rearranged.
+    first, wanted = tensor.reshape(rows or 1, -1)[:, 0], target.reshape(rows or 1, -1)[:, 0]
+    if rows < 4 or not torch.equal(first.sort().values, wanted.sort().values):
+        return None
+    for parts, heads in itertools.product(_PARTS, range(2, _MOST_HEADS + 1)):
+        for outer, inner in ((heads, parts), (parts, heads)) if rows % (heads * parts) == 0 else ():
+            order = torch.arange(rows).reshape(outer, inner, -1).transpose(0, 1).reshape(-1)
+            if torch.equal(first[order], wanted) and torch.equal(tensor[order], target):
+                return (Deinterleave(outer, inner),)
+    return None

@@ -1,0 +1,170 @@
+"""Turns pairs of names into rules with templates: an index for layers, a list of words for `weight` and `bias`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from converter.layouts.template import Kind, Template
+from converter.tensors.ops import Op
+
+_TOKEN = re.compile(r"\{[^}]*\}|[A-Za-z]+|[0-9]+")
+_INDICES = ("layer", "i", "j", "k", "l")
+# Usual names of variables, and the order of their words, by the words in alphabetical order.
+_USUAL = {("bias", "weight"): ("param", ("weight", "bias")), ("k", "q", "v"): ("proj", ("q", "k", "v"))}
+
+Variables = dict[str, Kind]
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedRule:
+    """A rule of a mapping file, at first for one source or target, then with templates for many.
+
+    `verb` is its key in the file; `parts` the variable of a fuse or split and its words in order. `covers` are the
+    source names that `source` matches, `gives` the target names. A drop has no target, but a `reason`.
+    """
+
+    verb: str
+    source: str
+    target: str
+    covers: frozenset[str]
+    gives: frozenset[str]
+    ops: tuple[Op, ...] = ()
+    parts: tuple[str, tuple[str, ...]] | None = None
+    optional: bool | str = False
+    reason: str = ""
+
+
+class _Gap(NamedTuple):
+    """The text before and after a word or number in a rule's source and target; a number is `offset` more there."""
+
+    source: tuple[str, str]
+    target: tuple[str, str]
+    offset: int
+    is_index: bool
+
+    def filled(self, variable: str) -> tuple[str, str]:
+        """Return source and target with a variable in the gap: its value is the lower number of the two."""
+        lower, higher = f"{{{variable}}}", f"{{{variable}+{abs(self.offset)}}}"
+        source = (higher if self.offset < 0 else lower).join(self.source)
+        return source, (higher if self.offset > 0 else lower).join(self.target) if any(self.target) else ""
+
+
+def words_variable(words: Iterable[str], variables: Variables) -> str:
+    """Return the variable for a list of words, added to `variables` if it is new."""
+    key = tuple(sorted(words))
+    usual, ordered = _USUAL.get(key, ("n" if all(map(str.isdigit, key)) else "part", key))
+    names = itertools.chain((usual,), (f"{usual}_{i}" for i in itertools.count(2)))
+    name = next(name for name in names if variables.get(name, ordered) == ordered)
+    variables[name] = ordered
+    return name
+
+
+def list_parts(names: tuple[str, ...], variables: Variables) -> tuple[str, tuple[str, tuple[str, ...]]] | None:
+    """Return the template of names that differ in one word, its variable and the words; None if they differ in more."""
+    rows = [re.split("([^a-zA-Z0-9]+)", name) for name in names]
+    head = len(common_start([row[:-1] for row in rows]))
+    tail = len(common_start([row[:head:-1] for row in rows]))
+    words = tuple("".join(row[head : len(row) - tail]) for row in rows)
+    if any("." in word or not word for word in words) or len(set(words)) < len(words):
+        return None
+    name, first = words_variable(words, variables), rows[0]
+    return "".join([*first[:head], f"{{{name}}}", *first[len(first) - tail :]]), (name, words)
+
+
+def common_start(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the words that all rows begin with."""
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
+
+
+def generalise(rules: list[DerivedRule], variables: Variables) -> list[DerivedRule]:
+    """Return fewer rules that match the same names and no others; new variables are added to `variables`.
+
+    Rules become one if their names differ in an index, or in one word that is the same in source and target.
+    """
+    merger = _Merger(rules, variables)
+    while (merged := merger.merge_some(rules)) is not None:
+        # In the place of the first rule that it replaces.
+        place = next(i for i, rule in enumerate(rules) if rule.covers <= merged.covers)
+        rules = [rule for rule in rules if not rule.covers <= merged.covers]
+        rules.insert(place, merged)
+    return rules
+
+
+class _Merger:
+    """Merges rules while their templates match none of the other names."""
+
+    def __init__(self, rules: list[DerivedRule], variables: Variables) -> None:
+        self.variables = variables
+        self.sources = [name for rule in rules for name in rule.covers]
+        self.targets = [name for rule in rules for name in rule.gives]
+
+    def merge_some(self, rules: list[DerivedRule]) -> DerivedRule | None:
+        """Return a rule that replaces several, or None: indices first, then last words, then what replaces most."""
+        groups: dict[tuple[_Gap, object], dict[str, DerivedRule]] = defaultdict(dict)
+        for rule in rules:
+            for word, gap in _gaps(rule):
+                groups[gap, (rule.verb, rule.ops, rule.parts, rule.optional, rule.reason)][word] = rule
+        several = [(gap, group) for (gap, _), group in groups.items() if len(group) > 1]
+        several.sort(key=lambda item: (not item[0].is_index, "." in item[0].source[1], -len(item[1]), item[0]))
+        return next((merged for gap, group in several if (merged := self._merge(gap, group)) is not None), None)
+
+    def _merge(self, gap: _Gap, group: dict[str, DerivedRule]) -> DerivedRule | None:
+        """Return one rule for a group, whose keys are the words in the gap, if it matches the group's names alone."""
+        variables = dict(self.variables)
+        if gap.is_index and max(map(int, group)) - min(map(int, group)) < len(group):
+            # No number is left out: an index would stand for tensors that do not exist.
+            variable = next((name for name in _INDICES if f"{{{name}" not in "".join(gap.source)), "")
+            variables[variable] = "int"
+        elif gap.offset == 0:
+            variable = words_variable(group, variables)
+        else:
+            return None
+        source, target = gap.filled(variable)
+        covers = frozenset(name for rule in group.values() for name in rule.covers)
+        gives = frozenset(name for rule in group.values() for name in rule.gives)
+        try:
+            matched = _matching(source, self.sources, variables), _matching(target, self.targets, variables)
+        except ValueError:
+            return None
+        if matched != (covers, gives):
+            return None
+        self.variables.update(variables)
+        return replace(next(iter(group.values())), source=source, target=target, covers=covers, gives=gives)
+
+
+def _matching(text: str, names: Iterable[str], variables: Variables) -> frozenset[str]:
+    template = Template.parse(text, variables)
+    return frozenset(name for name in names if template.match(name) is not None)
+
+
+def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
+    """Yield each word or number of the source that may vary, with its gap.
+
+    A drop varies in indices and in its last segment: other modules are named one by one.
+    """
+    for word, source in _words(rule.source):
+        if not rule.target and (_is_segment(word, source) or "." not in source[1]):
+            yield word, _Gap(source, ("", ""), 0, _is_segment(word, source))
+        for other, target in _words(rule.target):
+            if word.isdigit() and other.isdigit():
+                # A number within a word on both sides is part of that word.
+                is_index = _is_segment(word, source) or _is_segment(other, target)
+                yield word, _Gap(source, target, int(other) - int(word), is_index)
+            elif word == other:
+                yield word, _Gap(source, target, 0, False)
+
+
+def _words(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the words and numbers of a template outside its variables, with the text before and after each."""
+    for found in _TOKEN.finditer(text):
+        if found[0][0] != "{":
+            yield found[0], (text[: found.start()], text[found.end() :])
+
+
+def _is_segment(word: str, around: tuple[str, str]) -> bool:
+    return word.isdigit() and around[0][-1:] in ("", ".") and around[1][:1] == "."
