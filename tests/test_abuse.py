@@ -172,13 +172,13 @@ def test_another_file_of_the_folder_that_cannot_be_read(folder: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "hostile", [{"shape": [float("inf")]}, {"shape": [[1]]}, {"shape": None}, {"card": ["x" * 100_000]}], ids=str
+    "hostile", [{"shape": [float("inf")]}, {"shape": [[1]]}, {"shape": None}, {"record": ["x" * 100_000]}], ids=str
 )
 def test_hostile_records(hostile: dict[str, Any], folder: Path) -> None:
     converter.convert("clip.pth", "clip", out="out.safetensors", record="card.json")
     card = json.loads(Path("card.json").read_bytes())
-    next(iter(card["tensors"].values())).update({key: value for key, value in hostile.items() if key != "card"})
-    Path("card.json").write_text(json.dumps({**card, **{k: v for k, v in hostile.items() if k == "card"}}))
+    next(iter(card["tensors"].values())).update({key: value for key, value in hostile.items() if key != "record"})
+    Path("card.json").write_text(json.dumps({**card, **{k: v for k, v in hostile.items() if k == "record"}}))
     with pytest.raises(ContainerError, match="card") as caught:
         verify("out.safetensors", record="card.json", fast=True)
     assert len(str(caught.value)) < 300

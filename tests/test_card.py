@@ -79,7 +79,7 @@ def test_large_tensors_and_empty_ones(tmp_path: Path) -> None:
     from memory import expr
 
     from converter.formats.safetensors import write_safetensors
-    from converter.output.record_document import TensorDigests
+    from converter.output.record import TensorDigests
     from converter.storage.stream import BUFFER
 
     tensors = {"a": torch.empty(0, 2), "b": torch.ones(3), "c": torch.randn(BUFFER, 2), "d": torch.tensor(1.0)}
@@ -146,7 +146,7 @@ def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Pat
         converted(folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     converted(folder, tmp_path, force=True)
-    assert document(tmp_path / "out.json")["card"] == 1
+    assert document(tmp_path / "out.json")["record"] == 1
 
 
 @pytest.mark.parametrize("name", ["out.json", "other/../out.json"])
@@ -224,7 +224,7 @@ def test_names_from_a_file_do_not_steer_the_markdown(tmp_path: Path) -> None:
     torch.save({**make()[0], "lm`_`head|<b>\n# c": torch.ones(1)}, tmp_path / "x.pth")
     converter.convert(tmp_path / "x.pth", "clip", out=tmp_path / "x.safetensors", record=tmp_path / "x.md")
     text = (tmp_path / "x.md").read_text()
-    assert "`lm\u02bb_\u02bbhead\\|<b> # c`" in text and "\n# c" not in text
+    assert "`lm\u02bb_\u02bbhead\\|<b>\\x0a# c`" in text and "\n# c" not in text
 
 
 # From a hub -------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
     (source,) = document(tmp_path / "x.json")["sources"]
     assert source["name"] == "hf://org/sam/sam.pth" and len(source["commit"]) == 40
     (file,) = source["files"]
-    assert file["sha256"] is None and file["why"].startswith("fetched in parts")
+    assert file["sha256"] is None and file["reason"].startswith("fetched in parts")
     card = ModelCard.load(tmp_path / "x.md")
     assert card.data.base_model == "org/sam"
     assert f"--source hf://org/sam/sam.pth --revision {source['commit']}" in card.text
@@ -328,10 +328,10 @@ def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder:
         verify(out, folder / "clip", record=card)
 
 
-NO_CARDS = ["", "nonsense", "[]", "{}", '{"card":1}', '{"card":1,"tensors":[]}', '{"card":1,"tensors":{"a":1}}']
+NO_CARDS = ["", "nonsense", "[]", "{}", '{"record":1}', '{"record":1,"tensors":[]}', '{"record":1,"tensors":{"a":1}}']
 
 
-@pytest.mark.parametrize("content", [*NO_CARDS, '{"card":2}', "[" * 5000])
+@pytest.mark.parametrize("content", [*NO_CARDS, '{"record":2}', "[" * 5000])
 def test_what_is_no_card_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
     out, card = converted(folder, tmp_path)
     card.write_text(content)

@@ -59,7 +59,7 @@ def test_json_is_one_document_and_the_card(folder: Path, tmp_path: Path) -> None
     card = json.loads(done.stdout)
     assert card["written"] and card["tensors"] == len(card["converted"]) == 51
     assert card["converted"]["pos_embed"] == ["image_encoder.pos_embed"]
-    assert card["files"] == {str(folder / "sam.pth"): (folder / "sam.pth").stat().st_size}
+    assert card["sources"][0]["files"] == {str(folder / "sam.pth"): (folder / "sam.pth").stat().st_size}
 
 
 def test_dry_run_writes_nothing_and_shows_what_each_tensor_is_made_of(folder: Path, tmp_path: Path) -> None:

@@ -474,7 +474,7 @@ def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_pat
     card = json.loads(done.stdout)
     assert list(card["fetched"]) == ["hf://org/got/model.safetensors"]
     assert sum(card["fetched"].values()) < 1 << 19
-    assert any(re.fullmatch("hf://org/got/model.safetensors: commit [0-9a-f]{40}", note) for note in card["notes"])
+    assert [bool(re.fullmatch("[0-9a-f]{40}", source["commit"])) for source in card["sources"]] == [False, False, True]
     found = safetensors.torch.load_file(tmp_path / "deepencoder.safetensors")
     assert found["model.sam_model.net_3.weight"].eq(1).all()
 
@@ -483,7 +483,7 @@ def test_the_command_prints_as_the_others_do(sources: Path, tmp_path: Path) -> N
     given = ("--sam", sources / "sam.pth", "--clip", sources / "clip", "--compressor", "random:0")
     done = run(*given, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "deepencoder.safetensors\n"), done.stderr
-    assert "layout sam-meta + clip-hf\n" in done.stderr and "draws no masks" in done.stderr
+    assert "layout sam-meta\n" in done.stderr and "layout clip-hf\n" in done.stderr and "draws no masks" in done.stderr
     assert "generated model.sam_model.net_2.weight: random:0: untrained, uniform within 1/sqrt(144)" in done.stderr
     done = run(*given, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
@@ -602,7 +602,7 @@ def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
     for name, tensor in safetensors.torch.load_file(out).items():
         entry = document["tensors"][name]
         assert entry["sha256"] == hashlib.sha256(raw(tensor)).hexdigest()
-        assert ("random:3" in entry.get("filled", "")) == (name.split(".")[-2] in ("net_2", "net_3"))
+        assert ("random:3" in entry.get("generated", "")) == (name.split(".")[-2] in ("net_2", "net_3"))
     assert document["metadata"]["compressor"].startswith("random:3")
     assert "dsocr-verify e.safetensors --record e.json" in (tmp_path / "e.md").read_text()
     assert proved(out, card) == ["passed", "passed"]

@@ -249,7 +249,7 @@ import hashlib, json, sys
 from converter.api.load import load
 from memory import raw
 told = []
-found = load(sys.argv[1], "sam", progress=lambda *told_now: told.append(told_now))
+found = load(sys.argv[1], "sam", on_progress=lambda *told_now: told.append(told_now))
 digests = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in found.items()}
 print(json.dumps({"digests": digests, "told": told[-1:]}))
 """

@@ -297,7 +297,7 @@ def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[s
 
     torch.jit.script(Archive()).save(tmp_path / "ViT-L-14.pt")
     card = converter.convert(str(tmp_path / "ViT-L-14.pt"), "clip", out=tmp_path / "out.safetensors")
-    assert (card.containers, card.mapping) == (["TorchScript"], "clip-openai")
+    assert (card.sources[0].containers, card.mapping) == (["TorchScript"], "clip-openai")
     assert {"input_resolution", "context_length", "vocab_size"} < set(card.dropped)
     _, expected = open_clip()
     halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in expected.items()}

@@ -55,7 +55,8 @@ def expected_modules() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "converter").rglob("*.py")}
     data = {f"converter/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
     views = {f"converter/reports/{name}" for name in ("page.html", "movement.html", "style.css")}
-    return modules | data | views | {"converter/mappings/__init__.py", "converter/py.typed"}
+    templates = {"converter/output/model_card.md"}
+    return modules | data | views | templates | {"converter/mappings/__init__.py", "converter/py.typed"}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:

@@ -11,8 +11,7 @@ from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkp
 from converter.options import split_options
 from converter.output.names import shorten
 from converter.output.pretrained import config_files, wants_folder
-from converter.output.record import ConversionRecord
-from converter.output.record_document import make_record
+from converter.output.record import ConversionRecord, make_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write
 from converter.plan.plan import Plan
@@ -73,8 +72,19 @@ def convert(
         # Before a dry run ends: contradictory sizes are found without writing.
         folder = wants_folder(target, convert_options.layout, format)
         documents = config_files(resolved.plan, convert_options.full_model) if folder else None
-        made = make_record(opened[0], resolved, convert_options, target, format)
-        made = made._replace(notes=made.notes + _donor_note(resolved.plan, donor))
+        made = make_record(
+            opened,
+            {family: resolved},
+            resolved.plan.outputs,
+            target=convert_options.layout,
+            output=target,
+            format=format,
+            dtype=convert_options.dtype,
+            generated=resolved.plan.generated,
+            missing=resolved.plan.missing,
+            dropped=resolved.plan.dropped,
+            notes=_donor_note(resolved.plan, donor),
+        )
         if dry_run:
             return made
         output = make_output(resolved.plan.outputs, made, made.metadata(), documents, convert_options.mapping)

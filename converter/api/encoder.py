@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.assembly.insert import output_of_copy, plan_copy
-from converter.assembly.parts import PREFIX, put_together, taken_out
-from converter.assembly.record import make_record, record_of_copy
+from converter.assembly.parts import PREFIX, encoder_record, put_together, taken_out
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.options import DTYPES, HubOptions, check_choices
@@ -88,13 +87,23 @@ def encoder(
             if out is None:
                 raise UsageError("--into: name what to write with --output")
             copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)
-            made = record_of_copy(make_record(parts, copy.names, copy.replaced, Path(out), format, dtype), copy, into)
+            made = encoder_record(
+                parts,
+                copy.names,
+                copy.tensors,
+                output=Path(out),
+                format=format,
+                dtype=dtype,
+                host=copy.opened,
+                notes=copy.notes,
+            )
             if dry_run:
                 return made
             return write(output_of_copy(copy), made, [*parts.opened, copy.opened], files, force, on_progress)
         names = {name: add_prefix + name for name in parts.outputs if name not in parts.constants}
         outputs = sort_outputs({new: parts.outputs[name] for name, new in names.items()}, dtype)
-        made = make_record(parts, names, outputs, Path(out or f"deepencoder.{format}"), format, dtype)
+        target = Path(out or f"deepencoder.{format}")
+        made = encoder_record(parts, names, outputs, output=target, format=format, dtype=dtype)
         if dry_run:
             return made
         return write(_output_of(outputs, made), made, parts.opened, files, force, on_progress)

@@ -17,8 +17,7 @@ from converter.layouts.detect import detect_layouts, nearest_layout, select_stat
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
 from converter.output.names import fold
-from converter.output.record import ConversionRecord
-from converter.output.record_document import count_dtypes, make_record
+from converter.output.record import ConversionRecord, count_dtypes, make_record
 from converter.plan.planner import ResolvedPlan, check_not_converted, plan_to_canonical
 from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
@@ -150,7 +149,16 @@ def _fitting_layout(opened: Checkpoint, family: str, entries: list[StateDict]) -
     try:
         check_not_converted(opened, first)
         plan = plan_to_canonical(opened, first, options)
-        record = make_record(opened, ResolvedPlan(first, plan), options, None, "safetensors")
+        record = make_record(
+            [opened],
+            {family: ResolvedPlan(first, plan)},
+            plan.outputs,
+            target=plan.layout,
+            output=None,
+            generated=plan.generated,
+            missing=plan.missing,
+            dropped=plan.dropped,
+        )
     except DsocrError as error:
         problem = str(error)
     return FittingLayout(

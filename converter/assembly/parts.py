@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from converter.assembly.compressor import NAMES as NETS
@@ -11,10 +12,12 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.options import ConvertOptions
+from converter.output.record import ConversionRecord, make_record
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
 
 PREFIX = "model."
+_CONSTANT = "a constant that the model makes itself; DeepSeek-OCR's own checkpoint lacks it"
 # What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
 _PROJECTOR = {
     "projector.layers.weight": "multi_modal_projector.weight",
@@ -45,6 +48,52 @@ class Parts(NamedTuple):
             for spec in registry.canonical(f).tensors
         }
         return {name for name, spec in specs.items() if spec.generate}
+
+
+def encoder_record(
+    parts: Parts,
+    names: Mapping[str, str],
+    outputs: Mapping[str, LazyTensor],
+    *,
+    output: Path,
+    format: str,
+    dtype: str,
+    host: Checkpoint | None = None,
+    notes: Sequence[str] = (),
+) -> ConversionRecord:
+    """Make the record of an encoder that is planned and not yet written.
+
+    Args:
+        parts: The encoder.
+        names: The names of its tensors that are written, and their names in the output.
+        outputs: All tensors of the output.
+        output: The path of the output.
+        format: safetensors or pth.
+        dtype: The requested type.
+        host: The checkpoint that the encoder is inserted into.
+        notes: Remarks for the user.
+    """
+    missing = {
+        registry.encoder_prefix(family) + name: reason
+        for family, resolved in parts.plans.items()
+        for name, reason in resolved.plan.missing.items()
+    }
+    unwritten = [value for name, value in parts.outputs.items() if name not in names]
+    constants = {tensor.key: _CONSTANT for value in unwritten for tensor in source_tensors(value)}
+    return make_record(
+        [*parts.opened, host] if host else parts.opened,
+        parts.plans,
+        outputs,
+        target="deepencoder",
+        output=output,
+        format=format,
+        dtype=dtype,
+        generated={new: parts.generated[name] for name, new in names.items() if name in parts.generated},
+        missing={name: reason for name, reason in missing.items() if name not in parts.outputs},
+        dropped=parts.dropped | constants,
+        converted={new: outputs[new] for new in names.values()},
+        notes=notes,
+    )
 
 
 def put_together(sam: Checkpoint, clip: Checkpoint, wanted: str, open_: Callable[[str], Checkpoint]) -> Parts:

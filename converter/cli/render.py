@@ -9,7 +9,7 @@ from typing import Any
 from converter.api.inspect import FittingLayout, Group, Inspection
 from converter.cli import console
 from converter.output.names import fold_key_map, group_by_reason, shorten
-from converter.output.record import ConversionRecord
+from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column: tensor names in a file may have megabytes.
 _MAX_COLUMN = 100
@@ -23,11 +23,8 @@ def size(nbytes: int) -> str:
 
 
 def summary(record: ConversionRecord) -> Iterable[str]:
-    """Describe a conversion: source, output, transfers, and tensors that need attention."""
-    layout = f"{', '.join(record.containers)}, layout {record.mapping}"
-    if record.wrapper:
-        layout += f", prefix {record.wrapper} removed"
-    yield f"{record.source}: {layout}"
+    """Describe a conversion: sources, output, transfers, and tensors that need attention."""
+    yield from map(_source, record.sources)
     dtypes = " and ".join(f"{number} {name}" for name, number in record.dtypes.items())
     verb = "wrote" if record.written else "would write"
     yield f"{verb} {record.output}: {record.tensors} tensors ({dtypes}), {size(record.nbytes)}"
@@ -35,15 +32,26 @@ def summary(record: ConversionRecord) -> Iterable[str]:
     yield from remarks(record)
 
 
+def _source(source: RecordedSource) -> str:
+    """Describe a source: its containers, layout and commit."""
+    facts = list(source.containers)
+    if source.mappings:
+        facts.append(f"layout {' + '.join(mapping.name for mapping in source.mappings)}")
+    prefixes = dict.fromkeys(mapping.removed_prefix for mapping in source.mappings)
+    facts += [f"prefix {prefix} removed" for prefix in prefixes if prefix]
+    if source.commit:
+        facts.append(f"commit {source.commit}")
+    return f"{source.name}: {', '.join(facts)}"
+
+
 def transfers(record: ConversionRecord) -> Iterable[str]:
     """Describe what was fetched from a hub, and how it was checked."""
     yield from (f"  {note}" for note in record.notes)
-    if record.commit:
-        yield f"  commit {record.commit}"
     if record.fetched:
-        total, fetched = sum(record.files.values()), sum(record.fetched.values())
+        total = sum(sum(source.files.values()) for source in record.sources)
+        fetched = sum(record.fetched.values())
         yield f"  fetched {size(fetched)} of {size(total)}, {fetched / total:.1%}"
-        if "safetensors" in record.containers:
+        if any("safetensors" in source.containers for source in record.sources):
             yield "  checked: sizes, ranges, ETags; safetensors has no checksums, the hub's SHA-256 is of whole files"
         else:
             yield "  checked: sizes, ranges, ETags, and the CRC-32 of every tensor"

@@ -1,124 +1,106 @@
-"""The card of a conversion as a Markdown model card: YAML front matter as the hubs read it, then words and tables."""
+"""The model card of a conversion: Markdown with the YAML front matter that the hubs read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from converter.errors import printable
 from converter.hub.address import is_address, parse
 from converter.layouts import registry
-from converter.options import HubOptions
+from converter.options import NO_HUB_OPTIONS
 from converter.output.json_document import canonical_json
 from converter.output.names import fold_key_map, fold_names, group_by_reason
-from converter.output.record import ConversionRecord
+from converter.output.record import ConversionRecord, RecordedSource
 
-# What loads a layout, by the end of its name, as the hubs call it.
+# The library that loads a layout, by the end of the layout's name.
 _LIBRARIES = {"-hf": "transformers", "-timm": "timm", "-open_clip": "open_clip"}
 
 
-def model_card(card: ConversionRecord, document: dict[str, Any], documents: Sequence[str]) -> str:
-    """The text of the model card; `document` is the card as JSON, and `documents` the files beside that hold it."""
-    name = PurePath(card.output).name
-    sources = [source["name"] for source in document["sources"]]
-    lines = ["---", *_front_matter(card, sources), "---", "", f"# {name}", "", *_what(card), ""]
-    lines += [*_table(("", ""), _facts(card, document)), "", "## Tensors", "", *_tensors(card, document), ""]
-    lines += [*_left_out(card), "## How to verify", "", *_verify(card, name, documents), ""]
-    digest = hashlib.sha256(canonical_json(document)).hexdigest()
-    lines += [f"The card as JSON, which holds the digest of every tensor, has the SHA-256 `{digest}`."]
-    return "\n".join(lines) + "\n"
+def model_card(record: ConversionRecord, document: dict[str, Any], record_files: Sequence[str]) -> str:
+    """Render the model card of a conversion.
 
-
-def _front_matter(card: ConversionRecord, names: Sequence[str]) -> Iterator[str]:
-    """YAML, given the sources' names. Strings are written as JSON: that is YAML too, and needs no rules for quoting."""
-    base = [parse(name, HubOptions()).repository for name in names if is_address(name)]
-    if base:
-        yield f"base_model: {json.dumps(base[0] if len(base) == 1 else base)}"
-    yield f"library_name: {json.dumps(_library(card.target))}"
-    yield "tags:"
-    for tag in dict.fromkeys(("deepseek-ocr", card.family, card.target, "dsocr-convert")):
-        yield f"- {json.dumps(tag)}"
-
-
-def _pinned(card: ConversionRecord) -> list[str]:
-    """The source as arguments of a command that finds the same files."""
-    if not is_address(card.source):
-        return [PurePath(card.source).name]
-    found = parse(card.source, HubOptions())
-    return [f"{found.hub}://{found.repository}/{found.path}", *(["--revision", card.commit] if card.commit else [])]
-
-
-def _library(layout: str) -> str:
-    return next((library for end, library in _LIBRARIES.items() if layout.endswith(end)), "pytorch")
-
-
-def _what(card: ConversionRecord) -> Iterator[str]:
-    description = "; ".join(layout.description for layout in registry.layouts_of(card.target))
-    what = (
-        "A whole DeepEncoder" if card.target == card.family else f"{card.family.upper()} in the layout `{card.target}`"
+    Args:
+        record: The conversion.
+        document: Its JSON document.
+        record_files: The names of the files that contain the document.
+    """
+    environment = Environment(
+        loader=PackageLoader("converter", "output"),
+        # Markdown: names are escaped by the filters `text` and `code`.
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
-    yield f"{what}: {description}. Converted by {card.tool}."
-    yield "Nothing was trained: the weights, and their licence, are the source's."
+    environment.filters |= {"json": json.dumps, "text": _text, "code": _code, "printable": printable}
+    name = PurePath(record.output).name
+    addresses = [parse(source.name, NO_HUB_OPTIONS) for source in record.sources if is_address(source.name)]
+    repositories = list(dict.fromkeys(address.repository for address in addresses))
+    family = record.family.upper()
+    return environment.get_template("model_card.md").render(
+        name=name,
+        record=record,
+        document=document,
+        digest=hashlib.sha256(canonical_json(document)).hexdigest(),
+        base_model=repositories if len(repositories) > 1 else "".join(repositories),
+        library=next((library for end, library in _LIBRARIES.items() if record.target.endswith(end)), "pytorch"),
+        tags=dict.fromkeys(("deepseek-ocr", record.family, record.target, "dsocr-convert")),
+        content="A DeepEncoder" if family == "DEEPENCODER" else f"{family} in the layout `{record.target}`",
+        descriptions=[layout.description for layout in registry.layouts_of(record.target)],
+        tensors=list(_tensors(record, document["tensors"])),
+        left_out=list(_left_out(record)),
+        commands=list(_commands(record, name, record_files)),
+    )
 
 
-def _facts(card: ConversionRecord, document: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for source in document["sources"]:
-        commit = f", commit {_code(source['commit'])}" if source["commit"] else ""
-        yield "source", _code(source["name"]) + commit
-        for file in source["files"]:
-            digest = f"SHA-256 {_code(file['sha256'])}" if file["sha256"] else file["why"]
-            yield "file", f"{_code(file['name'])}, {file['size']} bytes, {digest}"
-    yield "layout of the source", f"{_code(card.mapping)}, mapping with SHA-256 {_code(card.mapping_sha256)}"
-    yield "layout", _code(card.target)
-    dtypes = " and ".join(f"{count} {dtype}" for dtype, count in card.dtypes.items())
-    yield "tensors", f"{card.tensors} ({dtypes}), {card.nbytes} bytes"
-    yield "sizes", ", ".join(f"{name} {size}" for name, size in card.sizes.items())
-    yield "made by", ", ".join(f"{tool} {version}" for tool, version in document["tools"].items())
+def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of the table of tensors, repeated layers folded."""
+    for row in fold_key_map(record.converted):
+        shapes = {str(tensors[name]["shape"]) for name in row.members}
+        yield {
+            "name": row.name,
+            "number": len(row.members),
+            "dtype": tensors[row.members[0]]["dtype"],
+            "shape": shapes.pop() if len(shapes) == 1 else "(several shapes)",
+            "made_of": " + ".join(row.sources) or f"generated: {record.generated[row.members[0]]}",
+        }
 
 
-def _tensors(card: ConversionRecord, document: dict[str, Any]) -> list[str]:
-    rows = []
-    for pattern, sources, names in fold_key_map(card.converted):
-        made_of = " + ".join(sources) or f"generated: {card.generated[names[0]]}"
-        first = document["tensors"][names[0]]
-        shapes = {str(document["tensors"][name]["shape"]) for name in names}
-        shape = shapes.pop() if len(shapes) == 1 else "several"
-        rows.append((_code(pattern), str(len(names)), f"{first['dtype']} {shape}", _code(made_of)))
-    return _table(("tensor", "number", "type and shape", "made of"), rows)
+def _left_out(record: ConversionRecord) -> Iterator[dict[str, Any]]:
+    """Rows of the table of tensors that were dropped or are missing."""
+    for kind, reasons in (("left out", record.dropped), ("missing", record.missing)):
+        for reason, names in group_by_reason(reasons).items():
+            yield {"kind": kind, "names": fold_names(names), "reason": reason}
 
 
-def _left_out(card: ConversionRecord) -> list[str]:
-    rows = [
-        (verb, ", ".join(_code(text) for text in fold_names(names)), _escaped(reason))
-        for verb, groups in (("left out", group_by_reason(card.dropped)), ("missing", group_by_reason(card.missing)))
-        for reason, names in groups.items()
-    ]
-    return ["## Left out or missing", "", *_table(("", "tensors", "why"), rows), ""] if rows else []
+def _commands(record: ConversionRecord, name: str, record_files: Sequence[str]) -> Iterator[str]:
+    """Commands that verify the output."""
+    for file in record_files:
+        yield shlex.join(["dsocr-verify", name, "--record", file])
+    if record.target == f"deepencoder-{record.family}":
+        yield shlex.join(["dsocr-verify", name, "--source", *_pinned(record.sources[0])])
 
 
-def _verify(card: ConversionRecord, name: str, documents: Sequence[str]) -> Iterator[str]:
-    yield "```sh"
-    yield "pip install dsocr-convert"
-    for document in documents:
-        yield shlex.join(["dsocr-verify", name, "--record", document])
-    if card.target == f"deepencoder-{card.family}":
-        yield shlex.join(["dsocr-verify", name, "--source", *_pinned(card)])
-    yield "```"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _pinned(source: RecordedSource) -> list[str]:
+    """Command-line arguments that name the same files of a source again."""
+    if not is_address(source.name):
+        return [PurePath(source.name).name]
+    address = parse(source.name, NO_HUB_OPTIONS)
+    return [f"{address.hub}://{address.repository}/{address.path}", "--revision", source.commit]
 
 
 def _code(text: str) -> str:
-    """A name as code, whatever is in it: names come from files that anybody may have written."""
-    return f"`{_escaped(text).replace('`', chr(0x2BB))}`" if text else ""
+    """A name as inline code; names come from untrusted files."""
+    return f"`{_text(text).replace('`', chr(0x2BB))}`" if text else ""
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"\s+", " ", "".join(char if char.isprintable() else " " for char in text)).replace("|", "\\|")
+def _text(text: str) -> str:
+    """Text for a table cell: control characters and cell borders escaped."""
+    return printable(text).replace("|", "\\|")

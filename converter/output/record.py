@@ -1,32 +1,100 @@
-"""What a command found out, as values; the terminal's text and the JSON documents are views of them."""
+"""The conversion record: sources, layouts and the origin of every tensor, as a value and as a JSON document.
+
+The document contains no times, machine names or folders: the same input gives the same document.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, cast
 
+from converter import __version__
+from converter.checkpoint.open import Checkpoint
+from converter.hub.address import is_address
+from converter.layouts import registry
 from converter.output.json_document import as_json
+from converter.plan.planner import ResolvedPlan
+from converter.storage.local_file import SourceFile, sha256_of
+from converter.storage.progress import OnProgress, progress_counter
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
+
+_T = TypeVar("_T")
+# The version of the JSON document's format.
+RECORD_FORMAT = 1
 
 
-class ConversionRecord(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RecordedMapping:
+    """A layout that a checkpoint was detected as.
+
+    Attributes:
+        family: sam or clip.
+        name: the mapping's name.
+        sha256: the digest of the mapping file.
+        state_dict: the path of the state dict in the file; empty for the top.
+        removed_prefix: the prefix that was removed from all names before detection.
+    """
+
+    family: str
+    name: str
+    sha256: str
+    state_dict: str
+    removed_prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedSource:
+    """A checkpoint that was read.
+
+    Attributes:
+        name: its path or address.
+        files: file names and their sizes in bytes.
+        containers: the container formats of the files.
+        commit: the commit on a hub; empty for a local checkpoint.
+        mappings: the layouts that it was detected as, one for each encoder that was taken from it.
+    """
+
+    name: str
+    files: dict[str, int]
+    containers: list[str]
+    commit: str
+    mappings: list[RecordedMapping]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRecord:
     """The record of one conversion.
 
-    `files` are the source's, with their sizes in bytes. `converted` gives each output tensor the source tensors it is
-    made of, in order; `dropped` each source tensor that was left out and why; `missing` each tensor of the target that
-    the source cannot give, and why it may be missing; `filled` each that was made up. `sizes` are the model's, and
-    `unusual` those of them that differ from DeepSeek-OCR's, as [found, DeepSeek-OCR's]. `wrapper` is the prefix that
-    was removed from all names first. `commit` is a hub's for the files, `fetched` the bytes that came from there by
-    file, `notes` what a user should know of where they were found. `written` tells a conversion from a dry run.
+    Attributes:
+        tool: this program and its version.
+        sources: the checkpoints that were read, the main one first.
+        family: sam or clip; deepencoder for both.
+        target: the layout of the output.
+        output: the path of the output.
+        format: safetensors or pth.
+        dtype: the requested type; keep for no cast.
+        tensors: the number of output tensors.
+        nbytes: bytes of tensor data in the output.
+        dtypes: element types and how many output tensors have each.
+        converted: output tensors and the source tensors they are made of, in order.
+        generated: output tensors that no source has, and their content.
+        missing: tensors of the target that the source lacks, and why they may be missing.
+        dropped: source tensors that were left out, and why.
+        sizes: the model's sizes.
+        unusual: sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's).
+        notes: remarks for the user.
+        fetched: bytes that were fetched from a hub, by file.
+        written: False for a dry run.
     """
 
     tool: str
-    source: str
-    files: dict[str, int]
-    containers: list[str]
-    state_dict: str
-    wrapper: str
+    sources: list[RecordedSource]
     family: str
-    mapping: str
-    mapping_sha256: str
     target: str
     output: str
     format: str
@@ -39,25 +107,219 @@ class ConversionRecord(NamedTuple):
     missing: dict[str, str]
     dropped: dict[str, str]
     sizes: dict[str, int]
-    unusual: dict[str, list[int]]
-    commit: str = ""
-    notes: list[str] = []  # noqa: RUF012
-    fetched: dict[str, int] = {}  # noqa: RUF012
+    unusual: dict[str, tuple[int, int]]
+    notes: list[str] = field(default_factory=list)
+    fetched: dict[str, int] = field(default_factory=dict)
     written: bool = False
 
+    @property
+    def mapping(self) -> str:
+        """The names of the layouts that the sources were detected as, joined with ` + `."""
+        return " + ".join(mapping.name for source in self.sources for mapping in source.mappings)
+
     def metadata(self) -> dict[str, str]:
-        """What a safetensors file says of its making; nothing in it depends on when or where that was."""
-        return {
+        """The `__metadata__` of a safetensors file; it depends on neither time nor machine."""
+        metadata = {
             # transformers refuses files that do not name their framework.
             "format": "pt",
             "tool": self.tool,
             "layout": self.target,
             "mapping": self.mapping,
-            "mapping_sha256": self.mapping_sha256,
-            # The names of local files would differ from machine to machine.
-            **({"source": self.source, "commit": self.commit} if self.commit else {}),
+            "mapping_sha256": " + ".join(mapping.sha256 for source in self.sources for mapping in source.mappings),
         }
+        if all(source.commit for source in self.sources):
+            # Local file names differ from machine to machine and are left out.
+            metadata["source"] = " + ".join(source.name for source in self.sources)
+            metadata["commit"] = " + ".join(source.commit for source in self.sources)
+        return metadata
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints."""
         return cast("dict[str, Any]", as_json(self))
+
+
+def make_record(
+    sources: Sequence[Checkpoint],
+    plans: Mapping[str, ResolvedPlan],
+    outputs: Mapping[str, LazyTensor],
+    *,
+    target: str,
+    output: Path | None,
+    format: str = "safetensors",
+    dtype: str = "keep",
+    generated: Mapping[str, str],
+    missing: Mapping[str, str],
+    dropped: Mapping[str, str],
+    converted: Mapping[str, LazyTensor] | None = None,
+    notes: Sequence[str] = (),
+) -> ConversionRecord:
+    """Make the record of a conversion that is planned and not yet written.
+
+    Args:
+        sources: The checkpoints that are read, the main one first.
+        plans: The plan of each family that is converted.
+        outputs: All tensors of the output.
+        target: The layout of the output.
+        output: The path of the output.
+        format: safetensors or pth.
+        dtype: The requested type.
+        generated: Output tensors that no source has, and their content.
+        missing: Tensors of the target that no source has, and why they may be missing.
+        dropped: Source tensors that are left out, and why.
+        converted: Those of `outputs` that are converted, if not all are.
+        notes: Remarks for the user, before those of the sources.
+    """
+    converted = outputs if converted is None else converted
+    return ConversionRecord(
+        tool=f"dsocr-convert {__version__}",
+        sources=[_recorded_source(source, plans) for source in sources],
+        family=next(iter(plans)) if len(plans) == 1 else "deepencoder",
+        target=target,
+        output=str(output or ""),
+        format=format,
+        dtype=dtype,
+        tensors=len(outputs),
+        nbytes=sum(map(nbytes, outputs.values())),
+        dtypes=count_dtypes(outputs.values()),
+        converted={name: [tensor.key for tensor in source_tensors(value)] for name, value in converted.items()},
+        generated=dict(generated),
+        missing=dict(missing),
+        dropped=dict(dropped),
+        sizes=_by_family({family: resolved.plan.sizes for family, resolved in plans.items()}),
+        unusual=_by_family({family: resolved.plan.unusual for family, resolved in plans.items()}),
+        notes=[*notes, *(note for source in sources for note in source.notes)],
+    )
+
+
+def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> RecordedSource:
+    files = {file.name: file.size for file in source.files}
+    mappings = [
+        RecordedMapping(
+            family, resolved.plan.mapping.name, resolved.plan.mapping.digest, detected.state_dict.path, detected.wrapper
+        )
+        for family, resolved in plans.items()
+        for detected in [resolved.detected]
+        if any(tensor.storage.file in source.files for tensor in detected.tensors.values())
+    ]
+    return RecordedSource(source.name, files, sorted(set(source.containers)), source.commit, mappings)
+
+
+def _by_family(values: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
+    """Values by name; with the family in front of the name if there are two, such as `sam width`."""
+    return {
+        f"{family} {name}" if len(values) > 1 else name: value
+        for family, named in values.items()
+        for name, value in named.items()
+    }
+
+
+def count_dtypes(values: Iterable[LazyTensor]) -> dict[str, int]:
+    """Count tensors by element type, in the order of the table of types."""
+    names = [value.dtype.name for value in values]
+    return {name: names.count(name) for name in BY_NAME if name in names}
+
+
+class TensorDigests:
+    """SHA-256 of every output tensor, computed while the tensors are written.
+
+    Call it with each chunk of tensor data, in the order of `outputs`.
+    """
+
+    def __init__(self, outputs: Mapping[str, LazyTensor]) -> None:
+        self._hashes = {name: hashlib.sha256() for name in outputs}
+        # The tensors that are not complete, each with the number of bytes that follow.
+        self._pending = deque((self._hashes[name], nbytes(value)) for name, value in outputs.items() if nbytes(value))
+
+    def __call__(self, data: memoryview) -> None:
+        while data:
+            digest, expected = self._pending.popleft()
+            digest.update(data[:expected])
+            if expected > len(data):
+                self._pending.appendleft((digest, expected - len(data)))
+            data = data[expected:]
+
+    def hex(self, name: str) -> str:
+        """The digest of a tensor, in hexadecimal."""
+        return self._hashes[name].hexdigest()
+
+
+def record_document(
+    record: ConversionRecord,
+    outputs: Mapping[str, LazyTensor],
+    sources: Sequence[Checkpoint],
+    digests: TensorDigests,
+    metadata: dict[str, str] | None,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Make the JSON document of a conversion; reads local source files for their digests.
+
+    Args:
+        record: The conversion.
+        outputs: The output tensors. Each tensor's `from` lists its source tensors with an index into `sources`.
+        sources: The checkpoints that were read.
+        digests: The digests of the output tensors.
+        metadata: The `__metadata__` of the output, or None if it has none.
+        on_progress: Called with the bytes of source files read.
+    """
+    index_of = {file: index for index, source in enumerate(sources) for file in source.files}
+    tensors = {
+        name: {
+            "dtype": value.dtype.name,
+            "shape": list(value.shape),
+            "sha256": digests.hex(name),
+            "from": [{"key": tensor.key, "source": index_of[tensor.storage.file]} for tensor in source_tensors(value)],
+            **({"generated": record.generated[name]} if name in record.generated else {}),
+        }
+        for name, value in outputs.items()
+    }
+    return {
+        "record": RECORD_FORMAT,
+        "tools": _tools(outputs),
+        "family": record.family,
+        "format": record.format,
+        "dtype": record.dtype,
+        "target": {
+            "name": record.target,
+            "sha256": {layout.name: layout.digest for layout in registry.layouts_of(record.target)},
+        },
+        "sources": _sources(record, sources, on_progress),
+        "metadata": metadata,
+        "nbytes": record.nbytes,
+        "tensors": tensors,
+        "dropped": record.dropped,
+        "missing": record.missing,
+        "sizes": record.sizes,
+        "unusual": as_json(record.unusual),
+    }
+
+
+def _tools(outputs: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The versions of the programs that made the output's bytes: torch's only if it computed some of them."""
+    tools = {"dsocr-convert": __version__}
+    if any(byte_ranges(value) is None for value in outputs.values()):
+        import torch
+
+        tools["torch"] = str(torch.__version__)
+    return tools
+
+
+def _sources(record: ConversionRecord, sources: Sequence[Checkpoint], on_progress: OnProgress) -> list[dict[str, Any]]:
+    local = [file for source in sources for file in source.files if file.identity is not None]
+    on_bytes = progress_counter(on_progress, "digesting the source", sum(file.size for file in local))
+    return [
+        {
+            "name": source.name if is_address(source.name) else PurePath(source.name).name,
+            "commit": source.commit,
+            "containers": list(source.containers),
+            "mappings": as_json(recorded.mappings),
+            "files": [_file(file, on_bytes) for file in source.files],
+        }
+        for source, recorded in zip(sources, record.sources, strict=True)
+    ]
+
+
+def _file(file: SourceFile, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": PurePath(file.name).name, "size": file.size}
+    if file.identity is None:
+        return {**entry, "sha256": None, "reason": "fetched in parts: identified by the commit"}
+    return {**entry, "sha256": sha256_of(file, on_bytes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,7 @@ from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
 from converter.options import check_choices
 from converter.output.pretrained import pretrained_file
-from converter.output.record import ConversionRecord
-from converter.output.record_document import TensorDigests
+from converter.output.record import ConversionRecord, TensorDigests
 from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
 from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all
@@ -126,7 +126,7 @@ def write(
                     write_all(fds[path], memoryview(data))
         check_unchanged(opened)
     fetched = {file.name: file.fetched for source in opened for file in source.remote}
-    return record._replace(written=True, fetched=fetched)
+    return replace(record, written=True, fetched=fetched)
 
 
 def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: RecordFiles, force: bool) -> None:

@@ -13,7 +13,7 @@ import safetensors
 
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, UsageError
-from converter.output.record_document import RECORD_FORMAT
+from converter.output.record import RECORD_FORMAT
 from converter.storage.local_file import require_regular_file
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
@@ -74,15 +74,16 @@ def read_record(path: Path) -> Record:
 
 
 def _parse(path: Path, document: Any) -> Record:
-    if document["card"] != RECORD_FORMAT:
-        found = str(document["card"])[:20]
+    if document["record"] != RECORD_FORMAT:
+        found = str(document["record"])[:20]
         raise ContainerError(f"{path}: a record of another format, {found!r}", "update dsocr-convert")
     metadata = document["metadata"]
+    mappings = [str(mapping["name"]) for source in document["sources"] for mapping in source["mappings"]]
     return Record(
         path=path,
         family=str(document["family"]),
         layout=str(document["target"]["name"]),
-        mapping=str(document["mapping"]["name"]),
+        mapping=" + ".join(mappings),
         metadata=dict(metadata) if metadata is not None else None,
         tensors={
             name: RecordedTensor(str(entry["dtype"]), [int(n) for n in entry["shape"]], str(entry["sha256"]))
