@@ -17,6 +17,7 @@ from converter.errors import MappingError
 from converter.layouts import parse, registry, template, yaml_tree
 from converter.tensors.dtypes import BY_NAME
 
+ROOT = Path(__file__).resolve().parent.parent
 SCHEMA: dict[str, Any] = json.loads(registry.schema())
 DEFINITIONS: dict[str, Any] = SCHEMA["$defs"]
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -186,3 +187,11 @@ def test_both_require_the_same_keys(text: str, name: str) -> None:
         return
     assert VALIDATOR.is_valid(document) == parser_accepts(yaml.safe_dump(document))
     assert VALIDATOR.is_valid(document) == (name not in REQUIRED_KEYS[text])
+
+
+def test_the_reference_page_has_every_key_and_the_example() -> None:
+    page = (ROOT / "docs" / "rules.md").read_text()
+    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse.OPS, *parse.VERBS}
+    keys |= {key for required, optional in parse.VERBS.values() for key in (*required, *optional)}
+    assert {key for key in keys if f"`{key}`" not in page} == set()
+    assert registry.text("sam-meta") in page

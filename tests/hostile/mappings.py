@@ -109,8 +109,12 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "blocks in blocks, 100,000": (_checked("- " * 100_000), ("m.yaml:1:", "nest")),
     "17 levels": (_checked(_changed("pos_embed\n", "[" * 17 + "]" * 17 + "\n")), ("m.yaml:18", "nested too deeply")),
     "a key twice": (_checked(GOOD + "family: clip\n"), ("m.yaml:28", "duplicate key 'family'")),
-    "a variable twice": (_checked(_changed("rest: path", "rest: path\n  rest: int")), ("m.yaml:7", "'rest'", "duplicate key")),
-    "a key twice in a rule": (_checked(_changed(OWN, "  - {keep: a, keep: b}\n")), ("m.yaml:18", "'keep'", "duplicate key")),
+    "a variable twice": (
+        _checked(_changed("rest: path", "rest: path\n  rest: int")), ("m.yaml:7", "duplicate key 'rest'"),
+    ),
+    "a key twice in a rule": (
+        _checked(_changed(OWN, "  - {keep: a, keep: b}\n")), ("m.yaml:18", "duplicate key 'keep'"),
+    ),
     "unknown field": (_checked(GOOD + "run: id\n"), ("m.yaml:28", "unknown key 'run'", "detect")),
     "misspelt field": (_checked(_changed("family:", "familly:")), ("m.yaml:2", "unknown key 'familly'", "family")),
     "unknown operation": (_checked(_then("exec: id")), ("m.yaml:21", "unknown key 'exec'", "permute")),
