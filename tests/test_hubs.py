@@ -6,18 +6,22 @@ DSOCR_BIN may name the folder of another environment's programs, such as one wit
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +36,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.errors import HubError, OutputError, UsageError
-from converter.hub import http_range, remote_file
+from converter.hub import http_range, read_ahead, requests_http
 from converter.hub.address import Address, parse
-from converter.hub.http_range import Transfer
-from converter.hub.ranges import chunks
+from converter.hub.http_range import RangeReader
+from converter.hub.read_ahead import chunks
 from converter.hub.remote_file import RemoteFile
-from converter.hub.repository import Entry, HubResponseError, listed
+from converter.hub.repository import Entry, HttpResponse, HubResponseError, listed
 from converter.options import HubOptions
 from converter.storage.range_set import RangeSet
 
@@ -322,10 +326,20 @@ def test_a_silent_hub_is_given_up(place: Place) -> None:
 # Caches -------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def changed_commit(repo: Repo) -> Iterator[None]:
+    """Let the branch of a repository have another commit with the same files."""
+    old, repo.commit = repo.commit, "c" * 40
+    try:
+        yield
+    finally:
+        repo.commit = old
+
+
 def test_hugging_face_cache(place: Place, local: Any) -> None:
     expected, repo = local("sam", "model.safetensors"), place.server.repos[0]
     source = "hf://org/sam/model.safetensors"
-    cached = place.script(HF_GET.format("model.safetensors", None))
+    place.script(HF_GET.format("model.safetensors", None))
     before, asked = bodies(place.server), len(place.server.requests)
     same(place.convert("sam", "org/sam"), expected, source, repo.commit)
     assert bodies(place.server) == before and len(place.server.requests) == asked + 1
@@ -348,10 +362,10 @@ def test_hugging_face_cache(place: Place, local: Any) -> None:
     same(out, local("sam", "pytorch_model.bin"), commit=repo.commit)
     assert bodies(place.server) > before
 
-    # A new commit with the same file: the cache has it under its digest.
-    Path(cached).unlink()
+    # A new commit with the same file: the cache knows it by the old one.
     before = bodies(place.server)
-    same(place.convert("sam", "org/sam"), expected, source, repo.commit)
+    with changed_commit(repo):
+        same(place.convert("sam", "org/sam"), expected, source, repo.commit)
     assert bodies(place.server) == before
 
 
@@ -687,21 +701,28 @@ DATA = random.Random(0).randbytes(3 << 20)
 
 
 class OneFile:
-    """A repository of one file, asked for without a hub's library."""
+    """A repository with one file, read without a hub's library."""
 
     notes: list[str] = []  # noqa: RUF012
-    commit, timeout = "", (1.0, 0.5)
+    commit = ""
     folder: Path | None = None
 
     def __init__(self, server: HubServer, data: bytes | int) -> None:
         self.name, self._url = "hf://org/one", f"{server.hf_endpoint}/org/one/resolve/main/file.bin"
         self.files = {"file.bin": Entry(data if isinstance(data, int) else len(data))}
+        self._session = requests.Session()
 
-    def open(self, path: str, headers: dict[str, str]) -> requests.Response:
-        return requests.get(self._url, headers=headers, stream=True, timeout=self.timeout)
+    def url(self, path: str) -> str:
+        return self._url
 
-    def refused(self, answer: HubResponseError, path: str) -> HubError:
-        return HubError(f"{path}: {answer}")
+    def get(self, url: str, headers: dict[str, str]) -> AbstractContextManager[HttpResponse]:
+        return requests_http.stream(self._session, url, headers, (1.0, 0.5))
+
+    def close(self) -> None:
+        self._session.close()
+
+    def refused(self, error: HubResponseError, path: str) -> HubError:
+        return HubError(f"{path}: {error}")
 
     def cached(self, path: str) -> Path:
         raise NotImplementedError
@@ -747,7 +768,7 @@ def test_bytes_are_right_whatever_happens(
     wanted = [(at, min(at + 150_000, len(DATA))) for at in range(0, len(DATA), 300_000)]
     small = [chunk for start, end in wanted for chunk in chunks([(start, end)], size=50_000)]
     monkeypatch.setattr(
-        remote_file, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
+        read_ahead, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
     )
     told: list[int] = []
     file.prefetch(wanted, lambda: told.append(file.fetched))
@@ -788,14 +809,19 @@ def test_attempts_end(file: RemoteFile, one: HubServer) -> None:
     assert len(one.requests) == 6
 
 
-def test_a_full_disk_is_no_broken_connection(file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OutputError, match="TMPDIR"):
-        file.read(5, 5)
-    assert len([request for request in one.requests if request.host == "cdn"]) == 1
+def test_a_full_disk_is_not_retried(file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit of the process, as near to a full disk as a test gets.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    file.fetch_all([(0, 10)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="TMPDIR"):
+            file.fetch_all([(0, len(DATA))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len([request for request in one.requests if request.host == "cdn"]) == 2
 
 
 def test_room_is_asked_for_before_all_is_fetched(
@@ -813,6 +839,13 @@ def test_room_is_asked_for_before_all_is_fetched(
 def test_closing_ends_what_is_under_way(file: RemoteFile, one: HubServer) -> None:
     one.faults = Faults(stall_every=1, stall=20)
     file.prefetch([(0, len(DATA))], lambda: None)
+
+    def read() -> None:
+        with pytest.raises(HubError, match="stopped"):
+            file.read(0, 1)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     time.sleep(0.2)
     began = time.monotonic()
     file.close()
@@ -821,37 +854,65 @@ def test_closing_ends_what_is_under_way(file: RemoteFile, one: HubServer) -> Non
         if thread.name.startswith("fetch"):
             thread.join(3)
             assert not thread.is_alive()
+    reader.join(3)
 
 
 def test_what_is_fetched_twice_when_an_address_expires(one: HubServer, quick: None) -> None:
     """All threads meet the expired address at once, and none takes it for a refusal."""
     one.faults = Faults(url_uses=3)
-    got = Transfer(OneFile(one, DATA), "file.bin", len(DATA))
+    repository = OneFile(one, DATA)
+    reader = RangeReader(repository, "file.bin", len(DATA))
     with ThreadPoolExecutor(8) as pool:
         starts = range(0, len(DATA), 50_000)
-        found = pool.map(lambda at: b"".join(bytes(p) for p, _ in got.fetch(at, min(at + 50_000, len(DATA)))), starts)
+        found = pool.map(lambda at: b"".join(reader.read(at, min(at + 50_000, len(DATA)))), starts)
         assert b"".join(found) == DATA
+    repository.close()
 
 
-def test_the_spool_is_emptied_behind_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 200 << 20
     path = tmp_path / "file.bin"
     path.write_bytes(b"")
     os.truncate(path, size)
     with hub_server([Repo("org/one", {"file.bin": path}, sha256={"file.bin": "5" * 64})]) as server:
         opened = RemoteFile(OneFile(server, size), "file.bin")
-        wanted = [(at, at + (2 << 20)) for at in range(0, size, 2 << 20)]
-        opened.prefetch(wanted, lambda: None)
+        opened.prefetch([(at, at + (2 << 20)) for at in range(0, size, 2 << 20)], lambda: None)
         largest, buffer = 0, memoryview(bytearray(1 << 20))
+        tracemalloc.start()
         for at in range(0, size, 1 << 20):
             opened.readinto(buffer, at)
-            largest = max(largest, Path(opened.path).stat().st_blocks * 512)
-        assert largest <= (remote_file._AHEAD + remote_file._WORKERS) * (16 << 20)
-        assert Path(opened.path).stat().st_blocks * 512 <= 32 << 20
-        assert opened.fetched == size
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert largest <= (read_ahead.WINDOW + 2) * read_ahead.CHUNK
+        assert opened.fetched == opened.needed == size
         opened.close()
-        assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_ranges_that_are_needed_again_and_again_are_read_again(one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window is full of ranges that are needed until the end: others are fetched without it."""
+    monkeypatch.setattr(read_ahead, "WINDOW", 2)
+    opened = RemoteFile(OneFile(one, DATA), "file.bin")
+    wanted = [(at, at + 1000) for at in range(0, 3_000_000, 200_000)] * 2
+    opened.prefetch(wanted, lambda: None)
+    for start, end in wanted:
+        assert opened.read(start, end - start) == DATA[start:end]
+    opened.close()
+
+
+def test_a_local_copy_has_what_was_fetched(file: RemoteFile, one: HubServer) -> None:
+    one.faults = Faults(drop_every=3)
+    assert file.path == "" and file.read(0, 8) == DATA[:8]
+    ranges = [(1_000_000, 2_000_000), (2_500_000, len(DATA) + 9)]
+    file.fetch_all(ranges)
+    data = Path(file.path).read_bytes()
+    assert len(data) == len(DATA) and data[:1000] == DATA[:1000]
+    assert all(data[start:end] == DATA[start:end] for start, end in ranges)
+    before = len(one.requests)
+    file.fetch_all(ranges[:1])
+    assert file.read(1_500_000, 100) == DATA[1_500_000:1_500_100] and len(one.requests) == before
+    path = file.path
+    file.close()
+    assert not Path(path).exists()
 
 
 # Ranges -------------------------------------------------------------------------------------------------------------
@@ -859,14 +920,14 @@ def test_the_spool_is_emptied_behind_the_reader(tmp_path: Path, monkeypatch: pyt
 RANGE = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair) + 1))
 
 
-@given(st.lists(st.tuples(st.booleans(), RANGE), max_size=20), RANGE)
-def test_ranges_are_a_set_of_bytes(changes: list[tuple[bool, tuple[int, int]]], asked: tuple[int, int]) -> None:
+@given(st.lists(RANGE, max_size=20), RANGE)
+def test_ranges_are_a_set_of_bytes(changes: list[tuple[int, int]], asked: tuple[int, int]) -> None:
     ranges, expected = RangeSet(), set()
-    for adds, (start, end) in changes:
-        (ranges.add if adds else ranges.remove)(start, end)
-        expected = expected | {*range(start, end)} if adds else expected - {*range(start, end)}
-        assert all(low < high for low, high in ranges._ranges)
-        assert all(a[1] < b[0] for a, b in zip(ranges._ranges, ranges._ranges[1:], strict=False))
+    for start, end in changes:
+        ranges.add(start, end)
+        expected |= {*range(start, end)}
+        assert all(low < high for low, high in ranges)
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
     missing = [byte for low, high in ranges.missing(*asked) for byte in range(low, high)]
     assert missing == sorted({*range(*asked)} - expected)
 

@@ -7,19 +7,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
-from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
+from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import Contents, TensorInfo
-
-if TYPE_CHECKING:
-    from converter.hub.remote_file import RemoteFile
 
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
@@ -47,7 +44,7 @@ class Checkpoint:
     @property
     def remote(self) -> list[RemoteFile]:
         """The files that are read from a hub by byte ranges."""
-        return [cast("RemoteFile", file) for file in self.files if file.identity is None]
+        return [file for file in self.files if isinstance(file, RemoteFile)]
 
     def prefetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
         """Start to fetch tensors of remote files in the background, to be read once and in this order."""

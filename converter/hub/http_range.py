@@ -1,4 +1,4 @@
-"""Bytes of remote files by range, whatever the connection does: retried, resumed, and checked to be the ones meant."""
+"""Byte ranges of a file on a hub: redirected, retried, resumed, and checked to be of the same file."""
 
 from __future__ import annotations
 
@@ -6,209 +6,182 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urljoin, urlsplit
 
-import requests
-import urllib3
+from converter.errors import ContainerError, HubError
+from converter.hub.repository import HttpResponse, HubConnectionError, HubResponseError, Repository, same_origin
 
-from converter.errors import ContainerError, HubError, UnreachableError
-from converter.hub.repository import HubResponseError, Repository, ignore_netrc
+# Attempts without a byte of progress; waits double from the first one.
+_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 30.0
+# Attempts of an API request. None follows if one without a response took longer than this many seconds.
+_API_ATTEMPTS, _API_SECONDS = 3, 5.0
+_MAX_REDIRECTS = 8
 
-# Attempts without a byte of progress, the first one included; waits double from the first one's.
-_TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 30.0
-# A question is asked again so often, unless getting no answer took longer than this.
-_ASKING_TRIES, _ASKING_SECONDS = 3, 5.0
-_BUFFER = 1 << 20
-
-# What passes by itself: a busy hub, a gateway restarting.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-# What a signed address answers when its time is over: the hub gives a new one.
-_EXPIRED = frozenset({400, 401, 403, 404, 410})
-
-# A server that closes early, a stalled connection, a name that does not resolve.
-_BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
-# Redirects that lead nowhere, now or later.
-_ASTRAY = (requests.TooManyRedirects, requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)
+_REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
+_RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# What a CDN returns for a signed address that has expired.
+_EXPIRED_STATUS = frozenset({400, 401, 403, 404, 410})
 
 T = TypeVar("T")
 
 
-def with_retries(ask: Callable[[], T]) -> T:
-    """The answer to a question that may meet a busy hub; raises the last Answer or UnreachableError."""
+def with_retries(request: Callable[[], T]) -> T:
+    """Call `request`, retrying transient failures; raises the last HubResponseError or HubConnectionError."""
     begin = time.monotonic()
-    for tried in range(1, _ASKING_TRIES + 1):
+    for attempt in range(1, _API_ATTEMPTS):
         try:
-            return ask()
-        except HubResponseError as answer:
-            if answer.status not in _PASSING or tried == _ASKING_TRIES:
+            return request()
+        except HubResponseError as error:
+            if error.status not in _RETRYABLE_STATUS:
                 raise
-            time.sleep(_wait(tried, answer.retry_after))
-        except UnreachableError:
-            # Where nothing comes back, each attempt takes a timeout's length.
-            if tried == _ASKING_TRIES or time.monotonic() - begin > _ASKING_SECONDS:
+            time.sleep(_wait(attempt, error.retry_after))
+        except HubConnectionError:
+            if time.monotonic() - begin > _API_SECONDS:
                 raise
-            time.sleep(_wait(tried, None))
-    raise AssertionError
+            time.sleep(_wait(attempt, None))
+    return request()
 
 
-def _wait(tried: int, retry_after: float | None) -> float:
-    """Seconds to wait: what the hub asks for, or twice as long each time."""
-    asked = _FIRST_WAIT * 2 ** (tried - 1) if retry_after is None else retry_after
-    return min(asked, _LONGEST_WAIT)
+def _wait(attempt: int, retry_after: float | None) -> float:
+    """Return the seconds to wait: as long as the hub requests, or twice as long each time."""
+    return min(_FIRST_WAIT * 2 ** (attempt - 1) if retry_after is None else retry_after, _LONGEST_WAIT)
 
 
-class Transfer:
-    """Ranges of one file of a repository, from several threads."""
+class RangeReader:
+    """Reads byte ranges of one file of a repository; several threads may use it.
+
+    Args:
+        repository: Where the file is.
+        path: Its path in the repository.
+        size: Its size in bytes, by the hub's listing.
+    """
 
     def __init__(self, repository: Repository, path: str, size: int) -> None:
         self._repository, self._path, self._size = repository, path, size
         self._name = f"{repository.name}/{path}"
-        # Where the hub's redirect led: asking the hub again for each range would double the requests.
-        self._location = ""
+        self._url = repository.url(path)
+        # Where the hub redirected to: asking the hub again for each range would double the requests.
+        self._cdn_url = ""
         self._etag = ""
-        # No token goes to the CDN.
-        self._session = requests.Session()
-        ignore_netrc(self._session)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._open_now: list[requests.Response] = []
 
     def stop(self) -> None:
-        """Have fetches under way end with an error, those too that wait for bytes."""
+        """Let reads in other threads end with an error."""
         self._stopped.set()
-        with self._lock:
-            for response in self._open_now:
-                # urllib3 before 2.3 cannot: the wait then ends with its timeout.
-                with suppress(*_BROKEN, RuntimeError, ValueError):
-                    getattr(response.raw, "shutdown", lambda: None)()
 
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._session.close()
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes `start` to `end` (exclusive) in order, in pieces as they are received.
 
-    def fetch(self, start: int, end: int) -> Iterator[tuple[memoryview, int]]:
-        """Bytes `start` to `end` (exclusive) as they come, in order, each piece with its place in the file.
-
-        A piece is valid until the next one. HubError where they do not come. (A generator: errors of who takes the
-        pieces are not met here, and not mistaken for those of the connection.)
+        Raises:
+            HubError: The hub refuses, or fails repeatedly.
+            ContainerError: The file has been replaced.
         """
-        at, tried = start, 0
+        at, attempt = start, 0
         while at < end:
-            before, wait = at, None
+            before, retry_after = at, None
             try:
-                for segment in self._pieces(at, end):
-                    yield segment, at
-                    at += len(segment)
+                for piece in self._pieces(at, end):
+                    yield piece
+                    at += len(piece)
                 why = "the connection ended early"
-            except HubResponseError as answer:
-                if answer.status == 416:
-                    raise self._changed() from None
-                if answer.status not in _PASSING:
-                    raise self._repository.refused(answer, self._path) from None
-                why, wait = str(answer), answer.retry_after
-            except _ASTRAY as error:
-                raise HubError(f"{self._name}: {error}", "see whether the hub's endpoint is set right") from None
-            except (UnreachableError, *_BROKEN) as error:
-                why = str(error).partition("\n")[0] or type(error).__name__
-            tried = 1 if at > before else tried + 1
+            except HubConnectionError as error:
+                why = str(error).partition("\n")[0] or "the connection failed"
+            except HubResponseError as error:
+                if error.status == 416:
+                    raise self._replaced() from None
+                if error.status not in _RETRYABLE_STATUS:
+                    raise self._repository.refused(error, self._path) from None
+                why, retry_after = str(error), error.retry_after
+            attempt = 1 if at > before else attempt + 1
             if at < end:
-                self._pause(tried, wait, why)
+                self._pause(attempt, retry_after, why)
 
-    def _pause(self, tried: int, wait: float | None, why: str) -> None:
-        if tried >= _TRIES:
-            raise HubError(f"{self._name}: could not be fetched in {tried} attempts: {why}", "try again later")
-        self._stopped.wait(_wait(tried, wait))
+    def _pause(self, attempt: int, retry_after: float | None, why: str) -> None:
+        if attempt >= _ATTEMPTS:
+            raise HubError(f"{self._name}: could not be fetched in {attempt} attempts: {why}", "try again later")
+        self._stopped.wait(_wait(attempt, retry_after))
 
-    def _pieces(self, at: int, end: int) -> Iterator[memoryview]:
-        """The bytes of one answer, which may end before `end`; each piece is valid until the next."""
-        buffer = memoryview(bytearray(min(_BUFFER, end - at)))
+    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the body of one response, which may end early."""
         self._check_stopped()
-        with self._open(at, end) as response, self._stoppable(response):
-            self._check(response, at, end)
-            while at < end and (count := response.raw.readinto(buffer[: end - at])):
-                yield buffer[:count]
-                at += count
+        with self._response(start, end) as response:
+            self._check(response, start, end)
+            # Read to its end, not only to `end`: the connection can then be used again.
+            for piece in response.body:
                 self._check_stopped()
-
-    @contextmanager
-    def _stoppable(self, response: requests.Response) -> Iterator[None]:
-        with self._lock:
-            self._open_now.append(response)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open_now.remove(response)
+                if start >= end:
+                    return
+                yield piece[: end - start]
+                start += len(piece)
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
             raise HubError(f"{self._name}: the transfer was stopped")
 
-    def _open(self, at: int, end: int) -> requests.Response:
-        # Compressed on the way, a range would be of other bytes.
-        headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
-        location = self._location
-        if location:
-            response = self._session.get(location, headers=headers, stream=True, timeout=self._repository.timeout)
-            if response.status_code not in _EXPIRED:
-                return _good(response)
-            response.close()
-        response = _good(self._repository.open(self._path, headers))
-        # To the hub's own host a token must go along: there, the library asks each time.
-        if response.history and _host(response) != _host(response.history[0]):
-            self._location = response.url
-        return response
+    @contextmanager
+    def _response(self, start: int, end: int) -> Iterator[HttpResponse]:
+        """Request a range from the CDN or, if its address is unknown or has expired, from the hub."""
+        # A range of compressed bytes would be another one.
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        cdn_url = self._cdn_url
+        url = cdn_url or self._url
+        for _ in range(_MAX_REDIRECTS):
+            with self._repository.get(url, headers) as response:
+                if response.status in _REDIRECT_STATUS:
+                    url = self._redirected(response)
+                elif response.status in _EXPIRED_STATUS and url == cdn_url:
+                    url = self._url
+                elif response.status >= 400:
+                    raise HubResponseError.from_headers(response.status, response.headers)
+                else:
+                    # The hub itself is asked each time: it needs the token.
+                    self._cdn_url = "" if same_origin(url, self._url) else url
+                    yield response
+                    return
+        raise HubError(f"{self._name}: more than {_MAX_REDIRECTS} redirects", "check the hub's endpoint setting")
 
-    def _check(self, response: requests.Response, at: int, end: int) -> None:
-        """That the answer is the range asked for, of the file that the hub lists, as it was when the first one came."""
-        headers = response.headers
+    def _redirected(self, response: HttpResponse) -> str:
+        location = response.headers.get("Location", "")
+        url = urljoin(response.url, location)
+        if not location or urlsplit(url).scheme not in ("http", "https"):
+            raise HubError(f"{self._name}: redirected to {location!r}", "check the hub's endpoint setting")
+        return url
+
+    def _check(self, response: HttpResponse, start: int, end: int) -> None:
+        """Raise an error unless the response has the requested range, of the file as it was listed and read before."""
+        headers, host = response.headers, urlsplit(response.url).netloc
         if headers.get("Content-Type", "").startswith("text/html"):
-            raise HubError(
-                f"{self._name}: {_host(response)} answers with a web page",
-                "see whether the network wants you to log in",
-            )
+            raise HubError(f"{self._name}: {host} answers with a web page", "check whether the network needs a login")
         if headers.get("Content-Encoding", "identity") != "identity":
-            raise HubError(
-                f"{self._name}: {_host(response)} compresses what it was asked for as it is",
-                "add --download to fetch it whole",
-            )
-        size = self._size_told(response, at, end)
+            raise HubError(f"{self._name}: {host} compresses files", "add --download to fetch whole files")
+        size = self._total_size(response, start, end)
         etag, linked = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
         with self._lock:
             self._etag = self._etag or etag
             same = etag in ("", self._etag)
-        # A digest, where both tell one: ModelScope lists a branch, which may move before the first bytes are asked for.
+        # ModelScope lists a branch, which may move between the listing and the first range: compare the digests.
         digest = self._repository.files[self._path].sha256
         if size != self._size or not same or (digest and len(linked) == len(digest) and linked != digest):
-            raise self._changed()
+            raise self._replaced()
 
-    def _size_told(self, response: requests.Response, at: int, end: int) -> int:
-        """The file's size as an answer tells it, which must be of the bytes asked for or fewer."""
-        if response.status_code == 206:
-            given = response.headers.get("Content-Range", "")
-            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
-            if found is None or int(found[1]) != at or int(found[2]) >= end:
-                raise HubError(f"{self._name}: bytes {at} to {end - 1} were asked for, and the answer is {given!r}")
-            return int(found[3])
-        if response.status_code == 200 and (at, end) == (0, self._size):
+    def _total_size(self, response: HttpResponse, start: int, end: int) -> int:
+        """Return the size of the file by a response, after checking that its range is within `start` to `end`."""
+        if response.status == 206:
+            value = response.headers.get("Content-Range", "")
+            match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", value)
+            if match is None or int(match[1]) != start or int(match[2]) >= end:
+                raise HubError(f"{self._name}: requested bytes {start} to {end - 1}, received {value!r}")
+            return int(match[3])
+        if response.status == 200 and (start, end) == (0, self._size):
             length = response.headers.get("Content-Length", "")
             return int(length) if length.isdecimal() else self._size
+        host = urlsplit(response.url).netloc
         raise HubError(
-            f"{self._name}: {_host(response)} does not serve parts of files: it ignores Range",
-            "add --download to fetch it whole",
+            f"{self._name}: {host} does not serve byte ranges: it ignores Range", "add --download to fetch whole files"
         )
 
-    def _changed(self) -> ContainerError:
+    def _replaced(self) -> ContainerError:
         return ContainerError(f"{self._name}: changed while it was being read", "run again, or pin it with --revision")
-
-
-def _good(response: requests.Response) -> requests.Response:
-    if response.status_code >= 400:
-        response.close()
-        raise HubResponseError.of(response)
-    return response
-
-
-def _host(response: requests.Response) -> str:
-    return response.url.split("/")[2]

@@ -1,159 +1,176 @@
-"""ModelScope, through modelscope_hub: the light client that comes with modelscope, which itself would import torch."""
+"""ModelScope, through modelscope_hub: the light client of modelscope, which itself would import torch."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlencode
 
 import requests
-
-# Its bars cannot be turned off by a call, and fill the logs of whatever is not a terminal.
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-from modelscope_hub import HubApi
+from modelscope_hub import FileInfo, HubApi, get_default_config
 from modelscope_hub import errors as library
-from modelscope_hub.config import get_default_config
 from modelscope_hub.constants import API_CONNECT_TIMEOUT, DOWNLOAD_TIMEOUT
 
 from converter.errors import HubError, UnreachableError
+from converter.hub import requests_http
 from converter.hub.http_range import with_retries
-from converter.hub.repository import Entry, HubResponseError, ignore_netrc, listed
-from converter.storage.local_file import LocalFile, sha256_of
+from converter.hub.repository import (
+    Entry,
+    HttpResponse,
+    HubConnectionError,
+    HubResponseError,
+    is_intact,
+    listed,
+    same_origin,
+)
 
-_KIND, _DEFAULT = "model", "master"
-
-# It tells on stderr of its own retries; ours are told by the bar, and failures by one message.
-logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+_MODEL = "model"
+_MAX_LISTING = 32 << 20
+_LOG_IN = "log in with `modelscope login`, or set MODELSCOPE_API_TOKEN"
 
 
 class ModelScope:
-    """A repository on ModelScope; see Repository."""
+    """A repository on ModelScope; see Repository.
+
+    Args:
+        repository: "org/name".
+        revision: A branch, a tag or a commit; None for the main branch.
+        is_complete: Whether a folder in the cache has all requested files.
+
+    Raises:
+        UnreachableError: Neither the hub nor its cache has the repository.
+        HubError: The hub refuses.
+    """
 
     def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
-        """Raises UnreachableError where neither the hub nor its cache has it, and HubError for what the hub refuses."""
-        self._id, self._asked, self._revision = repository, revision, revision or _DEFAULT
+        self._id, self._revision = repository, revision or "master"
         self.name = f"ms://{repository}" + (f"@{revision}" if revision else "")
-        self.timeout = (float(API_CONNECT_TIMEOUT), float(DOWNLOAD_TIMEOUT))
-        self.files: dict[str, Entry] = {}
         self.notes: list[str] = []
         self.commit = ""
         self.folder: Path | None = None
-        self._is_complete = is_complete
-        self._api = HubApi()
-        # The session that download_stream uses; another release may call it otherwise.
-        ignore_netrc(getattr(self._api.legacy, "_read_session", requests.Session()))
-        self._list()
-
-    def _list(self) -> None:
-        """Ask for the files; where the hub cannot be reached, go by its cache."""
+        self.files: dict[str, Entry] = {}
+        self._endpoint = str(get_default_config().endpoint)
+        self._api, self._session = HubApi(), requests.Session()
         try:
-            entries = with_retries(self._listing)
-        except HubResponseError as answer:
-            raise self.refused(answer, "") from None
-        except UnreachableError as unreachable:
-            self.folder = self._snapshot()
+            self._list_files()
+        except HubResponseError as error:
+            raise self.refused(error, "") from None
+        except HubConnectionError as error:
+            what = "ModelScope cannot be reached"
+            self.folder = self._snapshot(revision, is_complete)
             if self.folder is None:
-                raise
+                raise UnreachableError(what, str(error)) from None
             # The cache does not record commits.
-            self.notes.append(f"{unreachable.what}: taken from the cache, {self.folder}")
-            return
-        files = [entry for entry in entries if entry.get("Type") != "tree"]
-        if not files:
-            self._explain_emptiness()
-        self.files = listed((entry.get("Path"), entry.get("Size"), entry.get("Sha256")) for entry in files)
-        # No commit of the whole is given: its files' newest is it, unless a later one only removed some.
-        newest = max(files, key=lambda entry: entry["CommittedDate"])
-        self.commit = str(newest.get("Revision") or "")
+            self.notes.append(f"{what}: taken from the cache, {self.folder}")
 
-    def _snapshot(self) -> Path | None:
+    def _list_files(self) -> None:
+        files = [file for file in with_retries(self._request_files) if not file.is_dir]
+        if not files:
+            # An unknown revision is listed as one without files.
+            with _translated_errors():
+                known = [entry["Revision"] for entry in self._api.list_repo_revisions(self._id, _MODEL)]
+            if self._revision not in known:
+                raise HubError(f"{self.name}: there is no revision {self._revision!r}", f"it has {', '.join(known)}")
+            raise HubError(f"{self.name}: holds no files")
+        self.files = listed((file.path, file.size, file.sha256) for file in files)
+        self.commit = with_retries(self._request_commit)
+
+    def _request_files(self) -> list[FileInfo]:
+        with _translated_errors():
+            return self._api.list_repo_files(self._id, _MODEL, revision=self._revision)
+
+    def _request_commit(self) -> str:
+        """Return the commit of the newest file: ModelScope gives none of the repository, and its client none at all."""
+        query = urlencode({"Revision": self._revision, "Recursive": "True"})
+        body = bytearray()
+        with self.get(f"{self._api_url}/repo/files?{query}", {}) as response:
+            for piece in response.body:
+                body += piece
+                if len(body) > _MAX_LISTING:
+                    return ""
+        if response.status != 200:
+            raise HubResponseError.from_headers(response.status, response.headers)
+        newest = max(json.loads(body)["Data"]["Files"], key=lambda file: int(file.get("CommittedDate") or 0))
+        return str(newest.get("Revision") or "")
+
+    def _snapshot(self, revision: str | None, is_complete: Callable[[Path], bool]) -> Path | None:
         try:
-            folder = Path(self._api.download_repo(self._id, _KIND, revision=self._asked, local_files_only=True))
+            folder = self._api.download_repo(self._id, _MODEL, revision=revision, local_files_only=True)
         except library.CacheNotFound:
             return None
-        return folder if self._is_complete(folder) else None
-
-    def _listing(self) -> list[dict[str, Any]]:
-        with _answers():
-            found = self._api.legacy.list_repo_files(self._id, _KIND, self._revision)
-            return [{**entry, "CommittedDate": int(entry.get("CommittedDate") or 0)} for entry in found]
-
-    def _explain_emptiness(self) -> None:
-        """An unknown revision is listed as one without files."""
-        with _answers():
-            known = [entry["Revision"] for entry in self._api.list_repo_revisions(self._id, _KIND)]
-        if self._revision not in known:
-            raise HubError(f"{self.name}: there is no revision {self._revision!r}", f"it has {', '.join(known)}")
-        raise HubError(f"{self.name}: holds no files")
+        return folder if is_complete(folder) else None
 
     def cached(self, path: str) -> Path | None:
         try:
-            found = Path(self._api.download_file(self._id, _KIND, path, revision=self._revision, local_files_only=True))
+            file = self._api.download_file(self._id, _MODEL, path, revision=self._revision, local_files_only=True)
         except library.CacheNotFound:
             return None
-        # The folder is called by the branch, not by its commit: what lies there may be older than what is meant.
-        size, sha256 = self.files[path]
-        current = found.stat().st_size == size and (not sha256 or sha256_of(LocalFile(found)) == sha256)
-        return found if current else None
+        # The cache's folder is named by the branch, not by its commit: the file may be an older one.
+        return file if is_intact(file, self.files[path]) else None
 
     def download(self, path: str) -> Path:
         size, sha256 = self.files[path]
         try:
-            return Path(
-                self._api.download_file(
-                    self._id, _KIND, path, revision=self._revision, expected_sha256=sha256 or None, file_size=size
-                )
+            return self._api.download_file(
+                self._id, _MODEL, path, revision=self._revision, expected_sha256=sha256 or None, file_size=size
             )
         except library.APIError as error:
-            raise self.refused(_answer(error), path) from None
-        except (library.HubError, OSError) as error:
-            raise HubError(f"{self.name}/{path}: could not be downloaded: {_why(error)}", "try again") from None
+            raise self.refused(_response_error(error), path) from None
+        except (library.HubError, requests.RequestException, OSError) as error:
+            raise HubError(f"{self.name}/{path}: could not be downloaded: {_first_line(error)}", "try again") from None
 
-    def open(self, path: str, headers: dict[str, str]) -> requests.Response:
-        with _answers():
-            return self._api.legacy.download_stream(self._id, _KIND, path, self._revision, headers=headers)
+    @property
+    def _api_url(self) -> str:
+        return f"{self._endpoint}/api/v1/models/{self._id}"
 
-    def refused(self, answer: HubResponseError, path: str) -> HubError:
+    def url(self, path: str) -> str:
+        return f"{self._api_url}/repo?{urlencode({'Revision': self._revision, 'FilePath': path})}"
+
+    @contextmanager
+    def get(self, url: str, headers: dict[str, str]) -> Iterator[HttpResponse]:
+        cookies = self._api.get_cookies() if same_origin(url, self._endpoint) else None
+        timeout = (float(API_CONNECT_TIMEOUT), float(DOWNLOAD_TIMEOUT))
+        with requests_http.stream(self._session, url, headers, timeout, cookies) as response:
+            yield response
+
+    def close(self) -> None:
+        self._session.close()
+
+    def refused(self, error: HubResponseError, path: str) -> HubError:
         where = f"{self.name}/{path}" if path else self.name
-        log_in = "log in with `modelscope login`, or set MODELSCOPE_API_TOKEN"
-        if answer.status == 404:
+        if error.status == 404:
             what = "file" if path else "repository"
             return HubError(
                 f"{where}: there is no such {what} at ModelScope, or it is private",
-                f"see whether the name is right; for a private one, {log_in}",
+                f"check the name; for a private one, {_LOG_IN}",
             )
-        if answer.status in (401, 403):
+        if error.status in (401, 403):
             return HubError(
-                f"{where}: ModelScope refuses access: {answer.told}",
-                f"ask for access at {get_default_config().endpoint}/models/{self._id}, then {log_in}",
+                f"{where}: ModelScope refuses access: {error.message}",
+                f"ask for access at {self._endpoint}/models/{self._id}, then {_LOG_IN}",
             )
-        return HubError(f"{where}: ModelScope answers {answer}", "try again later")
+        return HubError(f"{where}: ModelScope answers {error}", "try again later")
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
-    """Its library's errors as ours: an answer of the hub, or that there was none."""
+def _translated_errors() -> Iterator[None]:
+    """Raise the client's errors as HubResponseError or HubConnectionError."""
     try:
         yield
     except library.APIError as error:
-        raise _answer(error) from None
+        raise _response_error(error) from None
     except json.JSONDecodeError:
-        why = "the answer is not JSON (a captive portal or a proxy?)"
-        raise UnreachableError("ModelScope cannot be reached", why) from None
-    except (library.NetworkError, requests.ConnectionError, requests.Timeout) as error:
-        raise UnreachableError("ModelScope cannot be reached", _why(error)) from None
+        raise HubConnectionError("the answer is not JSON (a captive portal or a proxy?)") from None
+    except (library.NetworkError, requests.RequestException) as error:
+        raise HubConnectionError(_first_line(error)) from None
 
 
-def _why(error: Exception) -> str:
-    return (getattr(error, "message", "") or str(error)).partition("\n")[0]
-
-
-def _answer(error: library.APIError) -> HubResponseError:
+def _response_error(error: library.APIError) -> HubResponseError:
     after = getattr(error, "retry_after", None)
     return HubResponseError(error.status_code or 0, error.message, retry_after=float(after) if after else None)
+
+
+def _first_line(error: Exception) -> str:
+    return (getattr(error, "message", "") or str(error)).partition("\n")[0]

@@ -1,47 +1,38 @@
-"""A file on a hub that is read as if it lay here: what is read is fetched, and nothing else.
-
-Fetched bytes go into a sparse file of the remote one's size, at their own places. Everything that reads local files
-(checksums, computed tensors, torch.load for the verification) can so read remote ones, and memory holds none of them.
-A conversion, which reads each byte once, has them removed behind it: they are never more than a few chunks.
-"""
+"""A file on a hub, read like a local one: only the bytes that are read are fetched."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import sys
-import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
-from converter.errors import HubError, OutputError
-from converter.hub.http_range import Transfer
-from converter.hub.ranges import Chunk, chunks
+from converter.errors import ContainerError, HubError
+from converter.hub.http_range import RangeReader
+from converter.hub.local_copy import LocalCopy
+from converter.hub.read_ahead import CHUNK, ReadAhead, chunks, in_background
 from converter.hub.repository import Repository
-from converter.storage.local_file import LocalFile, Range
+from converter.storage.local_file import Range
 from converter.storage.range_set import RangeSet
 
-# Headers, directories and pickles lie at a file's ends: one request brings what several small reads want.
+# Metadata is at a file's ends and is read in small parts: each request is rounded to whole blocks.
 _BLOCK = 128 << 10
-# Before a torch zip's directory lie members of a few bytes that torch.load asks for, and we do not.
+# torch.load reads members of a few bytes before a zip's directory, which a conversion does not.
 _BEFORE = 4 << 10
-# Requests under way, and chunks that may lie ahead of the reader: enough for a line with a long delay, few enough for
-# what is kept to stay small.
-_WORKERS, _AHEAD = 4, 8
-# Seconds that a thread gets to notice that it is no longer wanted; while a server has not begun to answer, it cannot.
-_LEAVING = 1.0
+# Bytes of metadata that are kept for the next read.
+_MAX_RECENT = 16 << 20
+_CONNECTIONS = 4
 
 
 class RemoteFile:
-    """A SourceFile on a hub. `fetched` counts the bytes that have come, `needed` those and what they are to become.
+    """A SourceFile on a hub.
 
-    Threads may read it, one at a time: what is removed behind one reader would be zeros to another. Reading raises
-    HubError where the hub fails, OutputError where what is fetched finds no room.
+    Threads may read it, one at a time. Reading raises HubError, or ContainerError if the file has been replaced.
+
+    Attributes:
+        fetched: Bytes received so far.
+        needed: Bytes received so far and bytes that are known to be needed.
     """
 
     identity = None
@@ -50,177 +41,132 @@ class RemoteFile:
         self.name = f"{repository.name}/{path}"
         size = repository.files[path].size
         if size is None:
-            raise HubError(f"{self.name}: the hub does not tell its size", "add --download to fetch it whole")
+            raise HubError(f"{self.name}: the hub does not give its size", "add --download to fetch the whole file")
         self.size = size
         self.fetched = self.needed = 0
-        self._transfer = Transfer(repository, path, self.size)
-        self._spool, self.path = _spool(self.size, self.name)
-        self._local = LocalFile(Path(self.path), self.name)
-        self._have, self._lock = RangeSet(), threading.Lock()
-        self._reading = threading.RLock()
-        self._pool = ThreadPoolExecutor(_WORKERS, "fetch")
-        # What will be read, in order, and the place in it that the reader has come to.
-        self._wanted: list[Range] = []
-        self._place = 0
-        # Whether it is known what will be read: until then it is headers and directories.
-        self._announced = False
-        # Chunks not yet asked for, and those asked for whose bytes are still of use.
-        self._ahead: deque[Chunk] = deque()
-        self._asked: list[tuple[Chunk, Future[None]]] = []
-        self._under_way: set[Future[None]] = set()
-        self._tell: Callable[[], None] = lambda: None
+        self._repository, self._reader = repository, RangeReader(repository, path, size)
+        self._counting, self._reading = threading.Lock(), threading.RLock()
+        self._on_fetched: Callable[[], None] = lambda: None
+        self._ahead: ReadAhead | None = None
+        self._copy: LocalCopy | None = None
+        # Parts that were read without notice: which ones, and the last ones themselves.
+        self._unannounced = RangeSet()
+        self._recent: deque[tuple[int, bytearray]] = deque()
 
     def close(self) -> None:
-        """Stop what is under way and remove what was fetched."""
-        self._transfer.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._local.close()
-        # A thread that wrote after this would write into whatever file has the number next: the last one closes it.
-        if not wait(list(self._under_way), _LEAVING).not_done:
-            self._spool.close()
-        self._transfer.close()
+        self._reader.stop()
+        self._repository.close()
+        self._ahead = None
+        self._recent.clear()
+        if self._copy is not None:
+            self._copy.close()
 
-    def prefetch(self, wanted: Sequence[Range], tell: Callable[[], None]) -> None:
-        """Fetch ahead what will be read once, in this order; `tell` is called as bytes come."""
-        self._tell, self._place = tell, 0
-        self._wanted = [(start, min(end, self.size)) for start, end in wanted]
-        self._ahead = deque(chunks(self._wanted))
-        self._expect(self._ahead)
-        self._ask_ahead()
+    @property
+    def path(self) -> str:
+        """The temporary file with what `fetch_all` has fetched; empty before."""
+        return str(self._copy.path) if self._copy is not None else ""
 
-    def fetch_all(self, wanted: Sequence[Range], tell: Callable[[], None] = lambda: None) -> None:
-        """Fetch what others will read from `path`, and return when it is there."""
-        self._tell = tell
-        asked = chunks([(start, min(end, self.size)) for start, end in wanted])
-        self._expect(asked)
-        self._check_room()
-        for future in [self._submit(chunk.start, chunk.end) for chunk in asked]:
-            future.result()
+    def prefetch(self, ranges: Sequence[Range], on_fetched: Callable[[], None]) -> None:
+        """Announce reads: from the first one on, the next ones are fetched in the background and held in memory.
 
-    def _expect(self, asked: Iterable[Chunk]) -> None:
-        self._announced = True
-        missing = [part for chunk in asked for part in self._missing(chunk.start, chunk.end)]
-        self.needed = self.fetched + sum(end - start for start, end in missing)
+        Args:
+            ranges: Ranges in the order of reading; each is read once.
+            on_fetched: Called by several threads after bytes have been received.
+        """
+        self._on_fetched = on_fetched
+        ranges = self._within(ranges)
+        self._expect([(chunk.start, chunk.end) for chunk in chunks(ranges)])
+        self._ahead = ReadAhead(ranges, self._fetch)
 
-    def _check_room(self) -> None:
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if free < self.needed - self.fetched:
-            raise OutputError(
-                f"{folder}: {self.needed} bytes of {self.name} are kept there for a while, and {free} are free",
-                "free some room, or set TMPDIR to a folder that has it",
-            )
+    def fetch_all(self, ranges: Sequence[Range], on_fetched: Callable[[], None] = lambda: None) -> None:
+        """Fetch ranges, and the metadata read so far, into the file at `path`.
+
+        Args:
+            ranges: Ranges in any order.
+            on_fetched: Called by several threads after bytes have been received.
+
+        Raises:
+            OutputError: There is no space for them.
+        """
+        self._on_fetched = on_fetched
+        copy = self._copy = self._copy or LocalCopy(self.name, self.size)
+        parts = chunks([*self._within(ranges), *self._unannounced])
+        missing = [part for chunk in parts for part in copy.ranges.missing(chunk.start, chunk.end)]
+        self._expect(missing)
+        copy.require_space(self.needed - self.fetched)
+        queue = deque(missing)
+        for job in [in_background(partial(self._fetch_into, copy, queue)) for _ in range(_CONNECTIONS)]:
+            job.result()
+
+    def _fetch_into(self, copy: LocalCopy, queue: deque[Range]) -> None:
+        """Fetch ranges until other threads and this one have emptied the queue."""
+        with suppress(IndexError):
+            while True:
+                start, end = queue.popleft()
+                copy.write(start, self._pieces(start, end))
+
+    def _within(self, ranges: Sequence[Range]) -> list[Range]:
+        return [(start, min(end, self.size)) for start, end in ranges]
+
+    def _expect(self, ranges: Sequence[Range]) -> None:
+        self.needed = self.fetched + sum(end - start for start, end in ranges)
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
+        self._check_bounds(offset, len(buffer))
+        end = offset + len(buffer)
         with self._reading:
-            self._ensure(offset, min(offset + len(buffer), self.size))
-            self._local.readinto(buffer, offset)
+            if self._copy is not None and not list(self._copy.ranges.missing(offset, end)):
+                self._copy.file.readinto(buffer, offset)
+                return
+            while offset < end:
+                start, data = self._part(offset, end)
+                count = min(start + len(data), end) - offset
+                buffer[:count] = memoryview(data)[offset - start : offset - start + count]
+                buffer, offset = buffer[count:], offset + count
 
     def read(self, offset: int, length: int) -> bytes:
-        with self._reading:
-            self._ensure(max(offset, 0), min(offset + length, self.size))
-            return self._local.read(offset, length)
+        # Checked before memory is allocated: a file may claim any length.
+        self._check_bounds(offset, length)
+        data = bytearray(length)
+        self.readinto(memoryview(data), offset)
+        return bytes(data)
+
+    def _check_bounds(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            what = f"{length} bytes at byte {offset} are beyond its end, at {self.size}"
+            raise ContainerError(f"{self.name}: truncated: {what}", "run again, or pin it with --revision")
 
     def check_unchanged(self) -> None:
-        """Nothing to do: every answer was checked to be of the same file."""
+        """Do nothing: every response was checked to be of the same file."""
 
-    def _missing(self, start: int, end: int) -> list[Range]:
-        with self._lock:
-            return list(self._have.missing(start, end))
+    def _part(self, offset: int, end: int) -> tuple[int, bytearray]:
+        """Return bytes around `offset` and where they start: from memory, or fetched now."""
+        part = self._ahead.find(offset) if self._ahead is not None else None
+        recent = (part for part in self._recent if part[0] <= offset < part[0] + len(part[1]))
+        return part or next(recent, None) or self._fetch_around(offset, end)
 
-    def _ensure(self, start: int, end: int) -> None:
-        """Have start to end fetched: wait for it if it was to be, else ask for it now, with what lies around it."""
-        self._advance(start)
-        while any(chunk.start < end and start < chunk.end for chunk in self._ahead):
-            self._ask(self._ahead.popleft())
-        for chunk, future in self._asked:
-            if chunk.start < end and start < chunk.end:
-                future.result()
-        for low, high in self._missing(start if self._announced else max(start - _BEFORE, 0), end):
-            self._fetch(low - low % _BLOCK, min(high + -high % _BLOCK, self.size))
+    def _fetch_around(self, offset: int, end: int) -> tuple[int, bytearray]:
+        """Fetch `offset` to `end`, rounded to blocks and without what is in memory."""
+        low = max(offset - _BEFORE, 0) // _BLOCK * _BLOCK
+        low = max([low, *(start + len(data) for start, data in self._recent if start <= offset)])
+        high = min(-(-end // _BLOCK) * _BLOCK, low + CHUNK, self.size)
+        high = min([high, *(start for start, _ in self._recent if start > offset)])
+        data = self._fetch(low, high)
+        self._unannounced.add(low, high)
+        self._recent.append((low, data))
+        while sum(len(data) for _, data in self._recent) > _MAX_RECENT:
+            self._recent.popleft()
+        return low, data
 
-    def _advance(self, offset: int) -> None:
-        """The reader is at `offset`: remove what lies behind it, and ask for what comes next."""
-        rest = range(self._place, len(self._wanted))
-        place = next((i for i in rest if self._wanted[i][0] <= offset < self._wanted[i][1]), self._place)
-        if place == self._place:
-            return
-        self._place = place
-        for chunk, future in self._asked:
-            if chunk.last < place:
-                # One that the reader passed by may still be written to.
-                future.cancel() or wait([future])
-                self._remove(chunk)
-        self._asked = [(chunk, future) for chunk, future in self._asked if chunk.last >= place]
-        self._ask_ahead()
+    def _fetch(self, start: int, end: int) -> bytearray:
+        data = bytearray()
+        for piece in self._pieces(start, end):
+            data += piece
+        return data
 
-    def _ask_ahead(self) -> None:
-        while self._ahead and sum(chunk.first > self._place for chunk, _ in self._asked) < _AHEAD:
-            self._ask(self._ahead.popleft())
-
-    def _ask(self, chunk: Chunk) -> None:
-        self._asked.append((chunk, self._submit(chunk.start, chunk.end)))
-
-    def _submit(self, start: int, end: int) -> Future[None]:
-        future = self._pool.submit(self._fetch, start, end)
-        self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
-        return future
-
-    def _remove(self, chunk: Chunk) -> None:
-        """Let go of a chunk's bytes: should they be read again after all, they are fetched again."""
-        with self._lock:
-            self._have.remove(chunk.start, chunk.end)
-        _punch_hole(self._spool.fileno(), chunk.start, chunk.end - chunk.start)
-
-    def _fetch(self, start: int, end: int) -> None:
-        """Have start to end here; what came with the metadata is."""
-        for part in self._missing(start, end):
-            for segment, at in self._transfer.fetch(*part):
-                self._keep(segment, at)
-
-    def _keep(self, segment: memoryview, at: int) -> None:
-        end = at + len(segment)
-        rest = segment
-        try:
-            while rest:
-                rest = rest[os.pwrite(self._spool.fileno(), rest, end - len(rest)) :]
-        except OSError as error:
-            raise _no_room(self.name, error) from error
-        with self._lock:
-            self._have.add(at, end)
-            self.fetched += len(segment)
-        self._tell()
-
-
-def _spool(size: int, name: str) -> tuple[IO[bytes], str]:
-    """A sparse file of `size` bytes, and a path for the libraries that open files by theirs.
-
-    Where a file without a name can be opened by its number, it has none: then nothing is left, however we end.
-    """
-    try:
-        if Path("/proc/self/fd").is_dir():
-            file: IO[bytes] = tempfile.TemporaryFile(prefix="dsocr-")  # noqa: SIM115
-            path = f"/proc/self/fd/{file.fileno()}"
-        else:
-            file = tempfile.NamedTemporaryFile(prefix="dsocr-")  # noqa: SIM115
-            path = file.name
-        os.truncate(file.fileno(), size)
-    except (OSError, OverflowError) as error:
-        raise _no_room(f"{name} ({size} bytes)", error) from error
-    return file, path
-
-
-def _punch_hole(fd: int, start: int, length: int) -> None:
-    """Give the room of a part of a file back, where the system can: on Linux alone, and not on every file system."""
-    if sys.platform == "linux":
-        keep_size, punch = 1, 2
-        # A failure costs room, and nothing else.
-        ctypes.CDLL(None).fallocate(fd, keep_size | punch, ctypes.c_long(start), ctypes.c_long(length))
-
-
-def _no_room(name: str, error: Exception) -> OutputError:
-    return OutputError(
-        f"{tempfile.gettempdir()}: parts of {name} cannot be kept there: {error}",
-        "free some room, or set TMPDIR to a folder that has it",
-    )
+    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
+        for piece in self._reader.read(start, end):
+            with self._counting:
+                self.fetched += len(piece)
+            self._on_fetched()
+            yield piece

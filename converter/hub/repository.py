@@ -1,62 +1,71 @@
-"""What the two hubs have in common: a repository at one commit, its files, and ways to their bytes."""
+"""The interface of both hubs: a repository at one commit, its files, and HTTP requests for them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-import requests
+from urllib.parse import urlsplit
 
 from converter.errors import HubError
+from converter.storage.local_file import LocalFile, sha256_of
 
 
 class Entry(NamedTuple):
-    """A file of a repository: its size in bytes and its SHA-256, where the hub gives them."""
+    """A file of a repository: size in bytes and SHA-256, where the hub gives them."""
 
     size: int | None
     sha256: str = ""
 
 
-def listed(rows: Iterable[tuple[object, object, object]]) -> dict[str, Entry]:
-    """The files of a hub's listing, of which nothing is trusted: path, size and SHA-256 of each.
+class HttpResponse(NamedTuple):
+    """A response of either HTTP library: `headers` ignore case, `body` yields bytes as received, not decompressed."""
 
-    Those that would leave the folder they are put into are left out: nobody means them.
-    """
-    files = {}
-    for path, size, sha256 in rows:
-        if isinstance(path, str) and path.isprintable() and not {"", ".", ".."} & set(re.split(r"[/\\]", path)):
-            known = isinstance(size, int) and size >= 0
-            digest = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
-            files[path] = Entry(size if known else None, sha256 if digest else "")  # type: ignore[arg-type]
-    return files
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    body: Iterator[bytes]
 
 
 class HubResponseError(Exception):
-    """A hub's answer that is not the bytes asked for; `told` is what it says of the reason, `code` a hub's own code."""
+    """An error status from a hub.
 
-    def __init__(self, status: int, told: str = "", code: str = "", retry_after: float | None = None) -> None:
-        super().__init__(f"HTTP {status}: {told}")
-        self.status, self.told, self.code, self.retry_after = status, told, code, retry_after
+    Args:
+        status: The HTTP status code.
+        message: The hub's explanation.
+        code: The hub's own error code.
+        retry_after: Seconds to wait, from the header.
+    """
+
+    def __init__(self, status: int, message: str = "", code: str = "", retry_after: float | None = None) -> None:
+        known = status in HTTPStatus.__members__.values()
+        self.message = message or (HTTPStatus(status).phrase if known else "")
+        super().__init__(f"HTTP {status}: {self.message}")
+        self.status, self.code, self.retry_after = status, code, retry_after
 
     @classmethod
-    def of(cls, response: requests.Response) -> HubResponseError:
-        """The answer in a response, whose body it does not read."""
-        headers = response.headers
+    def from_headers(cls, status: int, headers: Mapping[str, str]) -> HubResponseError:
         after = headers.get("Retry-After", "")
-        told = headers.get("X-Error-Message") or response.reason or ""
-        seconds = float(after) if after.isdigit() else None
-        return cls(response.status_code, told, headers.get("X-Error-Code", ""), seconds)
+        message, code = headers.get("X-Error-Message", ""), headers.get("X-Error-Code", "")
+        return cls(status, message, code, float(after) if after.isdecimal() else None)
+
+
+class HubConnectionError(Exception):
+    """A connection that could not be made, timed out or broke; a retry may help."""
 
 
 class Repository(Protocol):
     """A repository at one commit.
 
-    `name` is the address without a file, hf://org/name@revision, and `commit` what the revision stood for, as far as
-    the hub tells. `files` has all files by their paths, `notes` what the user should know of where they were found.
-    Where the hub was not asked, `folder` is where its cache has what is wanted: it is then taken from there. `timeout`
-    is seconds to wait for a connection, and for the next bytes of an answer, as the user has set them.
+    Attributes:
+        name: The address without a file: hf://org/name@revision.
+        commit: The commit of the revision; empty if the hub does not give it.
+        files: All files by path.
+        notes: Messages for the user about where the files were found.
+        folder: A folder in the hub's cache that has all requested files, if the hub was not asked.
     """
 
     name: str
@@ -64,32 +73,49 @@ class Repository(Protocol):
     files: dict[str, Entry]
     notes: list[str]
     folder: Path | None
-    timeout: tuple[float, float]
 
     def cached(self, path: str) -> Path | None:
-        """The file in the hub's own cache, if it is there whole."""
+        """Return the file in the hub's own cache, if it is complete."""
 
     def download(self, path: str) -> Path:
-        """The whole file, fetched into the hub's own cache and checked against its SHA-256."""
+        """Download the whole file into the hub's own cache and check its SHA-256."""
 
-    def open(self, path: str, headers: dict[str, str]) -> requests.Response:
-        """A streamed answer from the hub, redirects followed; raises Answer or what requests raises."""
+    def url(self, path: str) -> str:
+        """Return the address of a file on the hub."""
 
-    def refused(self, answer: HubResponseError, path: str) -> HubError:
-        """What an answer means, in words, with the next step."""
+    def get(self, url: str, headers: dict[str, str]) -> AbstractContextManager[HttpResponse]:
+        """Send a GET request, with the user's token if `url` is on the hub itself; redirects are not followed.
+
+        Raises HubConnectionError, also while the body is read.
+        """
+
+    def close(self) -> None:
+        """Close idle connections; later requests open new ones."""
+
+    def refused(self, error: HubResponseError, path: str) -> HubError:
+        """Return the message for an error status, with the next step."""
 
 
-def ignore_netrc(session: requests.Session) -> None:
-    """Have a session send the token it is given, to the host it is meant for, and nothing else.
+def listed(rows: Iterable[tuple[object, object, object]]) -> dict[str, Entry]:
+    """Return the files of a hub's listing, given as path, size and SHA-256.
 
-    Left alone, requests puts what ~/.netrc has for a host in the token's place, and sends it to the host that a
-    redirect leads to: a CDN refuses signed addresses that come with credentials.
+    The listing is not trusted: paths that leave their folder are left out, impossible sizes and digests are dropped.
     """
+    files = {}
+    for path, size, sha256 in rows:
+        if isinstance(path, str) and path.isprintable() and not {"", ".", ".."} & set(re.split(r"[/\\]", path)):
+            valid = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
+            digest = sha256 if isinstance(sha256, str) and valid else ""
+            files[path] = Entry(size if isinstance(size, int) and size >= 0 else None, digest)
+    return files
 
-    def rebuild_auth(request: requests.PreparedRequest, response: requests.Response) -> None:
-        if session.should_strip_auth(response.request.url, request.url):  # type: ignore[no-untyped-call]
-            request.headers.pop("Authorization", None)
 
-    # An authentication of its own keeps it from looking for another.
-    session.auth = lambda request: request
-    session.rebuild_auth = rebuild_auth  # type: ignore[method-assign]
+def is_intact(path: Path, entry: Entry) -> bool:
+    """Whether a local file has the size and the SHA-256 that the hub gives."""
+    with closing(LocalFile(path)) as file:
+        return file.size == entry.size and entry.sha256 in ("", sha256_of(file))
+
+
+def same_origin(one: str, other: str) -> bool:
+    """Whether two URLs have the same scheme, host and port."""
+    return urlsplit(one)[:2] == urlsplit(other)[:2]

@@ -23,9 +23,8 @@ class RangeSet:
             start, end = min(start, touched[0][0]), max(end, touched[-1][1])
         self._ranges[first:last] = [(start, end)]
 
-    def remove(self, start: int, end: int) -> None:
-        kept = [part for low, high in self._ranges for part in ((low, min(high, start)), (max(low, end), high))]
-        self._ranges = [(low, high) for low, high in kept if low < high]
+    def __iter__(self) -> Iterator[Range]:
+        return iter(self._ranges)
 
     def missing(self, start: int, end: int) -> Iterator[Range]:
         """Yield the parts of `start` to `end` (exclusive) that are not in the set."""
