@@ -12,8 +12,8 @@ from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
-from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.hub.remote_file import RemoteFile
+from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import Contents, TensorInfo

@@ -1,4 +1,4 @@
-"""Finding the state dict in what a file holds, and the names it would have without the wrappers around its model."""
+"""State dicts in a checkpoint, and their names without those that wrappers such as DDP add."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import NamedTuple
 from converter.errors import ContainerError, LayoutError, printable
 from converter.tensors.tensor_info import Contents, TensorInfo
 
-# Segments that torch.compile and FSDP put into names, wherever the wrapped module sits.
-_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Training states nest a few levels; nothing deeper is a state dict.
-_DEEPEST = 4
-# Models lie a few modules deep in others; the names of all tensors are copied for each.
-_MOST_PREFIXES = 16
+# Name segments that torch.compile and FSDP add at any depth.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Training states nest state dicts a few levels deep.
+_MAX_DEPTH = 4
+# Models are a few modules deep in others. The names of all tensors are copied for each level.
+_MAX_PREFIXES = 16
 
 
 class StateDict(NamedTuple):
-    """Named tensors at one place in a file: `path` is the keys that lead there, dotted; empty at the top."""
+    """Named tensors of one dict in a file; `path` is the dotted keys of the dict, empty at the top."""
 
     path: str
     tensors: dict[str, TensorInfo]
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:
-    """Every dict in a file that holds tensors under names, outermost first."""
+    """Return every dict that has named tensors, outermost first."""
     return list(_search(contents, "", 0))
 
 
@@ -33,14 +33,14 @@ def _search(contents: Contents, path: str, depth: int) -> Iterator[StateDict]:
     tensors = {key: value for key, value in contents.items() if isinstance(key, str) and isinstance(value, TensorInfo)}
     if tensors:
         yield StateDict(path, tensors)
-    if depth < _DEEPEST:
+    if depth < _MAX_DEPTH:
         for key, value in contents.items():
             if isinstance(value, dict):
                 yield from _search(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
 def largest_state_dict(entries: list[StateDict], source: str) -> StateDict:
-    """The one that holds most tensors; LayoutError where several do."""
+    """Return the state dict with most tensors; LayoutError if several have as many."""
     most = max(len(entry.tensors) for entry in entries)
     rivals = [entry for entry in entries if len(entry.tensors) == most]
     if len(rivals) > 1:
@@ -53,23 +53,23 @@ def largest_state_dict(entries: list[StateDict], source: str) -> StateDict:
 
 
 def unwrapped_names(tensors: dict[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
-    """The tensors by names without what torch.compile, DDP and FSDP add; ContainerError where two become one."""
-    if not any(segment in name for name in tensors for segment in (*_INNER, "module.")):
+    """Remove the segments of torch.compile, DDP and FSDP from names; ContainerError if two names become equal."""
+    if not any(segment in name for name in tensors for segment in (*_WRAPPERS, "module.")):
         return tensors
     return _renamed(tensors, {name: _without_wrappers(name) for name in tensors}, source)
 
 
 def _without_wrappers(name: str) -> str:
-    segments = [segment for segment in name.split(".") if segment not in _INNER]
-    # DistributedDataParallel adds this to the whole model's names; further in it may be the model's own word.
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    # DistributedDataParallel adds `module` in front; further in it may be the model's own.
     wrappers = sum(1 for _ in takewhile(lambda segment: segment == "module", segments[:-1]))
     return ".".join(segments[wrappers:])
 
 
 def without_common_prefixes(tensors: dict[str, TensorInfo], source: str) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-    """The tensors with their common leading segments removed, one more each time, and the prefix removed so far."""
+    """Yield the prefix removed and the tensors, with one more of their common leading segments removed each time."""
     prefix = ""
-    for _ in range(_MOST_PREFIXES if tensors else 0):
+    for _ in range(_MAX_PREFIXES if tensors else 0):
         yield prefix, tensors
         heads = {name.partition(".")[0] for name in tensors}
         if len(heads) > 1 or any("." not in name for name in tensors):
@@ -80,7 +80,7 @@ def without_common_prefixes(tensors: dict[str, TensorInfo], source: str) -> Iter
 
 
 def _renamed(tensors: dict[str, TensorInfo], names: dict[str, str], source: str) -> dict[str, TensorInfo]:
-    """The tensors under new names; their `key` stays the one in the file, which is what messages show."""
+    """Rename tensors; their `key`, which messages show, stays the one in the file."""
     result: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         if names[name] in result:

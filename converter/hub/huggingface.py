@@ -43,17 +43,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class HuggingFace:
-    """A repository on Hugging Face, or on the mirror that HF_ENDPOINT names; see Repository.
-
-    Args:
-        repository: "org/name".
-        revision: A branch, a tag or a commit; None for the main branch.
-        is_complete: Whether a folder in the cache has all requested files.
-
-    Raises:
-        UnreachableError: Neither the hub nor its cache has the repository.
-        HubError: The hub refuses.
-    """
+    """A repository on Hugging Face, or on the mirror that HF_ENDPOINT names; see Repository and `open_repository`."""
 
     def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         self._id, self._revision, self._is_complete = repository, revision or constants.DEFAULT_REVISION, is_complete

@@ -32,17 +32,7 @@ _LOG_IN = "log in with `modelscope login`, or set MODELSCOPE_API_TOKEN"
 
 
 class ModelScope:
-    """A repository on ModelScope; see Repository.
-
-    Args:
-        repository: "org/name".
-        revision: A branch, a tag or a commit; None for the main branch.
-        is_complete: Whether a folder in the cache has all requested files.
-
-    Raises:
-        UnreachableError: Neither the hub nor its cache has the repository.
-        HubError: The hub refuses.
-    """
+    """A repository on ModelScope; see Repository and `open_repository`."""
 
     def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         self._id, self._revision = repository, revision or "master"
