@@ -138,7 +138,8 @@ class HuggingFace:
             for damaged in (file.resolve(), file):
                 with suppress(OSError):
                     damaged.unlink()
-            raise HubError(f"{where}: the download does not match the hub's SHA-256, and was removed", "try again")
+            expected = f"the hub's SHA-256, {self.files[path].sha256}"
+            raise HubError(f"{where}: the download does not match {expected}, and was removed", "try again")
         return file
 
     def url(self, path: str) -> str:
@@ -147,9 +148,10 @@ class HuggingFace:
     @contextmanager
     def get(self, url: str, headers: dict[str, str]) -> Iterator[HttpResponse]:
         if same_origin(url, constants.ENDPOINT):
-            headers |= utils.build_hf_headers(  # type: ignore[attr-defined]
+            own = utils.build_hf_headers(  # type: ignore[attr-defined]
                 library_name="dsocr-convert", library_version=__version__
             )
+            headers = {**own, **headers}
         # The client that the user may have configured.
         session, timeout = huggingface_hub.get_session(), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         if isinstance(session, requests.Session):

@@ -83,13 +83,13 @@ class ReadAhead:
         fetch: Returns the bytes `start` to `end` (exclusive); called in threads.
     """
 
-    def __init__(self, ranges: Sequence[Range], fetch: Callable[[int, int], bytearray]) -> None:
+    def __init__(self, ranges: Sequence[Range], fetch: Callable[[int, int], memoryview]) -> None:
         self._ranges, self._fetch = ranges, fetch
         self._position = 0
         self._queue = deque(chunks(ranges))
-        self._window: dict[Chunk, Future[bytearray]] = {}
+        self._window: dict[Chunk, Future[memoryview]] = {}
 
-    def find(self, offset: int) -> tuple[int, bytearray] | None:
+    def find(self, offset: int) -> tuple[int, memoryview] | None:
         """Move the window to `offset`; return start and bytes of the chunk there, None if it has no such chunk."""
         self._advance(offset)
         for chunk, future in self._window.items():

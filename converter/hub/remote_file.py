@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ class RemoteFile:
         self._copy: LocalCopy | None = None
         # Parts that were read without notice: which ones, and the last ones themselves.
         self._unannounced = RangeSet()
-        self._recent: deque[tuple[int, bytearray]] = deque()
+        self._recent: deque[tuple[int, memoryview]] = deque()
 
     def close(self) -> None:
         self._reader.stop()
@@ -121,7 +122,7 @@ class RemoteFile:
             while offset < end:
                 start, data = self._part(offset, end)
                 count = min(start + len(data), end) - offset
-                buffer[:count] = memoryview(data)[offset - start : offset - start + count]
+                buffer[:count] = data[offset - start : offset - start + count]
                 buffer, offset = buffer[count:], offset + count
 
     def read(self, offset: int, length: int) -> bytes:
@@ -139,13 +140,13 @@ class RemoteFile:
     def check_unchanged(self) -> None:
         """Do nothing: every response was checked to be of the same file."""
 
-    def _part(self, offset: int, end: int) -> tuple[int, bytearray]:
+    def _part(self, offset: int, end: int) -> tuple[int, memoryview]:
         """Return bytes around `offset` and where they start: from memory, or fetched now."""
         part = self._ahead.find(offset) if self._ahead is not None else None
         recent = (part for part in self._recent if part[0] <= offset < part[0] + len(part[1]))
         return part or next(recent, None) or self._fetch_around(offset, end)
 
-    def _fetch_around(self, offset: int, end: int) -> tuple[int, bytearray]:
+    def _fetch_around(self, offset: int, end: int) -> tuple[int, memoryview]:
         """Fetch `offset` to `end`, rounded to blocks and without what is in memory."""
         low = max(offset - _BEFORE, 0) // _BLOCK * _BLOCK
         low = max([low, *(start + len(data) for start, data in self._recent if start <= offset)])
@@ -158,10 +159,13 @@ class RemoteFile:
             self._recent.popleft()
         return low, data
 
-    def _fetch(self, start: int, end: int) -> bytearray:
-        data = bytearray()
+    def _fetch(self, start: int, end: int) -> memoryview:
+        # A mapping is given back to the system as soon as it is dropped; malloc keeps what several threads free.
+        data = memoryview(mmap.mmap(-1, end - start))
+        at = 0
         for piece in self._pieces(start, end):
-            data += piece
+            data[at : at + len(piece)] = piece
+            at += len(piece)
         return data
 
     def _pieces(self, start: int, end: int) -> Iterator[bytes]:
