@@ -32,7 +32,7 @@ _LARGEST_HASHED = 2 << 30
 
 
 class Content:
-    """The bytes of one file, and what the hubs say of them."""
+    """The bytes of one file, and its metadata on the hubs."""
 
     def __init__(self, name: str, source: Path | bytes, sha256: str | None = None) -> None:
         self.name, self.source, self._sha256 = name, source, sha256
@@ -46,7 +46,7 @@ class Content:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         if self._sha256 is None and self.size > _LARGEST_HASHED:
-            digest.update(f"made up for {self.name} of {self.size} bytes".encode())
+            digest.update(f"generated for {self.name} of {self.size} bytes".encode())
         elif self._sha256 is None:
             with self.open() as file:
                 while segment := file.read(1 << 20):
@@ -55,7 +55,7 @@ class Content:
 
     @cached_property
     def blob(self) -> str:
-        """Git's name of the file; of an LFS file it would be that of a pointer to it."""
+        """The git blob ID of the file; for an LFS file it stands for that of the pointer file."""
         if self.lfs:
             return hashlib.sha1(self.sha256.encode()).hexdigest()
         with self.open() as file:
@@ -68,10 +68,13 @@ class Content:
 
 @dataclass
 class Repo:
-    """A repository: file name -> where its bytes are; on `hubs`, at one commit that its branch and `tags` name.
+    """A repository on `hubs`, at one commit, to which its branch and `tags` point.
 
-    `private` hides it from all but the holder of `token`; `gated` lists it to all and gives files to that holder only
-    (`token=None`: to nobody). `sha256` spares hashing; a file over 2 GiB without it gets a made-up digest.
+    Attributes:
+        files: File name -> path or content.
+        private: Only `token` can see it.
+        gated: Everybody can list it, only `token` can read files (None: nobody).
+        sha256: Digests that need not be computed. A file over 2 GiB without one gets a generated digest.
     """
 
     id: str
@@ -89,7 +92,7 @@ class Repo:
         self.contents = {name: Content(name, self.files[name], self.sha256.get(name)) for name in sorted(self.files)}
 
     def replace(self, name: str, source: Path | bytes) -> None:
-        """Put another file in the place of `name`, by a new commit; the old commit is no longer served."""
+        """Replace the file `name` in a new commit; the old commit is no longer served."""
         self.commit = hashlib.sha1(self.commit.encode()).hexdigest()
         self.contents[name] = Content(name, source)
 
@@ -99,13 +102,21 @@ class Repo:
 
 @dataclass
 class Faults:
-    """What goes wrong, among the requests whose URL matches `where`; 0 is never, and bodies are those of files.
+    """Faults of the server; 0 means never.
 
-    `answer` (status, body, headers) comes in the place of all others; where `silent`, none comes for `stall` seconds.
-    Each Nth body is hurt: `drop_every` sends half of it and closes the connection; `truncate_every` sends half of it as
-    if that were all; `stall_every` sends half, then nothing for `stall` seconds. The first `busy` requests are answered
-    by 503, the next `limited` by 429 with Retry-After. A signed URL of the CDN serves `url_uses` requests, then 403.
-    After `replace_after` bodies `replacement` takes the place of its files wherever they are, behind old URLs, too.
+    Attributes:
+        where: Only requests whose URL matches this expression are affected.
+        answer: Status, body and headers of every response.
+        silent: No response for `stall` seconds.
+        drop_every: Each Nth file body: half of it is sent, then the connection is closed.
+        truncate_every: Each Nth file body: half of it is sent as if it were complete.
+        stall_every: Each Nth file body: half of it is sent, then nothing for `stall` seconds.
+        busy: The first requests get 503.
+        limited: The next requests get 429 with Retry-After.
+        ignore_range: Whole files are sent.
+        no_head: HEAD gets 405.
+        url_uses: Requests that a signed URL of the CDN serves before 403.
+        replace_after: File bodies after which `replacement` replaces files, behind old URLs too.
     """
 
     where: str = ""
@@ -127,7 +138,7 @@ class Faults:
 
 @dataclass
 class Request:
-    """One request as it came, and the bytes of body that were sent for it; `host` is hf, ms or cdn."""
+    """A request and the bytes of its response body; `host` is hf, ms or cdn."""
 
     host: str
     method: str
@@ -139,9 +150,9 @@ class Request:
 
 
 class HubServer:
-    """The running server: where it listens, what it was asked, how many bytes it sent; `faults` may be exchanged.
+    """The running server: its addresses, its requests and the bytes sent.
 
-    Counts go on when they are: `drop_every=10` means each tenth body since the server's start.
+    `faults` may be replaced while it runs. Counters go on: `drop_every=10` is each tenth body since the start.
     """
 
     def __init__(self, repos: Sequence[Repo], faults: Faults) -> None:
@@ -155,13 +166,13 @@ class HubServer:
 
     @property
     def sent(self) -> int:
-        """Bytes of bodies that left, once the answers under way have ended: a client can be ahead of our count."""
+        """Bytes of response bodies sent; waits for responses in progress, since a client can be ahead of the count."""
         with self.changed:
             self.changed.wait_for(lambda: not self.answering, timeout=2)
         return sum(request.sent for request in self.requests)
 
     def count(self, what: str) -> int:
-        """How many there were of `what`, this one included."""
+        """Increment the counter `what` and return it."""
         with self.changed:
             self._counts[what] = self._counts.get(what, 0) + 1
             return self._counts[what]
@@ -242,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(302, b"", {"Location": location, **headers})
 
     def asked(self, content: Content) -> tuple[int, int, int]:
-        """Status, first and end of what `Range` asks for; several ranges are answered by the whole, as S3 does."""
+        """Return status, start and end for `Range`; several ranges get the whole file, as on S3."""
         match = re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", self.headers.get("Range", ""))
         if not match or self.faults.ignore_range:
             return 200, 0, content.size
@@ -253,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 206 if first < end else 416, first, end
 
     def send_content(self, content: Content, headers: Mapping[str, str] = {}) -> None:
-        """The file or the range of it, hurt where a fault is due."""
+        """Send the file or a range of it, with the faults."""
         status, first, end = self.asked(content)
         if status == 416:
             return self.reply(416, b"", {"Content-Range": f"bytes */{content.size}"})
@@ -291,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def described(content: Content, name: str = "path", blob: str = "oid", sha256: str = "oid") -> dict[str, Any]:
-    """A file as Hugging Face's tree lists it, or under the names that a model's info has for the same."""
+    """Return a file as in Hugging Face's tree listing, or with the keys of a model's info."""
     lfs = {sha256: content.sha256, "size": content.size, "pointerSize": 135}
     file = {"type": "file", name: content.name, "size": content.size, blob: content.blob}
     return {**file, "lfs": lfs} if content.lfs else file
@@ -379,7 +390,7 @@ class _ModelScope(_Handler):
         return self.reply(200, {"success": True, "data": {"id": repo.id, "owner": owner, "name": name}})
 
     def listing(self, repo: Repo) -> dict[str, Any]:
-        """What `repo/files` gives: the branch's commit appears by its first digits, and as its newest files' own."""
+        """Return the response of `repo/files`: the commit is abbreviated, and in full that of the newest files."""
         files = []
         for content in repo.contents.values():
             file = {"Path": content.name, "Name": content.name.rpartition("/")[2], "Type": "blob", "Size": content.size}
@@ -388,7 +399,7 @@ class _ModelScope(_Handler):
         return {"Files": files, "IsVisual": 0, "LatestCommitter": {"Id": "", "ShortId": repo.commit[:8]}}
 
     def file(self, repo: Repo, name: str) -> None:
-        # What the real site answers here could not be found out; its client knows 401, 403 and 404.
+        # The real response is unknown; the client handles 401, 403 and 404.
         if repo.gated and not repo.admits(self.token):
             return self.refuse(403, 10010205002, "access denied: apply for access on the model's page")
         content = repo.contents.get(name)
@@ -396,7 +407,7 @@ class _ModelScope(_Handler):
             return self.refuse(404, 10990101007, "file not found")
         if content.lfs:
             return self.to_cdn(repo, content)
-        del self.headers["Range"]  # What ModelScope serves itself, it serves whole.
+        del self.headers["Range"]  # ModelScope serves small files itself, and whole.
         return self.send_content(content)
 
 

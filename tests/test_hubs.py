@@ -247,7 +247,7 @@ def test_shards(scheme: str, place: Place, local: Any) -> None:
     same(place.convert("clip", index), local("clip", "clip"), index)
 
 
-def test_the_card_tells_commit_and_bytes(place: Place) -> None:
+def test_the_record_has_commit_and_bytes(place: Place) -> None:
     done = place.run("sam", "hf://org/sam", "--json")
     card = json.loads(done.stdout)
     (source,) = card["sources"]
@@ -274,13 +274,13 @@ def test_contradictions(source: str, hub_options: HubOptions) -> None:
         parse(source, hub_options)
 
 
-def test_addresses_are_taken_apart() -> None:
+def test_addresses_are_parsed() -> None:
     assert parse("ms://org/n.a-m_e@v1/a/b.bin", HubOptions()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
     assert parse("org/name@refs/convert/pt/x/", HubOptions()) == Address("hf", "org/name", "refs/convert/pt", "x")
     assert parse("org/name", HubOptions("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
 
 
-def test_options_for_hubs_need_one(place: Place, made: Path) -> None:
+def test_hub_options_need_a_hub(place: Place, made: Path) -> None:
     for option in (["--revision", "v1"], ["--download"]):
         assert "only applies to hub repositories" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
     place.refused("sam", "hf://org/sam", "--hub", "ms", code=2)
@@ -411,7 +411,7 @@ def test_hugging_face_cache(place: Place, local: Any) -> None:
     assert bodies(place.server) == before
 
 
-def test_a_cache_with_configurations_alone_is_none(place: Place, local: Any) -> None:
+def test_a_cache_without_weights_is_not_used(place: Place, local: Any) -> None:
     place.script(HF_GET.format("config.json", None))
     assert "cannot be reached" in place.refused("sam", "org/sam", HF_ENDPOINT=UNREACHABLE)
     assert "is not in the cache" in place.refused("sam", "org/sam", "-o", "new", HF_HUB_OFFLINE="1")
@@ -448,7 +448,7 @@ def test_download(scheme: str, place: Place, local: Any, made: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["hf", "ms"])
-def test_a_download_with_another_digest_is_refused_and_not_kept(scheme: str, tmp_path: Path, made: Path) -> None:
+def test_a_download_with_a_wrong_digest_is_removed(scheme: str, tmp_path: Path, made: Path) -> None:
     repo = Repo("org/sam", {"model.safetensors": made / "model.safetensors"}, sha256={"model.safetensors": "5" * 64})
     with hub_server([repo]) as server:
         place = Place(tmp_path, server)
@@ -458,7 +458,7 @@ def test_a_download_with_another_digest_is_refused_and_not_kept(scheme: str, tmp
         assert not left
 
 
-def test_folders_that_the_hubs_own_programs_fill(place: Place, local: Any) -> None:
+def test_folders_made_by_the_hubs_own_programs(place: Place, local: Any) -> None:
     hf = "from huggingface_hub import snapshot_download as get\nget('org/sam', local_dir='{}')"
     ms = "from modelscope_hub import HubApi\nHubApi().download_repo('org/sam', 'model', local_dir='{}')"
     for script in (hf, ms):
@@ -477,7 +477,7 @@ def large_clip() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scheme", ["hf", "ms"])
-def test_metadata_alone(scheme: str, tmp_path: Path) -> None:
+def test_metadata_takes_few_bytes(scheme: str, tmp_path: Path) -> None:
     safetensors.torch.save_file(large_clip(), tmp_path / "model.safetensors")
     torch.save(large_clip(), tmp_path / "pytorch_model.bin")
     names = ("model.safetensors", "pytorch_model.bin")
@@ -495,7 +495,7 @@ def test_metadata_alone(scheme: str, tmp_path: Path) -> None:
         place.check_left("deepencoder-clip.safetensors")
 
 
-def test_only_shards_that_hold_something_are_fetched(tmp_path: Path) -> None:
+def test_shards_without_needed_tensors_are_not_fetched(tmp_path: Path) -> None:
     state = large_clip()
     text = {key: value for key, value in state.items() if key.startswith("text_model")}
     shards = {"a.safetensors": {key: state[key] for key in state.keys() - text.keys()}, "b.safetensors": text}
@@ -526,7 +526,7 @@ def test_verification(place: Place, local: Any, tmp_path: Path) -> None:
         place.check_left()
 
 
-def test_verification_where_small_members_lie_in_a_block_of_their_own(tmp_path: Path) -> None:
+def test_verification_of_a_zip_with_small_members_in_their_own_block(tmp_path: Path) -> None:
     """torch.load asks for members that a conversion does not: `version`, just before the directory."""
     path, block, state = tmp_path / "pytorch_model.bin", 128 << 10, models.sam_hf().state_dict()
 
@@ -580,7 +580,7 @@ SOURCES = pytest.mark.parametrize("source", ["hf://org/sam", "ms://org/sam/pytor
     ids=["api-busy", "files-busy", "drop", "truncate", "expired", "no-head"],
 )
 @SOURCES
-def test_passing_faults(source: str, faults: Faults, place: Place, local: Any) -> None:
+def test_transient_faults(source: str, faults: Faults, place: Place, local: Any) -> None:
     place.server.faults = faults
     same(place.convert("sam", source), local("sam", place_file(source)))
     assert bodies(place.server) < 4 << 20
@@ -591,7 +591,7 @@ def place_file(source: str) -> str:
 
 
 @SOURCES
-def test_a_server_that_ignores_ranges_is_told(source: str, place: Place) -> None:
+def test_a_server_that_ignores_ranges_is_an_error(source: str, place: Place) -> None:
     place.server.faults = Faults(ignore_range=True)
     said = place.refused("sam", source)
     assert "ignores Range" in said and "--download" in said
@@ -612,7 +612,7 @@ def test_a_replaced_file_is_an_error(source: str, place: Place, made: Path) -> N
             assert "changed while it was being read" in said and "--revision" in said
 
 
-def test_errors_that_stay(place: Place) -> None:
+def test_permanent_errors(place: Place) -> None:
     loop = (302, b"", {"Location": "/org/sam/resolve/main/model.safetensors"})
     place.server.faults = Faults("resolve", answer=loop)
     assert "redirects" in place.refused("sam", "hf://org/sam")
@@ -728,7 +728,7 @@ def test_impossible_sizes(size: object, place: Place) -> None:
     place.check_left()
 
 
-def test_nothing_stays_after_a_later_shard_fails(place: Place, made: Path) -> None:
+def test_files_are_closed_if_a_later_shard_fails(place: Place, made: Path) -> None:
     files: dict[str, Path | bytes] = {file.name: file for file in (made / "clip").iterdir()}
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     files[shards[-1]] = b"nothing of the kind"
@@ -803,7 +803,7 @@ def file(one: HubServer, quick: None) -> Iterator[RemoteFile]:
         Faults(busy=3, limited=3, retry_after=0),
     ],
 )
-def test_bytes_are_right_whatever_happens(
+def test_bytes_are_right_with_faults(
     faults: Faults, file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one.faults = faults
@@ -866,7 +866,7 @@ def test_a_full_disk_is_not_retried(file: RemoteFile, one: HubServer, monkeypatc
     assert len([request for request in one.requests if request.host == "cdn"]) == 2
 
 
-def test_room_is_asked_for_before_all_is_fetched(
+def test_free_space_is_checked_before_the_transfer(
     file: RemoteFile, one: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -878,7 +878,7 @@ def test_room_is_asked_for_before_all_is_fetched(
     assert not one.requests
 
 
-def test_closing_ends_what_is_under_way(file: RemoteFile, one: HubServer) -> None:
+def test_closing_stops_transfers(file: RemoteFile, one: HubServer) -> None:
     one.faults = Faults(stall_every=1, stall=20)
     file.prefetch([(0, len(DATA))], lambda: None)
 
@@ -899,7 +899,7 @@ def test_closing_ends_what_is_under_way(file: RemoteFile, one: HubServer) -> Non
     reader.join(3)
 
 
-def test_what_is_fetched_twice_when_an_address_expires(one: HubServer, quick: None) -> None:
+def test_expired_addresses(one: HubServer, quick: None) -> None:
     """All threads meet the expired address at once, and none takes it for a refusal."""
     one.faults = Faults(url_uses=3)
     repository = OneFile(one, DATA)
@@ -978,7 +978,7 @@ def test_ranges_are_a_set_of_bytes(changes: list[tuple[int, int]], asked: tuple[
 
 
 @given(st.lists(RANGE, max_size=20), st.integers(0, 10), st.integers(1, 30))
-def test_chunks_bring_what_is_wanted(wanted: list[tuple[int, int]], gap: int, size: int) -> None:
+def test_chunks_cover_ranges(wanted: list[tuple[int, int]], gap: int, size: int) -> None:
     found = chunks(wanted, gap, size)
     covered = [byte for chunk in found for byte in range(chunk.start, chunk.end)]
     needed = {byte for start, end in wanted for byte in range(start, end)}

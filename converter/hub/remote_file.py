@@ -6,7 +6,6 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 from converter.errors import ContainerError, HubError
@@ -19,7 +18,7 @@ from converter.storage.range_set import RangeSet
 
 # Metadata is at a file's ends and is read in small parts: each request is rounded to whole blocks.
 _BLOCK = 128 << 10
-# torch.load reads members of a few bytes before a zip's directory, which a conversion does not.
+# torch.load reads members of a few bytes just before a zip's directory, which a conversion does not.
 _BEFORE = 4 << 10
 # Bytes of metadata that are kept for the next read.
 _MAX_RECENT = 16 << 20
@@ -91,7 +90,8 @@ class RemoteFile:
         """
         self._on_fetched = on_fetched
         copy = self._copy = self._copy or LocalCopy(self.name, self.size)
-        parts = chunks([*self._within(ranges), *self._unannounced])
+        metadata = [(max(start - _BEFORE, 0), end) for start, end in self._unannounced]
+        parts = chunks([*self._within(ranges), *metadata])
         missing = [part for chunk in parts for part in copy.ranges.missing(chunk.start, chunk.end)]
         self._expect(missing)
         copy.require_space(self.needed - self.fetched)
@@ -101,10 +101,12 @@ class RemoteFile:
 
     def _fetch_into(self, copy: LocalCopy, queue: deque[Range]) -> None:
         """Fetch ranges until other threads and this one have emptied the queue."""
-        with suppress(IndexError):
-            while True:
+        while True:
+            try:
                 start, end = queue.popleft()
-                copy.write(start, self._pieces(start, end))
+            except IndexError:
+                return
+            copy.write(start, self._pieces(start, end))
 
     def _within(self, ranges: Sequence[Range]) -> list[Range]:
         return [(start, min(end, self.size)) for start, end in ranges]
@@ -148,7 +150,7 @@ class RemoteFile:
 
     def _fetch_around(self, offset: int, end: int) -> tuple[int, memoryview]:
         """Fetch `offset` to `end`, rounded to blocks and without what is in memory."""
-        low = max(offset - _BEFORE, 0) // _BLOCK * _BLOCK
+        low = offset // _BLOCK * _BLOCK
         low = max([low, *(start + len(data) for start, data in self._recent if start <= offset)])
         high = min(-(-end // _BLOCK) * _BLOCK, low + CHUNK, self.size)
         high = min([high, *(start for start, _ in self._recent if start > offset)])

@@ -1,4 +1,4 @@
-"""Sharded checkpoints whose index or files lead elsewhere, contradict each other or are no files; odd legal ones."""
+"""Sharded checkpoints: hostile, contradictory or damaged ones, and unusual legal ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Map = dict[str, str]
 
 
 def halves() -> list[State]:
-    """A tiny SAM in two parts."""
+    """Return a tiny SAM in two parts."""
     names = sorted(sam(), key=lambda name: (name == KEY, name))
     middle = len(names) // 2
     return [{name: sam()[name].contiguous() for name in part} for part in (names[:middle], names[middle:])]
@@ -44,7 +44,7 @@ def put_index(folder: Path, value: Any, name: str = INDEX) -> Path:
 
 
 def indexed(change: Callable[[Map], Any], **more: Any) -> Build:
-    """Two good shards, and an index whose `weight_map` is changed."""
+    """Two good shards, and an index with a changed `weight_map`."""
 
     def build(folder: Path) -> Path:
         put_shards(folder)
@@ -55,7 +55,7 @@ def indexed(change: Callable[[Map], Any], **more: Any) -> Build:
 
 
 def index(value: Any) -> Build:
-    """Two good shards, and an index that is something else."""
+    """Two good shards, and another index."""
 
     def build(folder: Path) -> Path:
         put_shards(folder)
@@ -65,8 +65,8 @@ def index(value: Any) -> Build:
     return build
 
 
-def beside(change: Callable[[Path], object], source: str = "") -> Build:
-    """A good sharded checkpoint, and then something done to its folder."""
+def changed(change: Callable[[Path], object], source: str = "") -> Build:
+    """A good sharded checkpoint whose folder is changed."""
 
     def build(folder: Path) -> Path:
         indexed(dict)(folder)
@@ -76,13 +76,13 @@ def beside(change: Callable[[Path], object], source: str = "") -> Build:
     return build
 
 
-def calling(name: str) -> Build:
-    """A checkpoint whose second shard the index calls by another name."""
+def with_name(name: str) -> Build:
+    """A checkpoint whose index has another name for the second shard."""
     return indexed(lambda known: {key: name if shard == SHARDS[1] else shard for key, shard in known.items()})
 
 
 def renamed(*names: str) -> Build:
-    """Good shards under other names, which the index uses."""
+    """Good shards with other names, in the index too."""
 
     def build(folder: Path) -> Path:
         first, second = names
@@ -97,7 +97,7 @@ def renamed(*names: str) -> Build:
 
 
 def hub_cache(folder: Path) -> Path:
-    """As the hub's cache has them: every file a link to a blob two folders up."""
+    """The layout of the hub's cache: every file is a link to a blob two folders up."""
     blobs, snapshot = folder / "blobs", folder / "snapshots" / "0123abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -128,7 +128,7 @@ def legacy(state: State) -> bytes:
 BINS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 LEGAL: dict[str, Build] = {
     "a folder": indexed(dict),
-    "its index": beside(lambda folder: None, INDEX),
+    "its index": changed(lambda folder: None, INDEX),
     "links as in the hub's cache": hub_cache,
     "an index in the hub's cache": lambda folder: hub_cache(folder) / INDEX,
     "a size that is a lie": indexed(dict, metadata={"total_size": 10**30, "x": [1e999, None], "\x1b[2J\n": "\x1b"}),
@@ -138,12 +138,14 @@ LEGAL: dict[str, Build] = {
     "an index of .bin that lists .safetensors": contained(SHARDS, f"pytorch_model.bin{ENDING}", save, save),
     "zip and legacy together": contained(BINS, f"pytorch_model.bin{ENDING}", saved, legacy),
     "safetensors and zip together": contained(SHARDS, INDEX, save, saved),
-    "a shard that the index does not list": beside(
+    "a shard that the index does not list": changed(
         lambda folder: safetensors.torch.save_file({KEY: torch.ones(3)}, folder / "model-00003-of-00002.safetensors")
     ),
     "names with spaces and brackets": renamed("a b [1].safetensors", "é (2) %20.safetensors"),
     "hidden names": renamed(".a", "..b"),
-    "a broken pytorch_model.bin beside": beside(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x")),
+    "a broken pytorch_model.bin in its folder": changed(
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x")
+    ),
 }
 
 # ---- not legal
@@ -181,8 +183,8 @@ def without(state: State, *keys: str) -> State:
 
 
 def second(state: Callable[[State], State]) -> Build:
-    """A good checkpoint, but the second shard holds something else than the index says."""
-    return beside(lambda folder: safetensors.torch.save_file(state(halves()[1]), folder / SHARDS[1]))
+    """A good checkpoint, but the second shard contradicts the index."""
+    return changed(lambda folder: safetensors.torch.save_file(state(halves()[1]), folder / SHARDS[1]))
 
 
 def replaced(make: Callable[[Path], object]) -> Build:
@@ -192,7 +194,7 @@ def replaced(make: Callable[[Path], object]) -> Build:
         (folder / SHARDS[1]).unlink()
         make(folder / SHARDS[1])
 
-    return beside(change)
+    return changed(change)
 
 
 def _swapped(folder: Path) -> None:
@@ -225,10 +227,10 @@ def _case(folder: Path) -> None:
 
 DOUBLE = b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
 REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
-    **{f"{what} for a shard": (calling(name), (INDEX, repr(name), OUTSIDE)) for what, name in AWAY.items()},
-    "a shard's name of 5000 characters": (calling("x" * 5000), ("the shard 'xxx", "is missing")),
-    "a shard missing": (beside(lambda folder: (folder / SHARDS[1]).unlink()), (f"'{SHARDS[1]}' is missing",)),
-    "a shard in capitals": (beside(_case), (f"'{SHARDS[1]}' is missing",)),
+    **{f"{what} for a shard": (with_name(name), (INDEX, repr(name), OUTSIDE)) for what, name in AWAY.items()},
+    "a shard's name of 5000 characters": (with_name("x" * 5000), ("the shard 'xxx", "is missing")),
+    "a shard missing": (changed(lambda folder: (folder / SHARDS[1]).unlink()), (f"'{SHARDS[1]}' is missing",)),
+    "a shard in capitals": (changed(_case), (f"'{SHARDS[1]}' is missing",)),
     "a link that leads nowhere": (
         replaced(lambda path: path.symlink_to("../../blobs/0123")),
         (f"'{SHARDS[1]}' is missing",),
@@ -246,12 +248,12 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         replaced(lambda path: path.write_bytes(save(halves()[1])[:-9])),
         (SHARDS[1], "truncated"),
     ),
-    "the index for a shard": (calling(INDEX), (f"{INDEX}: JSON text",)),
+    "the index for a shard": (with_name(INDEX), (f"{INDEX}: JSON text",)),
     "one shard under two names": (
         replaced(lambda path: path.symlink_to(SHARDS[0])),
         (f"{SHARDS[1]}: '", "is in another shard too"),
     ),
-    "the two shards swapped": (beside(_swapped), (SHARDS[0], f"puts it into '{SHARDS[1]}'")),
+    "the two shards swapped": (changed(_swapped), (SHARDS[0], f"puts it into '{SHARDS[1]}'")),
     "a tensor in two shards": (
         second(lambda state: state | {next(iter(halves()[0])): torch.ones(1)}),
         (f"{SHARDS[1]}: '{next(iter(halves()[0]))}' is in another shard too",),
@@ -296,15 +298,15 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "an index that is a list": (index([weight_map()]), (INDEX, "expected a `weight_map`")),
     "an index without a map": (index({"metadata": {}}), (INDEX, "expected a `weight_map`")),
     "a pipe for an index": (
-        beside(lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX))),
+        changed(lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX))),
         (f"{INDEX}: is a pipe",),
     ),
     "a device for an index": (
-        beside(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("/dev/zero"))),
+        changed(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("/dev/zero"))),
         (f"{INDEX}: is a device",),
     ),
     "an index that leads nowhere": (
-        beside(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("../../blobs/1"))),
+        changed(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("../../blobs/1"))),
         (f"{INDEX}: cannot be read: No such file",),
     ),
     "several checkpoints in a folder": (only("a.pth", "b.bin"), ("several checkpoints: a.pth, b.bin", "name the one")),
