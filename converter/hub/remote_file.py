@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 
 from converter.errors import ContainerError, HubError
@@ -106,7 +107,9 @@ class RemoteFile:
                 start, end = queue.popleft()
             except IndexError:
                 return
-            copy.write(start, self._pieces(start, end))
+            # Closed on errors too: the connection ends with it.
+            with closing(self._pieces(start, end)) as pieces:
+                copy.write(start, pieces)
 
     def _within(self, ranges: Sequence[Range]) -> list[Range]:
         return [(start, min(end, self.size)) for start, end in ranges]
@@ -170,7 +173,7 @@ class RemoteFile:
             at += len(piece)
         return data
 
-    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
+    def _pieces(self, start: int, end: int) -> Generator[bytes, None, None]:
         for piece in self._reader.read(start, end):
             with self._counting:
                 self.fetched += len(piece)
