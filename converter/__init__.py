@@ -1,13 +1,14 @@
-"""Converts SAM and CLIP checkpoints, in any of their layouts, into DeepSeek-OCR's DeepEncoder, and into each other.
+"""Converts SAM and CLIP checkpoints of any layout into DeepSeek-OCR's DeepEncoder, and into each other's layouts.
 
     import converter
-    card = converter.convert("sam_vit_b_01ec64.pth", "sam")
-    card = converter.encoder(sam="sam_vit_b_01ec64.pth", clip="openai/clip-vit-large-patch14", compressor="random:0")
+    record = converter.convert("sam_vit_b_01ec64.pth", "sam")
+    record = converter.encoder(sam="sam_vit_b_01ec64.pth", clip="openai/clip-vit-large-patch14", compressor="random:0")
     tensors = converter.load("openai/clip-vit-large-patch14", "clip", device="cuda")
-    found = converter.inspect("openai/clip-vit-large-patch14")
-    moved = converter.diff("before.safetensors", "after.safetensors")
+    inspection = converter.inspect("openai/clip-vit-large-patch14")
+    difference = converter.diff("before.safetensors", "after.safetensors")
+    result = converter.verify("deepencoder-sam.safetensors", "sam_vit_b_01ec64.pth")
 
-and `from converter.api.verify import verify`. All raise what is drawn in `converter.errors`.
+They raise the exceptions of `converter.errors`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "convert", "derive", "diff", "encoder", "inspect", "load", "verify"]
 
-# Imported when they are first asked for: a command pays for its own verb alone.
-_VERBS = {
-    "convert": "converter.api.convert",
-    "derive": "converter.api.derive",
-    "diff": "converter.api.diff",
-    "encoder": "converter.api.encoder",
-    "inspect": "converter.api.inspect",
-    "load": "converter.api.load",
-    "verify": "converter.api.verify",
-}
+
+# Functions are imported on first use: a conversion does not need torch, which `verify` imports.
 
 
 def __getattr__(name: str) -> object:
-    if name not in _VERBS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_VERBS[name]), name)
+    return getattr(import_module(f"converter.api.{name}"), name)

@@ -110,14 +110,17 @@ class DeriveOptions:
         bool, typer.Option("--partial", help="Write the file even if tensors of TARGET were not found.")
     ] = False
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False
+    json: Json = False
+    quiet: Quiet = False
 
 
 @app.command("derive")
 @add_options(DeriveOptions, (ConvertOptions, ["state_dict"]))
-def derive_mapping(source: NewLayout, target: Target, json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
     """Write a mapping file for the layout of SOURCE by comparing its tensors with those of TARGET."""
+    json, quiet = options.pop("json"), options.pop("quiet")
+    options["family"] = options["family"] or ""
     with console.Bar(enabled=not quiet) as bar:
-        options["family"] = options["family"] or ""
         derived = converter.derive(source, target, on_progress=bar, **options)
     if not quiet or not derived.complete:
         console.say(*_summary(derived))
