@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "kills": Part("SIGKILL at a random moment, half of them during the write", faulting.kills, 0),
+    "kills": Part("SIGKILL at a random moment", faulting.kills, 0),
     "calls": Part("each system call failed, or the process killed at it", faulting.failing_calls, 0),
     "signals": Part("SIGINT and SIGTERM at a random moment", faulting.signals, 40),
     "disks": Part("full disks", faulting.full_disks, 40),
@@ -114,13 +114,13 @@ def perform(task: Task) -> Outcome:
     # Another user must be able to enter.
     folder.chmod(0o755)
     try:
-        scene = Scene(task.kind, folder / "scene", part.sources)
-        numbers = (task.share, task.shares) if task.part == "calls" else (task.times, task.seed)
-        for case in part.cases(scene, *numbers):
-            try:
-                counts[case()] += 1
-            except (faulting.ViolationError, subprocess.TimeoutExpired) as violation:
-                violations.append(str(violation))
+        with Scene(task.kind, folder / "scene", part.sources) as scene:
+            numbers = (task.share, task.shares) if task.part == "calls" else (task.times, task.seed)
+            for case in part.cases(scene, *numbers):
+                try:
+                    counts[case()] += 1
+                except (faulting.ViolationError, subprocess.TimeoutExpired) as violation:
+                    violations.append(str(violation))
     except (RuntimeError, FileNotFoundError) as error:
         return Outcome(task, counts, violations, str(error).splitlines()[0])
     finally:

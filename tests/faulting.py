@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,44 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+class Forks:
+    """Runs of the program in forks of one process (faulty.py), which take a tenth of a start."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("faulty.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+
+    def run(
+        self, arguments: list[str], folder: Path, at: int = 0, error: int = 0, seconds: float = 0.0
+    ) -> tuple[Done, int]:
+        """Run the program.
+
+        Args:
+            arguments: Its arguments.
+            folder: The folder that it writes to.
+            at: Which call that concerns the folder fails, counted from 1; 0 for none.
+            error: The error number; 0 for SIGKILL.
+            seconds: When it is killed; 0 for not at all.
+
+        Returns:
+            The result, and the number of calls that concern the folder.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps([arguments, str(folder), at, error, seconds]), file=self.process.stdin, flush=True)
+        code, output, calls = json.loads(self.process.stdout.readline())
+        return Done(code, "\n".join(line for line in output.splitlines() if not line.startswith("/"))), calls
+
+    def close(self) -> None:
+        # Closes both pipes, at which it ends.
+        with self.process:
+            pass
+
+
 class Scene:
     """A folder with sources, an output folder, and what the program makes of each source.
 
@@ -73,12 +111,18 @@ class Scene:
     # In the order in which they are committed.
     FILES = ("model.safetensors", "record.json", "README.md")
 
-    def __init__(self, kind: str, folder: Path, sources: int = 2, program: Sequence[str] = PROGRAM) -> None:
-        self.kind, self.folder, self.program = kind, folder, list(program)
+    def __init__(self, kind: str, folder: Path, sources: int = 2) -> None:
+        self.kind, self.folder, self.forks = kind, folder, Forks()
         self.out = folder / "out"
         self.out.mkdir(parents=True, exist_ok=True)
         self.sources = [checkpoint(folder / f"source{seed}.safetensors", seed) for seed in range(sources)]
         self._made = [self._make(source) for source in range(sources)]
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.forks.close()
 
     def command(self, source: int, *options: str) -> list[str]:
         output, record, page = (str(self.out / name) for name in self.FILES)
@@ -89,13 +133,11 @@ class Scene:
         }[self.kind]
         return ["sam", str(self.sources[source]), "-q", *more, *options]
 
-    def run(self, source: int, *options: str, **more: object) -> Done:
-        command = [*self.program, *self.command(source, *options)]
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment(), **more)  # type: ignore[call-overload]
-        return Done(done.returncode, done.stderr.decode(errors="replace"))
+    def run(self, source: int, *options: str) -> Done:
+        return self.forks.run(self.command(source, *options), self.out)[0]
 
     def start(self, source: int, *options: str) -> subprocess.Popen[bytes]:
-        command = [*self.program, *self.command(source, *options)]
+        command = [*PROGRAM, *self.command(source, *options)]
         # A shell starts background jobs with SIGINT ignored, and a process passes that on.
         default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(
@@ -229,13 +271,34 @@ def _seconds(scene: Scene, new: int) -> tuple[float, float]:
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
-def kills(scene: Scene, count: int, seed: int, number: signal.Signals = signal.SIGKILL) -> list[Case]:
-    """A signal at random moments: half at any, half while the output is written."""
+def kills(scene: Scene, count: int, seed: int) -> list[Case]:
+    """SIGKILL at random moments of a run."""
+    draw, durations = random.Random(seed), []
+    for _ in range(3):
+        scene.reset(None)
+        began = time.monotonic()
+        scene.run(1)
+        durations.append(time.monotonic() - began)
+
+    def one(index: int) -> str:
+        force = index % 2 == 0
+        scene.reset(0 if force else None)
+        command = scene.command(1, *_forced(force))
+        done, _ = scene.forks.run(command, scene.out, seconds=draw.uniform(0, sorted(durations)[1]))
+        if done.code not in (0, -signal.SIGKILL):
+            raise ViolationError(f"exit {done.code}: {done.err}")
+        return scene.check_fault(0 if force else None, 1, force)
+
+    return [partial(one, index) for index in range(count)]
+
+
+def signals(scene: Scene, count: int, seed: int) -> list[Case]:
+    """SIGINT and SIGTERM at random moments: half at any, half while the output is written."""
     draw = random.Random(seed)
     complete, writing = _seconds(scene, 1)
 
     def one(index: int) -> str:
-        force, aimed = index % 4 < 2, index % 2 == 0
+        force, aimed, number = index % 4 < 2, index % 2 == 0, (signal.SIGINT, signal.SIGTERM)[index // 4 % 2]
         scene.reset(0 if force else None)
         process = scene.start(1, *_forced(force))
         if aimed:
@@ -250,12 +313,6 @@ def kills(scene: Scene, count: int, seed: int, number: signal.Signals = signal.S
     return [partial(one, index) for index in range(count)]
 
 
-def signals(scene: Scene, count: int, seed: int) -> list[Case]:
-    """SIGINT and SIGTERM at random moments."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    return [case for number in numbers for case in kills(scene, (count + 1) // 2, seed + number, number)]
-
-
 def limits(scene: Scene, count: int, seed: int) -> list[Case]:
     """Limits on the size of files, from nothing to more than is needed."""
     largest = max(map(len, scene.made(1).values()))
@@ -265,7 +322,9 @@ def limits(scene: Scene, count: int, seed: int) -> list[Case]:
         scene.reset(0 if force else None)
         limit = index * (largest + 8192) // count
         set_limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-        return scene.check_error(scene.run(1, *_forced(force), preexec_fn=set_limit), 0 if force else None, 1, force)
+        command = [*PROGRAM, *scene.command(1, *_forced(force))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=set_limit)
+        return scene.check_error(Done(done.returncode, done.stderr), 0 if force else None, 1, force)
 
     return [partial(one, index) for index in range(count)]
 
@@ -425,7 +484,7 @@ def traced(scene: Scene, force: bool) -> list[tuple[str, int]]:
     scene.reset(0 if force else None)
     log = scene.folder / "trace"
     options = ["-f", "-y", "-qq", "-s", "4096", "-o", str(log), "-e", f"trace={CALLS}"]
-    command = ["strace", *options, *scene.program, *scene.command(1, *_forced(force))]
+    command = ["strace", *options, *PROGRAM, *scene.command(1, *_forced(force))]
     done = subprocess.run(command, capture_output=True, env=environment())
     if done.returncode != 0:
         raise RuntimeError(f"strace does not work here: {done.stderr.decode().strip()[-300:]}")
@@ -454,7 +513,7 @@ def _failing_call(scene: Scene, force: bool, name: str, index: int, error: str) 
     scene.reset(old)
     fault = "signal=KILL" if error == "KILL" else f"error={error}"
     options = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={name}:{fault}:when={index}"]
-    command = ["strace", *options, *scene.program, *scene.command(1, *_forced(force))]
+    command = ["strace", *options, *PROGRAM, *scene.command(1, *_forced(force))]
     done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment())
     try:
         if error == "KILL":

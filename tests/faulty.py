@@ -1,8 +1,9 @@
 """The program with a system call failed, or the process killed at it, without strace: functions of `os` are wrapped.
 
 A process that has imported everything and forks for every run, which takes a tenth of a start. A line of JSON on stdin
-requests a run: its arguments, the folder that it writes to, which of the calls that concern the folder fails, and the
-error number, or 0 for SIGKILL. A line on stdout has the result: exit code, stderr, and the number of such calls.
+requests a run: its arguments, the folder that it writes to, which of the calls that concern the folder fails, the error
+number, or 0 for SIGKILL, and when it is killed. A line on stdout has the result: exit code, stderr, and the number of
+such calls.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -83,13 +85,16 @@ def run(arguments: list[str], faults: Faults) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        arguments, folder, at, error = json.loads(line)
+        arguments, folder, at, error, seconds = json.loads(line)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as count:
             child = os.fork()
             if child == 0:
                 os.dup2(output.fileno(), 2)
                 os.dup2(output.fileno(), 1)
                 run(arguments, Faults(folder, at, error, count.fileno()))
+            if seconds:
+                time.sleep(seconds)
+                os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             output.seek(0)
             text = output.read().decode(errors="replace")

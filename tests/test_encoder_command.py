@@ -436,7 +436,7 @@ def test_a_source_that_changes_midway_gives_no_folder(sources: Path, tmp_path: P
     ("out", "words"),
     [
         ("ocr", "holds the source"),
-        ("ocr/new", "lies in the checkpoint's own folder"),
+        ("ocr/new", "is inside the checkpoint's own folder"),
         ("no/such/out", "there is no folder"),
         ("clip", "exists already"),
     ],

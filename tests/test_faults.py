@@ -6,126 +6,74 @@ Some of what `scripts/faults.py` does in thousands; docs/faults.md has the count
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import faulting
 import pytest
-from faulting import Done, Scene
+from faulting import Scene
 
 import converter
 from converter.errors import OutputError
 from converter.storage import atomic_output
 from converter.storage.atomic_output import AtomicOutput, atomic_file, remove_stale, temporary_path
 
-KINDS = ["file", "record", "folder"]
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+    kind = getattr(request, "param", "record")
+    with Scene(kind, tmp_path) as scene:
+        yield scene
 
 
-class Faulty:
-    """Runs of the program in forks of one process, in which one call fails."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("faulty.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=faulting.environment(),
-        )
-
-    def __call__(self, arguments: list[str], folder: Path, at: int = 0, error: int = 0) -> tuple[Done, int]:
-        """Run the program.
-
-        Args:
-            arguments: Its arguments.
-            folder: The folder that it writes to.
-            at: Which call that concerns the folder fails, counted from 1; 0 for none.
-            error: The error number; 0 for SIGKILL.
-
-        Returns:
-            The result, and the number of calls.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([arguments, str(folder), at, error]), file=self.process.stdin, flush=True)
-        code, output, calls = json.loads(self.process.stdout.readline())
-        return Done(code, "\n".join(line for line in output.splitlines() if not line.startswith("/"))), calls
-
-    def close(self) -> None:
-        # Closes both pipes, at which it ends.
-        with self.process:
-            pass
-        assert self.process.returncode == 0
-
-
-@pytest.fixture(scope="module")
-def faulty() -> Iterator[Faulty]:
-    program = Faulty()
-    yield program
-    program.close()
-
-
-class ForkedScene(Scene):
-    """A scene whose runs are forks."""
-
-    def __init__(self, kind: str, folder: Path, faulty: Faulty) -> None:
-        self._faulty = faulty
-        super().__init__(kind, folder)
-
-    def run(self, source: int, *options: str, **more: Any) -> Done:
-        return self._faulty(self.command(source, *options), self.out)[0]
-
-
-@pytest.mark.parametrize(("kind", "force"), [("file", False), ("record", True), ("folder", True)])
-def test_every_call_that_fails_and_kills_at_every_call(kind: str, force: bool, faulty: Faulty, tmp_path: Path) -> None:
-    """Each call fails with one of three errors; the script does it with all of them, by the kernel."""
-    scene = ForkedScene(kind, tmp_path, faulty)
+@pytest.mark.parametrize(("scene", "force"), [("file", False), ("record", True), ("folder", True)], indirect=["scene"])
+def test_every_call_that_fails_and_kills_at_every_call(scene: Scene, force: bool) -> None:
+    """One of three errors, or a kill; the script does it with all of them, by the kernel."""
     old, options = (0, ["--force"]) if force else (None, [])
     errors = (errno.ENOSPC, errno.EIO, errno.EINTR)
     scene.reset(old)
-    done, calls = faulty(scene.command(1, *options), scene.out)
+    done, calls = scene.forks.run(scene.command(1, *options), scene.out)
     assert done.code == 0 and calls > 10
     outcomes = set()
     for at in range(1, calls + 1):
-        scene.reset(old)
-        done, _ = faulty(scene.command(1, *options), scene.out, at, errors[at % len(errors)])
-        outcomes.add(scene.check_error(done, old, 1, force))
-        scene.reset(old)
-        done, _ = faulty(scene.command(1, *options), scene.out, at)
-        assert done.code == -signal.SIGKILL, done
-        outcomes.add(scene.check_fault(old, 1, force))
-    assert outcomes >= {"old, temporary files", "new", "refused: old"}
-    assert kind != "record" or "between, temporary files" in outcomes
+        for error in (errors[at % 3], 0) if scene.kind == "record" else (errors[at % 3] if at % 2 else 0,):
+            scene.reset(old)
+            done, _ = scene.forks.run(scene.command(1, *options), scene.out, at, error)
+            assert error or done.code == -signal.SIGKILL, done
+            outcomes.add(scene.check_error(done, old, 1, force) if error else scene.check_fault(old, 1, force))
+    assert outcomes >= {"old, temporary files", "refused: old"}
+    assert scene.kind != "record" or "between, temporary files" in outcomes
 
 
 def run_all(cases: list[faulting.Case]) -> set[str]:
     return {case() for case in cases}
 
 
-def test_kills_at_random_moments(tmp_path: Path) -> None:
-    run_all(faulting.kills(Scene("record", tmp_path), 2, seed=1))
+def test_kills_at_random_moments(scene: Scene) -> None:
+    run_all(faulting.kills(scene, 20, seed=1))
 
 
-def test_signals(tmp_path: Path) -> None:
-    run_all(faulting.signals(Scene("folder", tmp_path), 2, seed=1))
+@pytest.mark.parametrize("scene", ["folder"], indirect=True)
+def test_signals(scene: Scene) -> None:
+    run_all(faulting.signals(scene, 2, seed=1))
 
 
 def test_runs_for_one_output_at_the_same_time(tmp_path: Path) -> None:
-    run_all(faulting.races(Scene("record", tmp_path, sources=4), 2, 0))
+    with Scene("record", tmp_path, sources=4) as scene:
+        run_all(faulting.races(scene, 2, 0))
 
 
-def test_limits_on_the_size_of_files(tmp_path: Path, faulty: Faulty) -> None:
-    assert run_all(faulting.limits(Scene("record", tmp_path), 3, 0)) >= {"refused: old"}
+def test_limits_on_the_size_of_files(scene: Scene) -> None:
+    assert run_all(faulting.limits(scene, 3, 0)) >= {"refused: old"}
 
 
-def test_inputs_that_change(tmp_path: Path) -> None:
-    run_all(faulting.changing_inputs(Scene("file", tmp_path), 4, 0))
+@pytest.mark.parametrize("scene", ["file"], indirect=True)
+def test_inputs_that_change(scene: Scene) -> None:
+    run_all(faulting.changing_inputs(scene, 4, 0))
 
 
 @pytest.mark.parametrize("part", [faulting.full_disks, faulting.permissions], ids=["disks", "permissions"])
@@ -134,7 +82,8 @@ def test_faults_that_need_root(part: Callable[[Scene, int, int], list[faulting.C
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         try:
-            run_all(part(Scene("record", Path(name, "scene")), 4, 0))
+            with Scene("record", Path(name, "scene")) as scene:
+                run_all(part(scene, 4, 0))
         except (RuntimeError, OSError) as error:
             pytest.skip(str(error))
 
