@@ -621,5 +621,5 @@ def test_the_card_of_a_whole_checkpoint(sources: Path, tmp_path: Path) -> None:
     assert document["tensors"].keys() == found.keys() and document["metadata"] is None
     assert all(document["tensors"][name]["sha256"] == hashlib.sha256(raw(t)).hexdigest() for name, t in found.items())
     assert proved(out, card) == ["passed"]
-    with pytest.raises(OutputError, match="lies in the output"):
+    with pytest.raises(OutputError, match="is inside the output"):
         encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", record=tmp_path / "b" / "card.json")

@@ -30,6 +30,8 @@ from converter.tensors.lazy_tensor import cast, lazy_read, nbytes
 from converter.tensors.ops import Fuse, Permuted, Split, apply_op
 from converter.tensors.serialize import Outputs
 
+pytestmark = pytest.mark.usefixtures("system")
+
 WRITERS = ["safetensors", "pth"]
 
 

@@ -161,7 +161,8 @@ def _within(folder: Path, path: Path) -> bool:
 def output_of_copy(copy: Copy) -> Output:
     """The copy as an output: a folder, or a single file, whose headers say of their making what they said before."""
     # Not the files' sizes: what has holes keeps them.
-    room = sum(512 * Path(file.path).stat().st_blocks for file in copy.opened.files)
+    stats = [Path(file.path).stat() for file in copy.opened.files]
+    room = sum(512 * getattr(stat, "st_blocks", stat.st_size // 512 + 1) for stat in stats)
     room += sum(map(nbytes, copy.replaced.values()))
     return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, source_folder=copy.folder)
 
