@@ -1,7 +1,7 @@
-"""Every way we can think of to get a conversion wrong, as data, and what the verification says of each.
+"""Corruptions of correct conversions as data, and the verification of each.
 
-Three kinds. `weights`: tensors changed in a correct conversion. `file`: names, types, bytes, or the wrong source beside
-it. `architecture`: a mistake in the encoder itself, patched in for one run; no weight shows it, so the outputs must.
+Three kinds. `weights`: tensors changed in a correct conversion. `file`: names, types, bytes, or another
+source. `architecture`: a mistake in the encoder itself, patched in for one run, which only outputs show.
 
 Run by tests/test_corruptions.py on tiny encoders and by scripts/verify_on_gpu.py on true ones.
 """
@@ -39,7 +39,7 @@ GROUPS = ("structure", "bytes", "outputs")
 
 
 class Names(NamedTuple):
-    """What a family calls its parts, and its sizes."""
+    """Names of a family's parts, and its sizes."""
 
     block: str
     qkv: str
@@ -64,9 +64,9 @@ class Names(NamedTuple):
 class Corruption(NamedTuple):
     """One mistake. `change` alters tensors, `damage` the written file, `patch` the encoder, `source` the source given.
 
-    `culprit` is the first thing that the outputs must blame for an `architecture` mistake; `{block}` stands for the
-    family's blocks, `{last}` for the last one's index. `quiet` ones stay below the noise floor of any output: the
-    bytes alone can catch them.
+    `tensor` is the first probe at which the outputs must diverge for an `architecture` mistake; `{block}` stands for
+    the family's blocks, `{last}` for the last one's index. `quiet` ones stay below the noise floor of all outputs: only
+    bytes catch them.
     """
 
     name: str
@@ -135,7 +135,7 @@ def both(*changes: Change) -> Change:
 
 
 def move_layers(source: Callable[[int, int], int]) -> Change:
-    """Fill layer i with what stood in layer source(i, depth)."""
+    """Fill layer i with the tensors of layer source(i, depth)."""
 
     def change(state: State, names: Names) -> None:
         before = dict(state)
@@ -1147,7 +1147,7 @@ CATALOGUE += _in_both()
 
 
 class Subject(NamedTuple):
-    """A correct conversion: `kind` is a family, or `compressor`; `others` are sources that it was not made from."""
+    """A correct conversion: `kind` is a family or `compressor`; `others` are other sources."""
 
     kind: str
     source: str
@@ -1193,7 +1193,7 @@ def calm(state: State, seed: int) -> State:
             noise *= 0.2
         else:
             noise /= math.prod(tensor.shape[1:]) ** 0.5
-            # The first embedding is small, so that eps is not lost beside its variance.
+            # A small first embedding: eps matters next to its variance.
             noise *= 0.3 if "patch_embed" in name else 1
         result[name] = noise.to(tensor.dtype)
     return result
@@ -1240,7 +1240,7 @@ def tiny_subjects(folder: Path) -> dict[str, Subject]:
 
 
 def subject(kind: str, source: Path, others: dict[str, Path], folder: Path, sizes: tuple[int, ...]) -> Subject:
-    """The correct conversion of a source, for the catalogue to spoil."""
+    """The correct conversion of a source, for the catalogue to corrupt."""
     out = folder / f"correct-{kind}.safetensors"
     converter.convert(str(source), "clip" if kind == "clip" else "sam", out=out, force=True)
     state = safetensors.torch.load_file(out)
@@ -1262,10 +1262,10 @@ def with_compressor(sam: Subject, folder: Path) -> Subject:
 
 
 class Row(NamedTuple):
-    """What the verification said of one corruption in one kind of checkpoint.
+    """The verification of one corruption in one kind of checkpoint.
 
-    `caught` gives for each proof whether it failed (None: it could not run); `refused` is the error of a file that
-    could not even be opened. `ratio` is the largest error of the outputs over its bar: more than 1 fails.
+    `caught` gives for each group whether a check failed (None: none was made); `refused` is the error of a file that
+    cannot be opened. `ratio` is the largest error of the outputs relative to its tolerance: more than 1 fails.
     """
 
     name: str
@@ -1290,7 +1290,7 @@ def cases() -> list[tuple[Corruption, str]]:
 
 
 def run(corruption: Corruption, subject: Subject, folder: Path, **options: Any) -> tuple[Row, Verification | None]:
-    """Spoil a correct conversion and verify it, all three proofs."""
+    """Corrupt a correct conversion and verify it."""
     state = dict(subject.state)
     if corruption.change is not None:
         corruption.change(state, subject.names)
@@ -1325,12 +1325,14 @@ def _row(
 ) -> Row:
     checks = found.checks if found else []
     caught: dict[str, bool | None] = {}
-    for proof in GROUPS:
-        verdicts = [check.verdict for check in checks if check.group == proof]
+    for group in GROUPS:
+        verdicts = [check.verdict for check in checks if check.group == group]
         ran = "failed" in verdicts or "passed" in verdicts
-        caught[proof] = "failed" in verdicts if ran else None
+        caught[group] = "failed" in verdicts if ran else None
     failures = [check for check in checks if check.verdict == "failed"]
-    tensors = {proof: [c for check in failures if check.group == proof for c in check.tensors] for proof in GROUPS}
+    tensors = {
+        group: [name for check in failures if check.group == group for name in check.tensors] for group in GROUPS
+    }
     ratios = [point.error / point.tolerance for trace in (found.traces if found else []) for point in trace.points]
     return Row(
         name=corruption.name,
@@ -1342,7 +1344,7 @@ def _row(
         caught=caught,
         refused=refused,
         ratio=max(ratios, default=None),
-        tensors={proof: names[:40] for proof, names in tensors.items()},
+        tensors={group: names[:40] for group, names in tensors.items()},
         changed=changed,
         first=tensors["outputs"][0] if tensors["outputs"] else "",
         expected=corruption.tensor.format(block=subject.names.block, last=subject.names.depth - 1),

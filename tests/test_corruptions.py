@@ -1,4 +1,4 @@
-"""The verification notices: every corruption of the catalogue is caught and named, and correct conversions pass."""
+"""Every corruption of the catalogue is caught and named, and correct conversions pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from converter.verification.families import FAMILIES
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors: more threads only wait for each other, and for the other tests'."""
+    """Tiny tensors run slower with more threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def test_every_corruption_is_caught_and_named(
         return
     assert found is not None and corruptions.unnamed(row, found) == []
     if corruption.kind == ARCHITECTURE:
-        # The file is right: only running it can tell, and what is blamed first is where the mistake is.
+        # The file is right: only outputs show the mistake, first where it is.
         assert row.caught == {"structure": False, "bytes": False, "outputs": True}
         assert row.first.endswith(row.expected)
     else:
@@ -80,7 +80,7 @@ def test_every_corruption_is_caught_and_named(
 
 
 def _check_blame(row: Row, subject: Subject) -> None:
-    """No block before the first changed tensor's is blamed by the outputs; where it shows at all, that one is first."""
+    """The first probe to diverge is the one after the first changed tensor, if outputs show it at all."""
     if not row.caught["outputs"] or not row.changed:
         return
     family, depth = FAMILIES[subject.family], subject.names.depth
@@ -97,7 +97,7 @@ IN_THE_CHAIN = [
 
 
 @pytest.mark.parametrize(("corruption", "kind"), IN_THE_CHAIN, ids=lambda value: getattr(value, "name", value))
-def test_a_transformers_without_the_chain_notices_too(
+def test_a_transformers_without_the_deep_encoder(
     corruption: Corruption, kind: str, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(REFERENCES, DeepEncoder, REFERENCES[DeepEncoder][1:])
@@ -109,7 +109,7 @@ def test_a_transformers_without_the_chain_notices_too(
 
 
 def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_path: Path) -> None:
-    """The bytes follow the mapping, wrong as it is; the outputs do not, and lead to the line."""
+    """Bytes follow the wrong mapping; outputs do not, and name the line."""
     text = registry.text("sam-hf")
     lines = text.splitlines()
     mapping = tmp_path / "mine.yaml"
@@ -174,7 +174,7 @@ def resize(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
 
 
 def forget() -> None:
-    """The models module keeps what it made."""
+    """Clear the caches of the models module."""
     for function in vars(models).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()

@@ -1,4 +1,4 @@
-"""What people and machines are shown of a verification: nothing lost, nothing from a file that steers the reader."""
+"""Reports of a verification: complete, and safe with hostile names."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def found(request: pytest.FixtureRequest) -> Verification:
 # Words ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_says_what_it_leaves_open() -> None:
+def test_the_verdict_names_groups_that_were_not_checked() -> None:
     assert words.verdict_line(verification()) == "VERIFIED: 3 checks passed, none failed"
     partly = verification(
         checks=[Check("structure", "layout", PASSED, ""), Check("bytes", "tensors", SKIPPED, "no --source")]
@@ -155,7 +155,7 @@ def test_terminal_has_colours_where_it_can() -> None:
     assert "\x1b[1;31mNOT VERIFIED" in shown(wrong(1), force_terminal=True, color_system="standard", no_color=False)
 
 
-def test_terminal_folds_many_failures_and_lists_culprits() -> None:
+def test_terminal_folds_many_failures_and_lists_affected_tensors() -> None:
     text = shown(wrong(40))
     assert "layers.11.weight" in text and "layers.12.weight" not in text and "and 28 more" in text
     assert "also: blocks.7, rule 3" in text
@@ -200,7 +200,7 @@ def test_junit_parses_back_with_every_check(found: Verification) -> None:
     assert report.skipped == sum(check.verdict == "skipped" for check in found.checks)
 
 
-def test_junit_names_suites_culprits_times_and_what_it_ran_on() -> None:
+def test_junit_has_suites_affected_tensors_times_and_properties() -> None:
     report = junitparser.JUnitXml.fromstring(junit.document(wrong(1)))
     suites = {suite.name: suite for suite in report}
     assert list(suites) == ["dsocr-verify.structure", "dsocr-verify.bytes", "dsocr-verify.outputs"]
@@ -389,7 +389,7 @@ def test_files_replace_older_ones_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [page, report]
 
 
-def test_a_file_that_cannot_be_written_is_told_beforehand_and_after(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_before_and_after(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "a.html", tmp_path):
         with pytest.raises(OutputError):
             reports.check_files(None, path)
@@ -411,7 +411,7 @@ def test_the_page_is_normalised_and_the_same_at_every_size() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 8, 8), (1, 8, 8, 16), (1, 64, 16), (1, 65, 16)])
-def test_features_are_drawn_in_the_colours_of_the_source(shape: tuple[int, ...]) -> None:
+def test_features_have_the_colours_of_the_source(shape: tuple[int, ...]) -> None:
     seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(shape)
     other = reference.clone()
     other[0, -1] += 5
@@ -423,14 +423,14 @@ def test_features_are_drawn_in_the_colours_of_the_source(shape: tuple[int, ...])
     assert Image.open(io.BytesIO(changed["difference"])).getextrema()[0][1] > 200
 
 
-def test_features_that_lie_on_no_grid_or_are_not_finite() -> None:
+def test_features_without_a_grid_or_not_finite() -> None:
     seen = torch.zeros(1, 3, 32, 32)
     assert pictures.draw("run", seen, torch.randn(1, 7, 4), torch.randn(1, 7, 4)) == []
     assert len(pictures.draw("run", seen, torch.zeros(1, 16, 4), torch.full((1, 16, 4), math.nan))) == 4
     assert len(pictures.draw("run", seen, torch.randn(1, 16, 2), torch.randn(1, 16, 2))) == 4
 
 
-def test_an_image_of_ones_own(tmp_path: Path) -> None:
+def test_an_image_file(tmp_path: Path) -> None:
     Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "a.png")
     values = pictures.pixels(pictures.load(tmp_path / "a.png"), 64)
     assert values[0, :, 32, 32].tolist() == [1, -1, -1] and abs(float(values[0, 0, 0, 0])) < 0.01

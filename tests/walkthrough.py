@@ -1,8 +1,8 @@
-"""Runs the commands that a Markdown page shows, and compares what they print with what the page says.
+"""Runs the commands of a Markdown page and compares their output with the page.
 
-A command is a line of a code block that begins with `$ `; what follows, up to the next one, is its output. In an output
-a line `...` stands for any lines, and `...` within a line for any text. Commands run in one folder, one after another,
-by bash, stdout and stderr as they come; `$ cd` is not known. Blocks without `$ ` are left alone.
+A command is a line of a code block that begins with `$ `; the lines up to the next one are its output. In it a line
+`...` matches any lines, and `...` within a line any text. Commands run in one folder, one after another, by bash, with
+stdout and stderr merged; `$ cd` is not supported. Blocks without `$ ` are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 class Step(NamedTuple):
-    """One command, the lines that it should print, and the line of the page where it stands."""
+    """One command, its expected output, and its line on the page."""
 
     line: int
     command: str
@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 
 def steps(page: Path) -> list[Step]:
-    """All commands of a page that are shown with `$ `, in order."""
+    """All commands of a page, in order."""
     found: list[Step] = []
     for block in _blocks(page.read_text(encoding="utf-8").splitlines()):
         for number, line in block:
@@ -64,7 +64,7 @@ def _without_blank_end(lines: Iterable[str]) -> list[str]:
 
 
 def differs(step: Step, printed: str) -> str:
-    """How the output differs from the page's, for people; nothing where it does not."""
+    """A description of how the output differs from the page's; empty if it does not."""
     pattern = "".join(
         r"(?:.*\n)*?" if line == "..." else re.escape(line.rstrip()).replace(r"\.\.\.", ".*") + r" *\n"
         for line in step.expected
@@ -76,9 +76,9 @@ def differs(step: Step, printed: str) -> str:
 
 
 def shell(command: str, folder: Path, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
-    """A command as a user would run it, with our programs first in the path; stderr is among its stdout."""
+    """Run a command with our programs first in the path, and stderr merged into stdout."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    # A width that no line of a page reaches, so that nothing is folded but what folds itself.
+    # Wide enough that no line is folded.
     settings = {"PATH": path, "COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
     return subprocess.run(
         ["bash", "-c", command],
@@ -92,19 +92,20 @@ def shell(command: str, folder: Path, environment: Mapping[str, str] = {}) -> su
 
 
 def check(
-    told: list[Step],
+    commands: list[Step],
     folder: Path,
     environment: Mapping[str, str] = {},
     *,
     files: list[tuple[int, str, str]] | None = None,
     names: Mapping[str, str] = {},
 ) -> None:
-    """Run commands, and write the files (line, name, text) that come before them on their page.
+    """Run commands and compare their output; AssertionError with every difference.
 
-    `names` are put in the place of what only a test's machine has. AssertionError with every output that differs.
+    Before a command the files (line, name, text) above it on the page are written. `names` replaces text of the test
+    machine, such as temporary paths, in the output.
     """
     wrong, written = [], 0
-    for step in told:
+    for step in commands:
         for _, name, text in [file for file in files or [] if written < file[0] < step.line]:
             (folder / name).write_text(text)
         written = step.line
@@ -112,4 +113,4 @@ def check(
         for ours, shown in names.items():
             printed = printed.replace(ours, shown)
         wrong.append(differs(step, printed))
-    assert told and not any(wrong), "\n".join(filter(None, wrong))
+    assert commands and not any(wrong), "\n".join(filter(None, wrong))

@@ -130,7 +130,7 @@ def _verify(target: Converted, origin: Origin | None, record: Record | None, opt
     if record is not None:
         with _timed(seconds, "record"):
             checks += check_record(record, target.source, tensors, read, on_progress)
-    with _timed(seconds, "outputs"), _require_libraries():
+    with _timed(seconds, "outputs" if options.sizes else "loading"), _require_libraries():
         results = run_encoders(target, expected, read, options)
     outputs = origin.plan.outputs if origin else {}
     return Verification(

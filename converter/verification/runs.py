@@ -88,7 +88,9 @@ def run_encoders(target: Converted, expected: Expected | None, read: Reader, opt
         read: Reads the converted tensors.
         options: How the encoders are run.
     """
-    family, upload = FAMILIES[target.family], Uploader(options.device)
+    family = FAMILIES[target.family]
+    # Nothing is uploaded to a GPU if nothing runs there.
+    upload = Uploader(options.device if options.sizes else torch.device("cpu"))
     loads, encoder = structure.check_loads(family, {name: upload(read(name)) for name in target.state_dict.tensors})
     if not options.sizes:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
@@ -96,9 +98,8 @@ def run_encoders(target: Converted, expected: Expected | None, read: Reader, opt
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")])
     wrong = structure.check_sizes(family, encoder, expected.canonical) if expected else None
     if wrong is not None:
-        return RunResults(
-            [loads, wrong, Check(GROUP, "encoder", SKIPPED, "not run: the source's encoder has other sizes")]
-        )
+        reason = "not run: the source's encoder has other sizes"
+        return RunResults([loads, wrong, Check(GROUP, "encoder", SKIPPED, reason)])
     comparisons = list(_compare_all(family, encoder, expected, options, upload))
     checks = [each.check for each in comparisons]
     if expected:
