@@ -20,8 +20,8 @@ from converter.output.names import fold_names
 if TYPE_CHECKING:
     from converter.derivation.mapping import Derived
 
-# Names of a list on the terminal; --json has all.
-_SHOWN = 8
+# Names of a list on the terminal, and of each list of an error; --json has all.
+_SHOWN, _SHOWN_IN_ERROR = 8, 3
 
 NewLayout = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a new layout.")]
 Target = Annotated[
@@ -137,17 +137,18 @@ def _summary(derived: Derived) -> list[str]:
     found, rules = sum(derived.found.values()), render.count(derived.rules, "rule")
     lines = [f"{derived.layout}: {found} of {found + len(derived.unmatched)} tensors of {derived.target}, in {rules}"]
     lines += [f"  {number:4} matched by {method}" for method, number in derived.found.items()]
-    lines += _listing("unused, dropped", derived.dropped)
+    shown = _SHOWN if derived.complete else _SHOWN_IN_ERROR
+    lines += _listing("unused, dropped", derived.dropped, shown)
     if derived.unmatched:
         outcome = f"not in {derived.output}" if derived.written else "nothing was written; --partial writes the rest"
         unmatched = render.count(len(derived.unmatched), "tensor")
-        lines += _listing(f"error: no match for {unmatched} of {derived.target} ({outcome})", derived.unmatched)
+        lines += _listing(f"error: no match for {unmatched} of {derived.target} ({outcome})", derived.unmatched, shown)
     return lines
 
 
-def _listing(title: str, names: list[str]) -> list[str]:
-    """Return a heading and names, repeated layers folded; nothing if there are no names."""
+def _listing(title: str, names: list[str], shown: int) -> list[str]:
+    """Return a heading and the first names, repeated layers folded; nothing if there are no names."""
     folded = fold_names(names)
-    more = [f"    and {len(folded) - _SHOWN} more"] if len(folded) > _SHOWN else []
+    more = [f"    and {len(folded) - shown} more"] if len(folded) > shown else []
     heading = title if title.startswith("error") else f"  {title}"
-    return [f"{heading}:", *(f"    {name}" for name in folded[:_SHOWN]), *more] if names else []
+    return [f"{heading}:", *(f"    {name}" for name in folded[:shown]), *more] if names else []

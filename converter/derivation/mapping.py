@@ -18,9 +18,6 @@ from converter.layouts.spec import CanonicalLayout
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import source_tensors
 
-# A dimension is written as a multiple of a size up to this one: q, k and v in one.
-_MOST_MULTIPLE = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Derived:
@@ -68,14 +65,11 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
     variables: Variables = {}
     used = {source for match in matches for source in match.sources}
     dropped = [source for source in comparison.tensors if source not in used]
-    found = [_rule(match, canonical, variables, prefix) for match in matches]
     reason = f"no tensor of {target} has {'these values' if comparison.expected else 'this name'}"
+    found = [_rule(match, canonical, variables, prefix) for match in matches]
     found += [DerivedRule("drop", key, "", frozenset({key}), frozenset(), reason=reason) for key in dropped]
-    inside = [rule for rule in found if all(name.startswith(prefix) for name in rule.covers)]
-    outside = [rule for rule in found if not all(name.startswith(prefix) for name in rule.covers)]
-    rules = generalise(inside, variables)
-    rules = [replace(rule, source=rule.source.removeprefix(prefix)) for rule in rules]
-    other_rules = generalise(outside, variables) if any(rule.target for rule in outside) else []
+    rules, other_rules = _generalised(found, prefix, variables)
+    drop_others = not other_rules and not all(name.startswith(prefix) for name in comparison.tensors)
     how = "values" if comparison.expected else "names and shapes"
     text = yaml_text(
         f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {how}.",
@@ -88,7 +82,7 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
             "detect": _detect(comparison, matches, prefix),
             "rules": rule_items(rules),
             "other_rules": rule_items(other_rules),
-            "drop_rest": f"not part of {canonical.family.upper()}" if outside and not other_rules else "",
+            "drop_rest": f"not part of {canonical.family.upper()}" if drop_others else "",
         },
     )
     if not missing:
@@ -104,6 +98,14 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
         rules=len(rules) + len(other_rules),
         text=text,
     )
+
+
+def _generalised(rules: list[DerivedRule], prefix: str, variables: Variables) -> list[list[DerivedRule]]:
+    """Return the rules for names under the prefix, and those for other names if they are not all drops."""
+    inside = [rule for rule in rules if all(name.startswith(prefix) for name in rule.covers)]
+    outside = [rule for rule in rules if not all(name.startswith(prefix) for name in rule.covers)]
+    merged = [replace(rule, source=rule.source.removeprefix(prefix)) for rule in generalise(inside, variables)]
+    return [merged, generalise(outside, variables) if any(rule.target for rule in outside) else []]
 
 
 def _prove(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:
@@ -153,7 +155,7 @@ def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> 
 
 
 def _dim(size: int, shape: Shape, sizes: Sizes) -> int | str:
-    """Return a source's dimension in the sizes that the canonical shape has, or as a number."""
+    """Return a source's dimension as up to three times (q, k, v) a size of the canonical shape, or as a number."""
     names = [dim.name for dim in shape if dim.name in sizes]
     multiples = [Dim(size // sizes[name], name) for name in names if name and size % sizes[name] == 0]
-    return next((str(dim) for dim in sorted(multiples) if dim.factor <= _MOST_MULTIPLE), size)
+    return next((str(dim) for dim in sorted(multiples) if dim.factor <= 3), size)

@@ -152,7 +152,7 @@ def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
             yield word, _Gap(source, ("", ""), 0, _is_segment(word, source))
         for other, target in _words(rule.target):
             if word.isdigit() and other.isdigit():
-                # A number within a word on both sides is part of that word.
+                # A number within a word on both sides belongs to that word.
                 is_index = _is_segment(word, source) or _is_segment(other, target)
                 yield word, _Gap(source, target, int(other) - int(word), is_index)
             elif word == other:
