@@ -14,7 +14,7 @@ from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import ARGUMENTS, NEXT_STEP, PickleError
-from converter.formats.pickle_values import STRINGS, Node, Refused, hashable
+from converter.formats.pickle_values import STRINGS, Node, Refused, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 
 # Limits of one pickle. Real checkpoints are far below each of them: a tensor takes 200 bytes and 40 opcodes.
@@ -240,10 +240,6 @@ def _dict(items: list[Any]) -> dict[Any, Any]:
     return target
 
 
-def _frozenset(items: list[Any]) -> frozenset[Any]:
-    return frozenset(map(hashable, items))
-
-
 def _update(target: set[Any], items: list[Any]) -> None:
     target.update(map(hashable, items))
 
@@ -270,7 +266,7 @@ def _extend_with(codes: str, kind: type, extend: Callable[[Any, list[Any]], None
 _build_with("t\x85\x86\x87", tuple)
 _build_with("l]", list)
 _build_with("d}", _dict)
-_build_with("\x91", _frozenset)
+_build_with("\x91", safe_frozenset)
 _extend_with("ae", list, list.extend)
 _extend_with("su", dict, _set_items)
 _extend_with("\x90", set, _update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError
@@ -43,3 +44,8 @@ def hashable(key: Any) -> Any:
     if kind is int:
         raise PickleError(f"an integer of {key.bit_length()} bits as a key", NEXT_STEP)
     raise PickleError(f"a {type(key).__name__} as a key", NEXT_STEP)
+
+
+def safe_frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
+    """A frozenset of items that are safe to hash, else PickleError."""
+    return frozenset(map(hashable, items))

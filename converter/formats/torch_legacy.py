@@ -74,7 +74,6 @@ class _Reader:
         self._file = file
         self.pos = 0
         self.refs = StorageRefs()
-        self._data = b""
 
     def pickle(self, globals_: Globals | None = None) -> Any:
         """Read the next pickle and return its value."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError
-from converter.formats.pickle_values import Refused, hashable
+from converter.formats.pickle_values import Refused, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, DType
@@ -116,8 +116,9 @@ def _rebuild_v2(
     return _rebuild_v3(ref, offset, shape, strides, grad, hooks, dtype, metadata)
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
-    return data
+def first_argument(value: Any, *_: Any) -> Any:
+    """The value without attributes, such as requires_grad of a parameter."""
+    return value
 
 
 def _ordered_dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
@@ -132,10 +133,6 @@ def _set(items: Iterable[Any] = ()) -> set[Any]:
     return set(map(hashable, items))
 
 
-def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
-    return frozenset(map(hashable, items))
-
-
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     # Protocols 0 to 2 have no opcode for bytes and write this call instead.
     if type(text) is not str or encoding != "latin1":
@@ -147,10 +144,6 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _size(items: Any) -> Any:
-    return items
-
-
 def _device(*names: Any) -> None:
     return None
 
@@ -159,10 +152,10 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_v2,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): first_argument,
+    ("torch._utils", "_rebuild_parameter_with_state"): first_argument,
     ("torch.storage", _UNTYPED): _UNTYPED,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): first_argument,
     ("torch", "device"): _device,
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "Counter"): _counter,
@@ -171,7 +164,7 @@ GLOBALS: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in BY_NAME.items()},
     # Protocols 0 to 2 use the names of Python 2.
     **{(module, "set"): _set for module in ("builtins", "__builtin__")},
-    **{(module, "frozenset"): _frozenset for module in ("builtins", "__builtin__")},
+    **{(module, "frozenset"): safe_frozenset for module in ("builtins", "__builtin__")},
     **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 from converter.errors import ContainerError
 from converter.formats.pickle_reader import unpickle
 from converter.formats.pickle_values import Node
-from converter.formats.torch_pickle import GLOBALS, Resolver, StorageRefs, TensorRecord
+from converter.formats.torch_pickle import GLOBALS, Resolver, StorageRefs, TensorRecord, first_argument
 from converter.formats.torch_zip import Archive
 from converter.formats.zip_directory import is_zip, read_directory, read_small
 from converter.storage.byte_range import DAMAGED
@@ -55,13 +55,9 @@ def load(file: SourceFile) -> Contents:
 # ---- globals of its pickle
 
 
-def _first(value: Any, *_: Any) -> Any:
-    """The value without TorchScript's type tag."""
-    return value
-
-
+# Calls that tag a value with its type.
 _TAGS = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
-_GLOBALS = {**GLOBALS, **{("torch.jit._pickle", name): _first for name in _TAGS}}
+_GLOBALS = {**GLOBALS, **{("torch.jit._pickle", name): first_argument for name in _TAGS}}
 
 
 class _ScriptGlobals(dict[tuple[str, str], Any]):
