@@ -315,11 +315,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
     "more than is claimed": (
         lambda: pack(changed(PICKLE, PICKLE, size=len(_checkpoint()[PICKLE]) - 1)),
-        (PICKLE, "inflates to more"),
+        (PICKLE, "decompresses to more"),
     ),
     "less than is claimed": (
         lambda: pack(changed(PICKLE, PICKLE, size=len(_checkpoint()[PICKLE]) + 1)),
-        (PICKLE, "inflates to less"),
+        (PICKLE, "decompresses to less"),
     ),
     "a storage missing": (
         lambda: pack([one for name, one in checkpoint().items() if name != STORAGE]),
