@@ -35,8 +35,8 @@ def build_deep_encoder_reference(model: Any, state: State, device: torch.device)
         state: The weights by DeepSeek-OCR's names.
         device: Where the reference is built.
     """
-    reference = next(each for each in REFERENCES[type(model)] if each.installed or each is REFERENCES[type(model)][-1])
-    # Built where it runs: transformers' own initialisation takes seconds on a processor.
+    candidates = REFERENCES[type(model)]
+    reference = next((each for each in candidates if each.installed), candidates[-1])
     with device, SkipInitialization():
         encoder = reference.build(model, state)
     encoder.model.to(device).eval()
