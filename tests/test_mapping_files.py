@@ -126,7 +126,7 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "open brace": ("keep: e,", "keep: 'e.{layer',", 25, "a brace that encloses no variable"),
     "offset": ("keep: e,", "keep: 'e.{rest+1}',", 25, "adds to 'rest', which is no int"),
     "ambiguous": ("keep: e,", "keep: 'e.{layer}{n}',", 25, "two variables with no letter or dot between"),
-    "two paths": ("keep: e,", "keep: 'e.{name}_{n}',", 25, "a variable beside one of kind name or path"),
+    "two paths": ("keep: e,", "keep: 'e.{name}_{n}',", 25, "a variable next to one of kind name or path"),
     "drop without because": ("    because: not needed\n", "", 19, "the key 'because' is missing"),
     "drop because blank": ("because: not needed", "because: ''", 20, "expected a reason in words"),
     "rename without to": ("    to: d.{rest}\n", "", 22, "the key 'to' is missing"),
@@ -268,7 +268,7 @@ def test_a_malformed_canonical_layout_is_refused(old: str, new: str, complaint: 
         (lambda path: None, "cannot be read: No such file"),
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"layout: \xff"), "not UTF-8 text"),
-        (lambda path: path.symlink_to("/dev/zero"), "is no file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
         (
             lambda path: path.write_text(GOOD.replace("clip\n", "vit\n")),
             "my.yaml:2: expected one of the families sam, clip, ",
@@ -306,10 +306,10 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("unlimited-ocr-hf-vision", "clip"): "clip-unlimited-ocr-hf",
 }
 UNUSUAL = {
-    "sam-meta-vit-h": {"depth": [32, 12], "width": [1280, 768], "mlp": [5120, 3072], "head": [80, 64]},
-    "deepseek-ocr-2": {"compressed": [896, 1024]},
-    "clip-hf-vision-336": {"positions": [577, 257]},
-    "clip-timm-336": {"positions": [577, 257]},
+    "sam-meta-vit-h": {"depth": (32, 12), "width": (1280, 768), "mlp": (5120, 3072), "head": (80, 64)},
+    "deepseek-ocr-2": {"compressed": (896, 1024)},
+    "clip-hf-vision-336": {"positions": (577, 257)},
+    "clip-timm-336": {"positions": (577, 257)},
 }
 WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "deepseek-ocr-2", "unlimited-ocr-hf-vision"}
 

@@ -69,7 +69,7 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpec:
-    """What every layout has: name, family, description and signature; file and line, and the SHA-256 of its YAML."""
+    """Base of both kinds of layouts: name, family, description, signature, place and the SHA-256 of the YAML."""
 
     name: str
     family: str

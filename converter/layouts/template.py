@@ -1,8 +1,8 @@
 """Tensor-name templates with typed variables, `layers.{layer}.self_attn.{proj}_proj.{param}`.
 
-A template matches a whole name or nothing, and it inverts exactly: filling in what was matched gives the name back,
-and matching what was filled in gives the variables back. That holds because nothing ambiguous can be written: two
-variables never touch, a segment with an open-ended variable holds no other, and one variable at most spans dots.
+A template matches full names only, and has an exact inverse: filling it with the matched values gives the name again,
+and matching a filled name gives the values again. Ambiguous templates are errors: two variables never touch, a segment
+with an open-ended variable has no other, and at most one variable spans dots.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Field(NamedTuple):
     kind: Kind
 
     def choices(self, layers: int) -> tuple[str, ...]:
-        """What it may stand for where there are so many layers; nothing where that may be any text."""
+        """The values it can have with a number of layers; none for open-ended variables."""
         if self.kind == "int":
             return tuple(map(str, range(layers - self.offset)))
         return self.kind if isinstance(self.kind, tuple) else ()
@@ -60,7 +60,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str, variables: Mapping[str, Kind]) -> Template:
-        """The template that `text` writes; ValueError says what is wrong with it."""
+        """Parse a template; ValueError for unknown variables and ambiguous templates."""
         if len(text) > LONGEST_NAME:
             raise ValueError(f"{text[:20]!r}... has {len(text)} characters: no tensor's name has over {LONGEST_NAME}")
         parts: list[str | Field] = []
@@ -94,7 +94,7 @@ class Template:
             _check_segment(segment, text)
 
     def _segments(self) -> list[list[str | Field]]:
-        """The template cut at its dots."""
+        """The template split at its dots."""
         segments: list[list[str | Field]] = [[]]
         for part in self.parts:
             if isinstance(part, Field):
@@ -112,12 +112,12 @@ class Template:
 
     @cached_property
     def text(self) -> str:
-        """The template as it is written."""
+        """The template as text."""
         return "".join(part if isinstance(part, str) else _written(part) for part in self.parts)
 
     @property
     def size(self) -> int:
-        """Characters of the template with all words of its variables written out."""
+        """Number of characters of the template and of all words of its variables."""
         words = (field.kind for field in self.fields if isinstance(field.kind, tuple))
         return len(self.text) + sum(len(word) for listed in words for word in listed)
 
@@ -133,7 +133,7 @@ class Template:
         return re.compile("".join(segments), re.DOTALL)
 
     def match(self, name: str) -> Bindings | None:
-        """The variables' values if the whole of `name` fits, or None; nothing fits a name over LONGEST_NAME."""
+        """The values of the variables if the full name matches, or None; names over LONGEST_NAME never match."""
         # Most names fail at the first letters, and most templates never need their expression compiled.
         fits = name.startswith(self.head) and len(name) <= LONGEST_NAME
         found = self._regex.fullmatch(name) if fits else None
@@ -149,11 +149,11 @@ class Template:
         return bindings
 
     def fill(self, bindings: Mapping[str, str]) -> str:
-        """The name that these values give; ValueError where an index would be negative."""
+        """The name with these values; ValueError if an index would be negative."""
         return "".join(part if isinstance(part, str) else _filled(part, bindings[part.name]) for part in self.parts)
 
     def names(self, layers: int) -> Iterator[str]:
-        """All names that it stands for where there are so many layers."""
+        """All names that it can match with a number of layers."""
         fields = self.fields
         for values in itertools.product(*(field.choices(layers) for field in fields)):
             yield self.fill({field.name: value for field, value in zip(fields, values, strict=True)})
@@ -163,12 +163,12 @@ class Template:
         return self._rebuilt([value if isinstance(p, Field) and p.name == name else p for p in self.parts])
 
     def prefixed(self, prefix: str) -> Template:
-        """The template with literal text put before it."""
+        """The template with literal text before it."""
         return self._rebuilt([prefix, *self.parts])
 
     @staticmethod
     def _rebuilt(parts: list[str | Field]) -> Template:
-        """A template of these parts, neighbouring literals joined: literal and field keep taking turns."""
+        """A template of these parts, with adjacent literals joined so that literals and fields alternate."""
         joined: list[str | Field] = [""]
         for part in parts:
             last = joined[-1]
@@ -180,7 +180,7 @@ class Template:
 
 
 def any_match(templates: Iterable[Template], name: str) -> bool:
-    """Whether the whole of `name` fits one of the templates."""
+    """Whether a full name matches one of the templates."""
     return any(template.match(name) is not None for template in templates)
 
 
@@ -208,12 +208,12 @@ def _check_segment(segment: list[str | Field], text: str) -> None:
     if len(fields) < 2:
         return
     if any(field.kind in ("name", "path") for field in fields):
-        raise ValueError(f"{text!r} has a variable beside one of kind name or path, with no dot between them")
-    # Words and numbers in one segment: every combination must read differently. A 0 stands for all numbers, which it
-    # cannot beside several words if those hold digits themselves.
+        raise ValueError(f"{text!r} has a variable next to one of kind name or path, with no dot between them")
+    # Words and numbers in one segment: all combinations must differ. A 0 represents all numbers, which is wrong next to
+    # several words that contain digits.
     listed = [field.kind for field in fields if isinstance(field.kind, tuple)]
     if 1 < len(listed) < len(fields) and any(re.search("[0-9]", word) for words in listed for word in words):
-        raise ValueError(f"{text!r} has a number beside words with digits, with no dot between them")
+        raise ValueError(f"{text!r} has a number next to words with digits, with no dot between them")
     choices = [_choices(part) for part in segment]
     if math.prod(map(len, choices)) > _MOST_READINGS:
         raise ValueError(f"{text!r} has more than {_MOST_READINGS} combinations of words in one segment")
