@@ -305,9 +305,9 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
     details = {
         check.name: check.detail for check in verify(out, record=card, fast=True).checks if check.group == "record"
     }
-    assert details["pre_layrnorm.weight"] == "pre_layrnorm.weight is float16 [64]; the card gives float32 [64]"
-    assert "tool is 'by hand', the card's 'dsocr-convert" in details["metadata"]
-    assert details["more"] == "more is not on the card"
+    assert details["pre_layrnorm.weight"] == "pre_layrnorm.weight is float16 [64], in the record float32 [64]"
+    assert "tool is 'by hand', in the record 'dsocr-convert" in details["metadata"]
+    assert details["more"] == "more is not in the record"
 
 
 def test_the_card_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder:
     name = next(iter(document(card)["tensors"]))
     rewritten(out, lambda tensors, metadata: tensors[name].zero_())
     assert verdicts(out, card)[name] == FAILED
-    with pytest.raises(UsageError, match="against its card alone"):
+    with pytest.raises(UsageError, match="only compared with its record"):
         verify(out, folder / "clip", record=card)
 
 
@@ -335,7 +335,7 @@ NO_CARDS = ["", "nonsense", "[]", "{}", '{"record":1}', '{"record":1,"tensors":[
 def test_what_is_no_card_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
     out, card = converted(folder, tmp_path)
     card.write_text(content)
-    with pytest.raises(ContainerError, match=r"out\.json: (not a card|a card of another form)"):
+    with pytest.raises(ContainerError, match=r"out\.json: (not a conversion record|a record of another format)"):
         verify(out, record=card, fast=True)
 
 

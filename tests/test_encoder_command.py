@@ -226,7 +226,7 @@ def test_a_sam_with_a_compressor_needs_none(sources: Path, tmp_path: Path) -> No
     for name in NETS:
         assert torch.equal(found[f"model.sam_model.{name}"], expected[f"model.sam_model.{name}"])
     card = encoder(sam=ocr, clip=sources / "clip", compressor="random:0", dry_run=True)
-    assert card.dropped["model.sam_model.net_3.weight"] == "--compressor random:0 gives another"
+    assert card.dropped["model.sam_model.net_3.weight"] == "--compressor random:0 replaces it"
     assert card.converted["model.sam_model.net_3.weight"] == []
 
 
@@ -414,7 +414,7 @@ def test_the_folder_appears_whole_or_not_at_all(
         raise error
 
     before = digests(sources / "ocr")
-    monkeypatch.setattr("converter.assembly.insert._write_beside", fail)
+    monkeypatch.setattr("converter.assembly.insert._write_other_file", fail)
     with pytest.raises((KeyboardInterrupt, OutputError)):
         encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [] and digests(sources / "ocr") == before
@@ -521,13 +521,13 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
             "is a local path: --revision only applies",
         ),
         (("ocr", *SAM), 2, "--sam: cannot be combined with SOURCE"),
-        (("sam.pth",), 3, "to put one together, give them with --sam and --clip"),
+        (("sam.pth",), 3, "to combine two checkpoints, name them with --sam and --clip"),
         (("deepencoder", "--with-projector"), 3, "holds no model.projector.layers.weight, model.projector.layers.bias"),
-        (("ocr", "--into", "ocr"), 2, "--into: name what to write with --output"),
+        (("ocr", "--into", "ocr"), 2, "--into: name the output with --output"),
         (("ocr", "--into", "ocr", "-o", "x", "--add-prefix", "a."), 2, "--add-prefix: cannot be combined with --into"),
         (("ocr", "--into", "ocr", "-o", "x", "--format", "pth"), 2, "--format: cannot be combined with --into"),
         (("ocr", "--into", "org/name", "-o", "x"), 2, "no such file or folder\n  download the checkpoint first"),
-        (("ocr", "--into", "ocr.pth", "-o", "x"), 3, "torch zip: only checkpoints in safetensors"),
+        (("ocr", "--into", "ocr.pth", "-o", "x"), 3, "torch zip: --into supports only safetensors"),
     ],
 )
 def test_errors(

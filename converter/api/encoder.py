@@ -1,4 +1,4 @@
-"""Whole DeepEncoders: put together from a SAM, a compressor and a CLIP, or taken out of a DeepSeek-OCR checkpoint."""
+"""Builds, extracts or inserts a whole DeepEncoder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from converter.assembly.insert import output_of_copy, plan_copy
-from converter.assembly.parts import PREFIX, encoder_record, put_together, taken_out
+from converter.assembly.insert import insertion_output, plan_insertion
+from converter.assembly.parts import MODEL_PREFIX, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.options import DTYPES, HubOptions, check_choices
@@ -28,7 +28,7 @@ def encoder(
     clip: str | Path | None = None,
     compressor: str | Path | None = None,
     with_projector: bool = False,
-    add_prefix: str = PREFIX,
+    add_prefix: str = MODEL_PREFIX,
     into: str | Path | None = None,
     out: str | Path | None = None,
     dtype: str = "keep",
@@ -39,32 +39,47 @@ def encoder(
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> ConversionRecord:
-    """Write one checkpoint with a whole DeepEncoder, `sam_model.*` and `vision_model.*`, and return its card.
+    """Write one checkpoint with a whole DeepEncoder: SAM, compressor and CLIP.
 
-    Either `source` is a checkpoint that holds both encoders (DeepSeek-OCR, Unlimited-OCR), which are taken out of it;
-    `with_projector` takes the projector, image_newline and view_seperator along. Or `sam` and `clip` are two
-    checkpoints of any layout, and `compressor` a third one that was trained with net_2 [2*neck, neck, 3, 3] and net_3
-    [CLIP's width, 2*neck, 3, 3]: a DeepSeek-OCR, a GOT-OCR2 or a Vary. `random:SEED` is an untrained one (see
-    `converter.assembly.compressor.seeded`), in SAM's type. A `sam` that holds one needs none.
+    The encoder is extracted from `source`, or built from `sam`, `clip` and `compressor`. With `into`, a copy of a
+    DeepSeek-OCR checkpoint is written with this encoder in place of its own.
 
-    `add_prefix` comes before all names: with `model.` they are those of DeepSeek-OCR's checkpoint, which lacks
-    position_ids. `out` defaults to `deepencoder.<format>`; `dtype` casts. `hub_options` (revision, hub,
-    download: the fields of `converter.options.HubOptions`) are for all sources.
+    Args:
+        source: A checkpoint with both encoders (DeepSeek-OCR, Unlimited-OCR).
+        sam: A checkpoint with SAM, in any layout.
+        clip: A checkpoint with CLIP, in any layout.
+        compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [CLIP's width, 2*neck, 3, 3]
+            (DeepSeek-OCR, GOT-OCR2, Vary); or random:SEED, see `converter.assembly.compressor.seeded`. Not needed if
+            `sam` has one.
+        with_projector: Also extract the projector, image_newline and view_seperator from `source`.
+        add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
+        into: A local DeepSeek-OCR checkpoint, a folder or a file. Shards, index, order of names, types and all other
+            files are kept.
+        out: The output; `deepencoder.<format>` by default, required with `into`.
+        dtype: keep, float32, float16 or bfloat16.
+        format: safetensors or pth; by the suffix of `out` by default.
+        force: Replace an existing output.
+        dry_run: Plan, and write nothing.
+        record: Files for the conversion record (.json) or a model card (.md).
+        on_progress: As in `convert`.
+        **hub_options: The fields of `converter.options.HubOptions`, for all sources.
 
-    With `into`, a DeepSeek-OCR checkpoint on this machine, a copy of it is written to `out`, with this encoder in the
-    place of its own: a folder for a folder, a file for a file. Shards, index, order of names and all other files are
-    kept, and so are types unless `dtype` is given.
+    Returns:
+        The conversion record; with `into`, of the whole checkpoint.
 
-    `record` is as in `convert`; the card of a copy is of all its tensors.
-
-    Raises a DsocrError: UsageError where options or sizes contradict each other, LayoutError where a checkpoint is not
-    of its kind or there is no compressor. Whatever stood at `out` stands there still then.
+    Raises:
+        UsageError: Options or sizes contradict each other.
+        LayoutError: A checkpoint is of another kind, or there is no compressor.
     """
     check_choices(dtype=(dtype, DTYPES))
     if not re.fullmatch(r"([\w-]+\.)*", add_prefix):
         raise UsageError(f"--add-prefix {add_prefix!r}: expected names that each end in a dot, such as model.")
-    _refuse("cannot be combined with --into", format=into is not None and format)
+    if into is not None:
+        _refuse("cannot be combined with --into", format=format, add_prefix=add_prefix != MODEL_PREFIX)
+        if out is None:
+            raise UsageError("--into: name the output with --output")
     format = format_for(None if into is not None else out, format)
+    target = Path(out or f"deepencoder.{format}")
     files, hub = RecordFiles(record), HubOptions(**hub_options)
     with ExitStack() as stack:
 
@@ -73,50 +88,40 @@ def encoder(
 
         if source is not None:
             _refuse("cannot be combined with SOURCE", sam=sam, clip=clip, compressor=compressor)
-            parts = taken_out(open_(source), with_projector)
-        elif sam is None or clip is None:
-            raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
-        else:
+            parts = extract_encoder(open_(source), with_projector)
+        elif sam is not None and clip is not None:
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            # One that is given twice is opened once: what of it is used is known by its files.
+            # The same checkpoint is opened once: its files identify the tensors that are used.
             opened = open_(sam)
-            parts = put_together(opened, opened if sam == clip else open_(clip), str(compressor or ""), open_)
-        check_hub_options(hub, parts.opened)
+            parts = build_encoder(opened, opened if sam == clip else open_(clip), str(compressor or ""), open_)
+        else:
+            raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
+        check_hub_options(hub, parts.sources)
         if into is not None:
-            _refuse("cannot be combined with --into", add_prefix=add_prefix != PREFIX)
-            if out is None:
-                raise UsageError("--into: name what to write with --output")
-            copy = plan_copy(Path(into), open_, parts.outputs, parts.constants, dtype)
-            made = encoder_record(
-                parts,
-                copy.names,
-                copy.tensors,
-                output=Path(out),
-                format=format,
-                dtype=dtype,
-                host=copy.opened,
-                notes=copy.notes,
-            )
-            if dry_run:
-                return made
-            return write(output_of_copy(copy), made, [*parts.opened, copy.opened], files, force, on_progress)
-        names = {name: add_prefix + name for name in parts.outputs if name not in parts.constants}
-        outputs = sort_outputs({new: parts.outputs[name] for name, new in names.items()}, dtype)
-        target = Path(out or f"deepencoder.{format}")
-        made = encoder_record(parts, names, outputs, output=target, format=format, dtype=dtype)
+            insertion = plan_insertion(Path(into), open_, parts.tensors, parts.constants, dtype)
+            sources, names, outputs = [*parts.sources, insertion.host], insertion.keys, insertion.tensors
+        else:
+            insertion, sources = None, parts.sources
+            names = {name: add_prefix + name for name in parts.tensors if name not in parts.constants}
+            outputs = sort_outputs({new: parts.tensors[name] for name, new in names.items()}, dtype)
+        notes = insertion.notes if insertion else []
+        made = encoder_record(
+            parts, names, outputs, sources=sources, output=target, format=format, dtype=dtype, notes=notes
+        )
         if dry_run:
             return made
-        return write(_output_of(outputs, made), made, parts.opened, files, force, on_progress)
+        output = insertion_output(insertion) if insertion else _new_output(outputs, made)
+        return write(output, made, sources, files, force, on_progress)
 
 
-def _refuse(why: str, **options: object) -> None:
-    """UsageError for the first option that is given."""
+def _refuse(reason: str, **options: object) -> None:
+    """UsageError for the first option that is set."""
     for name, value in options.items():
         if value:
-            raise UsageError(f"--{name.replace('_', '-')}: {why}")
+            raise UsageError(f"--{name.replace('_', '-')}: {reason}")
 
 
-def _output_of(outputs: Outputs, card: ConversionRecord) -> Output:
-    """A file of the tensors, which says where it is untrained."""
-    untrained = {"compressor": min(card.generated.values())} if card.generated else {}
-    return make_output(outputs, card, {**card.metadata(), **untrained})
+def _new_output(outputs: Outputs, record: ConversionRecord) -> Output:
+    """A file of the tensors; its metadata says whether the compressor is untrained."""
+    untrained = {"compressor": min(record.generated.values())} if record.generated else {}
+    return make_output(outputs, record, record.metadata() | untrained)

@@ -1,4 +1,4 @@
-"""A copy of a DeepSeek-OCR checkpoint with another encoder in it; all else is, byte for byte, as it was."""
+"""Inserts an encoder into a copy of a DeepSeek-OCR checkpoint; everything else is copied byte for byte."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from converter.checkpoint.locate import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint
@@ -29,31 +30,40 @@ from converter.tensors.tensor_info import TensorInfo
 _ZEROS = bytes(BUFFER)
 
 
-class Copy(NamedTuple):
-    """A copy that is to be made: `replaced` holds the new tensors by the checkpoint's own names.
+@dataclass(frozen=True)
+class Insertion:
+    """A planned copy of a checkpoint with another encoder.
 
-    `names` leads to these from the names inside of DeepSeek-OCR's model. `folder` is the checkpoint's, or None for a
-    single file that was named itself; `beside` are the paths in it of its other files, `notes` tells of those left out.
+    Attributes:
+        host: The checkpoint that is copied.
+        keys: Names in DeepSeek-OCR's model, without `model.`, and the host's names of the replaced tensors.
+        replaced: The new tensors by the host's names.
+        folder: The host's folder; None for a single file.
+        other_files: The paths in the folder of other files that are copied.
+        notes: What is replaced, copied and left out.
     """
 
-    opened: Checkpoint
-    names: dict[str, str]
+    host: Checkpoint
+    keys: dict[str, str]
     replaced: dict[str, LazyTensor]
     folder: Path | None
-    beside: list[Path]
+    other_files: list[Path]
     notes: list[str]
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """All of the new checkpoint, in the order in which it is written."""
-        return {key: value for file in self.opened.files for key, value in self.within(file).items()}
+        """All tensors of the new checkpoint, in the order in which they are written."""
+        return {key: value for file in self.host.files for key, value in self.tensors_in(file).items()}
 
-    def within(self, file: SourceFile) -> dict[str, LazyTensor]:
-        """What is written of one file, as it lies there: its header may list the tensors in another order."""
-        held = (value for value in self.opened.contents.values() if isinstance(value, TensorInfo))
-        mine = [tensor for tensor in held if tensor.storage.file is file]
-        mine.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
-        return {tensor.key: self.replaced.get(tensor.key) or lazy_read(tensor) for tensor in mine}
+    def tensors_in(self, file: SourceFile) -> dict[str, LazyTensor]:
+        """The tensors of one file by their offsets, which need not be the order of its header."""
+        tensors = [
+            value
+            for value in self.host.contents.values()
+            if isinstance(value, TensorInfo) and value.storage.file is file
+        ]
+        tensors.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
+        return {tensor.key: self.replaced.get(tensor.key) or lazy_read(tensor) for tensor in tensors}
 
     @property
     def nbytes(self) -> int:
@@ -61,47 +71,53 @@ class Copy(NamedTuple):
         return sum(map(nbytes, self.tensors.values()))
 
 
-def plan_copy(
+def plan_insertion(
     path: Path,
     open_: Callable[[Path], Checkpoint],
     encoder: Mapping[str, LazyTensor],
     constants: Collection[str],
     dtype: str,
-) -> Copy:
-    """The copy of the checkpoint at `path` in which `encoder` replaces the tensors of its name, each of its shape.
+) -> Insertion:
+    """Plan a copy of the checkpoint at `path` with the tensors of `encoder` in place of its own.
 
-    `encoder` has the names inside of DeepSeek-OCR's model; the checkpoint may lack those of `constants`. Types are the
-    checkpoint's unless `dtype` says otherwise. LayoutError where it is of another kind, UsageError where names, shapes
-    or types do not fit.
+    Args:
+        path: A local DeepSeek-OCR checkpoint.
+        open_: Opens it.
+        encoder: New tensors by their names in DeepSeek-OCR's model.
+        constants: Names of tensors that the checkpoint may lack.
+        dtype: The type of the new tensors; keep for the checkpoint's types.
+
+    Raises:
+        LayoutError: The checkpoint is no DeepSeek-OCR, or not in safetensors.
+        UsageError: Names, shapes or types differ.
     """
     if not exists(path):
         raise UsageError(
             f"--into {path}: no such file or folder",
             "download the checkpoint first (`hf download`), and give its folder",
         )
-    opened = open_(path)
-    if set(opened.containers) != {"safetensors"}:
-        kinds = ", ".join(sorted(set(opened.containers)))
-        raise LayoutError(f"{opened.name}: {kinds}: only checkpoints in safetensors are given another encoder")
-    theirs = _encoder_of(opened, encoder)
-    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*theirs, *constants}]
-    problems += [problem for name, tensor in theirs.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
+    host = open_(path)
+    if set(host.containers) != {"safetensors"}:
+        formats = ", ".join(sorted(set(host.containers)))
+        raise LayoutError(f"{host.name}: {formats}: --into supports only safetensors checkpoints")
+    old = _encoder_of(host, encoder)
+    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*old, *constants}]
+    problems += [problem for name, tensor in old.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
     if problems:
         raise UsageError(
-            f"{opened.name}: another encoder does not fit: {summary(problems)}", "take one of the same sizes"
+            f"{host.name}: the encoder does not fit: {summary(problems)}", "use an encoder of the same sizes"
         )
-    names = {name: tensor.key for name, tensor in theirs.items()}
-    replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in theirs.items()}
+    replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in old.items()}
     folder = path if path.is_dir() else path.parent if path.name.endswith(INDEX_SUFFIX) else None
-    beside, notes = _beside(folder, opened) if folder else ([], [])
-    copy = Copy(opened, names, replaced, folder, beside, notes)
-    files = f" and {len(beside)} other files" if folder else ""
-    notes.insert(0, f"replaced {len(replaced)} tensors; kept {len(copy.tensors) - len(replaced)}{files} as they were")
-    return copy
+    other_files, notes = _other_files(folder, host) if folder else ([], [])
+    kept = sum(isinstance(value, TensorInfo) for value in host.contents.values()) - len(replaced)
+    files = f" and {len(other_files)} other files" if folder else ""
+    notes.insert(0, f"replaced {len(replaced)} tensors; kept {kept}{files} as they were")
+    return Insertion(host, {name: tensor.key for name, tensor in old.items()}, replaced, folder, other_files, notes)
 
 
 def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[str, TensorInfo]:
-    """The tensors that are to be replaced, by their names inside of DeepSeek-OCR's model."""
+    """The tensors to replace, by their names in DeepSeek-OCR's model."""
     found: dict[str, TensorInfo] = {}
     for family in registry.families():
         place = registry.encoder_prefix(family)
@@ -131,93 +147,97 @@ def _cast(value: LazyTensor, tensor: TensorInfo, dtype: str) -> LazyTensor:
     return cast(value, tensor.dtype.name if dtype == "keep" else dtype) if value.dtype.is_float else value
 
 
-def _beside(folder: Path, opened: Checkpoint) -> tuple[list[Path], list[str]]:
-    """The files of a checkpoint's folder but for its shards, and notes on those that are not copied."""
-    shards = {Path(file.path).name for file in opened.files}
-    found, notes = [], []
-    for where, folders, names in os.walk(folder):
-        # What git and the hubs' libraries keep for themselves.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(where, name) for name in sorted(names)):
-            relative = path.relative_to(folder)
-            if str(relative) in shards:
-                continue
-            if not path.is_file() or not _within(folder, path):
-                notes.append(f"left out {relative}: no file of this folder")
-            elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and printable(str(path)) != opened.name:
-                notes.append(f"left out {relative}: other weights, which may hold the old encoder")
-            else:
-                found.append(relative)
-    return found, notes
+def _other_files(folder: Path, host: Checkpoint) -> tuple[list[Path], list[str]]:
+    """The files of a checkpoint's folder other than its shards, and notes on those that are not copied."""
+    shards = {Path(file.path).name for file in host.files}
+    copied, notes = [], []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        # Hidden folders belong to git and to the hubs' libraries.
+        if path.is_dir() or str(relative) in shards or any(part.startswith(".") for part in relative.parts[:-1]):
+            continue
+        if not path.is_file() or not _within(folder, path):
+            notes.append(f"left out {relative}: no file of this folder")
+        elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and str(path) != host.name:
+            notes.append(f"left out {relative}: other weights, which may hold the old encoder")
+        else:
+            copied.append(relative)
+    return copied, notes
 
 
 def _within(folder: Path, path: Path) -> bool:
-    """Whether a file lies in a folder, or is what Hugging Face's cache has there: a link to snapshots/../blobs."""
+    """Whether a file is in a folder, or a link from it to `blobs` as in Hugging Face's cache."""
     cache = folder.absolute().parent
     blobs = [cache.with_name("blobs").resolve()] if cache.name == "snapshots" else []
     return any(path.resolve().is_relative_to(root) for root in (folder.resolve(), *blobs))
 
 
-def output_of_copy(copy: Copy) -> Output:
-    """The copy as an output: a folder, or a single file, whose headers say of their making what they said before."""
-    # Not the files' sizes: what has holes keeps them.
-    stats = [Path(file.path).stat() for file in copy.opened.files]
+def insertion_output(insertion: Insertion) -> Output:
+    """The copy as an output: a folder or a single file, with the metadata of the host."""
+    # Disk blocks, not file sizes: holes in sparse files are kept.
+    stats = [Path(file.path).stat() for file in insertion.host.files]
     room = sum(512 * getattr(stat, "st_blocks", stat.st_size // 512 + 1) for stat in stats)
-    room += sum(map(nbytes, copy.replaced.values()))
-    return Output(copy.tensors, room, partial(_write, copy), copy.folder is not None, source_folder=copy.folder)
+    room += sum(map(nbytes, insertion.replaced.values()))
+    return Output(
+        insertion.tensors,
+        room,
+        partial(_write, insertion),
+        insertion.folder is not None,
+        source_folder=insertion.folder,
+    )
 
 
-def _write(copy: Copy, place: int | Path, count: OnBytes, seen: OnData | None) -> None:
+def _write(insertion: Insertion, place: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
     if isinstance(place, int):
-        _write_shard(copy, copy.opened.files[0], place, count, seen)
+        _write_shard(insertion, insertion.host.files[0], place, on_bytes, on_data)
     else:
-        assert copy.folder is not None
-        _write_folder(copy, copy.folder, place, count, seen)
+        assert insertion.folder is not None
+        _write_folder(insertion, insertion.folder, place, on_bytes, on_data)
 
 
-def _write_folder(copy: Copy, source: Path, target: Path, count: OnBytes, seen: OnData | None) -> None:
-    for file in copy.opened.files:
+def _write_folder(insertion: Insertion, source: Path, target: Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
+    for file in insertion.host.files:
         with new_file(target / Path(file.path).name) as fd:
-            _write_shard(copy, file, fd, count, seen)
-    for path in copy.beside:
+            _write_shard(insertion, file, fd, on_bytes, on_data)
+    for path in insertion.other_files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         with new_file(target / path) as fd:
-            _write_beside(copy, source / path, fd)
+            _write_other_file(insertion, source / path, fd)
 
 
-def _write_beside(copy: Copy, path: Path, fd: int) -> None:
-    if printable(str(path)) == copy.opened.name:
-        write_all(fd, memoryview(_index(path.read_bytes(), copy.nbytes)))
+def _write_other_file(insertion: Insertion, path: Path, fd: int) -> None:
+    if printable(str(path)) == insertion.host.name:
+        write_all(fd, memoryview(_index(path.read_bytes(), insertion.nbytes)))
         return
     try:
         source = path.open("rb")
     except OSError as error:
-        # Not the output's fault, as all other errors here are.
+        # All other errors here are those of the output.
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
     with source, open(fd, "wb", closefd=False) as target:
         shutil.copyfileobj(source, target, BUFFER)
 
 
 def _index(text: bytes, total: int) -> bytes:
-    """The index with its sum of bytes put right, or as it was where that is right."""
+    """The index with the number of bytes updated; unchanged if it is right."""
     index = json.loads(text)
     metadata = index.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("total_size", total) == total:
         return text
     metadata["total_size"] = total
-    # In ASCII: escapes may stand for halves of surrogate pairs, which UTF-8 cannot.
+    # As ASCII: names may hold lone surrogates, which UTF-8 cannot encode.
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def _write_shard(copy: Copy, file: SourceFile, fd: int, count: OnBytes, seen: OnData | None) -> None:
-    values = copy.within(file)
-    write_tensors(fd, _header(file, values), values.values(), count, seen, _write_or_skip)
-    # What was skipped last.
+def _write_shard(insertion: Insertion, file: SourceFile, fd: int, on_bytes: OnBytes, on_data: OnData | None) -> None:
+    values = insertion.tensors_in(file)
+    write_tensors(fd, _header(file, values), values.values(), on_bytes, on_data, _write_or_skip)
+    # For a hole at the end.
     os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
 
 
 def _write_or_skip(fd: int, full: memoryview) -> None:
-    """Write a buffer, unless all of it is zeros: then a hole says the same and takes no room."""
+    """Write a buffer, or a hole if it is full of zeros."""
     if len(full) == BUFFER and full.obj == _ZEROS:
         os.lseek(fd, BUFFER, os.SEEK_CUR)
     else:
@@ -225,7 +245,7 @@ def _write_or_skip(fd: int, full: memoryview) -> None:
 
 
 def _header(file: SourceFile, values: Mapping[str, LazyTensor]) -> bytes:
-    """The header of a shard with its length before it, byte for byte as it was unless a type has changed."""
+    """The header of a shard after its length; unchanged unless a type has changed."""
     old = file.read(0, 8 + int.from_bytes(file.read(0, 8), "little"))
     header: dict[str, Any] = json.loads(old[8:])
     before, end = dict(header), 0

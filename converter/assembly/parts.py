@@ -1,10 +1,10 @@
-"""A DeepEncoder before it is written: put together from SAM, compressor and CLIP, or taken out of a whole model."""
+"""A whole DeepEncoder: built from SAM, a compressor and CLIP, or extracted from a DeepSeek-OCR checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from converter.assembly.compressor import NAMES as NETS
 from converter.assembly.compressor import check_compressor, find_compressor, seeded
@@ -16,9 +16,10 @@ from converter.output.record import ConversionRecord, make_record
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
 
-PREFIX = "model."
-_CONSTANT = "a constant that the model makes itself; DeepSeek-OCR's own checkpoint lacks it"
-# What leads from the encoder to the language model, by DeepSeek's names, misspelling included, and by transformers'.
+# The prefix of the encoder in DeepSeek-OCR's checkpoint.
+MODEL_PREFIX = "model."
+_CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
+# The tensors between encoder and language model: DeepSeek's names (misspelling included) -> transformers' names.
 _PROJECTOR = {
     "projector.layers.weight": "multi_modal_projector.weight",
     "projector.layers.bias": "multi_modal_projector.bias",
@@ -27,38 +28,44 @@ _PROJECTOR = {
 }
 
 
-class Parts(NamedTuple):
-    """A DeepEncoder before it is written: `outputs` by the names that it has inside of DeepSeek-OCR's model.
+@dataclass(frozen=True)
+class EncoderParts:
+    """A DeepEncoder that is planned and not yet written.
 
-    position_ids, a constant that DeepSeek's checkpoint lacks, is among them. `filled` and `dropped` are the card's.
+    Attributes:
+        sources: The checkpoints that it is read from.
+        plans: The plan of each family.
+        tensors: Its tensors by their names in DeepSeek-OCR's model, without `model.`.
+        generated: Tensors that no source has, and their content.
+        dropped: Source tensors that are left out, and why.
     """
 
-    opened: list[Checkpoint]
+    sources: list[Checkpoint]
     plans: dict[str, ResolvedPlan]
-    outputs: dict[str, LazyTensor]
+    tensors: dict[str, LazyTensor]
     generated: dict[str, str]
     dropped: dict[str, str]
 
     @property
     def constants(self) -> set[str]:
-        """Those of the outputs that are written only where they replace one."""
-        specs = {
-            registry.encoder_prefix(f) + spec.name.text: spec
-            for f in registry.families()
-            for spec in registry.canonical(f).tensors
+        """Names of constants (position_ids), which DeepSeek-OCR's own checkpoint lacks."""
+        return {
+            registry.encoder_prefix(family) + spec.name.text
+            for family in registry.families()
+            for spec in registry.canonical(family).tensors
+            if spec.generate
         }
-        return {name for name, spec in specs.items() if spec.generate}
 
 
 def encoder_record(
-    parts: Parts,
+    parts: EncoderParts,
     names: Mapping[str, str],
     outputs: Mapping[str, LazyTensor],
     *,
     output: Path,
     format: str,
     dtype: str,
-    host: Checkpoint | None = None,
+    sources: Sequence[Checkpoint],
     notes: Sequence[str] = (),
 ) -> ConversionRecord:
     """Make the record of an encoder that is planned and not yet written.
@@ -70,7 +77,7 @@ def encoder_record(
         output: The path of the output.
         format: safetensors or pth.
         dtype: The requested type.
-        host: The checkpoint that the encoder is inserted into.
+        sources: The checkpoints that are read, with the one that the encoder is inserted into.
         notes: Remarks for the user.
     """
     missing = {
@@ -78,10 +85,10 @@ def encoder_record(
         for family, resolved in parts.plans.items()
         for name, reason in resolved.plan.missing.items()
     }
-    unwritten = [value for name, value in parts.outputs.items() if name not in names]
+    unwritten = [value for name, value in parts.tensors.items() if name not in names]
     constants = {tensor.key: _CONSTANT for value in unwritten for tensor in source_tensors(value)}
     return make_record(
-        [*parts.opened, host] if host else parts.opened,
+        sources,
         parts.plans,
         outputs,
         target="deepencoder",
@@ -89,101 +96,122 @@ def encoder_record(
         format=format,
         dtype=dtype,
         generated={new: parts.generated[name] for name, new in names.items() if name in parts.generated},
-        missing={name: reason for name, reason in missing.items() if name not in parts.outputs},
+        missing={name: reason for name, reason in missing.items() if name not in parts.tensors},
         dropped=parts.dropped | constants,
         converted={new: outputs[new] for new in names.values()},
         notes=notes,
     )
 
 
-def put_together(sam: Checkpoint, clip: Checkpoint, wanted: str, open_: Callable[[str], Checkpoint]) -> Parts:
-    """The encoder of two checkpoints and a compressor: `wanted` is its SOURCE, random:SEED, or empty for SAM's own.
+def build_encoder(
+    sam: Checkpoint, clip: Checkpoint, compressor: str, open_: Callable[[str], Checkpoint]
+) -> EncoderParts:
+    """Combine the encoders of two checkpoints and a compressor.
 
-    LayoutError where a checkpoint is not of its kind or there is no compressor, UsageError where sizes do not fit.
+    Args:
+        sam: A checkpoint with SAM, in any layout.
+        clip: A checkpoint with CLIP, in any layout.
+        compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of `sam`.
+        open_: Opens the compressor's checkpoint.
+
+    Raises:
+        LayoutError: A checkpoint is of another kind, or there is no compressor.
+        UsageError: Sizes differ.
     """
     plans = {
         "sam": resolve_to_canonical(sam, ConvertOptions("sam")),
         "clip": resolve_to_canonical(clip, ConvertOptions("clip")),
     }
-    neck, width = plans["sam"].plan.sizes["neck"], plans["clip"].plan.sizes["width"]
-    opened, nets, generated = [sam] if clip is sam else [sam, clip], {}, {}
-    if wanted.startswith("random:"):
-        dtype = plans["sam"].plan.outputs["neck.2.weight"].dtype.name
-        nets = {name: cast(value, dtype) for name, value in seeded(wanted, neck, width).items()}
+    sources = [sam] if clip is sam else [sam, clip]
+    nets: dict[str, LazyTensor] = {}
+    generated: dict[str, str] = {}
+    if compressor.startswith("random:"):
+        nets = _random_compressor(compressor, plans)
         generated = {
-            name: f"{wanted}: untrained, uniform within 1/sqrt({9 * net.shape[1]})" for name, net in nets.items()
+            name: f"{compressor}: untrained, uniform within 1/sqrt({9 * net.shape[1]})" for name, net in nets.items()
         }
-    elif wanted:
-        opened.append(open_(wanted))
-        nets = find_compressor(opened[-1])
-    outputs = {**_placed(plans), **{registry.encoder_prefix("sam") + name: value for name, value in nets.items()}}
-    _check_compressor(plans, outputs, wanted or sam.name)
-    own = [plans["sam"].plan.outputs[name] for name in nets if name in plans["sam"].plan.outputs]
-    replaced = {tensor.key: f"--compressor {wanted} gives another" for net in own for tensor in source_tensors(net)}
-    return Parts(
-        opened,
-        plans,
-        outputs,
-        {registry.encoder_prefix("sam") + name: how for name, how in generated.items()},
-        {**_dropped(plans, outputs), **replaced},
-    )
+    elif compressor:
+        sources.append(open_(compressor))
+        nets = _with_prefix("sam", find_compressor(sources[-1]))
+    own = _own_tensors(plans)
+    tensors = own | nets
+    _check_compressor(plans, tensors, compressor or sam.name)
+    replaced = {
+        tensor.key: f"--compressor {compressor} replaces it"
+        for name in nets
+        if name in own
+        for tensor in source_tensors(own[name])
+    }
+    return EncoderParts(sources, plans, tensors, generated, _dropped(plans, tensors) | replaced)
 
 
-def taken_out(opened: Checkpoint, with_projector: bool) -> Parts:
-    """The encoder, and the projector if wanted, out of a checkpoint with both encoders; LayoutError for another."""
+def extract_encoder(source: Checkpoint, with_projector: bool) -> EncoderParts:
+    """Take both encoders out of a checkpoint, and the projector if requested; LayoutError if it has not both."""
     try:
-        plans = {family: resolve_to_canonical(opened, ConvertOptions(family)) for family in registry.families()}
+        plans = {family: resolve_to_canonical(source, ConvertOptions(family)) for family in registry.families()}
     except LayoutError as error:
         raise LayoutError(
             f"{error}",
-            "an encoder is taken out of a checkpoint with both SAM and CLIP; "
-            "to put one together, give them with --sam and --clip",
+            "SOURCE must hold both SAM and CLIP; to combine two checkpoints, name them with --sam and --clip",
         ) from None
-    outputs = _placed(plans)
-    _check_compressor(plans, outputs, opened.name)
+    tensors = _own_tensors(plans)
+    _check_compressor(plans, tensors, source.name)
     if with_projector:
-        outputs |= _projector(opened, plans["sam"])
-    no_family = {resolve.plan.mapping.drop_rest for resolve in plans.values()}
+        tensors |= _projector(source, plans["sam"])
+    other_parts = {resolved.plan.mapping.drop_rest for resolved in plans.values()}
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
-    dropped = {key: drop_rest if why in no_family else why for key, why in _dropped(plans, outputs).items()}
-    return Parts([opened], plans, outputs, {}, dropped)
+    dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
+    return EncoderParts([source], plans, tensors, {}, dropped)
 
 
-def _dropped(plans: dict[str, ResolvedPlan], outputs: dict[str, LazyTensor]) -> dict[str, str]:
-    """What of the two checkpoints, which may be one, is in none of the outputs, and why."""
-    used = {(tensor.storage.file, tensor.key) for value in outputs.values() for tensor in source_tensors(value)}
+def _random_compressor(compressor: str, plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+    """An untrained compressor of the encoders' sizes, in SAM's type."""
+    sam, clip = plans["sam"].plan, plans["clip"].plan
+    dtype = sam.outputs["neck.2.weight"].dtype.name
+    nets = seeded(compressor, sam.sizes["neck"], clip.sizes["width"])
+    return _with_prefix("sam", {name: cast(value, dtype) for name, value in nets.items()})
+
+
+def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
+    """Source tensors that no encoder tensor is made of, and why."""
+    used = {(tensor.storage.file, tensor.key) for value in tensors.values() for tensor in source_tensors(value)}
     dropped: dict[str, str] = {}
-    for known, plan in plans.values():
-        files = {tensor.key: tensor.storage.file for tensor in known.tensors.values()}
-        for key, why in plan.dropped.items():
-            if why != plan.mapping.drop_rest:
-                dropped[key] = why
+    for detected, plan in plans.values():
+        files = {tensor.key: tensor.storage.file for tensor in detected.tensors.values()}
+        for key, reason in plan.dropped.items():
+            if reason != plan.mapping.drop_rest:
+                dropped[key] = reason
             elif (files.get(key), key) not in used:
-                # The other family may know more of it.
-                dropped.setdefault(key, why)
+                # The other family may have a better reason.
+                dropped.setdefault(key, reason)
     return dropped
 
 
-def _placed(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+def _own_tensors(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+    """The tensors of both plans by their names in DeepSeek-OCR's model."""
     return {
-        registry.encoder_prefix(family) + name: value
-        for family in plans
-        for name, value in plans[family].plan.outputs.items()
+        name: value
+        for family, resolved in plans.items()
+        for name, value in _with_prefix(family, resolved.plan.outputs).items()
     }
 
 
-def _projector(opened: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
-    """The tensors of `_PROJECTOR`; LayoutError names those that are not there."""
-    base = PREFIX if sam.detected.match.prefix.startswith(PREFIX) else ""
+def _with_prefix(family: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    return {registry.encoder_prefix(family) + name: value for name, value in tensors.items()}
+
+
+def _projector(source: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
+    """The tensors of `_PROJECTOR`; LayoutError names those that are missing."""
+    base = MODEL_PREFIX if sam.detected.match.prefix.startswith(MODEL_PREFIX) else ""
     tensors = sam.detected.tensors
     found = {name: tensors.get(base + name) or tensors.get(base + other) for name, other in _PROJECTOR.items()}
-    lacking = [base + name for name, tensor in found.items() if tensor is None]
-    if lacking:
-        raise LayoutError(f"{opened.name}: --with-projector: holds no {', '.join(lacking)}", "leave the option out")
+    missing = [base + name for name, tensor in found.items() if tensor is None]
+    if missing:
+        raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
     return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
 
 
-def _check_compressor(plans: dict[str, ResolvedPlan], outputs: dict[str, LazyTensor], origin: str) -> None:
+def _check_compressor(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor], origin: str) -> None:
     prefix = registry.encoder_prefix("sam")
-    nets = {name: outputs[prefix + name] for name in NETS if prefix + name in outputs}
-    check_compressor(nets, plans["sam"].plan.sizes["neck"], plans["clip"].plan.sizes["width"], origin)
+    nets = {name: tensors[prefix + name] for name in NETS if prefix + name in tensors}
+    check_compressor(nets, neck=plans["sam"].plan.sizes["neck"], width=plans["clip"].plan.sizes["width"], origin=origin)
