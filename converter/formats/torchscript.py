@@ -80,7 +80,7 @@ class _ScriptGlobals(dict[tuple[str, str], Any]):
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """What the source text of a module's class declares.
+    """Declarations in the source text of a module's class.
 
     Attributes:
         has_setstate: Whether it restores its state by code (`__setstate__`).
