@@ -117,7 +117,7 @@ def test_a_record_never_replaces_an_input(what: str, link: bool, folder: Path) -
     source, family = ("clip", "clip") if what == "index" else ("sam.json", "sam")
     options: dict[str, Any] = {"mapping": {"mapping": "m.json"}}.get(what, {})
     call = lambda **more: converter.convert(source, family, force=True, **options, **more)  # noqa: E731
-    check_refused(folder, OutputError, "cannot be the card", lambda: call(record=card))
+    check_refused(folder, OutputError, "cannot be the record", lambda: call(record=card))
     if what == "mapping":
         check_refused(folder, OutputError, "is the source", lambda: call(out=own[what]))
 
