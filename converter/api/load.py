@@ -1,4 +1,4 @@
-"""Converted tensors without a file: for those who only want to initialise a model."""
+"""Loads converted tensors into memory without writing a file."""
 
 from __future__ import annotations
 
@@ -28,46 +28,52 @@ def load(
     on_progress: OnProgress = lambda what, done, total: None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `convert` would write, bit by bit and in the same order, on `device`; no file is written.
+    """Load the tensors that `convert` would write, bit by bit and in the same order.
 
-    The options are `convert`'s; `dtype` may be torch's own object. A source in the DeepEncoder's layout is taken too.
+    On the CPU, a tensor that is stored unchanged in a local file is a private memory map: nothing is read before its
+    first use, and writes to it never reach the file. The file must not be modified in place while the tensors live; it
+    may be replaced or removed. Other tensors are read or computed, and on a GPU all arrive through 64 MiB of pinned
+    memory. No two tensors share memory.
 
-    On the CPU, a tensor that lies in a local file as it is (any that is only renamed or reshaped) is a private map of
-    that part of the file: nothing is read before it is used, and what is written to it never reaches the file. Such a
-    file must not be changed in place while the tensors live; it may be replaced or removed. Fused q, k and v are read
-    straight into one tensor. Everything that is read is checked against the file's CRC-32s where it has them (torch's
-    zip; safetensors has none). What is mapped is not, unless `check` is set, which reads it once.
+    Args:
+        source: A checkpoint, as in `convert`; one in the DeepEncoder's layout is accepted too.
+        family: "sam" or "clip".
+        fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
+        dtype: As in `convert`, or a torch.dtype.
+        device: The device of the tensors.
+        check: Also check the CRC-32s of mapped tensors, which reads them once. Others are always checked.
+        on_progress: Called after each tensor or, for sources on a hub, as bytes are fetched, also from other threads.
+        **options: The fields of `converter.options.ConvertOptions` and `HubOptions`, as in `convert`.
 
-    A remote source is read, not mapped: the needed bytes alone are fetched. On a GPU, tensors arrive through 64 MiB of
-    pinned memory. No two tensors share memory. `progress` is called as bytes are fetched, then also from other threads,
-    or after each tensor. Raises a DsocrError.
+    Raises:
+        DsocrError: As in `convert`.
     """
     convert_options, hub_options = split_options(family, {**options, "dtype": str(dtype).removeprefix("torch.")})
     check_options(convert_options)
-    # Two seconds of torch, which a mistyped layout need not wait for.
+    # Imports torch, which takes two seconds: after the options are checked.
     from converter.output.memory import Loader, checked_device
 
-    place = checked_device(device)
+    torch_device = checked_device(device)
     with ExitStack() as stack:
         sources = [name for name in (source, fill_from) if name is not None]
-        both = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
-        check_hub_options(hub_options, both)
-        opened, donor = both[0], both[1] if fill_from is not None else None
+        checkpoints = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
+        check_hub_options(hub_options, checkpoints)
+        opened, donor = checkpoints[0], checkpoints[1] if fill_from is not None else None
         outputs = _plan(opened, convert_options, donor).outputs
-        for each in both:
-            each.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
-        found = Loader(place, check)
+        for checkpoint in checkpoints:
+            checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
+        loader = Loader(torch_device, check)
         tensors = {}
         for done, (name, value) in enumerate(outputs.items()):
-            tensors[name] = found(value)
+            tensors[name] = loader(value)
             if not opened.remote:
                 on_progress("loading", done + 1, len(outputs))
-        check_unchanged(both)
+        check_unchanged(checkpoints)
         return tensors
 
 
 def _plan(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> Plan:
-    """The plan of a conversion; unlike that, of a source that is in the wanted layout already, too."""
+    """The plan of a conversion; a source that is already in the requested layout is accepted too."""
     if options.layout == options.canonical and donor is None:
         return resolve_to_canonical(opened, options, options.dtype).plan
     return resolve(opened, options, donor).plan

@@ -1,4 +1,4 @@
-"""The two checkpoints of a comparison: what each was recognised as, and both their tensors under the same names."""
+"""Brings the tensors of two checkpoints to the same names."""
 
 from __future__ import annotations
 

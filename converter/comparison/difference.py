@@ -1,4 +1,4 @@
-"""How two checkpoints differ, as values; the terminal's table, the JSON document and the page are views of them."""
+"""The differences between two checkpoints, as values for the table, the JSON document and the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Figures(NamedTuple):
     ab: float = 0.0
 
     def plus(self, other: Figures) -> Figures:
-        """Of two pieces of a tensor, or of two tensors."""
+        """The figures of two pieces of a tensor, or of two tensors, together."""
         largest = max(self.maximum, other.maximum)
         # max() may lose a NaN.
         maximum = math.nan if math.isnan(self.maximum + other.maximum) else largest
@@ -39,7 +39,7 @@ class Figures(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """Of the angle between A and B; NaN where one of them is all zero and the other is not."""
+        """Cosine of the angle between A and B; NaN if exactly one of them is all zero."""
         if not self.gap:
             return 1.0
         norms = math.sqrt(self.a) * math.sqrt(self.b)
@@ -81,7 +81,7 @@ class Difference(NamedTuple):
 
     `layouts` are those they were recognised as, by side, and `names` the layout whose names both were compared under;
     empty if those are their own. `removed` are A's alone, `added` B's, `renamed` those that have the same bytes under
-    another name. `same` are equal in every bit. `notes` say what else a reader should know.
+    another name. `same` are equal in every bit. `notes` are remarks for the user.
     """
 
     a: str

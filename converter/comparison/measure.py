@@ -1,4 +1,4 @@
-"""How far tensors have moved, computed with torch a piece at a time: a tensor of 1 GB takes no more than a tiny one."""
+"""Measures how far tensors have moved, with torch, in pieces of constant size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from converter.comparison.streams import Pairs, Stream
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor
 
-# Elements at a time: what is computed of them stays in a processor's own cache.
+# Elements in one piece: they fit into the processor's cache.
 _PIECE = 1 << 15
 
 
 def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
-    """The figures of each pair; the two have one shape. `count` is told of the bytes of A as they are done.
+    """Measure each pair; the tensors of a pair must have the same shape.
 
-    Where both have one type, elements differ that differ in a bit, so that a NaN equals itself; else by value.
+    Elements of the same type are compared by their bits, so a NaN equals itself; elements of different types by value.
+
+    Args:
+        pairs: The tensors by name.
+        count: Called with the number of bytes of A that were measured.
     """
     found: dict[str, Figures] = {}
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
@@ -38,7 +42,7 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Pieces are too small to share: threads that wait for each other took six times as long on a busy machine."""
+    """Let torch use one thread: on a busy machine, several take six times as long for such small pieces."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -53,7 +57,7 @@ def _elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
 
 def _figures(a: torch.Tensor, b: torch.Tensor) -> Figures:
     same, x, y = _same(a, b), a.double(), b.double()
-    # NaN and infinity on both sides are no difference, and would make all sums meaningless.
+    # NaN and infinity in both are equal, and would make all sums meaningless.
     if not (x.sum() + y.sum()).isfinite():
         shared = same & ~x.isfinite()
         x, y = x.masked_fill(shared, 0), y.masked_fill(shared, 0)

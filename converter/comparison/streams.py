@@ -1,4 +1,4 @@
-"""Two checkpoints' tensors read side by side, each by a thread of its own, and compared byte by byte."""
+"""Reads the tensors of two checkpoints in parallel, one thread each, and compares them byte by byte."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from converter.storage.stream import BUFFER, Copier
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import segments_of
 
-# Buffers between a reading thread and who compares: enough that neither waits for the other's hiccups.
+# Buffers between a reading thread and its consumer.
 _IN_FLIGHT = 2
 
-# The same tensor as A and as B have it.
+# Tensors of A and B by their common name.
 Pairs = Mapping[str, tuple[LazyTensor, LazyTensor]]
 
 
 class _StoppedError(Exception):
-    """Nobody wants the rest."""
+    """The consumer has stopped."""
 
 
 class Stream:
-    """The bytes of tensors, end to end, read by a thread of its own and checked where a file has checksums.
+    """Reads the bytes of tensors, one after another, in a thread; checks CRC-32s if the file has any.
 
-    All buffers but the last one have the same size, whatever the tensors' sizes: two streams of equally many bytes go
-    in step. An error of the thread is raised where its bytes would have come.
+    All buffers but the last have the same size, so two streams of the same length stay aligned. An error in the thread
+    is raised in the consumer.
     """
 
     def __init__(self, values: Iterable[LazyTensor]) -> None:
@@ -50,7 +50,7 @@ class Stream:
         self._thread.join()
 
     def __iter__(self) -> Iterator[memoryview]:
-        """The buffers; each is written over once the next one is asked for."""
+        """Yield the buffers; each is overwritten when the next one is requested."""
         while (full := self._full.get()) is not None:
             if isinstance(full, BaseException):
                 raise full
@@ -58,7 +58,7 @@ class Stream:
             self._free.put(memoryview(full.obj))
 
     def take(self, count: int) -> bytearray:
-        """The next `count` bytes, for readers of another step than the buffers'."""
+        """Read the next `count` bytes."""
         taken = bytearray()
         while len(taken) < count:
             self._rest = self._rest or next(self._buffers)
@@ -73,7 +73,7 @@ class Stream:
             copier.copy(segments_of(self._values))
             copier.flush()
             self._full.put(None)
-        except BaseException as error:  # told to the thread that waits for it
+        except BaseException as error:  # raised again by the consumer
             self._full.put(error)
 
     def _exchange(self, full: memoryview) -> memoryview:
@@ -85,16 +85,13 @@ class Stream:
 
 
 def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
-    """The names of the pairs that differ in a byte; `count` is told of A's bytes as they are compared.
-
-    The two of a pair have one type and one shape, and so equally many bytes.
-    """
+    """The names of the pairs whose bytes differ; the tensors of a pair must have the same type and shape."""
     names, ends = list(pairs), list(accumulate(nbytes(a) for a, _ in pairs.values()))
     found: set[str] = set()
     at = 0
     with Stream(a for a, _ in pairs.values()) as left, Stream(b for _, b in pairs.values()) as right:
         for a, b in zip(left, right, strict=True):
-            # Whole buffers by memcmp, which memoryviews have none of. The last one's tails may be of older bytes.
+            # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale bytes.
             if a.obj != b.obj:
                 found.update(names[i] for i in _unequal(a, b, at, ends))
             at += len(a)
@@ -103,7 +100,14 @@ def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
 
 
 def _unequal(a: memoryview, b: memoryview, at: int, ends: list[int]) -> Iterator[int]:
-    """Which of the tensors that end at `ends` differ in two buffers that begin at byte `at`."""
+    """Yield the indices of the tensors that differ in two buffers.
+
+    Args:
+        a: A buffer of A.
+        b: The buffer of B at the same position.
+        at: The position of the buffers in the stream, in bytes.
+        ends: The positions at which the tensors end.
+    """
     start = 0
     index = bisect_right(ends, at)
     while start < len(a):
@@ -114,7 +118,7 @@ def _unequal(a: memoryview, b: memoryview, at: int, ends: list[int]) -> Iterator
 
 
 def digests(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:
-    """The names of tensors by a digest of type, shape and bytes."""
+    """Group the names of tensors by a digest of type, shape and bytes."""
     found: dict[bytes, list[str]] = {}
     for name, value in values.items():
         engine = blake2b(f"{value.dtype.name} {value.shape}".encode(), digest_size=32)

@@ -1,4 +1,4 @@
-"""Output tensors in memory: mapped where a file holds them as they are, else read or computed into place."""
+"""Output tensors in memory: memory-mapped if a file stores them unchanged, else read or computed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
 
 
 class Loader:
-    """Gives the tensor of an expression, on `device`; with `check`, CRCs of what is mapped are checked too.
+    """Loads lazy tensors onto a device.
 
-    The tensors need nothing of their files once they are there: a map lives for as long as a tensor that lies in it.
+    The source files may be closed while the tensors live: each memory map lives as long as its tensors.
+
+    Args:
+        device: The device of the tensors.
+        check: Whether to check the CRC-32s of mapped tensors too.
     """
 
     def __init__(self, device: torch.device, check: bool) -> None:
         self._upload, self._check = Uploader(device), check
         self._checks = CrcChecker()
         self._maps: dict[SourceFile, mmap] = {}
-        # What tensors lie in: one that another lies in already is read, for writing to one must not change the other.
+        # Mapped byte ranges: a tensor that overlaps one is read, so that no two tensors share memory.
         self._taken: dict[SourceFile, RangeSet] = {}
 
     def __call__(self, value: LazyTensor) -> torch.Tensor:
@@ -39,7 +43,7 @@ class Loader:
         return self._upload(tensor if tensor is not None else self._read(value, segments))
 
     def _mapped(self, value: LazyTensor, segments: list[Segment]) -> torch.Tensor | None:
-        """The tensor where it lies, if it lies in one piece in a local file, aligned, and is no other's."""
+        """The tensor as a memory map if it is one aligned range of a local file and overlaps no other, else None."""
         if len(segments) != 1 or not isinstance(segments[0], ByteRange) or not segments[0].length:
             return None
         storage, start, length = segments[0]
@@ -63,27 +67,27 @@ class Loader:
         return True
 
     def _read(self, value: LazyTensor, segments: list[Segment]) -> torch.Tensor:
-        """The tensor read into memory of its own, its parts one behind the other."""
+        """The tensor read into new memory."""
         tensor = torch.empty(value.shape, dtype=torch_dtype(value.dtype.name))
-        room = as_bytes(tensor)
+        target = as_bytes(tensor)
         for segment in segments:
             length = segment.length if isinstance(segment, ByteRange) else len(segment)
-            mine, room = room[:length], room[length:]
+            part, target = target[:length], target[length:]
             if isinstance(segment, ByteRange):
-                self._checks.read(segment, (mine[at : at + BUFFER] for at in range(0, length, BUFFER)))
+                self._checks.read(segment, (part[at : at + BUFFER] for at in range(0, length, BUFFER)))
             else:
-                mine[:] = segment
+                part[:] = segment
         return tensor
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in row-major order, and in no more memory than it needs."""
+    """The tensor in row-major order, with storage of its own size."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def checked_device(name: str | torch.device) -> torch.device:
-    """torch's object for a device; UsageError where there is none."""
+    """The torch.device of a name; UsageError if torch cannot use it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

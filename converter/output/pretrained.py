@@ -12,16 +12,22 @@ from converter.errors import LayoutError, UsageError
 from converter.plan.plan import Plan
 from converter.storage.atomic_output import new_file, write_all
 
-# What the folder calls the tensors' file.
+# The name of the weights in the folder.
 _MODEL = "model.safetensors"
 # Layouts whose folders transformers loads.
 LAYOUTS = ("sam-hf", "clip-hf")
 
 
 def wants_folder(out: Path, layout: str, format: str) -> bool:
-    """Whether `out` names a folder; UsageError where nothing loads the layout, or the format, from one.
+    """Whether the output is a folder for transformers.
 
-    The DeepEncoder's own layouts are one file, whatever its name.
+    Args:
+        out: The output; a name without a suffix of weights is a folder, except for the DeepEncoder's own layouts.
+        layout: The layout of the output.
+        format: safetensors or pth.
+
+    Raises:
+        UsageError: transformers loads no folder of this layout or format.
     """
     if out.suffix in WEIGHT_SUFFIXES or layout.startswith("deepencoder-"):
         return False
@@ -35,26 +41,26 @@ def wants_folder(out: Path, layout: str, format: str) -> bool:
     return True
 
 
-def config_files(plan: Plan, whole: bool) -> dict[str, bytes]:
-    """What lies beside the weights in a folder, by name; LayoutError where the shapes are of no model of the family."""
-    # Imported here, with its data classes, for folders alone.
+def config_files(plan: Plan, full_model: bool) -> dict[str, bytes]:
+    """The configuration files of a folder, by name; LayoutError if the shapes are of no model of the family."""
+    # Only folders need it.
     from converter.output import pretrained_config as pretrained
 
     make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
     shapes = {name: value.shape for name, value in plan.canonical_tensors.items()}
     floats = [value.dtype.name for value in plan.outputs.values() if value.dtype.is_float]
     try:
-        config, preprocessor = make(shapes, whole)
+        config, preprocessor = make(shapes, full_model)
     except LayoutError as error:
         raise LayoutError(f"{error}", "write the tensors alone: end --output in .safetensors") from error
-    # The type that most tensors have: transformers loads all of them as one.
+    # The most frequent type: transformers loads all tensors with one type.
     config["torch_dtype"] = max(sorted(set(floats)), key=floats.count)
     return {"config.json": _json(config), "preprocessor_config.json": _json(preprocessor)}
 
 
 @contextmanager
 def pretrained_file(folder: Path, documents: Mapping[str, bytes]) -> Iterator[int]:
-    """A file descriptor for the weights in a new folder, beside which `documents` are written."""
+    """Write `documents` to a new folder, and yield a file descriptor for the weights."""
     for name, data in documents.items():
         with new_file(folder / name) as fd:
             write_all(fd, memoryview(data))

@@ -1,8 +1,8 @@
-"""What transformers wants to be told of a SAM or a CLIP: config.json and preprocessor_config.json.
+"""transformers' config.json and preprocessor_config.json for SAM and CLIP.
 
-Sizes are read off the tensors' shapes. What no tensor tells is the same in every published model of the family:
-activations, epsilons, heads of 64 channels in CLIP, eight heads in SAM's decoder, and how images are prepared. Keys are
-those that transformers 4.46 to 5.23 read.
+Sizes are read off the tensors' shapes. What no shape shows is the same in every published model of the family:
+activations, epsilons, heads of 64 channels in CLIP, eight heads in SAM's decoder, and the preprocessing of images. Keys
+are those that transformers 4.46 to 5.23 read.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from converter.encoders.config import Shapes, clip_config_from, sam_config_from, shape_of
+from converter.encoders.config import ClipConfig, SamConfig, Shapes, clip_config_from, sam_config_from, shape_of
 from converter.errors import LayoutError
 
 Json = dict[str, Any]
 
 
-def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
-    """Both documents for SamModel and SamProcessor; those for SamVisionModel, unless the tensors are `whole`.
-
-    `shapes` are under the canonical names. Raises LayoutError where they contradict each other.
-    """
-    sizes = sam_config_from(shapes)
-    images = {"image_size": sizes.image_size, "patch_size": sizes.patch}
-    vision = {
-        "model_type": "sam_vision_model",
-        **images,
+def sam_vision_config(sizes: SamConfig) -> Json:
+    """The keys of transformers' SamVisionConfig."""
+    return {
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch,
         "num_channels": sizes.channels,
         "hidden_size": sizes.width,
         "num_hidden_layers": sizes.depth,
@@ -39,11 +34,36 @@ def sam(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
     }
+
+
+def clip_vision_config(sizes: ClipConfig) -> Json:
+    """The keys of transformers' CLIPVisionConfig."""
+    return {
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch,
+        "num_channels": sizes.channels,
+        **_clip_tower(sizes.width, sizes.depth, sizes.heads, sizes.mlp),
+    }
+
+
+def sam(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
+    """Both documents for SamModel and SamProcessor, or for SamVisionModel.
+
+    Args:
+        shapes: Shapes of the tensors by canonical name.
+        full_model: Whether the tensors are of the full model, not only the encoder.
+
+    Raises:
+        LayoutError: Shapes contradict each other.
+    """
+    sizes = sam_config_from(shapes)
+    vision = {"model_type": "sam_vision_model", **sam_vision_config(sizes)}
     preprocessor = _sam_preprocessor(sizes.image_size)
-    if not whole:
+    if not full_model:
         return {"architectures": ["SamVisionModel"], **vision}, preprocessor
     prompts = {
-        **images,
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch,
         "image_embedding_size": sizes.grid,
         "hidden_size": sizes.neck,
         "mask_input_channels": shape_of(shapes, "prompt_encoder.mask_downscaling.3.weight", 4)[0],
@@ -69,7 +89,7 @@ def _sam_decoder(shapes: Shapes, width: int) -> Json:
         "num_hidden_layers": _count(shapes, "mask_decoder.transformer.layers."),
         "num_attention_heads": 8,
         "attention_downsample_rate": width // final[0],
-        # One mask more is for a single answer.
+        # One more mask token is for single-mask output.
         "num_multimask_outputs": shape_of(shapes, "mask_decoder.mask_tokens.weight", 2)[0] - 1,
         "iou_head_depth": _count(shapes, "mask_decoder.iou_prediction_head.layers."),
         "iou_head_hidden_dim": shape_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
@@ -79,7 +99,7 @@ def _sam_decoder(shapes: Shapes, width: int) -> Json:
 
 
 def _sam_preprocessor(side: int) -> Json:
-    """The longer side resized to `side`, the shorter one padded; masks come out at a quarter of it."""
+    """Resizes the longer side to `side` and pads the shorter one; masks have a quarter of its size."""
     return {
         **_preprocessor("SamImageProcessor", resample=2),
         "image_mean": [0.485, 0.456, 0.406],
@@ -92,22 +112,20 @@ def _sam_preprocessor(side: int) -> Json:
     }
 
 
-def clip(shapes: Shapes, whole: bool) -> tuple[Json, Json]:
-    """Both documents for CLIPVisionModel; for CLIPModel where the tensors are `whole`. No checkpoint holds a tokenizer.
+def clip(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
+    """Both documents for CLIPModel, or for CLIPVisionModel. No checkpoint holds a tokenizer.
 
-    `shapes` are under the canonical names. Raises LayoutError where they contradict each other, or the width is
-    not a multiple of the head width.
+    Args:
+        shapes: Shapes of the tensors by canonical name.
+        full_model: Whether the tensors are of the full model, not only the vision tower.
+
+    Raises:
+        LayoutError: Shapes contradict each other, or a width is no multiple of the heads'.
     """
     sizes = clip_config_from(shapes)
-    vision = {
-        "model_type": "clip_vision_model",
-        "image_size": sizes.image_size,
-        "patch_size": sizes.patch,
-        "num_channels": sizes.channels,
-        **_tower(sizes.width, sizes.depth, sizes.heads, sizes.mlp),
-    }
+    vision = {"model_type": "clip_vision_model", **clip_vision_config(sizes)}
     preprocessor = _clip_preprocessor(sizes.image_size)
-    if not whole:
+    if not full_model:
         return {"architectures": ["CLIPVisionModel"], **vision}, preprocessor
     shared = {"projection_dim": shape_of(shapes, "visual_projection.weight", 2)[0]}
     config = {
@@ -129,14 +147,14 @@ def _clip_text(shapes: Shapes) -> Json:
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "max_position_embeddings": shape_of(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
-        # OpenAI's vocabulary ends with the two tokens that begin and end a text.
+        # The last two tokens of OpenAI's vocabulary begin and end a text.
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        **_tower(width, _count(shapes, "text_model.transformer.layers."), width // 64, mlp),
+        **_clip_tower(width, _count(shapes, "text_model.transformer.layers."), width // 64, mlp),
     }
 
 
-def _tower(width: int, depth: int, heads: int, mlp: int) -> Json:
+def _clip_tower(width: int, depth: int, heads: int, mlp: int) -> Json:
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -159,7 +177,7 @@ def _clip_preprocessor(side: int) -> Json:
 
 
 def _preprocessor(kind: str, resample: int) -> Json:
-    """What both prepare alike; `resample` is Pillow's number, 2 bilinear and 3 bicubic."""
+    """The keys that both processors share; `resample` is Pillow's number, 2 bilinear and 3 bicubic."""
     return {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -172,6 +190,6 @@ def _preprocessor(kind: str, resample: int) -> Json:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many layers have tensors under `prefix`."""
+    """The number of layers with tensors under `prefix`."""
     matches = (re.match(rf"{re.escape(prefix)}([0-9]+)\.", name) for name in shapes)
     return len({match[1] for match in matches if match})

@@ -9,14 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder
+from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.verification.deep_encoder import OUTPUT
 from converter.verification.families import FAMILIES, State
 from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import (
     Reference,
-    clip_sizes,
     label,
-    sam_sizes,
     to_layout,
     transformers_clip,
     transformers_sam,
@@ -50,9 +49,9 @@ def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
 
     sam, clip = model.sam_model.config, model.vision_model.config
     sam_config = configuration.UnlimitedOcrSamVisionConfig(
-        **sam_sizes(sam), downsample_channels=list(sam.compressor or ())
+        **sam_vision_config(sam), downsample_channels=list(sam.compressor or ())
     )
-    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_sizes(clip))
+    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_vision_config(clip))
     reference = UnlimitedOcrVisionModel(
         configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
     )

@@ -19,6 +19,7 @@ from converter.encoders import ClipConfig, SamConfig
 from converter.layouts import registry
 from converter.layouts.claims import claim
 from converter.layouts.spec import LayoutMapping
+from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.apply import apply
 from converter.plan.route import writing_rules
 from converter.storage.byte_range import Storage
@@ -57,7 +58,7 @@ def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:
     from transformers import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-    model = SamVisionEncoder(SamVisionConfig(**sam_sizes(config)))
+    model = SamVisionEncoder(SamVisionConfig(**sam_vision_config(config)))
     tensors = without_prefix("vision_encoder.", state)
     return loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
 
@@ -85,7 +86,7 @@ def got_ocr2_sam(config: SamConfig, state: State) -> ProbedEncoder:
     from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
     from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
 
-    model = GotOcr2VisionEncoder(GotOcr2VisionConfig(**sam_sizes(config)))
+    model = GotOcr2VisionEncoder(GotOcr2VisionConfig(**sam_vision_config(config)))
     tensors = without_prefix("model.vision_tower.", without_prefix("vision_tower.", state))
     return loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
 
@@ -94,7 +95,7 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     """transformers' CLIPVisionModel."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    model = CLIPVisionModel(CLIPVisionConfig(**clip_sizes(config)))
+    model = CLIPVisionModel(CLIPVisionConfig(**clip_vision_config(config)))
     # transformers before 5 wraps the encoder in a `vision_model`, which its names begin with.
     encoder = getattr(model, "vision_model", model)
     parts = ("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.")
@@ -189,36 +190,6 @@ def _lazy(key: str, tensor: Tensor) -> LazyTensor:
     nowhere = Storage(None, (0, 0), 0, 0, "memory")  # type: ignore[arg-type]
     dtype, shape = BY_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
     return Read(dtype, shape, TensorInfo(key, dtype, shape, nowhere, 0, contiguous_strides(shape)))
-
-
-def sam_sizes(config: SamConfig) -> dict[str, Any]:
-    """The keys of transformers' SAM configs."""
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "mlp_dim": config.mlp,
-        "image_size": config.image_size,
-        "patch_size": config.patch,
-        "output_channels": config.neck,
-        "window_size": config.window,
-        "global_attn_indexes": list(config.global_blocks),
-        "layer_norm_eps": 1e-6,
-    }
-
-
-def clip_sizes(config: ClipConfig) -> dict[str, Any]:
-    """The keys of transformers' CLIP configs."""
-    return {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    }
 
 
 def _vitdet_sizes(config: SamConfig) -> dict[str, Any]:
