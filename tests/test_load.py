@@ -89,7 +89,7 @@ def test_a_converted_file_is_loaded_as_it_is(format: str, tmp_path: Path) -> Non
     expected = written(source, "clip", tmp_path)
     converter.convert(source, "clip", out=out, format=format)
     check_same(load(out, "clip"), expected)
-    with pytest.raises(LayoutError, match="is in the layout deepencoder-clip already"):
+    with pytest.raises(LayoutError, match="already has the layout deepencoder-clip"):
         converter.convert(out, "clip", out=tmp_path / "again")
 
 
