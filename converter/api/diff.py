@@ -1,4 +1,4 @@
-"""Two checkpoints compared, whatever their containers and layouts: both are brought to the same names first."""
+"""Compares two checkpoints under common names, whatever their containers and layouts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ def diff(
     state_dict: str | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Difference:
-    """How checkpoint B differs from A: names, types, shapes, values, and how far each block moved.
+    """Compare two checkpoints: names, types, shapes, values, and how far each block moved.
 
-    `a` and `b` are files, folders or indices, here or on a hub (`hf://org/name@revision`, `ms://org/name`, `org/name`).
-    Checkpoints of one family are compared under its hub's names, whatever their layouts; tensors beside it, and
-    checkpoints that are not of one family, under their own. Position indices that one side lacks are taken as those
-    that a conversion makes up. `state_dict` chooses among several in one file (`model`, `ema`; `.` for the top), for A
-    and B apart if there is a comma between. Memory does not grow with the checkpoints. `progress` is called as bytes
-    are compared and measured or, from a hub, as they come; then also from other threads, one at a time.
+    Checkpoints of the same family are compared under its canonical names, others and other tensors under their own.
+    Memory does not grow with the checkpoints.
 
-    Raises a DsocrError where a source cannot be read, or a checksum is not that of its bytes.
+    Args:
+        a: A checkpoint: a file, a folder or an index, local or on a hub (`hf://org/name@revision`, `org/name`).
+        b: Another checkpoint.
+        state_dict: Which state dict of a file with several (model, ema; `.` for the top); `A,B` for different ones.
+        on_progress: Called as bytes are compared, measured or fetched; when fetching, also from other threads.
+
+    Raises:
+        DsocrError: A checkpoint cannot be read, or a checksum does not match.
     """
     first, _, second = (state_dict or "").partition(",")
     if "," in second:
@@ -114,7 +117,7 @@ def _figures(alike: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[s
     moved = {block_of(name) for name in unequal}
     if not moved:
         return {}
-    # Two seconds of import, for checkpoints alone that differ.
+    # Imports torch, which takes two seconds: only if checkpoints differ.
     from converter.comparison.measure import measure
 
     measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
@@ -133,7 +136,7 @@ def _blocks(alike: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> 
     members: dict[str, list[str]] = {}
     for name in alike:
         members.setdefault(block_of(name), []).append(name)
-    # Of weights alone: positions and counters beside them would say nothing of how far those moved.
+    # Only floating-point tensors: position indices and counters do not move.
     weights = {name: found for name, found in figures.items() if alike[name][0].dtype.is_float}
     return [_block(block, names, unequal, weights) for block, names in members.items()]
 

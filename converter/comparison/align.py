@@ -63,7 +63,7 @@ def common(a: Side, b: Side) -> Common:
         except MappingError as error:
             notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
-            notes += _made_up(left, right)
+            notes += _drop_generated(left, right)
             return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
     # The first of equals: as little as possible is taken from the names.
     pairs = product(_own(a), _own(b))
@@ -120,8 +120,8 @@ def _fitting(known: DetectedLayout) -> dict[str, TensorInfo]:
     return {name: tensor for name, tensor in known.tensors.items() if any_match(templates, name)}
 
 
-def _made_up(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:
-    """Drop what was made up on both sides; notes on what was on one."""
+def _drop_generated(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:
+    """Drop tensors that were generated on both sides; return notes on those generated on one."""
     for name in a.generated & b.generated:
         del a.named[name], b.named[name]
     once = [("A", name) for name in a.generated - b.generated] + [("B", name) for name in b.generated - a.generated]

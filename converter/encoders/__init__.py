@@ -36,7 +36,7 @@ _MODULES = {"ClipEncoder": "clip", "DeepEncoder": "deepencoder", "SamEncoder": "
 
 
 def __getattr__(name: str) -> object:
-    """The encoders, imported when first asked for: a conversion needs the sizes alone, and no torch."""
+    """Import an encoder on first use: a conversion needs only the configs, and no torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

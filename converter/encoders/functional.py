@@ -1,4 +1,4 @@
-"""What SAM and CLIP share: heads, and position embeddings of other sizes than the trained one."""
+"""Functions for both SAM and CLIP: attention heads, and position embeddings of other sizes than the trained one."""
 
 from __future__ import annotations
 
