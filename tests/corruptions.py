@@ -430,7 +430,7 @@ def resampled(owner: Any, **options: Any) -> Patch:
         x = F.interpolate(x, (h, w), **{"mode": "bicubic", **options})
         return x.to(table.dtype).permute(0, 2, 3, 1)
 
-    return replace(owner, "resample_grid", resample)
+    return replace(owner, "resample_abs_pos", resample)
 
 
 def windows(choose: Callable[[int, SamConfig], int | None]) -> Patch:
@@ -492,8 +492,8 @@ def split_kqv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return k, q, v
 
 
-_SAM_BIAS = sam._Attention._bias
-_BY_OFFSET = sam._by_offset
+_SAM_BIAS = sam._Attention._rel_pos_bias
+_REL_POS_EMBEDDINGS = sam._rel_pos_embeddings
 
 
 def bias_of_scaled_query(self: Any, q: Tensor, h: int, w: int) -> Tensor:
@@ -502,8 +502,8 @@ def bias_of_scaled_query(self: Any, q: Tensor, h: int, w: int) -> Tensor:
 
 def bias_swapped(self: Any, q: Tensor, h: int, w: int) -> Tensor:
     q = q.reshape(*q.shape[:2], h, w, -1)
-    rows = torch.einsum("bnhwd,hkd->bnhwk", q, sam._by_offset(self.rel_pos_w, h)).flatten(2, 3)
-    columns = torch.einsum("bnhwd,wkd->bnhwk", q, sam._by_offset(self.rel_pos_h, w)).flatten(2, 3)
+    rows = torch.einsum("bnhwd,hkd->bnhwk", q, sam._rel_pos_embeddings(self.rel_pos_w, h)).flatten(2, 3)
+    columns = torch.einsum("bnhwd,wkd->bnhwk", q, sam._rel_pos_embeddings(self.rel_pos_h, w)).flatten(2, 3)
     return (rows[..., :, None] + columns[..., None, :]).flatten(3)
 
 
@@ -521,7 +521,7 @@ def norm_after_padding(self: Any, x: Tensor) -> Tensor:
     if self.window is None:
         y = self.attn(self.norm1(x))
     else:
-        y = sam._from_windows(self.attn(self.norm1(sam._to_windows(x, self.window))), x.shape[1], x.shape[2])
+        y = sam.window_unpartition(self.attn(self.norm1(sam.window_partition(x, self.window))), x.shape[1], x.shape[2])
     x = x + y
     return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
@@ -561,7 +561,7 @@ def no_positions(table: Tensor, h: int, w: int) -> Tensor:
 
 
 def transposed_positions(table: Tensor, h: int, w: int) -> Tensor:
-    return functional.resample_grid(table.transpose(1, 2), h, w)
+    return functional.resample_abs_pos(table.transpose(1, 2), h, w)
 
 
 def embeddings(token: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Patch:
@@ -920,7 +920,7 @@ CATALOGUE: list[Corruption] = [
         "sam-neck-eps",
         SAM,
         "the neck's norms with an eps of 1e-5",
-        replace(sam._ChannelNorm, "__init__", channel_norm),
+        replace(sam._LayerNorm2d, "__init__", channel_norm),
         "neck",
     ),
     _a("sam-quick-gelu", SAM, "quick_gelu for gelu", sam_mlp(quick_gelu), "{block}.0"),
@@ -954,42 +954,42 @@ CATALOGUE: list[Corruption] = [
         "sam-no-relative",
         SAM,
         "relative positions not used",
-        replace(sam._Attention, "_bias", lambda self, q, h, w: None),
+        replace(sam._Attention, "_rel_pos_bias", lambda self, q, h, w: None),
         "{block}.0",
     ),
     _a(
         "sam-relative-scaled",
         SAM,
         "relative positions times the scaled query",
-        replace(sam._Attention, "_bias", bias_of_scaled_query),
+        replace(sam._Attention, "_rel_pos_bias", bias_of_scaled_query),
         "{block}.0",
     ),
     _a(
         "sam-relative-swapped",
         SAM,
         "relative positions of rows used for columns",
-        replace(sam._Attention, "_bias", bias_swapped),
+        replace(sam._Attention, "_rel_pos_bias", bias_swapped),
         "{block}.0",
     ),
     _a(
         "sam-relative-sign",
         SAM,
         "offsets are key minus query",
-        replace(sam, "_by_offset", lambda table, side: _BY_OFFSET(table, side).transpose(0, 1)),
+        replace(sam, "_rel_pos_embeddings", lambda table, side: _REL_POS_EMBEDDINGS(table, side).transpose(0, 1)),
         "{block}.0",
     ),
     _a(
         "sam-relative-nearest",
         SAM,
         "relative positions resampled to the nearest",
-        replace(sam, "resample_offsets", nearest_offsets),
+        replace(sam, "resample_rel_pos", nearest_offsets),
         "{block}.2",
     ),
     _a(
         "sam-relative-corners",
         SAM,
         "relative positions resampled with align_corners",
-        replace(sam, "resample_offsets", corner_offsets),
+        replace(sam, "resample_rel_pos", corner_offsets),
         "{block}.2",
     ),
     _a(
@@ -1003,15 +1003,15 @@ CATALOGUE: list[Corruption] = [
         "sam-padded-above",
         SAM,
         "windows padded above and left",
-        lambda: mock.patch.multiple(sam, _to_windows=to_windows_above, _from_windows=from_windows_above),
+        lambda: mock.patch.multiple(sam, window_partition=to_windows_above, window_unpartition=from_windows_above),
         "{block}.0",
     ),
-    _a("sam-no-positions", SAM, "positions not added", replace(sam, "resample_grid", no_positions), "pos_embed"),
+    _a("sam-no-positions", SAM, "positions not added", replace(sam, "resample_abs_pos", no_positions), "pos_embed"),
     _a(
         "sam-positions-transposed",
         SAM,
         "positions added column by column",
-        replace(sam, "resample_grid", transposed_positions),
+        replace(sam, "resample_abs_pos", transposed_positions),
         "pos_embed",
     ),
     _a(

@@ -360,7 +360,7 @@ def test_wrong_use_is_told() -> None:
             with pytest.raises(ValueError, match=rf"shape \[1, 3, 72, 64\]: .* multiples of {patch}"):
                 encoder(pixels)
         for encoder, given in ((bare, pixels), (clip, None)):
-            with pytest.raises(ValueError, match="patch_embeds is needed"):
+            with pytest.raises(ValueError, match="patch_embeds is required"):
                 encoder(given)
         for compressor in (None, (512, 896)):
             with pytest.raises(ValueError, match="must end in CLIP's 1024 channels"):

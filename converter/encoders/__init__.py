@@ -1,21 +1,21 @@
-"""DeepSeek-OCR's DeepEncoder in plain torch: SAM, a 16x convolutional compressor, then CLIP on SAM's features.
+"""DeepSeek-OCR's DeepEncoder in plain torch: SAM, a 16x convolutional compressor, and CLIP on their output.
 
     import safetensors.torch
     from converter.encoders import DeepEncoder
 
     encoder = DeepEncoder()
-    # net_2 and net_3, DeepSeek's compressor, are in no SAM checkpoint: load or train them.
+    # No SAM checkpoint contains net_2 and net_3, DeepSeek's compressor. Load or train them.
     encoder.sam_model.load_state_dict(safetensors.torch.load_file("deepencoder-sam.safetensors"), strict=False)
     encoder.vision_model.load_state_dict(safetensors.torch.load_file("deepencoder-clip.safetensors"))
     tokens = encoder(pixels)  # (B, 3, 1024, 1024) -> (B, 256, 2048)
 
-Names and shapes of parameters are those of DeepSeek-OCR's own modules. Its released checkpoint lacks
-`vision_model.embeddings.position_ids`, a constant. Sizes come from frozen configs whose defaults are DeepSeek's; other
-sizes (SAM ViT-H, tiny ones for tests) are read off a checkpoint's shapes.
+Parameters have the names and shapes of DeepSeek-OCR's own modules. DeepSeek's released checkpoint lacks the constant
+`vision_model.embeddings.position_ids`. The defaults of SamConfig and ClipConfig are DeepSeek's sizes; `sam_config_from`
+and `clip_config_from` infer other sizes, such as SAM ViT-H, from the shapes of a checkpoint.
 
-In shapes, B is the batch, C channels, D the channels of one head, H and W pixels, h and w patches. A module computes in
-the dtype and on the device of its weights and casts nothing; position tables alone are resampled in float32 at least.
-Fresh weights are torch's defaults with zeros for positions: they are there to be loaded.
+In shapes, B is the batch size, C the number of channels, D the channels per head, H and W the image size in pixels, and
+h and w in patches. A module computes in the dtype and on the device of its weights. Only position embeddings are
+resampled in float32 or wider. New modules have torch's default weights, and zeros for position embeddings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MODULES = {"ClipEncoder": "clip", "DeepEncoder": "deepencoder", "SamEncoder": "
 
 
 def __getattr__(name: str) -> object:
-    """Import an encoder on first use: a conversion needs only the configs, and no torch."""
+    """Import an encoder on first access, so that a conversion, which only needs the sizes, does not import torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

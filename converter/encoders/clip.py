@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021), which the DeepEncoder runs on SAM's features instead of pixels."""
+"""CLIP's vision tower (Radford et al. 2021). In the DeepEncoder, its input is SAM's features instead of pixels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders.config import ClipConfig
-from converter.encoders.functional import check_sides, resample_grid, split_heads
+from converter.encoders.functional import check_image_size, resample_abs_pos, split_heads
 
 EPS = 1e-5
 
 
 class ClipEncoder(nn.Module):
-    """CLIP's vision tower up to its last block: DeepSeek leaves out the norm and the projection after it.
+    """CLIP's vision tower without the final norm and projection, which DeepSeek-OCR does not use.
 
-    For comparisons, hook `transformer.layers[i]`: each takes and returns (B, 1 + h*w, width).
+    To compare activations, put forward hooks on `transformer.layers[i]`. Each layer maps (B, 1 + h*w, width) to the
+    same shape.
     """
 
     def __init__(self, config: ClipConfig | None = None) -> None:
@@ -26,10 +27,15 @@ class ClipEncoder(nn.Module):
         self.transformer = _Transformer(config)
 
     def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) pixels, or (B, width, h, w) instead of the patch convolution's output -> (B, 1 + h*w, width).
+        """Encode pixels or patch embeddings to (B, 1 + h*w, width): the class token, then patches row by row.
 
-        The class token comes first, then patches row by row. `pixels` are not looked at where `patch_embeds` is given.
-        Raises ValueError where a side is no multiple of the patch, or where neither can be used.
+        Args:
+            pixels: Pixels (B, 3, H, W). They are ignored if `patch_embeds` is given.
+            patch_embeds: Features (B, width, h, w) that replace the output of the patch convolution.
+
+        Raises:
+            ValueError: Height or width is not a multiple of the patch size, or `patch_embeds` is required: there are
+                no pixels, or there is no patch convolution.
         """
         x: Tensor = self.transformer(self.pre_layrnorm(self.embeddings(pixels, patch_embeds)))
         return x
@@ -39,15 +45,15 @@ class _Embeddings(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        count = config.grid**2 + 1
+        num_positions = config.grid**2 + 1
         self.class_embedding = nn.Parameter(torch.zeros(config.width))
         if config.patch_convolution:
             self.patch_embedding = nn.Conv2d(
                 config.channels, config.width, config.patch, stride=config.patch, bias=False
             )
-        self.position_embedding = nn.Embedding(count, config.width)
+        self.position_embedding = nn.Embedding(num_positions, config.width)
         self.position_ids: Tensor
-        self.register_buffer("position_ids", torch.arange(count)[None])
+        self.register_buffer("position_ids", torch.arange(num_positions)[None])
 
     def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None) -> Tensor:
         patches = self._patches(pixels) if patch_embeds is None else patch_embeds
@@ -57,17 +63,17 @@ class _Embeddings(nn.Module):
 
     def _patches(self, pixels: Tensor | None) -> Tensor:
         if pixels is None or not self.config.patch_convolution:
-            raise ValueError("patch_embeds is needed: there are no pixels, or no patch convolution to run on them")
-        check_sides(pixels, self.config.patch)
+            raise ValueError("patch_embeds is required: there are no pixels, or the encoder has no patch convolution")
+        check_image_size(pixels, self.config.patch)
         patches: Tensor = self.patch_embedding(pixels)
         return patches
 
     def _positions(self, h: int, w: int) -> Tensor:
-        """(1, 1 + h*w, width): the class token's position as it is, the patches' resampled."""
-        # Through position_ids, as in DeepSeek's module: a wrong one shows in the outputs.
+        """Return position embeddings (1, 1 + h*w, width); only those of the patches are resampled."""
+        # As in DeepSeek's module, position_ids are used, so wrong ones change the output.
         table: Tensor = self.position_embedding(self.position_ids)
         grid = self.config.grid
-        patches = resample_grid(table[:, 1:].reshape(1, grid, grid, -1), h, w)
+        patches = resample_abs_pos(table[:, 1:].reshape(1, grid, grid, -1), h, w)
         return torch.cat([table[:, :1], patches.flatten(1, 2)], dim=1)
 
 
@@ -83,7 +89,7 @@ class _Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block on (B, N, C)."""
+    """Transformer block on (B, N, C)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -119,6 +125,6 @@ class _Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        # quick_gelu, OpenAI's approximation: neither torch's exact GELU nor its tanh one.
+        # quick_gelu, OpenAI's approximation. It differs from both the exact and the tanh GELU of torch.
         y: Tensor = self.fc2(x * torch.sigmoid(1.702 * x))
         return y

@@ -1,4 +1,4 @@
-"""Sizes of the encoders, and how to read them off the shapes of a checkpoint's tensors."""
+"""Configs of the encoders, inferred from the shapes of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class SamConfig:
-    """Sizes of SAM's image encoder; the defaults are SAM-base's, with DeepSeek-OCR's compressor.
+    """Sizes of SAM's image encoder. The defaults are SAM-base with DeepSeek-OCR's compressor.
 
-    `image_size` (pixels) is the trained one: it fixes the position tables, not what may be run. `window` is in patches;
-    blocks not in `global_blocks` attend within windows. `compressor` holds the channels after net_2 and net_3, or is
-    None for SAM as Meta made it.
+    Attributes:
+        image_size: The image size in training, in pixels. Other sizes can be encoded.
+        patch: The patch size in pixels.
+        channels: The number of channels of an image.
+        width: The embedding dimension.
+        depth: The number of blocks.
+        heads: The number of attention heads.
+        mlp: The hidden dimension of the MLPs.
+        window: The window size in patches.
+        global_blocks: The indices of the blocks with global attention. All others attend within windows.
+        neck: The number of channels of the neck.
+        compressor: The output channels of net_2 and net_3, or None for Meta's SAM.
     """
 
     image_size: int = 1024
@@ -41,10 +50,18 @@ class SamConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of CLIP's vision tower; the defaults are CLIP-L/14's.
+    """Sizes of CLIP's vision tower. The defaults are CLIP-L/14.
 
-    `image_size` (pixels) is the trained one. `patch_convolution` is False for checkpoints without patch embedding:
-    inside the DeepEncoder it never runs, so some programs leave it out.
+    Attributes:
+        image_size: The image size in training, in pixels. Other sizes can be encoded.
+        patch: The patch size in pixels.
+        channels: The number of channels of an image.
+        width: The embedding dimension.
+        depth: The number of blocks.
+        heads: The number of attention heads.
+        mlp: The hidden dimension of the MLPs.
+        patch_convolution: Whether the checkpoint has a patch embedding. The DeepEncoder does not run it, so some
+            checkpoints lack it.
     """
 
     image_size: int = 224
@@ -63,20 +80,23 @@ class ClipConfig:
 
 
 def sam_config_from(shapes: Shapes) -> SamConfig:
-    """The config of a SAM encoder, read off the shapes of its tensors under DeepSeek's names.
+    """Infer the config of a SAM encoder from the shapes of its tensors by DeepSeek's names.
 
-    A block is global where its position tables fit the whole image, so a window as large as the image counts as global.
-    Raises LayoutError where a tensor is missing or shapes contradict each other.
+    A block is global if its relative position embeddings cover the whole image, so a window as large as the image
+    counts as global.
+
+    Raises:
+        LayoutError: A tensor is missing, or shapes contradict each other.
     """
     width, channels, patch, _ = shape_of(shapes, "patch_embed.proj.weight", 4)
     _, rows, columns, _ = shape_of(shapes, "pos_embed", 4)
     if rows != columns:
         raise LayoutError(f"pos_embed: {rows} rows and {columns} columns, expected a square")
-    tables = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
-    windows = {length for length, _ in tables} - {2 * rows - 1}
+    rel_pos = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
+    windows = {length for length, _ in rel_pos} - {2 * rows - 1}
     if len(windows) > 1:
         raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(windows)} offsets, expected windows of one size")
-    head_width = tables[0][1]
+    head_width = rel_pos[0][1]
     if width % head_width:
         raise LayoutError(f"blocks.0.attn.rel_pos_h: heads of {head_width} channels, expected a divisor of {width}")
     return SamConfig(
@@ -84,11 +104,11 @@ def sam_config_from(shapes: Shapes) -> SamConfig:
         patch=patch,
         channels=channels,
         width=width,
-        depth=len(tables),
+        depth=len(rel_pos),
         heads=width // head_width,
         mlp=shape_of(shapes, "blocks.0.mlp.lin1.weight", 2)[0],
         window=(windows.pop() + 1) // 2 if windows else SamConfig.window,
-        global_blocks=tuple(index for index, (length, _) in enumerate(tables) if length == 2 * rows - 1),
+        global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
         compressor=_compressor(shapes),
     )
@@ -101,19 +121,21 @@ def _compressor(shapes: Shapes) -> tuple[int, int] | None:
 
 
 def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
-    """The config of a CLIP vision tower, read off the shapes of its tensors under DeepSeek's names.
+    """Infer the config of a CLIP vision tower from the shapes of its tensors by DeepSeek's names.
 
-    No tensor shows the number of heads: those of every vision transformer that OpenAI published are 64 channels wide.
-    Without patch convolution the patch is taken to be the default's. Raises LayoutError where a tensor is missing or
-    shapes contradict each other.
+    Shapes do not determine the number of heads. All vision transformers that OpenAI published have 64 channels per
+    head. Without a patch convolution, the patch size and the channels are the defaults.
+
+    Raises:
+        LayoutError: A tensor is missing, or shapes contradict each other.
     """
-    table = "embeddings.position_embedding.weight"
-    count, width = shape_of(shapes, table, 2)
-    grid = isqrt(count - 1)
-    if not grid or grid**2 != count - 1:
-        raise LayoutError(f"{table}: {count} positions, expected a square of patches and the class token")
+    name = "embeddings.position_embedding.weight"
+    num_positions, width = shape_of(shapes, name, 2)
+    grid = isqrt(num_positions - 1)
+    if not grid or grid**2 != num_positions - 1:
+        raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
     if width % head_width:
-        raise LayoutError(f"{table}: {width} channels, expected a multiple of the heads' {head_width}")
+        raise LayoutError(f"{name}: {width} channels, expected a multiple of the heads' {head_width}")
     channels, patch = ClipConfig.channels, ClipConfig.patch
     convolution = "embeddings.patch_embedding.weight"
     if convolution in shapes:
@@ -130,17 +152,26 @@ def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
     )
 
 
-def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of a tensor that must be there, with as many dimensions, none of them 0."""
+def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+    """Return the shape of a tensor.
+
+    Args:
+        shapes: The shapes of all tensors by name.
+        name: The tensor's name.
+        ndim: The expected number of dimensions.
+
+    Raises:
+        LayoutError: The tensor is missing or empty, or has another number of dimensions.
+    """
     shape = tuple(shapes.get(name, ()))
-    if len(shape) != dimensions or min(shape) < 1:
-        found = f"shape {list(shape)}" if name in shapes else "missing"
-        raise LayoutError(f"{name}: {found}, expected {dimensions} dimensions")
+    if len(shape) != ndim or min(shape) < 1:
+        actual = f"shape {list(shape)}" if name in shapes else "missing"
+        raise LayoutError(f"{name}: {actual}, expected {ndim} dimensions")
     return shape
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """How many blocks have tensors under `prefix`; they must be numbered from 0 without gaps."""
+    """Return the number of blocks under `prefix`; LayoutError unless they are numbered from 0 without gaps."""
     matches = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in shapes)
     indices = {int(match[1]) for match in matches if match}
     if not indices or max(indices) >= len(indices):

@@ -1,4 +1,4 @@
-"""The whole chain: SAM, compressor, CLIP on SAM's features, both side by side."""
+"""The DeepEncoder: SAM, the compressor, CLIP on their output, and the concatenation of both outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DeepEncoder(nn.Module):
     """DeepSeek-OCR's vision encoder (Wei et al. 2025): `sam_model`, with the compressor in it, and `vision_model`."""
 
     def __init__(self, sam: SamConfig | None = None, clip: ClipConfig | None = None) -> None:
-        """Raises ValueError unless the compressor ends in as many channels as CLIP has."""
+        """Create the encoder; ValueError unless the compressor's last width is the width of CLIP."""
         super().__init__()
         sam, clip = sam or SamConfig(), clip or ClipConfig()
         if sam.compressor is None or sam.compressor[-1] != clip.width:
@@ -23,10 +23,13 @@ class DeepEncoder(nn.Module):
         self.vision_model = ClipEncoder(clip)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, 2 * width), N = ceil(H/64) * ceil(W/64) row by row: CLIP's channels, then SAM's.
+        """Encode pixels (B, 3, H, W) to tokens (B, N, 2 * width), with N = ceil(H/64) * ceil(W/64), row by row.
 
-        Sides of 512, 640, 1024 and 1280 give 64, 100, 256 and 400 tokens of 2048. CLIP's class token is left out.
-        Raises ValueError where a side is no multiple of SAM's patch.
+        The channels of a token are CLIP's, then SAM's. CLIP's class token is not returned. Images of size 512, 640,
+        1024 and 1280 give 64, 100, 256 and 400 tokens with 2048 channels.
+
+        Raises:
+            ValueError: Height or width is not a multiple of SAM's patch size.
         """
         features: Tensor = self.sam_model(pixels)
         semantic: Tensor = self.vision_model(None, features)

@@ -1,4 +1,4 @@
-"""Functions for both SAM and CLIP: attention heads, and position embeddings of other sizes than the trained one."""
+"""Functions that SAM and CLIP share: splitting attention heads, and resampling position embeddings."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 * C), q then k then v, head after head in each -> three of (B, heads, N, D)."""
-    q, k, v = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the output of a fused q, k, v projection (B, N, 3 * C) into q, k and v, each (B, num_heads, N, D)."""
+    q, k, v = qkv.reshape(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def resample_grid(table: Tensor, h: int, w: int) -> Tensor:
-    """Position embeddings (1, rows, columns, C) -> (1, h, w, C): bicubic, antialiased, as DeepSeek's were trained."""
-    if table.shape[1:3] == (h, w):
-        return table
-    x = table.permute(0, 3, 1, 2).to(_resampling_dtype(table))
+def resample_abs_pos(pos_embed: Tensor, h: int, w: int) -> Tensor:
+    """Resample absolute position embeddings (1, rows, columns, C) to (1, h, w, C).
+
+    The interpolation is bicubic with antialiasing, as in the training of DeepSeek-OCR.
+    """
+    if pos_embed.shape[1:3] == (h, w):
+        return pos_embed
+    x = pos_embed.permute(0, 3, 1, 2).to(_resampling_dtype(pos_embed))
     x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    return x.to(table.dtype).permute(0, 2, 3, 1)
+    return x.to(pos_embed.dtype).permute(0, 2, 3, 1)
 
 
-def resample_offsets(table: Tensor, length: int) -> Tensor:
-    """Relative positions (offsets, D) -> (length, D), linear, as in ViTDet."""
-    if len(table) == length:
-        return table
-    x = F.interpolate(table.to(_resampling_dtype(table)).T[None], length, mode="linear", align_corners=False)
-    return x[0].T.to(table.dtype)
+def resample_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
+    """Resample relative position embeddings (2 * size - 1, D) to (length, D) linearly, as in ViTDet."""
+    if len(rel_pos) == length:
+        return rel_pos
+    x = F.interpolate(rel_pos.to(_resampling_dtype(rel_pos)).T[None], length, mode="linear", align_corners=False)
+    return x[0].T.to(rel_pos.dtype)
 
 
-def check_sides(pixels: Tensor, patch: int) -> None:
-    """Raises ValueError for pixels left over, which a patch convolution would drop without a word."""
-    if any(side % patch for side in pixels.shape[-2:]):
-        raise ValueError(f"pixels of shape {list(pixels.shape)}: height and width must be multiples of {patch}")
+def check_image_size(pixels: Tensor, patch_size: int) -> None:
+    """Raise ValueError unless height and width are multiples of the patch size.
+
+    A patch convolution would ignore the pixels of an incomplete patch without an error.
+    """
+    if any(size % patch_size for size in pixels.shape[-2:]):
+        raise ValueError(f"pixels of shape {list(pixels.shape)}: height and width must be multiples of {patch_size}")
 
 
-def _resampling_dtype(table: Tensor) -> torch.dtype:
-    # In half precision the weights of the interpolation would be rounded too; float64 must not lose digits midway.
-    return torch.promote_types(table.dtype, torch.float32)
+def _resampling_dtype(tensor: Tensor) -> torch.dtype:
+    # In half precision the interpolation weights would be rounded too. float64 stays float64.
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""SAM's image encoder, a ViTDet (Li et al. 2022, Kirillov et al. 2023), and DeepSeek's compressor after it."""
+"""SAM's image encoder, a ViTDet (Li et al. 2022, Kirillov et al. 2023), followed by DeepSeek's compressor."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders.config import SamConfig
-from converter.encoders.functional import check_sides, resample_grid, resample_offsets, split_heads
+from converter.encoders.functional import check_image_size, resample_abs_pos, resample_rel_pos, split_heads
 
 EPS = 1e-6
 
 
 class SamEncoder(nn.Module):
-    """SAM's image encoder; `state_dict()` has DeepSeek's names: Meta's, without `image_encoder.`, and the compressor's.
+    """SAM's image encoder with DeepSeek's compressor.
 
-    For comparisons, hook `blocks[i]`: each takes and returns (B, h, w, C), the first one patches with positions added.
+    Parameter names follow DeepSeek-OCR: Meta's SAM names without the `image_encoder.` prefix, plus net_2 and net_3.
+    To compare activations, put forward hooks on `blocks[i]`. Each block maps (B, h, w, C) to the same shape; the input
+    of the first block is the patch embeddings with position embeddings added.
     """
 
     def __init__(self, config: SamConfig | None = None) -> None:
@@ -26,9 +28,9 @@ class SamEncoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(config, index in config.global_blocks) for index in range(config.depth))
         self.neck = nn.Sequential(
             nn.Conv2d(config.width, config.neck, 1, bias=False),
-            _ChannelNorm(config.neck, EPS),
+            _LayerNorm2d(config.neck, EPS),
             nn.Conv2d(config.neck, config.neck, 3, padding=1, bias=False),
-            _ChannelNorm(config.neck, EPS),
+            _LayerNorm2d(config.neck, EPS),
         )
         if config.compressor is not None:
             middle, last = config.compressor
@@ -36,21 +38,24 @@ class SamEncoder(nn.Module):
             self.net_3 = nn.Conv2d(middle, last, 3, stride=2, padding=1, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, compressed, ceil(H/64), ceil(W/64)); without a compressor, `features`.
+        """Encode pixels (B, 3, H, W) to (B, C, ceil(H/64), ceil(W/64)), where C is the compressor's last width.
 
-        Raises ValueError where a side is no multiple of the patch.
+        Without a compressor, this returns the same as `features`.
+
+        Raises:
+            ValueError: Height or width is not a multiple of the patch size.
         """
         x = self.features(pixels)
         if self.config.compressor is not None:
-            # Nothing between the two convolutions, nor after them: so they were trained.
+            # No norm or activation between or after the convolutions, as in training.
             x = self.net_3(self.net_2(x))
         return x
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, neck, H/16, W/16), before the compressor: what Meta's encoder returns."""
-        check_sides(pixels, self.config.patch)
+        """Encode pixels (B, 3, H, W) to the output of Meta's encoder (B, neck, H/16, W/16), before the compressor."""
+        check_image_size(pixels, self.config.patch)
         x: Tensor = self.patch_embed(pixels)
-        x = x + resample_grid(self.pos_embed, x.shape[1], x.shape[2])
+        x = x + resample_abs_pos(self.pos_embed, x.shape[1], x.shape[2])
         for block in self.blocks:
             x = block(x)
         features: Tensor = self.neck(x.permute(0, 3, 1, 2))
@@ -58,7 +63,7 @@ class SamEncoder(nn.Module):
 
 
 class _PatchEmbedding(nn.Module):
-    """(B, 3, H, W) -> (B, h, w, C)."""
+    """Patch embedding of pixels (B, 3, H, W) as (B, h, w, C)."""
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
@@ -70,11 +75,11 @@ class _PatchEmbedding(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block on (B, h, w, C), attending within windows or over the whole image."""
+    """Transformer block on (B, h, w, C) with attention within windows or over the whole image."""
 
-    def __init__(self, config: SamConfig, attends_globally: bool) -> None:
+    def __init__(self, config: SamConfig, is_global: bool) -> None:
         super().__init__()
-        self.window = None if attends_globally else config.window
+        self.window = None if is_global else config.window
         self.norm1 = nn.LayerNorm(config.width, EPS)
         self.attn = _Attention(config, self.window or config.grid)
         self.norm2 = nn.LayerNorm(config.width, EPS)
@@ -85,40 +90,47 @@ class _Block(nn.Module):
         if self.window is None:
             y = self.attn(y)
         else:
-            # The padding comes after the norm and is not masked: SAM was trained attending to it.
-            windows = self.attn(_to_windows(y, self.window))
-            y = _from_windows(windows, x.shape[1], x.shape[2])
+            # The padding comes after the norm and is not masked, as in the training of SAM.
+            windows = self.attn(window_partition(y, self.window))
+            y = window_unpartition(windows, x.shape[1], x.shape[2])
         x = x + y
         y = self.mlp(self.norm2(x))
         return x + y
 
 
 class _Attention(nn.Module):
-    """Attention with decomposed relative positions (Li et al. 2022, MViTv2): a table for rows, a table for columns.
+    """Attention with decomposed relative position embeddings for rows and columns (Li et al. 2022, MViTv2).
 
-    Each runs from the offset -(side - 1) to side - 1, query minus key, in patches.
+    Each of the two tables has an embedding for every offset from -(size - 1) to size - 1. The offset is the position of
+    the query minus that of the key, in patches.
     """
 
-    def __init__(self, config: SamConfig, side: int) -> None:
+    def __init__(self, config: SamConfig, size: int) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, config.width // config.heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, config.width // config.heads))
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, config.width // config.heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, config.width // config.heads))
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x.flatten(1, 2)), self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q, h, w))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._rel_pos_bias(q, h, w))
         projected: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape))
         return projected
 
-    def _bias(self, q: Tensor, h: int, w: int) -> Tensor:
-        """(B, heads, h*w, D) -> (B, heads, h*w, h*w): the query, unscaled, times the embeddings of both offsets."""
+    def _rel_pos_bias(self, q: Tensor, h: int, w: int) -> Tensor:
+        """Return the decomposed relative position bias q.R_h + q.R_w (B, heads, h*w, h*w), with q before scaling.
+
+        Args:
+            q: Queries (B, heads, h*w, D).
+            h: Number of rows of patches.
+            w: Number of columns of patches.
+        """
         q = q.reshape(*q.shape[:2], h, w, -1)
-        rows = torch.einsum("bnhwd,hkd->bnhwk", q, _by_offset(self.rel_pos_h, h)).flatten(2, 3)
-        columns = torch.einsum("bnhwd,wkd->bnhwk", q, _by_offset(self.rel_pos_w, w)).flatten(2, 3)
+        rows = torch.einsum("bnhwd,hkd->bnhwk", q, _rel_pos_embeddings(self.rel_pos_h, h)).flatten(2, 3)
+        columns = torch.einsum("bnhwd,wkd->bnhwk", q, _rel_pos_embeddings(self.rel_pos_w, w)).flatten(2, 3)
         return (rows[..., :, None] + columns[..., None, :]).flatten(3)
 
 
@@ -133,30 +145,36 @@ class _Mlp(nn.Module):
         return y
 
 
-class _ChannelNorm(nn.LayerNorm):
+class _LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (B, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's kernel sums in float32; Meta's formula in half precision rounds on the way, and may overflow.
+        # Meta's LayerNorm2d computes in the input dtype, so it loses precision in fp16 and bf16 and can overflow.
+        # torch's kernel accumulates in float32.
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _by_offset(table: Tensor, side: int) -> Tensor:
-    """(offsets, D) -> (side, side, D): what the table says of each query (first) and key along one direction."""
-    place = torch.arange(side, device=table.device)
-    return resample_offsets(table, 2 * side - 1)[place[:, None] - place + side - 1]
+def _rel_pos_embeddings(rel_pos: Tensor, size: int) -> Tensor:
+    """Return the embedding for each query (first dimension) and key (second) along one direction, (size, size, D)."""
+    positions = torch.arange(size, device=rel_pos.device)
+    return resample_rel_pos(rel_pos, 2 * size - 1)[positions[:, None] - positions + size - 1]
 
 
-def _to_windows(x: Tensor, side: int) -> Tensor:
-    """(B, h, w, C) -> (B * windows, side, side, C), with zeros below and to the right where `side` does not divide."""
+def window_partition(x: Tensor, size: int) -> Tensor:
+    """Partition (B, h, w, C) into windows (B * num_windows, size, size, C), zero-padded at the bottom and right."""
     batch, h, w, channels = x.shape
-    x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
-    x = x.reshape(batch, -(-h // side), side, -(-w // side), side, channels)
+    x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
+    x = x.reshape(batch, ceil_div(h, size), size, ceil_div(w, size), size, channels)
     return x.transpose(2, 3).flatten(0, 2)
 
 
-def _from_windows(windows: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `_to_windows`, without the padding: -> (B, h, w, C)."""
-    side, channels = windows.shape[2:]
-    x = windows.reshape(-1, -(-h // side), -(-w // side), side, side, channels)
+def window_unpartition(windows: Tensor, h: int, w: int) -> Tensor:
+    """Join windows to (B, h, w, C) without the padding: the inverse of `window_partition`."""
+    size, channels = windows.shape[2:]
+    x = windows.reshape(-1, ceil_div(h, size), ceil_div(w, size), size, size, channels)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Divide and round up."""
+    return -(-a // b)
