@@ -9,6 +9,7 @@ import pytest
 from inventories import inventories
 from memory_file import Memory
 
+from converter.api import inspect
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import unwrapped_names, without_common_prefixes
 from converter.errors import LayoutError, MappingError
@@ -16,7 +17,7 @@ from converter.layouts import registry
 from converter.layouts.detect import detect_layout
 from converter.layouts.shapes import fits, parse_dim
 from converter.options import ConvertOptions
-from converter.output import pretrained_config, record
+from converter.output import pretrained_config
 from converter.plan.planner import resolve_to_canonical
 from converter.storage.byte_range import Storage
 from converter.tensors.dtypes import BY_NAME
@@ -49,7 +50,7 @@ MANY = 100_000
 QUICK: dict[str, Callable[[], object]] = {
     "a name of a million segments": lambda: list(without_common_prefixes({"a." * 10**6 + "b": tensor("x")}, "x")),
     "a million wrappers": lambda: unwrapped_names({"module." * 10**6 + "b": tensor("x")}, "x"),
-    "a hundred thousand shapes": lambda: record.group_layers({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
+    "a hundred thousand shapes": lambda: inspect.group_layers({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
 }
 
 
@@ -61,7 +62,7 @@ def test_time_does_not_grow_with_the_square_of_the_input(name: str) -> None:
 
 
 def test_shapes_of_a_group_come_with_the_most_frequent_first() -> None:
-    (group,) = record.group_layers(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
+    (group,) = inspect.group_layers(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
     assert group.shapes == [[2], [9], [7]]
 
 
@@ -117,10 +118,10 @@ def test_indices_whose_number_nothing_tells() -> None:
 
 def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
     """Once every number between the first and the last was made."""
-    (group,) = record.group_layers(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
+    (group,) = inspect.group_layers(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
     assert group.layers == "0 999999999"
     # Longer ones are no indices, and Python refuses to read the longest as numbers.
-    assert len(record.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
+    assert len(inspect.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
 
 
 def test_positions_are_numbered_up_to_a_bound() -> None:

@@ -342,7 +342,7 @@ def test_two_equally_good_state_dicts_need_a_choice(tmp_path: Path) -> None:
 def test_a_converted_checkpoint_is_not_converted_again(family: str, tmp_path: Path) -> None:
     _, _, make = LAYOUTS[{"sam": "sam-meta", "clip": "clip-hf"}[family]]
     _, converted = make()
-    with pytest.raises(LayoutError, match=f"in the layout deepencoder-{family} already"):
+    with pytest.raises(LayoutError, match=f"already has the layout deepencoder-{family}"):
         converter.convert(str(save_zip(converted, tmp_path)), family, out=tmp_path / "out.safetensors")
 
 

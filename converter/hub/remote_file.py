@@ -75,7 +75,9 @@ class RemoteFile:
             on_fetched: Called by several threads after bytes have been received.
         """
         self._on_fetched = on_fetched
-        ranges = self._within(ranges)
+        # Small files are read whole with their metadata.
+        held = self._in_memory()
+        ranges = [(start, end) for start, end in self._within(ranges) if list(held.missing(start, end))]
         self._expect([(chunk.start, chunk.end) for chunk in chunks(ranges)])
         self._ahead = ReadAhead(ranges, self._fetch)
 
@@ -110,6 +112,13 @@ class RemoteFile:
             # Closed on errors too: the connection ends with it.
             with closing(self._pieces(start, end)) as pieces:
                 copy.write(start, pieces)
+
+    def _in_memory(self) -> RangeSet:
+        """Return the ranges of the metadata that are still in memory."""
+        held = RangeSet()
+        for start, data in self._recent:
+            held.add(start, start + len(data))
+        return held
 
     def _within(self, ranges: Sequence[Range]) -> list[Range]:
         return [(start, min(end, self.size)) for start, end in ranges]

@@ -213,7 +213,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "one block lacking": (_file(_without(sam, r"blocks\.1\.")), ("missing tensor 'blocks.1.norm1.weight'", "more")),
     "the first block lacking": (_file(_without(sam, r"blocks\.0\.")), ("no SAM layout fits", "nearest is sam-meta")),
-    "the neck lacking": (_file(_without(sam, "neck")), ("no SAM layout fits", "nothing for image_encoder.neck.{rest}")),
+    "the neck lacking": (_file(_without(sam, "neck")), ("no SAM layout fits", "no tensor for image_encoder.neck")),
     "a tensor too much": (
         _file(lambda: {**sam(), "image_encoder.head.weight": torch.zeros(3)}),
         ("no rule claims 'image_encoder.head.weight'",),

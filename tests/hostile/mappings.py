@@ -300,13 +300,13 @@ def _huge(path: Path) -> None:
 # What --mapping names, where that is no file of text.
 NO_FILES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a folder": (_special(Path.mkdir), ("m.yaml: cannot be read: Is a directory",)),
-    "a pipe": (_special(os.mkfifo), ("m.yaml: is no file",)),
+    "a pipe": (_special(os.mkfifo), ("m.yaml: is not a file",)),
     "nothing": (_special(str), ("m.yaml: cannot be read: No such file",)),
     "a link to nowhere": (_special(lambda path: path.symlink_to("none")), ("m.yaml: cannot be read: No such file",)),
     "a link to itself": (_special(lambda path: path.symlink_to(path)), ("m.yaml: cannot be read: ",)),
     "a terabyte of nothing": (_special(_huge), ("m.yaml: larger than 1048576",)),
-    "/dev/zero": (lambda folder: [_source(folder), "--mapping", "/dev/zero"], ("/dev/zero: is no file",)),
-    "/dev/null": (lambda folder: [_source(folder), "--mapping", "/dev/null"], ("/dev/null: is no file",)),
+    "/dev/zero": (lambda folder: [_source(folder), "--mapping", "/dev/zero"], ("/dev/zero: is not a file",)),
+    "/dev/null": (lambda folder: [_source(folder), "--mapping", "/dev/null"], ("/dev/null: is not a file",)),
     "the checkpoint": (lambda folder: [_source(folder), "--mapping", folder / "sam.safetensors"], ("not UTF-8",)),
 }
 
