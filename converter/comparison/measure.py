@@ -10,7 +10,7 @@ import torch
 
 from converter.comparison.difference import Figures
 from converter.comparison.streams import Pairs, Stream
-from converter.tensors.evaluate import torch_dtype
+from converter.tensors.evaluate import bit_view, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor
 
 # Elements in one piece: they fit into the processor's cache.
@@ -68,7 +68,6 @@ def _figures(a: torch.Tensor, b: torch.Tensor) -> Figures:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype == b.dtype:
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        return a.view(bits) == b.view(bits)
+        return bit_view(a) == bit_view(b)
     x, y = a.double(), b.double()
     return (x == y) | (x.isnan() & y.isnan())

@@ -17,12 +17,10 @@ from converter.derivation.comparison import Comparison, Tensors
 from converter.derivation.matches import TensorMatch, find_missing
 from converter.derivation.operations import Ops, find_operations
 from converter.errors import LayoutError
-from converter.tensors.evaluate import evaluate
+from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.ops import Fuse, Split
 
-# Elements are compared as integers: a NaN equals itself, and 0.0 is not -0.0.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # q, k and v of each of 21 heads.
 _MOST_PARTS = 64
 
@@ -46,7 +44,7 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
 
 def _load(value: LazyTensor) -> torch.Tensor:
     """Return a tensor's elements as integers, in its shape."""
-    return evaluate(value).contiguous().view(_INTEGERS[value.dtype.itemsize])
+    return bit_view(evaluate(value))
 
 
 def _fingerprint(tensor: torch.Tensor, value: LazyTensor) -> Fingerprint:

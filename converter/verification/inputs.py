@@ -32,21 +32,16 @@ class Converted:
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of the converted file.
+    """The source of the converted file, and the conversion with the options that the converted file shows.
 
-    Attributes:
-        source: The opened checkpoint.
-        own: The tensors under the layout's prefix, which the source's own library loads.
-        plan: The conversion, with the options that the converted file shows.
-        read: Reads tensors by their keys, with the format's own library.
-        resampled: Whether positions were resampled, so that the source's own library cannot load them.
+    `own` are the tensors that the source's own library loads: those under the layout's prefix, but none if positions
+    were resampled.
     """
 
     source: Checkpoint
     own: Mapping[str, TensorInfo]
     plan: Plan
     read: Reader
-    resampled: bool
 
 
 def largest_state_dict(source: Checkpoint) -> StateDict:
@@ -106,10 +101,11 @@ def open_origin(
     dtype, image_size = _infer_options(plan, target)
     if dtype != "keep" or image_size is not None:
         plan = plan_to_canonical(source, detected, replace(options, image_size=image_size), dtype)
-    own = {name: tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix)}
+    prefix, kept = detected.match.prefix, image_size is None
+    own = {name: tensor for name, tensor in detected.tensors.items() if kept and name.startswith(prefix)}
     needed = [*(tensor for value in plan.outputs.values() for tensor in source_tensors(value)), *own.values()]
     read = open_independently(source, detected.state_dict, needed, on_progress)
-    return Origin(source, own, plan, read, image_size is not None)
+    return Origin(source, own, plan, read)
 
 
 def _infer_options(plan: Plan, target: Converted) -> tuple[str, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,18 @@ _MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class RecordedTensor:
-    """A tensor's type, shape and SHA-256."""
-
-    dtype: str
-    shape: Sequence[int]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Record:
-    """What a conversion record says of its file; `metadata` is None if none was written."""
+    """What a conversion record says of its file.
+
+    `metadata` is None if none was written; `tensors` are type and shape, such as `float32 [1024]`, and SHA-256 by name.
+    """
 
     path: Path
     family: str
     layout: str
     mapping: str
     metadata: Mapping[str, str] | None
-    tensors: Mapping[str, RecordedTensor]
+    tensors: Mapping[str, tuple[str, str]]
 
     @property
     def canonical(self) -> bool:
@@ -86,7 +80,7 @@ def _parse(path: Path, document: Any) -> Record:
         mapping=" + ".join(mappings),
         metadata=dict(metadata) if metadata is not None else None,
         tensors={
-            name: RecordedTensor(str(entry["dtype"]), [int(n) for n in entry["shape"]], str(entry["sha256"]))
+            name: (f"{entry['dtype']} {[int(n) for n in entry['shape']]}", str(entry["sha256"]))
             for name, entry in document["tensors"].items()
         },
     )
@@ -106,12 +100,12 @@ def check_record(
     """
     checks = []
     for name in sorted(tensors.keys() ^ record.tensors.keys()):
-        missing = name in record.tensors
-        detail = f"{name} is missing, though the record has it" if missing else f"{name} is not in the record"
-        checks.append(Check(GROUP, name, FAILED, detail, [name]))
+        problem = "is missing, though the record has it" if name in record.tensors else "is not in the record"
+        checks.append(Check(GROUP, name, FAILED, f"{name} {problem}", [name]))
     common = [name for name in tensors if name in record.tensors]
     for done, name in enumerate(common, 1):
-        checks += _compare(name, record.tensors[name], tensors[name], read)
+        problem = _compare(*record.tensors[name], tensors[name], read)
+        checks += [Check(GROUP, name, FAILED, f"{name} {problem}", [name])] if problem else []
         on_progress(GROUP, done, len(common))
     if len(checks) > len(record.tensors) / 2:
         cause = f"{record.path.name} is the record of another file"
@@ -122,14 +116,13 @@ def check_record(
     return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, source)]
 
 
-def _compare(name: str, recorded: RecordedTensor, tensor: TensorInfo, read: Reader) -> list[Check]:
-    kind, expected = f"{tensor.dtype.name} {list(tensor.shape)}", f"{recorded.dtype} {recorded.shape}"
-    if kind != expected:
-        return [Check(GROUP, name, FAILED, f"{name} is {kind}, in the record {expected}", [name])]
-    digest = hashlib.sha256(as_bytes(read(name))).hexdigest()
-    if digest != recorded.sha256:
-        return [Check(GROUP, name, FAILED, f"{name} has SHA-256 {digest}, in the record {recorded.sha256}", [name])]
-    return []
+def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:
+    """How a tensor differs from its record; empty if it does not."""
+    actual = f"{tensor.dtype.name} {list(tensor.shape)}"
+    if actual != kind:
+        return f"is {actual}, in the record {kind}"
+    digest = hashlib.sha256(as_bytes(read(tensor.key))).hexdigest()
+    return "" if digest == sha256 else f"has SHA-256 {digest}, in the record {sha256}"
 
 
 def _check_metadata(recorded: Mapping[str, str], source: Checkpoint) -> Check:

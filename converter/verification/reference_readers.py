@@ -12,13 +12,13 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import UsageError
 from converter.formats import registry
+from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import TensorInfo
 
 # Containers that the library reads tensor by tensor; others are read whole.
 _IN_PLACE = ("safetensors", "torch zip")
-_TORCH = ("torch zip", "torch legacy")
 
 # Returns the tensor of a state dict by its key.
 Reader = Callable[[str], torch.Tensor]
@@ -39,11 +39,10 @@ def open_independently(
         A function from a key to its tensor.
     """
     source.fetch(needed, on_progress)
-    for remote in source.remote:
-        if source.containers[source.files.index(remote)] not in _IN_PLACE:
-            remote.fetch_all([(0, remote.size)])
     readers: dict[str, Reader] = {}
     for container, file in zip(source.containers, source.files, strict=True):
+        if isinstance(file, RemoteFile) and container not in _IN_PLACE:
+            file.fetch_all([(0, file.size)])
         keys, read = _open(container, file, state_dict)
         readers |= dict.fromkeys(keys, read)
     return lambda key: readers[key](key).detach()
@@ -57,23 +56,18 @@ def _open(container: str, file: SourceFile, state_dict: StateDict) -> tuple[Iter
     if container == "TorchScript":
         # Our reader has refused modules with code that runs on loading.
         tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    elif container in _TORCH:
+    elif container in ("torch zip", "torch legacy"):
         # torch's older format cannot be mapped.
         mapped = container in _IN_PLACE
         contents = torch.load(file.path, map_location="cpu", weights_only=True, mmap=mapped)
         tensors = _at(contents, state_dict.path)
     else:
-        tensors = _load_by_plugin(container, file)
+        loader: Any = registry.find_plugin(container)
+        if not hasattr(loader, "reference"):
+            message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
+            raise UsageError(message, "ask the package that provides the loader for one")
+        tensors = loader.reference(file.path)
     return tensors.keys(), tensors.__getitem__
-
-
-def _load_by_plugin(container: str, file: SourceFile) -> dict[str, torch.Tensor]:
-    loader: Any = registry.find_plugin(container)
-    if not hasattr(loader, "reference"):
-        message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
-        raise UsageError(message, "ask the package that provides the loader for one")
-    tensors: dict[str, torch.Tensor] = loader.reference(file.path)
-    return tensors
 
 
 def _at(contents: Any, path: str) -> Any:

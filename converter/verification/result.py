@@ -13,15 +13,10 @@ PASSED, FAILED, SKIPPED, WARNING = "passed", "failed", "skipped", "warning"
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """One check of a group: structure, record, bytes or outputs.
 
-    Attributes:
-        group: structure, record, bytes or outputs.
-        name: What was checked, unique within its group.
-        verdict: PASSED, FAILED, SKIPPED or WARNING.
-        detail: The finding in words.
-        tensors: Affected tensors, files or probes, the most important first.
-        figures: Measured numbers; for a comparison of outputs `error`, `tolerance` and `noise_floor`.
+    `name` is unique within the group, `tensors` are the affected tensors, files or probes, the most important first.
+    A comparison of outputs has the figures `error`, `tolerance` and `noise_floor`.
     """
 
     group: str
@@ -66,22 +61,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one converted checkpoint.
+    """All checks of one converted checkpoint, in the order in which they were made.
 
     Attributes:
-        converted: The verified file.
-        family: The encoder's family.
-        checks: All checks, in the order in which they were made.
-        source: The checkpoint it was converted from, if one was given.
         mapping: The mapping from the source's layout.
         reference: The implementation that the encoder's outputs were compared with.
-        device: The processor or GPU that the encoders ran on.
-        dtype: The precision that they ran in.
+        device: The processor or GPU that the encoders ran on, in the precision `dtype`.
         environment: Versions of dsocr-convert, torch and Python.
-        traces: Errors of each run, probe by probe.
         seconds: Time spent in each stage.
         key_map: The source tensors of each converted tensor, in order; none for a generated one.
-        pictures: The input and the features as pictures, if they were requested.
+        pictures: The input and the features, if they were requested.
     """
 
     converted: str

@@ -166,12 +166,7 @@ def _upload_source(expected: Expected, upload: Uploader) -> tuple[State, State]:
 
 
 def _as_converted(own: State, origin: Origin) -> State:
-    """The source's tensors in the type of the converted ones; none if positions were resampled.
-
-    The source's own library cannot load resampled positions.
-    """
-    if origin.resampled:
-        return {}
+    """The source's tensors in the type of the converted ones."""
     types = {value.dtype.name for value in origin.plan.outputs.values() if value.dtype.is_float}
     if len(types) > 1:
         return own

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.output.names import shorten
-from converter.plan.plan import Plan, make_plan
+from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
@@ -28,37 +27,34 @@ _INDICES = "embeddings.position_ids"
 def check_structure(target: Converted, read: Reader) -> list[Check]:
     """All checks of a converted file that run nothing; `read` reads its tensors."""
     tensors = target.state_dict.tensors
-    layout, plan = _check_layout(target.source.name, target.family, tensors)
-    return [layout, *_check_missing(plan), *_check_types(tensors), *_check_values(list(tensors), read)]
+    return [*_check_layout(target), *_check_types(tensors), *_check_values(list(tensors), read)]
 
 
-def _check_layout(file: str, family: str, tensors: Mapping[str, TensorInfo]) -> tuple[Check, Plan | None]:
-    """Check names, shapes and types against the canonical layout; the plan copies the file into it."""
-    layout = registry.canonical(family)
+def _check_layout(target: Converted) -> list[Check]:
+    """Check names, shapes and types against the canonical layout, by a plan that copies the file into it.
+
+    Warn about tensors that a converted file may lack, as a strict load fails without them.
+    """
+    layout, tensors = registry.canonical(target.family), target.state_dict.tensors
     values = {key: lazy_read(tensor) for key, tensor in tensors.items()}
     try:
-        plan = make_plan(layout.mapping, "", layout, values, file)
+        plan = make_plan(layout.mapping, "", layout, values, target.source.name)
     except MappingError as error:
         problems = error.message.splitlines()
-        return Check(GROUP, "layout", FAILED, f"does not fit {layout.name}: {problems[0]}", problems), None
-    missing, extra = list(plan.generated), list(plan.dropped)
-    if missing or extra:
-        problems = [*(f"missing tensor {key}" for key in missing), *(f"unexpected tensor {key}" for key in extra)]
-        return Check(
-            GROUP, "layout", FAILED, f"does not fit {layout.name}: {'; '.join(problems)}", missing + extra
-        ), plan
-    return Check(
-        GROUP, "layout", PASSED, f"{len(tensors)} tensors have the names, shapes and types of {layout.name}"
-    ), plan
-
-
-def _check_missing(plan: Plan | None) -> list[Check]:
-    """Warn about tensors that a converted file may lack, as a strict load fails without them."""
-    if plan is None or not plan.missing:
-        return []
-    reasons = "; ".join(dict.fromkeys(plan.missing.values()))
-    detail = f"loading it misses exactly {', '.join(plan.missing)}: {reasons}"
-    return [Check(GROUP, "missing", WARNING, detail, list(plan.missing))]
+        return [Check(GROUP, "layout", FAILED, f"does not fit {layout.name}: {problems[0]}", problems)]
+    problems = [f"missing tensor {key}" for key in plan.generated]
+    problems += [f"unexpected tensor {key}" for key in plan.dropped]
+    if problems:
+        detail = f"does not fit {layout.name}: {'; '.join(problems)}"
+        checks = [Check(GROUP, "layout", FAILED, detail, [*plan.generated, *plan.dropped])]
+    else:
+        detail = f"{len(tensors)} tensors have the names, shapes and types of {layout.name}"
+        checks = [Check(GROUP, "layout", PASSED, detail)]
+    if plan.missing:
+        reasons = "; ".join(dict.fromkeys(plan.missing.values()))
+        detail = f"loading it misses exactly {', '.join(plan.missing)}: {reasons}"
+        checks.append(Check(GROUP, "missing", WARNING, detail, list(plan.missing)))
+    return checks
 
 
 def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
@@ -81,31 +77,25 @@ def _check_values(names: Sequence[str], read: Reader) -> list[Check]:
     constant: list[str] = []
     for name in names:
         tensor = read(name)
+        if not tensor.numel():
+            continue
         # Types of one byte lack most operations.
         tensor = tensor.float() if tensor.element_size() == 1 else tensor
-        lowest, highest = _range(tensor)
+        lowest, highest = map(float, torch.aminmax(tensor))
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
         elif lowest == highest and tensor.numel() > 1:
             (constant if lowest else zero).append(name)
-    warnings = [*_warn_constant("zero", "all zero", zero), *_warn_constant("constant", "constant", constant)]
+    finite = Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(names)} tensors")
     if broken:
         detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {shorten(list(broken.values()))}"
-        return [Check(GROUP, "finite", FAILED, detail, list(broken)), *warnings]
-    return [Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(names)} tensors"), *warnings]
-
-
-def _range(tensor: Tensor) -> tuple[float, float]:
-    """The lowest and the highest element; NaN if any is."""
-    if not tensor.numel():
-        return 0.0, 0.0
-    lowest, highest = torch.aminmax(tensor)
-    return float(lowest), float(highest)
-
-
-def _warn_constant(name: str, kind: str, tensors: Sequence[str]) -> list[Check]:
-    detail = f"{kind}: {shorten(tensors)}; outputs cannot show whether such tensors are exchanged"
-    return [Check(GROUP, name, WARNING, detail, tensors)] if tensors else []
+        finite = Check(GROUP, "finite", FAILED, detail, list(broken))
+    note = "outputs cannot show whether such tensors are exchanged"
+    return [finite] + [
+        Check(GROUP, name, WARNING, f"{kind}: {shorten(tensors)}; {note}", tensors)
+        for name, kind, tensors in (("zero", "all zero", zero), ("constant", "constant", constant))
+        if tensors
+    ]
 
 
 def check_loads(family: Family, tensors: State) -> tuple[Check, Any]:

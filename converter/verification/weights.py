@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from converter.storage.progress import OnProgress
-from converter.tensors.evaluate import evaluate
+from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, Origin
@@ -48,9 +48,9 @@ def check_bytes(
     def load(tensor: TensorInfo) -> Tensor:
         return origin.read(tensor.key)
 
-    checks = [
-        Check(GROUP, name, FAILED, _presence(name, outputs), [name]) for name in sorted(tensors.keys() ^ outputs.keys())
-    ]
+    missing = dict.fromkeys(outputs.keys() - tensors.keys(), "is missing, though the source has it")
+    extra = dict.fromkeys(tensors.keys() - outputs.keys(), "is not produced from any source tensor")
+    checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in sorted({**missing, **extra}.items())]
     expected: dict[str, Tensor] = {}
     for done, (name, value) in enumerate(outputs.items(), 1):
         expected[name] = evaluate(value, load)
@@ -71,21 +71,15 @@ def check_bytes(
     ]
 
 
-def _presence(name: str, outputs: Mapping[str, LazyTensor]) -> str:
-    if name in outputs:
-        return f"{name} is missing, though the source has it"
-    return f"{name} is not produced from any source tensor"
-
-
 def _compare(name: str, actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> Check | None:
     """None if all bits are equal; else a failed check with a likely cause."""
     sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
         return Check(GROUP, name, FAILED, detail, [name])
-    if torch.equal(_bits(actual), _bits(expected)):
+    if torch.equal(bit_view(actual), bit_view(expected)):
         return None
-    differing = int((_bits(actual) != _bits(expected)).sum())
+    differing = int((bit_view(actual) != bit_view(expected)).sum())
     error = float((actual.double() - expected.double()).abs().max())
     detail = f"{name} differs from {sources}: {differing} of {actual.numel()} elements, by at most {error:.3g}"
     if cause := _likely_cause(actual, expected, value, load):
@@ -95,12 +89,6 @@ def _compare(name: str, actual: Tensor, expected: Tensor, value: LazyTensor, loa
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The elements as integers: a NaN equals itself, and 0 differs from -0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.element_size()])
 
 
 def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> str:
