@@ -1,8 +1,8 @@
 """What the READMEs show is so: every command runs, every output is what it prints, every recipe is valid.
 
 Outputs are of files of true size: SAM-base with seeded weights, and DeepSeek-OCR, with holes for weights, on our hub.
-Commands without an output, and the Python, run on tiny models under the same names. What the Chinese page shows is
-compared with the English one's.
+Commands without an output run on tiny models under the same names, the Python on SAM-base and a tiny CLIP. What the
+Chinese page shows is compared with the English one's.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def true_size(tmp_path: Path) -> Path:
     """The folder in which the commands are run that show their outputs."""
-    make = [sys.executable, ROOT / "scripts" / "make_checkpoints.py", tmp_path, "--only", "sam-b"]
-    subprocess.run(make, check=True, capture_output=True)
+    make_sam(tmp_path)
     return tmp_path
+
+
+def make_sam(folder: Path) -> None:
+    """Write sam_vit_b_01ec64.pth at true size."""
+    make = [sys.executable, ROOT / "scripts" / "make_checkpoints.py", folder, "--only", "sam-b"]
+    subprocess.run(make, check=True, capture_output=True)
 
 
 def test_outputs_are_what_is_printed(true_size: Path, hub: dict[str, str]) -> None:
@@ -87,6 +92,9 @@ def test_commands_run(tiny: Path) -> None:
 
 def test_python_runs(tiny: Path) -> None:
     (code,) = blocks(ENGLISH, "python")
+    # The example loads SAM into the encoder of the default sizes.
+    (tiny / "sam_vit_b_01ec64.pth").unlink()
+    make_sam(tiny)
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
