@@ -34,7 +34,7 @@ def to_torch(tensor: TensorInfo) -> torch.Tensor:
         data = b"".join(data[i : i + size][::-1] for i in range(0, len(data), size))
     dtype = getattr(torch, tensor.dtype.name)
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    usable = flat[tensor.start :]
+    usable = flat[tensor.byte_offset :]
     usable = usable[: len(usable) // tensor.dtype.itemsize * tensor.dtype.itemsize].clone().view(dtype)
     return torch.as_strided(usable, tensor.shape, tensor.strides)
 
@@ -50,8 +50,8 @@ def assert_same(ours: Any, theirs: Any, key: Any = None) -> None:
         made = to_torch(ours)
         assert (made.dtype, made.shape) == (theirs.dtype, theirs.shape)
         assert raw(made) == raw(theirs.detach()), key
-        if ours.verbatim:
-            data = ours.storage.file.read(ours.storage.offset + ours.start, ours.nbytes)
+        if ours.is_raw_contiguous:
+            data = ours.storage.file.read(ours.storage.offset + ours.byte_offset, ours.nbytes)
             assert data == raw(theirs.detach())
     else:
         assert ours is None or ours == theirs

@@ -12,7 +12,7 @@ from converter.storage.byte_range import Segment, Storage
 from converter.storage.stream import Copier
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
-from converter.tensors.tensor_info import TensorInfo, make_tensor
+from converter.tensors.tensor_info import TensorInfo, checked_tensor_info
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -27,7 +27,9 @@ def stored(tensor: torch.Tensor, key: str = "x", *, damaged: bool = False) -> Te
     crc = zlib.crc32(data) ^ damaged
     storage = Storage(Memory(b"head" + data + b"tail"), (4, 4 + len(data)), len(data), len(data), key, crc)
     dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
-    return make_tensor(key, dtype, tuple(tensor.shape), storage, tensor.storage_offset(), tuple(tensor.stride()))
+    return checked_tensor_info(
+        key, dtype, tuple(tensor.shape), storage, tensor.storage_offset(), tuple(tensor.stride())
+    )
 
 
 def expr(tensor: torch.Tensor, key: str = "x") -> LazyTensor:

@@ -14,7 +14,7 @@ from converter.tensors.evaluate import evaluate, tensor_bytes
 from converter.tensors.lazy_tensor import (
     Cast,
     LazyTensor,
-    Reshape,
+    View,
     arange,
     byte_ranges,
     cast,
@@ -26,9 +26,9 @@ from converter.tensors.ops import (
     Deinterleave,
     Fuse,
     Op,
-    Permuted,
+    Permute,
     Reorder,
-    Reshaped,
+    Reshape,
     Split,
     Squeeze,
     Unsqueeze,
@@ -47,7 +47,7 @@ def by_hand(op: Op, values: Tensors) -> Tensors:
     match op:
         case Fuse(dim=dim):
             return [torch.cat(values, dim)]
-        case Split(parts=parts, dim=dim):
+        case Split(num_parts=parts, dim=dim):
             return list(values[0].tensor_split(parts, dim))
         case Squeeze(dims=dims):
             return [value.squeeze(dims) for value in values]
@@ -55,11 +55,11 @@ def by_hand(op: Op, values: Tensors) -> Tensors:
             for dim in sorted(dims):
                 values = [value.unsqueeze(dim) for value in values]
             return values
-        case Reshaped(after=after):
+        case Reshape(after=after):
             return [value.reshape(after) for value in values]
-        case Permuted(dims=dims):
+        case Permute(dims=dims):
             return [value.permute(dims) for value in values]
-        case Deinterleave(heads=heads, parts=parts):
+        case Deinterleave(num_heads=heads, num_parts=parts):
             split = [value.reshape(heads, parts, len(value) // heads // parts, *value.shape[1:]) for value in values]
             return [part.transpose(0, 1).reshape(value.shape) for part, value in zip(split, values, strict=True)]
         case Reorder(order=order):
@@ -92,9 +92,9 @@ OPS: dict[str, tuple[Op, Tensors, bool]] = {
     "squeeze": (Squeeze((0, 2)), [numbered(1, 3, 1)], True),
     "unsqueeze": (Unsqueeze((0, 2)), [numbered(3)], True),
     "unsqueeze at the end": (Unsqueeze((3, 2)), [numbered(3, 2)], True),
-    "reshape": (Reshaped((2, 6), (3, 4)), [numbered(2, 6)], True),
-    "permute": (Permuted((2, 0, 1)), [numbered(2, 3, 4)], False),
-    "transpose": (Permuted((1, 0)), [numbered(2, 3)], False),
+    "reshape": (Reshape((2, 6), (3, 4)), [numbered(2, 6)], True),
+    "permute": (Permute((2, 0, 1)), [numbered(2, 3, 4)], False),
+    "transpose": (Permute((1, 0)), [numbered(2, 3)], False),
     "deinterleave": (Deinterleave(4, 3), [numbered(24, 2)], True),
     "reorder": (Reorder((1, 2, 0)), [numbered(6, 2)], True),
     "interleave": (Deinterleave(3, 4), [numbered(24, 2)], True),
@@ -172,8 +172,8 @@ def test_arange_is_copied_and_computed_alike(shape: tuple[int, ...]) -> None:
         (Squeeze((0,)), [numbered(2, 1)], r"dimensions \[0\] of shape \[2, 1\]"),
         (Squeeze((2,)), [numbered(1, 1)], "no dimension 2"),
         (Unsqueeze((3,)), [numbered(2, 2)], r"dimension 3 into shape \[2, 2\]"),
-        (Reshaped((4,), (2, 2)), [numbered(2, 2)], r"expected shape \[4\], found \[2, 2\]"),
-        (Permuted((1, 0)), [numbered(2)], r"shape \[2\] by \[1, 0\]"),
+        (Reshape((4,), (2, 2)), [numbered(2, 2)], r"expected shape \[4\], found \[2, 2\]"),
+        (Permute((1, 0)), [numbered(2)], r"shape \[2\] by \[1, 0\]"),
         (Reorder((1, 0)), [numbered(3, 2)], r"split shape \[3, 2\] into 2 equal parts"),
         (Deinterleave(2, 3), [numbered(9, 2)], r"2 heads of 3 parts from shape \[9, 2\]"),
     ],
@@ -204,15 +204,15 @@ def test_no_two_different_operations_or_lazy_tensors_are_equal() -> None:
         Split(2),
         Squeeze((0,)),
         Unsqueeze((0,)),
-        Permuted((0,)),
+        Permute((0,)),
         Reorder((0,)),
     ]
-    ops += [Fuse(3, 2), Split(3, 2), Deinterleave(3, 2), Deinterleave(2, 3), Reshaped((3,), (2,)), Fuse(3, 1)]
+    ops += [Fuse(3, 2), Split(3, 2), Deinterleave(3, 2), Deinterleave(2, 3), Reshape((3,), (2,)), Fuse(3, 1)]
     assert len(set(ops)) == len(ops)
     table = expr(numbered(3, 3))
-    lazy = [table, Reshape(table.dtype, table.shape, table), Cast(table.dtype, table.shape, table)]
+    lazy = [table, View(table.dtype, table.shape, table), Cast(table.dtype, table.shape, table)]
     assert len(set(lazy)) == len(lazy)
-    assert Fuse(3) == Fuse(3) and lazy[1] == Reshape(table.dtype, table.shape, table)
+    assert Fuse(3) == Fuse(3) and lazy[1] == View(table.dtype, table.shape, table)
 
 
 dtypes = st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.int64])
@@ -238,8 +238,8 @@ def operations(draw: st.DrawFn, shape: tuple[int, ...], count: int) -> Op:
     dims = range(len(shape))
     dim = draw(st.sampled_from([0, 0, *dims]))
     choices: list[Op] = [Fuse(count, dim), Unsqueeze((draw(st.integers(0, len(shape))),))]
-    choices += [Permuted(tuple(draw(st.permutations(dims)))), Reshaped(shape, (math.prod(shape),))]
-    choices += [Reshaped(shape, shape[::-1]), Deinterleave(draw(st.sampled_from([1, 2, 3])), 2)]
+    choices += [Permute(tuple(draw(st.permutations(dims)))), Reshape(shape, (math.prod(shape),))]
+    choices += [Reshape(shape, shape[::-1]), Deinterleave(draw(st.sampled_from([1, 2, 3])), 2)]
     choices += [Split(draw(st.sampled_from([2, 3])), dim)] * 3
     choices += [Squeeze((i,)) for i in dims if shape[i] == 1]
     return draw(st.sampled_from(choices))

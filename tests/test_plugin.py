@@ -87,7 +87,7 @@ def test_column_major_order_and_every_dtype(site: Path, tmp_path: Path) -> None:
     }
     numpy.savez(tmp_path / "x.npz", **values)
     code = (
-        "print(json.dumps({k: [t.dtype.name, t.shape, t.strides, t.start % 64] for k, t in contents.items()}))\n"
+        "print(json.dumps({k: [t.dtype.name, t.shape, t.strides, t.byte_offset % 64] for k, t in contents.items()}))\n"
         # Describing the tensors needs no numeric library.
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )

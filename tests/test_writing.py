@@ -27,7 +27,7 @@ from converter.storage.byte_range import ByteRange
 from converter.storage.stream import BUFFER, BackgroundWriter, Copier
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import cast, lazy_read, nbytes
-from converter.tensors.ops import Fuse, Permuted, Split, apply_op
+from converter.tensors.ops import Fuse, Permute, Split, apply_op
 from converter.tensors.serialize import Outputs
 
 pytestmark = pytest.mark.usefixtures("system")
@@ -83,7 +83,7 @@ def test_its_own_library_reads_what_was_written(format: str, tmp_path: Path) -> 
 def test_copied_and_computed_tensors_lie_side_by_side(format: str, tmp_path: Path) -> None:
     a, b = torch.randn(300, 400), torch.randn(300, 400)
     (fused,) = apply_op(Fuse(2), (expr(a), expr(b)))
-    (turned,) = apply_op(Permuted((1, 0)), (expr(a),))
+    (turned,) = apply_op(Permute((1, 0)), (expr(a),))
     rounded = cast(expr(b), "bfloat16")
     first, second = apply_op(Split(2), (expr(b),))
     outputs = {"second": second, "turned": turned, "fused": fused, "rounded": rounded, "first": first}

@@ -90,7 +90,7 @@ def _alone(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]
 
 
 def _place(tensor: TensorInfo) -> tuple[object, ...]:
-    return id(tensor.storage), tensor.start, tensor.shape, tensor.strides
+    return id(tensor.storage), tensor.byte_offset, tensor.shape, tensor.strides
 
 
 def _unequal(alike: Pairs, on_progress: OnProgress) -> set[str]:

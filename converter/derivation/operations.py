@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from converter.tensors.ops import Deinterleave, Op, Permuted, Reorder, Reshaped, Squeeze, Unsqueeze
+from converter.tensors.ops import Deinterleave, Op, Permute, Reorder, Reshape, Squeeze, Unsqueeze
 
 # Equal parts of the rows: q, k and v in another order, or interleaved head by head.
 _PARTS = (2, 3, 4)
@@ -40,7 +40,7 @@ def _arrangements(tensor: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tupl
     for dims in itertools.permutations(identity) if len(shape) <= _MOST_DIMS else [identity]:
         before = tuple(shape[dims.index(i)] for i in identity)
         reshape = _reshape(tuple(tensor.shape), before)
-        yield reshape if dims == identity else (*reshape, Permuted(dims)), tensor.reshape(before).permute(dims)
+        yield reshape if dims == identity else (*reshape, Permute(dims)), tensor.reshape(before).permute(dims)
 
 
 def _reshape(before: tuple[int, ...], after: tuple[int, ...]) -> Ops:
@@ -52,7 +52,7 @@ def _reshape(before: tuple[int, ...], after: tuple[int, ...]) -> Ops:
     for dims in itertools.combinations(ones, len(longer) - len(shorter)):
         if dims and tuple(size for dim, size in enumerate(longer) if dim not in dims) == shorter:
             return (op(dims),)
-    return (Reshaped(before, after),)
+    return (Reshape(before, after),)
 
 
 def _equal(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:

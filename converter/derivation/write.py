@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from converter.derivation.rules import DerivedRule, Variables
-from converter.tensors.ops import Deinterleave, Fuse, Op, Permuted, Reorder, Reshaped, Split, Squeeze, Unsqueeze
+from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
 
 _WIDTH = 120
 
@@ -58,9 +58,9 @@ def _operation(op: Op) -> dict[str, Any]:
     match op:
         case Squeeze(dims) | Unsqueeze(dims):
             return {type(op).__name__.lower(): list(dims)}
-        case Permuted(numbers) | Reorder(numbers):
-            return {"permute" if isinstance(op, Permuted) else "reorder": list(numbers)}
-        case Reshaped(before, after):
+        case Permute(numbers) | Reorder(numbers):
+            return {"permute" if isinstance(op, Permute) else "reorder": list(numbers)}
+        case Reshape(before, after):
             return {"reshape": {"from": list(before), "to": list(after)}}
         case Deinterleave(heads, parts):
             return {"deinterleave": {"heads": heads, "parts": parts}}

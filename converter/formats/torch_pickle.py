@@ -16,7 +16,7 @@ from converter.formats.pickle_values import Refused, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, DType
-from converter.tensors.tensor_info import Contents, TensorInfo, make_tensor
+from converter.tensors.tensor_info import Contents, TensorInfo, checked_tensor_info
 
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_DEPTH = 100  # of nested dicts: a dict may contain itself
@@ -207,7 +207,7 @@ class Resolver:
         storage = self._storages.get(record.ref)
         if storage is None:
             storage = self._storages[record.ref] = self._storage_of(record.ref)
-        tensor = make_tensor(key, record.dtype, record.shape, storage, record.offset, record.strides)
+        tensor = checked_tensor_info(key, record.dtype, record.shape, storage, record.offset, record.strides)
         if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
             # torch swaps the bytes of the storage's elements, not of the tensor's.
             raise self._error(tensor, "big-endian, with another element type than its storage")

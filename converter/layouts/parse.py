@@ -12,7 +12,7 @@ from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, R
 from converter.layouts.template import LONGEST_WORD, Kind, Template
 from converter.layouts.yaml_tree import LARGEST, Tree, parse
 from converter.tensors.dtypes import BY_NAME
-from converter.tensors.ops import Deinterleave, Fuse, Op, Permuted, Reorder, Reshaped, Split, Squeeze, Unsqueeze
+from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
 
 # The allowed keys. A test compares these tables, VERBS and OPS with mapping.schema.json.
 REQUIRED = ("layout", "family", "description", "detect")
@@ -298,7 +298,7 @@ def _reshaped(tree: Tree) -> Op:
     before, after = (fields[name].numbers("a shape in numbers") for name in ("from", "to"))
     if math.prod(before) != math.prod(after):
         raise tree.error(f"{list(before)} and {list(after)} have different numbers of elements")
-    return Reshaped(before, after)
+    return Reshape(before, after)
 
 
 def _dims(tree: Tree) -> tuple[int, ...]:
@@ -327,7 +327,7 @@ OPS: dict[str, Callable[[Tree], Op]] = {
     "squeeze": lambda tree: Squeeze(_dims(tree)),
     "unsqueeze": lambda tree: Unsqueeze(_dims(tree)),
     "reshape": _reshaped,
-    "permute": lambda tree: Permuted(_order(tree, "the dimensions in their new order")),
+    "permute": lambda tree: Permute(_order(tree, "the dimensions in their new order")),
     "deinterleave": _deinterleave,
     "reorder": _reorder,
 }

@@ -11,10 +11,10 @@ from converter.layouts.claims import summary
 from converter.layouts.shapes import Sizes, fits, resolve, written
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import Applied, apply
-from converter.tensors.lazy_tensor import LARGEST_GRID, LazyTensor, arange, cast, nbytes, resampled, source_tensors
+from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
 # One position per patch, and one for the class token. More would only fill memory.
-MAX_POSITIONS = LARGEST_GRID**2 + 1
+MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    """An element type: torch's name, bytes per element, safetensors' code, and torch's storage class if it has one."""
+    """An element type.
+
+    Attributes:
+        name: Torch's name.
+        itemsize: Bytes per element.
+        code: The name in safetensors files.
+        storage: Torch's storage class, or None.
+    """
 
     name: str
     itemsize: int
@@ -18,7 +25,7 @@ class DType(NamedTuple):
         return self.name.startswith(("float", "bfloat"))
 
 
-# torch saves types without a storage class as untyped storages.
+# Tensors of types without a storage class are saved by torch as untyped storages.
 _ALL = (
     DType("float64", 8, "F64", "DoubleStorage"),
     DType("float32", 4, "F32", "FloatStorage"),

@@ -8,22 +8,22 @@ from collections.abc import Callable
 
 import torch
 
-from converter.tensors.lazy_tensor import Cast, Concat, Generated, LazyTensor, Permute, Read, Resample, Reshape, Slice
+from converter.tensors.lazy_tensor import Cast, Concat, Generated, LazyTensor, Read, Resample, Slice, Transpose, View
 from converter.tensors.tensor_info import TensorInfo
 
 
-def tensor_bytes(expr: LazyTensor) -> memoryview:
-    """Evaluate to bytes, little-endian and row-major; ContainerError for damaged source data."""
-    return as_bytes(evaluate(expr))
+def tensor_bytes(value: LazyTensor) -> memoryview:
+    """Evaluate a lazy tensor to bytes, little-endian and row-major; ContainerError if the source data is damaged."""
+    return as_bytes(evaluate(value))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
+    """Return the bytes of a CPU tensor in row-major order, without a copy if the tensor is contiguous."""
     tensor = tensor.detach().contiguous()
     if not tensor.numel():
         return memoryview(b"")
     array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    # Keeps the memory alive as long as the view.
+    # Keep the memory alive as long as the view.
     array.tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
 
@@ -39,50 +39,54 @@ def read_tensor(tensor: TensorInfo) -> torch.Tensor:
     dtype = torch_dtype(tensor.dtype.name)
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)
-    data, start = _tensor_data(tensor)
+    data, byte_offset = _tensor_data(tensor)
     if tensor.storage.big_endian:
         data = byte_swapped(data, tensor.dtype.itemsize)
-    # A hostile file may have a `start` that is not a multiple of the element size; frombuffer accepts it.
-    count = (len(data) - start) // tensor.dtype.itemsize
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).as_strided(tensor.shape, tensor.strides)
+    # In a hostile file, the byte offset may not be a multiple of the element size; frombuffer accepts that.
+    numel = (len(data) - byte_offset) // tensor.dtype.itemsize
+    flat = torch.frombuffer(data, dtype=dtype, count=numel, offset=byte_offset)
+    return flat.as_strided(tensor.shape, tensor.strides)
 
 
 def _tensor_data(tensor: TensorInfo) -> tuple[bytearray, int]:
-    """Bytes that contain a tensor, and its first byte in them: its own, or all of a storage that must be checked."""
+    """Return bytes that contain a tensor, and the byte offset of its first element in them.
+
+    A storage that must be decompressed, checked or byte-swapped is read as a whole.
+    """
     storage = tensor.storage
     if storage.deflated or storage.big_endian or storage.crc32 is not None:
-        return bytearray(storage.read()), tensor.start
+        return bytearray(storage.read()), tensor.byte_offset
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     data = bytearray((last + 1) * tensor.dtype.itemsize)
-    storage.file.readinto(memoryview(data), storage.offset + tensor.start)
+    storage.file.readinto(memoryview(data), storage.offset + tensor.byte_offset)
     return data, 0
 
 
-def evaluate(expr: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = read_tensor) -> torch.Tensor:
-    """Evaluate a lazy tensor on the CPU; `load` reads the tensors of the checkpoint."""
-    match expr:
+def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = read_tensor) -> torch.Tensor:
+    """Evaluate a lazy tensor on the CPU; `load` reads the tensors of checkpoints."""
+    match value:
         case Read(tensor=tensor):
             return load(tensor)
         case Concat(parts=parts, dim=dim):
             return torch.cat([evaluate(part, load) for part in parts], dim)
-        case Slice(of=of, dim=dim, start=start):
-            return evaluate(of, load).narrow(dim, start, expr.shape[dim])
-        case Reshape(of=of):
-            return evaluate(of, load).reshape(expr.shape)
-        case Permute(of=of, dims=dims):
-            return evaluate(of, load).permute(dims)
-        case Cast(of=of):
-            return evaluate(of, load).to(torch_dtype(expr.dtype.name))
-        case Resample(of=of, grid=grid):
-            return resample_positions(evaluate(of, load), grid)
+        case Slice(base=base, dim=dim, start=start):
+            return evaluate(base, load).narrow(dim, start, value.shape[dim])
+        case View(base=base):
+            return evaluate(base, load).reshape(value.shape)
+        case Transpose(base=base, dims=dims):
+            return evaluate(base, load).permute(dims)
+        case Cast(base=base):
+            return evaluate(base, load).to(torch_dtype(value.dtype.name))
+        case Resample(base=base, grid_size=grid_size):
+            return resample_positions(evaluate(base, load), grid_size)
         case Generated(make=make):
-            data, dtype = bytearray(make()), torch_dtype(expr.dtype.name)
+            data, dtype = bytearray(make()), torch_dtype(value.dtype.name)
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            return flat.reshape(expr.shape)
+            return flat.reshape(value.shape)
 
 
 def byte_swapped(data: bytearray, itemsize: int) -> bytearray:
-    """Reverse the bytes of each element."""
+    """Return the data with the bytes of each element reversed."""
     result = bytearray(len(data))
     for i in range(itemsize):
         result[i::itemsize] = data[itemsize - 1 - i :: itemsize]
@@ -90,20 +94,21 @@ def byte_swapped(data: bytearray, itemsize: int) -> bytearray:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of that name."""
+    """Return the torch dtype with this name."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def resample_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """Resample position embeddings [1 + n*n, width] to [1 + grid*grid, width]: bicubic, antialiased, in float32.
+def resample_positions(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample position embeddings [1 + n*n, width] to [1 + grid_size*grid_size, width].
 
-    The same as DeepSeek-OCR's CLIP at another image size; the class token, the first row, is kept.
+    The interpolation is bicubic with antialiasing in float32, as in DeepSeek-OCR's CLIP at other image sizes. The
+    class token, the first row, is unchanged.
     """
-    token, positions = table[:1], table[1:].float()
-    side = math.isqrt(positions.shape[0])
-    image = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    image = torch.nn.functional.interpolate(image, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
-    flat = image.permute(0, 2, 3, 1).reshape(grid * grid, -1)
-    return torch.cat([token, flat.to(table.dtype)])
+    class_token, positions = pos_embed[:1], pos_embed[1:].float()
+    n = math.isqrt(positions.shape[0])
+    image = positions.reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    size = (grid_size, grid_size)
+    image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([class_token, image.flatten(2)[0].T.to(pos_embed.dtype)])

@@ -15,8 +15,8 @@ from converter.storage.byte_range import ByteRange, Segment, cut
 from converter.tensors.dtypes import BY_NAME, INT64, DType
 from converter.tensors.tensor_info import TensorInfo
 
-# Positions along a side of the largest grid: 8192 pixels in CLIP-L's patches of 14, 1.4 GB of embeddings in memory.
-LARGEST_GRID = 585
+# Rows and columns of the largest grid of positions: 8192 pixels in patches of 14 (CLIP-L), 1.4 GB of embeddings.
+MAX_GRID_SIZE = 585
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Concat:
-    """`parts` concatenated along `dim`."""
+    """The tensors `parts` concatenated along `dim`."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -40,31 +40,31 @@ class Concat:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """`of[start:start + shape[dim]]` along `dim`."""
+    """The elements `start` to `start + shape[dim]` of `base` along `dim`."""
 
     dtype: DType
     shape: tuple[int, ...]
-    of: LazyTensor
+    base: LazyTensor
     dim: int
     start: int
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape:
+class View:
     """The same elements in the same order in another shape."""
 
     dtype: DType
     shape: tuple[int, ...]
-    of: LazyTensor
+    base: LazyTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Permute:
-    """Dimension i of the result is dimension `dims[i]` of `of`."""
+class Transpose:
+    """A permutation of dimensions: dimension i of the result is dimension `dims[i]` of `base`."""
 
     dtype: DType
     shape: tuple[int, ...]
-    of: LazyTensor
+    base: LazyTensor
     dims: tuple[int, ...]
 
 
@@ -74,57 +74,57 @@ class Cast:
 
     dtype: DType
     shape: tuple[int, ...]
-    of: LazyTensor
+    base: LazyTensor
 
 
 @dataclass(frozen=True, slots=True)
 class Resample:
-    """Position embeddings resampled to a grid of `grid` x `grid` positions; the class token is kept."""
+    """Position embeddings resampled to `grid_size` x `grid_size` positions, with the class token unchanged."""
 
     dtype: DType
     shape: tuple[int, ...]
-    of: LazyTensor
-    grid: int
+    base: LazyTensor
+    grid_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A tensor that no checkpoint contains; `make` returns its bytes, little-endian and row-major."""
+    """A tensor that is not in a checkpoint; `make` returns its bytes, little-endian and row-major."""
 
     dtype: DType
     shape: tuple[int, ...]
     make: Callable[[], bytes]
 
 
-LazyTensor = Read | Concat | Slice | Reshape | Permute | Cast | Resample | Generated
+LazyTensor = Read | Concat | Slice | View | Transpose | Cast | Resample | Generated
 
 
-def nbytes(expr: LazyTensor) -> int:
-    """Size of the tensor's data in bytes."""
-    return math.prod(expr.shape) * expr.dtype.itemsize
+def nbytes(value: LazyTensor) -> int:
+    """Return the size of a tensor in bytes."""
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def lazy_read(tensor: TensorInfo) -> LazyTensor:
-    """The lazy tensor for a tensor of a checkpoint."""
+    """Return the lazy tensor for a tensor of a checkpoint."""
     return Read(tensor.dtype, tensor.shape, tensor)
 
 
 def arange(shape: tuple[int, ...]) -> LazyTensor:
-    """A tensor of 0, 1, 2, ... as int64."""
-    count = math.prod(shape)
-    return Generated(INT64, shape, lambda: struct.pack(f"<{count}q", *range(count)))
+    """Return a tensor of 0, 1, 2, ... as int64."""
+    numel = math.prod(shape)
+    return Generated(INT64, shape, lambda: struct.pack(f"<{numel}q", *range(numel)))
 
 
-def source_tensors(expr: LazyTensor) -> Iterator[TensorInfo]:
-    """Yield the checkpoint tensors that an expression reads, in order."""
-    match expr:
+def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
+    """Yield the checkpoint tensors that a lazy tensor reads, in order."""
+    match value:
         case Read(tensor=tensor):
             yield tensor
         case Concat(parts=parts):
             for part in parts:
                 yield from source_tensors(part)
-        case Slice(of=of) | Reshape(of=of) | Permute(of=of) | Cast(of=of) | Resample(of=of):
-            yield from source_tensors(of)
+        case Slice(base=base) | View(base=base) | Transpose(base=base) | Cast(base=base) | Resample(base=base):
+            yield from source_tensors(base)
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
@@ -136,87 +136,89 @@ def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
     """
     size = sum(part.shape[dim] for part in parts)
     first = parts[0]
-    if isinstance(first, Slice) and first.of.shape[dim] == size and _follow(parts, first.of, dim):
-        return first.of
+    if isinstance(first, Slice) and first.base.shape[dim] == size and _are_consecutive_slices(parts, first.base, dim):
+        return first.base
     return Concat(first.dtype, (*first.shape[:dim], size, *first.shape[dim + 1 :]), parts, dim)
 
 
-def _follow(parts: tuple[LazyTensor, ...], of: LazyTensor, dim: int) -> bool:
+def _are_consecutive_slices(parts: tuple[LazyTensor, ...], base: LazyTensor, dim: int) -> bool:
     """Whether `parts` are consecutive slices of the tensor `of`, starting at 0."""
-    at = 0
+    position = 0
     for part in parts:
-        if not isinstance(part, Slice) or part.of is not of or (part.dim, part.start) != (dim, at):
+        if not isinstance(part, Slice) or part.base is not base or (part.dim, part.start) != (dim, position):
             return False
-        at += part.shape[dim]
+        position += part.shape[dim]
     return True
 
 
-def sliced(of: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
+def sliced(base: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
     """Slice a tensor; a slice that is one part of a concatenation gives that part.
 
     Args:
-        of: The tensor to slice.
+        base: The tensor to slice.
         dim: The dimension to slice along.
         start: Index of the first element along `dim`.
         size: Number of elements along `dim`.
     """
-    if isinstance(of, Concat) and of.dim == dim:
-        at = 0
-        for part in of.parts:
-            if (at, part.shape[dim]) == (start, size):
+    if isinstance(base, Concat) and base.dim == dim:
+        position = 0
+        for part in base.parts:
+            if (position, part.shape[dim]) == (start, size):
                 return part
-            at += part.shape[dim]
-    return Slice(of.dtype, (*of.shape[:dim], size, *of.shape[dim + 1 :]), of, dim, start)
+            position += part.shape[dim]
+    return Slice(base.dtype, (*base.shape[:dim], size, *base.shape[dim + 1 :]), base, dim, start)
 
 
-def reshaped(of: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+def reshaped(base: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """Reshape a tensor; a reshape back to the original shape gives the original."""
-    if isinstance(of, Reshape):
-        of = of.of
-    return of if of.shape == shape else Reshape(of.dtype, shape, of)
+    if isinstance(base, View):
+        base = base.base
+    return base if base.shape == shape else View(base.dtype, shape, base)
 
 
-def permuted(of: LazyTensor, dims: tuple[int, ...]) -> LazyTensor:
+def permuted(base: LazyTensor, dims: tuple[int, ...]) -> LazyTensor:
     """Permute dimensions; the inverse of a permutation gives the original."""
-    if isinstance(of, Permute) and tuple(of.dims[dim] for dim in dims) == tuple(range(len(dims))):
-        return of.of
-    return Permute(of.dtype, tuple(of.shape[dim] for dim in dims), of, dims)
+    if isinstance(base, Transpose) and tuple(base.dims[dim] for dim in dims) == tuple(range(len(dims))):
+        return base.base
+    return Transpose(base.dtype, tuple(base.shape[dim] for dim in dims), base, dims)
 
 
-def cast(of: LazyTensor, dtype: str) -> LazyTensor:
+def cast(base: LazyTensor, dtype: str) -> LazyTensor:
     """Cast a floating-point tensor; ValueError for other types."""
-    if not of.dtype.is_float:
-        raise ValueError(f"cannot cast {of.dtype.name} to {dtype}")
-    return of if of.dtype.name == dtype else Cast(BY_NAME[dtype], of.shape, of)
+    if not base.dtype.is_float:
+        raise ValueError(f"cannot cast {base.dtype.name} to {dtype}")
+    return base if base.dtype.name == dtype else Cast(BY_NAME[dtype], base.shape, base)
 
 
-def resampled(of: LazyTensor, grid: int) -> LazyTensor:
-    """Resample position embeddings [1 + n*n, width], the first row a class token, to [1 + grid*grid, width].
+def resampled(base: LazyTensor, grid_size: int) -> LazyTensor:
+    """Resample position embeddings [1 + n*n, width] to [1 + grid_size*grid_size, width].
 
-    ValueError for other shapes, or a grid above LARGEST_GRID.
+    The first row is a class token. ValueError for other shapes, or a grid larger than MAX_GRID_SIZE.
     """
-    if grid > LARGEST_GRID:
-        raise ValueError(f"cannot resample to a grid of {grid}: larger than {LARGEST_GRID}")
-    positions = of.shape[0] - 1 if len(of.shape) == 2 else 0
-    if positions < 1 or math.isqrt(positions) ** 2 != positions:
-        raise ValueError(f"cannot resample shape {list(of.shape)}: not a class token and a square grid")
-    return of if positions == grid**2 else Resample(of.dtype, (1 + grid**2, of.shape[1]), of, grid)
+    if grid_size > MAX_GRID_SIZE:
+        raise ValueError(f"cannot resample to a grid of {grid_size}: larger than {MAX_GRID_SIZE}")
+    num_positions = base.shape[0] - 1 if len(base.shape) == 2 else 0
+    if num_positions < 1 or math.isqrt(num_positions) ** 2 != num_positions:
+        raise ValueError(f"cannot resample shape {list(base.shape)}: not a class token and a square grid")
+    if num_positions == grid_size**2:
+        return base
+    return Resample(base.dtype, (1 + grid_size**2, base.shape[1]), base, grid_size)
 
 
-def byte_ranges(expr: LazyTensor) -> list[Segment] | None:
-    """The byte ranges that make up the tensor, in order, or None if it must be computed."""
-    match expr:
+def byte_ranges(value: LazyTensor) -> list[Segment] | None:
+    """Return the segments that make up the tensor, in order, or None if the tensor must be computed."""
+    match value:
         case Read(tensor=tensor):
-            return [ByteRange(tensor.storage, tensor.start, tensor.nbytes)] if tensor.verbatim else None
-        case Reshape(of=of):
-            return byte_ranges(of)
+            return [ByteRange(tensor.storage, tensor.byte_offset, tensor.nbytes)] if tensor.is_raw_contiguous else None
+        case View(base=base):
+            return byte_ranges(base)
         case Concat(parts=parts, dim=0):
-            found = [byte_ranges(part) for part in parts]
-            return None if None in found else [segment for part in found for segment in part or ()]
-        case Slice(of=of, dim=0, start=start):
-            row = nbytes(of) // max(of.shape[0], 1)
-            whole = byte_ranges(of)
-            return None if whole is None else cut(whole, start * row, nbytes(expr))
+            ranges = [byte_ranges(part) for part in parts]
+            return None if None in ranges else [segment for part in ranges for segment in part or ()]
+        case Slice(base=base, dim=0, start=start):
+            row_nbytes = nbytes(base) // max(base.shape[0], 1)
+            segments = byte_ranges(base)
+            return None if segments is None else cut(segments, start * row_nbytes, nbytes(value))
         case Generated(make=make):
             return [make()]
     return None

@@ -1,7 +1,7 @@
 """Operations of mapping rules on lazy tensors. Each operation has an inverse, so that rules work in both directions.
 
-`Fuse` and `Split` change the number of tensors and define `apply`; all others map one tensor to one and define `one`.
-Both raise ValueError for tensors whose shapes or types the operation does not allow.
+`Fuse` and `Split` change the number of tensors and define `apply`. All other operations map each tensor to one tensor
+and define `apply_one`. Both methods raise ValueError if the operation does not allow the shapes or types.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Values = tuple[LazyTensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fuse:
-    """Concatenates `parts` tensors of equal shape along `dim`. Inverse: Split."""
+    """Concatenates `num_parts` tensors of equal shape along `dim`. Inverse: Split."""
 
-    parts: int
+    num_parts: int
     dim: int = 0
 
     def apply(self, values: Values) -> Values:
         first = values[0]
-        _check_dim(first, self.dim)
+        _dim_size(first, self.dim)  # Raises if there is no such dimension.
         for value in values[1:]:
             if value.dtype != first.dtype:
                 raise ValueError(f"cannot fuse {first.dtype.name} with {value.dtype.name}")
@@ -32,22 +32,22 @@ class Fuse:
         return (concatenated(values, self.dim),)
 
     def inverse(self) -> Op:
-        return Split(self.parts, self.dim)
+        return Split(self.num_parts, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Splits a tensor into `parts` equal parts along `dim`. Inverse: Fuse."""
+    """Splits a tensor into `num_parts` equal parts along `dim`. Inverse: Fuse."""
 
-    parts: int
+    num_parts: int
     dim: int = 0
 
     def apply(self, values: Values) -> Values:
         (value,) = values
-        return _equal_parts(value, self.dim, self.parts)
+        return _equal_parts(value, self.dim, self.num_parts)
 
     def inverse(self) -> Op:
-        return Fuse(self.parts, self.dim)
+        return Fuse(self.num_parts, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class Squeeze:
 
     dims: tuple[int, ...]
 
-    def one(self, value: LazyTensor) -> LazyTensor:
-        if any(_check_dim(value, dim) != 1 for dim in self.dims):
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
+        if any(_dim_size(value, dim) != 1 for dim in self.dims):
             raise ValueError(f"cannot squeeze dimensions {list(self.dims)} of shape {list(value.shape)}")
         return reshaped(value, tuple(size for dim, size in enumerate(value.shape) if dim not in self.dims))
 
@@ -71,7 +71,7 @@ class Unsqueeze:
 
     dims: tuple[int, ...]
 
-    def one(self, value: LazyTensor) -> LazyTensor:
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
         shape = list(value.shape)
         for dim in sorted(self.dims):
             if dim > len(shape):
@@ -84,69 +84,71 @@ class Unsqueeze:
 
 
 @dataclass(frozen=True, slots=True)
-class Reshaped:
-    """Changes the shape `before` to `after`, both fixed numbers. Inverse: `after` to `before`."""
+class Reshape:
+    """Changes the shape from `before` to `after`. Inverse: from `after` to `before`."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
-    def one(self, value: LazyTensor) -> LazyTensor:
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
         if value.shape != self.before:
             raise ValueError(f"expected shape {list(self.before)}, found {list(value.shape)}")
         return reshaped(value, self.after)
 
     def inverse(self) -> Op:
-        return Reshaped(self.after, self.before)
+        return Reshape(self.after, self.before)
 
 
 @dataclass(frozen=True, slots=True)
-class Permuted:
+class Permute:
     """Permutes dimensions: dimension i of the result is dimension `dims[i]` of the input."""
 
     dims: tuple[int, ...]
 
-    def one(self, value: LazyTensor) -> LazyTensor:
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
         if len(value.shape) != len(self.dims):
             raise ValueError(f"cannot permute shape {list(value.shape)} by {list(self.dims)}")
         return permuted(value, self.dims)
 
     def inverse(self) -> Op:
-        return Permuted(_inverse_order(self.dims))
+        return Permute(_inverse_order(self.dims))
 
 
 @dataclass(frozen=True, slots=True)
 class Deinterleave:
     """Reorders rows from head by head (q0 k0 v0 q1 k1 v1 ...) to part by part (q0 q1 ... k0 k1 ... v0 v1 ...).
 
-    The first dimension has `heads` x `parts` x head width rows. Only rows move, so this is a copy. Inverse: the same
-    operation with both numbers swapped.
+    The first dimension has `num_heads` x `num_parts` x head width rows. Only rows move, so no element is computed.
+    Inverse: the same operation with both numbers swapped.
     """
 
-    heads: int
-    parts: int
+    num_heads: int
+    num_parts: int
 
-    def one(self, value: LazyTensor) -> LazyTensor:
-        rows = _check_dim(value, 0)
-        if not rows or rows % (self.heads * self.parts):
-            raise ValueError(f"cannot take {self.heads} heads of {self.parts} parts from shape {list(value.shape)}")
-        chunks = _equal_parts(value, 0, self.heads * self.parts)
-        order = [head * self.parts + part for part in range(self.parts) for head in range(self.heads)]
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
+        rows = _dim_size(value, 0)
+        if not rows or rows % (self.num_heads * self.num_parts):
+            raise ValueError(
+                f"cannot take {self.num_heads} heads of {self.num_parts} parts from shape {list(value.shape)}"
+            )
+        chunks = _equal_parts(value, 0, self.num_heads * self.num_parts)
+        order = [head * self.num_parts + part for part in range(self.num_parts) for head in range(self.num_heads)]
         return concatenated(tuple(chunks[i] for i in order), 0)
 
     def inverse(self) -> Op:
-        return Deinterleave(self.parts, self.heads)
+        return Deinterleave(self.num_parts, self.num_heads)
 
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
     """Splits rows into equal parts and concatenates them in another order: part i of the result is part `order[i]`.
 
-    Only rows move, so this is a copy. Inverse: the inverse order.
+    Only rows move, so no element is computed. Inverse: the inverse order.
     """
 
     order: tuple[int, ...]
 
-    def one(self, value: LazyTensor) -> LazyTensor:
+    def apply_one(self, value: LazyTensor) -> LazyTensor:
         parts = _equal_parts(value, 0, len(self.order))
         return concatenated(tuple(parts[i] for i in self.order), 0)
 
@@ -154,30 +156,30 @@ class Reorder:
         return Reorder(_inverse_order(self.order))
 
 
-Op = Fuse | Split | Squeeze | Unsqueeze | Reshaped | Permuted | Deinterleave | Reorder
+Op = Fuse | Split | Squeeze | Unsqueeze | Reshape | Permute | Deinterleave | Reorder
 
 
 def apply_op(op: Op, values: Values) -> Values:
     """Apply an operation to the tensors of one rule; ValueError if their shapes or types do not allow it."""
     if isinstance(op, Fuse | Split):
         return op.apply(values)
-    return tuple(op.one(value) for value in values)
+    return tuple(op.apply_one(value) for value in values)
 
 
-def _equal_parts(value: LazyTensor, dim: int, parts: int) -> Values:
-    size = _check_dim(value, dim)
-    if size % parts:
-        raise ValueError(f"cannot split shape {list(value.shape)} into {parts} equal parts")
-    step = size // parts
-    return tuple(sliced(value, dim, i * step, step) for i in range(parts))
+def _equal_parts(value: LazyTensor, dim: int, num_parts: int) -> Values:
+    size = _dim_size(value, dim)
+    if size % num_parts:
+        raise ValueError(f"cannot split shape {list(value.shape)} into {num_parts} equal parts")
+    step = size // num_parts
+    return tuple(sliced(value, dim, i * step, step) for i in range(num_parts))
 
 
 def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(i) for i in range(len(order)))
 
 
-def _check_dim(value: LazyTensor, dim: int) -> int:
-    """The size of a dimension; ValueError if there is no such dimension."""
+def _dim_size(value: LazyTensor, dim: int) -> int:
+    """Return the size of a dimension; ValueError if the tensor does not have the dimension."""
     if dim >= len(value.shape):
         raise ValueError(f"shape {list(value.shape)} has no dimension {dim}")
     return value.shape[dim]

@@ -1,4 +1,4 @@
-"""Serialization of lazy tensors: their bytes in order, copied or computed."""
+"""Serialization of lazy tensors: the bytes of each tensor are copied or computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_tensors(
     Args:
         fd: The output file.
         header: The bytes before the tensors.
-        values: The tensors in order.
+        values: The tensors in the order of the file.
         on_bytes: Called with the number of tensor bytes copied.
         on_data: Called with each chunk of tensor bytes, or None.
         write: Appends a buffer to a file; None for plain writing.
@@ -48,7 +48,7 @@ def segments_of(values: Iterable[LazyTensor]) -> Iterator[Segment | memoryview]:
             continue
         yield from merge(run)
         run = []
-        # Imported only if needed: torch takes two seconds.
+        # Importing torch takes two seconds.
         from converter.tensors.evaluate import tensor_bytes
 
         yield tensor_bytes(value)

@@ -11,22 +11,22 @@ from converter.tensors.dtypes import DType
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint; all of its elements are within its storage.
+    """One tensor of a checkpoint. All of its elements are within its storage.
 
     Attributes:
         key: The tensor's name in the file.
         dtype: The element type.
-        shape: The sizes of its dimensions.
+        shape: The sizes of the dimensions.
         storage: The bytes that the tensor views.
-        start: Its first byte in the storage.
-        strides: Its strides in elements.
+        byte_offset: The offset of the first element in the storage, in bytes.
+        strides: The strides in elements.
     """
 
     key: str
     dtype: DType
     shape: tuple[int, ...]
     storage: Storage
-    start: int
+    byte_offset: int
     strides: tuple[int, ...]
 
     @property
@@ -34,18 +34,18 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def verbatim(self) -> bool:
+    def is_raw_contiguous(self) -> bool:
         """Whether the file has the tensor's bytes contiguous, uncompressed and little-endian."""
-        plain = not (self.storage.deflated or self.storage.big_endian)
-        return plain and self.strides == contiguous_strides(self.shape)
+        is_raw = not (self.storage.deflated or self.storage.big_endian)
+        return is_raw and self.strides == contiguous_strides(self.shape)
 
 
-# What a loader returns: nested dicts of tensors. Other objects in the file are None or scalars.
+# The result of a loader: nested dicts of tensors. Non-tensor objects become None or scalars.
 Contents = dict[Any, Any]
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in elements, as in a new torch tensor."""
+    """Return row-major strides in elements, as in a new torch tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -53,33 +53,34 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def make_tensor(
-    key: str, dtype: DType, shape: tuple[int, ...], storage: Storage, offset: int, strides: tuple[int, ...]
+def checked_tensor_info(
+    key: str, dtype: DType, shape: tuple[int, ...], storage: Storage, storage_offset: int, strides: tuple[int, ...]
 ) -> TensorInfo:
-    """Check a tensor's place in its storage and describe it.
+    """Validate bounds and return a TensorInfo. Strides without effect are replaced by contiguous ones.
 
     Args:
         key: The tensor's name in the file.
         dtype: The element type.
-        shape: The sizes of its dimensions.
+        shape: The sizes of the dimensions.
         storage: The bytes that the tensor views.
-        offset: Its first element in the storage.
-        strides: Its strides in elements.
+        storage_offset: The offset of the first element in the storage, in elements.
+        strides: The strides in elements.
 
     Raises:
-        ContainerError: An element is outside the storage.
+        ContainerError: A size, a stride or the offset is negative, or an element is outside the storage.
     """
     where = f"{storage.file.name}: tensor {key!r}"
-    if offset < 0 or any(n < 0 for n in shape) or any(n < 0 for n in strides) or len(shape) != len(strides):
-        raise ContainerError(f"{where}: impossible shape {shape}, strides {strides} or offset {offset}", DAMAGED)
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if 0 in shape:
-        last = offset - 1
-    if (last + 1) * dtype.itemsize > storage.size:
-        end = (last + 1) * dtype.itemsize
+    if min(storage_offset, *shape, *strides, 0) < 0 or len(shape) != len(strides):
+        raise ContainerError(
+            f"{where}: impossible shape {shape}, strides {strides} or offset {storage_offset}", DAMAGED
+        )
+    span = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    end = (storage_offset + span) * dtype.itemsize
+    if end > storage.size:
         raise ContainerError(f"{where}: needs {end} bytes, but its storage has {storage.size}", DAMAGED)
     # The strides of dimensions of size 1, and of empty tensors, have no effect.
-    plain = contiguous_strides(shape)
-    if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, plain, strict=True)):
-        strides = plain
-    return TensorInfo(key, dtype, shape, storage, offset * dtype.itemsize, strides)
+    contiguous = contiguous_strides(shape)
+    if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, contiguous, strict=True)):
+        strides = contiguous
+    byte_offset = storage_offset * dtype.itemsize
+    return TensorInfo(key, dtype, shape, storage, byte_offset=byte_offset, strides=strides)

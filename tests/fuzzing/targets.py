@@ -107,10 +107,10 @@ def _tensors(contents: Contents) -> Iterator[TensorInfo]:
 def check(tensor: TensorInfo) -> None:
     """Check what the rest of the program relies on."""
     assert type(tensor.key) is str and len(tensor.shape) == len(tensor.strides)
-    assert min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
+    assert min((tensor.byte_offset, *tensor.shape, *tensor.strides)) >= 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if 0 not in tensor.shape:
-        assert tensor.start + (last + 1) * tensor.dtype.itemsize <= tensor.storage.size
+        assert tensor.byte_offset + (last + 1) * tensor.dtype.itemsize <= tensor.storage.size
 
 
 def _read(tensor: TensorInfo, copier: Copier) -> None:

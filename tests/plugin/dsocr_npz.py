@@ -8,7 +8,7 @@ from converter.formats.zip_directory import is_zip, read_directory
 from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import BY_NAME
-from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides, make_tensor
+from converter.tensors.tensor_info import Contents, TensorInfo, checked_tensor_info, contiguous_strides
 
 CONTAINER = "npz"
 
@@ -38,7 +38,7 @@ def _tensor(key: str, member: Storage) -> TensorInfo:
     shape = tuple(int(size) for size in header[3].split(b",") if size.strip())
     strides = contiguous_strides(shape[::-1])[::-1] if header[2] == b"True" else contiguous_strides(shape)
     # The header is padded so that the elements begin at a multiple of 64 bytes.
-    return make_tensor(key, dtype, shape, member, header.end() // dtype.itemsize, strides)
+    return checked_tensor_info(key, dtype, shape, member, header.end() // dtype.itemsize, strides)
 
 
 def reference(path: str) -> dict[str, Any]:
