@@ -36,12 +36,12 @@ from hypothesis import strategies as st
 
 from converter.errors import HubError, OutputError, UsageError
 from converter.hub import http_range, read_ahead, requests_http
-from converter.hub.address import Address, parse
+from converter.hub.address import Address, parse_address
 from converter.hub.http_range import RangeReader
-from converter.hub.huggingface import HuggingFace
-from converter.hub.read_ahead import chunks
+from converter.hub.huggingface import HuggingFaceRepository
+from converter.hub.read_ahead import plan_chunks
 from converter.hub.remote_file import RemoteFile
-from converter.hub.repository import Entry, HttpResponse, HubResponseError, listed
+from converter.hub.repository import HttpResponse, HubResponseError, RepositoryFile, parse_file_list
 from converter.options import HubOptions
 from converter.storage.range_set import RangeSet
 
@@ -271,13 +271,15 @@ def test_the_record_has_commit_and_bytes(place: Place) -> None:
 )
 def test_contradictions(source: str, hub_options: HubOptions) -> None:
     with pytest.raises(UsageError):
-        parse(source, hub_options)
+        parse_address(source, hub_options)
 
 
 def test_addresses_are_parsed() -> None:
-    assert parse("ms://org/n.a-m_e@v1/a/b.bin", HubOptions()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
-    assert parse("org/name@refs/convert/pt/x/", HubOptions()) == Address("hf", "org/name", "refs/convert/pt", "x")
-    assert parse("org/name", HubOptions("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
+    assert parse_address("ms://org/n.a-m_e@v1/a/b.bin", HubOptions()) == Address("ms", "org/n.a-m_e", "v1", "a/b.bin")
+    assert parse_address("org/name@refs/convert/pt/x/", HubOptions()) == Address(
+        "hf", "org/name", "refs/convert/pt", "x"
+    )
+    assert parse_address("org/name", HubOptions("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
 
 
 def test_hub_options_need_a_hub(place: Place, made: Path) -> None:
@@ -350,7 +352,7 @@ def test_errors_inside_a_hubs_library_keep_their_traceback(monkeypatch: pytest.M
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     with pytest.raises(TypeError, match="unexpected"):
-        HuggingFace("org/none", None, lambda folder: False)
+        HuggingFaceRepository("org/none", None, lambda folder: False)
 
 
 def test_the_process_is_left_as_it_is(place: Place) -> None:
@@ -594,7 +596,7 @@ def place_file(source: str) -> str:
 def test_a_server_that_ignores_ranges_is_an_error(source: str, place: Place) -> None:
     place.server.faults = Faults(ignore_range=True)
     said = place.refused("sam", source)
-    assert "ignores Range" in said and "--download" in said
+    assert "does not serve byte ranges" in said and "--download" in said
     if source.startswith("hf"):
         place.convert("sam", source, "--download")
 
@@ -711,11 +713,11 @@ def test_hostile_listings(tmp_path: Path) -> None:
         ("a/../../b", 1, ""), ("/etc/passwd", 1, ""), ("a\\..\\b", 1, ""), ("a\x1b[31m", 1, ""), (None, 1, ""),
         ("", 1, ""), ("ok", 1, "5" * 64), ("less", -1, "../x"), ("text", "7", None), ("ünï/code.bin", 2, None),
     ]  # fmt: skip
-    assert listed(rows) == {
-        "ok": Entry(1, "5" * 64),
-        "less": Entry(None),
-        "text": Entry(None),
-        "ünï/code.bin": Entry(2),
+    assert parse_file_list(rows) == {
+        "ok": RepositoryFile(1, "5" * 64),
+        "less": RepositoryFile(None),
+        "text": RepositoryFile(None),
+        "ünï/code.bin": RepositoryFile(2),
     }
 
 
@@ -747,11 +749,11 @@ class OneFile:
 
     notes: list[str] = []  # noqa: RUF012
     commit = ""
-    folder: Path | None = None
+    cached_snapshot: Path | None = None
 
     def __init__(self, server: HubServer, data: bytes | int) -> None:
         self.name, self._url = "hf://org/one", f"{server.hf_endpoint}/org/one/resolve/main/file.bin"
-        self.files = {"file.bin": Entry(data if isinstance(data, int) else len(data))}
+        self.files = {"file.bin": RepositoryFile(data if isinstance(data, int) else len(data))}
         self._session = requests.Session()
 
     def url(self, path: str) -> str:
@@ -763,13 +765,13 @@ class OneFile:
     def close(self) -> None:
         self._session.close()
 
-    def refused(self, error: HubResponseError, path: str) -> HubError:
+    def to_hub_error(self, error: HubResponseError, path: str) -> HubError:
         return HubError(f"{path}: {error}")
 
-    def cached(self, path: str) -> Path:
+    def cached_file(self, path: str) -> Path:
         raise NotImplementedError
 
-    download = cached
+    download = cached_file
 
 
 @pytest.fixture
@@ -781,7 +783,7 @@ def one() -> Iterator[HubServer]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_range, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(http_range, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(http_range, "_MAX_WAIT", 0.05)
 
 
 @pytest.fixture
@@ -808,17 +810,19 @@ def test_bytes_are_right_with_faults(
 ) -> None:
     one.faults = faults
     wanted = [(at, min(at + 150_000, len(DATA))) for at in range(0, len(DATA), 300_000)]
-    small = [chunk for start, end in wanted for chunk in chunks([(start, end)], size=50_000)]
+    small = [chunk for start, end in wanted for chunk in plan_chunks([(start, end)], size=50_000)]
     monkeypatch.setattr(
-        read_ahead, "chunks", lambda wanted: [c._replace(first=i // 3, last=i // 3) for i, c in enumerate(small)]
+        read_ahead,
+        "plan_chunks",
+        lambda wanted: [c._replace(first_read=i // 3, last_read=i // 3) for i, c in enumerate(small)],
     )
     told: list[int] = []
-    file.prefetch(wanted, lambda: told.append(file.fetched))
+    file.prefetch(wanted, lambda: told.append(file.fetched_bytes))
     for start, end in wanted:
         assert file.read(start, end - start) == DATA[start:end]
     # Behind the reader, and what nobody had announced.
     assert file.read(10, 100) == DATA[10:110] and file.read(160_000, 9) == DATA[160_000:160_009]
-    assert file.needed == sum(end - start for start, end in wanted) and told
+    assert file.needed_bytes == sum(end - start for start, end in wanted) and told
 
 
 def test_a_file_can_be_read_by_several_threads(file: RemoteFile, one: HubServer) -> None:
@@ -928,14 +932,14 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         for at in range(0, size, 1 << 20):
             opened.readinto(buffer, at)
             largest = max(largest, resident())
-        assert largest - before <= (read_ahead.WINDOW + 4) * read_ahead.CHUNK
-        assert opened.fetched == opened.needed == size
+        assert largest - before <= (read_ahead.MAX_CHUNKS + 4) * read_ahead.MAX_CHUNK_SIZE
+        assert opened.fetched_bytes == opened.needed_bytes == size
         opened.close()
 
 
 def test_ranges_that_are_needed_again_and_again_are_read_again(one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window is full of ranges that are needed until the end: others are fetched without it."""
-    monkeypatch.setattr(read_ahead, "WINDOW", 2)
+    monkeypatch.setattr(read_ahead, "MAX_CHUNKS", 2)
     opened = RemoteFile(OneFile(one, DATA), "file.bin")
     wanted = [(at, at + 1000) for at in range(0, 3_000_000, 200_000)] * 2
     opened.prefetch(wanted, lambda: None)
@@ -979,7 +983,7 @@ def test_ranges_are_a_set_of_bytes(changes: list[tuple[int, int]], asked: tuple[
 
 @given(st.lists(RANGE, max_size=20), st.integers(0, 10), st.integers(1, 30))
 def test_chunks_cover_ranges(wanted: list[tuple[int, int]], gap: int, size: int) -> None:
-    found = chunks(wanted, gap, size)
+    found = plan_chunks(wanted, gap, size)
     covered = [byte for chunk in found for byte in range(chunk.start, chunk.end)]
     needed = {byte for start, end in wanted for byte in range(start, end)}
     assert needed <= set(covered) and len(covered) == len(set(covered))
@@ -988,8 +992,8 @@ def test_chunks_cover_ranges(wanted: list[tuple[int, int]], gap: int, size: int)
     assert len(covered) <= len(needed) + gap * max(0, len(wanted) - 1)
     for chunk in found:
         at = [i for i, (start, end) in enumerate(wanted) if start < chunk.end and chunk.start < end]
-        assert (chunk.first, chunk.last) == (at[0], at[-1])
-    assert [chunk.first for chunk in found] == sorted(chunk.first for chunk in found)
+        assert (chunk.first_read, chunk.last_read) == (at[0], at[-1])
+    assert [chunk.first_read for chunk in found] == sorted(chunk.first_read for chunk in found)
 
 
 # The real hubs ------------------------------------------------------------------------------------------------------

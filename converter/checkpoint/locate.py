@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar, cast
 
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
 from converter.formats import strict_json
-from converter.hub.address import is_address, looks_like_repository, parse
+from converter.hub.address import is_address, looks_like_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
 
@@ -106,9 +106,9 @@ def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
     from converter.hub.open import open_repository
     from converter.hub.remote_file import RemoteFile
 
-    address = parse(source, hub_options)
+    address = parse_address(source, hub_options)
     repository = open_repository(address, lambda folder: _is_complete(folder / address.path))
-    folder, notes = repository.folder, repository.notes
+    folder, notes = repository.cached_snapshot, repository.notes
     if folder is not None:
         located = _locate_local(folder / address.path)
         # The output records this name, and must not depend on where the cache is.
@@ -118,7 +118,7 @@ def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
 
     def open_(path: PurePosixPath) -> SourceFile:
         name = str(path)
-        local = repository.download(name) if hub_options.download else repository.cached(name)
+        local = repository.download(name) if hub_options.download else repository.cached_file(name)
         return LocalFile(local) if local is not None else RemoteFile(repository, name)
 
     located = _open_files(

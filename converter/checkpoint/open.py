@@ -112,7 +112,7 @@ def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnPr
 
     def report() -> None:
         with lock:
-            fetched, needed = sum(file.fetched for file in remote), sum(file.needed for file in remote)
+            fetched, needed = sum(file.fetched_bytes for file in remote), sum(file.needed_bytes for file in remote)
             spared = f"{1 - needed / total_size:.1%} of {total_size / 1e9:.2f} GB spared"
             on_progress(f"fetching ({spared})", fetched, needed)
 

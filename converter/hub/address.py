@@ -8,11 +8,10 @@ from typing import NamedTuple
 from converter.errors import UsageError
 from converter.options import HubOptions
 
-SCHEMES = ("hf", "ms")
-# Values of --hub -> scheme.
-_HUBS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
+# The scheme for each value of --hub.
+_SCHEME_OF_HUB = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 
-# The only revisions with slashes are those that Hugging Face makes itself (refs/pr/1).
+# A revision has no slash, except those that Hugging Face creates (refs/pr/1).
 _ADDRESS = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|[^/@]+))?(/(?P<path>.*))?"
 )
@@ -35,29 +34,33 @@ class Address(NamedTuple):
 
 
 def is_address(source: str) -> bool:
-    """Whether SOURCE begins with a hub's scheme."""
-    return source.partition("://")[0] in SCHEMES and "://" in source
+    """Return whether SOURCE begins with a hub's scheme."""
+    return source.startswith(("hf://", "ms://"))
 
 
 def looks_like_repository(source: str) -> bool:
-    """Whether SOURCE has the form `org/name[@revision][/path]`."""
+    """Return whether SOURCE has the form `org/name[@revision][/path]`."""
     return _ADDRESS.fullmatch(source) is not None
 
 
-def parse(source: str, hub_options: HubOptions) -> Address:
-    """Combine SOURCE and the hub options into an address; UsageError if they contradict each other."""
-    scheme, separator, rest = source.partition("://") if is_address(source) else ("", "", source)
+def parse_address(source: str, hub_options: HubOptions) -> Address:
+    """Combine SOURCE and the hub options into an address.
+
+    Raises:
+        UsageError: SOURCE has another form, or contradicts an option.
+    """
+    scheme, _, rest = source.partition("://") if is_address(source) else ("", "", source)
     match = _ADDRESS.fullmatch(rest)
     if match is None:
         raise UsageError(f"{source}: expected {scheme or 'hf'}://org/name[@revision][/file]")
     if ".." in (match["path"] or "").split("/"):
         raise UsageError(f"{source}: the path leaves the repository")
-    if hub_options.hub is not None and hub_options.hub not in _HUBS:
+    if hub_options.hub is not None and hub_options.hub not in _SCHEME_OF_HUB:
         raise UsageError(f"--hub {hub_options.hub}: expected hf or modelscope")
-    chosen = _HUBS[hub_options.hub] if hub_options.hub is not None else ""
-    if separator and chosen and chosen != scheme:
+    option_scheme = _SCHEME_OF_HUB[hub_options.hub] if hub_options.hub is not None else ""
+    if scheme and option_scheme and scheme != option_scheme:
         raise UsageError(f"--hub {hub_options.hub}: {source} names the other hub")
     if match["revision"] and hub_options.revision and match["revision"] != hub_options.revision:
         raise UsageError(f"--revision {hub_options.revision}: {source} names another revision")
     revision = match["revision"] or hub_options.revision
-    return Address(scheme or chosen or "hf", match["id"], revision, (match["path"] or "").strip("/"))
+    return Address(scheme or option_scheme or "hf", match["id"], revision, (match["path"] or "").strip("/"))

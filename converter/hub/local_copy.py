@@ -16,7 +16,7 @@ _HINT = "free some space, or set TMPDIR to a folder that has it"
 
 
 class LocalCopy:
-    """A sparse temporary file: bytes are at their offsets in the remote file, the rest are holes.
+    """A sparse temporary file that has the fetched bytes of a remote file at the same offsets.
 
     Args:
         name: Name of the remote file, for messages.
@@ -31,9 +31,9 @@ class LocalCopy:
             with self.path.open("wb") as file:
                 file.truncate(size)
         except (OSError, OverflowError) as error:
-            raise self._failed(error) from error
+            raise self._storage_error(error) from error
         self.file = LocalFile(self.path, name)
-        self.ranges, self._lock = RangeSet(), Lock()
+        self.stored_ranges, self._lock = RangeSet(), Lock()
 
     def require_space(self, nbytes: int) -> None:
         """Raise OutputError if the disk has less than `nbytes` free."""
@@ -42,23 +42,23 @@ class LocalCopy:
         if free < nbytes:
             raise OutputError(f"{folder}: {nbytes} bytes of {self._name} do not fit, {free} are free", _HINT)
 
-    def write(self, start: int, pieces: Iterable[bytes]) -> None:
-        """Write consecutive pieces from the offset `start` on; several threads may write."""
+    def write(self, offset: int, pieces: Iterable[bytes]) -> None:
+        """Write consecutive bytes from `offset` on; several threads may write."""
         try:
             with self.path.open("r+b", buffering=0) as file:
-                file.seek(start)
+                file.seek(offset)
                 for piece in pieces:
                     file.write(piece)
                 end = file.tell()
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._storage_error(error) from error
         with self._lock:
-            self.ranges.add(start, end)
+            self.stored_ranges.add(offset, end)
 
     def close(self) -> None:
         """Delete the file."""
         self.file.close()
         self._folder.cleanup()
 
-    def _failed(self, error: Exception) -> OutputError:
-        return OutputError(f"{tempfile.gettempdir()}: parts of {self._name} cannot be stored: {error}", _HINT)
+    def _storage_error(self, error: Exception) -> OutputError:
+        return OutputError(f"{tempfile.gettempdir()}: a copy of {self._name} cannot be stored: {error}", _HINT)

@@ -1,4 +1,4 @@
-"""Reading ahead: byte ranges that are fetched before they are read, and held in memory until they have been."""
+"""Reads ahead: fetches byte ranges in the background and keeps them in memory until they have been read."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from converter.storage.local_file import Range
 
 T = TypeVar("T")
 
-# Gaps up to this size are fetched too: a request takes as long as the bytes of many.
-_GAP = 64 << 10
-# Bytes of one request.
-CHUNK = 8 << 20
-# Chunks in memory: fetched, being fetched, or still needed.
-WINDOW = 8
+# Bytes between two ranges that are fetched together with them, as that is faster than another request.
+_MAX_GAP = 64 << 10
+# Largest size of a request, in bytes.
+MAX_CHUNK_SIZE = 8 << 20
+# Chunks that are in memory or being fetched at one time.
+MAX_CHUNKS = 8
 
 
 class Chunk(NamedTuple):
-    """A range to request: `start` to `end` (exclusive), needed by the reads number `first` to `last`."""
+    """The byte range of one request.
 
-    first: int
+    Attributes:
+        first_read: The index of the first read that needs it.
+        start: The offset of its first byte.
+        end: The offset after its last byte.
+        last_read: The index of the last read that needs it.
+    """
+
+    first_read: int
     start: int
     end: int
-    last: int
+    last_read: int
 
 
-def chunks(ranges: Sequence[Range], gap: int = _GAP, size: int = CHUNK) -> list[Chunk]:
-    """Merge neighbouring ranges and cut them into requests, ordered by their first use.
+def plan_chunks(ranges: Sequence[Range], gap: int = _MAX_GAP, size: int = MAX_CHUNK_SIZE) -> list[Chunk]:
+    """Merge neighbouring ranges and split them into requests, ordered by their first use.
 
     Args:
         ranges: Ranges in the order of reading; they may overlap.
@@ -45,21 +52,21 @@ def chunks(ranges: Sequence[Range], gap: int = _GAP, size: int = CHUNK) -> list[
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))
-    cut = [(low, min(low + size, end)) for start, end in merged for low in range(start, end, size)]
-    ends = [end for _, end in cut]
-    uses: list[list[int]] = [[] for _ in cut]
+    requests = [(low, min(low + size, end)) for start, end in merged for low in range(start, end, size)]
+    ends = [end for _, end in requests]
+    reads: list[list[int]] = [[] for _ in requests]
     for number, (start, end) in enumerate(ranges):
-        for index in range(bisect.bisect_right(ends, start), len(cut)):
-            if cut[index][0] >= end:
+        for index in range(bisect.bisect_right(ends, start), len(requests)):
+            if requests[index][0] >= end:
                 break
-            uses[index].append(number)
-    return sorted(Chunk(min(used), *range_, max(used)) for range_, used in zip(cut, uses, strict=True) if used)
+            reads[index].append(number)
+    return sorted(Chunk(min(used), *request, max(used)) for request, used in zip(requests, reads, strict=True) if used)
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
     """Call a function in a daemon thread.
 
-    The threads of `concurrent.futures` would delay the end of the process until a stalled server's timeout has passed.
+    Python waits for the threads of `concurrent.futures` when it exits, which a server that stalls would delay.
     """
     future: Future[T] = Future()
 
@@ -74,23 +81,23 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 
 
 class ReadAhead:
-    """A window of chunks that moves along with a reader.
+    """Keeps a window of chunks in memory that moves along with a reader.
 
-    A chunk that is needed again after the window has been filled with others is not kept: `find` returns None for it.
+    A chunk that is needed again after it has left the window is not fetched again: `find` returns None for it.
 
     Args:
         ranges: The ranges in the order of reading.
-        fetch: Returns the bytes `start` to `end` (exclusive); called in threads.
+        fetch: Returns the bytes from offset `start` to `end` (exclusive); called in threads.
     """
 
     def __init__(self, ranges: Sequence[Range], fetch: Callable[[int, int], memoryview]) -> None:
         self._ranges, self._fetch = ranges, fetch
-        self._position = 0
-        self._queue = deque(chunks(ranges))
+        self._next_read = 0
+        self._queue = deque(plan_chunks(ranges))
         self._window: dict[Chunk, Future[memoryview]] = {}
 
     def find(self, offset: int) -> tuple[int, memoryview] | None:
-        """Move the window to `offset`; return start and bytes of the chunk there, None if it has no such chunk."""
+        """Move the window to `offset`; return the start and the bytes of the chunk there, or None."""
         self._advance(offset)
         for chunk, future in self._window.items():
             if chunk.start <= offset < chunk.end:
@@ -98,11 +105,13 @@ class ReadAhead:
         return None
 
     def _advance(self, offset: int) -> None:
-        ahead = range(self._position, len(self._ranges))
-        self._position = next((i for i in ahead if self._ranges[i][0] <= offset < self._ranges[i][1]), self._position)
-        for chunk in [chunk for chunk in self._window if chunk.last < self._position]:
+        remaining = range(self._next_read, len(self._ranges))
+        self._next_read = next(
+            (i for i in remaining if self._ranges[i][0] <= offset < self._ranges[i][1]), self._next_read
+        )
+        for chunk in [chunk for chunk in self._window if chunk.last_read < self._next_read]:
             del self._window[chunk]
-        while self._queue and len(self._window) < WINDOW:
+        while self._queue and len(self._window) < MAX_CHUNKS:
             chunk = self._queue.popleft()
-            if chunk.last >= self._position:
+            if chunk.last_read >= self._next_read:
                 self._window[chunk] = in_background(partial(self._fetch, chunk.start, chunk.end))

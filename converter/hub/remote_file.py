@@ -1,4 +1,4 @@
-"""A file on a hub, read like a local one: only the bytes that are read are fetched."""
+"""A file on a hub that is read like a local one; only the bytes that are read are fetched."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from functools import partial
 from converter.errors import ContainerError, HubError
 from converter.hub.http_range import RangeReader
 from converter.hub.local_copy import LocalCopy
-from converter.hub.read_ahead import CHUNK, ReadAhead, chunks, in_background
+from converter.hub.read_ahead import MAX_CHUNK_SIZE, ReadAhead, in_background, plan_chunks
 from converter.hub.repository import Repository
 from converter.storage.local_file import Range
 from converter.storage.range_set import RangeSet
 
-# Metadata is at a file's ends and is read in small parts: each request is rounded to whole blocks.
-_BLOCK = 128 << 10
-# torch.load reads members of a few bytes just before a zip's directory, which a conversion does not.
-_BEFORE = 4 << 10
-# Bytes of metadata that are kept for the next read.
-_MAX_RECENT = 16 << 20
-_CONNECTIONS = 4
+# Requests for metadata are rounded to whole blocks of this many bytes, as metadata is read in small parts.
+_BLOCK_SIZE = 128 << 10
+# Bytes that `fetch_all` adds before metadata: torch.load reads small members in front of a zip's directory.
+_SIZE_BEFORE_METADATA = 4 << 10
+# Bytes of metadata that are kept in memory for later reads.
+_MAX_METADATA_SIZE = 16 << 20
+_NUM_CONNECTIONS = 4
 
 
 class RemoteFile:
     """A SourceFile on a hub.
 
-    Threads may read it, one at a time. Reading raises HubError, or ContainerError if the file has been replaced.
+    Several threads may read it. Reading raises HubError, or ContainerError if the file has been replaced.
 
     Attributes:
-        fetched: Bytes received so far.
-        needed: Bytes received so far and bytes that are known to be needed.
+        fetched_bytes: The number of bytes received so far.
+        needed_bytes: `fetched_bytes`, plus the number of bytes that are known to be needed.
     """
 
     identity = None
@@ -44,103 +44,98 @@ class RemoteFile:
         if size is None:
             raise HubError(f"{self.name}: the hub does not give its size", "add --download to fetch the whole file")
         self.size = size
-        self.fetched = self.needed = 0
+        self.fetched_bytes = self.needed_bytes = 0
         self._repository, self._reader = repository, RangeReader(repository, path, size)
-        self._counting, self._reading = threading.Lock(), threading.RLock()
+        self._count_lock, self._read_lock = threading.Lock(), threading.RLock()
         self._on_fetched: Callable[[], None] = lambda: None
-        self._ahead: ReadAhead | None = None
+        self._read_ahead: ReadAhead | None = None
         self._copy: LocalCopy | None = None
-        # Parts that were read without notice: which ones, and the last ones themselves.
-        self._unannounced = RangeSet()
-        self._recent: deque[tuple[int, memoryview]] = deque()
+        # Ranges that were read without `prefetch`, and the latest of them with their bytes, by offset.
+        self._metadata_ranges = RangeSet()
+        self._metadata: deque[tuple[int, memoryview]] = deque()
 
     def close(self) -> None:
         self._reader.stop()
         self._repository.close()
-        self._ahead = None
-        self._recent.clear()
+        self._read_ahead = None
+        self._metadata.clear()
         if self._copy is not None:
             self._copy.close()
 
     @property
     def path(self) -> str:
-        """The temporary file with what `fetch_all` has fetched; empty before."""
+        """The path of the temporary file that `fetch_all` writes; empty before it was called."""
         return str(self._copy.path) if self._copy is not None else ""
 
     def prefetch(self, ranges: Sequence[Range], on_fetched: Callable[[], None]) -> None:
-        """Announce reads: from the first one on, the next ones are fetched in the background and held in memory.
+        """Announce reads, so that the next ranges are fetched in the background while others are read.
 
         Args:
-            ranges: Ranges in the order of reading; each is read once.
+            ranges: The ranges in the order in which they will be read, each once.
             on_fetched: Called by several threads after bytes have been received.
         """
         self._on_fetched = on_fetched
-        # Small files are read whole with their metadata.
-        held = self._in_memory()
-        ranges = [(start, end) for start, end in self._within(ranges) if list(held.missing(start, end))]
-        self._expect([(chunk.start, chunk.end) for chunk in chunks(ranges)])
-        self._ahead = ReadAhead(ranges, self._fetch)
+        in_memory = RangeSet()
+        for start, data in self._metadata:
+            in_memory.add(start, start + len(data))
+        # Reading the metadata of a small file may have fetched all of it.
+        ranges = [(start, end) for start, end in self._within(ranges) if list(in_memory.missing(start, end))]
+        self._set_needed([(chunk.start, chunk.end) for chunk in plan_chunks(ranges)])
+        self._read_ahead = ReadAhead(ranges, self._fetch)
 
     def fetch_all(self, ranges: Sequence[Range], on_fetched: Callable[[], None] = lambda: None) -> None:
-        """Fetch ranges, and the metadata read so far, into the file at `path`.
+        """Fetch ranges, and the metadata read so far, into the temporary file at `path`.
 
         Args:
             ranges: Ranges in any order.
             on_fetched: Called by several threads after bytes have been received.
 
         Raises:
-            OutputError: There is no space for them.
+            OutputError: The disk has no space for them.
         """
         self._on_fetched = on_fetched
         copy = self._copy = self._copy or LocalCopy(self.name, self.size)
-        metadata = [(max(start - _BEFORE, 0), end) for start, end in self._unannounced]
-        parts = chunks([*self._within(ranges), *metadata])
-        missing = [part for chunk in parts for part in copy.ranges.missing(chunk.start, chunk.end)]
-        self._expect(missing)
-        copy.require_space(self.needed - self.fetched)
+        metadata_ranges = [(max(start - _SIZE_BEFORE_METADATA, 0), end) for start, end in self._metadata_ranges]
+        chunks = plan_chunks([*self._within(ranges), *metadata_ranges])
+        missing = [range_ for chunk in chunks for range_ in copy.stored_ranges.missing(chunk.start, chunk.end)]
+        self._set_needed(missing)
+        copy.require_space(self.needed_bytes - self.fetched_bytes)
         queue = deque(missing)
-        for job in [in_background(partial(self._fetch_into, copy, queue)) for _ in range(_CONNECTIONS)]:
+        for job in [in_background(partial(self._fetch_into, copy, queue)) for _ in range(_NUM_CONNECTIONS)]:
             job.result()
 
     def _fetch_into(self, copy: LocalCopy, queue: deque[Range]) -> None:
-        """Fetch ranges until other threads and this one have emptied the queue."""
+        """Fetch ranges until the queue, which several threads share, is empty."""
         while True:
             try:
                 start, end = queue.popleft()
             except IndexError:
                 return
-            # Closed on errors too: the connection ends with it.
-            with closing(self._pieces(start, end)) as pieces:
-                copy.write(start, pieces)
-
-    def _in_memory(self) -> RangeSet:
-        """Return the ranges of the metadata that are still in memory."""
-        held = RangeSet()
-        for start, data in self._recent:
-            held.add(start, start + len(data))
-        return held
+            # Closing it ends the connection, also if writing fails.
+            with closing(self._receive(start, end)) as received:
+                copy.write(start, received)
 
     def _within(self, ranges: Sequence[Range]) -> list[Range]:
         return [(start, min(end, self.size)) for start, end in ranges]
 
-    def _expect(self, ranges: Sequence[Range]) -> None:
-        self.needed = self.fetched + sum(end - start for start, end in ranges)
+    def _set_needed(self, ranges: Sequence[Range]) -> None:
+        self.needed_bytes = self.fetched_bytes + sum(end - start for start, end in ranges)
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
         self._check_bounds(offset, len(buffer))
         end = offset + len(buffer)
-        with self._reading:
-            if self._copy is not None and not list(self._copy.ranges.missing(offset, end)):
+        with self._read_lock:
+            if self._copy is not None and not list(self._copy.stored_ranges.missing(offset, end)):
                 self._copy.file.readinto(buffer, offset)
                 return
             while offset < end:
-                start, data = self._part(offset, end)
+                start, data = self._get(offset, end)
                 count = min(start + len(data), end) - offset
                 buffer[:count] = data[offset - start : offset - start + count]
                 buffer, offset = buffer[count:], offset + count
 
     def read(self, offset: int, length: int) -> bytes:
-        # Checked before memory is allocated: a file may claim any length.
+        # Before memory is allocated, as a damaged file may claim any length.
         self._check_bounds(offset, length)
         data = bytearray(length)
         self.readinto(memoryview(data), offset)
@@ -148,43 +143,46 @@ class RemoteFile:
 
     def _check_bounds(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
-            what = f"{length} bytes at byte {offset} are beyond its end, at {self.size}"
-            raise ContainerError(f"{self.name}: truncated: {what}", "run again, or pin it with --revision")
+            raise ContainerError(
+                f"{self.name}: truncated: {length} bytes at byte {offset} exceed its size of {self.size} bytes",
+                "run again, or pin it with --revision",
+            )
 
     def check_unchanged(self) -> None:
-        """Do nothing: every response was checked to be of the same file."""
+        """Do nothing, as every response was already checked to be of the same file."""
 
-    def _part(self, offset: int, end: int) -> tuple[int, memoryview]:
-        """Return bytes around `offset` and where they start: from memory, or fetched now."""
-        part = self._ahead.find(offset) if self._ahead is not None else None
-        recent = (part for part in self._recent if part[0] <= offset < part[0] + len(part[1]))
-        return part or next(recent, None) or self._fetch_around(offset, end)
+    def _get(self, offset: int, end: int) -> tuple[int, memoryview]:
+        """Return bytes that include `offset`, preceded by their own offset; fetch them if they are not in memory."""
+        chunk = self._read_ahead.find(offset) if self._read_ahead is not None else None
+        metadata = (block for block in self._metadata if block[0] <= offset < block[0] + len(block[1]))
+        return chunk or next(metadata, None) or self._fetch_metadata(offset, end)
 
-    def _fetch_around(self, offset: int, end: int) -> tuple[int, memoryview]:
-        """Fetch `offset` to `end`, rounded to blocks and without what is in memory."""
-        low = offset // _BLOCK * _BLOCK
-        low = max([low, *(start + len(data) for start, data in self._recent if start <= offset)])
-        high = min(-(-end // _BLOCK) * _BLOCK, low + CHUNK, self.size)
-        high = min([high, *(start for start, _ in self._recent if start > offset)])
+    def _fetch_metadata(self, offset: int, end: int) -> tuple[int, memoryview]:
+        """Fetch `offset` to `end`, rounded to blocks, except bytes that are in memory."""
+        low = offset // _BLOCK_SIZE * _BLOCK_SIZE
+        low = max([low, *(start + len(data) for start, data in self._metadata if start <= offset)])
+        high = min(-(-end // _BLOCK_SIZE) * _BLOCK_SIZE, low + MAX_CHUNK_SIZE, self.size)
+        high = min([high, *(start for start, _ in self._metadata if start > offset)])
         data = self._fetch(low, high)
-        self._unannounced.add(low, high)
-        self._recent.append((low, data))
-        while sum(len(data) for _, data in self._recent) > _MAX_RECENT:
-            self._recent.popleft()
+        self._metadata_ranges.add(low, high)
+        self._metadata.append((low, data))
+        while sum(len(data) for _, data in self._metadata) > _MAX_METADATA_SIZE:
+            self._metadata.popleft()
         return low, data
 
     def _fetch(self, start: int, end: int) -> memoryview:
-        # A mapping is given back to the system as soon as it is dropped; malloc keeps what several threads free.
+        # Unlike malloc, an anonymous map returns its memory to the system as soon as it is deleted.
         data = memoryview(mmap.mmap(-1, end - start))
-        at = 0
-        for piece in self._pieces(start, end):
-            data[at : at + len(piece)] = piece
-            at += len(piece)
+        position = 0
+        for received in self._receive(start, end):
+            data[position : position + len(received)] = received
+            position += len(received)
         return data
 
-    def _pieces(self, start: int, end: int) -> Generator[bytes, None, None]:
-        for piece in self._reader.read(start, end):
-            with self._counting:
-                self.fetched += len(piece)
+    def _receive(self, start: int, end: int) -> Generator[bytes, None, None]:
+        """Yield the bytes from offset `start` to `end` (exclusive) and count them."""
+        for data in self._reader.read(start, end):
+            with self._count_lock:
+                self.fetched_bytes += len(data)
             self._on_fetched()
-            yield piece
+            yield data

@@ -1,4 +1,4 @@
-"""The interface of both hubs: a repository at one commit, its files, and HTTP requests for them."""
+"""The interface that both hubs implement: a repository at one commit, its files, and HTTP requests for them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from converter.errors import HubError
 from converter.storage.local_file import LocalFile, sha256_of
 
 
-class Entry(NamedTuple):
-    """A file of a repository: size in bytes and SHA-256, where the hub gives them."""
+class RepositoryFile(NamedTuple):
+    """A file's size in bytes and SHA-256 as the hub lists them; None and empty if it does not."""
 
     size: int | None
     sha256: str = ""
 
 
 class HttpResponse(NamedTuple):
-    """A response of either HTTP library: `headers` ignore case, `body` yields bytes as received, not decompressed."""
+    """A response of either HTTP library. Header names ignore case; `body` yields bytes without decompressing them."""
 
     url: str
     status: int
@@ -37,12 +37,12 @@ class HubResponseError(Exception):
         status: The HTTP status code.
         message: The hub's explanation.
         code: The hub's own error code.
-        retry_after: Seconds to wait, from the header.
+        retry_after: Seconds to wait, from the Retry-After header.
     """
 
     def __init__(self, status: int, message: str = "", code: str = "", retry_after: float | None = None) -> None:
-        known = status in HTTPStatus.__members__.values()
-        self.message = message or (HTTPStatus(status).phrase if known else "")
+        is_standard = status in HTTPStatus.__members__.values()
+        self.message = message or (HTTPStatus(status).phrase if is_standard else "")
         super().__init__(f"HTTP {status}: {self.message}")
         self.status, self.code, self.retry_after = status, code, retry_after
 
@@ -54,27 +54,27 @@ class HubResponseError(Exception):
 
 
 class HubConnectionError(Exception):
-    """A connection that could not be made, timed out or broke; a retry may help."""
+    """A connection failed, timed out or broke; a retry may help."""
 
 
 class Repository(Protocol):
     """A repository at one commit.
 
     Attributes:
-        name: The address without a file: hf://org/name@revision.
+        name: The address of the repository: hf://org/name@revision.
         commit: The commit of the revision; empty if the hub does not give it.
         files: All files by path.
-        notes: Messages for the user about where the files were found.
-        folder: A folder in the hub's cache that has all requested files, if the hub was not asked.
+        notes: Messages for the user, such as that the cache was used.
+        cached_snapshot: A folder in the hub's cache with all requested files; None if the hub listed the files.
     """
 
     name: str
     commit: str
-    files: dict[str, Entry]
+    files: dict[str, RepositoryFile]
     notes: list[str]
-    folder: Path | None
+    cached_snapshot: Path | None
 
-    def cached(self, path: str) -> Path | None:
+    def cached_file(self, path: str) -> Path | None:
         """Return the file in the hub's own cache, if it is complete."""
 
     def download(self, path: str) -> Path:
@@ -84,38 +84,39 @@ class Repository(Protocol):
         """Return the address of a file on the hub."""
 
     def get(self, url: str, headers: dict[str, str]) -> AbstractContextManager[HttpResponse]:
-        """Send a GET request, with the user's token if `url` is on the hub itself; redirects are not followed.
+        """Send a GET request, with the user's token only if `url` is on the hub itself; do not follow redirects.
 
-        Raises HubConnectionError, also while the body is read.
+        Raises:
+            HubConnectionError: The connection fails, also while the body is read.
         """
 
     def close(self) -> None:
         """Close idle connections; later requests open new ones."""
 
-    def refused(self, error: HubResponseError, path: str) -> HubError:
-        """Return the message for an error status, with the next step."""
+    def to_hub_error(self, error: HubResponseError, path: str) -> HubError:
+        """Convert an error status into an error with a message for the user; `path` is empty for the repository."""
 
 
-def listed(rows: Iterable[tuple[object, object, object]]) -> dict[str, Entry]:
-    """Return the files of a hub's listing, given as path, size and SHA-256.
+def parse_file_list(rows: Iterable[tuple[object, object, object]]) -> dict[str, RepositoryFile]:
+    """Validate a hub's listing, given as rows of path, size and SHA-256, and return the files by path.
 
-    The listing is not trusted: paths that leave their folder are left out, impossible sizes and digests are dropped.
+    Paths that leave their folder are skipped; invalid sizes and digests are replaced by None and empty strings.
     """
     files = {}
     for path, size, sha256 in rows:
         if isinstance(path, str) and path.isprintable() and not {"", ".", ".."} & set(re.split(r"[/\\]", path)):
             valid = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
             digest = sha256 if isinstance(sha256, str) and valid else ""
-            files[path] = Entry(size if isinstance(size, int) and size >= 0 else None, digest)
+            files[path] = RepositoryFile(size if isinstance(size, int) and size >= 0 else None, digest)
     return files
 
 
-def is_intact(path: Path, entry: Entry) -> bool:
-    """Whether a local file has the size and the SHA-256 that the hub gives."""
+def is_intact(path: Path, expected: RepositoryFile) -> bool:
+    """Return whether a local file has the size and the SHA-256 that the hub lists."""
     with closing(LocalFile(path)) as file:
-        return file.size == entry.size and entry.sha256 in ("", sha256_of(file))
+        return file.size == expected.size and expected.sha256 in ("", sha256_of(file))
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two URLs have the same scheme, host and port."""
+    """Return whether two URLs have the same scheme, host and port."""
     return urlsplit(one)[:2] == urlsplit(other)[:2]

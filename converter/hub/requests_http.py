@@ -1,4 +1,4 @@
-"""HTTP by requests: for ModelScope, and for versions of huggingface_hub before 1.0."""
+"""HTTP with the requests library, for ModelScope and for versions of huggingface_hub before 1.0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import urllib3
 
 from converter.hub.repository import HttpResponse, HubConnectionError
 
-_PIECE = 256 << 10
+_READ_SIZE = 256 << 10  # bytes
 
 
 @contextmanager
@@ -25,10 +25,10 @@ def stream(
     """Send a GET request without following redirects.
 
     Args:
-        session: The session to use; its proxies and certificates hold.
-        url: The address.
+        session: The session, whose proxies and certificates are used.
+        url: The URL to request.
         headers: Headers of this request.
-        timeout: Seconds to wait for a connection, and for the next bytes.
+        timeout: Seconds to wait for a connection and for the next bytes.
         cookies: Cookies of this request.
 
     Raises:
@@ -38,7 +38,7 @@ def stream(
     try:
         # `auth` keeps credentials of ~/.netrc from replacing the token.
         with session.get(url, auth=lambda request: request, **options) as response:  # type: ignore[arg-type]
-            body = response.raw.stream(_PIECE, decode_content=False)
+            body = response.raw.stream(_READ_SIZE, decode_content=False)
             yield HttpResponse(url, response.status_code, response.headers, body)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise HubConnectionError(str(error)) from None

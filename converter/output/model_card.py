@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from converter.errors import printable
-from converter.hub.address import is_address, parse
+from converter.hub.address import is_address, parse_address
 from converter.layouts import registry
 from converter.options import NO_HUB_OPTIONS
 from converter.output.json_document import canonical_json
@@ -41,7 +41,7 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
     )
     environment.filters |= {"json": json.dumps, "text": _text, "code": _code, "printable": printable}
     name = PurePath(record.output).name
-    addresses = [parse(source.name, NO_HUB_OPTIONS) for source in record.sources if is_address(source.name)]
+    addresses = [parse_address(source.name, NO_HUB_OPTIONS) for source in record.sources if is_address(source.name)]
     repositories = list(dict.fromkeys(address.repository for address in addresses))
     family = record.family.upper()
     return environment.get_template("model_card.md").render(
@@ -92,7 +92,7 @@ def _pinned(source: RecordedSource) -> list[str]:
     """Command-line arguments that name the same files of a source again."""
     if not is_address(source.name):
         return [PurePath(source.name).name]
-    address = parse(source.name, NO_HUB_OPTIONS)
+    address = parse_address(source.name, NO_HUB_OPTIONS)
     return [f"{address.hub}://{address.repository}/{address.path}", "--revision", source.commit]
 
 

@@ -125,7 +125,7 @@ def write(
                 with output_errors(path):
                     write_all(fds[path], memoryview(data))
         check_unchanged(opened)
-    fetched = {file.name: file.fetched for source in opened for file in source.remote}
+    fetched = {file.name: file.fetched_bytes for source in opened for file in source.remote}
     return replace(record, written=True, fetched=fetched)
 
 
