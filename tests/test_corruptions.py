@@ -21,7 +21,7 @@ import converter
 from converter.api.verify import verify
 from converter.encoders import DeepEncoder
 from converter.layouts import registry
-from converter.verification.deep_encoder_reference import REFERENCES
+from converter.verification.deep_encoder import REFERENCES
 from converter.verification.families import FAMILIES
 
 

@@ -20,10 +20,11 @@ from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.inputs import Converted, Origin, largest_state_dict, open_converted, open_origin
+from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.reference_readers import open_independently
-from converter.verification.result import FAILED, SKIPPED, Check, Verification
-from converter.verification.runs import Expected, RunOptions, run_encoders
+from converter.verification.result import SKIPPED, Check, Verification
+from converter.verification.runs import RunOptions, run_encoders
 from converter.verification.structure import check_structure
 from converter.verification.weights import check_bytes
 
@@ -74,7 +75,8 @@ def verify(
     check_choices(dtype=(dtype, DTYPES))
     where, hub = _device(device), HubOptions(**hub_options)
     chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
-    options = RunOptions(where, torch_dtype(dtype), chosen, _load_image(image), draw, on_progress)
+    page = load(Path(image)) if image is not None else None
+    options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_checkpoint(converted, hub)))
@@ -89,7 +91,8 @@ def verify(
                 opened = stack.enter_context(closing(open_checkpoint(source, hub)))
                 origin = open_origin(opened, target, mapping, state_dict, on_progress)
             result = _verify(target, origin, recorded, options)
-    return replace(result, converted=str(converted), source=str(source or ""))
+    tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return replace(result, converted=str(converted), source=str(source or ""), environment=tools)
 
 
 def _verify_record(opened: Checkpoint, record: Record, on_progress: OnProgress) -> Verification:
@@ -106,7 +109,6 @@ def _verify_record(opened: Checkpoint, record: Record, on_progress: OnProgress) 
         checks=[*checks, *(Check(group, "encoder", SKIPPED, reason) for group in ("structure", "bytes", "outputs"))],
         mapping=record.mapping,
         dtype="as stored",
-        environment=_environment(),
         seconds=seconds,
     )
 
@@ -118,20 +120,24 @@ def _verify(target: Converted, origin: Origin | None, record: Record | None, opt
     read = open_independently(target.source, target.state_dict, tensors.values(), on_progress)
     with _timed(seconds, "structure"):
         checks = check_structure(target, read)
-    expected = None
+    compared = None
     if origin is None:
         checks.append(Check("bytes", "tensors", SKIPPED, "no --source to compare with"))
     else:
         with _timed(seconds, "bytes"):
-            canonical, compared = check_bytes(target, origin, read, on_progress)
-        checks += compared
-        differing = [check.tensors[0] for check in compared if check.verdict == FAILED]
-        expected = Expected(origin, canonical, differing)
+            compared = check_bytes(target, origin, read, on_progress)
+        checks += compared.checks
     if record is not None:
         with _timed(seconds, "record"):
             checks += check_record(record, target.source, tensors, read, on_progress)
-    with _timed(seconds, "outputs" if options.sizes else "loading"), _require_libraries():
-        results = run_encoders(target, expected, read, options)
+    with _timed(seconds, "outputs" if options.sizes else "loading"):
+        try:
+            results = run_encoders(target, compared, read, options)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"{error.name} is not installed, which outputs are compared with",
+                "pip install 'dsocr-convert[verify]', or leave the runs out with --fast",
+            ) from error
     outputs = origin.plan.outputs if origin else {}
     return Verification(
         converted=target.source.name,
@@ -141,24 +147,11 @@ def _verify(target: Converted, origin: Origin | None, record: Record | None, opt
         reference=results.reference,
         device=_device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
-        environment=_environment(),
         traces=results.traces,
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
         pictures=results.pictures,
     )
-
-
-@contextmanager
-def _require_libraries() -> Iterator[None]:
-    """UsageError if the library to compare with is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{error.name} is not installed, which outputs are compared with",
-            "pip install 'dsocr-convert[verify]', or leave the runs out with --fast",
-        ) from error
 
 
 @contextmanager
@@ -184,16 +177,3 @@ def _device(name: str) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _load_image(path: str | Path | None) -> Any:
-    if path is None:
-        return None
-    # PIL is not imported by a verification without runs.
-    from converter.verification.pictures import load
-
-    return load(Path(path))
-
-
-def _environment() -> dict[str, str]:
-    return {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

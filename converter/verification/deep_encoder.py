@@ -1,7 +1,8 @@
-"""The whole DeepEncoder with the converted encoder in it, at DeepSeek-OCR's sizes.
+"""The whole DeepEncoder with the converted encoder in it, at DeepSeek-OCR's sizes, and its reference.
 
 Positions are resampled at every size but the trained one, so only here does a wrong resampling show. What the converted
-file lacks is seeded, and the same in the reference.
+file lacks is seeded, and the same in the reference: transformers' own DeepEncoder, or one assembled from its SAM and
+CLIP where it has none.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
+from converter.encoders import DeepEncoder
+from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.probes import ProbedEncoder
+from converter.verification.reference_models import (
+    Reference,
+    label,
+    to_layout,
+    transformers_clip,
+    transformers_sam,
+    without_prefix,
+)
 from converter.verification.skip_init import SkipInitialization
 
+_SAM, _CLIP = FAMILIES["sam"], FAMILIES["clip"]
 # The probe of what a DeepEncoder returns: CLIP's channels next to SAM's.
 OUTPUT = "concatenation"
 
@@ -61,3 +74,117 @@ def with_optional_tensors(family: Family, encoder: Any, canonical: State) -> tup
     device = next(iter(state.values())).device
     seeded = {name: (torch.randn(shape, generator=generator) * 0.02).to(device) for name, shape in shapes.items()}
     return family.load({**state, **seeded}), {**canonical, **seeded}
+
+
+def build_deep_encoder_reference(model: Any, state: State, device: torch.device) -> ProbedEncoder:
+    """The reference for a DeepEncoder.
+
+    Args:
+        model: Our DeepEncoder, for its sizes.
+        state: The weights by DeepSeek-OCR's names.
+        device: Where the reference is built.
+    """
+    candidates = REFERENCES[type(model)]
+    reference = next((each for each in candidates if each.installed), candidates[-1])
+    with device, SkipInitialization():
+        encoder = reference.build(model, state)
+    encoder.model.to(device).eval()
+    return encoder
+
+
+def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
+    """transformers' UnlimitedOcrVisionModel."""
+    from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
+    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
+
+    sam, clip = model.sam_model.config, model.vision_model.config
+    sam_config = configuration.UnlimitedOcrSamVisionConfig(
+        **sam_vision_config(sam), downsample_channels=list(sam.compressor or ())
+    )
+    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_vision_config(clip))
+    reference = UnlimitedOcrVisionModel(
+        configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
+    )
+    tensors: dict[str, Tensor] = {}
+    for family in (_SAM, _CLIP):
+        tensors |= to_layout(f"{family.name}-unlimited-ocr-hf", without_prefix(family.prefix, state))
+    tensors = {
+        name: tensor
+        for name, tensor in without_prefix("model.vision_tower.", tensors).items()
+        if not name.endswith("position_ids")
+    }
+    reference.load_state_dict(tensors)
+    sam_encoder, clip_encoder = reference.sam_encoder, reference.vision_encoder
+    probes = _SAM.probes(sam_encoder.layers, sam_encoder.patch_embed.projection, _SAM.prefix)
+    probes += _CLIP.probes(clip_encoder.encoder.layers, prefix=_CLIP.prefix)
+    return ProbedEncoder(label("transformers", "UnlimitedOcrVisionModel"), reference, probes, reference, OUTPUT)
+
+
+def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
+    """A DeepEncoder assembled from transformers' SamVisionEncoder and CLIPVisionModel."""
+    sam_state, config = without_prefix(_SAM.prefix, state), model.vision_model.config
+    # transformers' class has a patch convolution, which does not run.
+    patches = torch.zeros(config.width, config.channels, config.patch, config.patch)
+    clip_state = {"embeddings.patch_embedding.weight": patches, **without_prefix(_CLIP.prefix, state)}
+    sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
+    clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
+    whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
+    probes = _SAM.probes(sam.layers, sam.patch_embed.projection, _SAM.prefix)
+    probes += _CLIP.probes(clip.encoder.layers, prefix=_CLIP.prefix)
+    name = label("transformers", "SamVisionEncoder and CLIPVisionModel, assembled")
+    return ProbedEncoder(name, whole, probes, whole, OUTPUT)
+
+
+class Assembled(nn.Module):
+    """transformers' SAM and CLIP with what DeepSeek-OCR has around them, written without our encoders' functions."""
+
+    def __init__(self, sam: Any, clip: Any, net_2: Tensor, net_3: Tensor) -> None:
+        super().__init__()
+        self.sam, self.clip = sam, clip
+        self.net_2, self.net_3 = nn.Parameter(net_2), nn.Parameter(net_3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, 2 * width), as DeepEncoder."""
+        features = self._compressed(pixels)
+        semantic = self._clip(features)
+        return torch.cat((semantic[:, 1:], features.flatten(2).permute(0, 2, 1)), dim=-1)
+
+    def _compressed(self, pixels: Tensor) -> Tensor:
+        # SAM's own forward refuses sizes other than the trained one.
+        x = self.sam.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+        x = x + _resized(self.sam.pos_embed.permute(0, 3, 1, 2), x.shape[1], x.shape[2]).permute(0, 2, 3, 1)
+        for layer in self.sam.layers:
+            output = layer(x)
+            # A tuple before transformers 5.
+            x = output if isinstance(output, Tensor) else output[0]
+        x = F.conv2d(self.sam.neck(x), self.net_2, stride=2, padding=1)
+        return F.conv2d(x, self.net_3, stride=2, padding=1)
+
+    def _clip(self, features: Tensor) -> Tensor:
+        embeddings = self.clip.embeddings
+        batch, width, h, w = features.shape
+        table = embeddings.position_embedding.weight
+        side = round((len(table) - 1) ** 0.5)
+        image = table[1:].T.reshape(1, width, side, side)
+        positions = torch.cat((table[:1], _resized(image, h, w)[0].flatten(1).T))
+        token = embeddings.class_embedding.reshape(1, 1, width).expand(batch, 1, width)
+        x = torch.cat((token, features.flatten(2).permute(0, 2, 1)), dim=1) + positions
+        output: Tensor = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(x)).last_hidden_state
+        return output
+
+
+def _resized(image: Tensor, h: int, w: int) -> Tensor:
+    """(1, C, rows, columns) -> (1, C, h, w); in float32 at least."""
+    if image.shape[-2:] == (h, w):
+        return image
+    wide = torch.promote_types(image.dtype, torch.float32)
+    return F.interpolate(image.to(wide), size=(h, w), mode="bicubic", antialias=True).to(image.dtype)
+
+
+# By class, the best first.
+REFERENCES: dict[type[nn.Module], tuple[Reference, ...]] = {
+    DeepEncoder: (
+        Reference("transformers.models.unlimited_ocr", unlimited_ocr),
+        Reference("transformers", assembled),
+    )
+}

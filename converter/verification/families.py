@@ -30,9 +30,7 @@ class Family:
     """One family of encoders.
 
     Attributes:
-        name: The family's name in mapping files.
-        encoder: Its module class, built from a config; its state_dict has the canonical names.
-        config_from: Reads the config off the shapes of tensors by canonical names.
+        encoder: The module class, built from a config; its state_dict has the canonical names.
         deep_encoder: Builds a whole DeepEncoder that an encoder of a config fits into.
         patches: Module and probe: the patch convolution.
         entry: Probe: the input of the first block.

@@ -140,14 +140,10 @@ def _colours(reference: Tensor, converted: Tensor) -> list[Tensor]:
     flat = reference.flatten(0, 1).nan_to_num(0, 0, 0)
     mean = flat.mean(0)
     directions = _principal_directions(flat - mean)
-    scores = (flat - mean) @ directions
-    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
-    spread = (high - low).clamp_min(1e-12)
-    colours = []
-    for features in (reference, converted):
-        scores = (features.nan_to_num(0, 0, 0) - mean) @ directions
-        colours.append(torch.nn.functional.pad((scores - low) / spread, (0, 3 - directions.shape[1])))
-    return colours
+    scores = [(features.nan_to_num(0, 0, 0) - mean) @ directions for features in (reference, converted)]
+    low, high = torch.quantile(scores[0].flatten(0, 1), torch.tensor([0.01, 0.99], dtype=mean.dtype), dim=0)
+    missing = (0, 3 - directions.shape[1])
+    return [torch.nn.functional.pad((each - low) / (high - low).clamp_min(1e-12), missing) for each in scores]
 
 
 def _principal_directions(centred: Tensor) -> Tensor:

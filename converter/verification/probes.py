@@ -25,7 +25,6 @@ class ProbedEncoder:
 
     Attributes:
         label: Library, version and class.
-        model: The module with all weights.
         probes: Where features are recorded. One whose module does not run records nothing.
         run: Computes features from pixels (B, 3, H, W).
         output: The probe name of what `run` returns; empty if it is not compared.

@@ -22,11 +22,10 @@ from converter.layouts.spec import LayoutMapping
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.apply import apply
 from converter.plan.route import writing_rules
-from converter.storage.byte_range import Storage
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.evaluate import evaluate
 from converter.tensors.lazy_tensor import LazyTensor, Read
-from converter.tensors.tensor_info import TensorInfo, contiguous_strides
+from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import FAMILIES, State
 from converter.verification.probes import ProbedEncoder
 from converter.verification.skip_init import SkipInitialization
@@ -34,11 +33,9 @@ from converter.verification.skip_init import SkipInitialization
 
 @dataclass(frozen=True)
 class Reference:
-    """A library's implementation of a layout.
+    """A library's implementation of a layout, in a module that its older releases may lack.
 
-    Attributes:
-        module: The module to import; releases of a library may lack it.
-        build: Builds the encoder from a config and the tensors by the layout's names.
+    `build` takes a config and the tensors by the layout's names.
     """
 
     module: str
@@ -60,7 +57,7 @@ def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
     model = SamVisionEncoder(SamVisionConfig(**sam_vision_config(config)))
     tensors = without_prefix("vision_encoder.", state)
-    return loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
+    return _loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
 
 
 def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
@@ -69,7 +66,7 @@ def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
     model = ImageEncoderViT(out_chans=config.neck, **_vitdet_sizes(config))
     tensors = without_prefix("image_encoder.", state)
-    return loaded("sam", "segment-anything", model, tensors, model.blocks, model.patch_embed.proj)
+    return _loaded("sam", "segment-anything", model, tensors, model.blocks, model.patch_embed.proj)
 
 
 def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
@@ -77,7 +74,7 @@ def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
     model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_vitdet_sizes(config))
-    encoder = loaded("sam", "timm", model, state, model.blocks, model.patch_embed.proj)
+    encoder = _loaded("sam", "timm", model, state, model.blocks, model.patch_embed.proj)
     return replace(encoder, run=model.forward_features)
 
 
@@ -88,7 +85,7 @@ def got_ocr2_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
     model = GotOcr2VisionEncoder(GotOcr2VisionConfig(**sam_vision_config(config)))
     tensors = without_prefix("model.vision_tower.", without_prefix("vision_tower.", state))
-    return loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
+    return _loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
 
 
 def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
@@ -105,7 +102,7 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
         if name.startswith(parts) and "position_ids" not in name
     }
     patches = encoder.embeddings.patch_embedding
-    result = loaded("clip", "transformers", encoder, tensors, encoder.encoder.layers, patches, ("post_layernorm.",))
+    result = _loaded("clip", "transformers", encoder, tensors, encoder.encoder.layers, patches, ("post_layernorm.",))
     return replace(result, label=label("transformers", type(model).__name__))
 
 
@@ -127,7 +124,7 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     names = model.state_dict().keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name in names}
     blocks = model.transformer.resblocks
-    return loaded("clip", "open_clip_torch", model, tensors, blocks, model.conv1, ("ln_post.", "proj"))
+    return _loaded("clip", "open_clip_torch", model, tensors, blocks, model.conv1, ("ln_post.", "proj"))
 
 
 def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
@@ -138,7 +135,7 @@ def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     sizes = _vit_sizes(config, 1e-5)
     model = VisionTransformer(num_classes=0, pre_norm=True, act_layer=QuickGELU, weight_init="skip", **sizes)
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    encoder = loaded("clip", "timm", model, tensors, model.blocks, model.patch_embed.proj, ("norm.",))
+    encoder = _loaded("clip", "timm", model, tensors, model.blocks, model.patch_embed.proj, ("norm.",))
     return replace(encoder, run=model.forward_features)
 
 
@@ -187,9 +184,9 @@ def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
 
 def _lazy(key: str, tensor: Tensor) -> LazyTensor:
     """A tensor in memory as a lazy tensor: `to_layout` reads it by its key, not from a storage."""
-    nowhere = Storage(None, (0, 0), 0, 0, "memory")  # type: ignore[arg-type]
+    no_storage: Any = None
     dtype, shape = BY_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
-    return Read(dtype, shape, TensorInfo(key, dtype, shape, nowhere, 0, contiguous_strides(shape)))
+    return Read(dtype, shape, TensorInfo(key, dtype, shape, no_storage, 0, ()))
 
 
 def _vitdet_sizes(config: SamConfig) -> dict[str, Any]:
@@ -225,7 +222,7 @@ def without_prefix(prefix: str, state: State) -> State:
     return found or state
 
 
-def loaded(
+def _loaded(
     family: str,
     package: str,
     model: nn.Module,
@@ -234,16 +231,7 @@ def loaded(
     patches: nn.Module,
     unused: tuple[str, ...] = (),
 ) -> ProbedEncoder:
-    """A library's model with weights and probes.
-
-    Args:
-        family: The family that names the probes.
-        package: The distribution whose version the label gives.
-        model: The model without weights.
-        state: Its tensors by its own names, all of them but those under `unused`.
-        blocks: Its transformer blocks.
-        patches: Its patch convolution.
-        unused: Prefixes of tensors that no comparison uses, and a source may lack.
+    """A library's model with weights and probes. `state` may lack tensors under the prefixes `unused`.
 
     Raises:
         RuntimeError: Tensors are missing, unexpected or of another shape.

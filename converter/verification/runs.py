@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from converter.layouts.spec import Rule
 from converter.output.names import shorten
 from converter.output.upload import Uploader
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Resample
 from converter.tensors.tensor_info import TensorInfo
-from converter.verification import structure
-from converter.verification.deep_encoder import build_deep_encoder, with_optional_tensors
-from converter.verification.deep_encoder_reference import build_deep_encoder_reference
+from converter.verification import pictures, structure
+from converter.verification.deep_encoder import (
+    build_deep_encoder,
+    build_deep_encoder_reference,
+    with_optional_tensors,
+)
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, Origin
-from converter.verification.outputs import GROUP, Comparison, check_tokens, compare, pixels_of
+from converter.verification.outputs import GROUP, Comparison, check_tokens, compare
 from converter.verification.reference_models import build_reference
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, SKIPPED, Check, Picture, Trace
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from converter.verification.weights import ComparedSource
 
 # A block of SAM has fourteen tensors: too many to list.
 _NAMES_SHOWN = 4
@@ -37,13 +38,8 @@ _NAMES_SHOWN = 4
 class RunOptions:
     """How the encoders are run.
 
-    Attributes:
-        device: Where they run.
-        precision: The type they compute in.
-        sizes: Pixels along a side at which the whole DeepEncoder runs; none to run nothing.
-        image: The image to run on; a drawn page by default.
-        draw: Whether to make pictures of the features.
-        on_progress: Called with the stage, the runs done and their number.
+    `sizes` are pixels along a side at which the whole DeepEncoder runs: none to run nothing. `image` is a drawn page by
+    default. With `draw`, pictures of the features are made.
     """
 
     device: torch.device
@@ -64,27 +60,12 @@ class RunResults:
     reference: str = ""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the source gives.
-
-    Attributes:
-        origin: The source and its plan.
-        canonical: Its tensors by canonical names.
-        differing: Converted tensors that differ from them.
-    """
-
-    origin: Origin
-    canonical: State
-    differing: Sequence[str]
-
-
-def run_encoders(target: Converted, expected: Expected | None, read: Reader, options: RunOptions) -> RunResults:
+def run_encoders(target: Converted, source: ComparedSource | None, read: Reader, options: RunOptions) -> RunResults:
     """Load the converted encoder, run it and compare its features.
 
     Args:
         target: The converted file.
-        expected: What the source gives, if one was specified.
+        source: The source's tensors and their comparison, if one was specified.
         read: Reads the converted tensors.
         options: How the encoders are run.
     """
@@ -96,37 +77,42 @@ def run_encoders(target: Converted, expected: Expected | None, read: Reader, opt
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
     if encoder is None:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")])
-    wrong = structure.check_sizes(family, encoder, expected.canonical) if expected else None
+    wrong = structure.check_sizes(family, encoder, source.canonical) if source else None
     if wrong is not None:
         reason = "not run: the source's encoder has other sizes"
         return RunResults([loads, wrong, Check(GROUP, "encoder", SKIPPED, reason)])
-    comparisons = list(_compare_all(family, encoder, expected, options, upload))
+    comparisons = list(_compare_all(family, encoder, source, options, upload))
     checks = [each.check for each in comparisons]
-    if expected:
-        checks = [explain_failure(check, family, expected.origin.plan.rules, expected.differing) for check in checks]
+    if source:
+        checks = [_explain_failure(check, family, source) for check in checks]
     return RunResults(
         checks=[loads, *checks],
         traces=[each.trace for each in comparisons if each.trace],
-        pictures=[picture for each in comparisons if options.draw for picture in _draw(each)],
+        pictures=[
+            picture
+            for each in comparisons
+            if options.draw and each.features
+            for picture in pictures.draw(each.check.name, *each.features)
+        ],
         reference=comparisons[0].reference if comparisons else "",
     )
 
 
 def _compare_all(
-    family: Family, encoder: Any, expected: Expected | None, options: RunOptions, upload: Uploader
+    family: Family, encoder: Any, source: ComparedSource | None, options: RunOptions, upload: Uploader
 ) -> Iterator[Comparison]:
     """Compare the encoder by itself, then in the DeepEncoder at every size."""
     canonical: State = {}
-    if expected is not None:
-        own, canonical = _upload_source(expected, upload)
-        yield _compare_alone(family, encoder, expected.origin, own, canonical, options)
+    if source is not None:
+        own, canonical = _upload_source(source, upload)
+        yield _compare_alone(family, encoder, source.origin, own, canonical, options)
     options.on_progress("outputs", 1, len(options.sizes) + 1)
     tested, reference = build_deep_encoder(family, encoder, options.device), None
     if canonical:
         state = {**tested.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
         reference = build_deep_encoder_reference(tested.model, state, options.device)
     for done, size in enumerate(options.sizes, 2):
-        pixels = pixels_of(options.image, size, options.device)
+        pixels = _pixels(options, size)
         if reference is None:
             yield Comparison(check_tokens(tested, pixels, options.precision))
         else:
@@ -143,13 +129,20 @@ def _compare_alone(
     with options.device:
         reference = build_reference(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
     reference.model.to(options.device)
-    pixels = pixels_of(options.image, encoder.config.image_size, options.device)
+    pixels = _pixels(options, encoder.config.image_size)
     return compare(family.probed(encoder), reference, pixels, options.precision)
 
 
-def _upload_source(expected: Expected, upload: Uploader) -> tuple[State, State]:
+def _pixels(options: RunOptions, size: int) -> Tensor:
+    """The image as pixels (1, 3, size, size), with seeded noise so that blank patches differ."""
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
+    image = pictures.pixels(options.image or pictures.page(size), size)
+    return (image + 0.02 * noise).to(options.device)
+
+
+def _upload_source(source: ComparedSource, upload: Uploader) -> tuple[State, State]:
     """The source's tensors by their own and by canonical names, each uploaded once."""
-    origin, uploaded = expected.origin, dict[str, Tensor]()
+    origin, uploaded = source.origin, dict[str, Tensor]()
 
     def load(tensor: TensorInfo) -> Tensor:
         if tensor.key not in uploaded:
@@ -159,7 +152,7 @@ def _upload_source(expected: Expected, upload: Uploader) -> tuple[State, State]:
     own = {name: load(tensor) for name, tensor in origin.own.items()}
     canonical = {
         # Resampled on a GPU, positions would be rounded otherwise than in the file.
-        name: upload(expected.canonical[name] if isinstance(value, Resample) else evaluate(value, load))
+        name: upload(source.canonical[name] if isinstance(value, Resample) else evaluate(value, load))
         for name, value in origin.plan.outputs.items()
     }
     return own, canonical
@@ -174,25 +167,13 @@ def _as_converted(own: State, origin: Origin) -> State:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _draw(comparison: Comparison) -> list[Picture]:
-    from converter.verification.pictures import draw
-
-    return draw(comparison.check.name, *comparison.features) if comparison.features else []
-
-
-def explain_failure(check: Check, family: Family, rules: Mapping[str, Rule], differing: Sequence[str]) -> Check:
-    """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them.
-
-    Args:
-        check: The comparison.
-        family: The encoder's family.
-        rules: The rule of each converted tensor.
-        differing: Converted tensors that differ from the source.
-    """
+def _explain_failure(check: Check, family: Family, source: ComparedSource) -> Check:
+    """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
+    rules = source.origin.plan.rules
     used = family.tensors_at(check.tensors[0], rules) if check.verdict == FAILED and check.tensors else []
     if not used:
         return check
-    wrong = [name for name in used if name in differing]
+    wrong = [name for name in used if name in source.differing]
     if wrong:
         cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:

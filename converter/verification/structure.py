@@ -99,15 +99,7 @@ def _check_values(names: Sequence[str], read: Reader) -> list[Check]:
 
 
 def check_loads(family: Family, tensors: State) -> tuple[Check, Any]:
-    """Check that the encoder loads the tensors strictly.
-
-    Args:
-        family: The encoder's family.
-        tensors: The converted tensors.
-
-    Returns:
-        The check, and the loaded encoder or None.
-    """
+    """Check that the encoder loads the tensors strictly; also returns the encoder, or None if it does not."""
     if not _indices_fit(tensors):
         detail = f"{_INDICES} has no integer type, or an index outside of its table"
         return Check(GROUP, "loads", FAILED, detail, [_INDICES]), None
@@ -127,15 +119,12 @@ def _indices_fit(tensors: State) -> bool:
 
 
 def check_sizes(family: Family, encoder: Any, canonical: State) -> Check | None:
-    """Compare the encoder's config with the one that the source's tensors show.
+    """A failed check if the encoder's config is not the one that the source's tensors show.
 
     Args:
         family: The encoder's family.
         encoder: The converted encoder.
         canonical: The source's tensors by canonical names.
-
-    Returns:
-        A failed check, or None if the configs are equal.
     """
     config = family.config_from({name: tensor.shape for name, tensor in canonical.items()})
     expected, actual = vars(config), vars(encoder.config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,9 +29,21 @@ _SEARCHED = 12
 Load = Callable[[TensorInfo], Tensor]
 
 
-def check_bytes(
-    target: Converted, origin: Origin, read: Reader, on_progress: OnProgress
-) -> tuple[dict[str, Tensor], list[Check]]:
+@dataclass(frozen=True)
+class ComparedSource:
+    """The source, its tensors by canonical names, and the checks of the converted tensors against them."""
+
+    origin: Origin
+    canonical: Mapping[str, Tensor]
+    checks: Sequence[Check]
+
+    @property
+    def differing(self) -> list[str]:
+        """The converted tensors that differ from the source's."""
+        return [check.tensors[0] for check in self.checks if check.verdict == FAILED]
+
+
+def check_bytes(target: Converted, origin: Origin, read: Reader, on_progress: OnProgress) -> ComparedSource:
     """Compare every converted tensor with its source tensors.
 
     Args:
@@ -39,9 +51,6 @@ def check_bytes(
         origin: The source and its plan.
         read: Reads the converted tensors.
         on_progress: Called after each tensor.
-
-    Returns:
-        The tensors that the source gives, by canonical names, and the checks.
     """
     tensors, outputs = target.state_dict.tensors, origin.plan.outputs
 
@@ -66,9 +75,8 @@ def check_bytes(
         cause = "converted from a different checkpoint, or with other options"
         detail = f"{len(checks)} of {len(outputs)} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "source", FAILED, detail, [origin.source.name]))
-    return expected, checks or [
-        Check(GROUP, "tensors", PASSED, f"{len(expected)} tensors equal their sources in every bit")
-    ]
+    detail = f"{len(expected)} tensors equal their sources in every bit"
+    return ComparedSource(origin, expected, checks or [Check(GROUP, "tensors", PASSED, detail)])
 
 
 def _compare(name: str, actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> Check | None:
