@@ -123,8 +123,8 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "keep a list": ("keep: e,", "keep: [e],", 25, "expected a name, found a list"),
     "keep nothing": ("keep: e,", "keep: ,", 25, "expected a name, found nothing"),
     "unknown variable": ("keep: e,", "keep: 'e.{depth}',", 25, "the variable 'depth', which `variables` does not"),
-    "open brace": ("keep: e,", "keep: 'e.{layer',", 25, "a brace that encloses no variable"),
-    "offset": ("keep: e,", "keep: 'e.{rest+1}',", 25, "adds to 'rest', which is no int"),
+    "open brace": ("keep: e,", "keep: 'e.{layer',", 25, "a brace that does not enclose a variable"),
+    "offset": ("keep: e,", "keep: 'e.{rest+1}',", 25, "adds to 'rest', which is not an int"),
     "ambiguous": ("keep: e,", "keep: 'e.{layer}{n}',", 25, "two variables with no letter or dot between"),
     "two paths": ("keep: e,", "keep: 'e.{name}_{n}',", 25, "a variable next to one of kind name or path"),
     "drop without because": ("    because: not needed\n", "", 19, "the key 'because' is missing"),
@@ -177,7 +177,7 @@ def mapping_of(text: str) -> LayoutSpec:
 
 def test_the_table_starts_from_a_good_file() -> None:
     mapping = mapping_of(GOOD).mapping
-    assert [rule.place.line for rule in (*mapping.rules, *mapping.other_rules)] == [14, 16, 19, 22, 25]
+    assert [rule.location.line for rule in (*mapping.rules, *mapping.other_rules)] == [14, 16, 19, 22, 25]
 
 
 @pytest.mark.parametrize(("old", "new", "line", "complaint"), MALFORMED.values(), ids=MALFORMED)

@@ -118,6 +118,8 @@ def test_the_wheel_works_elsewhere(built: Path, tmp_path: Path) -> None:
             [site / "bin" / "dsocr-convert", *arguments], cwd=work, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    code = "import converter, converter.layouts.registry as c; print(converter.__file__, c.load('sam-hf').place.file)"
+    code = (
+        "import converter, converter.layouts.registry as c; print(converter.__file__, c.load('sam-hf').location.file)"
+    )
     where = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
     assert where.stdout.split()[0] == str(site / "converter" / "__init__.py")

@@ -271,5 +271,5 @@ def test_five_problems_are_told_and_the_rest_counted() -> None:
 def test_rules_for_other_names_apply_only_beside_a_prefix() -> None:
     mapping = registry.load("clip-openai").mapping
     assert mapping.rules_for("") == mapping.rules
-    places = {rule.place for rule in mapping.rules_for("visual.")}
-    assert places == {rule.place for rule in (*mapping.rules, *mapping.other_rules)}
+    locations = {rule.location for rule in mapping.rules_for("visual.")}
+    assert locations == {rule.location for rule in (*mapping.rules, *mapping.other_rules)}

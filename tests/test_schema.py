@@ -57,9 +57,9 @@ def test_it_has_the_keys_of_the_parser() -> None:
 def test_it_has_the_limits_of_the_parser() -> None:
     assert DEFINITIONS["kind"]["anyOf"][0]["enum"] == list(parse.KINDS)
     assert DEFINITIONS["tensor"]["properties"]["dtype"]["enum"] == list(BY_NAME)
-    assert DEFINITIONS["word"]["maxLength"] == template.LONGEST_WORD
-    assert DEFINITIONS["template"]["maxLength"] == template.LONGEST_NAME
-    assert DEFINITIONS["numbers"]["anyOf"][1]["maxItems"] == yaml_tree.MOST_DIMENSIONS
+    assert DEFINITIONS["word"]["maxLength"] == template.MAX_WORD_CHARS
+    assert DEFINITIONS["template"]["maxLength"] == template.MAX_NAME_CHARS
+    assert DEFINITIONS["numbers"]["anyOf"][1]["maxItems"] == yaml_tree.MAX_DIMS
 
 
 def test_every_key_has_a_description() -> None:

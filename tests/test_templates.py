@@ -66,8 +66,8 @@ def test_matches_the_whole_name_or_nothing(template: str, name: str, expected: B
     ("text", "complaint"),
     [
         ("{unknown}", "'unknown', which `variables` does not list"),
-        ("{proj+1}", "adds to 'proj', which is no int"),
-        ("{rest-1}", "adds to 'rest', which is no int"),
+        ("{proj+1}", "adds to 'proj', which is not an int"),
+        ("{rest-1}", "adds to 'rest', which is not an int"),
         ("{layer", "brace"),
         ("layer}", "brace"),
         ("{}", "brace"),

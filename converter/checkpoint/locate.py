@@ -71,7 +71,7 @@ def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
 
 
 def _looks_like_local_file(path: Path) -> bool:
-    """Whether a missing path was probably meant as a local file: by its suffix, and by its first folder."""
+    """Return whether a missing path was probably meant as a local file: by its suffix, and by its first folder."""
     return path.suffix in (*WEIGHT_SUFFIXES, ".json") and (len(path.parts) == 2 or exists(path.parts[0]))
 
 
@@ -137,7 +137,7 @@ def _cache_note(files: Iterable[SourceFile], hub_options: HubOptions) -> list[st
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a cache has a checkpoint at `path`, with all its shards."""
+    """Return whether a cache has a checkpoint at `path`, with all its shards."""
     try:
         located = _locate_local(path)
     except ContainerError:

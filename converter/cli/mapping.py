@@ -93,7 +93,7 @@ def _check(file: Path) -> None:
     console.result(f"{file}: {mapping.name}, {rules}, valid")
     dropped = [rule for rule in (*mapping.rules, *mapping.other_rules) if not rule.targets]
     # One line per list item: a drop of several names is as many rules.
-    for line in dict.fromkeys(f"  {rule.place}: cannot be inverted: dropped: {rule.reason}" for rule in dropped):
+    for line in dict.fromkeys(f"  {rule.location}: cannot be inverted: dropped: {rule.reason}" for rule in dropped):
         console.result(line)
 
 

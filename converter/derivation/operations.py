@@ -11,9 +11,9 @@ from converter.tensors.ops import Deinterleave, Op, Permute, Reorder, Reshape, S
 
 # Equal parts of the rows: q, k and v in another order, or interleaved head by head.
 _PARTS = (2, 3, 4)
-_MOST_HEADS = 128
+_MAX_HEADS = 128
 # Permutations are tried up to the five dimensions of a video's patch embedding.
-_MOST_DIMS = 5
+_MAX_DIMS = 5
 
 Ops = tuple[Op, ...]
 
@@ -37,7 +37,7 @@ def find_operations(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
 def _arrangements(tensor: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Ops, torch.Tensor]]:
     """Yield the tensor in `shape` by a reshape and each permutation, the identity first."""
     identity = tuple(range(len(shape)))
-    for dims in itertools.permutations(identity) if len(shape) <= _MOST_DIMS else [identity]:
+    for dims in itertools.permutations(identity) if len(shape) <= _MAX_DIMS else [identity]:
         before = tuple(shape[dims.index(i)] for i in identity)
         reshape = _reshape(tuple(tensor.shape), before)
         yield reshape if dims == identity else (*reshape, Permute(dims)), tensor.reshape(before).permute(dims)
@@ -78,7 +78,7 @@ def _deinterleave(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
     first, wanted = tensor.reshape(rows or 1, -1)[:, 0], target.reshape(rows or 1, -1)[:, 0]
     if rows < 4 or not torch.equal(first.sort().values, wanted.sort().values):
         return None
-    for parts, heads in itertools.product(_PARTS, range(2, _MOST_HEADS + 1)):
+    for parts, heads in itertools.product(_PARTS, range(2, _MAX_HEADS + 1)):
         for outer, inner in ((heads, parts), (parts, heads)) if rows % (heads * parts) == 0 else ():
             order = torch.arange(rows).reshape(outer, inner, -1).transpose(0, 1).reshape(-1)
             if torch.equal(first[order], wanted) and torch.equal(tensor[order], target):

@@ -22,7 +22,7 @@ from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.ops import Fuse, Split
 
 # q, k and v of each of 21 heads.
-_MOST_PARTS = 64
+_MAX_PARTS = 64
 
 # Element type, number of elements, and their sum.
 Fingerprint = tuple[str, int, int]
@@ -143,7 +143,7 @@ def _cut(value: LazyTensor, pool: ByFingerprint) -> Iterator[tuple[int, list[lis
     sizes = sorted({size for _, size, _ in pool if size}, reverse=True)
     for size, dim in itertools.product(sizes, range(tensor.dim())):
         number, rest = divmod(tensor.numel(), size)
-        if not rest and 1 < number <= _MOST_PARTS and tensor.shape[dim] % number == 0:
+        if not rest and 1 < number <= _MAX_PARTS and tensor.shape[dim] % number == 0:
             yield dim, [pool.get(_fingerprint(part, value), []) for part in tensor.chunk(number, dim)]
 
 

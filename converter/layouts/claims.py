@@ -12,7 +12,7 @@ from converter.layouts.spec import Rule
 # Number of problems that an error lists; a wrong mapping can disagree with every tensor of a checkpoint.
 SHOWN = 5
 # Names times templates, for a few seconds of matching: 3,000 rules for a language model of 3,000 tensors.
-_MOST_COMPARED = 10_000_000
+_MAX_COMPARISONS = 10_000_000
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +30,7 @@ class Claims:
     twice: list[tuple[str, Rule, Rule]]
 
     def dead(self, rules: tuple[Rule, ...]) -> list[Rule]:
-        """The required rules that matched nothing."""
+        """Return the required rules that matched nothing."""
         used = {index for index, _ in self.groups}
         return [rule for index, rule in enumerate(rules) if index not in used and not rule.optional]
 
@@ -38,9 +38,9 @@ class Claims:
 def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
     """Match every name with every rule; MappingError if there are too many of both."""
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
-    if len(templates) * len(names) > _MOST_COMPARED:
+    if len(templates) * len(names) > _MAX_COMPARISONS:
         raise MappingError(
-            f"{rules[0].place.file}: {len(templates)} rules are too many for {len(names)} tensors",
+            f"{rules[0].location.file}: {len(templates)} rules are too many for {len(names)} tensors",
             "use templates such as blocks.{i}.{rest}, which match many names",
         )
     claims = Claims(defaultdict(dict), [], [])

@@ -15,12 +15,12 @@ from converter.layouts.shapes import Sizes, fits
 from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.tensors.tensor_info import TensorInfo
 
-# Above this number of tensors no nearest layout is searched, which tries all rules; full OCR models have 3,000.
-_MOST_COMPARED = 10_000
+# The search for the nearest layout tries all rules, so it is skipped for more tensors. OCR models have 3,000.
+_MAX_TENSORS_COMPARED = 10_000
 
 
 class LayoutMatch(NamedTuple):
-    """A layout that fits a checkpoint whose names begin with `prefix`."""
+    """A layout that fits a checkpoint in which the layout's names begin with `prefix`."""
 
     entry: LayoutEntry
     prefix: str
@@ -42,9 +42,13 @@ class LayoutMatch(NamedTuple):
 
 
 class DetectedLayout(NamedTuple):
-    """A state dict and the layout it was detected as.
+    """A state dict and its detected layout.
 
-    `tensors` are the state dict's tensors by the layout's names: without `wrapper`, the common prefix of all names.
+    Attributes:
+        state_dict: The state dict.
+        wrapper: A common prefix of all names that the layout does not have, such as `model.`; often empty.
+        tensors: The tensors of the state dict by their names without `wrapper`.
+        match: The layout.
     """
 
     state_dict: StateDict
@@ -54,7 +58,7 @@ class DetectedLayout(NamedTuple):
 
 
 def select_state_dicts(source: Checkpoint, path: str | None) -> list[StateDict]:
-    """The state dicts of a checkpoint, or only the one at `path` (--state-dict; `.` is the top level)."""
+    """Return the state dicts of a checkpoint, or only the one at `path` (--state-dict; `.` is the top level)."""
     entries = state_dicts(source.contents)
     if not entries:
         raise LayoutError(
@@ -86,8 +90,9 @@ def detect_layout(source: Checkpoint, family: str, layouts: Sequence[LayoutEntry
     if not detected:
         raise _unknown(source, family, layouts, candidates)
     if len(detected) > 1:
+        paths = _paths([layout.state_dict for layout in detected])
         raise LayoutError(
-            f"{source.name}: has {len(detected)} state dicts that fit: {_paths([hit.state_dict for hit in detected])}",
+            f"{source.name}: has {len(detected)} state dicts that fit: {paths}",
             f"choose one, such as --state-dict {printable(detected[0].state_dict.path) or '.'}",
         )
     return detected[0]
@@ -106,13 +111,14 @@ def detect_layouts(
     Returns:
         One item for each state dict that fits a layout.
     """
-    return [hit for hit in (_detect(source, candidate, layouts) for candidate in candidates) if hit]
+    detected = (_detect(source, candidate, layouts) for candidate in candidates)
+    return [layout for layout in detected if layout]
 
 
 def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEntry]) -> DetectedLayout | None:
     """Detect the layout of a state dict by its own names first, then with common prefixes removed."""
-    plain = unwrapped_names(state_dict.tensors, source.name)
-    for wrapper, tensors in without_common_prefixes(plain, source.name):
+    unwrapped = unwrapped_names(state_dict.tensors, source.name)
+    for wrapper, tensors in without_common_prefixes(unwrapped, source.name):
         matches = match_layouts(tensors, layouts)
         if len(matches) > 1:
             names = ", ".join(match.name for match in matches)
@@ -123,7 +129,7 @@ def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutE
 
 
 def match_layouts(tensors: Mapping[str, TensorInfo], candidates: Iterable[LayoutEntry]) -> list[LayoutMatch]:
-    """The layouts that fit, each with the first of its prefixes that does."""
+    """Return the layouts that fit, each with the first of its prefixes that does."""
     return [match for match in (_fit(tensors, entry) for entry in candidates) if match]
 
 
@@ -145,7 +151,10 @@ def _paths(entries: Sequence[StateDict]) -> str:
 def _unknown(
     source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
 ) -> LayoutError:
-    """The error for a checkpoint that no layout fits: it is another family's, or how it differs from the nearest."""
+    """Return the error for a checkpoint that no layout fits.
+
+    It names another family that fits, or the differences from the nearest layout.
+    """
     largest = max(candidates, key=lambda entry: len(entry.tensors))
     for other in registry.families():
         if other != family and _detect(source, largest, registry.entries(other)):
@@ -197,8 +206,8 @@ class _Nearest(NamedTuple):
 
 
 def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping]) -> _Nearest | None:
-    """The mapping with the highest share of claimed tensors times used rules, or None if no rule claims any."""
-    if len(tensors) > _MOST_COMPARED:
+    """Return the mapping with the highest share of claimed tensors times used rules, or None if no rule claims any."""
+    if len(tensors) > _MAX_TENSORS_COMPARED:
         return None
     best: _Nearest | None = None
     best_score = 0.0

@@ -11,17 +11,17 @@ from typing import NamedTuple
 from converter.errors import LayoutError, MappingError
 from converter.layouts.parse import parse_canonical, parse_layout, parse_signature, text_digest
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, Signature
-from converter.layouts.yaml_tree import LARGEST, Tree, parse
+from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
 from converter.storage.local_file import require_regular_file
 from converter.tensors.tensor_info import TensorInfo
 
-# What the names of canonical layouts begin with; all other names begin with the family.
+# The prefix of the names of canonical layouts. All other names begin with the family.
 _CANONICAL = "deepencoder-"
 _EXAMPLE = "for an example, run: dsocr-convert mapping show clip-hf"
 
 
 class LayoutEntry(NamedTuple):
-    """A layout that a checkpoint may have; `load` parses its rules, which takes longer than its signature."""
+    """A layout that a checkpoint may have. `load` parses the rules, which takes longer than parsing the signature."""
 
     name: str
     signature: Signature
@@ -30,53 +30,53 @@ class LayoutEntry(NamedTuple):
 
 @cache
 def layout_names() -> tuple[str, ...]:
-    """The names of all layouts that ship, canonical ones first."""
-    found = [file.name for file in files("converter.mappings").iterdir()]
-    names = [name.removesuffix(".yaml") for name in found if name.endswith(".yaml")]
+    """Return the names of all layouts that ship, canonical ones first."""
+    paths = (Path(file.name) for file in files("converter.mappings").iterdir())
+    names = [path.stem for path in paths if path.suffix == ".yaml"]
     return tuple(sorted(names, key=lambda name: (not name.startswith(_CANONICAL), name)))
 
 
 def names_of_family(family: str) -> list[str]:
-    """The names of a family's layouts, the canonical one first."""
+    """Return the names of a family's layouts, the canonical one first."""
     return [name for name in layout_names() if name.startswith(f"{family}-") or name == _CANONICAL + family]
 
 
 def text(name: str) -> str:
-    """The YAML of a layout that ships; LayoutError for unknown names."""
+    """Return the YAML of a layout that ships; LayoutError for unknown names."""
     if name not in layout_names():
         raise LayoutError(f"unknown layout {name!r}", f"layouts: {', '.join(layout_names())}")
     return (files("converter.mappings") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @cache
-def _tree(name: str) -> Tree:
+def _yaml_node(name: str) -> YamlNode:
     return parse(text(name), f"{name}.yaml")
 
 
 @cache
 def load(name: str) -> LayoutSpec:
-    """A layout that ships; LayoutError for unknown names."""
+    """Return a layout that ships; LayoutError for unknown names."""
     if name in layout_names() and name.startswith(_CANONICAL):
         return canonical(name.removeprefix(_CANONICAL))
-    return parse_layout(_tree(name), text_digest(text(name)))
+    return parse_layout(_yaml_node(name), text_digest(text(name)))
 
 
 @cache
 def canonical(family: str) -> CanonicalLayout:
-    """The canonical layout of a family; LayoutError for unknown families."""
+    """Return the canonical layout of a family; LayoutError for unknown families."""
     name = _CANONICAL + family
-    return parse_canonical(_tree(name), text_digest(text(name)))
+    return parse_canonical(_yaml_node(name), text_digest(text(name)))
 
 
 @cache
 def families() -> tuple[str, ...]:
-    """The families of layouts that ship, in the order of their encoders in the model."""
+    """Return the families of layouts that ship, in the order of their encoders in the model."""
     layouts = [canonical(name.removeprefix(_CANONICAL)) for name in layout_names() if name.startswith(_CANONICAL)]
     return tuple(layout.family for layout in sorted(layouts, key=lambda layout: (layout.encoder_order, layout.name)))
 
 
 def encoder_prefix(family: str) -> str:
-    """The prefix of a family's encoder in DeepSeek-OCR's model."""
+    """Return the prefix of a family's encoder in DeepSeek-OCR's model."""
     return canonical(family).encoder_prefix
 
 
@@ -84,10 +84,10 @@ def read_file(path: Path) -> LayoutSpec:
     """Read a user's file, of a mapping or of a canonical layout; MappingError if it is not valid."""
     try:
         content = _text_of(path)
-        tree = parse(content, str(path))
-        spec = parse_layout(tree, text_digest(content))
+        node = parse(content, str(path))
+        spec = parse_layout(node, text_digest(content))
         if not spec.is_canonical and spec.family not in families():
-            family = tree.fields("a mapping file")["family"]
+            family = node.as_dict("a mapping file")["family"]
             raise family.error(f"expected one of the families {', '.join(families())}, found {spec.family!r}")
     except MappingError as error:
         raise MappingError(str(error), _EXAMPLE) from error
@@ -107,7 +107,7 @@ def _text_of(path: Path) -> str:
         require_regular_file(path, MappingError)
         with path.open(encoding="utf-8") as file:
             # One character more than allowed is enough for the parser to refuse the file.
-            return file.read(LARGEST + 1)
+            return file.read(MAX_FILE_CHARS + 1)
     except OSError as error:
         raise MappingError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -115,27 +115,29 @@ def _text_of(path: Path) -> str:
 
 
 def schema() -> str:
-    """The JSON Schema of mapping files."""
+    """Return the JSON Schema of mapping files."""
     return (files("converter.layouts") / "mapping.schema.json").read_text(encoding="utf-8")
 
 
 def layouts_of(target: str) -> list[LayoutSpec]:
-    """The layouts of a conversion record's target: those of all families for `deepencoder`, else the one named."""
+    """Return the layouts of the target in a conversion record: all canonical layouts for `deepencoder`, else one."""
     return [canonical(family) for family in families()] if target == "deepencoder" else [load(target)]
 
 
 def mappings(family: str) -> list[LayoutMapping]:
-    """The mappings of a family that ship."""
+    """Return the mappings of a family that ship."""
     return [spec.mapping for spec in map(load, names_of_family(family)) if not spec.is_canonical]
 
 
 def entries(family: str) -> list[LayoutEntry]:
-    """All layouts of a family that a checkpoint may have."""
-    return [LayoutEntry(name, parse_signature(_tree(name)), partial(load, name)) for name in names_of_family(family)]
+    """Return all layouts of a family that a checkpoint may have."""
+    return [
+        LayoutEntry(name, parse_signature(_yaml_node(name)), partial(load, name)) for name in names_of_family(family)
+    ]
 
 
 def entry_of(mapping: LayoutMapping) -> list[LayoutEntry]:
-    """The one entry for a mapping that the user has chosen."""
+    """Return the one entry for a mapping that the user has chosen."""
     return [LayoutEntry(mapping.name, mapping.signature, lambda: mapping)]
 
 

@@ -39,12 +39,12 @@ def parse_dim(text: str) -> Dim:
 
 
 def written(shape: Shape) -> str:
-    """The shape as written in mapping files."""
+    """Return the shape as written in mapping files."""
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Whether a tensor has a shape; if so, names that are new are added to `sizes`.
+    """Return whether a tensor has a shape; if so, names that are new are added to `sizes`.
 
     Names do not match size 0, because a file may claim any other size for a tensor without elements.
 
@@ -67,5 +67,5 @@ def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
 
 
 def resolve(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
-    """The shape in numbers; KeyError for a name without a size."""
+    """Return the shape in numbers; KeyError for a name without a size."""
     return tuple(dim.factor if dim.name is None else dim.factor * sizes[dim.name] for dim in shape)

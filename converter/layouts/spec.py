@@ -11,7 +11,7 @@ from converter.layouts.template import Template
 from converter.tensors.ops import Op
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A line in a mapping file, for messages."""
 
     file: str
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     ops: tuple[Op, ...]
     optional: bool
     reason: str
-    place: Place
+    location: Location
     required_on_write: bool = False
 
     @property
@@ -45,11 +45,11 @@ class Rule(NamedTuple):
         return f"{sources} -> {targets}" if self.targets else f"drop {sources}"
 
     def prefixed(self, prefix: str) -> Rule:
-        """The rule for source names that begin with a prefix."""
+        """Return the rule for source names that begin with a prefix."""
         return self._replace(sources=tuple(template.prefixed(prefix) for template in self.sources))
 
     def inverse(self) -> Rule:
-        """The rule from targets to sources."""
+        """Return the rule from targets to sources."""
         ops = tuple(op.inverse() for op in reversed(self.ops))
         optional = self.optional and not self.required_on_write
         return self._replace(sources=self.targets, targets=self.sources, ops=ops, optional=optional)
@@ -69,13 +69,13 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpec:
-    """Base of both kinds of layouts: name, family, description, signature, place and the SHA-256 of the YAML."""
+    """Base of both kinds of layouts: name, family, description, signature, location and the SHA-256 of the YAML."""
 
     name: str
     family: str
     description: str
     signature: Signature
-    place: Place
+    location: Location
     digest: str
 
     @property
@@ -117,7 +117,7 @@ class LayoutMapping(LayoutSpec):
         return [template for rule in self.rules_for(prefix) for template in rule.sources]
 
     def rules_for(self, prefix: str) -> tuple[Rule, ...]:
-        """All rules, with full names, for a checkpoint whose names begin with `prefix`."""
+        """Return all rules, with full names, for a checkpoint whose names begin with `prefix`."""
         if not prefix:
             return self.rules
         return (*(rule.prefixed(prefix) for rule in self.rules), *self.other_rules)
@@ -167,18 +167,18 @@ class CanonicalLayout(LayoutSpec):
             family=self.family,
             description=self.description,
             signature=Signature(("",), self.signature.tensors),
-            place=self.place,
+            location=self.location,
             digest=self.digest,
-            rules=(Rule((any_name,), (any_name,), (), False, "", self.place),),
+            rules=(Rule((any_name,), (any_name,), (), False, "", self.location),),
         )
 
     def templates(self, prefix: str) -> list[Template]:
         return [*(spec.name for spec in self.tensors), *(template for template, _ in self.extra_tensors)]
 
     def spec(self, name: str) -> TensorSpec | None:
-        """The specification of a tensor, or None if the layout has no tensor of that name."""
+        """Return the specification of a tensor, or None if the layout has no tensor of that name."""
         return next((spec for spec in self.tensors if spec.name.match(name) is not None), None)
 
     def extra_reason(self, name: str) -> str | None:
-        """Why the DeepEncoder has no tensor of that name, or None if the name is not among `extra_tensors`."""
+        """Return why the DeepEncoder has no tensor of that name, or None if the name is not among `extra_tensors`."""
         return next((reason for template, reason in self.extra_tensors if template.match(name) is not None), None)

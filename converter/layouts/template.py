@@ -17,10 +17,10 @@ from typing import NamedTuple
 # Longer numbers than this are not layer indices, and Python's int() takes quadratic time on them.
 _INT = "0|[1-9][0-9]{0,5}"
 # Combinations of words in one segment that are compared with each other: more would only make a parser hang.
-_MOST_READINGS = 1000
+_MAX_READINGS = 1000
 # Characters of a tensor's name, of a template, and of one of its words: nesting gives a few hundred at most, and longer
 # ones could make matching take minutes.
-LONGEST_NAME, LONGEST_WORD = 1000, 100
+MAX_NAME_CHARS, MAX_WORD_CHARS = 1000, 100
 _FIELD = re.compile(r"\{([a-z][a-z_0-9]*)(?:([+-])([0-9]{1,3}))?\}")
 
 # What a variable may stand for: "int" a layer index, "name" one segment, "path" one or more segments, or one of the
@@ -37,7 +37,7 @@ class Field(NamedTuple):
     kind: Kind
 
     def choices(self, layers: int) -> tuple[str, ...]:
-        """The values it can have with a number of layers; none for open-ended variables."""
+        """Return the values that the variable can have with a number of layers; none for open-ended variables."""
         if self.kind == "int":
             return tuple(map(str, range(layers - self.offset)))
         return self.kind if isinstance(self.kind, tuple) else ()
@@ -61,8 +61,8 @@ class Template:
     @classmethod
     def parse(cls, text: str, variables: Mapping[str, Kind]) -> Template:
         """Parse a template; ValueError for unknown variables and ambiguous templates."""
-        if len(text) > LONGEST_NAME:
-            raise ValueError(f"{text[:20]!r}... has {len(text)} characters: no tensor's name has over {LONGEST_NAME}")
+        if len(text) > MAX_NAME_CHARS:
+            raise ValueError(f"{text[:20]!r}... has {len(text)} characters; the limit is {MAX_NAME_CHARS}")
         parts: list[str | Field] = []
         end = 0
         for found in _FIELD.finditer(text):
@@ -71,7 +71,7 @@ class Template:
             if name not in variables:
                 raise ValueError(f"{text!r} uses the variable {name!r}, which `variables` does not list")
             if offset and variables[name] != "int":
-                raise ValueError(f"{text!r} adds to {name!r}, which is no int")
+                raise ValueError(f"{text!r} adds to {name!r}, which is not an int")
             parts.append(Field(name, int(sign + offset) if offset else 0, variables[name]))
             end = found.end()
         parts.append(text[end:])
@@ -81,7 +81,7 @@ class Template:
 
     def _check(self, text: str) -> None:
         if any("{" in part or "}" in part for part in self.parts if isinstance(part, str)):
-            raise ValueError(f"{text!r} has a brace that encloses no variable (write {{name}})")
+            raise ValueError(f"{text!r} has a brace that does not enclose a variable (write {{name}})")
         names = [field.name for field in self.fields]
         if len(set(names)) < len(names):
             raise ValueError(f"{text!r} uses a variable twice")
@@ -94,7 +94,7 @@ class Template:
             _check_segment(segment, text)
 
     def _segments(self) -> list[list[str | Field]]:
-        """The template split at its dots."""
+        """Return the template split at its dots."""
         segments: list[list[str | Field]] = [[]]
         for part in self.parts:
             if isinstance(part, Field):
@@ -107,7 +107,7 @@ class Template:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """Its variables, from left to right."""
+        """The variables from left to right."""
         return tuple(part for part in self.parts if isinstance(part, Field))
 
     @cached_property
@@ -133,9 +133,12 @@ class Template:
         return re.compile("".join(segments), re.DOTALL)
 
     def match(self, name: str) -> Bindings | None:
-        """The values of the variables if the full name matches, or None; names over LONGEST_NAME never match."""
+        """Return the values of the variables if the full name matches, or None.
+
+        Names of more than MAX_NAME_CHARS never match.
+        """
         # Most names fail at the first letters, and most templates never need their expression compiled.
-        fits = name.startswith(self.head) and len(name) <= LONGEST_NAME
+        fits = name.startswith(self.head) and len(name) <= MAX_NAME_CHARS
         found = self._regex.fullmatch(name) if fits else None
         if found is None:
             return None
@@ -149,26 +152,26 @@ class Template:
         return bindings
 
     def fill(self, bindings: Mapping[str, str]) -> str:
-        """The name with these values; ValueError if an index would be negative."""
+        """Return the name with these values; ValueError if an index would be negative."""
         return "".join(part if isinstance(part, str) else _filled(part, bindings[part.name]) for part in self.parts)
 
     def names(self, layers: int) -> Iterator[str]:
-        """All names that it can match with a number of layers."""
+        """Yield all names that the template can match with a number of layers."""
         fields = self.fields
         for values in itertools.product(*(field.choices(layers) for field in fields)):
             yield self.fill({field.name: value for field, value in zip(fields, values, strict=True)})
 
     def bind(self, name: str, value: str) -> Template:
-        """The template with one variable replaced by its value."""
+        """Return the template with one variable replaced by its value."""
         return self._rebuilt([value if isinstance(p, Field) and p.name == name else p for p in self.parts])
 
     def prefixed(self, prefix: str) -> Template:
-        """The template with literal text before it."""
+        """Return the template with literal text before it."""
         return self._rebuilt([prefix, *self.parts])
 
     @staticmethod
     def _rebuilt(parts: list[str | Field]) -> Template:
-        """A template of these parts, with adjacent literals joined so that literals and fields alternate."""
+        """Return a template of these parts, with adjacent literals joined so that literals and fields alternate."""
         joined: list[str | Field] = [""]
         for part in parts:
             last = joined[-1]
@@ -180,7 +183,7 @@ class Template:
 
 
 def any_match(templates: Iterable[Template], name: str) -> bool:
-    """Whether a full name matches one of the templates."""
+    """Return whether a full name matches one of the templates."""
     return any(template.match(name) is not None for template in templates)
 
 
@@ -215,8 +218,8 @@ def _check_segment(segment: list[str | Field], text: str) -> None:
     if 1 < len(listed) < len(fields) and any(re.search("[0-9]", word) for words in listed for word in words):
         raise ValueError(f"{text!r} has a number next to words with digits, with no dot between them")
     choices = [_choices(part) for part in segment]
-    if math.prod(map(len, choices)) > _MOST_READINGS:
-        raise ValueError(f"{text!r} has more than {_MOST_READINGS} combinations of words in one segment")
+    if math.prod(map(len, choices)) > _MAX_READINGS:
+        raise ValueError(f"{text!r} has more than {_MAX_READINGS} combinations of words in one segment")
     readings = ["".join(words) for words in itertools.product(*choices)]
     if len(set(readings)) < len(readings):
         raise ValueError(f"{text!r} can match one name in two ways")

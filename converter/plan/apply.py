@@ -41,11 +41,11 @@ def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: st
     """
     claims = claim(rules, tensors)
     problems = [
-        f"{name!r} is claimed by two rules: {first.place} ({first.text}) and {second.place} ({second.text})"
+        f"{name!r} is claimed by two rules: {first.location} ({first.text}) and {second.location} ({second.text})"
         for name, first, second in claims.twice
     ]
     problems += [f"no rule claims {name!r}" for name in claims.unclaimed]
-    problems += [f"{rule.place}: the rule matches nothing: {rule.text}" for rule in claims.dead(rules)]
+    problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.dead(rules)]
     applied = Applied()
     for (index, bindings), parts in claims.groups.items():
         problems += _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
@@ -63,19 +63,19 @@ def _apply_rule(
         return []
     absent = [template.fill(bindings) for part, template in enumerate(rule.sources) if part not in parts]
     if absent:
-        return [f"{rule.place}: {', '.join(map(repr, absent))} is missing next to {next(iter(parts.values()))!r}"]
+        return [f"{rule.location}: {', '.join(map(repr, absent))} is missing next to {next(iter(parts.values()))!r}"]
     try:
         values = tuple(tensors[parts[part]] for part in range(len(rule.sources)))
         for op in rule.ops:
             values = apply_op(op, values)
         names = [target.fill(bindings) for target in rule.targets]
     except ValueError as error:
-        return [f"{rule.place}: {parts[0]!r}: {error}"]
+        return [f"{rule.location}: {parts[0]!r}: {error}"]
     problems = []
     for name, value in zip(names, values, strict=True):
         if name in applied.values:
-            first = applied.rules[name].place
-            problems.append(f"{name!r} is produced twice: by {first} and by {rule.place}, from {parts[0]!r}")
+            first = applied.rules[name].location
+            problems.append(f"{name!r} is produced twice: by {first} and by {rule.location}, from {parts[0]!r}")
         applied.values[name] = value
         applied.rules[name] = rule
     return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping as Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converter.errors import MappingError, UsageError
@@ -81,7 +81,7 @@ def make_plan(
         UsageError: The canonical layout does not allow this image size.
     """
     kept = {name: value for name, value in tensors.items() if name.startswith(prefix) or not mapping.drop_rest}
-    where = f"{source}: by {mapping.place.file}"
+    where = f"{source}: by {mapping.location.file}"
     applied = apply(mapping.rules_for(prefix), kept, where)
     applied.dropped.update((name, mapping.drop_rest) for name in tensors if name not in kept)
     # By the names in the file: the names in `tensors` may lack a common prefix.
@@ -112,7 +112,7 @@ def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTe
 
 
 def _depth(target: CanonicalLayout, applied: Applied) -> int:
-    """The number of layers: one more than the highest index."""
+    """Return the number of layers: one more than the highest index."""
     numbered = [spec.name for spec in target.tensors if any(field.kind == "int" for field in spec.name.fields)]
     matches = (template.match(name) for name in applied.values for template in numbered)
     values = (value for bindings in matches if bindings for value in bindings.values())
@@ -136,7 +136,7 @@ def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
     for name, value in values.items():
         reason = plan.target.extra_reason(name)
         if reason is None:
-            problems.append(f"{plan.target.name} has no tensor {name!r} (from {applied.rules[name].place})")
+            problems.append(f"{plan.target.name} has no tensor {name!r} (from {applied.rules[name].location})")
         else:
             plan.extra_tensors[name] = value
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
@@ -153,8 +153,8 @@ def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> lis
         return [f"{name!r}{origin} is {value.dtype.name}; expected a floating-point type"]
     if fits(spec.shape, value.shape, sizes):
         return []
-    known = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
-    return [f"{name!r}{origin} has shape {list(value.shape)}; expected {written(spec.shape)}, where {known or 'any'}"]
+    bound = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
+    return [f"{name!r}{origin} has shape {list(value.shape)}; expected {written(spec.shape)}, where {bound or 'any'}"]
 
 
 def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
@@ -175,7 +175,7 @@ def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
 
 
 def _patch_size(target: CanonicalLayout, applied: Applied) -> int:
-    """The patch size in pixels: the checkpoint's, or DeepSeek-OCR's if it has no patch embedding."""
+    """Return the patch size in pixels: the checkpoint's, or DeepSeek-OCR's if it has no patch embedding."""
     sizes: Sizes = {}
     for spec in target.tensors:
         if any(dim.name == "patch" for dim in spec.shape) and spec.name.text in applied.values:

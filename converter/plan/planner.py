@@ -65,7 +65,7 @@ def plan_to_canonical(
 
 
 def _hint(mapping: LayoutMapping, options: ConvertOptions) -> str:
-    """The next step if a checkpoint does not fit the layout that was detected."""
+    """Return the next step if a checkpoint does not fit the layout that was detected."""
     if options.mapping is not None:
         return f"correct {options.mapping}, or omit --mapping if the checkpoint has a known layout"
     return (

@@ -50,7 +50,7 @@ def retarget(plan: Plan, target: LayoutMapping, donor: Plan | None, full_model: 
 
 
 def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]:
-    """The names that required rules should have produced, with `*` for variables whose values are unknown.
+    """Return the names that required rules should have produced, with `*` for variables whose values are unknown.
 
     The number of layers follows from the highest index among the `produced` names.
     """
@@ -61,20 +61,23 @@ def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]
 
 
 def _count_layers(templates: Sequence[Template], names: Collection[str]) -> dict[str, int]:
-    """The number of layers, one more than the highest index, by the part of the name before the index."""
+    """Return the number of layers, one more than the highest index, by the part of the name before the index."""
     heads = {template.head for template in templates if any(field.kind == "int" for field in template.fields)}
     counts: dict[str, int] = {}
     for name in names:
-        for start in heads:
-            index = name.removeprefix(start).split(".")[0]
-            if name.startswith(start) and index.isdigit():
+        for head in heads:
+            index = name.removeprefix(head).split(".")[0]
+            if name.startswith(head) and index.isdigit():
                 # Limited: with an index above the number of names, some names are missing anyway.
-                counts[start] = max(counts.get(start, 0), min(int(index), len(names)) + 1)
+                counts[head] = max(counts.get(head, 0), min(int(index), len(names)) + 1)
     return counts
 
 
 def _expected(template: Template, layers: dict[str, int], produced: Collection[str]) -> Iterator[str]:
-    """The names that a template should produce; none if it has an open-ended variable and produced any name."""
+    """Return the names that a template should produce.
+
+    There are none if the template has an open-ended variable and matches any produced name.
+    """
     count = layers.get(template.head, 0)
     unknown = [field.name for field in template.fields if not field.choices(count)]
     if unknown and any(template.match(name) is not None for name in produced):
@@ -100,7 +103,7 @@ def complete_from(plan: Plan, donor: Plan, dtype: str) -> Plan:
 
 
 def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: dict[str, LazyTensor]) -> dict[str, str]:
-    """Why the outputs do not contain a tensor of the checkpoint, for each such tensor."""
+    """Return why the outputs do not contain a tensor of the checkpoint, for each such tensor."""
     reasons = dict(plan.dropped)
     outside = [template for rule in target.other_rules for template in rule.targets]
     # By identity: a donor's tensor may have the same name as a dropped one.
@@ -130,7 +133,7 @@ def _check_complete(source: str, target: LayoutMapping, missing_names: list[str]
 
 
 def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
-    """The rules that write a layout: from canonical names to the layout's names with the first of its prefixes."""
+    """Return the rules from canonical names to the names of a layout with the first of the prefixes."""
     prefix = target.signature.prefixes[0]
     rules = tuple(rule.prefixed(prefix) for rule in target.rules)
     if full_model:

@@ -29,7 +29,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def bit_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers, for comparisons: a NaN equals itself, and 0.0 is not -0.0."""
+    """Return the elements as integers, for comparisons: a NaN equals itself, and 0.0 is not -0.0."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.element_size()])
 

@@ -142,7 +142,7 @@ def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
 
 
 def _are_consecutive_slices(parts: tuple[LazyTensor, ...], base: LazyTensor, dim: int) -> bool:
-    """Whether `parts` are consecutive slices of the tensor `of`, starting at 0."""
+    """Return whether `parts` are consecutive slices of the tensor `of`, starting at 0."""
     position = 0
     for part in parts:
         if not isinstance(part, Slice) or part.base is not base or (part.dim, part.start) != (dim, position):

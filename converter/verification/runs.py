@@ -178,6 +178,6 @@ def _explain_failure(check: Check, family: Family, source: ComparedSource) -> Ch
         cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:
         cause = f"the tensors used there match the source: {shorten(used, _NAMES_SHOWN)}"
-    places = sorted({rules[name].place for name in wrong or used})
-    detail = f"{check.detail}; {cause}; made by {', '.join(map(str, places))}"
+    locations = sorted({rules[name].location for name in wrong or used})
+    detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}"
     return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])

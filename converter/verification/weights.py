@@ -68,7 +68,7 @@ def check_bytes(target: Converted, origin: Origin, read: Reader, on_progress: On
             if len(checks) < _SEARCHED:
                 check = _with_true_name(check, read(name), name, outputs, load)
             if rule := origin.plan.rules.get(name):
-                check = replace(check, detail=f"{check.detail}; made by {rule.place}")
+                check = replace(check, detail=f"{check.detail}; made by {rule.location}")
             checks.append(check)
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
