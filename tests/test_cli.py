@@ -57,7 +57,7 @@ def test_clip_from_a_folder_as_pth(folder: Path, tmp_path: Path) -> None:
 def test_json_is_one_document_and_the_card(folder: Path, tmp_path: Path) -> None:
     done = run("sam", folder / "sam.pth", "--json", cwd=tmp_path)
     card = json.loads(done.stdout)
-    assert card["written"] and card["tensors"] == len(card["converted"]) == 51
+    assert card["written"] and card["num_tensors"] == len(card["converted"]) == 51
     assert card["converted"]["pos_embed"] == ["image_encoder.pos_embed"]
     assert card["sources"][0]["files"] == {str(folder / "sam.pth"): (folder / "sam.pth").stat().st_size}
 
@@ -147,10 +147,10 @@ def test_inspect_of_an_unknown_checkpoint_names_the_nearest_layout(tmp_path: Pat
 
 def test_inspect_json(folder: Path, tmp_path: Path) -> None:
     found = json.loads(run("inspect", folder / "sam.pth", "--json", cwd=tmp_path).stdout)
-    assert (found["tensors"], found["containers"], found["dtypes"]) == (188, ["torch zip"], {"float32": 188})
+    assert (found["num_tensors"], found["containers"], found["dtypes"]) == (188, ["torch zip"], {"float32": 188})
     (fits,) = found["layouts"]
-    assert fits["layout"] == "sam-meta" and fits["record"]["tensors"] == 51
-    assert sum(group["tensors"] for group in found["groups"]) == 188
+    assert fits["layout"] == "sam-meta" and fits["record"]["num_tensors"] == 51
+    assert sum(group["num_tensors"] for group in found["groups"]) == 188
 
 
 def test_own_mapping(folder: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_one_changed_element(state: State, tmp_path: Path) -> None:
     assert change.cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), abs=1e-12)
     assert len(found.same) == len(state) - 1 and not found.equal
     moved = {block.name: block for block in found.blocks if block.differing}
-    assert list(moved) == ["transformer.layers.1"] and moved["transformer.layers.1"].tensors == 12
+    assert list(moved) == ["transformer.layers.1"] and moved["transformer.layers.1"].num_tensors == 12
 
 
 def test_a_fine_tuned_block_moved_as_far_as_all_its_weights(folder: Path, tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
     assert len(inspect.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
 
 
+def test_names_with_literal_braces_are_not_layers() -> None:
+    groups = inspect.group_layers(described(dict.fromkeys(("x.0.y", "x.1.y", "x.{}.y"), (1,))))
+    assert [(group.name, group.layers) for group in groups] == [("x.{}.y", "0..1"), ("x.{}.y", "")]
+
+
 def test_positions_are_numbered_up_to_a_bound() -> None:
     """A sparse file may claim a table of any length, and the numbers lie in memory."""
     shapes = inventory("clip-hf")

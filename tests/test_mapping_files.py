@@ -398,7 +398,7 @@ def test_every_other_checkpoint_is_refused_with_its_reason(checkpoint: str, fami
 def test_inspect_says_what_convert_would_do(checkpoint: str, tmp_path: Path) -> None:
     path = sparse(tmp_path / "model.safetensors", inventories()[checkpoint])
     found = converter.inspect(str(path))
-    assert found.tensors == len(inventories()[checkpoint])
+    assert found.num_tensors == len(inventories()[checkpoint])
     layouts = {entry.family: entry.layout for entry in found.layouts if entry.record}
     assert layouts == {family: layout for (name, family), layout in CONVERTS.items() if name == checkpoint}
     for entry in found.layouts:

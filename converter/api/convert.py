@@ -11,7 +11,7 @@ from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkp
 from converter.options import split_options
 from converter.output.names import shorten
 from converter.output.pretrained import config_files, wants_folder
-from converter.output.record import ConversionRecord, make_record
+from converter.output.record import ConversionRecord, make_plan_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write
 from converter.plan.plan import Plan
@@ -72,23 +72,14 @@ def convert(
         # Before a dry run ends: contradictory sizes are found without writing.
         folder = wants_folder(target, convert_options.layout, format)
         documents = config_files(resolved.plan, convert_options.full_model) if folder else None
-        made = make_record(
-            opened,
-            {family: resolved},
-            resolved.plan.outputs,
-            target=convert_options.layout,
-            output=target,
-            format=format,
-            dtype=convert_options.dtype,
-            generated=resolved.plan.generated,
-            missing=resolved.plan.missing,
-            dropped=resolved.plan.dropped,
-            notes=_donor_note(resolved.plan, donor),
+        notes = _donor_note(resolved.plan, donor)
+        planned = make_plan_record(
+            opened, resolved, output=target, format=format, dtype=convert_options.dtype, notes=notes
         )
         if dry_run:
-            return made
-        output = make_output(resolved.plan.outputs, made, made.metadata(), documents, convert_options.mapping)
-        return write(output, made, opened, files, force, on_progress)
+            return planned
+        output = make_output(resolved.plan.outputs, planned, planned.metadata(), documents, convert_options.mapping)
+        return write(output, planned, opened, files, force, on_progress)
 
 
 def _donor_note(plan: Plan, donor: Checkpoint | None) -> list[str]:

@@ -16,10 +16,9 @@ from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, nearest_layout, select_state_dicts
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
-from converter.output.names import fold
-from converter.output.record import ConversionRecord, count_dtypes, make_record
+from converter.output.names import fold, layer_indices
+from converter.output.record import ConversionRecord, count_dtypes, make_plan_record
 from converter.plan.planner import ResolvedPlan, check_not_converted, plan_to_canonical
-from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -28,35 +27,35 @@ class Group:
     """Tensors whose names differ only in layer indices.
 
     Attributes:
-        name: Their name, with `{}` for each index.
-        layers: The indices, such as `0..23`.
-        tensors: How many there are.
-        dtypes: Their types.
-        shapes: Their shapes, most frequent first.
-        nbytes: Their bytes in total.
+        name: The name of the tensors, with `{}` for each layer index.
+        layers: The layer indices, such as `0..23`.
+        num_tensors: The number of tensors.
+        dtypes: The types of the tensors.
+        shapes: The shapes of the tensors, most frequent first.
+        nbytes: The size of all tensors in bytes.
     """
 
     name: str
     layers: str
-    tensors: int
+    num_tensors: int
     dtypes: list[str]
     shapes: list[list[int]]
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class FittingLayout:
-    """A layout that a checkpoint fits.
+class MatchedLayout:
+    """A layout that the tensors of a checkpoint match.
 
     Attributes:
         family: "sam" or "clip".
         layout: The name of the layout.
         description: Which checkpoints have it.
-        prefix: The prefix of the encoder's names.
-        state_dicts: The state dicts of the file that fit; `.` for the top.
-        evidence: The tensors by which it was recognised.
+        prefix: The prefix of the encoder's tensor names.
+        state_dicts: The paths of the state dicts that match; `.` for the top.
+        evidence: The names of the tensors by which the layout was detected.
         record: The record that a conversion would have; None if a conversion is not possible.
-        problem: Why it is not possible.
+        problem: The reason why a conversion is not possible; empty if it is.
     """
 
     family: str
@@ -73,28 +72,30 @@ class FittingLayout:
 class Inspection:
     """The contents of a checkpoint.
 
+    `num_tensors`, `nbytes`, `dtypes`, `groups` and `nearest` describe the state dict with the most tensors.
+
     Attributes:
-        source: Its name.
-        files: Its files, and their sizes in bytes.
-        containers: Its container formats.
-        state_dicts: Its state dicts and how many tensors each has. All other counts are of the largest one.
-        tensors: The number of tensors.
-        nbytes: Their bytes in total.
+        source: The path or address of the checkpoint.
+        files: The size of each file in bytes.
+        containers: The container formats of the files.
+        state_dicts: The number of tensors of each state dict.
+        num_tensors: The number of tensors.
+        nbytes: The size of all tensors in bytes.
         dtypes: The number of tensors of each type.
-        groups: The tensors, repeated layers folded.
-        layouts: The layouts that it fits.
-        nearest: If it fits none, how it differs from the nearest one, for people.
+        groups: The tensors, with repeated layers folded.
+        layouts: The layouts that match.
+        nearest: If no layout matches, lines of text that say how the tensors differ from the nearest layout.
     """
 
     source: str
     files: dict[str, int]
     containers: list[str]
     state_dicts: dict[str, int]
-    tensors: int
+    num_tensors: int
     nbytes: int
     dtypes: dict[str, int]
     groups: list[Group]
-    layouts: list[FittingLayout]
+    layouts: list[MatchedLayout]
     nearest: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
         **hub_options: The fields of `converter.options.HubOptions`: revision, hub, download.
 
     Raises:
-        DsocrError: The source cannot be read or holds no tensors. An unknown layout is no error.
+        DsocrError: The source cannot be read or has no tensors. An unknown layout is not an error.
     """
     options = HubOptions(**hub_options)
     with closing(open_checkpoint(source, options)) as opened:
@@ -120,53 +121,44 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
 
 
 def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
-    entries = select_state_dicts(opened, state_dict)
-    largest = max(entries, key=lambda entry: len(entry.tensors))
-    layouts = [layout for family in registry.families() if (layout := _fitting_layout(opened, family, entries))]
+    state_dicts = select_state_dicts(opened, state_dict)
+    largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
+    layouts = [layout for family in registry.families() if (layout := _matched_layout(opened, family, state_dicts))]
     mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]
     return Inspection(
         source=opened.name,
         files={file.name: file.size for file in opened.files},
         containers=sorted(set(opened.containers)),
-        state_dicts={entry.path or ".": len(entry.tensors) for entry in entries},
-        tensors=len(largest.tensors),
+        state_dicts={candidate.path or ".": len(candidate.tensors) for candidate in state_dicts},
+        num_tensors=len(largest.tensors),
         nbytes=sum(tensor.nbytes for tensor in largest.tensors.values()),
-        dtypes=count_dtypes([lazy_read(tensor) for tensor in largest.tensors.values()]),
+        dtypes=count_dtypes(tensor.dtype for tensor in largest.tensors.values()),
         groups=group_layers(largest.tensors),
         layouts=layouts,
         nearest=[] if layouts else nearest_layout(opened, largest, mappings),
     )
 
 
-def _fitting_layout(opened: Checkpoint, family: str, entries: list[StateDict]) -> FittingLayout | None:
-    """Detect a family's layout and plan its conversion; None if no layout of the family fits."""
-    detected = detect_layouts(opened, registry.entries(family), entries)
+def _matched_layout(opened: Checkpoint, family: str, state_dicts: list[StateDict]) -> MatchedLayout | None:
+    """Detect a family's layout and plan its conversion; None if no layout of the family matches."""
+    detected = detect_layouts(opened, registry.entries(family), state_dicts)
     if not detected:
         return None
-    first, options = detected[0], ConvertOptions(family)
+    first = detected[0]
     layout = first.match.layout
     record, problem = None, ""
     try:
         check_not_converted(opened, first)
-        plan = plan_to_canonical(opened, first, options)
-        record = make_record(
-            [opened],
-            {family: ResolvedPlan(first, plan)},
-            plan.outputs,
-            target=plan.layout,
-            output=None,
-            generated=plan.generated,
-            missing=plan.missing,
-            dropped=plan.dropped,
-        )
+        plan = plan_to_canonical(opened, first, ConvertOptions(family))
+        record = make_plan_record([opened], ResolvedPlan(first, plan))
     except DsocrError as error:
         problem = str(error)
-    return FittingLayout(
+    return MatchedLayout(
         family=family,
         layout=layout.name,
         description=layout.description,
         prefix=first.wrapper + first.match.prefix,
-        state_dicts=[entry.state_dict.path or "." for entry in detected],
+        state_dicts=[each.state_dict.path or "." for each in detected],
         evidence=first.match.evidence,
         record=record,
         problem=problem,
@@ -175,36 +167,35 @@ def _fitting_layout(opened: Checkpoint, family: str, entries: list[StateDict]) -
 
 def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
     """Fold repeated layers into groups, in the order of the tensors."""
-    members: dict[tuple[str, int], list[str]] = {}
+    members: dict[tuple[str, int, int], list[str]] = {}
     for name, tensor in tensors.items():
-        # Tensors of different rank are not layers of one kind, whatever their names.
-        members.setdefault((fold(name), len(tensor.shape)), []).append(name)
+        # Tensors with another number of dimensions, or with a literal `{}` in the name, are not layers of one kind.
+        members.setdefault((fold(name), len(layer_indices(name)), len(tensor.shape)), []).append(name)
     groups = []
-    for (pattern, _), names in members.items():
-        parts = [tensors[name] for name in names]
-        shapes = Counter(tensor.shape for tensor in parts)
+    for (pattern, _, _), names in members.items():
+        grouped = [tensors[name] for name in names]
+        shapes = Counter(tensor.shape for tensor in grouped)
         groups.append(
             Group(
                 name=pattern if len(names) > 1 else names[0],
-                layers=_ranges(pattern, names) if len(names) > 1 else "",
-                tensors=len(names),
-                dtypes=sorted({tensor.dtype.name for tensor in parts}),
+                layers=_format_layers(names) if len(names) > 1 else "",
+                num_tensors=len(names),
+                dtypes=sorted({tensor.dtype.name for tensor in grouped}),
                 shapes=[list(shape) for shape, _ in shapes.most_common()],
-                nbytes=sum(tensor.nbytes for tensor in parts),
+                nbytes=sum(tensor.nbytes for tensor in grouped),
             )
         )
     return groups
 
 
-def _ranges(pattern: str, names: list[str]) -> str:
-    """Return the indices that a pattern's `{}` replace, such as `0..23`."""
-    places = [i for i, segment in enumerate(pattern.split(".")) if segment == "{}"]
-    columns = [sorted({int(name.split(".")[place]) for name in names}) for place in places]
-    return ", ".join(_range(column) for column in columns)
+def _format_layers(names: list[str]) -> str:
+    """Format the layer indices of names that differ in nothing else, such as `0..23`."""
+    columns = zip(*map(layer_indices, names), strict=True)
+    return ", ".join(_format_indices(sorted(set(column))) for column in columns)
 
 
-def _range(numbers: list[int]) -> str:
-    # `numbers` are sorted and distinct.
+def _format_indices(numbers: list[int]) -> str:
+    """Format sorted, distinct numbers: a range if they have no gaps."""
     if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}..{numbers[-1]}"
     return " ".join(map(str, numbers))

@@ -172,7 +172,7 @@ def _bars(blocks: list[Block], width: int, block_characters: bool) -> Iterable[s
     yield "how far each block moved: the norm of B - A, relative to A's"
     yield f"{'block':{longest}}  differ    moved"
     for block in blocks:
-        differ = f"{block.differing}/{block.tensors}"
+        differ = f"{block.differing}/{block.num_tensors}"
         share = _share(block.relative, largest_move)
         bar = _bar(share * columns, block_characters)
         yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()

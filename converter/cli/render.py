@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from converter.api.inspect import FittingLayout, Group, Inspection
+from converter.api.inspect import Group, Inspection, MatchedLayout
 from converter.cli import console
 from converter.output.names import fold_key_map, group_by_reason, shorten
 from converter.output.record import ConversionRecord, RecordedSource
@@ -27,7 +27,7 @@ def summary(record: ConversionRecord) -> Iterable[str]:
     yield from map(_source, record.sources)
     dtypes = " and ".join(f"{number} {name}" for name, number in record.dtypes.items())
     verb = "wrote" if record.written else "would write"
-    yield f"{verb} {record.output}: {record.tensors} tensors ({dtypes}), {size(record.nbytes)}"
+    yield f"{verb} {record.output}: {record.num_tensors} tensors ({dtypes}), {size(record.nbytes)}"
     yield from transfers(record)
     yield from remarks(record)
 
@@ -88,12 +88,12 @@ def inspection(result: Inspection) -> Iterable[str]:
     if len(result.state_dicts) > 1 or "." not in result.state_dicts:
         yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in result.state_dicts.items())
     dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
-    yield f"{result.tensors} tensors, {size(result.nbytes)}: {dtypes}"
+    yield f"{result.num_tensors} tensors, {size(result.nbytes)}: {dtypes}"
     yield ""
     yield from _table(result.groups)
     for layout in result.layouts:
         yield ""
-        yield from _fitting_layout(layout)
+        yield from _matched_layout(layout)
     if not result.layouts:
         yield ""
         yield "no known layout fits"
@@ -133,7 +133,7 @@ def _shapes(group: Group) -> str:
     return " or ".join(str(shape) for shape in group.shapes)
 
 
-def _fitting_layout(layout: FittingLayout) -> Iterable[str]:
+def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
     yield f"{layout.family}: layout {layout.layout}, {layout.description}"
     yield f"  recognised by {', '.join(layout.evidence)}"
     if len(layout.state_dicts) > 1:
@@ -142,7 +142,7 @@ def _fitting_layout(layout: FittingLayout) -> Iterable[str]:
     if record is None:
         yield from (f"  {line}" for line in layout.problem.split("\n"))
     else:
-        yield f"  `dsocr-convert {record.family}` would write {record.tensors} tensors, {size(record.nbytes)}"
+        yield f"  `dsocr-convert {record.family}` would write {record.num_tensors} tensors, {size(record.nbytes)}"
         yield from remarks(record)
 
 

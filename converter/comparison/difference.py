@@ -70,7 +70,7 @@ class Block(NamedTuple):
     """
 
     name: str
-    tensors: int
+    num_tensors: int
     differing: int
     relative: float
     maximum: float

@@ -22,6 +22,11 @@ def fold(name: str) -> str:
     return _INDEX.sub("{}", name)
 
 
+def layer_indices(name: str) -> list[int]:
+    """The layer indices in a name: 3 for `blocks.3.norm1.weight`."""
+    return [int(index) for index in _INDEX.findall(name)]
+
+
 def fold_names(names: Iterable[str]) -> list[str]:
     """The names with repeated layers folded into one entry, such as `blocks.{}.norm1.weight (x 12)`."""
     return [

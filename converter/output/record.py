@@ -6,7 +6,7 @@ The document contains no times, machine names or folders: the same input gives t
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -20,7 +20,7 @@ from converter.output.json_document import as_json
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
 from converter.storage.progress import OnProgress, progress_counter
-from converter.tensors.dtypes import BY_NAME
+from converter.tensors.dtypes import BY_NAME, DType
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
 
 _T = TypeVar("_T")
@@ -78,7 +78,7 @@ class ConversionRecord:
         output: the path of the output.
         format: safetensors or pth.
         dtype: the requested type; keep for no cast.
-        tensors: the number of output tensors.
+        num_tensors: the number of output tensors.
         nbytes: bytes of tensor data in the output.
         dtypes: element types and how many output tensors have each.
         converted: output tensors and the source tensors they are made of, in order.
@@ -99,7 +99,7 @@ class ConversionRecord:
     output: str
     format: str
     dtype: str
-    tensors: int
+    num_tensors: int
     nbytes: int
     dtypes: dict[str, int]
     converted: dict[str, list[str]]
@@ -138,6 +138,32 @@ class ConversionRecord:
         return cast("dict[str, Any]", as_json(self))
 
 
+def make_plan_record(
+    sources: Sequence[Checkpoint],
+    resolved: ResolvedPlan,
+    *,
+    output: Path | None = None,
+    format: str = "safetensors",
+    dtype: str = "keep",
+    notes: Sequence[str] = (),
+) -> ConversionRecord:
+    """Make the record of a plan for one family, before it is written; the arguments are `make_record`'s."""
+    plan = resolved.plan
+    return make_record(
+        sources,
+        {plan.mapping.family: resolved},
+        plan.outputs,
+        target=plan.layout,
+        output=output,
+        format=format,
+        dtype=dtype,
+        generated=plan.generated,
+        missing=plan.missing,
+        dropped=plan.dropped,
+        notes=notes,
+    )
+
+
 def make_record(
     sources: Sequence[Checkpoint],
     plans: Mapping[str, ResolvedPlan],
@@ -145,8 +171,8 @@ def make_record(
     *,
     target: str,
     output: Path | None,
-    format: str = "safetensors",
-    dtype: str = "keep",
+    format: str,
+    dtype: str,
     generated: Mapping[str, str],
     missing: Mapping[str, str],
     dropped: Mapping[str, str],
@@ -178,9 +204,9 @@ def make_record(
         output=str(output or ""),
         format=format,
         dtype=dtype,
-        tensors=len(outputs),
+        num_tensors=len(outputs),
         nbytes=sum(map(nbytes, outputs.values())),
-        dtypes=count_dtypes(outputs.values()),
+        dtypes=count_dtypes(value.dtype for value in outputs.values()),
         converted={name: [tensor.key for tensor in source_tensors(value)] for name, value in converted.items()},
         generated=dict(generated),
         missing=dict(missing),
@@ -213,10 +239,10 @@ def _by_family(values: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
     }
 
 
-def count_dtypes(values: Iterable[LazyTensor]) -> dict[str, int]:
-    """Count tensors by element type, in the order of the table of types."""
-    names = [value.dtype.name for value in values]
-    return {name: names.count(name) for name in BY_NAME if name in names}
+def count_dtypes(dtypes: Iterable[DType]) -> dict[str, int]:
+    """Count equal types, in the order of the table of types."""
+    counts = Counter(dtype.name for dtype in dtypes)
+    return {name: counts[name] for name in BY_NAME if name in counts}
 
 
 class TensorDigests:
