@@ -247,7 +247,7 @@ def test_copies_of_the_model_are_a_tie(tmp_path: Path) -> None:
 def test_one_tensor_under_two_names_is_a_tie(tmp_path: Path) -> None:
     state, hub = oracles.sam_timm()
     with pytest.raises(LayoutError, match="'pos_embed' and 'tied' for 'pos_embed'"):
-        derived({**state, "tied": state["pos_embed"]}, hub, tmp_path, partial=True)
+        derived({**state, "tied": state["pos_embed"]}, hub, tmp_path, allow_partial=True)
 
 
 def test_biases_of_zeros_are_a_tie(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_two_subtrees_with_the_same_names_are_a_tie(prefixes: tuple[str, str], t
     state, _ = oracles.clip_hf_vision()
     towers = {prefix + name: tensor for prefix in prefixes for name, tensor in state.items()}
     with pytest.raises(LayoutError, match=f"2 subtrees fit .* equally well: '{prefixes[0]}', '{prefixes[1]}'"):
-        derived(towers, "deepencoder-clip", tmp_path, partial=True)
+        derived(towers, "deepencoder-clip", tmp_path, allow_partial=True)
     assert not (tmp_path / "my.yaml").exists()
 
 
@@ -283,7 +283,7 @@ def test_tensors_left_over_inside_matched_modules_are_refused(names: list[str], 
     state, hub = oracles.sam_meta()
     extra = {f"image_encoder.{name}": torch.randn(4, 4) for name in names}
     with pytest.raises(LayoutError) as caught:
-        derived({**state, **extra}, "deepencoder-sam" if by_names else hub, tmp_path, partial=True)
+        derived({**state, **extra}, "deepencoder-sam" if by_names else hub, tmp_path, allow_partial=True)
     assert all(repr(name) in str(caught.value) for name in extra)
     assert "LoRA" in caught.value.hint and not (tmp_path / "my.yaml").exists()
 
@@ -349,7 +349,7 @@ def test_an_incomplete_mapping_is_written_with_partial_only(tmp_path: Path) -> N
     lost = "transformer.layers.1.layer_norm1.bias"
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path)
     assert found.unmatched == [lost] and not found.written and not (tmp_path / "my.yaml").exists()
-    found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path, partial=True)
+    found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path, allow_partial=True)
     assert found.written and registry.load_file(tmp_path / "my.yaml").name == "my"
 
 
@@ -358,7 +358,7 @@ def test_no_match_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="one element type"):
         derived(state, {name: tensor.half() for name, tensor in hub.items()}, tmp_path)
     with pytest.raises(LayoutError, match="known layout"):
-        derived({"a.weight": torch.randn(3, 3)}, "deepencoder-sam", tmp_path, partial=True)
+        derived({"a.weight": torch.randn(3, 3)}, "deepencoder-sam", tmp_path, allow_partial=True)
 
 
 def test_odd_names_are_quoted(tmp_path: Path) -> None:
@@ -391,14 +391,14 @@ def test_the_command(tmp_path: Path) -> None:
     saved(hub, tmp_path / "target.safetensors")
     done = run("source.pth", "target.safetensors", "-o", "new.yaml", "--name", "sam-new", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "new.yaml\n")
-    assert "sam-new: 51 of 51 tensors of target.safetensors, in 13 rules" in done.stderr
+    assert "sam-new: matched 51 of 51 tensors of target.safetensors with 13 rules" in done.stderr
     assert "51 matched by values" in done.stderr
     done = run("source.pth", "target.safetensors", "-o", "new.yaml", folder=tmp_path)
     assert done.returncode == 4 and "exists already" in done.stderr
     saved({**hub, "pos_embed": hub["pos_embed"] + 1}, tmp_path / "target.safetensors")
     done = run("source.pth", "target.safetensors", "--json", folder=tmp_path)
     assert done.returncode == 3 and json.loads(done.stdout)["unmatched"] == ["pos_embed"]
-    assert "no match for 1 tensor of target.safetensors (nothing was written" in done.stderr
+    assert "no match for 1 tensor of target.safetensors; use --partial" in done.stderr
     assert len(done.stderr.splitlines()) <= 12
     assert not (tmp_path / "my.yaml").exists()
 
@@ -441,5 +441,5 @@ def test_large_models_around_the_encoder_take_little_time(tmp_path: Path) -> Non
     beside = {f"language.layers.{i // 9}.{words[i % 9]}.weight": ("float32", (16, 16)) for i in range(5000)}
     path = sparse(tmp_path / "model.safetensors", {**inventory, **beside})  # type: ignore[dict-item]
     began = time.process_time()
-    found = derive(path, "deepencoder-clip", out=tmp_path / "my.yaml", partial=True)
+    found = derive(path, "deepencoder-clip", out=tmp_path / "my.yaml", allow_partial=True)
     assert sum(found.found.values()) == 293 and time.process_time() - began < 60

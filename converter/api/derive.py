@@ -29,7 +29,7 @@ def derive(
     family: str = "",
     state_dict: str | None = None,
     force: bool = False,
-    partial: bool = False,
+    allow_partial: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Derived:
     """Write the mapping file that turns `source`, in an unknown layout, into what `target` holds.
@@ -39,12 +39,12 @@ def derive(
     Args:
         source: The checkpoint.
         target: The same weights in a known layout; or a layout's name, then names and shapes alone decide.
-        out: The file to write. It is written if all of the target was found, or with `partial`.
+        out: The file to write. It is written if all of the target was found, or with `allow_partial`.
         name: The layout's name; by default the file's without its ending.
         family: Which encoder, if `target` holds several.
         state_dict: Which state dict of `source`, as in `convert`.
         force: Replace an existing file.
-        partial: Write the rules that were found even if something is missing.
+        allow_partial: Write the rules that were found even if tensors of the target have no match.
         on_progress: Called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -71,10 +71,10 @@ def derive(
         matches = _find_matches(comparison, on_progress)
         derived = build_mapping(comparison, matches)
         check_unchanged(checkpoints)
-    if partial or derived.complete:
+    if allow_partial or derived.complete:
         with atomic_file(path, force) as fd:
             write_all(fd, memoryview(derived.text.encode()))
-    return replace(derived, output=str(path), written=partial or derived.complete)
+    return replace(derived, output=str(path), written=allow_partial or derived.complete)
 
 
 def _find_matches(comparison: Comparison, on_progress: OnProgress) -> list[TensorMatch]:

@@ -12,7 +12,7 @@ import typer
 import converter
 from converter.cli import console, render
 from converter.cli.options import Json, Quiet, add_options, complete_layout
-from converter.errors import UsageError
+from converter.errors import SourceError, UsageError
 from converter.layouts import registry
 from converter.options import ConvertOptions
 from converter.output.names import fold_names
@@ -20,8 +20,8 @@ from converter.output.names import fold_names
 if TYPE_CHECKING:
     from converter.derivation.mapping import Derived
 
-# Names of a list on the terminal, and of each list of an error; --json has all.
-_SHOWN, _SHOWN_IN_ERROR = 8, 3
+# Names to print of each list, and of each list after an error; --json prints all.
+_MAX_NAMES, _MAX_NAMES_IN_ERROR = 8, 3
 
 NewLayout = Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint in a new layout.")]
 Target = Annotated[
@@ -89,25 +89,24 @@ def _check(file: Path) -> None:
         console.result(f"{file}: {spec.name}, a canonical layout, valid")
         return
     mapping = spec.mapping
-    rules = render.count(len(mapping.rules) + len(mapping.other_rules), "rule")
-    console.result(f"{file}: {mapping.name}, {rules}, valid")
-    dropped = [rule for rule in (*mapping.rules, *mapping.other_rules) if not rule.targets]
-    # One line per list item: a drop of several names is as many rules.
-    for line in dict.fromkeys(f"  {rule.location}: cannot be inverted: dropped: {rule.reason}" for rule in dropped):
-        console.result(line)
+    rules = [*mapping.rules, *mapping.other_rules]
+    lines = [f"{file}: {mapping.name}, {render.count(len(rules), 'rule')}, valid"]
+    lines += [f"  {rule.location}: not reversible, drops tensors ({rule.reason})" for rule in rules if not rule.targets]
+    # A drop of several names is parsed into several rules with the same line number.
+    console.result(*dict.fromkeys(lines))
 
 
 @dataclass(frozen=True)
 class DeriveOptions:
-    """Options of `converter.derive`."""
+    """Options of the command: keyword arguments of `converter.derive`, and how to print the result."""
 
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
     ] = Path("my.yaml")
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the layout. [default: FILE]")] = ""
     family: Annotated[Literal["sam", "clip"] | None, typer.Option(help="The encoder, if TARGET holds both.")] = None
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Write the file even if tensors of TARGET were not found.")
+    allow_partial: Annotated[
+        bool, typer.Option("--partial", help="Write the file even if tensors of TARGET have no match.")
     ] = False
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False
     json: Json = False
@@ -129,26 +128,27 @@ def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
     elif derived.written:
         console.result(derived.output)
     if not derived.complete:
-        raise typer.Exit(3)
+        raise typer.Exit(SourceError.exit_code)
 
 
 def _summary(derived: Derived) -> list[str]:
-    """Describe how tensors were matched, and what is unused or missing."""
-    found, rules = sum(derived.found.values()), render.count(derived.rules, "rule")
-    lines = [f"{derived.layout}: {found} of {found + len(derived.unmatched)} tensors of {derived.target}, in {rules}"]
+    """Describe how tensors were matched, which source tensors are dropped and which target tensors have no match."""
+    num_matched, num_rules = sum(derived.found.values()), render.count(derived.rules, "rule")
+    num_tensors = num_matched + len(derived.unmatched)
+    lines = [f"{derived.layout}: matched {num_matched} of {num_tensors} tensors of {derived.target} with {num_rules}"]
     lines += [f"  {number:4} matched by {method}" for method, number in derived.found.items()]
-    shown = _SHOWN if derived.complete else _SHOWN_IN_ERROR
-    lines += _listing("unused, dropped", derived.dropped, shown)
+    max_names = _MAX_NAMES if derived.complete else _MAX_NAMES_IN_ERROR
+    if derived.dropped:
+        lines += ["  source tensors not used (dropped):", *_name_lines(derived.dropped, max_names)]
     if derived.unmatched:
-        outcome = f"not in {derived.output}" if derived.written else "nothing was written; --partial writes the rest"
-        unmatched = render.count(len(derived.unmatched), "tensor")
-        lines += _listing(f"error: no match for {unmatched} of {derived.target} ({outcome})", derived.unmatched, shown)
+        hint = "the file lacks rules for them" if derived.written else "use --partial to write the rules found"
+        lines += [f"error: no match for {render.count(len(derived.unmatched), 'tensor')} of {derived.target}; {hint}:"]
+        lines += _name_lines(derived.unmatched, max_names)
     return lines
 
 
-def _listing(title: str, names: list[str], shown: int) -> list[str]:
-    """Return a heading and the first names, repeated layers folded; nothing if there are no names."""
+def _name_lines(names: list[str], max_names: int) -> list[str]:
+    """Return one indented line for each of the first names, with repeated layers folded."""
     folded = fold_names(names)
-    more = [f"    and {len(folded) - shown} more"] if len(folded) > shown else []
-    heading = title if title.startswith("error") else f"  {title}"
-    return [f"{heading}:", *(f"    {name}" for name in folded[:shown]), *more] if names else []
+    more = [f"    and {len(folded) - max_names} more"] if len(folded) > max_names else []
+    return [*(f"    {name}" for name in folded[:max_names]), *more]
