@@ -108,16 +108,9 @@ def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
     tensors: dict[str, Tensor] = {}
     for family in (_SAM, _CLIP):
         tensors |= to_layout(f"{family.name}-unlimited-ocr-hf", without_prefix(family.prefix, state))
-    tensors = {
-        name: tensor
-        for name, tensor in without_prefix("model.vision_tower.", tensors).items()
-        if not name.endswith("position_ids")
-    }
-    reference.load_state_dict(tensors)
-    sam_encoder, clip_encoder = reference.sam_encoder, reference.vision_encoder
-    probes = _SAM.probes(sam_encoder.layers, sam_encoder.patch_embed.projection, _SAM.prefix)
-    probes += _CLIP.probes(clip_encoder.encoder.layers, prefix=_CLIP.prefix)
-    return ProbedEncoder(label("transformers", "UnlimitedOcrVisionModel"), reference, probes, reference, OUTPUT)
+    tensors.pop("model.vision_tower.vision_encoder.embeddings.position_ids", None)
+    reference.load_state_dict(without_prefix("model.vision_tower.", tensors))
+    return _probed("UnlimitedOcrVisionModel", reference, reference.sam_encoder, reference.vision_encoder)
 
 
 def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
@@ -129,10 +122,14 @@ def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
     sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
     clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
     whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
+    return _probed("SamVisionEncoder and CLIPVisionModel, assembled", whole, sam, clip)
+
+
+def _probed(name: str, model: nn.Module, sam: Any, clip: Any) -> ProbedEncoder:
+    """A model with transformers' SAM and CLIP as its parts."""
     probes = _SAM.probes(sam.layers, sam.patch_embed.projection, _SAM.prefix)
     probes += _CLIP.probes(clip.encoder.layers, prefix=_CLIP.prefix)
-    name = label("transformers", "SamVisionEncoder and CLIPVisionModel, assembled")
-    return ProbedEncoder(name, whole, probes, whole, OUTPUT)
+    return ProbedEncoder(label("transformers", name), model, probes, model, OUTPUT)
 
 
 class Assembled(nn.Module):
@@ -146,8 +143,7 @@ class Assembled(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, 2 * width), as DeepEncoder."""
         features = self._compressed(pixels)
-        semantic = self._clip(features)
-        return torch.cat((semantic[:, 1:], features.flatten(2).permute(0, 2, 1)), dim=-1)
+        return torch.cat((self._clip(features)[:, 1:], features.flatten(2).permute(0, 2, 1)), dim=-1)
 
     def _compressed(self, pixels: Tensor) -> Tensor:
         # SAM's own forward refuses sizes other than the trained one.

@@ -29,7 +29,7 @@ _MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """What a conversion record says of its file.
+    """The contents of a conversion record.
 
     `metadata` is None if none was written; `tensors` are type and shape, such as `float32 [1024]`, and SHA-256 by name.
     """

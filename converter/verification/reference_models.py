@@ -139,7 +139,7 @@ def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     return replace(encoder, run=model.forward_features)
 
 
-# By layout. A family's `<family>-hf` also stands in for layouts without a library of their own.
+# By layout. A family's `<family>-hf` is also used for layouts without a library of their own.
 REFERENCES = {
     "sam-hf": Reference("transformers", transformers_sam),
     "sam-meta": Reference("segment_anything", segment_anything_sam),
