@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from converter import __version__
-from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.open import open_checkpoint
 from converter.errors import UsageError
 from converter.options import HubOptions, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
-from converter.verification.inputs import Converted, Origin, largest_state_dict, open_converted, open_origin
+from converter.verification.inputs import Converted, Origin, open_any_layout, open_converted, open_origin
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
-from converter.verification.reference_readers import open_independently
 from converter.verification.result import SKIPPED, Check, Verification
 from converter.verification.runs import RunOptions, run_encoders
 from converter.verification.structure import check_structure
@@ -85,9 +84,9 @@ def verify(
             if source is not None:
                 message = f"--source: a file with the layout {recorded.layout} is only compared with its record"
                 raise UsageError(message, "leave --source out")
-            result = _verify_record(opened, recorded, on_progress)
+            result = _verify_record(open_any_layout(opened, recorded.family, on_progress), recorded, on_progress)
         else:
-            target, origin = open_converted(opened), None
+            target, origin = open_converted(opened, on_progress), None
             if source is not None:
                 opened = stack.enter_context(closing(open_checkpoint(source, hub)))
                 origin = open_origin(opened, target, mapping, state_dict, on_progress)
@@ -96,16 +95,14 @@ def verify(
     return replace(result, converted=str(converted), source=str(source or ""), environment=tools)
 
 
-def _verify_record(opened: Checkpoint, record: Record, on_progress: OnProgress) -> Verification:
+def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -> Verification:
     """Compare a file of another layout with its record, as nothing else is known of it."""
     seconds: dict[str, float] = {}
-    state_dict = largest_state_dict(opened)
-    read = open_independently(opened, state_dict, state_dict.tensors.values(), on_progress)
     with _timed(seconds, "record"):
-        checks = check_record(record, opened, state_dict.tensors, read, on_progress)
+        checks = check_record(record, target, on_progress)
     reason = f"a file with the layout {record.layout} is only compared with its record"
     return Verification(
-        converted=opened.name,
+        converted=target.source.name,
         family=record.family,
         checks=[*checks, *(Check(group, "encoder", SKIPPED, reason) for group in ("structure", "bytes", "outputs"))],
         mapping=record.mapping,
@@ -117,23 +114,21 @@ def _verify_record(opened: Checkpoint, record: Record, on_progress: OnProgress) 
 def _verify(target: Converted, origin: Origin | None, record: Record | None, options: RunOptions) -> Verification:
     """Make all checks of a file with a canonical layout."""
     seconds: dict[str, float] = {}
-    tensors, on_progress = target.state_dict.tensors, options.on_progress
-    read = open_independently(target.source, target.state_dict, tensors.values(), on_progress)
     with _timed(seconds, "structure"):
-        checks = check_structure(target, read)
+        checks = check_structure(target)
     compared = None
     if origin is None:
         checks.append(Check("bytes", "tensors", SKIPPED, "no --source to compare with"))
     else:
         with _timed(seconds, "bytes"):
-            compared = check_bytes(target, origin, read, on_progress)
+            compared = check_bytes(target, origin, options.on_progress)
         checks += compared.checks
     if record is not None:
         with _timed(seconds, "record"):
-            checks += check_record(record, target.source, tensors, read, on_progress)
+            checks += check_record(record, target, options.on_progress)
     with _timed(seconds, "outputs" if options.sizes else "loading"):
         try:
-            results = run_encoders(target, compared, read, options)
+            results = run_encoders(target, compared, options)
         except ModuleNotFoundError as error:
             raise UsageError(
                 f"{error.name} is not installed, which outputs are compared with",

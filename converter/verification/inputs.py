@@ -23,11 +23,12 @@ from converter.verification.reference_readers import Reader, open_independently
 
 @dataclass(frozen=True)
 class Converted:
-    """The converted file."""
+    """The converted file; `read` reads tensors by their keys, with the format's own library."""
 
     source: Checkpoint
-    state_dict: StateDict
     family: str
+    tensors: Mapping[str, TensorInfo]
+    read: Reader
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,31 @@ class Origin:
     read: Reader
 
 
-def largest_state_dict(source: Checkpoint) -> StateDict:
+def open_any_layout(source: Checkpoint, family: str, on_progress: OnProgress) -> Converted:
+    """A converted file of any layout.
+
+    Args:
+        source: The opened file.
+        family: The family of its encoder.
+        on_progress: Called as tensors are fetched from a hub.
+    """
+    state_dict = _largest_state_dict(source)
+    read = open_independently(source, state_dict, state_dict.tensors.values(), on_progress)
+    return Converted(source, family, state_dict.tensors, read)
+
+
+def _largest_state_dict(source: Checkpoint) -> StateDict:
     """The state dict with the most tensors; a file that dsocr-convert wrote has only one."""
     return max(select_state_dicts(source, None), key=lambda entry: len(entry.tensors))
 
 
-def open_converted(source: Checkpoint) -> Converted:
+def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
     """The converted file, of the family that most of its tensors belong to.
 
     Raises:
         LayoutError: The file does not have a canonical layout.
     """
-    state_dict = largest_state_dict(source)
+    state_dict = _largest_state_dict(source)
     counts = {family: registry.count_known(family, state_dict.tensors) for family in registry.families()}
     family = max(counts, key=lambda name: counts[name])
     # A damaged conversion fits no layout at all, so that only fitting another one is an error.
@@ -66,7 +80,7 @@ def open_converted(source: Checkpoint) -> Converted:
         if hit.match.name != f"deepencoder-{family}"
     ]
     if not others and counts[family] > len(state_dict.tensors) / 2:
-        return Converted(source, state_dict, family)
+        return open_any_layout(source, family, on_progress)
     problem = f"has the layout {others[0][1]}" if others else "does not have the DeepEncoder's layout"
     commands = " or ".join(
         f"dsocr-convert {name} {source.name}" for name in ([others[0][0]] if others else registry.families())
@@ -110,12 +124,11 @@ def open_origin(
 
 def _infer_options(plan: Plan, target: Converted) -> tuple[str, int | None]:
     """`--dtype` and `--image-size` of the conversion, inferred from the converted tensors."""
-    tensors = target.state_dict.tensors
-    actual = {tensor.dtype.name for tensor in tensors.values() if tensor.dtype.is_float}
+    actual = {tensor.dtype.name for tensor in target.tensors.values() if tensor.dtype.is_float}
     kept = {value.dtype.name for value in plan.outputs.values() if value.dtype.is_float}
     dtype = next(iter(actual)) if len(actual) == 1 and actual != kept else "keep"
     for spec in plan.target.tensors:
-        tensor = tensors.get(spec.name.text) if spec.positions else None
+        tensor = target.tensors.get(spec.name.text) if spec.positions else None
         if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
             continue
         grid = math.isqrt(max(tensor.shape[0] - 1, 0))

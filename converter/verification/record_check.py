@@ -18,6 +18,7 @@ from converter.storage.local_file import require_regular_file
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
 from converter.tensors.tensor_info import TensorInfo
+from converter.verification.inputs import Converted
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, PASSED, Check
 
@@ -86,25 +87,21 @@ def _parse(path: Path, document: Any) -> Record:
     )
 
 
-def check_record(
-    record: Record, source: Checkpoint, tensors: Mapping[str, TensorInfo], read: Reader, on_progress: OnProgress
-) -> list[Check]:
+def check_record(record: Record, target: Converted, on_progress: OnProgress) -> list[Check]:
     """Compare a file with its record, tensor by tensor.
 
     Args:
         record: The conversion record.
-        source: The opened file.
-        tensors: Its tensors.
-        read: Reads them.
+        target: The converted file.
         on_progress: Called after each tensor.
     """
-    checks = []
+    checks, tensors = [], target.tensors
     for name in sorted(tensors.keys() ^ record.tensors.keys()):
         problem = "is missing, though the record has it" if name in record.tensors else "is not in the record"
         checks.append(Check(GROUP, name, FAILED, f"{name} {problem}", [name]))
     common = [name for name in tensors if name in record.tensors]
     for done, name in enumerate(common, 1):
-        problem = _compare(*record.tensors[name], tensors[name], read)
+        problem = _compare(*record.tensors[name], tensors[name], target.read)
         checks += [Check(GROUP, name, FAILED, f"{name} {problem}", [name])] if problem else []
         on_progress(GROUP, done, len(common))
     if len(checks) > len(record.tensors) / 2:
@@ -113,7 +110,7 @@ def check_record(
         checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
     detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
-    return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, source)]
+    return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, target.source)]
 
 
 def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:

@@ -26,7 +26,6 @@ from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, Origin
 from converter.verification.outputs import GROUP, Comparison, check_tokens, compare
 from converter.verification.reference_models import build_reference
-from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, SKIPPED, Check, Picture, Trace
 from converter.verification.weights import ComparedSource
 
@@ -60,19 +59,18 @@ class RunResults:
     reference: str = ""
 
 
-def run_encoders(target: Converted, source: ComparedSource | None, read: Reader, options: RunOptions) -> RunResults:
+def run_encoders(target: Converted, source: ComparedSource | None, options: RunOptions) -> RunResults:
     """Load the converted encoder, run it and compare its features.
 
     Args:
         target: The converted file.
         source: The source's tensors and their comparison, if one was specified.
-        read: Reads the converted tensors.
         options: How the encoders are run.
     """
     family = FAMILIES[target.family]
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
-    loads, encoder = structure.check_loads(family, {name: upload(read(name)) for name in target.state_dict.tensors})
+    loads, encoder = structure.check_loads(family, {name: upload(target.read(name)) for name in target.tensors})
     if not options.sizes:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
     if encoder is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
 from converter.verification.inputs import Converted
-from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, PASSED, WARNING, Check
 
 GROUP = "structure"
@@ -24,10 +23,9 @@ GROUP = "structure"
 _INDICES = "embeddings.position_ids"
 
 
-def check_structure(target: Converted, read: Reader) -> list[Check]:
-    """All checks of a converted file that run nothing; `read` reads its tensors."""
-    tensors = target.state_dict.tensors
-    return [*_check_layout(target), *_check_types(tensors), *_check_values(list(tensors), read)]
+def check_structure(target: Converted) -> list[Check]:
+    """All checks of a converted file that run nothing."""
+    return [*_check_layout(target), *_check_types(target.tensors), *_check_values(target)]
 
 
 def _check_layout(target: Converted) -> list[Check]:
@@ -35,7 +33,7 @@ def _check_layout(target: Converted) -> list[Check]:
 
     Warn about tensors that a converted file may lack, as a strict load fails without them.
     """
-    layout, tensors = registry.canonical(target.family), target.state_dict.tensors
+    layout, tensors = registry.canonical(target.family), target.tensors
     values = {key: lazy_read(tensor) for key, tensor in tensors.items()}
     try:
         plan = make_plan(layout.mapping, "", layout, values, target.source.name)
@@ -70,13 +68,13 @@ def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
     return [Check(GROUP, "types", WARNING, f"tensors of several types: {counts}; {rarest[0]} is of the rarest", rarest)]
 
 
-def _check_values(names: Sequence[str], read: Reader) -> list[Check]:
+def _check_values(target: Converted) -> list[Check]:
     """Check for NaN and infinity; warn about constant tensors, which could be exchanged without any effect."""
     broken: dict[str, str] = {}
     zero: list[str] = []
     constant: list[str] = []
-    for name in names:
-        tensor = read(name)
+    for name in target.tensors:
+        tensor = target.read(name)
         if not tensor.numel():
             continue
         # Types of one byte lack most operations.
@@ -86,9 +84,9 @@ def _check_values(names: Sequence[str], read: Reader) -> list[Check]:
             broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
         elif lowest == highest and tensor.numel() > 1:
             (constant if lowest else zero).append(name)
-    finite = Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(names)} tensors")
+    finite = Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(target.tensors)} tensors")
     if broken:
-        detail = f"NaN or infinity in {len(broken)} of {len(names)} tensors: {shorten(list(broken.values()))}"
+        detail = f"NaN or infinity in {len(broken)} of {len(target.tensors)} tensors: {shorten(list(broken.values()))}"
         finite = Check(GROUP, "finite", FAILED, detail, list(broken))
     note = "outputs cannot show whether such tensors are exchanged"
     return [finite] + [

@@ -18,7 +18,6 @@ from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, Origin
-from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, PASSED, Check
 
 GROUP = "bytes"
@@ -43,16 +42,15 @@ class ComparedSource:
         return [check.tensors[0] for check in self.checks if check.verdict == FAILED]
 
 
-def check_bytes(target: Converted, origin: Origin, read: Reader, on_progress: OnProgress) -> ComparedSource:
+def check_bytes(target: Converted, origin: Origin, on_progress: OnProgress) -> ComparedSource:
     """Compare every converted tensor with its source tensors.
 
     Args:
         target: The converted file.
         origin: The source and its plan.
-        read: Reads the converted tensors.
         on_progress: Called after each tensor.
     """
-    tensors, outputs = target.state_dict.tensors, origin.plan.outputs
+    tensors, outputs = target.tensors, origin.plan.outputs
 
     def load(tensor: TensorInfo) -> Tensor:
         return origin.read(tensor.key)
@@ -63,10 +61,10 @@ def check_bytes(target: Converted, origin: Origin, read: Reader, on_progress: On
     expected: dict[str, Tensor] = {}
     for done, (name, value) in enumerate(outputs.items(), 1):
         expected[name] = evaluate(value, load)
-        check = _compare(name, read(name), expected[name], value, load) if name in tensors else None
+        check = _compare(name, target.read(name), expected[name], value, load) if name in tensors else None
         if check is not None:
             if len(checks) < _SEARCHED:
-                check = _with_true_name(check, read(name), name, outputs, load)
+                check = _with_true_name(check, target.read(name), name, outputs, load)
             if rule := origin.plan.rules.get(name):
                 check = replace(check, detail=f"{check.detail}; made by {rule.location}")
             checks.append(check)
