@@ -48,10 +48,10 @@ def test_it_has_the_keys_of_the_parser() -> None:
     for name, keys in {"mapping": parse.MAPPING, "canonical": parse.CANONICAL, "tensor": parse.TENSOR}.items():
         assert set(DEFINITIONS[name]["properties"]) == set(keys)
     assert set(DEFINITIONS["operation"]["properties"]) == set(parse.OPS)
-    assert DEFINITIONS["rule"]["anyOf"] == [{"$ref": f"#/$defs/{verb}"} for verb in parse.VERBS]
-    for verb, (required, optional) in parse.VERBS.items():
-        assert DEFINITIONS[verb]["required"] == [verb, *required]
-        assert set(DEFINITIONS[verb]["properties"]) == {verb, *required, *optional, "optional"}
+    assert DEFINITIONS["rule"]["anyOf"] == [{"$ref": f"#/$defs/{action}"} for action in parse.ACTIONS]
+    for action, (required, optional) in parse.ACTIONS.items():
+        assert DEFINITIONS[action]["required"] == [action, *required]
+        assert set(DEFINITIONS[action]["properties"]) == {action, *required, *optional, "optional"}
 
 
 def test_it_has_the_limits_of_the_parser() -> None:
@@ -63,7 +63,7 @@ def test_it_has_the_limits_of_the_parser() -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    for name in ("mapping", "canonical", "tensor", "operation", *parse.VERBS):
+    for name in ("mapping", "canonical", "tensor", "operation", *parse.ACTIONS):
         definition = DEFINITIONS[name]
         described = {
             key: form.get("description", definition.get("description"))
@@ -134,7 +134,7 @@ NEW_KEY = "not_a_key: 1"
         (GOOD, "then: [squeeze: 2]", f"then: [{{{NEW_KEY}}}]"),
         (GOOD, "squeeze: 2", "reshape: {from: 1, to: 1, by: 1}"),
         (GOOD, "squeeze: 2", "deinterleave: {heads: 2, parts: 3, tails: 1}"),
-        # A key of another verb.
+        # A key of another action.
         (GOOD, "{keep: e, optional: true}", "{keep: e, because: it is}"),
         (GOOD, "    because: not needed", "    because: not needed\n    then: []"),
         (GOOD, "prefix: model.", "sizes: {width: 1}"),
@@ -191,7 +191,7 @@ def test_both_require_the_same_keys(text: str, name: str) -> None:
 
 def test_the_reference_page_has_every_key_and_the_example() -> None:
     page = (ROOT / "docs" / "rules.md").read_text()
-    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse.OPS, *parse.VERBS}
-    keys |= {key for required, optional in parse.VERBS.values() for key in (*required, *optional)}
+    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse.OPS, *parse.ACTIONS}
+    keys |= {key for required, optional in parse.ACTIONS.values() for key in (*required, *optional)}
     assert {key for key in keys if f"`{key}`" not in page} == set()
     assert registry.text("sam-meta") in page

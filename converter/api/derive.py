@@ -32,31 +32,33 @@ def derive(
     allow_partial: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Derived:
-    """Write the mapping file that turns `source`, in an unknown layout, into what `target` holds.
+    """Write the mapping file that converts `source`, in an unknown layout, to the tensors of `target`.
 
-    The text is parsed and planned for `source` before it is written: it gives exactly what was matched.
+    Before the file is written, a plan for `source` checks that the mapping gives exactly the matched tensors.
 
     Args:
         source: The checkpoint.
-        target: The same weights in a known layout; or a layout's name, then names and shapes alone decide.
-        out: The file to write. It is written if all of the target was found, or with `allow_partial`.
-        name: The layout's name; by default the file's without its ending.
-        family: Which encoder, if `target` holds several.
-        state_dict: Which state dict of `source`, as in `convert`.
+        target: A checkpoint with the same weights in a known layout, or the name of a layout. With a name, only names
+            and shapes are compared.
+        out: The file to write. It is written if all tensors of the target were matched, or with `allow_partial`.
+        name: The name of the layout; by default the name of the file without its suffix.
+        family: The encoder, if `target` contains several.
+        state_dict: The path of the state dict in `source`, as in `convert`.
         force: Replace an existing file.
-        allow_partial: Write the rules that were found even if tensors of the target have no match.
-        on_progress: Called with what is being done, how much of it is done, and of how much.
+        allow_partial: Write the file even if tensors of the target were not matched.
+        on_progress: Called with a description of the step, the bytes done, and the total bytes.
 
     Raises:
-        SourceError: The target has no known layout, tensors fit equally well, or some are left over in the encoder.
+        SourceError: The target has no known layout, several tensors match equally well, or tensors inside the encoder
+            have no match.
     """
     path = Path(out)
     remove_stale(path)
     check_target(path, force, 0)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_checkpoint(source)))
-        entry = largest_state_dict(select_state_dicts(opened, state_dict), opened.name)
-        tensors = {key: lazy_read(tensor) for key, tensor in unwrapped_names(entry.tensors, opened.name).items()}
+        chosen = largest_state_dict(select_state_dicts(opened, state_dict), opened.name)
+        tensors = {key: lazy_read(tensor) for key, tensor in unwrapped_names(chosen.tensors, opened.name).items()}
         if str(target) in registry.layout_names() and not Path(target).exists():
             canonical, checkpoints = registry.canonical(registry.load(str(target)).family), [opened]
             comparison = Comparison(name or path.stem, opened.name, tensors, str(target), canonical, {})
@@ -66,7 +68,7 @@ def derive(
             expected = {**plan.outputs, **plan.extra_tensors}
             comparison = Comparison(name or path.stem, opened.name, tensors, other.name, plan.target, expected)
             other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
-            opened.fetch(entry.tensors.values(), on_progress)
+            opened.fetch(chosen.tensors.values(), on_progress)
         check_not_source(path, checkpoints)
         matches = _find_matches(comparison, on_progress)
         derived = build_mapping(comparison, matches)
@@ -78,9 +80,9 @@ def derive(
 
 
 def _find_matches(comparison: Comparison, on_progress: OnProgress) -> list[TensorMatch]:
-    """Return all matches; LayoutError if tensors fit equally well."""
+    """Return all matches; LayoutError if several tensors match equally well."""
     if comparison.expected:
-        # Only values need torch.
+        # Imported here, since comparing names does not need torch.
         from converter.derivation.search import match_by_values
 
         total = sum(map(nbytes, (*comparison.tensors.values(), *comparison.expected.values())))

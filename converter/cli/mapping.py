@@ -133,10 +133,10 @@ def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
 
 def _summary(derived: Derived) -> list[str]:
     """Describe how tensors were matched, which source tensors are dropped and which target tensors have no match."""
-    num_matched, num_rules = sum(derived.found.values()), render.count(derived.rules, "rule")
+    num_matched, num_rules = derived.num_matched, render.count(derived.num_rules, "rule")
     num_tensors = num_matched + len(derived.unmatched)
     lines = [f"{derived.layout}: matched {num_matched} of {num_tensors} tensors of {derived.target} with {num_rules}"]
-    lines += [f"  {number:4} matched by {method}" for method, number in derived.found.items()]
+    lines.append(f"  {num_matched:4} matched by {derived.method}")
     max_names = _MAX_NAMES if derived.complete else _MAX_NAMES_IN_ERROR
     if derived.dropped:
         lines += ["  source tensors not used (dropped):", *_name_lines(derived.dropped, max_names)]

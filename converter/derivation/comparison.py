@@ -1,4 +1,4 @@
-"""What a derivation compares: a checkpoint in an unknown layout, and a known one of the same weights."""
+"""The input of a derivation: a checkpoint in an unknown layout, and the same weights in a known layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Both sides of a derivation; `source` and `target` are their names for messages.
+    """The source and the target of a derivation.
 
-    `layout` is the name for the layout of the source. `tensors` are the source's, `expected` the target's by their
-    canonical names: none if the target is a layout's name alone.
+    Attributes:
+        layout: The new name for the layout of the source.
+        source: The name of the source, for messages.
+        tensors: The tensors of the source.
+        target: The name of the target, for messages.
+        canonical: The canonical layout of the target's family.
+        expected: The tensors of the target by canonical names; empty if the target is only a layout's name.
     """
 
     layout: str
@@ -35,16 +40,20 @@ class Comparison:
 
 
 def plan_target(opened: Checkpoint, family: str) -> Plan:
-    """Return the plan that brings a target to canonical names.
+    """Return the plan that converts a target to canonical names.
 
-    LayoutError if it has no known layout, UsageError if it holds several families and `family` is empty.
+    Raises:
+        LayoutError: The target has no known layout.
+        UsageError: The target contains several families, and `family` is empty.
     """
-    entries = select_state_dicts(opened, None)
-    detected = {name: detect_layouts(opened, registry.entries(name), entries) for name in registry.families()}
-    layouts = {name: found[0] for name, found in detected.items() if found and family in ("", name)}
+    state_dicts = select_state_dicts(opened, None)
+    detected = {name: detect_layouts(opened, registry.entries(name), state_dicts) for name in registry.families()}
+    layouts = {name: matches[0] for name, matches in detected.items() if matches and family in ("", name)}
     if not layouts:
-        raise LayoutError(f"{opened.name}: TARGET has no known layout", "known ones: dsocr-convert mapping list")
+        raise LayoutError(
+            f"{opened.name}: TARGET has no known layout", "list the known layouts with: dsocr-convert mapping list"
+        )
     if len(layouts) > 1:
-        raise UsageError(f"{opened.name}: holds {' and '.join(layouts)}", "choose one with --family")
+        raise UsageError(f"{opened.name}: contains {' and '.join(layouts)}", "choose one with --family")
     ((chosen, layout),) = layouts.items()
     return plan_to_canonical(opened, layout, ConvertOptions(chosen))

@@ -1,4 +1,4 @@
-"""Makes the mapping file for the matches that were found, and proves that it does what they say."""
+"""Builds the mapping file for a list of matches, and checks that it converts the source as matched."""
 
 from __future__ import annotations
 
@@ -23,25 +23,37 @@ from converter.tensors.lazy_tensor import source_tensors
 class Derived:
     """A derived mapping.
 
-    `found` counts the target's tensors by how they were matched, `unmatched` are those that were not, `dropped` the
-    source's that give nothing. `written` says whether the file `output` was written.
+    Attributes:
+        layout: The name of the new layout.
+        family: The encoder.
+        source: The checkpoint in the new layout.
+        target: The checkpoint or the layout that it was compared with.
+        method: How tensors were matched: "values", or "names and shapes".
+        num_matched: The number of matched tensors of the target.
+        unmatched: The names of the other tensors of the target.
+        dropped: The names of the source tensors that are not used.
+        num_rules: The number of rules.
+        text: The text of the mapping file.
+        output: The path of the mapping file.
+        written: Whether the mapping file was written.
     """
 
     layout: str
     family: str
     source: str
     target: str
-    found: dict[str, int]
+    method: str
+    num_matched: int
     unmatched: list[str]
     dropped: list[str]
-    rules: int
+    num_rules: int
     text: str
     output: str = ""
     written: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether all of the target was found."""
+        """Whether all tensors of the target were matched."""
         return not self.unmatched
 
     def to_json(self) -> dict[str, Any]:
@@ -50,9 +62,11 @@ class Derived:
 
 
 def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived:
-    """Return the mapping file for some matches, proved if they cover the target.
+    """Return the mapping file for some matches. If they cover the target, the file is checked against them.
 
-    LayoutError if tensors are left over inside matched modules, MappingError for names that no rule can express.
+    Raises:
+        LayoutError: There is no match, or tensors are left over inside matched modules.
+        MappingError: Rules cannot express the names.
     """
     if not matches:
         hint = "same weights in one element type" if comparison.expected else "names of a known layout"
@@ -60,56 +74,78 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
     missing = find_missing(comparison, matches)
     if not missing or not comparison.expected:
         check_leftovers(comparison, matches)
-    canonical, prefix = comparison.canonical, encoder_prefix(matches, comparison.canonical)
-    source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
     variables: Variables = {}
+    prefix = encoder_prefix(matches, comparison.canonical)
     used = {source for match in matches for source in match.sources}
     dropped = [source for source in comparison.tensors if source not in used]
-    reason = f"no tensor of {target} has {'these values' if comparison.expected else 'this name'}"
-    found = [_rule(match, canonical, variables, prefix) for match in matches]
-    found += [DerivedRule("drop", key, "", frozenset({key}), frozenset(), reason=reason) for key in dropped]
-    rules, other_rules = _generalised(found, prefix, variables)
-    drop_others = not other_rules and not all(name.startswith(prefix) for name in comparison.tensors)
-    how = "values" if comparison.expected else "names and shapes"
-    text = yaml_text(
-        f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {how}.",
-        {
-            "layout": comparison.layout,
-            "family": canonical.family,
-            "description": f"the layout of {source}"[:100],
-            "variables": used_variables([*rules, *other_rules], variables),
-            "prefix": prefix,
-            "detect": _detect(comparison, matches, prefix),
-            "rules": rule_items(rules),
-            "other_rules": rule_items(other_rules),
-            "drop_rest": f"not part of {canonical.family.upper()}" if drop_others else "",
-        },
-    )
+    derived = [_rule(match, comparison.canonical, variables, prefix) for match in matches]
+    derived += _drops(comparison, dropped)
+    rules, other_rules = _generalise_by_prefix(derived, prefix, variables)
+    method = "values" if comparison.expected else "names and shapes"
+    source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
+    header = f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {method}."
+    text = yaml_text(header, _fields(comparison, matches, prefix, variables, rules, other_rules))
     if not missing:
-        _prove(comparison, matches, text)
+        _check(comparison, matches, text)
     return Derived(
         layout=comparison.layout,
-        family=canonical.family,
+        family=comparison.canonical.family,
         source=comparison.source,
         target=comparison.target,
-        found={how: sum(len(match.targets) for match in matches)},
+        method=method,
+        num_matched=sum(len(match.targets) for match in matches),
         unmatched=missing,
         dropped=dropped,
-        rules=len(rules) + len(other_rules),
+        num_rules=len(rules) + len(other_rules),
         text=text,
     )
 
 
-def _generalised(rules: list[DerivedRule], prefix: str, variables: Variables) -> list[list[DerivedRule]]:
-    """Return the rules for names under the prefix, and those for other names if they are not all drops."""
-    inside = [rule for rule in rules if all(name.startswith(prefix) for name in rule.covers)]
-    outside = [rule for rule in rules if not all(name.startswith(prefix) for name in rule.covers)]
+def _drops(comparison: Comparison, names: list[str]) -> list[DerivedRule]:
+    """Return a rule that drops each of the names."""
+    compared = "these values" if comparison.expected else "this name"
+    reason = f"no tensor of {PurePath(comparison.target).name} has {compared}"
+    return [DerivedRule("drop", name, "", frozenset({name}), frozenset(), reason=reason) for name in names]
+
+
+def _fields(
+    comparison: Comparison,
+    matches: list[TensorMatch],
+    prefix: str,
+    variables: Variables,
+    rules: list[DerivedRule],
+    other_rules: list[DerivedRule],
+) -> dict[str, Any]:
+    """Return the content of a mapping file; optional keys are left out if there is nothing to say."""
+    family = comparison.canonical.family
+    fields: dict[str, Any] = {
+        "layout": comparison.layout,
+        "family": family,
+        "description": f"the layout of {PurePath(comparison.source).name}"[:100],
+    }
+    if used := used_variables([*rules, *other_rules], variables):
+        fields["variables"] = used
+    if prefix:
+        fields["prefix"] = prefix
+    fields["detect"] = _detect(comparison, matches, prefix)
+    fields["rules"] = rule_items(rules)
+    if other_rules:
+        fields["other_rules"] = rule_items(other_rules)
+    elif not all(name.startswith(prefix) for name in comparison.tensors):
+        fields["drop_rest"] = f"not part of {family.upper()}"
+    return fields
+
+
+def _generalise_by_prefix(rules: list[DerivedRule], prefix: str, variables: Variables) -> list[list[DerivedRule]]:
+    """Return the rules for names with the prefix, and the rules for other names unless all of these are drops."""
+    inside = [rule for rule in rules if all(name.startswith(prefix) for name in rule.source_names)]
+    outside = [rule for rule in rules if not all(name.startswith(prefix) for name in rule.source_names)]
     merged = [replace(rule, source=rule.source.removeprefix(prefix)) for rule in generalise(inside, variables)]
     return [merged, generalise(outside, variables) if any(rule.target for rule in outside) else []]
 
 
-def _prove(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:
-    """Parse a mapping file and plan the source with it; MappingError unless that gives exactly what was matched."""
+def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:
+    """Raise LayoutError or MappingError unless a plan for the source by the mapping file gives exactly the matches."""
     mapping = parse_mapping(text, "the derived mapping").mapping
     tensors = {name: tensor for name, value in comparison.tensors.items() for tensor in source_tensors(value)}
     layouts = detect.match_layouts(tensors, registry.entry_of(mapping))
@@ -118,30 +154,30 @@ def _prove(comparison: Comparison, matches: list[TensorMatch], text: str) -> Non
     plan = make_plan(mapping, layouts[0].prefix, comparison.canonical, comparison.tensors, comparison.source)
     planned = {**plan.outputs, **plan.extra_tensors}
     for match in matches:
-        # The search has compared these expressions with the target: equal ones need not be read again.
+        # The search has compared these lazy tensors with the target, so equal ones are not read again.
         for name, value in match.outputs(comparison.tensors).items():
             if planned.get(name) != value:
                 raise MappingError(f"{comparison.source}: the derived rules do not give {name!r}: this is a bug")
 
 
 def _rule(match: TensorMatch, canonical: CanonicalLayout, variables: Variables, prefix: str) -> DerivedRule:
-    verb, source, target, parts = "rename", match.sources[0], match.targets[0], None
+    action, source, target, parts = "rename", match.sources[0], match.targets[0], None
     if len(match.sources) > 1 or len(match.targets) > 1:
-        verb, names = ("fuse", match.sources) if len(match.sources) > 1 else ("split", match.targets)
+        action, names = ("fuse", match.sources) if len(match.sources) > 1 else ("split", match.targets)
         listed = list_parts(names, variables)
         if listed is None:
-            raise MappingError(f"no {verb} rule can list names that differ in several words: {', '.join(names)}")
+            raise MappingError(f"no {action} rule can list names that differ in several words: {', '.join(names)}")
         template, parts = listed
-        source, target = (template, target) if verb == "fuse" else (source, template)
+        source, target = (template, target) if action == "fuse" else (source, template)
     spec = canonical.spec(match.targets[0])
-    # Files of the layout may lack what the encoder can do without.
+    # Other checkpoints in this layout may lack the tensors that the encoder does not require.
     optional = bool(spec.generate) if spec else ("on_read" if source.startswith(prefix) else True)
-    covers, gives = frozenset(match.sources), frozenset(match.targets)
-    return DerivedRule(verb, source, target, covers, gives, match.ops, parts, optional)
+    sources, targets = frozenset(match.sources), frozenset(match.targets)
+    return DerivedRule(action, source, target, sources, targets, match.ops, parts, optional)
 
 
 def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> dict[str, list[int | str]]:
-    """Return what to detect the layout by: the sources of what the canonical layout is detected by, or the first."""
+    """Return the source tensors of the canonical signature with their shapes, or one tensor if there are none."""
     canonical, tensors, sizes = comparison.canonical, comparison.tensors, Sizes()
     shapes: dict[str, Shape] = {}
     for match in matches:
@@ -155,7 +191,7 @@ def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> 
 
 
 def _dim(size: int, shape: Shape, sizes: Sizes) -> int | str:
-    """Return a source's dimension as up to three times (q, k, v) a size of the canonical shape, or as a number."""
+    """Return a dimension as one to three times (q, k, v) a size of the canonical shape, or as a number."""
     names = [dim.name for dim in shape if dim.name in sizes]
     multiples = [Dim(size // sizes[name], name) for name in names if name and size % sizes[name] == 0]
     return next((str(dim) for dim in sorted(multiples) if dim.factor <= 3), size)

@@ -1,4 +1,4 @@
-"""Matches of tensors, and what they leave over or lack."""
+"""Matches of tensors, and the tensors on both sides without a match."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from converter.tensors.ops import Op, apply_op
 
 @dataclass(frozen=True, slots=True)
 class TensorMatch:
-    """`ops` turn the source's tensors `sources` into the canonical tensors `targets`."""
+    """The source tensors `sources`, the canonical tensors `targets`, and the operations from one to the other."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     ops: tuple[Op, ...]
 
     def outputs(self, tensors: Tensors) -> dict[str, LazyTensor]:
-        """Return the targets as expressions over the source's tensors; ValueError if the shapes do not allow it."""
+        """Return the targets as lazy tensors; ValueError if the operations do not allow the shapes of the sources."""
         values: tuple[LazyTensor, ...] = tuple(tensors[name] for name in self.sources)
         for op in self.ops:
             values = apply_op(op, values)
@@ -32,7 +32,7 @@ class TensorMatch:
 
 
 def encoder_prefix(matches: Iterable[TensorMatch], canonical: CanonicalLayout) -> str:
-    """Return the longest prefix, in whole segments, of all source names that lead to the encoder's own tensors."""
+    """Return the longest common prefix, in whole segments, of the source names that match the encoder's tensors."""
     segments = common_start([name.split(".")[:-1] for name in _encoder_sources(matches, canonical)])
     return "".join(f"{segment}." for segment in segments)
 
@@ -42,31 +42,31 @@ def _encoder_sources(matches: Iterable[TensorMatch], canonical: CanonicalLayout)
 
 
 def check_leftovers(comparison: Comparison, matches: list[TensorMatch]) -> None:
-    """Raise LayoutError if tensors are left over inside matched modules, such as LoRA factors and adapters.
+    """Raise LayoutError if matched modules have tensors without a match, such as LoRA factors and adapters.
 
-    A module is the first segment that names of the encoder's tensors have after their common prefix.
+    A module is given by the first segment after the common prefix of the names.
     """
     prefix = encoder_prefix(matches, comparison.canonical)
     tails = [name.removeprefix(prefix) for name in _encoder_sources(matches, comparison.canonical)]
     modules = tuple({f"{prefix}{tail.partition('.')[0]}." for tail in tails if "." in tail})
     used = {name for match in matches for name in match.sources}
-    left = [name for name in comparison.tensors if name.startswith(modules) and name not in used]
-    if left:
+    leftover = [name for name in comparison.tensors if name.startswith(modules) and name not in used]
+    if leftover:
         raise LayoutError(
-            f"{comparison.source}: {len(left)} tensors inside the matched modules have no counterpart in "
-            f"{comparison.target}:\n{summary([f'  {name!r}' for name in left])}",
+            f"{comparison.source}: {len(leftover)} tensors inside the matched modules have no counterpart in "
+            f"{comparison.target}:\n{summary([f'  {name!r}' for name in leftover])}",
             "merge adapters such as LoRA into the weights first; remove what the model does not need",
         )
 
 
 def find_missing(comparison: Comparison, matches: Iterable[TensorMatch]) -> list[str]:
-    """Return the names of the target's tensors that no match gives, except those that may be generated or missing."""
-    given = {name for match in matches for name in match.targets}
+    """Return the target tensors without a match, except those that may be generated or missing."""
+    matched = {name for match in matches for name in match.targets}
     specs = comparison.canonical.tensors
     if comparison.expected:
         generated = [spec.name for spec in specs if spec.generate]
-        return [name for name in comparison.expected if name not in given and not any_match(generated, name)]
+        return [name for name in comparison.expected if name not in matched and not any_match(generated, name)]
     required = [spec.name for spec in specs if not (spec.generate or spec.optional)]
-    bindings = [found for template in required for name in given if (found := template.match(name))]
-    layers = 1 + max((int(found["layer"]) for found in bindings if "layer" in found), default=0)
-    return [name for template in required for name in template.names(layers) if name not in given]
+    bindings = [values for template in required for name in matched if (values := template.match(name))]
+    num_layers = 1 + max((int(values["layer"]) for values in bindings if "layer" in values), default=0)
+    return [name for template in required for name in template.names(num_layers) if name not in matched]

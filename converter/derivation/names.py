@@ -1,4 +1,4 @@
-"""Matches tensors by the names of known layouts under any prefix, where there are no values to compare."""
+"""Matches tensors by the names of known layouts under any prefix, if there are no values to compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from converter.layouts.spec import LayoutMapping
 
 
 def match_by_names(comparison: Comparison) -> list[TensorMatch]:
-    """Return what gives the canonical tensors; LayoutError if tensors under several prefixes fit equally well."""
+    """Return the matches for canonical tensors; LayoutError if tensors under several prefixes fit equally well."""
     canonical = comparison.canonical
     subtrees: dict[str, list[TensorMatch]] = {"": []}
     for mapping in (canonical.mapping, *registry.mappings(canonical.family)):
@@ -32,10 +32,10 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
     return subtrees[best[0]]
 
 
-def _prefixes(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return what comes before names by which a layout is detected."""
-    ends = [(name, name.removesuffix(key)) for name in names for key in known if name.endswith(key)]
-    return list(dict.fromkeys(prefix for name, prefix in ends if prefix[-1:] in ("", ".")))
+def _prefixes(names: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """Return the prefixes of names that end in one of the keys of a signature."""
+    prefixes = (name.removesuffix(key) for name in names for key in keys if name.endswith(key))
+    return list(dict.fromkeys(prefix for prefix in prefixes if prefix[-1:] in ("", ".")))
 
 
 def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) -> list[TensorMatch]:

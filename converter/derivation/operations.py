@@ -9,8 +9,8 @@ import torch
 
 from converter.tensors.ops import Deinterleave, Op, Permute, Reorder, Reshape, Squeeze, Unsqueeze
 
-# Equal parts of the rows: q, k and v in another order, or interleaved head by head.
-_PARTS = (2, 3, 4)
+# Numbers of equal parts of the rows: q, k and v in another order, or interleaved head by head.
+_NUM_PARTS = (2, 3, 4)
 _MAX_HEADS = 128
 # Permutations are tried up to the five dimensions of a video's patch embedding.
 _MAX_DIMS = 5
@@ -21,7 +21,7 @@ Ops = tuple[Op, ...]
 def find_operations(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
     """Return the fewest operations that turn `tensor` into `target`, or None.
 
-    These are a reshape and a permutation, then one that moves rows.
+    The operations are a reshape, a permutation, and one that moves rows; each of them is optional.
     """
     if tensor.numel() != target.numel():
         return None
@@ -60,27 +60,27 @@ def _equal(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
 
 
 def _reorder(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
-    """Return the new order of equal parts of the rows."""
-    for parts in _PARTS:
-        if target.dim() and len(target) and len(target) % parts == 0:
-            pieces = tensor.chunk(parts)
-            equal = ([i for i, piece in enumerate(pieces) if torch.equal(piece, part)] for part in target.chunk(parts))
-            order = tuple(numbers[0] if len(numbers) == 1 else -1 for numbers in equal)
-            if sorted(order) == list(range(parts)):
+    """Return a Reorder of equal parts of the rows, or None."""
+    for num_parts in _NUM_PARTS:
+        if target.dim() and len(target) and len(target) % num_parts == 0:
+            parts = tensor.chunk(num_parts)
+            equal = [[i for i, part in enumerate(parts) if torch.equal(part, t)] for t in target.chunk(num_parts)]
+            order = tuple(indices[0] if len(indices) == 1 else -1 for indices in equal)
+            if sorted(order) == list(range(num_parts)):
                 return (Reorder(order),)
     return None
 
 
 def _deinterleave(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
-    """Return how rows are interleaved head by head."""
-    rows = len(target) if target.dim() else 0
+    """Return a Deinterleave of the rows, or None."""
+    num_rows = len(target) if target.dim() else 0
     # The first column is compared before whole tensors are rearranged.
-    first, wanted = tensor.reshape(rows or 1, -1)[:, 0], target.reshape(rows or 1, -1)[:, 0]
-    if rows < 4 or not torch.equal(first.sort().values, wanted.sort().values):
+    first, expected = (value.reshape(num_rows or 1, -1)[:, 0] for value in (tensor, target))
+    if num_rows < 4 or not torch.equal(first.sort().values, expected.sort().values):
         return None
-    for parts, heads in itertools.product(_PARTS, range(2, _MAX_HEADS + 1)):
-        for outer, inner in ((heads, parts), (parts, heads)) if rows % (heads * parts) == 0 else ():
-            order = torch.arange(rows).reshape(outer, inner, -1).transpose(0, 1).reshape(-1)
-            if torch.equal(first[order], wanted) and torch.equal(tensor[order], target):
+    for parts, heads in itertools.product(_NUM_PARTS, range(2, _MAX_HEADS + 1)):
+        for outer, inner in ((heads, parts), (parts, heads)) if num_rows % (heads * parts) == 0 else ():
+            order = torch.arange(num_rows).reshape(outer, inner, -1).transpose(0, 1).reshape(-1)
+            if torch.equal(first[order], expected) and torch.equal(tensor[order], target):
                 return (Deinterleave(outer, inner),)
     return None

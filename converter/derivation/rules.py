@@ -1,4 +1,4 @@
-"""Turns pairs of names into rules with templates: an index for layers, a list of words for `weight` and `bias`."""
+"""Merges rules for single tensors into rules with templates, such as an index for layers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ Variables = dict[str, Kind]
 
 @dataclass(frozen=True, slots=True)
 class DerivedRule:
-    """A rule of a mapping file, at first for one source or target, then with templates for many.
+    """A rule of a mapping file.
 
-    `verb` is its key in the file; `parts` the variable of a fuse or split and its words in order. `covers` are the
-    source names that `source` matches, `gives` the target names. A drop has no target, but a `reason`.
+    Attributes:
+        action: The key of the rule: rename, fuse, split or drop.
+        source: The template of the source.
+        target: The template of the target; empty for a drop.
+        source_names: All names that `source` matches.
+        target_names: All names that `target` matches.
+        ops: The operations.
+        parts: The variable of a fuse or split, and its words in order.
+        optional: The value of `optional`.
+        reason: The reason of a drop.
     """
 
-    verb: str
+    action: str
     source: str
     target: str
-    covers: frozenset[str]
-    gives: frozenset[str]
+    source_names: frozenset[str]
+    target_names: frozenset[str]
     ops: tuple[Op, ...] = ()
     parts: tuple[str, tuple[str, ...]] | None = None
     optional: bool | str = False
@@ -40,15 +48,22 @@ class DerivedRule:
 
 
 class _Gap(NamedTuple):
-    """The text before and after a word or number in a rule's source and target; a number is `offset` more there."""
+    """A word or number in a rule's source and target that a variable may replace, described by the text around it.
+
+    Attributes:
+        source: The text before and after it in the source.
+        target: The text before and after it in the target; empty for a drop.
+        offset: The number in the target minus the number in the source; 0 for words.
+        is_index: Whether it is a number that is a whole segment of a name.
+    """
 
     source: tuple[str, str]
     target: tuple[str, str]
     offset: int
     is_index: bool
 
-    def filled(self, variable: str) -> tuple[str, str]:
-        """Return source and target with a variable in the gap: its value is the lower number of the two."""
+    def with_variable(self, variable: str) -> tuple[str, str]:
+        """Return source and target with a variable in the gap. Its value is the lower number of the two."""
         lower, higher = f"{{{variable}}}", f"{{{variable}+{abs(self.offset)}}}"
         source = (higher if self.offset < 0 else lower).join(self.source)
         return source, (higher if self.offset > 0 else lower).join(self.target) if any(self.target) else ""
@@ -82,16 +97,15 @@ def common_start(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def generalise(rules: list[DerivedRule], variables: Variables) -> list[DerivedRule]:
-    """Return fewer rules that match the same names and no others; new variables are added to `variables`.
+    """Merge rules without matching other names. New variables are added to `variables`.
 
-    Rules become one if their names differ in an index, or in one word that is the same in source and target.
+    Rules are merged if their names differ only in an index, or in one word that is the same in source and target.
     """
     merger = _Merger(rules, variables)
     while (merged := merger.merge_some(rules)) is not None:
-        # In the place of the first rule that it replaces.
-        place = next(i for i, rule in enumerate(rules) if rule.covers <= merged.covers)
-        rules = [rule for rule in rules if not rule.covers <= merged.covers]
-        rules.insert(place, merged)
+        first = next(i for i, rule in enumerate(rules) if rule.source_names <= merged.source_names)
+        rules = [rule for rule in rules if not rule.source_names <= merged.source_names]
+        rules.insert(first, merged)
     return rules
 
 
@@ -100,41 +114,50 @@ class _Merger:
 
     def __init__(self, rules: list[DerivedRule], variables: Variables) -> None:
         self.variables = variables
-        self.sources = [name for rule in rules for name in rule.covers]
-        self.targets = [name for rule in rules for name in rule.gives]
+        self.sources = [name for rule in rules for name in rule.source_names]
+        self.targets = [name for rule in rules for name in rule.target_names]
 
     def merge_some(self, rules: list[DerivedRule]) -> DerivedRule | None:
-        """Return a rule that replaces several, or None: indices first, then last words, then what replaces most."""
+        """Return a rule that replaces several, or None.
+
+        Gaps for an index are tried first, then gaps in the last segment of names, then gaps that most rules have.
+        """
         groups: dict[tuple[_Gap, object], dict[str, DerivedRule]] = defaultdict(dict)
         for rule in rules:
             for word, gap in _gaps(rule):
-                groups[gap, (rule.verb, rule.ops, rule.parts, rule.optional, rule.reason)][word] = rule
+                groups[gap, (rule.action, rule.ops, rule.parts, rule.optional, rule.reason)][word] = rule
         several = [(gap, group) for (gap, _), group in groups.items() if len(group) > 1]
         several.sort(key=lambda item: (not item[0].is_index, "." in item[0].source[1], -len(item[1]), item[0]))
         return next((merged for gap, group in several if (merged := self._merge(gap, group)) is not None), None)
 
     def _merge(self, gap: _Gap, group: dict[str, DerivedRule]) -> DerivedRule | None:
-        """Return one rule for a group, whose keys are the words in the gap, if it matches the group's names alone."""
+        """Return one rule for a group of rules by their words in the gap, or None if it would match other names."""
         variables = dict(self.variables)
         if gap.is_index and max(map(int, group)) - min(map(int, group)) < len(group):
-            # No number is left out: an index would stand for tensors that do not exist.
+            # No number is missing: an index would also stand for the tensors of missing numbers.
             variable = next((name for name in _INDICES if f"{{{name}" not in "".join(gap.source)), "")
             variables[variable] = "int"
         elif gap.offset == 0:
             variable = words_variable(group, variables)
         else:
             return None
-        source, target = gap.filled(variable)
-        covers = frozenset(name for rule in group.values() for name in rule.covers)
-        gives = frozenset(name for rule in group.values() for name in rule.gives)
+        source, target = gap.with_variable(variable)
+        source_names = frozenset(name for rule in group.values() for name in rule.source_names)
+        target_names = frozenset(name for rule in group.values() for name in rule.target_names)
         try:
             matched = _matching(source, self.sources, variables), _matching(target, self.targets, variables)
         except ValueError:
             return None
-        if matched != (covers, gives):
+        if matched != (source_names, target_names):
             return None
         self.variables.update(variables)
-        return replace(next(iter(group.values())), source=source, target=target, covers=covers, gives=gives)
+        return replace(
+            next(iter(group.values())),
+            source=source,
+            target=target,
+            source_names=source_names,
+            target_names=target_names,
+        )
 
 
 def _matching(text: str, names: Iterable[str], variables: Variables) -> frozenset[str]:
@@ -145,7 +168,7 @@ def _matching(text: str, names: Iterable[str], variables: Variables) -> frozense
 def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
     """Yield each word or number of the source that may vary, with its gap.
 
-    A drop varies in indices and in its last segment: other modules are named one by one.
+    In a drop, only indices and the last segment may vary, so that each dropped module is named.
     """
     for word, source in _words(rule.source):
         if not rule.target and (_is_segment(word, source) or "." not in source[1]):

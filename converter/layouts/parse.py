@@ -14,7 +14,7 @@ from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
 
-# The allowed keys. A test compares these tables, VERBS and OPS with mapping.schema.json.
+# The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
 REQUIRED = ("layout", "family", "description", "detect")
 MAPPING = (*REQUIRED, "variables", "prefix", "rules", "other_rules", "drop_rest")
 CANONICAL = (*REQUIRED, "variables", "sizes", "encoder_prefix", "encoder_order", "tensors", "extra_tensors")
@@ -22,8 +22,8 @@ TENSOR = ("shape", "dtype", "optional", "generate", "positions")
 KINDS = ("int", "name", "path")
 # Each rule is compared with every name of a checkpoint.
 _MAX_RULES = 4096
-# Required and optional keys of a rule, by its verb. All rules may have `optional`.
-VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# Required and optional keys of a rule, by its action. All rules may have `optional`.
+ACTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "keep": ((), ("then",)),
     "rename": (("to",), ("then",)),
     "fuse": (("parts", "into"), ("dim", "then")),
@@ -197,15 +197,15 @@ def _rules(node: YamlNode, variables: dict[str, Kind]) -> tuple[Rule, ...]:
 def _rule(node: YamlNode, variables: dict[str, Kind]) -> Iterator[Rule]:
     """Yield the rules of one list item: one rule, or one for each name of a `drop`."""
     present = node.as_dict("a rule")
-    verb = next((verb for verb in VERBS if verb in present), None)
-    if verb is None:
+    action = next((action for action in ACTIONS if action in present), None)
+    if action is None:
         found = ", ".join(map(repr, present)) or "nothing"
-        raise node.error(f"expected a rule ({', '.join(VERBS)}), found {found}")
-    needed, allowed = VERBS[verb]
-    fields = node.as_dict("a rule", (verb, *needed, *allowed, "optional"))
+        raise node.error(f"expected a rule ({', '.join(ACTIONS)}), found {found}")
+    needed, allowed = ACTIONS[action]
+    fields = node.as_dict("a rule", (action, *needed, *allowed, "optional"))
     _require(node, fields, *needed)
     optional, required_on_write = _optional(fields)
-    if verb == "drop":
+    if action == "drop":
         reason = _reason(fields["because"])
         for name in fields["drop"].as_str_list("a name, or a list of names"):
             yield Rule(
@@ -218,9 +218,9 @@ def _rule(node: YamlNode, variables: dict[str, Kind]) -> Iterator[Rule]:
                 required_on_write,
             )
         return
-    goal = {"keep": "keep", "rename": "to"}.get(verb, "into")
-    sources = _names(fields[verb], fields["parts"] if verb == "fuse" else None, variables)
-    targets = _names(fields[goal], fields["parts"] if verb == "split" else None, variables)
+    goal = {"keep": "keep", "rename": "to"}.get(action, "into")
+    sources = _names(fields[action], fields["parts"] if action == "fuse" else None, variables)
+    targets = _names(fields[goal], fields["parts"] if action == "split" else None, variables)
     _same_variables(fields[goal], sources[0], targets[0])
     yield Rule(
         sources, targets, _ops(fields, len(sources), len(targets)), optional, "", node.location, required_on_write
