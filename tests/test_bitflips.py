@@ -34,7 +34,7 @@ def checkpoint() -> bytes:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thousand conversions: without waiting for the disk, and with the layouts' files read once."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(registry, "candidates", functools.cache(registry.entries))
+    monkeypatch.setattr(registry, "entries", functools.cache(registry.entries))
 
 
 class Disk:

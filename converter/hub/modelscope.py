@@ -153,7 +153,7 @@ def _translated_errors() -> Iterator[None]:
         yield
     except library.APIError as error:
         raise _response_error(error) from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, requests.exceptions.JSONDecodeError):
         raise HubConnectionError("the answer is not JSON (a captive portal or a proxy?)") from None
     except (library.NetworkError, requests.RequestException) as error:
         raise HubConnectionError(_first_line(error)) from None

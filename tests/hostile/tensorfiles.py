@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a byte missing": (text(str, lambda data: data[:-1]), ("truncated", "expected")),
     "all data missing": (text(str, lambda data: b""), ("truncated", "expected")),
     "a byte left over": (text(str, lambda data: data + b"\0"), ("extra bytes at the end",)),
-    "no tensors": (lambda: written("{}", b""), ("holds no tensors",)),
+    "no tensors": (lambda: written("{}", b""), ("contains no named tensors",)),
     **{
         f"the metadata {value}": (metadata(value), ("__metadata__ is not an object of strings",))
         for value in ("null", "[]", '"a"', '{"a": 1}', '{"a": NaN}', '{"a": {"b": "c"}}', '{"a": ["b"]}')
@@ -320,7 +320,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a name that steers terminals, told": (named("\x1b[2J\n::error::"), ("no rule claims '\\x1b[2J\\n::error::'",)),
     "odd names alone": (
         lambda: safetensors.torch.save({"\x1b[2J\n": torch.ones(1), "\u202e": torch.ones(1)}),
-        ("its first names: '\\x1b[2J\\n', '\\u202e'",),
+        ("first names: '\\x1b[2J\\n', '\\u202e'",),
     ),
 }
 
