@@ -270,7 +270,7 @@ def test_names_at_true_size(tmp_path: Path) -> None:
     }
     # 896 channels, not 1024.
     second = sparse(tmp_path / "deepseek-ocr-2.safetensors", found["deepseek-ocr-2"])
-    with pytest.raises(UsageError, match=r"gives 896 channels, and CLIP takes 1024"):
+    with pytest.raises(UsageError, match=r"has 896 output channels, but CLIP's width is 1024"):
         encoder(sam=sam, clip=clip, compressor=second, dry_run=True)
 
 
@@ -293,7 +293,7 @@ def test_an_encoder_is_put_back(sources: Path, tmp_path: Path) -> None:
         assert header(out / path.name) == header(path)
     shards = {path.name for path in ocr.glob("*.safetensors")}
     assert digests(out).items() - before.items() == {(name, digests(out)[name]) for name in shards}
-    assert (card.tensors, len(card.converted)) == (len(expected), len(state))
+    assert (card.num_tensors, len(card.converted)) == (len(expected), len(state))
     assert f"replaced {len(state)} tensors; kept 11 and 3 other files as they were" in card.notes
     assert not list(tmp_path.glob(".*"))
 
@@ -351,7 +351,7 @@ def test_only_files_of_the_folder_are_copied(sources: Path, tmp_path: Path) -> N
     (ocr / ".git" / "HEAD").write_text("ref")
     (ocr / "elsewhere").symlink_to(tmp_path)
     card = encoder(new, into=ocr, out=tmp_path / "out")
-    assert "left out README.md: no file of this folder" in card.notes
+    assert "left out README.md: it is not a file in this folder" in card.notes
     assert "left out pytorch_model.bin: other weights, which may hold the old encoder" in card.notes
     others = {name for name in digests(tmp_path / "out") if not name.startswith("model")}
     assert others == {"config.json", "tokenizer.json", "assets/fig1.png"}
@@ -511,8 +511,8 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         ((*SAM, *CLIP, "--compressor", "random:x"), 2, "expected a number, such as random:0"),
         ((*SAM, *CLIP, "--compressor", "clip"), 3, "holds no compressor (net_2.weight, net_3.weight)"),
         ((*SAM, *CLIP, "--compressor", "two.pth"), 3, "holds 2 compressors: a.net_3.weight, b.net_3.weight"),
-        ((*SAM, *CLIP, "--compressor", "neck.pth"), 2, "takes 8 channels, and SAM's neck gives 16"),
-        ((*SAM, *CLIP, "--compressor", "wide.pth"), 2, "gives 65 channels, and CLIP takes 64"),
+        ((*SAM, *CLIP, "--compressor", "neck.pth"), 2, "has 8 input channels, but SAM's neck has 16 output channels"),
+        ((*SAM, *CLIP, "--compressor", "wide.pth"), 2, "has 65 output channels, but CLIP's width is 64"),
         ((*SAM, *CLIP, "--with-projector"), 2, "--with-projector: is for a SOURCE that holds both encoders"),
         ((*SAM, *CLIP, "--compressor", "random:0", "-o", "clip"), 4, "clip: holds the source"),
         (

@@ -263,10 +263,12 @@ def test_a_weight_files_suffix_means_a_file(name: str, meta: Path, tmp_path: Pat
 
 
 def test_layouts_that_nothing_loads_from_a_folder(meta: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"out: names a folder, and sam-timm is one file\n.*\.safetensors") as error:
+    with pytest.raises(
+        UsageError, match=r"out: names a folder, but sam-timm is written to one file\n.*\.safetensors"
+    ) as error:
         converter.convert(meta, "sam", to="sam-timm", out=tmp_path / "out")
     assert error.value.exit_code == 2
-    with pytest.raises(UsageError, match=r"names a folder, which holds model\.safetensors, not pth\n"):
+    with pytest.raises(UsageError, match=r"names a folder, which needs safetensors, not pth\n"):
         converter.convert(meta, "sam", to="sam-hf", out=tmp_path / "out", format="pth")
     assert list(tmp_path.iterdir()) == [meta]
 
@@ -367,7 +369,7 @@ def test_folders_that_hold_more_than_a_model_are_not_replaced(
 ) -> None:
     out = tmp_path / "out"
     (out / ".git").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"holds a folder, \.git: not replaced"):
+    with pytest.raises(OutputError, match=r"is not replaced, as it has the subfolder \.git"):
         converter.convert(meta, "sam", to="sam-hf", out=out, force=True)
     (out / ".git").rmdir()
     monkeypatch.chdir(out)

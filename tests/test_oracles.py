@@ -387,7 +387,7 @@ def test_true_size_sam_base(tmp_path: Path) -> None:
     state = sam_model_registry["vit_b"]().state_dict()
     torch.save(state, tmp_path / "sam_vit_b_01ec64.pth")
     card = converter.convert(str(tmp_path / "sam_vit_b_01ec64.pth"), "sam", out=tmp_path / "out.safetensors")
-    assert (card.tensors, card.nbytes, card.unusual) == (177, 358_683_648, {})
+    assert (card.num_tensors, card.nbytes, card.unusual) == (177, 358_683_648, {})
     assert sorted(card.missing) == ["net_2.weight", "net_3.weight"]
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), only(state, "image_encoder."))
 
@@ -399,7 +399,7 @@ def test_true_size_clip_large(tmp_path: Path) -> None:
     model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes))
     model.save_pretrained(tmp_path / "clip", max_shard_size="700MB")
     card = converter.convert(str(tmp_path / "clip"), "clip", out=tmp_path / "out.safetensors")
-    assert (card.tensors, card.nbytes, card.unusual, card.missing) == (294, 1_212_712_968, {}, {})
+    assert (card.num_tensors, card.nbytes, card.unusual, card.missing) == (294, 1_212_712_968, {}, {})
     # transformers before 5 has a prefix in its names.
     state = getattr(model, "vision_model", model).state_dict()
     expected = with_positions(without(fused(state), "post_layernorm"))

@@ -10,7 +10,7 @@ from typing import Any
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.options import split_options
 from converter.output.names import shorten
-from converter.output.pretrained import config_files, wants_folder
+from converter.output.pretrained import check_folder_output, config_files, is_folder_output
 from converter.output.record import ConversionRecord, make_plan_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, make_output, write
@@ -44,7 +44,7 @@ def convert(
         fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
         format: "safetensors" or "pth"; by the suffix of `out` by default.
         force: Replace an existing output; of a folder, everything in it.
-        dry_run: Plan the conversion, write nothing.
+        dry_run: Plan the conversion and write nothing.
         record: Files for the conversion record (.json, with the SHA-256 of every tensor) or a model card (.md).
         on_progress: Called with what is done, and the bytes done and in total; from a hub, also from other threads,
             one at a time.
@@ -69,9 +69,11 @@ def convert(
         check_hub_options(hub_options, opened)
         donor = opened[1] if fill_from is not None else None
         resolved = resolve(opened[0], convert_options, donor)
-        # Before a dry run ends: contradictory sizes are found without writing.
-        folder = wants_folder(target, convert_options.layout, format)
-        documents = config_files(resolved.plan, convert_options.full_model) if folder else None
+        documents = None
+        if is_folder_output(target, convert_options.layout):
+            check_folder_output(target, convert_options.layout, format)
+            # Also for a dry run, which then reports contradictory sizes.
+            documents = config_files(resolved.plan, convert_options.full_model)
         notes = _donor_note(resolved.plan, donor)
         planned = make_plan_record(
             opened, resolved, output=target, format=format, dtype=convert_options.dtype, notes=notes

@@ -1,4 +1,4 @@
-"""DeepSeek's compressor, two convolutions between SAM and CLIP: found in a checkpoint, or seeded."""
+"""DeepSeek's compressor, two convolutions between SAM and CLIP, from a checkpoint or from a seed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from converter.tensors.tensor_info import TensorInfo
 
 NAMES = ("net_2.weight", "net_3.weight")
 
-# How the names of the two end: the authors' own in DeepSeek-OCR, Unlimited-OCR, GOT-OCR2 and Vary; those of
-# transformers' Unlimited-OCR and DeepSeek-OCR-2; those of transformers' GOT-OCR2, which counts them to its projector.
-# transformers only renames them. No mapping can say so of GOT-OCR2: there, they lie outside of the encoder.
-_SPELLINGS = (
+# Suffixes of the two names: in DeepSeek-OCR, Unlimited-OCR, GOT-OCR2 and Vary; in transformers' Unlimited-OCR and
+# DeepSeek-OCR-2; in transformers' GOT-OCR2, where they belong to the projector, so that no mapping of SAM has them.
+_NAME_SUFFIXES = (
     NAMES,
     ("proj.conv1.weight", "proj.conv2.weight"),
     ("multi_modal_projector.conv_upsampler1.weight", "multi_modal_projector.conv_upsampler2.weight"),
@@ -32,7 +31,7 @@ _SPELLINGS = (
 
 
 def find_compressor(opened: Checkpoint) -> dict[str, LazyTensor]:
-    """net_2 [2*neck, neck, 3, 3] and net_3 [compressed, 2*neck, 3, 3] of a checkpoint; LayoutError if not just one."""
+    """Return net_2 [2*neck, neck, 3, 3] and net_3 [width, 2*neck, 3, 3]; LayoutError unless there is one pair."""
     found = [pair for state_dict in state_dicts(opened.contents) for pair in _pairs(state_dict)]
     if len(found) != 1:
         names = ", ".join(printable(pair[1].key) for pair in found)
@@ -44,49 +43,67 @@ def find_compressor(opened: Checkpoint) -> dict[str, LazyTensor]:
 
 
 def _pairs(state_dict: StateDict) -> Iterator[tuple[TensorInfo, TensorInfo]]:
-    for first, second in _SPELLINGS:
+    for first, second in _NAME_SUFFIXES:
         for name, tensor in state_dict.tensors.items():
             prefix = name.removesuffix(first)
             other = state_dict.tensors.get(prefix + second)
-            # A whole name, or all of it after a dot; other modules are called so, too, and have other shapes.
-            if prefix != name and prefix[-1:] in ("", ".") and other and _fit({}, tensor, other):
+            # Shapes are compared because other modules have the same names.
+            if prefix != name and prefix[-1:] in ("", ".") and other and _has_compressor_shapes(tensor, other):
                 yield tensor, other
 
 
-def _fit(sizes: Sizes, net_2: TensorInfo | LazyTensor, net_3: TensorInfo | LazyTensor) -> bool:
-    """Whether the shapes are a compressor's; its sizes go into `sizes`."""
+def _has_compressor_shapes(net_2: TensorInfo, net_3: TensorInfo) -> bool:
+    sizes: Sizes = {}
     specs = {spec.name.text: spec.shape for spec in registry.canonical("sam").tensors}
     return fits(specs[NAMES[0]], net_2.shape, sizes) and fits(specs[NAMES[1]], net_3.shape, sizes)
 
 
 def check_compressor(nets: dict[str, LazyTensor], neck: int, width: int, origin: str) -> None:
-    """LayoutError unless both are there, UsageError unless they take SAM's `neck` channels and give CLIP's `width`."""
+    """Check that a compressor connects SAM to CLIP.
+
+    Args:
+        nets: The compressor's tensors by name.
+        neck: SAM's number of output channels.
+        width: CLIP's width.
+        origin: The checkpoint or option that the compressor comes from, for messages.
+
+    Raises:
+        LayoutError: A tensor is missing.
+        UsageError: The number of channels differs.
+    """
     lacking = [name for name in NAMES if name not in nets]
     if lacking:
         raise LayoutError(
             f"{origin}: holds no {', '.join(lacking)}: the compressor, which the DeepEncoder has between SAM and CLIP",
             "take a trained one with --compressor deepseek-ai/DeepSeek-OCR, or start with --compressor random:0",
         )
-    takes, gives = nets[NAMES[0]].shape[1], nets[NAMES[1]].shape[0]
-    if takes != neck:
+    in_channels, out_channels = nets[NAMES[0]].shape[1], nets[NAMES[1]].shape[0]
+    if in_channels != neck:
         raise UsageError(
-            f"{origin}: net_2.weight takes {takes} channels, and SAM's neck gives {neck}",
+            f"{origin}: net_2.weight has {in_channels} input channels, but SAM's neck has {neck} output channels",
             "choose a compressor and a SAM of the same size",
         )
-    if gives != width:
+    if out_channels != width:
         raise UsageError(
-            f"{origin}: net_3.weight gives {gives} channels, and CLIP takes {width}",
+            f"{origin}: net_3.weight has {out_channels} output channels, but CLIP's width is {width}",
             "choose a compressor and a CLIP of the same size",
         )
 
 
 def seeded(name: str, neck: int, width: int) -> dict[str, LazyTensor]:
-    """An untrained compressor in float32, for `random:SEED`; UsageError for another `name`.
+    """Return an untrained compressor in float32, which depends only on the seed and the sizes.
 
-    As torch starts a Conv2d without bias: uniform within 1/sqrt(fan_in) of 0, which is what kaiming_uniform_ with
-    a=sqrt(5) comes to. Element i of a tensor is number i of its stream times 1/sqrt(fan_in)/2^31 in float64, rounded to
-    float32; its stream is SHAKE-128 of the text `SEED/net_2.weight`, read as little-endian int32. No library's or
-    machine's own generator has a part in it.
+    The distribution is torch's for a Conv2d without bias: uniform within 1/sqrt(fan_in) of 0 (kaiming_uniform_ with
+    a=sqrt(5)). Element i is number i of a stream times 1/sqrt(fan_in)/2^31 in float64, rounded to float32. The stream
+    is SHAKE-128 of the text `SEED/net_2.weight` or `SEED/net_3.weight`, read as little-endian int32.
+
+    Args:
+        name: random:SEED.
+        neck: SAM's number of output channels.
+        width: CLIP's width.
+
+    Raises:
+        UsageError: The seed is not a number.
     """
     shapes = dict(zip(NAMES, ((2 * neck, neck, 3, 3), (width, 2 * neck, 3, 3)), strict=True))
     seed = name.removeprefix("random:")
@@ -99,8 +116,8 @@ def seeded(name: str, neck: int, width: int) -> dict[str, LazyTensor]:
 
 
 def _uniform(text: str, shape: tuple[int, ...]) -> bytes:
-    """A convolution's weight in float32, from SHAKE-128 of `text`."""
-    # An `array` has its numbers as the machine has them; both ends of ours are little-endian.
+    """Return a convolution's weight in float32, from SHAKE-128 of `text`."""
+    # An `array` has the machine's byte order; input and output are little-endian.
     numbers = array("i", hashlib.shake_128(text.encode()).digest(4 * math.prod(shape)))
     if sys.byteorder == "big":
         numbers.byteswap()

@@ -73,7 +73,7 @@ class Insertion:
 
 def plan_insertion(
     path: Path,
-    open_: Callable[[Path], Checkpoint],
+    open_file: Callable[[Path], Checkpoint],
     encoder: Mapping[str, LazyTensor],
     constants: Collection[str],
     dtype: str,
@@ -82,13 +82,13 @@ def plan_insertion(
 
     Args:
         path: A local DeepSeek-OCR checkpoint.
-        open_: Opens it.
+        open_file: Opens a checkpoint.
         encoder: New tensors by their names in DeepSeek-OCR's model.
         constants: Names of tensors that the checkpoint may lack.
         dtype: The type of the new tensors; keep for the checkpoint's types.
 
     Raises:
-        LayoutError: The checkpoint is no DeepSeek-OCR, or not in safetensors.
+        LayoutError: The checkpoint is not a DeepSeek-OCR, or not in safetensors.
         UsageError: Names, shapes or types differ.
     """
     if not exists(path):
@@ -96,7 +96,7 @@ def plan_insertion(
             f"--into {path}: no such file or folder",
             "download the checkpoint first (`hf download`), and give its folder",
         )
-    host = open_(path)
+    host = open_file(path)
     if set(host.containers) != {"safetensors"}:
         formats = ", ".join(sorted(set(host.containers)))
         raise LayoutError(f"{host.name}: {formats}: --into supports only safetensors checkpoints")
@@ -117,19 +117,21 @@ def plan_insertion(
 
 
 def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[str, TensorInfo]:
-    """The tensors to replace, by their names in DeepSeek-OCR's model."""
+    """Return the tensors to replace by their names in DeepSeek-OCR's model."""
     found: dict[str, TensorInfo] = {}
     for family in registry.families():
-        place = registry.encoder_prefix(family)
-        known, plan = resolve_to_canonical(opened, ConvertOptions(family))
-        prefix = known.match.prefix
-        if not prefix.endswith(place):
+        encoder_prefix = registry.encoder_prefix(family)
+        detected, plan = resolve_to_canonical(opened, ConvertOptions(family))
+        prefix = detected.match.prefix
+        if not prefix.endswith(encoder_prefix):
             what = f"its {family.upper()} has the layout {plan.mapping.name}"
-            raise LayoutError(f"{opened.name}: no DeepSeek-OCR: {what}")
-        found |= {place + name: value.tensor for name, value in plan.outputs.items() if isinstance(value, Read)}
-        outer = prefix.removesuffix(place)
+            raise LayoutError(f"{opened.name}: is not a DeepSeek-OCR: {what}")
+        found |= {
+            encoder_prefix + name: value.tensor for name, value in plan.outputs.items() if isinstance(value, Read)
+        }
+        outer = prefix.removesuffix(encoder_prefix)
         # Those of the projector, which are nobody's family.
-        found |= {name: known.tensors[outer + name] for name in encoder if outer + name in known.tensors}
+        found |= {name: detected.tensors[outer + name] for name in encoder if outer + name in detected.tensors}
     return found
 
 
@@ -157,7 +159,7 @@ def _other_files(folder: Path, host: Checkpoint) -> tuple[list[Path], list[str]]
         if path.is_dir() or str(relative) in shards or any(part.startswith(".") for part in relative.parts[:-1]):
             continue
         if not path.is_file() or not _within(folder, path):
-            notes.append(f"left out {relative}: no file of this folder")
+            notes.append(f"left out {relative}: it is not a file in this folder")
         elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and str(path) != host.name:
             notes.append(f"left out {relative}: other weights, which may hold the old encoder")
         else:
@@ -187,12 +189,12 @@ def insertion_output(insertion: Insertion) -> Output:
     )
 
 
-def _write(insertion: Insertion, place: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
-    if isinstance(place, int):
-        _write_shard(insertion, insertion.host.files[0], place, on_bytes, on_data)
+def _write(insertion: Insertion, target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
+    if isinstance(target, int):
+        _write_shard(insertion, insertion.host.files[0], target, on_bytes, on_data)
     else:
         assert insertion.folder is not None
-        _write_folder(insertion, insertion.folder, place, on_bytes, on_data)
+        _write_folder(insertion, insertion.folder, target, on_bytes, on_data)
 
 
 def _write_folder(insertion: Insertion, source: Path, target: Path, on_bytes: OnBytes, on_data: OnData | None) -> None:

@@ -30,7 +30,7 @@ _PROJECTOR = {
 
 @dataclass(frozen=True)
 class EncoderParts:
-    """A DeepEncoder that is planned and not yet written.
+    """A DeepEncoder that is planned but not yet written.
 
     Attributes:
         sources: The checkpoints that it is read from.
@@ -104,7 +104,7 @@ def encoder_record(
 
 
 def build_encoder(
-    sam: Checkpoint, clip: Checkpoint, compressor: str, open_: Callable[[str], Checkpoint]
+    sam: Checkpoint, clip: Checkpoint, compressor: str, open_file: Callable[[str], Checkpoint]
 ) -> EncoderParts:
     """Combine the encoders of two checkpoints and a compressor.
 
@@ -112,10 +112,10 @@ def build_encoder(
         sam: A checkpoint with SAM, in any layout.
         clip: A checkpoint with CLIP, in any layout.
         compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of `sam`.
-        open_: Opens the compressor's checkpoint.
+        open_file: Opens the compressor's checkpoint.
 
     Raises:
-        LayoutError: A checkpoint is of another kind, or there is no compressor.
+        LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
         UsageError: Sizes differ.
     """
     plans = {
@@ -131,7 +131,7 @@ def build_encoder(
             name: f"{compressor}: untrained, uniform within 1/sqrt({9 * net.shape[1]})" for name, net in nets.items()
         }
     elif compressor:
-        sources.append(open_(compressor))
+        sources.append(open_file(compressor))
         nets = _with_prefix("sam", find_compressor(sources[-1]))
     own = _own_tensors(plans)
     tensors = own | nets

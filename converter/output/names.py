@@ -1,4 +1,4 @@
-"""Lists of tensor names for people: shortened, repeated layers folded, grouped by reason."""
+"""Formats lists of tensor names: shortened, with repeated layers folded, or grouped by reason."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 
 class FoldedTensor(NamedTuple):
-    """Output tensors that differ by their layer alone.
+    """Output tensors whose names differ only in the layer index.
 
     Attributes:
-        name: their name, with `{}` for the layer index if there are several tensors.
-        sources: the source tensors that they are made of, named likewise.
-        members: the full names of the output tensors.
+        name: The name of the output tensors, with `{}` for the layer index if there are several.
+        sources: The names of their source tensors, with `{}` in the same way.
+        members: The full names of the output tensors.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,59 +13,65 @@ from converter.errors import LayoutError, UsageError
 from converter.plan.plan import Plan
 from converter.storage.atomic_output import new_file, write_all
 
-# The name of the weights in the folder.
-_MODEL = "model.safetensors"
+_WEIGHTS_FILE = "model.safetensors"
 # Layouts whose folders transformers loads.
 LAYOUTS = ("sam-hf", "clip-hf")
 
 
-def wants_folder(out: Path, layout: str, format: str) -> bool:
-    """Whether the output is a folder for transformers.
+def is_folder_output(out: Path, layout: str) -> bool:
+    """Return whether an output is a folder: its name has no suffix of weights, and its layout is not canonical."""
+    return out.suffix not in WEIGHT_SUFFIXES and not layout.startswith("deepencoder-")
+
+
+def check_folder_output(out: Path, layout: str, format: str) -> None:
+    """Raise UsageError if transformers cannot load a folder with this layout and format.
 
     Args:
-        out: The output; a name without a suffix of weights is a folder, except for the DeepEncoder's own layouts.
-        layout: The layout of the output.
+        out: The path of the folder.
+        layout: The layout of the weights.
         format: safetensors or pth.
-
-    Raises:
-        UsageError: transformers loads no folder of this layout or format.
     """
-    if out.suffix in WEIGHT_SUFFIXES or layout.startswith("deepencoder-"):
-        return False
     if layout not in LAYOUTS:
         raise UsageError(
-            f"--output {out}: names a folder, and {layout} is one file",
-            f"end its name in one of {', '.join(WEIGHT_SUFFIXES)}; folders are for {', '.join(LAYOUTS)}",
+            f"--output {out}: names a folder, but {layout} is written to one file",
+            f"add one of the suffixes {', '.join(WEIGHT_SUFFIXES)}; folders are for {', '.join(LAYOUTS)}",
         )
     if format != "safetensors":
-        raise UsageError(f"--output {out}: names a folder, which holds {_MODEL}, not {format}", "leave out --format")
-    return True
+        raise UsageError(f"--output {out}: names a folder, which needs safetensors, not {format}", "leave out --format")
 
 
 def config_files(plan: Plan, full_model: bool) -> dict[str, bytes]:
-    """The configuration files of a folder, by name; LayoutError if the shapes are of no model of the family."""
+    """Return the configuration files of a folder by name.
+
+    Args:
+        plan: The planned conversion to one of `LAYOUTS`.
+        full_model: Whether the tensors are of the full model, not only of the vision encoder.
+
+    Raises:
+        LayoutError: The shapes do not belong to a model of the family.
+    """
     # Only folders need it.
     from converter.output import pretrained_config as pretrained
 
     make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
     shapes = {name: value.shape for name, value in plan.canonical_tensors.items()}
-    floats = [value.dtype.name for value in plan.outputs.values() if value.dtype.is_float]
     try:
         config, preprocessor = make(shapes, full_model)
     except LayoutError as error:
         raise LayoutError(f"{error}", "write the tensors alone: end --output in .safetensors") from error
-    # The most frequent type: transformers loads all tensors with one type.
-    config["torch_dtype"] = max(sorted(set(floats)), key=floats.count)
+    # The most frequent type, or the first by name of several: transformers loads all tensors with one type.
+    floats = sorted(value.dtype.name for value in plan.outputs.values() if value.dtype.is_float)
+    config["torch_dtype"] = Counter(floats).most_common(1)[0][0]
     return {"config.json": _json(config), "preprocessor_config.json": _json(preprocessor)}
 
 
 @contextmanager
-def pretrained_file(folder: Path, documents: Mapping[str, bytes]) -> Iterator[int]:
+def open_pretrained_folder(folder: Path, documents: Mapping[str, bytes]) -> Iterator[int]:
     """Write `documents` to a new folder, and yield a file descriptor for the weights."""
     for name, data in documents.items():
         with new_file(folder / name) as fd:
             write_all(fd, memoryview(data))
-    with new_file(folder / _MODEL) as fd:
+    with new_file(folder / _WEIGHTS_FILE) as fd:
         yield fd
 
 

@@ -1,4 +1,4 @@
-"""The files that the record of a conversion is written to."""
+"""Writes the record of a conversion to files."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class RecordFiles:
             taken = [output.resolve()]
         for path in self.paths:
             with output_errors(path):
-                place = path.resolve()
-            if place in taken or is_source(path, opened, mapping):
+                resolved = path.resolve()
+            if resolved in taken or is_source(path, opened, mapping):
                 raise OutputError(f"{path}: cannot be the record: it is another file of this conversion")
-            if output.resolve() in place.parents:
+            if output.resolve() in resolved.parents:
                 raise OutputError(f"{path}: is inside the output folder", "write it elsewhere, and move it there later")
-            taken.append(place)
+            taken.append(resolved)
 
     def contents(
         self,

@@ -1,4 +1,4 @@
-"""Checks of an output before anything is read: whether it can be written, and that it replaces no input."""
+"""Checks before anything is read that an output can be written and does not replace an input."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from converter.storage.atomic_output import output_errors, temporary_path
 from converter.storage.local_file import exists
 
 
-def check_target(path: Path, force: bool, needed: int, option: str = "output") -> None:
+def check_target(path: Path, force: bool, needed_bytes: int, option: str = "output") -> None:
     """Raise OutputError if a file cannot be written.
 
     Args:
         path: The file.
         force: Whether an existing file is replaced.
-        needed: Bytes of disk space that it takes.
+        needed_bytes: The disk space that it takes.
         option: The option that names the file.
     """
     with output_errors(path):
@@ -28,20 +28,19 @@ def check_target(path: Path, force: bool, needed: int, option: str = "output") -
         if path.exists() and not path.is_file():
             # A rename would replace /dev/null by a file.
             raise OutputError(f"{path}: is a device or a pipe, which --force does not replace", "give a file's path")
-        _check_place(path, force, needed, option)
+        _check_writable(path, force, needed_bytes, option)
 
 
-def check_folder(path: Path, force: bool, needed: int) -> None:
+def check_folder(path: Path, force: bool, needed_bytes: int) -> None:
     """Raise OutputError if a folder cannot be written.
 
     Args:
         path: The folder.
-        force: Whether an existing folder is replaced with all that is in it: only one that holds nothing but files, and
-            never the current one.
-        needed: Bytes of disk space that it takes.
+        force: Whether an existing folder is replaced. A folder with subfolders, or the current folder, never is.
+        needed_bytes: The disk space that it takes.
     """
     with output_errors(path):
-        _check_place(path, force, needed, "output")
+        _check_writable(path, force, needed_bytes, "output")
         if os.path.lexists(path):
             _check_replaced(path)
 
@@ -51,23 +50,25 @@ def _check_replaced(path: Path) -> None:
         raise OutputError(f"{path}: is a file", "give a folder's path to --output, or a name that ends in .safetensors")
     if Path.cwd().is_relative_to(path.resolve()):
         raise OutputError(f"{path}: is the current folder, or holds it", "name another folder with --output")
-    inner = next((entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()), None)
-    if inner is not None:
-        raise OutputError(f"{path}: holds a folder, {inner.name}: not replaced", "remove it, or choose another path")
+    subfolder = next((child for child in path.iterdir() if child.is_dir() and not child.is_symlink()), None)
+    if subfolder is not None:
+        raise OutputError(
+            f"{path}: is not replaced, as it has the subfolder {subfolder.name}", "remove it, or choose another path"
+        )
 
 
-def _check_place(path: Path, force: bool, needed: int, option: str) -> None:
+def _check_writable(path: Path, force: bool, needed_bytes: int, option: str) -> None:
     folder = path.parent
-    advice = f"choose another path with --{option}"
+    hint = f"choose another path with --{option}"
     if not folder.is_dir():
-        raise OutputError(f"{path}: there is no folder {folder}", f"create it, or {advice}")
+        raise OutputError(f"{path}: there is no folder {folder}", f"create it, or {hint}")
     if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already", f"{advice}, or replace it with --force")
+        raise OutputError(f"{path}: exists already", f"{hint}, or replace it with --force")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable", advice)
+        raise OutputError(f"{path}: the folder {folder} is not writable", hint)
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(f"{path}: {needed} bytes are needed and {free} are free", "free some space, or " + advice)
+    if free < needed_bytes:
+        raise OutputError(f"{path}: {needed_bytes} bytes are needed and {free} are free", f"free some space, or {hint}")
 
 
 def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | Path | None = None) -> None:
@@ -80,7 +81,7 @@ def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | 
     """
     with output_errors(target):
         for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
-            # A link is in one folder and leads to another.
+            # Both the folder of a symbolic link and that of its target.
             if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
                 raise OutputError(f"{target}: holds the source, {file.name}", "choose another path with --output")
     if is_source(target, opened, mapping):
@@ -88,11 +89,11 @@ def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | 
 
 
 def is_source(path: Path, opened: Sequence[Checkpoint], mapping: str | Path | None) -> bool:
-    """Whether a path, or the temporary file that it is written under, is an input.
+    """Return whether a path, or its temporary file, is an input.
 
     Args:
         path: The file to write.
-        opened: The sources: their files, and the index of a sharded one.
+        opened: The sources; their files and shard indices are inputs.
         mapping: The mapping file.
     """
     names = [name for name in (*(source.name for source in opened), mapping) if name is not None and exists(name)]

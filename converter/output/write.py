@@ -1,4 +1,4 @@
-"""Writing of tensors for all commands: the output and its record are complete or absent, and replace no input."""
+"""Writes the output of all commands with its record: both are complete or absent, and never replace an input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from converter.checkpoint.open import Checkpoint, check_unchanged
 from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
 from converter.options import check_choices
-from converter.output.pretrained import pretrained_file
+from converter.output.pretrained import open_pretrained_folder
 from converter.output.record import ConversionRecord, TensorDigests
 from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
@@ -31,26 +31,26 @@ class Output(NamedTuple):
 
     Attributes:
         tensors: The tensors by name, in the order in which they are written.
-        nbytes: Disk space that it takes.
-        fill: Writes it. Called with the descriptor of a new file, or the path of a new folder, and two callbacks: one
-            for the number of bytes copied, one (or None) for the tensors' data.
-        folder: Whether it is a folder.
-        metadata: The metadata in its header, if its format has any.
-        mapping: The mapping file, an input.
-        source_folder: A folder that it must not be in.
+        nbytes: The disk space in bytes that the output takes.
+        fill: Writes the output. Called with the descriptor of a new file, or the path of a new folder, and two
+            callbacks: one for the number of bytes copied, one (or None) for the tensors' data.
+        is_folder: Whether the output is a folder.
+        metadata: The metadata in the output's header; None if the format has none.
+        mapping: The mapping file, which the output must not replace.
+        source_folder: A folder that the output must not be in.
     """
 
     tensors: Outputs
     nbytes: int
     fill: Callable[[int | Path, OnBytes, OnData | None], None]
-    folder: bool = False
+    is_folder: bool = False
     metadata: dict[str, str] | None = None
     mapping: str | Path | None = None
     source_folder: Path | None = None
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
-    """Return the format to write: `format` or, if it is None, what the suffix of `out` says."""
+    """Return the format to write: `format`, or the one that the suffix of `out` implies if `format` is None."""
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format
@@ -72,11 +72,11 @@ def make_output(
         record: The conversion.
         metadata: Metadata for the header of a safetensors file.
         documents: Other files of a from_pretrained folder; None for a single file.
-        mapping: The mapping file, an input.
+        mapping: The mapping file, which the output must not replace.
     """
 
-    def fill(place: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
-        with nullcontext(place) if isinstance(place, int) else pretrained_file(place, documents or {}) as fd:
+    def fill(target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
+        with nullcontext(target) if isinstance(target, int) else open_pretrained_folder(target, documents or {}) as fd:
             if record.format == "pth":
                 from converter.formats.torch_zip import write_pth
 
@@ -110,16 +110,16 @@ def write(
         The record of the finished conversion.
 
     Raises:
-        OutputError: The output cannot be written, or exists and is not to be replaced.
+        OutputError: The output cannot be written, or exists and `force` is not set.
         ContainerError: A source is damaged, or was modified meanwhile.
     """
     target = Path(record.output)
     _check(output, target, opened, files, force)
-    with AtomicOutput(force) as new:
-        place = new.folder(target) if output.folder else new.file(target)
-        fds = {path: new.file(path) for path in files.paths}
+    with AtomicOutput(force) as atomic:
+        temporary = atomic.folder(target) if output.is_folder else atomic.file(target)
+        fds = {path: atomic.file(path) for path in files.paths}
         digests = TensorDigests(output.tensors) if fds else None
-        output.fill(place, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
+        output.fill(temporary, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
         if digests is not None:
             for path, data in files.contents(record, output.tensors, opened, digests, output.metadata, on_progress):
                 with output_errors(path):
@@ -137,7 +137,7 @@ def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: Re
         remove_stale(path)
     if output.source_folder is not None and target.resolve().is_relative_to(output.source_folder.resolve()):
         raise OutputError(f"{target}: is inside the checkpoint's own folder", "choose another path with --output")
-    (check_folder if output.folder else check_target)(target, force, output.nbytes)
+    (check_folder if output.is_folder else check_target)(target, force, output.nbytes)
     for path in files.paths:
         check_target(path, force, 0, "record")
 
@@ -145,11 +145,11 @@ def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: Re
 def _start_reading(
     opened: Sequence[Checkpoint], values: Iterable[LazyTensor], nbytes: int, on_progress: OnProgress
 ) -> OnBytes:
-    """Start to fetch what is on a hub, in the order of `values`; return the callback for bytes that are copied."""
+    """Start to fetch remote tensors in the order of `values`; return the callback for the number of bytes copied."""
     tensors = [tensor for value in values for tensor in source_tensors(value)]
     for source in opened:
         source.prefetch(tensors, on_progress)
     if any(source.remote for source in opened):
-        # Fetching takes longer than writing, and reports its own progress.
+        # Fetching reports its own progress, and takes longer than writing.
         return lambda count: None
     return progress_counter(on_progress, "converting", nbytes)
