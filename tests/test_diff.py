@@ -22,7 +22,7 @@ from test_verify_views import CHROMIUM, Outline, browse
 import converter
 from converter.api.diff import diff
 from converter.cli import diff as cli
-from converter.comparison.difference import Block, Difference, block_of, in_order
+from converter.comparison.difference import Block, Difference, block_of, natural_sort_key
 from converter.comparison.measure import measure
 from converter.comparison.streams import BUFFER
 from converter.errors import ContainerError, LayoutError, UsageError
@@ -73,7 +73,7 @@ def test_every_layout_and_container_is_equal_to_every_other(family: str, folder:
 def test_position_ids_that_were_made_up_are_no_difference_and_said(folder: Path) -> None:
     # Converted files hold them, today's transformers' do not.
     found = diff(folder / "clip/deepencoder-clip.safetensors", folder / "clip/clip-hf.pth")
-    assert found.notes == ["B has no embeddings.position_ids, and needs none: taken as 0, 1, 2, ..."]
+    assert found.notes == ["B has no embeddings.position_ids, which is not required: taken as 0, 1, 2, ..."]
     assert "embeddings.position_ids" in found.same and not found.removed
     assert not diff(folder / "clip/clip-hf.pth", folder / "clip/clip-timm.pth").notes
 
@@ -147,7 +147,7 @@ def test_a_tensor_under_another_name(state: State, tmp_path: Path) -> None:
 def test_a_tensor_under_a_second_name(tmp_path: Path) -> None:
     shared = torch.randn(4, 4)
     found = compared({"embed": shared}, {"embed": shared, "head": shared}, tmp_path)
-    assert found.equal and found.notes == ["B's head is the very bytes of its embed: not counted"]
+    assert found.equal and found.notes == ["B's head shares its bytes with embed: not counted"]
 
 
 def test_types_are_compared_by_value(state: State, tmp_path: Path) -> None:
@@ -281,7 +281,8 @@ def test_blocks(name: str, block: str) -> None:
 
 
 def test_names_are_in_the_order_of_their_numbers() -> None:
-    assert sorted(["a.10.b", "a.9.c", "a", "3.x", "a.9"], key=in_order) == ["3.x", "a", "a.9", "a.9.c", "a.10.b"]
+    names = ["a.10.b", "a.9.c", "a", "3.x", "a.9"]
+    assert sorted(names, key=natural_sort_key) == ["3.x", "a", "a.9", "a.9.c", "a.10.b"]
 
 
 # Views ------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from functools import reduce
 from pathlib import Path
 
 from converter.checkpoint.open import check_unchanged, open_checkpoint
-from converter.comparison.align import Named, Side, common, side_of
-from converter.comparison.difference import Block, Change, Difference, Figures, block_of, in_order
+from converter.comparison.align import Named, Side, align, select_side
+from converter.comparison.difference import Block, Change, Difference, Figures, block_of, natural_sort_key
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
 from converter.storage.progress import OnProgress, progress_counter
@@ -43,66 +43,66 @@ def diff(
         raise UsageError(f"--state-dict {state_dict}: expected one name, or A's and B's with a comma between")
     with ExitStack() as stack:
         left, right = (stack.enter_context(closing(open_checkpoint(name))) for name in (a, b))
-        sides = side_of(left, first), side_of(right, second or first)
+        sides = select_side(left, first), select_side(right, second or first)
         found = _compare(sides, on_progress)
         check_unchanged((left, right))
     return found
 
 
 def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
-    a, b, names, notes = common(*sides)
-    pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=in_order)}
-    alike = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
-    removed, added = _alone(a, pairs, 0, notes), _alone(b, pairs, 1, notes)
+    a, b, layouts, notes = align(*sides)
+    pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=natural_sort_key)}
+    same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
+    removed, added = _only_in_side(a, pairs, 0, notes), _only_in_side(b, pairs, 1, notes)
     for side, named in zip(sides, (a, b), strict=True):
         side.opened.fetch([tensor for value in named.values() for tensor in source_tensors(value)], on_progress)
-    unequal = _unequal(alike, on_progress)
+    unequal = _unequal(same_shape, on_progress)
     renamed = _renamed({name: a[name] for name in removed}, {name: b[name] for name in added})
-    figures = _figures(alike, unequal, on_progress)
-    differ = [name for name in pairs if name in unequal or name not in alike]
+    figures = _figures(same_shape, unequal, on_progress)
+    differ = [name for name in pairs if name in unequal or name not in same_shape]
     return Difference(
         a=sides[0].opened.name,
         b=sides[1].opened.name,
         containers=[sorted(set(side.opened.containers)) for side in sides],
-        layouts=[[hit.match.name for hit in side.known.values()] for side in sides],
-        names=names,
+        layouts=[[detected.match.name for detected in side.detected.values()] for side in sides],
+        names=layouts,
         notes=notes,
-        same=[name for name in alike if name not in unequal],
+        same=[name for name in same_shape if name not in unequal],
         changed=[_change(name, pairs[name], figures.get(name)) for name in differ],
         removed=[name for name in removed if name not in renamed],
         added=[name for name in added if name not in renamed.values()],
         renamed=renamed,
-        blocks=_blocks(alike, unequal, figures),
+        blocks=_blocks(same_shape, unequal, figures),
     )
 
 
-def _alone(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
-    """The names that one side alone has, but for second names of tensors that both have; notes on those."""
-    both = {_place(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
+def _only_in_side(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
+    """Return the names that only one side has; add notes on second names of tensors that both sides have."""
+    shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
     found = []
-    for name in sorted(named.keys() - pairs.keys(), key=in_order):
-        twins = {both.get(_place(tensor)) for tensor in source_tensors(named[name])}
-        if len(twins) == 1 and None not in twins:
-            notes.append(f"{'AB'[side]}'s {name} is the very bytes of its {twins.pop()}: not counted")
+    for name in sorted(named.keys() - pairs.keys(), key=natural_sort_key):
+        aliases = {shared_names.get(_location(tensor)) for tensor in source_tensors(named[name])}
+        if len(aliases) == 1 and None not in aliases:
+            notes.append(f"{'AB'[side]}'s {name} shares its bytes with {aliases.pop()}: not counted")
         else:
             found.append(name)
     return found
 
 
-def _place(tensor: TensorInfo) -> tuple[object, ...]:
+def _location(tensor: TensorInfo) -> tuple[object, ...]:
     return id(tensor.storage), tensor.byte_offset, tensor.shape, tensor.strides
 
 
-def _unequal(alike: Pairs, on_progress: OnProgress) -> set[str]:
-    """The names of pairs of one shape that differ in type or in a byte."""
-    unequal = {name for name, (a, b) in alike.items() if a.dtype != b.dtype}
-    compared = {name: pair for name, pair in alike.items() if name not in unequal}
+def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
+    """Return the names of pairs that differ in type or in a byte."""
+    unequal = {name for name, (a, b) in same_shape.items() if a.dtype != b.dtype}
+    compared = {name: pair for name, pair in same_shape.items() if name not in unequal}
     total = sum(nbytes(a) for a, _ in compared.values())
     return unequal | differing(compared, progress_counter(on_progress, "comparing", total))
 
 
 def _renamed(removed: Named, added: Named) -> dict[str, str]:
-    """The tensors of A alone that B has under another name, in every bit the same; of equals, in the names' order."""
+    """Map names only in A to names only in B whose tensors are equal in every bit; equal ones are paired in order."""
     kinds = [{(value.dtype, value.shape) for value in side.values()} for side in (removed, added)]
     shared = kinds[0] & kinds[1]
     before, after = (
@@ -112,15 +112,15 @@ def _renamed(removed: Named, added: Named) -> dict[str, str]:
     return {old: new for key, olds in before.items() for old, new in zip(olds, after.get(key, []), strict=False)}
 
 
-def _figures(alike: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:
-    """The figures of all tensors of each block that moved: equal ones too are what its movement is relative to."""
+def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:
+    """Measure all tensors of each block that moved: its movement is relative to the norm of all of them."""
     moved = {block_of(name) for name in unequal}
     if not moved:
         return {}
     # Imports torch, which takes two seconds: only if checkpoints differ.
     from converter.comparison.measure import measure
 
-    measured = {name: pair for name, pair in alike.items() if block_of(name) in moved}
+    measured = {name: pair for name, pair in same_shape.items() if block_of(name) in moved}
     total = sum(nbytes(a) for a, _ in measured.values())
     return measure(measured, progress_counter(on_progress, "measuring", total))
 
@@ -132,12 +132,12 @@ def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | N
     return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine)
 
 
-def _blocks(alike: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:
+def _blocks(same_shape: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:
     members: dict[str, list[str]] = {}
-    for name in alike:
+    for name in same_shape:
         members.setdefault(block_of(name), []).append(name)
     # Only floating-point tensors: position indices and counters do not move.
-    weights = {name: found for name, found in figures.items() if alike[name][0].dtype.is_float}
+    weights = {name: found for name, found in figures.items() if same_shape[name][0].dtype.is_float}
     return [_block(block, names, unequal, weights) for block, names in members.items()]
 
 

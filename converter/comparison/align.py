@@ -22,40 +22,51 @@ Named = dict[str, LazyTensor]
 
 
 class Side(NamedTuple):
-    """One of the two: the state dict that is compared, and what it was recognised as by family."""
+    """One of the two checkpoints, with the state dict to compare and the layout of each family that was detected."""
 
     opened: Checkpoint
     state_dict: StateDict
-    known: dict[str, DetectedLayout]
+    detected: dict[str, DetectedLayout]
 
 
-class Common(NamedTuple):
-    """The tensors of A and of B under the same names: `names` are the layouts that these are of."""
+class AlignedTensors(NamedTuple):
+    """The tensors of A and B by comparable names.
+
+    Attributes:
+        a: The tensors of A.
+        b: The tensors of B.
+        layouts: The layouts whose names are used; empty for the checkpoints' own names.
+        notes: Messages for the user.
+    """
 
     a: Named
     b: Named
-    names: list[str]
+    layouts: list[str]
     notes: list[str]
 
 
-def side_of(opened: Checkpoint, path: str) -> Side:
-    """The state dict at `path`, or the largest if that is empty; LayoutError where several are the largest."""
+def select_side(opened: Checkpoint, path: str) -> Side:
+    """Select the state dict at `path`, or the largest one if `path` is empty, and detect its layouts.
+
+    Raises:
+        LayoutError: Several state dicts are the largest.
+    """
     entries = select_state_dicts(opened, None)
-    # A file with one state dict alone leaves nothing to choose.
+    # The path may be that of the other checkpoint, if this one has a single state dict.
     if path and len(entries) > 1:
         entries = select_state_dicts(opened, path)
     chosen = largest_state_dict(entries, opened.name)
-    known: dict[str, DetectedLayout] = {}
+    detected: dict[str, DetectedLayout] = {}
     for family in registry.families():
         # A checkpoint that fits two layouts is compared by its own names.
         with suppress(LayoutError):
-            known.update((family, hit) for hit in detect_layouts(opened, registry.entries(family), [chosen]))
-    return Side(opened, chosen, known)
+            detected.update((family, layout) for layout in detect_layouts(opened, registry.entries(family), [chosen]))
+    return Side(opened, chosen, detected)
 
 
-def common(a: Side, b: Side) -> Common:
-    """Both sides under the hubs' names, if they are of the same families, else under their own."""
-    families = [family for family in a.known if family in b.known]
+def align(a: Side, b: Side) -> AlignedTensors:
+    """Return the tensors under canonical names if both sides have the same family, else under their own names."""
+    families = [family for family in a.detected if family in b.detected]
     notes = [note for side in (a, b) for note in _unread(side)]
     if families:
         try:
@@ -64,14 +75,14 @@ def common(a: Side, b: Side) -> Common:
             notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
             notes += _drop_generated(left, right)
-            return Common(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
+            return AlignedTensors(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
     # The first of equals: as little as possible is taken from the names.
     pairs = product(_own(a), _own(b))
     (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
-    return Common(_read(left_own), _read(right_own), [], notes)
+    return AlignedTensors(_read(left_own), _read(right_own), [], notes)
 
 
 def _own(side: Side) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
@@ -96,33 +107,33 @@ class _ByCanonicalName(NamedTuple):
 
 
 def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
-    """A side's tensors under the names of its families' hubs, and all others under their own."""
+    """Return the tensors of some families under canonical names, and all others under their own names."""
     named: Named = {}
     generated: set[str] = set()
     for family in families:
-        known = side.known[family]
-        plan = plan_to_canonical(side.opened, known._replace(tensors=_fitting(known)), ConvertOptions(family))
-        # Where both families are there, their names are kept apart.
+        detected = side.detected[family]._replace(tensors=_tensors_of_layout(side.detected[family]))
+        plan = plan_to_canonical(side.opened, detected, ConvertOptions(family))
+        # Two families may have the same names.
         prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
-    for name, tensor in side.known[families[0]].tensors.items():
+    for name, tensor in side.detected[families[0]].tensors.items():
         if tensor.key not in taken:
-            # A name that the canonical layout has too is another tensor's.
+            # The canonical layout may use this name for another tensor.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
     return _ByCanonicalName(named, generated)
 
 
-def _fitting(known: DetectedLayout) -> dict[str, TensorInfo]:
-    """The tensors that the layout knows: a head that was added does not keep the rest from being compared."""
-    templates = known.match.layout.templates(known.match.prefix)
-    return {name: tensor for name, tensor in known.tensors.items() if any_match(templates, name)}
+def _tensors_of_layout(detected: DetectedLayout) -> dict[str, TensorInfo]:
+    """Return the tensors that the layout has rules for, without added ones such as a classification head."""
+    templates = detected.match.layout.templates(detected.match.prefix)
+    return {name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)}
 
 
 def _drop_generated(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:
     """Drop tensors that were generated on both sides; return notes on those generated on one."""
     for name in a.generated & b.generated:
         del a.named[name], b.named[name]
-    once = [("A", name) for name in a.generated - b.generated] + [("B", name) for name in b.generated - a.generated]
-    return [f"{side} has no {name}, and needs none: taken as 0, 1, 2, ..." for side, name in once]
+    single = [("A", name) for name in a.generated - b.generated] + [("B", name) for name in b.generated - a.generated]
+    return [f"{side} has no {name}, which is not required: taken as 0, 1, 2, ..." for side, name in single]

@@ -32,7 +32,7 @@ class Figures(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Norm of the difference, relative to the norm of A."""
+        """The norm of the difference, divided by the norm of A."""
         if not self.gap:
             return 0.0
         return math.sqrt(self.gap / self.a) if self.a else math.inf
@@ -131,6 +131,6 @@ def block_of(name: str) -> str:
     return layer[0] if layer else re.sub(r"(?:\.[0-9]+)?\.[^.]+$", "", name)
 
 
-def in_order(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by in which layer 2 comes before layer 10."""
+def natural_sort_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

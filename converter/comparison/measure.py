@@ -14,7 +14,7 @@ from converter.tensors.evaluate import bit_view, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor
 
 # Elements in one piece: they fit into the processor's cache.
-_PIECE = 1 << 15
+_MAX_ELEMENTS = 1 << 15
 
 
 def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
@@ -31,11 +31,11 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
     with _one_thread(), left, right:
         for name, (a, b) in pairs.items():
             found[name] = Figures()
-            elements = math.prod(a.shape)
-            for start in range(0, elements, _PIECE):
-                size = min(_PIECE, elements - start)
-                segment = _figures(_elements(left, a, size), _elements(right, b, size))
-                found[name] = found[name].plus(segment)
+            num_elements = math.prod(a.shape)
+            for start in range(0, num_elements, _MAX_ELEMENTS):
+                size = min(_MAX_ELEMENTS, num_elements - start)
+                part = _figures(_elements(left, a, size), _elements(right, b, size))
+                found[name] = found[name].plus(part)
                 count(size * a.dtype.itemsize)
     return found
 
@@ -61,9 +61,9 @@ def _figures(a: torch.Tensor, b: torch.Tensor) -> Figures:
     if not (x.sum() + y.sum()).isfinite():
         shared = same & ~x.isfinite()
         x, y = x.masked_fill(shared, 0), y.masked_fill(shared, 0)
-    gap = x - y
-    sums = (float(p.dot(q)) for p, q in ((gap, gap), (x, x), (y, y), (x, y)))
-    return Figures(int((~same).sum()), float(gap.abs().max()), *sums)
+    difference = x - y
+    sums = (float(p.dot(q)) for p, q in ((difference, difference), (x, x), (y, y), (x, y)))
+    return Figures(int((~same).sum()), float(difference.abs().max()), *sums)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

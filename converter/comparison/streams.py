@@ -14,7 +14,7 @@ from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import segments_of
 
 # Buffers between a reading thread and its consumer.
-_IN_FLIGHT = 2
+_NUM_BUFFERS = 2
 
 # Tensors of A and B by their common name.
 Pairs = Mapping[str, tuple[LazyTensor, LazyTensor]]
@@ -35,7 +35,7 @@ class Stream:
         self._values = values
         self._full: SimpleQueue[memoryview | BaseException | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
-        for _ in range(_IN_FLIGHT):
+        for _ in range(_NUM_BUFFERS):
             self._free.put(memoryview(bytearray(BUFFER)))
         self._thread = Thread(target=self._run, name="reader")
         self._buffers = iter(self)
@@ -88,30 +88,30 @@ def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
     """The names of the pairs whose bytes differ; the tensors of a pair must have the same type and shape."""
     names, ends = list(pairs), list(accumulate(nbytes(a) for a, _ in pairs.values()))
     found: set[str] = set()
-    at = 0
+    offset = 0
     with Stream(a for a, _ in pairs.values()) as left, Stream(b for _, b in pairs.values()) as right:
         for a, b in zip(left, right, strict=True):
             # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale bytes.
             if a.obj != b.obj:
-                found.update(names[i] for i in _unequal(a, b, at, ends))
-            at += len(a)
+                found.update(names[i] for i in _differing_indices(a, b, offset, ends))
+            offset += len(a)
             count(len(a))
     return found
 
 
-def _unequal(a: memoryview, b: memoryview, at: int, ends: list[int]) -> Iterator[int]:
+def _differing_indices(a: memoryview, b: memoryview, offset: int, ends: list[int]) -> Iterator[int]:
     """Yield the indices of the tensors that differ in two buffers.
 
     Args:
         a: A buffer of A.
-        b: The buffer of B at the same position.
-        at: The position of the buffers in the stream, in bytes.
-        ends: The positions at which the tensors end.
+        b: The buffer of B at the same offset.
+        offset: The offset of the buffers in the stream, in bytes.
+        ends: The offsets at which the tensors end.
     """
     start = 0
-    index = bisect_right(ends, at)
+    index = bisect_right(ends, offset)
     while start < len(a):
-        end = min(ends[index] - at, len(a))
+        end = min(ends[index] - offset, len(a))
         if bytes(a[start:end]) != bytes(b[start:end]):
             yield index
         start, index = end, index + 1
