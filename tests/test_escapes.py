@@ -15,7 +15,7 @@ from converter.checkpoint.state_dict import unwrapped_names, without_common_pref
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layout
-from converter.layouts.shapes import fits, parse_dim
+from converter.layouts.shapes import match_shape, parse_dim
 from converter.options import ConvertOptions
 from converter.output import pretrained_config
 from converter.plan.planner import resolve_to_canonical
@@ -68,8 +68,8 @@ def test_shapes_of_a_group_come_with_the_most_frequent_first() -> None:
 
 def test_no_size_of_a_model_is_zero() -> None:
     """Else tensors without elements could make up a table of positions of any length."""
-    assert not fits((parse_dim("positions"), parse_dim("width")), (10**12, 0), {})
-    assert fits((parse_dim("positions"), parse_dim("_")), (10, 0), {})
+    assert not match_shape((parse_dim("positions"), parse_dim("width")), (10**12, 0), {})
+    assert match_shape((parse_dim("positions"), parse_dim("_")), (10, 0), {})
 
 
 CONFIGS = {

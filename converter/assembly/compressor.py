@@ -14,7 +14,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, state_dicts
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts import registry
-from converter.layouts.shapes import Sizes, fits
+from converter.layouts.shapes import Sizes, match_shape
 from converter.tensors.dtypes import FLOAT32
 from converter.tensors.lazy_tensor import Generated, LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
@@ -55,7 +55,7 @@ def _pairs(state_dict: StateDict) -> Iterator[tuple[TensorInfo, TensorInfo]]:
 def _has_compressor_shapes(net_2: TensorInfo, net_3: TensorInfo) -> bool:
     sizes: Sizes = {}
     specs = {spec.name.text: spec.shape for spec in registry.canonical("sam").tensors}
-    return fits(specs[NAMES[0]], net_2.shape, sizes) and fits(specs[NAMES[1]], net_3.shape, sizes)
+    return match_shape(specs[NAMES[0]], net_2.shape, sizes) and match_shape(specs[NAMES[1]], net_3.shape, sizes)
 
 
 def check_compressor(nets: dict[str, LazyTensor], neck: int, width: int, origin: str) -> None:

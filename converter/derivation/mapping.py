@@ -13,7 +13,7 @@ from converter.derivation.write import rule_items, used_variables, yaml_text
 from converter.errors import LayoutError, MappingError
 from converter.layouts import detect, registry
 from converter.layouts.parse import parse_mapping
-from converter.layouts.shapes import Dim, Shape, Sizes, fits
+from converter.layouts.shapes import Dim, Shape, Sizes, match_shape
 from converter.layouts.spec import CanonicalLayout
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import source_tensors
@@ -183,7 +183,7 @@ def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> 
     for match in matches:
         for target, value in match.outputs(tensors).items():
             spec = canonical.spec(target)
-            if spec and fits(spec.shape, value.shape, sizes) and target in canonical.signature.tensors:
+            if spec and match_shape(spec.shape, value.shape, sizes) and target in canonical.signature.tensors:
                 shapes[match.sources[0]] = spec.shape
     shapes = shapes or {match.sources[0]: () for match in matches[:1]}
     items = ((name, [_dim(size, shape, sizes) for size in tensors[name].shape]) for name, shape in shapes.items())

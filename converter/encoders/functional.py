@@ -17,6 +17,11 @@ def resample_abs_pos(pos_embed: Tensor, h: int, w: int) -> Tensor:
     """Resample absolute position embeddings (1, rows, columns, C) to (1, h, w, C).
 
     The interpolation is bicubic with antialiasing, as in the training of DeepSeek-OCR.
+
+    Args:
+        pos_embed: The position embeddings.
+        h: The new number of rows.
+        w: The new number of columns.
     """
     if pos_embed.shape[1:3] == (h, w):
         return pos_embed

@@ -169,7 +169,13 @@ def window_partition(x: Tensor, size: int) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, h: int, w: int) -> Tensor:
-    """Join windows to (B, h, w, C) without the padding: the inverse of `window_partition`."""
+    """Join windows to (B, h, w, C) without the padding: the inverse of `window_partition`.
+
+    Args:
+        windows: Windows (B * num_windows, size, size, C).
+        h: Number of rows of patches without padding.
+        w: Number of columns of patches without padding.
+    """
     size, channels = windows.shape[2:]
     x = windows.reshape(-1, ceil_div(h, size), ceil_div(w, size), size, size, channels)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]

@@ -1,4 +1,4 @@
-"""Claims: which rule matches which tensor names."""
+"""Assignment of tensor names to the rules that match them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from converter.errors import MappingError
 from converter.layouts.spec import Rule
 
-# Number of problems that an error lists; a wrong mapping can disagree with every tensor of a checkpoint.
-SHOWN = 5
-# Names times templates, for a few seconds of matching: 3,000 rules for a language model of 3,000 tensors.
+# Number of problems that an error lists. A wrong mapping can cause a problem for every tensor.
+MAX_SHOWN = 5
+# Names times templates. 3,000 rules and a language model with 3,000 tensors take a few seconds.
 _MAX_COMPARISONS = 10_000_000
 
 
@@ -22,21 +22,21 @@ class Claims:
     Attributes:
         groups: Names by part number, for each pair of a rule's index and values of its variables.
         unclaimed: Names that no rule matches.
-        twice: Names that two rules match, with both rules.
+        duplicates: Names that two rules match, with both rules.
     """
 
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]]
     unclaimed: list[str]
-    twice: list[tuple[str, Rule, Rule]]
+    duplicates: list[tuple[str, Rule, Rule]]
 
-    def dead(self, rules: tuple[Rule, ...]) -> list[Rule]:
+    def unmatched_rules(self, rules: tuple[Rule, ...]) -> list[Rule]:
         """Return the required rules that matched nothing."""
         used = {index for index, _ in self.groups}
         return [rule for index, rule in enumerate(rules) if index not in used and not rule.optional]
 
 
 def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
-    """Match every name with every rule; MappingError if there are too many of both."""
+    """Match every name with every rule; MappingError if there are too many names and rules."""
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
     if len(templates) * len(names) > _MAX_COMPARISONS:
         raise MappingError(
@@ -51,7 +51,7 @@ def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
             if bindings is None:
                 continue
             if owner is not None:
-                claims.twice.append((name, owner, rules[index]))
+                claims.duplicates.append((name, owner, rules[index]))
                 continue
             owner = rules[index]
             claims.groups[index, tuple(sorted(bindings.items()))][part] = name
@@ -61,11 +61,11 @@ def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
 
 
 def first_few(items: list[str]) -> list[str]:
-    """Return the first few items, and how many more there are."""
-    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return items[:SHOWN] + more
+    """Return the first items, followed by "and N more" if there are more."""
+    more = [f"and {len(items) - MAX_SHOWN} more"] if len(items) > MAX_SHOWN else []
+    return items[:MAX_SHOWN] + more
 
 
 def summary(problems: list[str]) -> str:
-    """Return the first few problems, one a line."""
+    """Return the first problems, one per line."""
     return "\n".join(first_few(problems))

@@ -9,9 +9,9 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_names, without_common_prefixes
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts import registry
-from converter.layouts.claims import SHOWN, claim
+from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.registry import LayoutEntry
-from converter.layouts.shapes import Sizes, fits
+from converter.layouts.shapes import Sizes, match_shape
 from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.tensors.tensor_info import TensorInfo
 
@@ -137,7 +137,7 @@ def _fit(tensors: Mapping[str, TensorInfo], entry: LayoutEntry) -> LayoutMatch |
     for prefix in entry.signature.prefixes:
         sizes: Sizes = {}
         if all(
-            prefix + key in tensors and fits(shape, tensors[prefix + key].shape, sizes)
+            prefix + key in tensors and match_shape(shape, tensors[prefix + key].shape, sizes)
             for key, shape in entry.signature.tensors.items()
         ):
             return LayoutMatch(entry, prefix)
@@ -184,9 +184,9 @@ def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[Lay
     tensors = unwrapped_names(state_dict.tensors, source.name)
     near = _nearest(tensors, mappings)
     if near is None:
-        return [f"first names: {', '.join(map(repr, sorted(tensors)[:SHOWN]))}"]
-    differences = [f"  {near.mapping.name} has no rule for {name!r}" for name in near.unclaimed[:SHOWN]]
-    differences += [f"  the checkpoint has no tensor for {text}" for text in near.unmatched[:SHOWN]]
+        return [f"first names: {', '.join(map(repr, sorted(tensors)[:MAX_SHOWN]))}"]
+    differences = [f"  {near.mapping.name} has no rule for {name!r}" for name in near.unclaimed[:MAX_SHOWN]]
+    differences += [f"  the checkpoint has no tensor for {text}" for text in near.unmatched[:MAX_SHOWN]]
     for key, shape in near.mapping.signature.tensors.items():
         tensor = tensors.get(near.prefix + key)
         if tensor and len(tensor.shape) != len(shape):
@@ -215,11 +215,11 @@ def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping])
         for prefix in mapping.signature.prefixes:
             rules = mapping.rules_for(prefix)
             claims = claim(rules, tensors)
-            alive = len({index for index, _ in claims.groups})
-            claimed = sum(len(parts) for parts in claims.groups.values())
+            num_used_rules = len({index for index, _ in claims.groups})
+            num_claimed = sum(len(parts) for parts in claims.groups.values())
             # Both shares count: a mapping with a few general rules claims much by chance.
-            score = claimed / max(len(tensors), 1) * alive / len(rules)
+            score = num_claimed / max(len(tensors), 1) * num_used_rules / len(rules)
             if score > best_score:
-                dead = [rule.text for rule in claims.dead(rules)]
-                best, best_score = _Nearest(mapping, prefix, claims.unclaimed, dead), score
+                unmatched = [rule.text for rule in claims.unmatched_rules(rules)]
+                best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
     return best

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 _DIM = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)")
 
-# Sizes by name, as far as they are known.
+# Known sizes by name.
 Sizes = dict[str, int]
 
 
 class Dim(NamedTuple):
-    """One dimension: `factor` times the size `name`, or `factor` itself if `name` is None; factor 0 is any size."""
+    """A dimension of `factor` times the size `name`. Without a name: `factor`, or any size if 0."""
 
     factor: int
     name: str | None
@@ -38,20 +38,23 @@ def parse_dim(text: str) -> Dim:
     return Dim(int(match.group(1) or 1), match.group(2))
 
 
-def written(shape: Shape) -> str:
-    """Return the shape as written in mapping files."""
+def format_shape(shape: Shape) -> str:
+    """Return a shape as text in the syntax of mapping files."""
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Return whether a tensor has a shape; if so, names that are new are added to `sizes`.
+def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
+    """Match a tensor's shape, and add the sizes of new names to `sizes` if it matches.
 
     Names do not match size 0, because a file may claim any other size for a tensor without elements.
 
     Args:
         shape: The expected shape.
         actual: The shape of the tensor.
-        sizes: The sizes known so far.
+        sizes: The known sizes.
+
+    Returns:
+        Whether the shape matches.
     """
     if len(shape) != len(actual):
         return False
@@ -66,6 +69,6 @@ def fits(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
     return True
 
 
-def resolve(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
-    """Return the shape in numbers; KeyError for a name without a size."""
+def concrete_shape(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
+    """Return a shape as numbers; KeyError for a name without a known size."""
     return tuple(dim.factor if dim.name is None else dim.factor * sizes[dim.name] for dim in shape)

@@ -1,4 +1,4 @@
-"""Specifications of layouts: mappings with their rules, and the canonical layouts that mappings lead to."""
+"""Specifications of layouts: canonical layouts, and mappings with rules to a canonical layout."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ class Location(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Takes the tensors that `sources` match, applies `ops` in order, and names the results by `targets`.
+    """A rule that applies operations to tensors and renames the results.
 
-    A rule without targets drops its tensors for `reason`. A rule that is not `optional` must match something. With
-    `required_on_write` it is optional when the layout is read, and required when it is written.
+    Attributes:
+        sources: Templates of the source names.
+        targets: Templates of the new names; empty for a rule that drops tensors.
+        ops: The operations in order.
+        optional: Whether the rule may match no tensor.
+        reason: The reason to drop the tensors.
+        location: The file and line of the rule.
+        required_on_write: Whether the rule is required when the layout is written, even if it is optional on read.
     """
 
     sources: tuple[Template, ...]
@@ -56,12 +62,17 @@ class Rule(NamedTuple):
 
 
 def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Invert rules; rules that drop tensors have no inverse and are left out."""
+    """Return the inverse rules, without rules that drop tensors, which have no inverse."""
     return tuple(rule.inverse() for rule in rules if rule.targets)
 
 
 class Signature(NamedTuple):
-    """Identifies a layout: the prefixes that its names may have, and some names (without prefix) with their shapes."""
+    """Tensors that identify a layout.
+
+    Attributes:
+        prefixes: The prefixes that the names of the layout may have.
+        tensors: The shapes of some tensors by their names without the prefix.
+    """
 
     prefixes: tuple[str, ...]
     tensors: Mapping[str, Shape]
@@ -69,7 +80,16 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpec:
-    """Base of both kinds of layouts: name, family, description, signature, location and the SHA-256 of the YAML."""
+    """Base of canonical layouts and mappings.
+
+    Attributes:
+        name: The name of the layout.
+        family: The encoder.
+        description: A description on one line.
+        signature: The tensors by which the layout is detected.
+        location: The file and line of the specification.
+        digest: The SHA-256 of the YAML file.
+    """
 
     name: str
     family: str
@@ -89,7 +109,7 @@ class LayoutSpec:
         raise NotImplementedError
 
     def templates(self, prefix: str) -> list[Template]:
-        """Templates for all names that the layout can have, in a checkpoint whose names begin with `prefix`."""
+        """Return templates for all names that the layout can have, in a checkpoint whose names begin with `prefix`."""
         raise NotImplementedError
 
 
@@ -97,8 +117,10 @@ class LayoutSpec:
 class LayoutMapping(LayoutSpec):
     """Rules that convert a layout to the family's canonical layout.
 
-    `rules` match names without the prefix, `other_rules` names that do not begin with it. A nonempty `drop_rest` is
-    the reason to drop all names that do not begin with it.
+    Attributes:
+        rules: The rules for names with the prefix. The prefix is removed before they are matched.
+        other_rules: The rules for names without the prefix.
+        drop_rest: The reason to drop all names without the prefix; empty if they are not dropped.
     """
 
     rules: tuple[Rule, ...]
@@ -124,11 +146,15 @@ class LayoutMapping(LayoutSpec):
 
 
 class TensorSpec(NamedTuple):
-    """Tensors of a canonical layout: a template for their names, and their shape.
+    """The specification of one or more tensors of a canonical layout.
 
-    `dtype` is set if the checkpoint does not choose it. `optional` is the reason why the tensors may be missing.
-    `generate` says how they are generated if the checkpoint has none. `positions` marks the table of position
-    embeddings that `--image-size` resamples.
+    Attributes:
+        name: The template of the names.
+        shape: The shape.
+        dtype: The required element type; empty if any floating-point type is allowed.
+        optional: The reason why the tensors may be missing; empty if they are required.
+        generate: How missing tensors are generated: "arange" or empty.
+        is_position_embedding: Whether these are the position embeddings that `--image-size` resamples.
     """
 
     name: Template
@@ -136,16 +162,20 @@ class TensorSpec(NamedTuple):
     dtype: str = ""
     optional: str = ""
     generate: str = ""
-    positions: bool = False
+    is_position_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanonicalLayout(LayoutSpec):
-    """The tensors of the DeepEncoder itself, which all layouts of a family are converted through.
+    """The tensors of the DeepEncoder. All conversions between layouts of a family go through this layout.
 
-    `sizes` are those of DeepSeek-OCR. `extra_tensors` are names that other layouts of the family have and the
-    DeepEncoder has not, each with the reason; they let such layouts be converted into each other. `encoder_prefix` is
-    the prefix of the encoder in DeepSeek-OCR's model, and `encoder_order` its position among the model's encoders.
+    Attributes:
+        sizes: The sizes in DeepSeek-OCR by name.
+        tensors: The tensors.
+        extra_tensors: Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason.
+            They allow conversions between other layouts.
+        encoder_prefix: The prefix of the encoder in DeepSeek-OCR's model.
+        encoder_order: The position of the encoder in DeepSeek-OCR's model.
     """
 
     sizes: Mapping[str, int]
@@ -160,7 +190,7 @@ class CanonicalLayout(LayoutSpec):
 
     @property
     def mapping(self) -> LayoutMapping:
-        """The identity: every name is kept."""
+        """The identity mapping, which keeps every name."""
         any_name = Template.parse("{rest}", {"rest": "path"})
         return LayoutMapping(
             name=self.name,

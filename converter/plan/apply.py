@@ -1,4 +1,4 @@
-"""Application of rules to tensors, all at once: one rule claims each name, and one rule produces each new name."""
+"""Simultaneous application of rules to tensors. One rule claims each name, and one rule produces each new name."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: st
     claims = claim(rules, tensors)
     problems = [
         f"{name!r} is claimed by two rules: {first.location} ({first.text}) and {second.location} ({second.text})"
-        for name, first, second in claims.twice
+        for name, first, second in claims.duplicates
     ]
     problems += [f"no rule claims {name!r}" for name in claims.unclaimed]
-    problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.dead(rules)]
+    problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched_rules(rules)]
     applied = Applied()
     for (index, bindings), parts in claims.groups.items():
         problems += _apply_rule(rules[index], dict(bindings), parts, tensors, applied)

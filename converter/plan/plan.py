@@ -1,4 +1,4 @@
-"""Plans: every output tensor of a conversion and what it is made of, before any weight is read."""
+"""Plans: every output tensor of a conversion as a lazy tensor, before any weight is read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from converter.errors import MappingError, UsageError
 from converter.layouts.claims import summary
-from converter.layouts.shapes import Sizes, fits, resolve, written
+from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import Applied, apply
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
-# One position per patch, and one for the class token. More would only fill memory.
+# One position per patch, and one for the class token.
 MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
 
 
@@ -28,12 +28,12 @@ class Plan:
         dropped: The reason for each checkpoint tensor that is not converted.
         missing: The reason for each target tensor that the checkpoint lacks and may lack.
         generated: How each generated tensor was generated.
-        sizes: The sizes that the checkpoint's shapes show.
-        unusual: Sizes that differ from DeepSeek-OCR's, as pairs of both.
+        sizes: The sizes of the model by name, from the shapes in the checkpoint.
+        unusual: The sizes that differ from DeepSeek-OCR, as pairs of the checkpoint's size and DeepSeek-OCR's.
         rules: The rule that produced each output, except generated ones.
-        extra_tensors: Tensors that the canonical layout names but the DeepEncoder has not.
-        layout: The layout of the outputs: the target, or the one that it was converted to.
-        canonical_tensors: If that is not the target: the tensors the outputs are made of, by canonical names.
+        extra_tensors: Tensors that other layouts have but the DeepEncoder does not, by canonical names.
+        layout: The name of the layout of the outputs.
+        canonical_tensors: The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical.
     """
 
     mapping: LayoutMapping
@@ -102,9 +102,9 @@ def make_plan(
 
 
 def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-    """Cast floating-point tensors unless `dtype` is "keep", and sort all as safetensors does.
+    """Cast floating-point tensors unless `dtype` is "keep", and sort all tensors in the order of safetensors.
 
-    Larger dtypes come first, which aligns all tensors; then names.
+    Tensors with larger elements come first, so that all are aligned. Ties are sorted by name.
     """
     if dtype != "keep":
         outputs = {name: cast(value, dtype) if value.dtype.is_float else value for name, value in outputs.items()}
@@ -120,7 +120,7 @@ def _depth(target: CanonicalLayout, applied: Applied) -> int:
 
 
 def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
-    """Check the results of the rules against the target, and add them to the plan: all tensors, with their shapes."""
+    """Add the results of the rules to the plan; MappingError unless they are exactly the tensors of the target."""
     values = dict(applied.values)
     problems: list[str] = []
     absent: list[tuple[TensorSpec, str]] = []
@@ -151,10 +151,12 @@ def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> lis
         return [f"{name!r}{origin} is {value.dtype.name}; expected {spec.dtype}"]
     if not spec.dtype and not value.dtype.is_float:
         return [f"{name!r}{origin} is {value.dtype.name}; expected a floating-point type"]
-    if fits(spec.shape, value.shape, sizes):
+    if match_shape(spec.shape, value.shape, sizes):
         return []
     bound = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
-    return [f"{name!r}{origin} has shape {list(value.shape)}; expected {written(spec.shape)}, where {bound or 'any'}"]
+    return [
+        f"{name!r}{origin} has shape {list(value.shape)}; expected {format_shape(spec.shape)}, where {bound or 'any'}"
+    ]
 
 
 def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
@@ -162,7 +164,7 @@ def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
     if spec.generate == "arange":
         if unknown := [str(dim.name) for dim in spec.shape if dim.name not in (None, *plan.sizes)]:
             return [f"{name!r} cannot be generated: unknown size {', '.join(unknown)}"]
-        shape = resolve(spec.shape, plan.sizes)
+        shape = concrete_shape(spec.shape, plan.sizes)
         if math.prod(shape) > MAX_POSITIONS:
             return [f"{name!r} cannot be generated: {list(shape)} has more positions than any image"]
         plan.outputs[name] = arange(shape)
@@ -179,13 +181,13 @@ def _patch_size(target: CanonicalLayout, applied: Applied) -> int:
     sizes: Sizes = {}
     for spec in target.tensors:
         if any(dim.name == "patch" for dim in spec.shape) and spec.name.text in applied.values:
-            fits(spec.shape, applied.values[spec.name.text].shape, sizes)
+            match_shape(spec.shape, applied.values[spec.name.text].shape, sizes)
     return sizes.get("patch", target.sizes["patch"])
 
 
 def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
     """Resample the position embeddings, and drop the position indices, which are generated for the new number."""
-    spec = next((spec for spec in plan.target.tensors if spec.positions), None)
+    spec = next((spec for spec in plan.target.tensors if spec.is_position_embedding), None)
     if spec is None:
         raise UsageError(f"--image-size: {plan.target.name} takes images of any size: nothing to resample")
     name = spec.name.text

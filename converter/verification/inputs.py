@@ -128,7 +128,7 @@ def _infer_options(plan: Plan, target: Converted) -> tuple[str, int | None]:
     kept = {value.dtype.name for value in plan.outputs.values() if value.dtype.is_float}
     dtype = next(iter(actual)) if len(actual) == 1 and actual != kept else "keep"
     for spec in plan.target.tensors:
-        tensor = target.tensors.get(spec.name.text) if spec.positions else None
+        tensor = target.tensors.get(spec.name.text) if spec.is_position_embedding else None
         if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
             continue
         grid = math.isqrt(max(tensor.shape[0] - 1, 0))
