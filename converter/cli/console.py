@@ -14,14 +14,14 @@ from converter.errors import DsocrError, OutputError, printable
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# A bar that disappears at once only flickers.
-_BAR_DELAY = 0.5  # seconds
-# Characters of a line on stderr: tensor names in a file may have megabytes.
-_MAX_LINE = 1000
+# Seconds of work before a bar is shown, as a bar for less would only flicker.
+_BAR_DELAY = 0.5
+# Characters of a line on stderr, as tensor names in a file may have megabytes.
+_MAX_LINE_LENGTH = 1000
 
 
 def run(app: Callable[[], object]) -> int:
-    """Run a command and return its exit code; a DsocrError is printed in a few lines, a bug keeps its traceback."""
+    """Run a command and return its exit code; print a DsocrError as a message, and let other errors pass."""
     try:
         app()
     except DsocrError as error:
@@ -34,9 +34,13 @@ def run(app: Callable[[], object]) -> int:
 
 
 def say(*lines: str) -> None:
-    """Print lines on stderr; a very long one is shortened in the middle."""
+    """Print lines on stderr, very long ones shortened in the middle."""
     for line in map(printable, lines):
-        short = line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
+        short = (
+            line
+            if len(line) <= _MAX_LINE_LENGTH
+            else f"{line[: _MAX_LINE_LENGTH // 2]} ... {line[-_MAX_LINE_LENGTH // 2 :]}"
+        )
         print(short, file=sys.stderr)
 
 
@@ -54,9 +58,9 @@ def _put(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # Otherwise Python writes the rest of the buffer again when it exits, and fails again.
+        # Otherwise Python tries to write the rest of the buffer when it exits, and fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A reader that has closed the pipe, such as `head`, is no error.
+        # It is not an error if the reader of a pipe, such as `head`, has closed it.
         if not isinstance(error, BrokenPipeError):
             raise OutputError(
                 f"standard output: could not be written: {error.strerror}", "the command itself succeeded"
@@ -64,14 +68,14 @@ def _put(text: str) -> None:
 
 
 class Bar:
-    """A progress bar on stderr, shown on a terminal if the work takes a while."""
+    """A progress bar on stderr, shown only on a terminal and if the work takes longer than `_BAR_DELAY`."""
 
     def __init__(self, enabled: bool, unit: Literal["bytes", "steps"] = "bytes") -> None:
         """Create a bar that is not shown yet.
 
         Args:
-            enabled: Whether to show it at all.
-            unit: What is counted.
+            enabled: Whether to show a bar at all.
+            unit: The unit of the counts.
         """
         self._unit = unit
         self._enabled = enabled and sys.stderr.isatty()
@@ -86,20 +90,20 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` is done of `what`."""
+    def __call__(self, description: str, done: int, total: int) -> None:
+        """Show `description`, and a bar of which `done` of `total` units are filled."""
         if not self._enabled or time.monotonic() - self._begin < _BAR_DELAY:
             return
         if self._bar is None or self._task is None:
-            self._bar = self._make()
-            self._task = self._bar.add_task(what, total=total)
-        # Again, if another task has ended before.
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task(description, total=total)
+        # The bar was stopped if an earlier task is complete.
         self._bar.start()
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self._bar.update(self._task, description=description, completed=done, total=total)
         if done >= total:
             self._bar.stop()
 
-    def _make(self) -> Progress:
+    def _make_bar(self) -> Progress:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -110,7 +114,7 @@ class Bar:
             TransferSpeedColumn,
         )
 
-        # No markup: a file name may look like it.
+        # Without markup, as a file name may contain brackets.
         columns = (TextColumn("{task.description}", markup=False), BarColumn())
         counts = (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
         return Progress(*columns, *counts, console=Console(stderr=True), transient=True)

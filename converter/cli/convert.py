@@ -1,4 +1,4 @@
-"""`dsocr-convert`: converts checkpoints; one command a family."""
+"""`dsocr-convert`: converts checkpoints, with one command for each family."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 @app.command()
 @add_options((ConvertOptions, ["state_dict"]), HubOptions)
 def inspect(source: Source, json: Json = False, **options: Any) -> None:
-    """Show what a checkpoint holds, its layout and what a conversion would write. Reads no weights."""
-    found = converter.inspect(source, **options)
+    """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights."""
+    inspection = converter.inspect(source, **options)
     if json:
-        console.result_json(found.to_json())
+        console.result_json(inspection.to_json())
     else:
-        console.result(*render.inspection(found))
+        console.result(*render.inspection(inspection))
 
 
 app.command()(encoder)

@@ -26,9 +26,9 @@ from converter.storage.progress import OnProgress
 if TYPE_CHECKING:
     from converter.comparison.difference import Block, Change, Difference
 
-_NAMES_SHOWN = 3
-_TENSORS_SHOWN = 12
-_MIN_BAR, _MAX_BAR = 10, 60  # columns
+_MAX_NAMES = 3
+_MAX_TENSORS = 12
+_MIN_BAR_WIDTH, _MAX_BAR_WIDTH = 10, 60  # terminal columns
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 A = Annotated[str, typer.Argument(metavar="A", help="A checkpoint: file, folder, sharded index, or org/name.")]
@@ -62,7 +62,7 @@ def diff(a: A, b: B, **options: Any) -> None:
         on_progress = _bar_per_task(bars, not chosen.quiet)
         difference = converter.diff(a, b, state_dict=chosen.state_dict, on_progress=on_progress)
     if not chosen.quiet:
-        console.say(*table(difference, shutil.get_terminal_size().columns, _can_encode_blocks(sys.stderr.encoding)))
+        console.say(*table(difference, shutil.get_terminal_size().columns, _can_encode_bar(sys.stderr.encoding)))
     if chosen.html is not None:
         _write_page(chosen.html, difference)
     if chosen.json:
@@ -92,8 +92,8 @@ def _bar_per_task(stack: ExitStack, enabled: bool) -> OnProgress:
     return on_progress
 
 
-def _can_encode_blocks(encoding: str | None) -> bool:
-    """Whether an encoding has block characters."""
+def _can_encode_bar(encoding: str | None) -> bool:
+    """Return whether an encoding has the characters of a bar."""
     try:
         _EIGHTHS.encode(encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
@@ -101,13 +101,13 @@ def _can_encode_blocks(encoding: str | None) -> bool:
     return True
 
 
-def table(difference: Difference, width: int, blocks: bool) -> Iterable[str]:
+def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str]:
     """Describe a difference.
 
     Args:
-        difference: The difference.
-        width: The columns of the terminal.
-        blocks: Whether to draw bars with block characters instead of ASCII.
+        difference: The result of the comparison.
+        width: The number of columns of the terminal.
+        use_unicode: Whether to draw bars with block characters instead of ASCII.
     """
     for side, name, kinds, layouts in zip(
         "AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True
@@ -124,13 +124,13 @@ def table(difference: Difference, width: int, blocks: bool) -> Iterable[str]:
     yield from names(difference)
     if difference.moved:
         yield ""
-        yield from _bars(difference.blocks, width, blocks)
+        yield from _bars(difference.blocks, width, use_unicode)
         yield ""
         yield from _moved_tensors(difference.moved)
 
 
 def in_both(difference: Difference) -> str:
-    """Count the tensors that are in both checkpoints, and the equal ones."""
+    """Return the number of tensors in both checkpoints, and how many of these tensors are equal."""
     both = len(difference.same) + len(difference.changed)
     if not difference.changed:
         return f"{count(both, 'tensor')} in both, equal in every bit" if both else "no tensor is in both"
@@ -145,9 +145,9 @@ def names(difference: Difference) -> Iterable[str]:
     if difference.renamed:
         pairs = [f"{old} -> {new}" for old, new in difference.renamed.items()]
         yield f"renamed: {count(len(pairs), 'tensor')}, equal in every bit"
-        yield from (f"  {pair}" for pair in pairs[:_TENSORS_SHOWN])
-        if len(pairs) > _TENSORS_SHOWN:
-            yield f"  and {len(pairs) - _TENSORS_SHOWN} more"
+        yield from (f"  {pair}" for pair in pairs[:_MAX_TENSORS])
+        if len(pairs) > _MAX_TENSORS:
+            yield f"  and {len(pairs) - _MAX_TENSORS} more"
     for change in difference.reshaped:
         yield f"shape of {change.name}: {change.shapes[0]} in A, {change.shapes[1]} in B"
     casts = [tuple(change.dtypes) for change in difference.changed if change.dtypes[0] != change.dtypes[1]]
@@ -158,23 +158,23 @@ def names(difference: Difference) -> Iterable[str]:
 
 def _shorten(names: Sequence[str]) -> str:
     """Return the names, or if there are many, the modules that contain them."""
-    if len(names) <= _NAMES_SHOWN:
+    if len(names) <= _MAX_NAMES:
         return shorten(names)
     modules = Counter(name.partition(".")[0] for name in names)
     return shorten([f"{module} ({number})" for module, number in modules.most_common()])
 
 
-def _bars(blocks: list[Block], width: int, block_characters: bool) -> Iterable[str]:
+def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:
     """Show how far each block moved, as a number and as a bar."""
     longest = max(len("block"), *(len(block.name) for block in blocks))
-    columns = min(max(width - longest - len("  differ    moved  |"), _MIN_BAR), _MAX_BAR)
+    columns = min(max(width - longest - len("  differ    moved  |"), _MIN_BAR_WIDTH), _MAX_BAR_WIDTH)
     largest_move = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
     yield "how far each block moved: the norm of B - A, relative to A's"
     yield f"{'block':{longest}}  differ    moved"
     for block in blocks:
         differ = f"{block.differing}/{block.num_tensors}"
         share = _share(block.relative, largest_move)
-        bar = _bar(share * columns, block_characters)
+        bar = _bar(share * columns, use_unicode)
         yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
 
 
@@ -184,8 +184,8 @@ def _share(value: float, largest: float) -> float:
     return float(value == math.inf)
 
 
-def _bar(length: float, block_characters: bool) -> str:
-    if not block_characters:
+def _bar(length: float, use_unicode: bool) -> str:
+    if not use_unicode:
         return "#" * max(round(length), length > 0)
     # At least one eighth, so that every movement is visible.
     eighths = max(round(length * 8), length > 0)
@@ -195,11 +195,11 @@ def _bar(length: float, block_characters: bool) -> str:
 def _moved_tensors(moved: list[Change]) -> Iterable[str]:
     """List the tensors that moved furthest; names come last as they may be long."""
     yield "  moved  largest    cosine    differing  tensor"
-    for change in moved[:_TENSORS_SHOWN]:
+    for change in moved[:_MAX_TENSORS]:
         numbers = f"{_number(change.relative):>7}  {_number(change.maximum):>7}  {change.cosine or 0.0:8.6f}"
         yield f"{numbers}  {change.differing or 0:>11,}  {change.name}"
-    if len(moved) > _TENSORS_SHOWN:
-        yield f"and {len(moved) - _TENSORS_SHOWN} more (--json lists all)"
+    if len(moved) > _MAX_TENSORS:
+        yield f"and {len(moved) - _MAX_TENSORS} more (--json lists all)"
 
 
 def _number(value: float | None) -> str:

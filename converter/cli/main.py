@@ -27,7 +27,8 @@ def verify() -> int:
 def main(load: Callable[[], Callable[[], object]]) -> int:
     """Run a program and return its exit code: 130 after SIGINT, 143 after SIGTERM.
 
-    `load` returns the program; it is called after signals are handled, as importing takes a while.
+    Args:
+        load: Imports and returns the program. It is called after signal handlers are set, as imports take a while.
     """
     # torch warns where NumPy is not installed; nothing here needs NumPy.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -42,8 +43,8 @@ def main(load: Callable[[], Callable[[], object]]) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Raise an exception for signals that end a process, so that temporary files are removed."""
-    # A signal that the parent process ignores, as under nohup, stays ignored.
+    """Turn signals that end the process into exceptions, so that temporary files are removed."""
+    # A signal that is ignored at the start, as under nohup, stays ignored.
     handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in handled:
         signal.signal(number, _raise)

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how both programs are set up."""
+"""Options that several commands share, and the setup of both programs."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def add_options(
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        own = [item.replace(kind=item.KEYWORD_ONLY) for item in signature.parameters.values()]
-        own = [item for item in own if item.name != "options"]
+        own = [item for item in signature.parameters.values() if item.name != "options"]
         added = [item for group in groups for item in _parameters(group) if item.name not in without]
-        command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-        command.__annotations__ = {item.name: item.annotation for item in own + added}
+        parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own] + added
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {item.name: item.annotation for item in parameters}
         return command
 
     return decorate

@@ -11,8 +11,8 @@ from converter.cli import console
 from converter.output.names import fold_key_map, group_by_reason, shorten
 from converter.output.record import ConversionRecord, RecordedSource
 
-# Characters of a column: tensor names in a file may have megabytes.
-_MAX_COLUMN = 100
+# Characters of a column, as tensor names in a file may have megabytes.
+_MAX_COLUMN_WIDTH = 100
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -76,7 +76,7 @@ def plan(record: ConversionRecord) -> Iterable[str]:
     for name, sources, members in fold_key_map(record.converted):
         origin = " + ".join(sources) or f"generated: {record.generated[members[0]]}"
         rows.append((f"{name} (x {len(members)})" if len(members) > 1 else name, origin))
-    width = min(max((len(name) for name, _ in rows), default=0), _MAX_COLUMN)
+    width = min(max((len(name) for name, _ in rows), default=0), _MAX_COLUMN_WIDTH)
     for name, origin in rows:
         yield f"{name:{width}}  <- {origin}"
 
@@ -113,7 +113,7 @@ def _table(groups: list[Group]) -> Iterable[str]:
             name = f"{name.removesuffix('weight')}{{weight,bias}}"
             shapes, nbytes = f"{shapes}, {_shapes(partner)}", nbytes + partner.nbytes
         rows.append((name, group.layers, "/".join(group.dtypes), shapes, size(nbytes)))
-    widths = [min(max(len(row[column]) for row in rows), _MAX_COLUMN) for column in range(4)]
+    widths = [min(max(len(row[column]) for row in rows), _MAX_COLUMN_WIDTH) for column in range(4)]
     for row in rows:
         yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
 
@@ -135,7 +135,7 @@ def _shapes(group: Group) -> str:
 
 def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
     yield f"{layout.family}: layout {layout.layout}, {layout.description}"
-    yield f"  recognised by {', '.join(layout.evidence)}"
+    yield f"  detected by {', '.join(layout.evidence)}"
     if len(layout.state_dicts) > 1:
         yield f"  choose one with --state-dict: {', '.join(layout.state_dicts)}"
     record = layout.record
@@ -158,21 +158,21 @@ def show_conversion(
 
     Args:
         convert: `converter.convert` or `converter.encoder`.
-        sources: Its positional arguments.
+        sources: The positional arguments of `convert`.
         record: Files for the conversion record or a model card.
-        json: Print the record as JSON.
-        quiet: Print only the result.
-        options: Its other keyword arguments.
+        json: Whether to print the record as JSON.
+        quiet: Whether to print only the result.
+        options: The other keyword arguments of `convert`.
     """
     with console.Bar(enabled=not quiet) as bar:
-        made = convert(*sources, record=record or (), on_progress=bar, **options)
+        conversion = convert(*sources, record=record or (), on_progress=bar, **options)
     if not quiet:
-        console.say(*summary(made))
-        if record and made.written:
+        console.say(*summary(conversion))
+        if record and conversion.written:
             console.say(f"record: {', '.join(map(str, record))}")
     if json:
-        console.result_json(made.to_json())
-    elif made.written:
-        console.result(made.output)
+        console.result_json(conversion.to_json())
+    elif conversion.written:
+        console.result(conversion.output)
     else:
-        console.result(*plan(made))
+        console.result(*plan(conversion))

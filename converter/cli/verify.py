@@ -75,7 +75,7 @@ def verify(converted: Converted, **options: Any) -> None:
     sizes = _parse_sizes(options.pop("sizes"))
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # They import torch, which takes two seconds; --help and usage errors do without it.
+    # Imported here because they import torch, which --help and usage errors do not need.
     from converter import reports
     from converter.api.verify import verify as run
 
@@ -113,7 +113,7 @@ def _show(verification: Verification, report: ReportOptions) -> None:
 def _parse_sizes(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 4096 and int(word) % 64 == 0 for word in words):
+    items = text.split(",")
+    if not all(item.isascii() and item.isdigit() and 0 < int(item) <= 4096 and int(item) % 64 == 0 for item in items):
         raise UsageError(f"--sizes {text}: expected multiples of 64 up to 4096, such as 512,640,1024,1280")
-    return tuple(int(word) for word in words)
+    return tuple(map(int, items))

@@ -38,12 +38,12 @@ _MEANINGS = {
 class AtomicOutput:
     """Files and folders that are committed together when the `with` block ends without an error.
 
-    Each of them is the old one or the complete new one at every moment. They are renamed in the order in which they
-    were added: a run that is killed in between leaves the first of them new and the second old.
+    At every moment, each path is either the old one or the complete new one. They are renamed in the order in which
+    they were added, so that a run that is killed in between leaves the first path new and the second old.
 
     Raises:
-        OutputError: For an OSError in the block or the commit, and for an existing file that is not to be replaced.
-            What was committed before it stays.
+        OutputError: For an OSError in the block or the commit, and for an existing path if `force` is not set.
+            Paths that were committed before the error stay.
     """
 
     def __init__(self, force: bool) -> None:
@@ -105,19 +105,19 @@ class _Temporary:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, temporary_path(path)
         self.fd = -1
-        self._own: os.stat_result | None = None
+        self._stat: os.stat_result | None = None
 
     def create(self, folder: bool) -> None:
         if folder:
             self.name.mkdir()
         self.fd = _open_locked(self.name, os.O_RDONLY if folder else _NEW_FILE)
-        self._own = os.fstat(self.fd) if self.fd >= 0 else self.name.lstat()
-        self._check_own()
+        self._stat = os.fstat(self.fd) if self.fd >= 0 else self.name.lstat()
+        self._check_ownership()
 
-    def _check_own(self) -> None:
-        """BlockingIOError where the temporary name belongs to another run."""
+    def _check_ownership(self) -> None:
+        """Raise BlockingIOError if the temporary name belongs to another run."""
         with suppress(FileNotFoundError):
-            if self._own is not None and os.path.samestat(self.name.lstat(), self._own):
+            if self._stat is not None and os.path.samestat(self.name.lstat(), self._stat):
                 return
         raise BlockingIOError(errno.EWOULDBLOCK, "removed by another run")
 
@@ -128,8 +128,8 @@ class _Temporary:
             _sync_folder(Path(folder))
 
     def commit(self, force: bool) -> None:
-        """Rename it; FileExistsError where `path` exists, unless `force` is set."""
-        self._check_own()
+        """Rename the temporary file; FileExistsError if `path` exists and `force` is not set."""
+        self._check_ownership()
         if fcntl is None:
             self._release()
         if not force:
@@ -143,7 +143,7 @@ class _Temporary:
         replaced = self.path.lstat()
         if _exchange(self.name, self.path):
             # The temporary name is now that of the old folder.
-            self._own = replaced
+            self._stat = replaced
             return
         backup = Path(f"{self.name}.old")
         self.path.rename(backup)
@@ -156,13 +156,13 @@ class _Temporary:
             _remove(backup)
 
     def close(self) -> None:
-        """Remove what has the temporary name, if it is this run's, and release the lock."""
+        """Remove the temporary file or folder if it belongs to this run, and release the lock."""
         if fcntl is None:
             self._release()
         try:
-            # What cannot be removed now is removed by the next run.
+            # A temporary file that cannot be removed now is removed by the next run.
             with suppress(OSError):
-                self._check_own()
+                self._check_ownership()
                 _remove(self.name)
         finally:
             self._release()
@@ -240,7 +240,7 @@ def write_all(fd: int, data: memoryview) -> None:
 def _open_locked(path: Path, flags: int) -> int:
     """Open a file or a folder, locked until it is closed; BlockingIOError where another run holds the lock.
 
-    Where there are no locks, nothing that exists is opened: -1.
+    Without locks (Windows), an existing path is not opened, and -1 is returned.
     """
     if fcntl is None and not flags & os.O_CREAT:
         path.lstat()
@@ -259,7 +259,7 @@ def _open_locked(path: Path, flags: int) -> int:
 
 
 def _close(fd: int) -> None:
-    # After fsync, an error means nothing; -1 is no descriptor.
+    # After fsync, an error has no consequences; -1 is not a descriptor.
     with suppress(OSError):
         os.close(fd)
 
@@ -289,7 +289,7 @@ def _remove(path: Path) -> None:
 
 
 def _rename_new(old: Path, new: Path) -> None:
-    """Rename; FileExistsError where `new` exists, which the system itself decides where it has hard links."""
+    """Rename; FileExistsError if `new` exists. With hard links, the system checks this atomically."""
     try:
         os.link(old, new)
     except OSError:
@@ -299,7 +299,7 @@ def _rename_new(old: Path, new: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step by Linux's renameat2, which Python does not have; whether that was done."""
+    """Exchange two names in one step with Linux's renameat2; return whether that was possible."""
     if sys.platform != "linux":
         return False
     import ctypes

@@ -26,12 +26,12 @@ class Storage(NamedTuple):
         file: The file.
         span: The part of the file that holds the storage, and nothing else of interest.
         length: Bytes in the file.
-        size: Bytes of data; another number than `length` only if it is compressed.
-        name: What the file calls it.
+        size: Bytes of data; differs from `length` only if the storage is compressed.
+        name: The name of the storage in the file.
         crc32: The checksum that the file gives for it, if any.
         deflated: Whether it is compressed (raw deflate).
         big_endian: Whether the bytes of its elements are in big-endian order.
-        find: Returns its offset in the file, where only the header of a zip member tells it.
+        find: Returns the offset in the file, if only the header of a zip member has it.
     """
 
     file: SourceFile
@@ -46,7 +46,7 @@ class Storage(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Its first byte in the file; ContainerError where the file contradicts itself about that."""
+        """The offset of the first byte in the file; ContainerError if the file contradicts itself about it."""
         return self.span[0] if self.find is None else self.find()
 
     def read(self) -> bytes:
@@ -116,7 +116,7 @@ def _join(a: Segment, b: Segment) -> ByteRange | None:
 
 
 def _inflate(data: bytes, size: int, where: str) -> bytes:
-    """Decompress raw deflate to exactly `size` bytes; a bomb gets no more memory than that."""
+    """Decompress raw deflate to exactly `size` bytes, and allocate no more than that."""
     engine = zlib.decompressobj(-15)
     try:
         result = engine.decompress(data, size + 1)

@@ -21,7 +21,7 @@ READ_HINT = "check that it exists, where a link leads to, and that you may read 
 
 _BUFFER = 1 << 20
 
-# First byte, and the one after the last.
+# Offsets of the first byte and of the byte after the last.
 Range = tuple[int, int]
 
 
@@ -30,9 +30,9 @@ class SourceFile(Protocol):
 
     Attributes:
         name: The file's name in messages.
-        size: Bytes.
+        size: The size in bytes.
         identity: Device and inode of a local file, equal for two paths of one file; None for a file on a hub.
-        path: A path at which other libraries can read what has been read of it.
+        path: A local path from which other libraries can read the bytes that were read.
     """
 
     @property
@@ -45,13 +45,13 @@ class SourceFile(Protocol):
     def path(self) -> str: ...
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on; ContainerError where the file ends before that."""
+        """Fill `buffer` from `offset` on; ContainerError if the file ends before that."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`; ContainerError where the file ends before that."""
+        """Return `length` bytes at `offset`; ContainerError if the file ends before that."""
 
     def check_unchanged(self) -> None:
         """Raise ContainerError if the file was modified after it was opened."""
@@ -127,7 +127,7 @@ class LocalFile:
 
     def _truncated(self, offset: int, length: int) -> ContainerError:
         return ContainerError(
-            f"{self.name}: truncated: {length} bytes wanted at byte {offset}, the file has {self.size}",
+            f"{self.name}: truncated: {length} bytes at byte {offset} exceed its size of {self.size} bytes",
             "download or copy it again",
         )
 
@@ -149,7 +149,7 @@ class LocalFile:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is something at a path. False for a name that is too long, for which Path.exists() raises."""
+    """Return whether a path exists; False for a name that is too long, for which Path.exists() raises."""
     return os.path.exists(path)  # noqa: PTH110
 
 

@@ -150,19 +150,19 @@ class CrcChecker:
         self._checked: set[int] = set()
 
     def read(self, byte_range: ByteRange, parts: Iterable[memoryview]) -> None:
-        """Fill `parts`, which have the size of the range; ContainerError where its storage does not match its CRC."""
+        """Fill `parts`, which have the size of the range; ContainerError if the storage does not match its CRC."""
         storage, start, length = byte_range
-        complete = length == storage.length
-        if not complete:
+        is_complete = length == storage.length
+        if not is_complete:
             self.check(storage)
-        crc, at = 0, storage.offset + start
+        crc, offset = 0, storage.offset + start
         for part in parts:
-            storage.file.readinto(part, at)
-            if complete and storage.crc32 is not None:
+            storage.file.readinto(part, offset)
+            if is_complete and storage.crc32 is not None:
                 # Now, while the bytes are in the processor's cache.
                 crc = crc32(part, crc)
-            at += len(part)
-        if complete and storage.crc32 not in (None, crc):
+            offset += len(part)
+        if is_complete and storage.crc32 not in (None, crc):
             raise crc_error(storage)
 
     def check(self, storage: Storage) -> None:
