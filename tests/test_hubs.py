@@ -686,7 +686,7 @@ def test_refusals(scheme: str, place: Place, local: Any) -> None:
     said = place.refused("sam", f"{scheme}://org/sam/nothing.bin")
     assert "there is no file 'nothing.bin'" in said and "meta/sam_vit_b.pth" in said and "model.safetensors" in said
     said = place.refused("sam", f"{scheme}://org/sam/several")
-    assert "a.pth, b.pth" in said and "name the one to convert" in said
+    assert "a.pth, b.pth" in said and "give the path of one of them" in said
 
 
 def test_a_token_that_is_not_valid(place: Place) -> None:

@@ -23,7 +23,7 @@ _STANDARD_NAMES = (
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
 _INDEX_STEP = "download it again from where its checkpoint was published"
-# File names in a message: some repositories have a checkpoint for every thousandth step.
+# Number of file names in a message. Some repositories have hundreds of checkpoints.
 _MAX_SHOWN = 20
 
 P = TypeVar("P", bound=PurePath)
@@ -35,7 +35,7 @@ class Located(NamedTuple):
     Attributes:
         name: The path or the hub address of the file, or of the index.
         files: The file, or all shards.
-        weight_map: Tensor name -> shard name, from the index of a sharded checkpoint.
+        weight_map: Shard names by tensor name, from the index; None without an index.
         commit: The commit of the hub repository; empty for local files.
         notes: Messages for the user about where the files were found.
     """
@@ -56,7 +56,7 @@ def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
         UsageError: SOURCE and `hub_options` contradict each other.
     """
     if not source:
-        # From an unset shell variable; Path("") would be the current folder.
+        # For example from an unset shell variable. Path("") would be the current folder.
         raise UsageError("SOURCE is empty: give a checkpoint file, its folder or its index, or hf://org/name")
     path, shown = Path(source), printable(source)
     if is_address(source) or (hub_options.hub is not None and looks_like_repository(source) and not path.is_file()):
@@ -71,7 +71,7 @@ def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
 
 
 def _looks_like_local_file(path: Path) -> bool:
-    """Return whether a missing path was probably meant as a local file: by its suffix, and by its first folder."""
+    """Return whether a missing path was probably meant as a local file, by the suffix and the first folder."""
     return path.suffix in (*WEIGHT_SUFFIXES, ".json") and (len(path.parts) == 2 or exists(path.parts[0]))
 
 
@@ -102,7 +102,7 @@ def _open_files(name: str, path: P, open_: Callable[[P], SourceFile], is_file: C
 
 
 def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
-    # Imported here: the hubs' libraries take a fifth of a second.
+    # Imported here, because the libraries of the hubs take 0.2 s to import.
     from converter.hub.open import open_repository
     from converter.hub.remote_file import RemoteFile
 
@@ -168,7 +168,7 @@ def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] 
     Args:
         names: Names of all files in the folder.
         where: The folder, for messages.
-        error: What to raise if there is no checkpoint, or more than one candidate.
+        error: The exception to raise if there is no checkpoint, or more than one candidate.
     """
     ordered = sorted(names)
     for name in _STANDARD_NAMES:
@@ -179,9 +179,10 @@ def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] 
         return candidates[0]
     if not candidates:
         expected = ", ".join((*_STANDARD_NAMES, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
-        raise error(f"{where}: holds no checkpoint", f"looked for {expected}")
+        raise error(f"{where}: contains no checkpoint", f"looked for {expected}")
     raise error(
-        f"{where}: holds several checkpoints: {', '.join(map(printable, candidates))}", "name the one to convert"
+        f"{where}: contains several checkpoints: {', '.join(map(printable, candidates))}",
+        "give the path of one of them",
     )
 
 
@@ -190,7 +191,7 @@ def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> 
     weight_map = _weight_map(file, name)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Separators of all systems, and what Windows ignores at the end of a name.
+        # Path separators of all systems, and characters that Windows ignores at the end of a name.
         if not shard or shard[-1] in ". " or set(shard) & set("/\\:") or not shard.isprintable():
             raise ContainerError(f"{name}: the shard {shard!r} is not a file in the index's folder", _INDEX_STEP)
         if not is_file(shard):
@@ -199,7 +200,7 @@ def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> 
 
 
 def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
-    """Parse an index: tensor name -> shard name."""
+    """Parse an index and return the shard names by tensor name."""
     if file.size > strict_json.MAX_BYTES:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
@@ -208,7 +209,7 @@ def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
             raise ValueError("a file name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = error if isinstance(error, ValueError) else "expected a `weight_map` of names"
-        raise ContainerError(f"{name}: no index of a sharded checkpoint: {why}", _INDEX_STEP) from error
+        raise ContainerError(f"{name}: not an index of a sharded checkpoint: {why}", _INDEX_STEP) from error
     if not weight_map:
         raise ContainerError(f"{name}: its `weight_map` lists no files", _INDEX_STEP)
     return cast("dict[str, str]", weight_map)

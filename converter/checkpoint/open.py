@@ -1,4 +1,4 @@
-"""Opening a checkpoint: its files, and the tensors and other values in them."""
+"""Opening a checkpoint: the files, and the tensors and other values in the files."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Checkpoint:
         return [file for file in self.files if isinstance(file, RemoteFile)]
 
     def prefetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Start to fetch tensors of remote files in the background, to be read once and in this order."""
+        """Start to fetch tensors of remote files in the background. They can be read once, in this order."""
         self._fetch(tensors, on_progress, keep=False)
 
     def fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Fetch tensors of remote files, to be read in any order, also by other libraries from `SourceFile.path`."""
+        """Fetch tensors of remote files. They can be read in any order, also from `SourceFile.path`."""
         self._fetch(tensors, on_progress, keep=True)
 
     def _fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress, keep: bool) -> None:
@@ -93,7 +93,7 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
 
 
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:
-    """Raise UsageError for hub options if all of a command's sources are local."""
+    """Raise UsageError for hub options if all sources of a command are local."""
     names = [checkpoint.name for checkpoint in opened]
     given = [name for name in ("hub", "revision", "download") if getattr(hub_options, name)]
     if given and not any(map(is_address, names)):
@@ -120,7 +120,7 @@ def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnPr
 
 
 def _join_shards(located: Located, shards: list[Contents]) -> Contents:
-    """Merge the contents of all shards; raise ContainerError where shards and index disagree."""
+    """Merge the contents of all shards; raise ContainerError if the shards disagree with the index."""
     weight_map = located.weight_map or {}
     joined: Contents = {}
     for file, contents in zip(located.files, shards, strict=True):

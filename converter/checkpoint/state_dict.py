@@ -1,9 +1,9 @@
-"""State dicts in a checkpoint, and their names without those that wrappers such as DDP add."""
+"""State dicts in a checkpoint, and their tensor names without the segments that wrappers such as DDP add."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import dropwhile
 from typing import NamedTuple
 
 from converter.errors import ContainerError, LayoutError, printable
@@ -13,19 +13,24 @@ from converter.tensors.tensor_info import Contents, TensorInfo
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Training states nest state dicts a few levels deep.
 _MAX_DEPTH = 4
-# Models are a few modules deep in others. The names of all tensors are copied for each level.
+# A model may be nested a few modules deep in another. All names are copied for each level.
 _MAX_PREFIXES = 16
 
 
 class StateDict(NamedTuple):
-    """Named tensors of one dict in a file; `path` is the dotted keys of the dict, empty at the top."""
+    """Named tensors of one dict in a file.
+
+    Attributes:
+        path: The keys of the dict in the file, joined by dots; empty for the top level.
+        tensors: The tensors by name.
+    """
 
     path: str
     tensors: dict[str, TensorInfo]
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:
-    """Return every dict that has named tensors, outermost first."""
+    """Return all dicts that have named tensors, outermost first."""
     return list(_search(contents, "", 0))
 
 
@@ -39,17 +44,17 @@ def _search(contents: Contents, path: str, depth: int) -> Iterator[StateDict]:
                 yield from _search(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
-def largest_state_dict(entries: list[StateDict], source: str) -> StateDict:
-    """Return the state dict with most tensors; LayoutError if several have as many."""
-    most = max(len(entry.tensors) for entry in entries)
-    rivals = [entry for entry in entries if len(entry.tensors) == most]
-    if len(rivals) > 1:
-        paths = [printable(entry.path) or "." for entry in rivals]
+def largest_state_dict(candidates: list[StateDict], source: str) -> StateDict:
+    """Return the state dict with the most tensors; LayoutError if several have that number."""
+    num_tensors = max(len(candidate.tensors) for candidate in candidates)
+    largest = [candidate for candidate in candidates if len(candidate.tensors) == num_tensors]
+    if len(largest) > 1:
+        paths = [printable(candidate.path) or "." for candidate in largest]
         raise LayoutError(
-            f"{source}: holds {len(paths)} state dicts of {most} tensors: {', '.join(paths)}",
+            f"{source}: holds {len(paths)} state dicts of {num_tensors} tensors: {', '.join(paths)}",
             f"choose one, such as --state-dict {paths[0]}",
         )
-    return rivals[0]
+    return largest[0]
 
 
 def unwrapped_names(tensors: dict[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
@@ -61,26 +66,25 @@ def unwrapped_names(tensors: dict[str, TensorInfo], source: str) -> dict[str, Te
 
 def _without_wrappers(name: str) -> str:
     segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
-    # DistributedDataParallel adds `module` in front; further in it may be the model's own.
-    wrappers = sum(1 for _ in takewhile(lambda segment: segment == "module", segments[:-1]))
-    return ".".join(segments[wrappers:])
+    # DistributedDataParallel adds `module` at the start. At other positions, it belongs to the model.
+    return ".".join([*dropwhile(lambda segment: segment == "module", segments[:-1]), *segments[-1:]])
 
 
 def without_common_prefixes(tensors: dict[str, TensorInfo], source: str) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-    """Yield the prefix removed and the tensors, with one more of their common leading segments removed each time."""
+    """Yield the removed prefix and the tensors, removing one more common leading segment each time."""
     prefix = ""
     for _ in range(_MAX_PREFIXES if tensors else 0):
         yield prefix, tensors
-        heads = {name.partition(".")[0] for name in tensors}
-        if len(heads) > 1 or any("." not in name for name in tensors):
+        segments = {name.partition(".")[0] for name in tensors}
+        if len(segments) > 1 or any("." not in name for name in tensors):
             return
-        head = heads.pop() + "."
-        prefix += head
-        tensors = _renamed(tensors, {name: name.removeprefix(head) for name in tensors}, source)
+        segment = segments.pop() + "."
+        prefix += segment
+        tensors = _renamed(tensors, {name: name.removeprefix(segment) for name in tensors}, source)
 
 
 def _renamed(tensors: dict[str, TensorInfo], names: dict[str, str], source: str) -> dict[str, TensorInfo]:
-    """Rename tensors; their `key`, which messages show, stays the one in the file."""
+    """Return the tensors by new names. `TensorInfo.key`, which messages show, is unchanged."""
     result: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         if names[name] in result:

@@ -452,7 +452,7 @@ def _special(make: Callable[[Path], object]) -> Build:
 
 ENCODER_PREFIX: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a terabyte of zeros": (_sparse, ("zeros only",)),
-    "a folder": (_special(Path.mkdir), ("sam.pth", "holds no checkpoint")),
+    "a folder": (_special(Path.mkdir), ("sam.pth", "contains no checkpoint")),
     "a pipe": (_special(os.mkfifo), ("sam.pth: is a pipe",)),
     "/dev/zero": (lambda folder: Path("/dev/zero"), ("/dev/zero: is a device",)),
     "a link to /dev/zero": (_special(lambda path: path.symlink_to("/dev/zero")), ("sam.pth: is a device",)),

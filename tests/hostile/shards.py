@@ -151,7 +151,7 @@ LEGAL: dict[str, Build] = {
 # ---- not legal
 
 OUTSIDE = "is not a file in the index's folder"
-NO_INDEX = "no index of a sharded checkpoint"
+NO_INDEX = "not an index of a sharded checkpoint"
 AWAY = {
     "a folder up": "../model.safetensors",
     "a folder up in Windows' way": "..\\model.safetensors",
@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         changed(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("../../blobs/1"))),
         (f"{INDEX}: cannot be read: No such file",),
     ),
-    "several checkpoints in a folder": (only("a.pth", "b.bin"), ("several checkpoints: a.pth, b.bin", "name the one")),
+    "several checkpoints in a folder": (only("a.pth", "b.bin"), ("several checkpoints: a.pth, b.bin", "the path of one of them")),
     "several, with names that steer terminals": (
         only("\x1b[2J\n::error::.pth", "b.pth"),
         ("several checkpoints: \\x1b[2J\\x0a::error::.pth, b.pth",),
@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         lambda folder: (folder.joinpath("a\n::error::.pth").write_bytes(b""), folder)[1],
         ("a\\x0a::error::.pth: an empty file",),
     ),
-    "a folder of nothing": (lambda folder: folder, ("holds no checkpoint",)),
+    "a folder of nothing": (lambda folder: folder, ("contains no checkpoint",)),
     "a folder of shards without an index": (lambda f: (put_shards(f), f)[1], ("several checkpoints", *SHARDS)),
 }
 
