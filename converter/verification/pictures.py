@@ -85,7 +85,6 @@ def load(path: Path) -> Image.Image:
     """Load an image file; ContainerError if it is none."""
     try:
         with Image.open(path) as image:
-            image.load()
             converted: Image.Image = image.convert("RGB")
             return converted
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
