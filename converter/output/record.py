@@ -147,7 +147,10 @@ def make_plan_record(
     dtype: str = "keep",
     notes: Sequence[str] = (),
 ) -> ConversionRecord:
-    """Make the record of a plan for one family, before it is written; the arguments are `make_record`'s."""
+    """Make the record of a plan for one family.
+
+    Args: As in `make_record`.
+    """
     plan = resolved.plan
     return make_record(
         sources,
