@@ -53,7 +53,7 @@ class Prompt(NamedTuple):
     mask: Tensor | None = None
 
 
-class HubResponseError(NamedTuple):
+class Answer(NamedTuple):
     """What SAM says of N objects, three masks each.
 
     `inputs` are the processor's; `pred_masks` (1, N, 3, 256, 256) logits; `iou_scores` (1, N, 3); `masks`
@@ -85,7 +85,7 @@ class Segmenter:
             # (1, 256, 64, 64)
             self.embeddings: Tensor = self.model.get_image_embeddings(pixels)
 
-    def ask(self, prompt: Prompt) -> HubResponseError:
+    def ask(self, prompt: Prompt) -> Answer:
         """The three masks of each object."""
         words: dict[str, Any] = {}
         if prompt.points:
@@ -98,7 +98,7 @@ class Segmenter:
             asked["input_masks"] = prompt.mask
         with torch.no_grad():
             out = self.model(image_embeddings=self.embeddings, **asked)
-        return HubResponseError(inputs, out.pred_masks, out.iou_scores, self.masks(out.pred_masks, inputs))
+        return Answer(inputs, out.pred_masks, out.iou_scores, self.masks(out.pred_masks, inputs))
 
     def masks(self, pred_masks: Tensor, inputs: dict[str, Tensor], binarize: bool = True) -> Tensor:
         """Masks in the picture's own size, (N, 3, H, W): the padding cut off; logits, unless `binarize`."""
@@ -121,7 +121,7 @@ def convert(source: str, folder: Path) -> None:
     converter.convert(source, "sam", to="sam-hf", full_model=True, out=folder)
 
 
-def ask_every_way(segmenter: Segmenter) -> dict[str, tuple[Prompt, HubResponseError]]:
+def ask_every_way(segmenter: Segmenter) -> dict[str, tuple[Prompt, Answer]]:
     """The prompts that SAM takes and its answers, by what they are made of."""
     prompts = {
         "points": Prompt(THINGS, points=True),
@@ -135,7 +135,7 @@ def ask_every_way(segmenter: Segmenter) -> dict[str, tuple[Prompt, HubResponseEr
     return {**answers, "mask": (prompt, segmenter.ask(prompt))}
 
 
-def save(picture: Image.Image, name: str, prompt: Prompt, answer: HubResponseError, out: Path) -> None:
+def save(picture: Image.Image, name: str, prompt: Prompt, answer: Answer, out: Path) -> None:
     """The best mask of each object, and the picture with all of them, as PNG."""
     overlay = picture.copy()
     for index, thing in enumerate(prompt.things):
