@@ -309,7 +309,10 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         changed(lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("../../blobs/1"))),
         (f"{INDEX}: cannot be read: No such file",),
     ),
-    "several checkpoints in a folder": (only("a.pth", "b.bin"), ("several checkpoints: a.pth, b.bin", "the path of one of them")),
+    "several checkpoints in a folder": (
+        only("a.pth", "b.bin"),
+        ("several checkpoints: a.pth, b.bin", "the path of one of them"),
+    ),
     "several, with names that steer terminals": (
         only("\x1b[2J\n::error::.pth", "b.pth"),
         ("several checkpoints: \\x1b[2J\\x0a::error::.pth, b.pth",),
