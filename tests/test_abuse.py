@@ -202,9 +202,9 @@ def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
     """A rename by root would replace /dev/null."""
     for check in (check_target, check_folder):
         with pytest.raises(OutputError):
-            check(Path("/dev/null"), force=True, needed=0)
+            check(Path("/dev/null"), force=True, needed_bytes=0)
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors")
-    check_target(tmp_path / "old.safetensors", force=True, needed=0)
+    check_target(tmp_path / "old.safetensors", force=True, needed_bytes=0)
 
 
 # Names with control characters ----------------------------------------------------------------------------------------

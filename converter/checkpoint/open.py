@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
+from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
-from converter.hub.remote_file import RemoteFile
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import Contents, TensorInfo
+
+if TYPE_CHECKING:
+    from converter.hub.remote_file import RemoteFile
 
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
@@ -44,7 +47,7 @@ class Checkpoint:
     @property
     def remote(self) -> list[RemoteFile]:
         """The files that are read from a hub by byte ranges."""
-        return [file for file in self.files if isinstance(file, RemoteFile)]
+        return [cast("RemoteFile", file) for file in self.files if file.identity is None]
 
     def prefetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
         """Start to fetch tensors of remote files in the background. They can be read once, in this order."""

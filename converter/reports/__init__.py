@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.errors import OutputError
 from converter.storage.atomic_output import atomic_file, remove_stale, write_all
-from converter.verification.result import Verification
+
+if TYPE_CHECKING:
+    from converter.verification.result import Verification
 
 # An existing report is replaced; a file with another suffix may be a checkpoint that was named by mistake.
 _SUFFIXES = (".html", ".htm", ".xml")
