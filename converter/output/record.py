@@ -127,8 +127,7 @@ class ConversionRecord:
             "mapping": self.mapping,
             "mapping_sha256": " + ".join(mapping.sha256 for source in self.sources for mapping in source.mappings),
         }
-        if all(source.commit for source in self.sources):
-            # Local file names differ from machine to machine and are left out.
+        if all(source.commit for source in self.sources):  # local file names differ from machine to machine
             metadata["source"] = " + ".join(source.name for source in self.sources)
             metadata["commit"] = " + ".join(source.commit for source in self.sources)
         return metadata
@@ -147,10 +146,7 @@ def make_plan_record(
     dtype: str = "keep",
     notes: Sequence[str] = (),
 ) -> ConversionRecord:
-    """Make the record of a plan for one family.
-
-    Args: As in `make_record`.
-    """
+    """Make the record of a plan for one family. Args: As in `make_record`."""
     plan = resolved.plan
     return make_record(
         sources,
