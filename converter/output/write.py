@@ -12,6 +12,7 @@ from converter.checkpoint.locate import WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint, check_unchanged
 from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
+from converter.formats.torch_zip import write_pth
 from converter.options import check_choices
 from converter.output.pretrained import open_pretrained_folder
 from converter.output.record import ConversionRecord, TensorDigests
@@ -78,8 +79,6 @@ def make_output(
     def fill(target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
         with nullcontext(target) if isinstance(target, int) else open_pretrained_folder(target, documents or {}) as fd:
             if record.format == "pth":
-                from converter.formats.torch_zip import write_pth
-
                 write_pth(fd, tensors, on_bytes, on_data)
             else:
                 write_safetensors(fd, tensors, metadata, on_bytes, on_data)
