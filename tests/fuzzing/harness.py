@@ -22,8 +22,8 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Limits for one input of at most 64 KiB. Instrumented code takes about four times as long as the program: a pickle of as
-# many opcodes as the reader accepts takes 1.7 s there and 6.7 s here.
+# Limits for one input of at most 64 KiB. Instrumented code takes about four times as long as the program: a pickle of
+# as many opcodes as the reader accepts takes 1.7 s there and 6.7 s here.
 SECONDS = 15.0
 MEMORY = 256 << 20  # bytes
 LINES = 12  # of a message
