@@ -262,7 +262,8 @@ def verify_cold(args: argparse.Namespace, checkpoint: Checkpoint, precision: str
     except ValueError:
         print(done.stderr[-3000:], flush=True)
         return {**result, "verified": False, "stderr": done.stderr[-3000:]}
-    keep = ("verified", "mapping", "reference", "device", "dtype", "environment", "checks", "traces")
+    result["verified"] = document["verdict"] == "verified"
+    keep = ("mapping", "reference", "device", "dtype", "environment", "checks", "traces")
     return {**result, **{key: document[key] for key in keep}, "parts": document["seconds"]}
 
 
@@ -348,7 +349,7 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
     busy.outside += busy.stop()
     return {
         "source": checkpoint.path,
-        "verified": found.ok,
+        "verified": found.verdict == "verified",
         "forward_seconds": round(busy.inside, 4),
         "other_seconds": round(busy.outside, 4),
         "share": round(busy.inside / (busy.inside + busy.outside), 4),

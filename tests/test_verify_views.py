@@ -29,10 +29,12 @@ from converter.reports import github, html, junit, plot, text, words
 from converter.verification import pictures
 from converter.verification.result import (
     FAILED,
+    INCONCLUSIVE,
     PASSED,
     SKIPPED,
     WARNING,
     Check,
+    Control,
     Picture,
     Trace,
     TracePoint,
@@ -107,7 +109,25 @@ def hostile() -> Verification:
     )
 
 
-ALL = {"good": verification, "wrong": wrong, "hostile": hostile, "empty": lambda: verification(checks=[], traces=[])}
+LAYOUT = Check("structure", "layout", PASSED, "names fit")
+NO_SOURCE = Check("bytes", "tensors", SKIPPED, "no --source")
+FAST = Check("outputs", "encoder", SKIPPED, "--fast")
+NO_REFERENCE = Check("outputs", "encoder", INCONCLUSIVE, "no second implementation")
+DIGESTS = Check("record", "tensors", PASSED, "digests fit")
+
+
+def partly() -> Verification:
+    """A part that was not checked, one that is inconclusive, and both required."""
+    return verification(checks=[LAYOUT, NO_SOURCE, NO_REFERENCE], required=["structure", "bytes", "outputs"])
+
+
+ALL = {
+    "good": verification,
+    "partly": partly,
+    "wrong": wrong,
+    "hostile": hostile,
+    "empty": lambda: verification(checks=[], traces=[]),
+}
 
 
 @pytest.fixture(params=ALL)
@@ -118,14 +138,67 @@ def found(request: pytest.FixtureRequest) -> Verification:
 # Words ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_names_groups_that_were_not_checked() -> None:
-    assert words.verdict_line(verification()) == "VERIFIED: 3 checks passed, none failed"
-    partly = verification(
-        checks=[Check("structure", "layout", PASSED, ""), Check("bytes", "tensors", SKIPPED, "no --source")]
+@pytest.mark.parametrize(
+    ("checks", "result", "line"),
+    [
+        (None, "verified", "VERIFIED: 3 checks passed, none failed"),
+        (
+            [LAYOUT, NO_SOURCE],
+            "partly verified (structure)",
+            "PARTLY VERIFIED (structure): 1 check passed, none failed",
+        ),
+        ([DIGESTS], "partly verified (record)", "PARTLY VERIFIED (record): 1 check passed, none failed"),
+        ([], "not verified", "NOT VERIFIED: no check was made"),
+        ([NO_SOURCE, FAST], "not verified", "NOT VERIFIED: no check was made"),
+        (
+            [LAYOUT, replace(DIGESTS, verdict=FAILED)],
+            "not verified",
+            "NOT VERIFIED: 1 check failed, first record: tensors",
+        ),
+    ],
+)
+def test_the_verdict_says_what_was_done(checks: list[Check] | None, result: str, line: str) -> None:
+    found = verification() if checks is None else verification(checks=checks)
+    assert found.result == result and words.verdict_line(found) == line
+    assert found.to_json()["verdict"] == result.split(" (")[0]
+    assert found.ok is (result != "not verified")
+
+
+@pytest.mark.parametrize("verdict", [FAILED, INCONCLUSIVE, SKIPPED])
+def test_a_part_with_an_open_check(verdict: str) -> None:
+    """A comparison that failed or proves nothing leaves the outputs undone; one that is left out becomes a note."""
+    open_check = Check("outputs", "DeepEncoder at 512 x 512", verdict, "a reason")
+    found = verification(checks=[*verification().checks, open_check], required=["outputs"])
+    state = {FAILED: FAILED, INCONCLUSIVE: INCONCLUSIVE, SKIPPED: "done"}[verdict]
+    words_of_verdict = {FAILED: "not verified", INCONCLUSIVE: "partly verified (structure, bytes)", SKIPPED: "verified"}
+    assert found.result == words_of_verdict[verdict]
+    assert [part.state for part in found.parts] == ["done", "done", state]
+    assert [(part.name, part.reason) for part in found.not_checked] == [("outputs", "a reason")] * (
+        verdict == INCONCLUSIVE
     )
-    assert words.verdict_line(partly) == "VERIFIED as far as was checked: 1 check passed; not checked: bytes"
-    assert words.verdict_line(verification(checks=[])) == "NOT VERIFIED: no check was made"
-    assert words.verdict_line(wrong(1)) == "NOT VERIFIED: 2 checks failed, first bytes: layers.0.weight"
+    assert found.ok is (verdict == SKIPPED)
+    assert found.all_notes == ["DeepEncoder at 512 x 512: a reason"] * (verdict == SKIPPED)
+
+
+def test_a_required_part_is_an_error_in_every_report() -> None:
+    found = verification(checks=[LAYOUT, NO_SOURCE, FAST], required=["structure", "bytes"])
+    assert found.result == "partly verified (structure)" and not found.ok
+    assert "required, but not checked: bytes" in words.verdict_lines(found)
+    assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.commands(found)
+    suites = {suite.name: suite for suite in junitparser.JUnitXml.fromstring(junit.document(found))}
+    assert (suites["dsocr-verify.required"].tests, suites["dsocr-verify.required"].failures) == (2, 1)
+    assert "not checked: no --source" in html.page(found).decode()
+    assert found.to_json()["unmet"] == ["bytes"]
+
+
+def test_mistakes_that_no_output_shows_are_in_the_verdict() -> None:
+    controls = [Control("an exchanged q and k", "layers.0", 1e-7, 2e-6), Control("GELU", "layers.0", 1e-3, 2e-6)]
+    found = verification(controls=controls, qualifiers={"bytes": "by mine.yaml"}, notes=["a note"])
+    line = "outputs cannot show an exchanged q and k in this checkpoint"
+    assert found.all_notes == ["a note", line] and found.done[1] == "bytes by mine.yaml"
+    assert [control["seen"] for control in found.to_json()["controls"]] == [False, True]
+    page = html.page(found).decode()
+    assert page.count("? no") == 1 and page.count("✓ yes") == 1 and line in page and line in shown(found)
 
 
 def test_affected_tensors_are_mentioned_once() -> None:
@@ -174,7 +247,7 @@ def test_terminal_writes_to_stderr_alone(capfd: pytest.CaptureFixture[str]) -> N
 
 def test_json_is_strict_and_complete(found: Verification) -> None:
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert document["verified"] is found.ok and "pictures" not in document
+    assert document["verdict"] == found.verdict and "pictures" not in document
     assert [check["name"] for check in document["checks"]] == [check.name for check in found.checks]
     assert document["key_map"] == found.key_map
     for written, trace in zip(document["traces"], found.traces, strict=True):
@@ -188,16 +261,16 @@ def test_json_is_strict_and_complete(found: Verification) -> None:
 def test_junit_parses_back_with_every_check(found: Verification) -> None:
     report = junitparser.JUnitXml.fromstring(junit.document(found))
     cases = [case for suite in report for case in suite]
-    kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped}
+    kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped, "inconclusive": junitparser.Skipped}
     ordered = [check for checks in words.by_group(found).values() for check in checks]
     assert [case.name for case in cases] == [printable(check.name) for check in ordered]
-    assert len(cases) == report.tests == len(found.checks)
+    assert len(cases) == report.tests == len(found.checks) + len(found.required)
     for case, check in zip(cases, ordered, strict=True):
         assert [type(result) for result in case.result] == ([kinds[check.verdict]] if check.verdict in kinds else [])
         if check.verdict in ("passed", "warning"):
             assert printable(check.detail, keep="\n") in case.system_out
-    assert report.failures == sum(check.verdict == "failed" for check in found.checks)
-    assert report.skipped == sum(check.verdict == "skipped" for check in found.checks)
+    assert report.failures == sum(check.verdict == "failed" for check in ordered)
+    assert report.skipped == sum(check.verdict in ("skipped", "inconclusive") for check in ordered)
 
 
 def test_junit_has_suites_affected_tensors_times_and_properties() -> None:
@@ -474,7 +547,7 @@ def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_
     assert done.returncode == code, done.stderr
     document = json.loads(done.stdout)
     faults = [check for check in document["checks"] if check["verdict"] == "failed"]
-    assert document["verified"] is (code == 0) and bool(faults) is (code == 1)
+    assert document["verdict"] == ("not verified" if code else "verified") and bool(faults) is (code == 1)
     qkv = [f"vision_model.encoder.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
     assert document["key_map"]["transformer.layers.1.self_attn.qkv_proj.weight"] == qkv
     report = junitparser.JUnitXml.fromfile(str(tmp_path / "r.xml"))
@@ -504,7 +577,7 @@ def test_the_action_runs_the_command(folder: Path, tmp_path: Path) -> None:
     for name, code in (("good.safetensors", 0), ("bad.pth", 1)):
         inputs = {
             "BIN": str(Path(sys.executable).parent), "CONVERTED": str(folder / name),
-            "SOURCE": str(folder / "clip.bin"), "FAST": "true", "SIZES": "", "DEVICE": "cpu",
+            "SOURCE": str(folder / "clip.bin"), "FAST": "true", "REQUIRE": "bytes", "SIZES": "", "DEVICE": "cpu",
             "JUNIT": "r.xml", "HTML": "",
             "GITHUB_OUTPUT": str(tmp_path / name), "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md"),
         }  # fmt: skip
@@ -512,5 +585,6 @@ def test_the_action_runs_the_command(folder: Path, tmp_path: Path) -> None:
         shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", verify["run"]]
         done = subprocess.run(shell, cwd=tmp_path, env={**os.environ, **inputs}, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert (tmp_path / name).read_text() == f"verified={'false' if code else 'true'}\n"
+        verdict = "not verified" if code else "partly verified (structure, bytes)"
+        assert (tmp_path / name).read_text() == f"verdict={verdict}\n"
         assert (tmp_path / "r.xml").is_file()

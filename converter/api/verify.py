@@ -23,7 +23,7 @@ from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.inputs import Converted, Origin, open_any_layout, open_converted, open_origin
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
-from converter.verification.result import SKIPPED, Check, Verification
+from converter.verification.result import PARTS, SKIPPED, Check, Verification
 from converter.verification.runs import RunOptions, run_encoders
 from converter.verification.structure import check_structure
 from converter.verification.weights import check_bytes
@@ -45,6 +45,7 @@ def verify(
     dtype: str = "float32",
     sizes: Sequence[int] | None = None,
     fast: bool = False,
+    require: Sequence[str] = (),
     image: str | Path | None = None,
     draw: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
@@ -64,6 +65,7 @@ def verify(
         dtype: The precision the encoders run in: float32, bfloat16 or float16.
         sizes: Pixels along a side at which the whole DeepEncoder runs.
         fast: Run nothing.
+        require: Parts without which the result is not `ok`: structure, bytes, outputs.
         image: An image file to run on instead of the drawn page.
         draw: Make pictures of the features.
         on_progress: Called with the stage, the work done and all work.
@@ -73,6 +75,8 @@ def verify(
         DsocrError: A file cannot be read, or no library to compare with is installed.
     """
     check_choices(dtype=(dtype, DTYPES))
+    if unknown := [part for part in require if part not in PARTS]:
+        raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
     where, hub = _device(device), HubOptions(**hub_options)
     chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
     page = load(Path(image)) if image is not None else None
@@ -92,7 +96,9 @@ def verify(
                 origin = open_origin(opened, target, mapping, state_dict, on_progress)
             result = _verify(target, origin, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    return replace(result, converted=str(converted), source=str(source or ""), environment=tools)
+    return replace(
+        result, converted=str(converted), source=str(source or ""), environment=tools, required=tuple(require)
+    )
 
 
 def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -> Verification:
@@ -144,6 +150,8 @@ def _verify(target: Converted, origin: Origin | None, record: Record | None, opt
         device=_device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
         traces=results.traces,
+        notes=results.notes,
+        controls=results.controls,
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
         pictures=results.pictures,

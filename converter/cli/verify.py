@@ -46,6 +46,10 @@ class VerifyOptions:
         ),
     ] = None
     fast: Annotated[bool, typer.Option("--fast", help="Check only structure and bytes; run nothing.")] = False
+    require: Annotated[
+        str | None,
+        typer.Option(metavar="PART,...", help="Exit with 1 unless these are done: structure, bytes, outputs."),
+    ] = None
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Input image for the encoders. [default: a drawn page]")
     ] = None
@@ -72,7 +76,7 @@ class ReportOptions:
 def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
-    sizes = _parse_sizes(options.pop("sizes"))
+    sizes, require = _parse_sizes(options.pop("sizes")), options.pop("require")
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here because they import torch, which --help and usage errors do not need.
@@ -84,6 +88,7 @@ def verify(converted: Converted, **options: Any) -> None:
         verification = run(
             converted,
             sizes=sizes,
+            require=require.split(",") if require is not None else (),
             draw=report.html is not None,
             on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
             **options,
@@ -107,7 +112,7 @@ def _show(verification: Verification, report: ReportOptions) -> None:
     if report.json:
         console.result_json(verification.to_json())
     else:
-        console.result("verified" if verification.ok else "not verified")
+        console.result(verification.result)
 
 
 def _parse_sizes(text: str | None) -> tuple[int, ...] | None:

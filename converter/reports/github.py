@@ -14,13 +14,26 @@ from converter.reports.words import (
     durations,
     unmentioned_tensors,
     verdict_line,
+    verdict_lines,
     with_verdict,
 )
-from converter.verification.result import FAILED, SKIPPED, WARNING, Check, Verification
+from converter.verification.result import (
+    FAILED,
+    INCONCLUSIVE,
+    NOT_VERIFIED,
+    PARTLY_VERIFIED,
+    SKIPPED,
+    VERIFIED,
+    WARNING,
+    Check,
+    Verification,
+)
 
 # GitHub shows ten annotations of a kind for each step and drops the others silently.
 _ANNOTATIONS = 10
 _ROWS = 100
+_NOTICES = (WARNING, INCONCLUSIVE, SKIPPED)
+_SIGNS = {VERIFIED: "✅", PARTLY_VERIFIED: "⚠️", NOT_VERIFIED: "❌"}
 
 
 def annotate(verification: Verification) -> None:
@@ -40,13 +53,14 @@ def annotate(verification: Verification) -> None:
 
 
 def commands(verification: Verification) -> list[str]:
-    """Workflow commands: an error for each failure, notices for warnings and skipped checks."""
-    failures = with_verdict(verification, FAILED)
+    """Workflow commands: an error for each failure and unmet requirement, notices for what was not checked."""
+    failures = [check for check in verification.requirements if check.verdict == FAILED]
+    failures += with_verdict(verification, FAILED)
     shown = failures if len(failures) <= _ANNOTATIONS else failures[: _ANNOTATIONS - 1]
     lines = [_command("error", check) for check in shown]
     if len(shown) < len(failures):
         lines.append(f"::error title=dsocr-verify::and {len(failures) - len(shown)} more checks failed")
-    notices = [*with_verdict(verification, WARNING), *with_verdict(verification, SKIPPED)]
+    notices = [check for verdict in _NOTICES for check in with_verdict(verification, verdict)]
     return [*lines, *(_command("notice", check) for check in notices[:_ANNOTATIONS])]
 
 
@@ -69,7 +83,7 @@ def escape_property(text: str) -> str:
 
 def summary(verification: Verification) -> str:
     """A section of Markdown: the verdict, the inputs, and the checks as a table."""
-    sign = "✅" if verification.ok else "❌"
+    sign = _SIGNS[verification.verdict]
     inputs = [f"<code>{escape_markdown(verification.converted)}</code>"]
     if verification.source:
         source, mapping = escape_markdown(verification.source), escape_markdown(verification.mapping)
@@ -77,7 +91,10 @@ def summary(verification: Verification) -> str:
     if verification.reference:
         inputs.append(f"compared with {escape_markdown(verification.reference)}")
     ran_on = escape_markdown(f"{verification.device}, {verification.dtype}; {durations(verification)}")
-    lines = [f"## {sign} {escape_markdown(verdict_line(verification))}", "", ", ".join(inputs), "", ran_on, ""]
+    lines = [f"## {sign} {escape_markdown(verdict_line(verification))}", ""]
+    if open_points := verdict_lines(verification):
+        lines += [*(f"- {escape_markdown(line)}" for line in open_points), ""]
+    lines += [", ".join(inputs), "", ran_on, ""]
     lines += ["| group | check | verdict | detail |", "|---|---|---|---|"]
     for group, checks in by_group(verification).items():
         lines += [_row(check) for check in checks[:_ROWS]]

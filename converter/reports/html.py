@@ -13,7 +13,10 @@ from converter.errors import printable
 from converter.output.names import fold_key_map
 from converter.reports import words
 from converter.reports.plot import error_plot
-from converter.verification.result import FAILED, SKIPPED, Picture, Verification
+from converter.verification.result import FAILED, NOT_VERIFIED, PARTLY_VERIFIED, VERIFIED, Picture, Verification
+
+# The style of the verdict and its sign.
+_STYLES = {VERIFIED: ("passed", "✓"), PARTLY_VERIFIED: ("partly", "!"), NOT_VERIFIED: ("failed", "✗")}
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -49,7 +52,7 @@ def page(verification: Verification, command: str | None = None) -> bytes:
         words=words,
         groups={group: words.split_failures(checks) for group, checks in words.by_group(verification).items()},
         failures=words.with_verdict(verification, FAILED),
-        skipped=words.with_verdict(verification, SKIPPED),
+        style=_STYLES[verification.verdict],
         plots=[error_plot(trace) for trace in verification.traces if trace.points],
         pictures=_by_run(verification.pictures),
         key_map=fold_key_map(verification.key_map),

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from converter.errors import printable
-from converter.reports.words import by_group
-from converter.verification.result import FAILED, SKIPPED, WARNING, Check, Verification
+from converter.reports.words import by_group, verdict_lines
+from converter.verification.result import FAILED, INCONCLUSIVE, SKIPPED, WARNING, Check, Verification
+
+# A check that could not have failed is no success either. JUnit has no word for it.
+_SKIPS = {SKIPPED: "", INCONCLUSIVE: "inconclusive: "}
 
 
 def document(verification: Verification) -> bytes:
     """The XML document, in UTF-8."""
     root = Element("testsuites", name="dsocr-verify", time=f"{sum(verification.seconds.values()):g}")
-    root.attrib.update(_counts(verification.checks))
+    root.attrib.update(_counts([*verification.checks, *verification.requirements]))
     for group, checks in by_group(verification).items():
         seconds = verification.seconds.get(group, 0.0)
         suite = SubElement(root, "testsuite", _counts(checks), name=f"dsocr-verify.{group}", time=f"{seconds:g}")
@@ -29,14 +32,14 @@ def document(verification: Verification) -> bytes:
 
 def _counts(checks: Sequence[Check]) -> dict[str, str]:
     verdicts = [check.verdict for check in checks]
-    failures, skips = verdicts.count(FAILED), verdicts.count(SKIPPED)
+    failures, skips = verdicts.count(FAILED), sum(verdict in _SKIPS for verdict in verdicts)
     return {"tests": str(len(checks)), "failures": str(failures), "errors": "0", "skipped": str(skips)}
 
 
 def _add_case(suite: Element, check: Check) -> None:
     case = SubElement(suite, "testcase", name=printable(check.name), classname=f"dsocr-verify.{check.group}", time="0")
-    if check.verdict == SKIPPED:
-        SubElement(case, "skipped", message=printable(check.detail))
+    if check.verdict in _SKIPS:
+        SubElement(case, "skipped", message=printable(f"{_SKIPS[check.verdict]}{check.detail}"))
         return
     lines = [check.detail]
     if check.verdict in (FAILED, WARNING):
@@ -52,4 +55,5 @@ def _add_case(suite: Element, check: Check) -> None:
 
 def _properties(verification: Verification) -> dict[str, str]:
     names = ("converted", "source", "family", "mapping", "reference", "device", "dtype")
-    return {name: getattr(verification, name) for name in names} | dict(verification.environment)
+    verdict = {"verdict": verification.result, "not_checked": "; ".join(verdict_lines(verification))}
+    return verdict | {name: getattr(verification, name) for name in names} | dict(verification.environment)

@@ -16,10 +16,23 @@ from converter.reports.words import (
     split_failures,
     unmentioned_tensors,
     verdict_line,
+    verdict_lines,
 )
-from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification
+from converter.verification.result import (
+    FAILED,
+    INCONCLUSIVE,
+    NOT_VERIFIED,
+    PARTLY_VERIFIED,
+    PASSED,
+    SKIPPED,
+    VERIFIED,
+    WARNING,
+    Check,
+    Verification,
+)
 
-_STYLES = {PASSED: "green", FAILED: "bold red", WARNING: "yellow", SKIPPED: "dim"}
+_STYLES = {PASSED: "green", FAILED: "bold red", WARNING: "yellow", SKIPPED: "dim", INCONCLUSIVE: "yellow"}
+_COLOURS = {VERIFIED: "green", PARTLY_VERIFIED: "yellow", NOT_VERIFIED: "red"}
 # Columns where stderr is no terminal: log viewers are wide, and 80 would fold every line.
 _LOG_WIDTH = 150
 
@@ -33,8 +46,9 @@ def show(verification: Verification, console: Console | None = None) -> None:
     console.print(_table(verification))
     for name, value in _facts(verification).items():
         console.print(_text(f"{name + ':':<11}", "dim").append(printable(value)), soft_wrap=True)
-    style = "bold green" if verification.ok else "bold red"
-    console.print(_text(verdict_line(verification), style), soft_wrap=True)
+    console.print(_text(verdict_line(verification), f"bold {_COLOURS[verification.verdict]}"), soft_wrap=True)
+    for line in verdict_lines(verification):
+        console.print(_text(f"  {line}"), soft_wrap=True)
 
 
 def _table(verification: Verification) -> Table:

@@ -6,16 +6,17 @@ import re
 from collections.abc import Sequence
 
 from converter.output.names import shorten
-from converter.verification.result import FAILED, PASSED, SKIPPED, WARNING, Check, Verification
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, REQUIRED, SKIPPED, WARNING, Check, Verification
 
 GROUPS = {
     "structure": "Names, shapes and types match the target layout, and no weight is NaN or infinite.",
     "record": "The file is the one that its conversion record describes: SHA-256 of every tensor.",
     "bytes": "Every tensor equals its source tensors bit by bit, as the formats' own libraries read them.",
     "outputs": "The converted encoder computes the same features as the source's own implementation.",
+    REQUIRED: "What `--require` names was done.",
 }
 # Verdicts have a sign and a colour, so that either is enough.
-SIGNS = {PASSED: "✓", FAILED: "✗", WARNING: "!", SKIPPED: "-"}
+SIGNS = {PASSED: "✓", FAILED: "✗", WARNING: "!", SKIPPED: "-", INCONCLUSIVE: "?"}
 
 # A wrong source fails in every tensor: reports show this many failures of a group.
 _FAILURES_SHOWN = 12
@@ -24,7 +25,7 @@ _FAILURES_SHOWN = 12
 def by_group(verification: Verification) -> dict[str, list[Check]]:
     """The checks by group, in the order of `GROUPS`."""
     groups: dict[str, list[Check]] = {group: [] for group in GROUPS}
-    for check in verification.checks:
+    for check in [*verification.checks, *verification.requirements]:
         groups.setdefault(check.group, []).append(check)
     return {group: checks for group, checks in groups.items() if checks}
 
@@ -41,17 +42,24 @@ def split_failures(checks: Sequence[Check]) -> tuple[list[Check], list[Check]]:
 
 
 def verdict_line(verification: Verification) -> str:
-    """The verdict in one line, with the groups that were not checked."""
-    failures, passes = with_verdict(verification, FAILED), with_verdict(verification, PASSED)
+    """The verdict in one line: the first failure, or what was done."""
+    failures = with_verdict(verification, FAILED)
     if failures:
-        first = failures[0]
-        return f"NOT VERIFIED: {_count(len(failures))} failed, first {first.group}: {first.name}"
+        return f"NOT VERIFIED: {_count(len(failures))} failed, first {failures[0].group}: {failures[0].name}"
+    passes = len(with_verdict(verification, PASSED))
     if not passes:
         return "NOT VERIFIED: no check was made"
-    unchecked = list(dict.fromkeys(check.group for check in with_verdict(verification, SKIPPED)))
-    if unchecked:
-        return f"VERIFIED as far as was checked: {_count(len(passes))} passed; not checked: {', '.join(unchecked)}"
-    return f"VERIFIED: {_count(len(passes))} passed, none failed"
+    verdict, _, done = verification.result.partition(" (")
+    return f"{verdict.upper()}{f' ({done}' if done else ''}: {_count(passes)} passed, none failed"
+
+
+def verdict_lines(verification: Verification) -> list[str]:
+    """What the verdict leaves open: parts that were not done and why, unmet requirements, and notes."""
+    return [
+        *(f"{part.name} {part.state}: {part.reason}" for part in verification.not_checked),
+        *(f"required, but {part.state}: {part.name}" for part in verification.unmet),
+        *verification.all_notes,
+    ]
 
 
 def _count(number: int) -> str:

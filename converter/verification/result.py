@@ -8,14 +8,22 @@ from typing import Any
 
 from converter.output.json_document import as_json
 
-PASSED, FAILED, SKIPPED, WARNING = "passed", "failed", "skipped", "warning"
+PASSED, FAILED, SKIPPED, WARNING, INCONCLUSIVE = "passed", "failed", "skipped", "warning", "inconclusive"
+VERIFIED, PARTLY_VERIFIED, NOT_VERIFIED = "verified", "partly verified", "not verified"
+DONE, NOT_CHECKED = "done", "not checked"
+
+# The parts of a verification, each a group of checks. `verified` means that all of them were done.
+PARTS = ("structure", "bytes", "outputs")
+# Other groups of checks, which no verdict needs.
+RECORD, REQUIRED = "record", "required"
 
 
 @dataclass(frozen=True)
 class Check:
     """One check of a group: structure, record, bytes or outputs.
 
-    `name` is unique within the group, `tensors` are the affected tensors, files or probes, the most important first.
+    A check that could not have failed is inconclusive, never passed. `name` is unique within the group, `tensors` are
+    the affected tensors, files or probes, the most important first.
     A comparison of outputs has the figures `error`, `tolerance` and `noise_floor`.
     """
 
@@ -51,6 +59,37 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A negative control: how far a canonical mistake, made in one block, moves the output of that block.
+
+    `mistake` completes the sentence "outputs cannot show ... in this checkpoint".
+    """
+
+    mistake: str
+    block: str
+    effect: float
+    tolerance: float
+
+    @property
+    def seen(self) -> bool:
+        """Whether the comparison of outputs would have shown the mistake."""
+        return not self.effect <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `PARTS`: done, failed, inconclusive or not checked, and the reason unless it was done.
+
+    `qualifier` limits what was done, such as `by mine.yaml`.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    qualifier: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """A PNG of the input or of features of one run; `name` is image, source, converted or difference."""
 
@@ -71,6 +110,10 @@ class Verification:
         seconds: Time spent in each stage.
         key_map: The source tensors of each converted tensor, in order; none for a generated one.
         pictures: The input and the features, if they were requested.
+        notes: Sentences that belong to the verdict, such as what the outputs cannot show.
+        controls: The negative controls.
+        qualifiers: Limits of what was done by part, such as `by mine.yaml` of the bytes.
+        required: The parts without which the verification is not ok.
     """
 
     converted: str
@@ -86,15 +129,94 @@ class Verification:
     seconds: Mapping[str, float] = field(default_factory=dict)
     key_map: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()
+    notes: Sequence[str] = ()
+    controls: Sequence[Control] = ()
+    qualifiers: Mapping[str, str] = field(default_factory=dict)
+    required: Sequence[str] = ()
+
+    @property
+    def parts(self) -> list[Part]:
+        """The state of each part, computed from the checks that were made."""
+        return [self._part(name) for name in PARTS]
+
+    def _part(self, name: str) -> Part:
+        # The worst verdict decides: one check that failed or could not fail leaves a part undone.
+        for verdict, state in ((FAILED, FAILED), (INCONCLUSIVE, INCONCLUSIVE), (PASSED, DONE), (SKIPPED, NOT_CHECKED)):
+            if check := next((c for c in self.checks if c.group == name and c.verdict == verdict), None):
+                reason = "" if state == DONE else check.detail
+                return Part(name, state, reason, self.qualifiers.get(name, "") if state == DONE else "")
+        return Part(name, NOT_CHECKED, "not part of this verification")
+
+    @property
+    def done(self) -> list[str]:
+        """What was done, such as `structure` and `bytes by mine.yaml`; with a record also `record`."""
+        passed = any(check.group == RECORD and check.verdict == PASSED for check in self.checks)
+        parts = [f"{part.name} {part.qualifier}".rstrip() for part in self.parts if part.state == DONE]
+        return [*parts, *([RECORD] if passed else [])]
+
+    @property
+    def verdict(self) -> str:
+        """`verified`, `partly verified` or `not verified`: what was done, and nothing more."""
+        if any(check.verdict == FAILED for check in self.checks) or not self.done:
+            return NOT_VERIFIED
+        return VERIFIED if all(part.state == DONE for part in self.parts) else PARTLY_VERIFIED
+
+    @property
+    def result(self) -> str:
+        """The verdict, with what was done if that is not all: `partly verified (structure, bytes)`."""
+        return f"{self.verdict} ({', '.join(self.done)})" if self.verdict == PARTLY_VERIFIED else self.verdict
+
+    @property
+    def not_checked(self) -> list[Part]:
+        """The parts that were neither done nor failed."""
+        return [part for part in self.parts if part.state in (NOT_CHECKED, INCONCLUSIVE)]
+
+    @property
+    def unmet(self) -> list[Part]:
+        """The required parts that were not done."""
+        return [part for part in self.parts if part.name in self.required and part.state != DONE]
+
+    @property
+    def requirements(self) -> list[Check]:
+        """A check for each required part: whether it was done."""
+        return [
+            Check(
+                REQUIRED,
+                part.name,
+                FAILED if part in self.unmet else PASSED,
+                f"{part.state}: {part.reason}".rstrip(": "),
+            )
+            for part in self.parts
+            if part.name in self.required
+        ]
 
     @property
     def ok(self) -> bool:
-        """Whether at least one check passed and none failed."""
-        verdicts = [check.verdict for check in self.checks]
-        return FAILED not in verdicts and PASSED in verdicts
+        """Whether no check failed and all that is required was done."""
+        return self.verdict != NOT_VERIFIED and not self.unmet
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, the comparisons left out of a part that was done, and the mistakes that no output would show."""
+        done = {part.name for part in self.parts if part.state == DONE}
+        skipped = [check for check in self.checks if check.verdict == SKIPPED and check.group in done]
+        unseen = dict.fromkeys(control.mistake for control in self.controls if not control.seen)
+        return [
+            *self.notes,
+            *(f"{check.name}: {check.detail}" for check in skipped),
+            *(f"outputs cannot show {mistake} in this checkpoint" for mistake in unseen),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: without pictures, and null for a number that is not finite."""
-        document = {"verified": self.ok, **as_json(replace(self, pictures=()))}
+        computed = {
+            "verdict": self.verdict,
+            "parts": {part.name: part.state for part in self.parts},
+            "not_checked": [{"part": part.name, "reason": part.reason} for part in self.not_checked],
+            "unmet": [part.name for part in self.unmet],
+        }
+        document: dict[str, Any] = computed | as_json(replace(self, pictures=(), notes=self.all_notes))
         del document["pictures"]
+        for control, made in zip(document["controls"], self.controls, strict=True):
+            control["seen"] = made.seen
         return document

@@ -26,7 +26,7 @@ from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, Origin
 from converter.verification.outputs import GROUP, Comparison, check_tokens, compare
 from converter.verification.reference_models import build_reference
-from converter.verification.result import FAILED, SKIPPED, Check, Picture, Trace
+from converter.verification.result import FAILED, SKIPPED, Check, Control, Picture, Trace
 from converter.verification.weights import ComparedSource
 
 # A block of SAM has fourteen tensors: too many to list.
@@ -51,12 +51,17 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of all runs; `reference` is the label of the implementation compared with."""
+    """The results of all runs.
+
+    `reference` is the label of the implementation compared with. `notes` are sentences of the verdict.
+    """
 
     checks: Sequence[Check]
     traces: Sequence[Trace] = ()
     pictures: Sequence[Picture] = ()
     reference: str = ""
+    notes: Sequence[str] = ()
+    controls: Sequence[Control] = ()
 
 
 def run_encoders(target: Converted, source: ComparedSource | None, options: RunOptions) -> RunResults:
