@@ -307,6 +307,24 @@ def test_no_other_hub_is_asked(place: Place) -> None:
     assert not [request for request in place.server.requests if request.host == "ms"]
 
 
+def test_hub_options_hold_for_every_source_of_a_command(place: Place, made: Path) -> None:
+    options = ("--hub", "modelscope", "--revision", "v1")
+    commands = {
+        "equal": ("diff", "org/sam", "org/sam/pytorch_model.bin"),
+        "my.yaml": ("mapping", "derive", "org/sam/meta", "org/sam/meta"),
+        "valid": ("mapping", "check", "my.yaml", "org/sam/meta"),
+    }
+    for says, command in commands.items():
+        done = place.run(*command, *options)
+        assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert {request.host for request in place.server.requests} == {"ms", "cdn"}
+    pages = [request.path for request in place.server.requests if "evision=" in request.path]
+    assert pages and all("evision=v1" in path for path in pages)
+    local = (made / "sam_vit_b.pth", made / "model.safetensors")
+    for verb in (("diff",), ("mapping", "derive", "-o", "new.yaml")):
+        assert "only applies to hub repositories" in place.refused(*verb, *local, *options, code=2)
+
+
 def test_a_login_page_is_not_a_hub(place: Place) -> None:
     page = (200, b"<!DOCTYPE html><html>Log in", {"Content-Type": "text/html"})
     place.server.faults = Faults("/api/", answer=page)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from converter.checkpoint.open import check_unchanged, open_checkpoint
+from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
 from converter.checkpoint.state_dict import largest_state_dict, unwrapped_names
 from converter.derivation.comparison import Comparison, plan_target
 from converter.derivation.mapping import Derived, build_mapping
@@ -14,6 +15,7 @@ from converter.derivation.matches import TensorMatch
 from converter.derivation.names import match_by_names
 from converter.layouts import registry
 from converter.layouts.detect import select_state_dicts
+from converter.options import HubOptions, check_choices
 from converter.output.target import check_not_source, check_target
 from converter.storage.atomic_output import atomic_file, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
@@ -31,6 +33,7 @@ def derive(
     force: bool = False,
     allow_partial: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
 ) -> Derived:
     """Write the mapping file that converts `source`, in an unknown layout, to the tensors of `target`.
 
@@ -47,28 +50,31 @@ def derive(
         force: Replace an existing file.
         allow_partial: Write the file even if tensors of the target were not matched.
         on_progress: Called with a description of the step, the bytes done, and the total bytes.
+        **hub_options: The fields of `converter.options.HubOptions`, for both checkpoints.
 
     Raises:
         SourceError: The target has no known layout, several tensors match equally well, or tensors inside the encoder
             have no match.
     """
-    path = Path(out)
+    path, hub = Path(out), HubOptions(**hub_options)
+    check_choices(family=(family, ("", *registry.families())))
     remove_stale(path)
     check_target(path, force, 0)
     with ExitStack() as stack:
-        opened = stack.enter_context(closing(open_checkpoint(source)))
+        opened = stack.enter_context(closing(open_checkpoint(source, hub)))
         chosen = largest_state_dict(select_state_dicts(opened, state_dict), opened.name)
         tensors = {key: lazy_read(tensor) for key, tensor in unwrapped_names(chosen.tensors, opened.name).items()}
         if str(target) in registry.layout_names() and not Path(target).exists():
             canonical, checkpoints = registry.canonical(registry.load(str(target)).family), [opened]
             comparison = Comparison(name or path.stem, opened.name, tensors, str(target), canonical, {})
         else:
-            other = stack.enter_context(closing(open_checkpoint(target)))
+            other = stack.enter_context(closing(open_checkpoint(target, hub)))
             plan, checkpoints = plan_target(other, family), [opened, other]
             expected = {**plan.outputs, **plan.extra_tensors}
             comparison = Comparison(name or path.stem, opened.name, tensors, other.name, plan.target, expected)
             other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
             opened.fetch(chosen.tensors.values(), on_progress)
+        check_hub_options(hub, checkpoints)
         check_not_source(path, checkpoints)
         matches = _find_matches(comparison, on_progress)
         derived = build_mapping(comparison, matches)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
-from converter.checkpoint.open import check_unchanged, open_checkpoint
+from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
 from converter.comparison.align import Named, Side, align, select_side
 from converter.comparison.difference import Block, Change, Difference, Figures, block_of, natural_sort_key
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
+from converter.options import HubOptions
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
@@ -23,6 +25,7 @@ def diff(
     *,
     state_dict: str | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
 ) -> Difference:
     """Compare two checkpoints: names, types, shapes, values, and how far each block moved.
 
@@ -34,6 +37,7 @@ def diff(
         b: Another checkpoint.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top); `A,B` for different ones.
         on_progress: Called as bytes are compared, measured or fetched; when fetching, also from other threads.
+        **hub_options: The fields of `converter.options.HubOptions`, for both checkpoints.
 
     Raises:
         DsocrError: A checkpoint cannot be read, or a checksum does not match.
@@ -41,8 +45,10 @@ def diff(
     first, _, second = (state_dict or "").partition(",")
     if "," in second:
         raise UsageError(f"--state-dict {state_dict}: expected one name, or A's and B's with a comma between")
+    hub = HubOptions(**hub_options)
     with ExitStack() as stack:
-        left, right = (stack.enter_context(closing(open_checkpoint(name))) for name in (a, b))
+        left, right = (stack.enter_context(closing(open_checkpoint(name, hub))) for name in (a, b))
+        check_hub_options(hub, (left, right))
         sides = select_side(left, first), select_side(right, second or first)
         found = _compare(sides, on_progress)
         check_unchanged((left, right))

@@ -20,6 +20,7 @@ from converter import reports
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
+from converter.options import HubOptions
 from converter.output.names import shorten
 from converter.storage.progress import OnProgress
 
@@ -48,24 +49,23 @@ class DiffOptions:
     quiet: Quiet = False
 
 
-@add_options(DiffOptions)
+@add_options(DiffOptions, HubOptions)
 def diff(a: A, b: B, **options: Any) -> None:
     """Compare two checkpoints and show how far each block moved. The exit code is 1 if they differ.
 
-    Formats and layouts may differ: both are compared under the DeepEncoder's names if possible. Choose a revision on a
-    hub with hf://org/name@REVISION.
+    Formats and layouts may differ: both are compared under the DeepEncoder's names if possible. For two revisions on a
+    hub, write hf://org/name@REVISION.
     """
-    chosen = DiffOptions(**options)
-    if chosen.html is not None:
-        reports.check_files(chosen.html)
+    html, json, quiet = (options.pop(name) for name in ("html", "json", "quiet"))
+    if html is not None:
+        reports.check_files(html)
     with ExitStack() as bars:
-        on_progress = _bar_per_task(bars, not chosen.quiet)
-        difference = converter.diff(a, b, state_dict=chosen.state_dict, on_progress=on_progress)
-    if not chosen.quiet:
+        difference = converter.diff(a, b, on_progress=_bar_per_task(bars, not quiet), **options)
+    if not quiet:
         console.say(*table(difference, shutil.get_terminal_size().columns, _can_encode_bar(sys.stderr.encoding)))
-    if chosen.html is not None:
-        _write_page(chosen.html, difference)
-    if chosen.json:
+    if html is not None:
+        _write_page(html, difference)
+    if json:
         console.result_json(difference.to_json())
     else:
         console.result("equal" if difference.equal else "different")

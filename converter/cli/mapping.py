@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from converter.cli import console, render
 from converter.cli.options import Json, Quiet, add_options, complete_layout
 from converter.errors import SourceError, UsageError
 from converter.layouts import registry
-from converter.options import ConvertOptions
+from converter.options import ConvertOptions, HubOptions
 from converter.output.names import fold_names
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ Target = Annotated[
         metavar="TARGET",
         autocompletion=complete_layout,
         help="The same weights in a known layout, or the name of a layout: then only names are compared.",
+    ),
+]
+
+MappingFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE.yaml... [SOURCE]", help="Mapping files; after a single one, a checkpoint to try it on."
     ),
 ]
 
@@ -61,14 +68,8 @@ def mapping_schema() -> None:
 
 
 @app.command("check")
-def check_mapping(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE.yaml... [SOURCE]", help="Mapping files; after a single one, a checkpoint to try it on."
-        ),
-    ],
-) -> None:
+@add_options(HubOptions)
+def check_mapping(paths: MappingFiles, **options: Any) -> None:
     """Check mapping files, and try one on a checkpoint."""
     first, *others = paths
     files = [first, *(path for path in others if path.suffix in (".yaml", ".yml"))]
@@ -79,7 +80,7 @@ def check_mapping(
     if any(codes):
         raise typer.Exit(max(codes))
     if sources:
-        record = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True)
+        record = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True, **options)
         console.result(*render.summary(record))
 
 
@@ -104,7 +105,9 @@ class DeriveOptions:
         Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
     ] = Path("my.yaml")
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the layout. [default: FILE]")] = ""
-    family: Annotated[Literal["sam", "clip"] | None, typer.Option(help="The encoder, if TARGET holds both.")] = None
+    family: Annotated[str, typer.Option("--family", metavar="FAMILY", help="The encoder, if TARGET holds several.")] = (
+        ""
+    )
     allow_partial: Annotated[
         bool, typer.Option("--partial", help="Write the file even if tensors of TARGET have no match.")
     ] = False
@@ -114,11 +117,10 @@ class DeriveOptions:
 
 
 @app.command("derive")
-@add_options(DeriveOptions, (ConvertOptions, ["state_dict"]))
+@add_options(DeriveOptions, (ConvertOptions, ["state_dict"]), HubOptions)
 def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
     """Write a mapping file for the layout of SOURCE by comparing its tensors with those of TARGET."""
     json, quiet = options.pop("json"), options.pop("quiet")
-    options["family"] = options["family"] or ""
     with console.Bar(enabled=not quiet) as bar:
         derived = converter.derive(source, target, on_progress=bar, **options)
     if not quiet or not derived.complete:
