@@ -633,6 +633,10 @@ def _a(name: str, families: tuple[str, ...], what: str, patch: Patch, tensor: st
     return Corruption(name, families, ARCHITECTURE, what, patch=patch, tensor=tensor)
 
 
+def layer_norm(epsilon: float) -> Callable[[Any], nn.LayerNorm]:
+    return lambda config: nn.LayerNorm(config.width, epsilon)
+
+
 def flip(dim: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.flip(dim)
 
@@ -915,7 +919,7 @@ CATALOGUE: list[Corruption] = [
     Corruption("another-checkpoint", BOTH, FILE, "the source is another checkpoint of the same layout", source="seed"),
     Corruption("another-family", BOTH, FILE, "the source is of the other family", source="family"),
     # Architecture
-    _a("sam-eps", SAM, "norms with an eps of 1e-5", replace(sam, "EPS", 1e-5), "{block}.0"),
+    _a("sam-eps", SAM, "norms with an eps of 1e-5", replace(sam, "_layer_norm", layer_norm(1e-5)), "{block}.0"),
     _a(
         "sam-neck-eps",
         SAM,
@@ -1021,7 +1025,7 @@ CATALOGUE: list[Corruption] = [
         replace(sam.SamEncoder, "forward", compressed_with_relu),
         "vision_model.pre_layrnorm",
     ),
-    _a("clip-eps", CLIP, "norms with an eps of 1e-6", replace(clip, "EPS", 1e-6), "pre_layrnorm"),
+    _a("clip-eps", CLIP, "norms with an eps of 1e-6", replace(clip, "_layer_norm", layer_norm(1e-6)), "pre_layrnorm"),
     _a("clip-gelu", CLIP, "gelu for quick_gelu", clip_mlp(F.gelu), "{block}.0"),
     _a("clip-gelu-tanh", CLIP, "gelu's tanh approximation for quick_gelu", clip_mlp(tanh_gelu), "{block}.0"),
     _a(

@@ -90,10 +90,10 @@ def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -
     plan = resolve_to_canonical(source(described(inventory(layout))), ConvertOptions(layout.partition("-")[0])).plan
     shapes = {name: value.shape for name, value in {**plan.outputs, **plan.extra_tensors}.items()}
     make, names = CONFIGS[layout]
-    assert make(shapes, True)
+    assert make(shapes, plan.assumptions, True)
     for name in names:
         with pytest.raises(LayoutError, match=name):
-            make({**shapes, name: shape}, True)
+            make({**shapes, name: shape}, plan.assumptions, True)
 
 
 def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:

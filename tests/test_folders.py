@@ -24,9 +24,11 @@ from torch import Tensor, nn
 import converter
 from converter.checkpoint.open import open_checkpoint
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
+from converter.layouts import registry
 from converter.options import ConvertOptions
 from converter.output.pretrained import config_files
 from converter.output.pretrained_config import sam as sam_documents
+from converter.plan.assumptions import assumed
 from converter.plan.planner import resolve
 from converter.storage import atomic_output
 
@@ -204,7 +206,7 @@ def test_sams_config_is_that_of_its_size(size: str, expected: dict[str, object])
 
     names = script("make_checkpoints").inventory("sam-meta", size)  # type: ignore[attr-defined]
     shapes = {name.removeprefix("image_encoder."): shape for name, (_, shape) in names.items()}
-    document, preprocessor = sam_documents(shapes, full_model=True)
+    document, preprocessor = sam_documents(shapes, assumed(registry.canonical("sam")), full_model=True)
     blocks = {"vit-b": [2, 5, 8, 11], "vit-l": [5, 11, 17, 23], "vit-h": [7, 15, 23, 31]}[size]
     usual = SamConfig()
     for name, value in {**expected, "global_attn_indexes": blocks}.items():
@@ -237,7 +239,7 @@ def test_clips_config_is_openais(tmp_path: Path) -> None:
         plan = resolve(opened, ConvertOptions("clip", "clip-hf", full_model=True), None).plan
     assert len(plan.outputs) == 590
     (tmp_path / "clip").mkdir()
-    for name, data in config_files(plan, full_model=True).items():
+    for name, data in config_files(plan, True, {}).items():
         (tmp_path / "clip" / name).write_bytes(data)
     found = CLIPConfig.from_pretrained(tmp_path / "clip")
     assert found.projection_dim == 768

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.options import split_options
 from converter.output.names import shorten
@@ -73,7 +74,9 @@ def convert(
         if is_folder_output(target, convert_options.layout):
             check_folder_output(target, convert_options.layout, format)
             # Also for a dry run, which then reports contradictory sizes.
-            documents = config_files(resolved.plan, convert_options.full_model)
+            documents = config_files(
+                resolved.plan, convert_options.full_model, read_normalization(opened[0], resolved.plan.remarks)
+            )
         notes = _donor_note(resolved.plan, donor)
         planned = make_plan_record(
             opened, resolved, output=target, format=format, dtype=convert_options.dtype, notes=notes

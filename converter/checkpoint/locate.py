@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path, PurePath, PurePosixPath
@@ -22,6 +23,9 @@ _STANDARD_NAMES = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
+# Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
+# such a file even where other checkpoints are in the folder.
+_DESCRIBED = re.compile(r"(open_clip_)?(model|pytorch_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index\.json)?")
 _INDEX_STEP = "download it again from where its checkpoint was published"
 # Number of file names in a message. Some repositories have hundreds of checkpoints.
 _MAX_SHOWN = 20
@@ -38,6 +42,7 @@ class Located(NamedTuple):
         weight_map: Shard names by tensor name, from the index; None without an index.
         commit: The commit of the hub repository; empty for local files.
         notes: Messages for the user about where the files were found.
+        open_config: Opens a config of the given name that describes the files; None if there is none.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Located(NamedTuple):
     weight_map: dict[str, str] | None = None
     commit: str = ""
     notes: tuple[str, ...] = ()
+    open_config: Callable[[str], SourceFile | None] = lambda name: None
 
 
 def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
@@ -78,7 +84,25 @@ def _looks_like_local_file(path: Path) -> bool:
 def _locate_local(path: Path) -> Located:
     if path.is_dir():
         path = path / choose_checkpoint(_files_in(path), str(path))
-    return _open_files(printable(str(path)), path, LocalFile, exists)
+    located = _open_files(printable(str(path)), path, LocalFile, exists)
+    return located._replace(open_config=lambda name: _open_local_config(path, name))
+
+
+def _open_local_config(weights: Path, name: str) -> SourceFile | None:
+    """Open a config next to the weights, if it describes them."""
+    names = _files_in(weights.parent)
+    return LocalFile(weights.with_name(name)) if name in names and _is_described(weights.name, names) else None
+
+
+def _is_described(name: str, names: Iterable[str]) -> bool:
+    """Return whether a config in a folder is that of the checkpoint `name`.
+
+    Args:
+        name: The checkpoint that was chosen.
+        names: All files in the folder.
+    """
+    others = [other for other in names if other.endswith(WEIGHT_SUFFIXES) and other != name]
+    return not others or _DESCRIBED.fullmatch(name) is not None
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -121,10 +145,16 @@ def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
         local = repository.download(name) if hub_options.download else repository.cached_file(name)
         return LocalFile(local) if local is not None else RemoteFile(repository, name)
 
+    def open_config(name: str) -> SourceFile | None:
+        weights = PurePosixPath(path)
+        names = [other.name for other in map(PurePosixPath, repository.files) if other.parent == weights.parent]
+        return open_(weights.with_name(name)) if name in names and _is_described(weights.name, names) else None
+
     located = _open_files(
         f"{repository.name}/{path}", PurePosixPath(path), open_, lambda path: str(path) in repository.files
     )
-    return located._replace(commit=repository.commit, notes=(*notes, *_cache_note(located.files, hub_options)))
+    notes = [*notes, *_cache_note(located.files, hub_options)]
+    return located._replace(commit=repository.commit, notes=tuple(notes), open_config=open_config)
 
 
 def _cache_note(files: Iterable[SourceFile], hub_options: HubOptions) -> list[str]:

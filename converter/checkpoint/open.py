@@ -35,6 +35,7 @@ class Checkpoint:
         contents: Tensors and other values of all files, nested as in the files.
         commit: The commit of the hub repository; empty for local files.
         notes: Messages for the user about where the files were found.
+        open_config: Opens a config of the given name that describes the files; None if there is none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Checkpoint:
     contents: Contents
     commit: str = ""
     notes: tuple[str, ...] = ()
+    open_config: Callable[[str], SourceFile | None] = lambda name: None
 
     @property
     def remote(self) -> list[RemoteFile]:
@@ -92,7 +94,9 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         shards = [contents for _, contents in opened]
         contents = shards[0] if located.weight_map is None else _join_shards(located, shards)
         stack.pop_all()
-    return Checkpoint(located.name, located.files, containers, contents, located.commit, located.notes)
+    return Checkpoint(
+        located.name, located.files, containers, contents, located.commit, located.notes, located.open_config
+    )
 
 
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:

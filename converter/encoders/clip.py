@@ -7,9 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders.config import ClipConfig
-from converter.encoders.functional import check_image_size, resample_abs_pos, split_heads
-
-EPS = 1e-5
+from converter.encoders.functional import ACTIVATIONS, check_image_size, resample_abs_pos, split_heads
 
 
 class ClipEncoder(nn.Module):
@@ -23,7 +21,7 @@ class ClipEncoder(nn.Module):
         super().__init__()
         self.config = config = config or ClipConfig()
         self.embeddings = _Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width, EPS)
+        self.pre_layrnorm = _layer_norm(config)
         self.transformer = _Transformer(config)
 
     def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None = None) -> Tensor:
@@ -93,9 +91,9 @@ class _Block(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, EPS)
+        self.layer_norm1 = _layer_norm(config)
         self.self_attn = _Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width, EPS)
+        self.layer_norm2 = _layer_norm(config)
         self.mlp = _Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +120,12 @@ class _Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.fc2 = nn.Linear(config.mlp, config.width)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        # quick_gelu, OpenAI's approximation. It differs from both the exact and the tanh GELU of torch.
-        y: Tensor = self.fc2(x * torch.sigmoid(1.702 * x))
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
         return y
+
+
+def _layer_norm(config: ClipConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.width, config.epsilon)

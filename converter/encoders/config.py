@@ -10,6 +10,18 @@ from math import isqrt
 from converter.errors import LayoutError
 
 Shapes = Mapping[str, Sequence[int]]
+# Activations of transformers' config.json, by all names of equal functions. `encoders.functional` computes them.
+ACTIVATION_NAMES = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,8 @@ class SamConfig:
         global_blocks: The indices of the blocks with global attention. All others attend within windows.
         neck: The number of channels of the neck.
         compressor: The output channels of net_2 and net_3, or None for Meta's SAM.
+        activation: The activation of the MLPs, by transformers' name.
+        epsilon: The epsilon of the blocks' layer norms. The neck's is always 1e-6.
     """
 
     image_size: int = 1024
@@ -41,6 +55,8 @@ class SamConfig:
     global_blocks: tuple[int, ...] = (2, 5, 8, 11)
     neck: int = 256
     compressor: tuple[int, int] | None = (512, 1024)
+    activation: str = "gelu"
+    epsilon: float = 1e-6
 
     @property
     def grid(self) -> int:
@@ -62,6 +78,8 @@ class ClipConfig:
         mlp: The hidden dimension of the MLPs.
         patch_convolution: Whether the checkpoint has a patch embedding. The DeepEncoder does not run it, so some
             checkpoints lack it.
+        activation: The activation of the MLPs, by transformers' name.
+        epsilon: The epsilon of the layer norms.
     """
 
     image_size: int = 224
@@ -72,6 +90,8 @@ class ClipConfig:
     heads: int = 16
     mlp: int = 4096
     patch_convolution: bool = True
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
 
     @property
     def grid(self) -> int:
@@ -79,11 +99,18 @@ class ClipConfig:
         return self.image_size // self.patch
 
 
-def sam_config_from(shapes: Shapes) -> SamConfig:
+def sam_config_from(
+    shapes: Shapes, activation: str = SamConfig.activation, epsilon: float = SamConfig.epsilon
+) -> SamConfig:
     """Infer the config of a SAM encoder from the shapes of its tensors by DeepSeek's names.
 
     A block is global if its relative position embeddings cover the whole image, so a window as large as the image
     counts as global.
+
+    Args:
+        shapes: The shapes of the tensors by name.
+        activation: The activation of the MLPs, which no shape shows.
+        epsilon: The epsilon of the blocks' layer norms, which no shape shows.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -111,6 +138,8 @@ def sam_config_from(shapes: Shapes) -> SamConfig:
         global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
         compressor=_compressor(shapes),
+        activation=activation,
+        epsilon=epsilon,
     )
 
 
@@ -120,11 +149,21 @@ def _compressor(shapes: Shapes) -> tuple[int, int] | None:
     return shape_of(shapes, "net_2.weight", 4)[0], shape_of(shapes, "net_3.weight", 4)[0]
 
 
-def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
+def clip_config_from(
+    shapes: Shapes,
+    head_width: int = 64,
+    activation: str = ClipConfig.activation,
+    epsilon: float = ClipConfig.epsilon,
+) -> ClipConfig:
     """Infer the config of a CLIP vision tower from the shapes of its tensors by DeepSeek's names.
 
-    Shapes do not determine the number of heads. All vision transformers that OpenAI published have 64 channels per
-    head. Without a patch convolution, the patch size and the channels are the defaults.
+    Without a patch convolution, the patch size and the channels are the defaults.
+
+    Args:
+        shapes: The shapes of the tensors by name.
+        head_width: The channels per head, which no shape shows. All vision transformers of OpenAI's CLIP have 64.
+        activation: The activation of the MLPs, which no shape shows.
+        epsilon: The epsilon of the layer norms, which no shape shows.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -149,6 +188,8 @@ def clip_config_from(shapes: Shapes, head_width: int = 64) -> ClipConfig:
         heads=width // head_width,
         mlp=shape_of(shapes, "transformer.layers.0.mlp.fc1.weight", 2)[0],
         patch_convolution=convolution in shapes,
+        activation=activation,
+        epsilon=epsilon,
     )
 
 

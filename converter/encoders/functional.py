@@ -1,10 +1,32 @@
-"""Functions that SAM and CLIP share: splitting attention heads, and resampling position embeddings."""
+"""Functions that SAM and CLIP share: activations, splitting attention heads, and resampling position embeddings."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU. It differs from both the exact and the tanh GELU of torch."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+# By the names that `ACTIVATION_NAMES` leads to.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders.config import SamConfig
-from converter.encoders.functional import check_image_size, resample_abs_pos, resample_rel_pos, split_heads
+from converter.encoders.functional import ACTIVATIONS, check_image_size, resample_abs_pos, resample_rel_pos, split_heads
 
-EPS = 1e-6
+_NECK_EPSILON = 1e-6
 
 
 class SamEncoder(nn.Module):
@@ -28,9 +28,9 @@ class SamEncoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(config, index in config.global_blocks) for index in range(config.depth))
         self.neck = nn.Sequential(
             nn.Conv2d(config.width, config.neck, 1, bias=False),
-            _LayerNorm2d(config.neck, EPS),
+            _LayerNorm2d(config.neck, _NECK_EPSILON),
             nn.Conv2d(config.neck, config.neck, 3, padding=1, bias=False),
-            _LayerNorm2d(config.neck, EPS),
+            _LayerNorm2d(config.neck, _NECK_EPSILON),
         )
         if config.compressor is not None:
             middle, last = config.compressor
@@ -80,9 +80,9 @@ class _Block(nn.Module):
     def __init__(self, config: SamConfig, is_global: bool) -> None:
         super().__init__()
         self.window = None if is_global else config.window
-        self.norm1 = nn.LayerNorm(config.width, EPS)
+        self.norm1 = _layer_norm(config)
         self.attn = _Attention(config, self.window or config.grid)
-        self.norm2 = nn.LayerNorm(config.width, EPS)
+        self.norm2 = _layer_norm(config)
         self.mlp = _Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,10 +139,15 @@ class _Mlp(nn.Module):
         super().__init__()
         self.lin1 = nn.Linear(config.width, config.mlp)
         self.lin2 = nn.Linear(config.mlp, config.width)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.lin2(F.gelu(self.lin1(x)))
+        y: Tensor = self.lin2(self.activation(self.lin1(x)))
         return y
+
+
+def _layer_norm(config: SamConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.width, config.epsilon)
 
 
 class _LayerNorm2d(nn.LayerNorm):

@@ -17,7 +17,16 @@ from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Resh
 # The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
 REQUIRED = ("layout", "family", "description", "detect")
 MAPPING = (*REQUIRED, "variables", "prefix", "rules", "other_rules", "drop_rest")
-CANONICAL = (*REQUIRED, "variables", "sizes", "encoder_prefix", "encoder_order", "tensors", "extra_tensors")
+CANONICAL = (
+    *REQUIRED,
+    "variables",
+    "sizes",
+    "assumptions",
+    "encoder_prefix",
+    "encoder_order",
+    "tensors",
+    "extra_tensors",
+)
 TENSOR = ("shape", "dtype", "optional", "generate", "positions")
 KINDS = ("int", "name", "path")
 # Each rule is compared with every name of a checkpoint.
@@ -61,6 +70,7 @@ def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
     _require(node, fields, *REQUIRED, "sizes", "encoder_prefix", "encoder_order", "tensors")
     variables = _variables(fields)
     extra_tensors = fields["extra_tensors"].as_dict("names and reasons") if "extra_tensors" in fields else {}
+    assumptions = fields["assumptions"].as_dict("names and values") if "assumptions" in fields else {}
     return CanonicalLayout(
         name=_line(fields["layout"], "the layout's name"),
         family=_line(fields["family"], "a family"),
@@ -69,6 +79,7 @@ def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
         location=node.location,
         digest=digest,
         sizes={name: size.as_int("a size") for name, size in fields["sizes"].as_dict("names and sizes").items()},
+        assumptions={name: value.as_str_or_number("a word or a number") for name, value in assumptions.items()},
         tensors=tuple(
             _tensor(name, spec, variables) for name, spec in fields["tensors"].as_dict("names and shapes").items()
         ),

@@ -171,6 +171,8 @@ class CanonicalLayout(LayoutSpec):
 
     Attributes:
         sizes: The sizes in DeepSeek-OCR by name.
+        assumptions: What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are
+            those of another part of a full model, such as `text_model.activation`.
         tensors: The tensors.
         extra_tensors: Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason.
             They allow conversions between other layouts.
@@ -179,6 +181,7 @@ class CanonicalLayout(LayoutSpec):
     """
 
     sizes: Mapping[str, int]
+    assumptions: Mapping[str, str | int | float]
     tensors: tuple[TensorSpec, ...]
     extra_tensors: tuple[tuple[Template, str], ...]
     encoder_prefix: str

@@ -110,6 +110,14 @@ class YamlNode:
             raise self.error(f"expected {what}, found {text!r}")
         return int(text)
 
+    def as_str_or_number(self, what: str) -> str | int | float:
+        """Return an integer or a finite float if the scalar is one, else its text."""
+        text = self.as_str(what)
+        if re.fullmatch("0|[1-9][0-9]{0,8}", text):
+            return int(text)
+        number = re.fullmatch(r"[0-9]+\.[0-9]+|[0-9]+(\.[0-9]+)?e-?[0-9]{1,2}", text)
+        return float(text) if number and not self.quoted else text
+
     def as_int_tuple(self, what: str) -> tuple[int, ...]:
         """Return one integer, or a list of at most MAX_DIMS integers."""
         items = [self] if self.is_scalar else self.as_list(what)

@@ -40,12 +40,13 @@ def check_folder_output(out: Path, layout: str, format: str) -> None:
         raise UsageError(f"--output {out}: names a folder, which needs safetensors, not {format}", "leave out --format")
 
 
-def config_files(plan: Plan, full_model: bool) -> dict[str, bytes]:
+def config_files(plan: Plan, full_model: bool, normalization: Mapping[str, object]) -> dict[str, bytes]:
     """Return the configuration files of a folder by name.
 
     Args:
         plan: The planned conversion to one of `LAYOUTS`.
         full_model: Whether the tensors are of the full model, not only of the vision encoder.
+        normalization: image_mean and image_std of the source, if it states them.
 
     Raises:
         LayoutError: The shapes do not belong to a model of the family.
@@ -56,13 +57,13 @@ def config_files(plan: Plan, full_model: bool) -> dict[str, bytes]:
     make = {"sam-hf": pretrained.sam, "clip-hf": pretrained.clip}[plan.layout]
     shapes = {name: value.shape for name, value in plan.canonical_tensors.items()}
     try:
-        config, preprocessor = make(shapes, full_model)
+        config, preprocessor = make(shapes, plan.assumptions, full_model)
     except LayoutError as error:
         raise LayoutError(f"{error}", "write the tensors alone: end --output in .safetensors") from error
     # The most frequent type, or the first by name of several: transformers loads all tensors with one type.
     floats = sorted(value.dtype.name for value in plan.outputs.values() if value.dtype.is_float)
     config["torch_dtype"] = Counter(floats).most_common(1)[0][0]
-    return {"config.json": _json(config), "preprocessor_config.json": _json(preprocessor)}
+    return {"config.json": _json(config), "preprocessor_config.json": _json({**preprocessor, **normalization})}
 
 
 @contextmanager

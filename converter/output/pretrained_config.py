@@ -1,8 +1,8 @@
 """transformers' config.json and preprocessor_config.json for SAM and CLIP.
 
-Sizes are read off the tensors' shapes. What no shape shows is the same in every published model of the family:
-activations, epsilons, heads of 64 channels in CLIP, eight heads in SAM's decoder, and the preprocessing of images. Keys
-are those that transformers 4.46 to 5.23 read.
+Sizes are read off the tensors' shapes. What no shape shows (activations, heads, epsilons) is in the plan's assumptions.
+The preprocessing of images is that of the published models of the family, but for the mean and deviation that a source
+states. Keys are those that transformers 4.46 to 5.23 read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from converter.encoders.config import ClipConfig, SamConfig, Shapes, clip_config_from, sam_config_from, shape_of
 from converter.errors import LayoutError
+from converter.plan.assumptions import Assumptions, values_of
 
 Json = dict[str, Any]
 
@@ -31,8 +32,8 @@ def sam_vision_config(sizes: SamConfig) -> Json:
         "num_pos_feats": sizes.neck // 2,
         "window_size": sizes.window,
         "global_attn_indexes": list(sizes.global_blocks),
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
+        "hidden_act": sizes.activation,
+        "layer_norm_eps": sizes.epsilon,
     }
 
 
@@ -42,21 +43,27 @@ def clip_vision_config(sizes: ClipConfig) -> Json:
         "image_size": sizes.image_size,
         "patch_size": sizes.patch,
         "num_channels": sizes.channels,
-        **_clip_tower(sizes.width, sizes.depth, sizes.heads, sizes.mlp),
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.mlp,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "hidden_act": sizes.activation,
+        "layer_norm_eps": sizes.epsilon,
     }
 
 
-def sam(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
+def sam(shapes: Shapes, assumptions: Assumptions, full_model: bool) -> tuple[Json, Json]:
     """Both documents for SamModel and SamProcessor, or for SamVisionModel.
 
     Args:
         shapes: Shapes of the tensors by canonical name.
+        assumptions: What no shape shows.
         full_model: Whether the tensors are of the full model, not only the encoder.
 
     Raises:
         LayoutError: Shapes contradict each other.
     """
-    sizes = sam_config_from(shapes)
+    sizes = sam_config_from(shapes, **values_of(assumptions))
     vision = {"model_type": "sam_vision_model", **sam_vision_config(sizes)}
     preprocessor = _sam_preprocessor(sizes.image_size)
     if not full_model:
@@ -68,33 +75,30 @@ def sam(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
         "hidden_size": sizes.neck,
         "mask_input_channels": shape_of(shapes, "prompt_encoder.mask_downscaling.3.weight", 4)[0],
         "num_point_embeddings": _count(shapes, "prompt_encoder.point_embeddings."),
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
+        **_stated(assumptions, "prompt_encoder", sizes.neck),
     }
     config = {
         "architectures": ["SamModel"],
         "model_type": "sam",
         "vision_config": vision,
         "prompt_encoder_config": prompts,
-        "mask_decoder_config": _sam_decoder(shapes, sizes.neck),
+        "mask_decoder_config": _sam_decoder(shapes, assumptions, sizes.neck),
     }
     return config, preprocessor | {"processor_class": "SamProcessor"}
 
 
-def _sam_decoder(shapes: Shapes, width: int) -> Json:
+def _sam_decoder(shapes: Shapes, assumptions: Assumptions, width: int) -> Json:
     final = shape_of(shapes, "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)
     return {
         "hidden_size": width,
         "mlp_dim": shape_of(shapes, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
         "num_hidden_layers": _count(shapes, "mask_decoder.transformer.layers."),
-        "num_attention_heads": 8,
         "attention_downsample_rate": width // final[0],
         # One more mask token is for single-mask output.
         "num_multimask_outputs": shape_of(shapes, "mask_decoder.mask_tokens.weight", 2)[0] - 1,
         "iou_head_depth": _count(shapes, "mask_decoder.iou_prediction_head.layers."),
         "iou_head_hidden_dim": shape_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
-        "hidden_act": "relu",
-        "layer_norm_eps": 1e-6,
+        **_stated(assumptions, "mask_decoder", width),
     }
 
 
@@ -112,17 +116,18 @@ def _sam_preprocessor(side: int) -> Json:
     }
 
 
-def clip(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
+def clip(shapes: Shapes, assumptions: Assumptions, full_model: bool) -> tuple[Json, Json]:
     """Both documents for CLIPModel, or for CLIPVisionModel. No checkpoint holds a tokenizer.
 
     Args:
         shapes: Shapes of the tensors by canonical name.
+        assumptions: What no shape shows.
         full_model: Whether the tensors are of the full model, not only the vision tower.
 
     Raises:
         LayoutError: Shapes contradict each other, or a width is no multiple of the heads'.
     """
-    sizes = clip_config_from(shapes)
+    sizes = clip_config_from(shapes, **values_of(assumptions))
     vision = {"model_type": "clip_vision_model", **clip_vision_config(sizes)}
     preprocessor = _clip_preprocessor(sizes.image_size)
     if not full_model:
@@ -133,16 +138,13 @@ def clip(shapes: Shapes, full_model: bool) -> tuple[Json, Json]:
         "model_type": "clip",
         **shared,
         "vision_config": vision | shared,
-        "text_config": _clip_text(shapes) | shared,
+        "text_config": _clip_text(shapes, assumptions) | shared,
     }
     return config, preprocessor
 
 
-def _clip_text(shapes: Shapes) -> Json:
+def _clip_text(shapes: Shapes, assumptions: Assumptions) -> Json:
     vocabulary, width = shape_of(shapes, "text_model.embeddings.token_embedding.weight", 2)
-    if width % 64:
-        raise LayoutError(f"text_model: {width} channels, expected a multiple of the heads' 64")
-    mlp = shape_of(shapes, "text_model.transformer.layers.0.mlp.fc1.weight", 2)[0]
     return {
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
@@ -150,19 +152,30 @@ def _clip_text(shapes: Shapes) -> Json:
         # The last two tokens of OpenAI's vocabulary begin and end a text.
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        **_clip_tower(width, _count(shapes, "text_model.transformer.layers."), width // 64, mlp),
-    }
-
-
-def _clip_tower(width: int, depth: int, heads: int, mlp: int) -> Json:
-    return {
         "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
+        "intermediate_size": shape_of(shapes, "text_model.transformer.layers.0.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": _count(shapes, "text_model.transformer.layers."),
+        **_stated(assumptions, "text_model", width),
     }
+
+
+def _stated(assumptions: Assumptions, part: str, width: int) -> Json:
+    """The keys of what no shape shows, for a part of a full model.
+
+    Args:
+        assumptions: What no shape shows.
+        part: The name of the part in assumptions.
+        width: The part's width.
+
+    Raises:
+        LayoutError: The width is no multiple of the heads' width.
+    """
+    values = values_of(assumptions, part)
+    if "head_width" in values and width % values["head_width"]:
+        raise LayoutError(f"{part}: {width} channels, expected a multiple of the heads' {values['head_width']}")
+    heads = {"num_attention_heads": width // values["head_width"]} if "head_width" in values else {}
+    heads |= {"num_attention_heads": values["heads"]} if "heads" in values else {}
+    return {**heads, "hidden_act": values["activation"], "layer_norm_eps": values["epsilon"]}
 
 
 def _clip_preprocessor(side: int) -> Json:

@@ -5,8 +5,7 @@ The document contains no times, machine names or folders: the same input gives t
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -16,7 +15,11 @@ from converter import __version__
 from converter.checkpoint.open import Checkpoint
 from converter.hub.address import is_address
 from converter.layouts import registry
+from converter.output.digests import TensorDigests
 from converter.output.json_document import as_json
+from converter.output.pretrained import is_folder_output
+from converter.plan.assumptions import Assumption, describe_differences
+from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
 from converter.storage.progress import OnProgress, progress_counter
@@ -87,6 +90,8 @@ class ConversionRecord:
         dropped: source tensors that were left out, and why.
         sizes: the model's sizes.
         unusual: sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's).
+        assumptions: what no tensor shows, such as the activation: the source's value, the DeepEncoder's, and the config
+            that states the source's value, or "assumed".
         notes: remarks for the user.
         fetched: bytes that were fetched from a hub, by file.
         written: False for a dry run.
@@ -108,6 +113,7 @@ class ConversionRecord:
     dropped: dict[str, str]
     sizes: dict[str, int]
     unusual: dict[str, tuple[int, int]]
+    assumptions: dict[str, Assumption]
     notes: list[str] = field(default_factory=list)
     fetched: dict[str, int] = field(default_factory=dict)
     written: bool = False
@@ -212,8 +218,34 @@ def make_record(
         dropped=dict(dropped),
         sizes=_by_family({family: resolved.plan.sizes for family, resolved in plans.items()}),
         unusual=_by_family({family: resolved.plan.unusual for family, resolved in plans.items()}),
-        notes=[*notes, *(note for source in sources for note in source.notes)],
+        assumptions=_by_family({family: _used_assumptions(resolved.plan) for family, resolved in plans.items()}),
+        notes=[
+            *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, output)),
+            *notes,
+            *(note for source in sources for note in source.notes),
+        ],
     )
+
+
+def _used_assumptions(plan: Plan) -> dict[str, Assumption]:
+    """The assumptions on the encoder, and on those parts of a full model that are converted."""
+    return {
+        name: assumption
+        for name, assumption in plan.assumptions.items()
+        for part in [name.rpartition(".")[0]]
+        if not part or any(tensor.startswith(f"{part}.") for tensor in plan.canonical_tensors)
+    }
+
+
+def _warnings(plan: Plan, target: str, output: Path | None) -> list[str]:
+    """Remarks on a source's config, and a warning if the output's encoder computes another function than the source."""
+    theirs, ours = describe_differences(plan.assumptions)
+    if not theirs or (output is not None and is_folder_output(output, target)):
+        return plan.remarks
+    outcome = f"{target} holds no config: set it where the weights are loaded"
+    if target.startswith("deepencoder"):
+        outcome = f"the DeepEncoder computes with {ours}: its outputs differ from the source's"
+    return [*plan.remarks, f"warning: the source computes with {theirs}; {outcome}"]
 
 
 def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> RecordedSource:
@@ -242,30 +274,6 @@ def count_dtypes(dtypes: Iterable[DType]) -> dict[str, int]:
     """Count equal types, in the order of the table of types."""
     counts = Counter(dtype.name for dtype in dtypes)
     return {name: counts[name] for name in BY_NAME if name in counts}
-
-
-class TensorDigests:
-    """SHA-256 of every output tensor, computed while the tensors are written.
-
-    Call it with each chunk of tensor data, in the order of `outputs`.
-    """
-
-    def __init__(self, outputs: Mapping[str, LazyTensor]) -> None:
-        self._hashes = {name: hashlib.sha256() for name in outputs}
-        # The tensors that are not complete, each with the number of bytes that follow.
-        self._pending = deque((self._hashes[name], nbytes(value)) for name, value in outputs.items() if nbytes(value))
-
-    def __call__(self, data: memoryview) -> None:
-        while data:
-            digest, expected = self._pending.popleft()
-            digest.update(data[:expected])
-            if expected > len(data):
-                self._pending.appendleft((digest, expected - len(data)))
-            data = data[expected:]
-
-    def hex(self, name: str) -> str:
-        """The digest of a tensor, in hexadecimal."""
-        return self._hashes[name].hexdigest()
 
 
 def record_document(
@@ -315,6 +323,7 @@ def record_document(
         "missing": record.missing,
         "sizes": record.sizes,
         "unusual": as_json(record.unusual),
+        "assumptions": as_json(record.assumptions),
     }
 
 

@@ -14,8 +14,9 @@ from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors
 from converter.formats.torch_zip import write_pth
 from converter.options import check_choices
+from converter.output.digests import TensorDigests
 from converter.output.pretrained import open_pretrained_folder
-from converter.output.record import ConversionRecord, TensorDigests
+from converter.output.record import ConversionRecord
 from converter.output.record_files import RecordFiles
 from converter.output.target import check_folder, check_not_source, check_target
 from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all

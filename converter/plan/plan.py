@@ -11,6 +11,7 @@ from converter.layouts.claims import summary
 from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import Applied, apply
+from converter.plan.assumptions import Assumption
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
 # One position per patch, and one for the class token.
@@ -34,6 +35,8 @@ class Plan:
         extra_tensors: Tensors that other layouts have but the DeepEncoder does not, by canonical names.
         layout: The name of the layout of the outputs.
         canonical_tensors: The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical.
+        assumptions: What no tensor shows, from the checkpoint's config or assumed.
+        remarks: Remarks for the user, such as on a config that cannot be used.
     """
 
     mapping: LayoutMapping
@@ -48,6 +51,8 @@ class Plan:
     extra_tensors: dict[str, LazyTensor] = field(default_factory=dict)
     layout: str = ""
     canonical_tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    assumptions: dict[str, Assumption] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.registry import LayoutEntry
 from converter.layouts.spec import LayoutMapping
 from converter.options import ConvertOptions, check_choices
+from converter.plan.assumptions import read_assumptions
 from converter.plan.plan import Plan, make_plan
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
@@ -59,9 +60,11 @@ def plan_to_canonical(
     canonical = registry.canonical(options.family)
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
     try:
-        return make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
+        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
     except MappingError as error:
         raise MappingError(str(error), _hint(mapping, options)) from error
+    plan.assumptions, plan.remarks = read_assumptions(opened, canonical, plan.sizes)
+    return plan
 
 
 def _hint(mapping: LayoutMapping, options: ConvertOptions) -> str:

@@ -46,6 +46,8 @@ def retarget(plan: Plan, target: LayoutMapping, donor: Plan | None, full_model: 
         rules=applied.rules,
         layout=target.name,
         canonical_tensors=values,
+        assumptions=plan.assumptions,
+        remarks=plan.remarks,
     )
 
 

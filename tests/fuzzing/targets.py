@@ -214,7 +214,7 @@ def plan(data: bytes) -> None:
     found = resolve(opened, options, None)
     _use_plan(found.plan)
     if options.to in LAYOUTS:
-        config_files(found.plan, options.full_model)
+        config_files(found.plan, options.full_model, {})
 
 
 _OPTIONS = [

@@ -1,0 +1,197 @@
+"""Configs next to a checkpoint: config.json of transformers and timm, and open_clip_config.json, in transformers' form.
+
+Configs are not trusted: their size is bounded, and what cannot be used is named in a remark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from converter.checkpoint.open import Checkpoint
+from converter.errors import ContainerError
+from converter.formats import strict_json
+
+Json = dict[str, Any]
+
+_CONFIG, _OPEN_CLIP_CONFIG, _PREPROCESSOR = "config.json", "open_clip_config.json", "preprocessor_config.json"
+# The configs of language models with a vision tower have 50 kB.
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 6
+_MAX_MLP_RATIO = 1000
+# timm's checkpoints that were trained with quick_gelu, under architecture names that compute gelu.
+_TIMM_QUICK_GELU = {"openai", "dfn2b", "dfn5b", "metaclip_400m", "metaclip_2pt5b"}
+
+
+class ConfigSection(NamedTuple):
+    """An object in a config.
+
+    Attributes:
+        file: The name of the config file.
+        path: The keys that lead to the object, joined with dots; empty for the whole config.
+        values: The object, with transformers' keys.
+        parent: The object that contains it; the object itself for the whole config.
+    """
+
+    file: str
+    path: str
+    values: Json
+    parent: Json
+
+    @property
+    def location(self) -> str:
+        """The file and the path, for messages."""
+        return f"{self.file}: {self.path}" if self.path else self.file
+
+    def section(self, name: str) -> ConfigSection | None:
+        """Return the object `name` beside this one, such as the text_config beside a vision_config."""
+        values = self.parent.get(name)
+        path = f"{self.path.rpartition('.')[0]}.{name}".lstrip(".")
+        return ConfigSection(self.file, path, values, self.parent) if isinstance(values, dict) else None
+
+
+def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], list[str]]:
+    """Return the objects in each config that describes a checkpoint, and remarks about files that cannot be used."""
+    names = [_CONFIG, _OPEN_CLIP_CONFIG]
+    if PurePath(checkpoint.name).name.startswith("open_clip"):
+        names.reverse()
+    remarks: list[str] = []
+    configs = [(name, _read(checkpoint, name, remarks)) for name in names]
+    return [list(_sections(name, "", _transformers_form(config))) for name, config in configs if config], remarks
+
+
+def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
+    """Return image_mean and image_std of the images that a checkpoint was trained with; empty if no file has both.
+
+    Args:
+        checkpoint: The checkpoint.
+        remarks: Remarks about files that cannot be used are added.
+    """
+    candidates = [
+        (_PREPROCESSOR, "", "image_"),
+        (_OPEN_CLIP_CONFIG, "preprocess_cfg", ""),
+        (_CONFIG, "pretrained_cfg", ""),
+    ]
+    for file, key, prefix in candidates:
+        config = _read(checkpoint, file, remarks)
+        values = _object(config, key) if key else config
+        found = {f"image_{name}": values.get(prefix + name) for name in ("mean", "std")}
+        if all(_are_channels(channels) for channels in found.values()):
+            return found
+    return {}
+
+
+def _are_channels(values: object) -> bool:
+    """Return whether values are three numbers from 0 to 1."""
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+    )
+
+
+def first_value(values: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any]:
+    """Return the first of some keys whose value is not null, and the value; empty and None if there is none."""
+    return next(((key, values[key]) for key in keys if values.get(key) is not None), ("", None))
+
+
+def _read(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
+    """Parse a config; empty if there is none or it cannot be used."""
+    try:
+        file = checkpoint.open_config(name)
+        if file is None:
+            return {}
+        with closing(file):
+            if file.size > _MAX_BYTES:
+                raise ValueError(f"{file.size} bytes; the limit is {_MAX_BYTES}")
+            config = strict_json.parse(file.read(0, file.size))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, ContainerError) as error:
+        remark = f"warning: {name} is ignored: {error}"
+        remarks += [remark] if remark not in remarks else []
+        return {}
+    return config
+
+
+def _sections(
+    file: str, path: str, values: Json, parent: Json | None = None, depth: int = 0
+) -> Iterator[ConfigSection]:
+    """Yield an object of a config, and all objects in it."""
+    yield ConfigSection(file, path, values, parent or values)
+    for key, value in values.items():
+        if isinstance(value, dict) and depth < _MAX_DEPTH:
+            yield from _sections(file, f"{path}.{key}".lstrip("."), value, values, depth + 1)
+
+
+def _transformers_form(config: Json) -> Json:
+    """Return a config of open_clip or timm with transformers' keys, and others as they are."""
+    open_clip = config.get("model_cfg", config)
+    if isinstance(open_clip, dict) and isinstance(open_clip.get("vision_cfg"), dict):
+        return {"vision_config": _open_clip_vision(open_clip), "text_config": _open_clip_text(open_clip)}
+    return _timm(config) if isinstance(config.get("architecture"), str) else config
+
+
+def _open_clip_vision(model: Json) -> Json:
+    tower = _object(model, "vision_cfg")
+    width, head_width = tower.get("width", 768), tower.get("head_width", 64)
+    heads = width // head_width if are_counts(width, head_width) else None
+    return {"patch_size": tower.get("patch_size", 16), **_open_clip_tower(model, tower, width, heads)}
+
+
+def _open_clip_text(model: Json) -> Json:
+    tower = _object(model, "text_cfg")
+    return _open_clip_tower(model, tower, tower.get("width", 512), tower.get("heads", 8))
+
+
+def _open_clip_tower(model: Json, tower: Json, width: Any, heads: Any) -> Json:
+    """Return the config of a tower, with open_clip's defaults for absent keys.
+
+    Args:
+        model: The config of both towers.
+        tower: The config of the tower.
+        width: The tower's width.
+        heads: The tower's number of heads.
+    """
+    ratio, is_tanh = tower.get("mlp_ratio", 4.0), _object(tower, "act_kwargs").get("approximate") == "tanh"
+    has_mlp = are_counts(width) and isinstance(ratio, int | float) and 0 < ratio <= _MAX_MLP_RATIO
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(width * ratio) if has_mlp else None,
+        "num_hidden_layers": tower.get("layers", 12),
+        "num_attention_heads": heads,
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu_pytorch_tanh" if is_tanh else "gelu",
+        "layer_norm_eps": _object(tower, "norm_kwargs").get("eps", 1e-5),
+    }
+
+
+def _timm(config: Json) -> Json:
+    """Return the config of timm's vision transformers of CLIP; empty for other architectures."""
+    architecture, width = config["architecture"], config.get("num_features", 0)
+    arguments = _object(config, "model_args")
+    patch = re.match(r"vit_[a-z0-9]+_patch([0-9]{1,3})(_plus)?_clip_", architecture)
+    if patch is None:
+        return {}
+    is_quick = "quickgelu" in architecture or _object(config, "pretrained_cfg").get("tag") in _TIMM_QUICK_GELU
+    return {
+        "hidden_size": width,
+        "patch_size": int(patch[1]),
+        # Heads have 64 channels up to the large size; larger ones have 16 heads, too.
+        "num_attention_heads": arguments.get("num_heads", min(width // 64, 16) if are_counts(width) else None),
+        "hidden_act": arguments.get("act_layer", "quick_gelu" if is_quick else "gelu"),
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _object(config: Json, key: str) -> Json:
+    """Return the object at a key; empty if there is none."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def are_counts(*values: Any) -> bool:
+    """Return whether values are positive integers that a size can have."""
+    return all(type(value) is int and 0 < value < 1 << 32 for value in values)

@@ -1,0 +1,198 @@
+"""What no tensor shows, such as the activation and the heads: read from the source's config, or else assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from converter.checkpoint.model_config import ConfigSection, are_counts, first_value, read_configs
+from converter.checkpoint.open import Checkpoint
+from converter.encoders.config import ACTIVATION_NAMES
+from converter.errors import printable
+from converter.layouts.spec import CanonicalLayout
+
+Value = str | int | float
+# The origin of a value that no config states.
+ASSUMED = "assumed"
+# Characters of a value of a config in a message.
+_MAX_VALUE_CHARS = 40
+# The keys in configs of sizes that canonical layouts name.
+_SIZES = {
+    "width": ("hidden_size", "width"),
+    "depth": ("num_hidden_layers", "layers"),
+    "mlp": ("intermediate_size", "mlp_dim"),
+    "patch": ("patch_size",),
+    "neck": ("output_channels",),
+}
+# The sizes that an object of a config must have to be that of an encoder, as far as the canonical layout names them.
+# Language models have no patches.
+_REQUIRED_SIZES = ("width", "patch")
+
+
+class Assumption(NamedTuple):
+    """A value that no tensor shows.
+
+    Attributes:
+        value: The value that the source computes with.
+        expected: The DeepEncoder's value.
+        origin: The config and the key that state the value; or "assumed", and then it is the DeepEncoder's.
+    """
+
+    value: Value
+    expected: Value
+    origin: str = ASSUMED
+
+
+Assumptions = Mapping[str, Assumption]
+
+
+def read_assumptions(
+    source: Checkpoint, target: CanonicalLayout, sizes: Mapping[str, int]
+) -> tuple[dict[str, Assumption], list[str]]:
+    """Return the values of a canonical layout's assumptions for a checkpoint, and remarks for the user.
+
+    Args:
+        source: The checkpoint, whose configs are read.
+        target: The canonical layout of its family.
+        sizes: The sizes of the encoder; a config of other sizes is not used.
+    """
+    configs, remarks = read_configs(source)
+    encoders = [section for config in configs for section in [_encoder_section(config, target, sizes)] if section]
+    if not encoders:
+        remarks += [
+            _other_sizes(section, sizes) for config in configs for section in config if _is_main(section, target)
+        ]
+    assumptions = assumed(target)
+    for name, assumption in assumptions.items():
+        found = [fact for section in encoders for fact in [_read(section, name, remarks)] if fact]
+        if found:
+            assumptions[name] = Assumption(found[0][0], assumption.expected, found[0][1])
+        remarks += [
+            f"{where} says {value}, {found[0][1]} says {found[0][0]}: the latter is used"
+            for value, where in found[1:]
+            if value != found[0][0]
+        ]
+    return assumptions, remarks
+
+
+def assumed(target: CanonicalLayout) -> dict[str, Assumption]:
+    """Return the assumptions on a checkpoint without a config."""
+    return {name: Assumption(value, value) for name, value in target.assumptions.items()}
+
+
+def values_of(assumptions: Assumptions, part: str = "") -> dict[str, Any]:
+    """Return the values of one part by their names without the part; of the encoder itself by default."""
+    split = {name.rpartition("."): assumption.value for name, assumption in assumptions.items()}
+    return {name: value for (of_part, _, name), value in split.items() if of_part == part}
+
+
+def differences(assumptions: Assumptions) -> dict[str, Assumption]:
+    """Return the values of the encoder that differ from the DeepEncoder's."""
+    return {
+        name: assumption
+        for name, assumption in assumptions.items()
+        if "." not in name and assumption.value != assumption.expected
+    }
+
+
+def describe_differences(assumptions: Assumptions) -> tuple[str, str]:
+    """Return the differing values in words: the source's, with their origin, and the DeepEncoder's; empty for none."""
+    different = differences(assumptions)
+    origins = ", ".join(dict.fromkeys(assumption.origin for assumption in different.values()))
+    theirs = ", ".join(f"{name.replace('_', ' ')} {assumption.value}" for name, assumption in different.items())
+    ours = ", ".join(f"{name.replace('_', ' ')} {assumption.expected}" for name, assumption in different.items())
+    return (f"{theirs} ({origins})", ours) if different else ("", "")
+
+
+def _encoder_section(
+    config: Iterable[ConfigSection], target: CanonicalLayout, sizes: Mapping[str, int]
+) -> ConfigSection | None:
+    """Return the object of a config that has the encoder's sizes; one in a vision_config before others."""
+    fitting = [section for section in config if _has_sizes(section.values, target, sizes)]
+    return min(fitting, key=lambda section: "vision" not in section.path, default=None)
+
+
+def _is_main(section: ConfigSection, target: CanonicalLayout) -> bool:
+    """Return whether an object is that of an encoder, and of the only one in its config."""
+    required = [name for name in _REQUIRED_SIZES if name in target.sizes]
+    has_sizes = all(first_value(section.values, _SIZES[name])[0] for name in required)
+    return has_sizes and section.path in ("", "vision_config")
+
+
+def _other_sizes(section: ConfigSection, sizes: Mapping[str, int]) -> str:
+    stated = {name: first_value(section.values, keys)[1] for name, keys in _SIZES.items() if name in sizes}
+    different = ", ".join(
+        f"{name} {_shown(value)} (not {sizes[name]})"
+        for name, value in stated.items()
+        if value not in (None, sizes[name])
+    )
+    return f"warning: {section.location} is ignored: it describes another encoder: {different or 'other heads'}"
+
+
+def _has_sizes(values: Mapping[str, Any], target: CanonicalLayout, sizes: Mapping[str, int]) -> bool:
+    stated = {name: first_value(values, keys)[1] for name, keys in _SIZES.items()}
+    required = [name for name in _REQUIRED_SIZES if name in target.sizes]
+    heads = first_value(values, _HEADS)[1]
+    if "head" in sizes and heads is not None and (not are_counts(heads) or sizes["head"] * heads != sizes["width"]):
+        return False
+    return all(stated[name] is not None for name in required) and all(
+        value is None or name not in sizes or value == sizes[name] for name, value in stated.items()
+    )
+
+
+def _read(encoder: ConfigSection, name: str, remarks: list[str]) -> tuple[Value, str] | None:
+    """Return a value that a config states, and where; None if it does not.
+
+    Args:
+        encoder: The encoder's object in the config; those of other parts are beside it.
+        name: The name of the assumption.
+        remarks: A remark about a value that cannot be used is added.
+    """
+    part, _, fact = name.rpartition(".")
+    section = encoder.section(f"{part.removesuffix('_model')}_config") if part else encoder
+    if section is None or fact not in _FACTS:
+        return None
+    keys, read = _FACTS[fact]
+    key, stated = first_value(section.values, keys)
+    if not key:
+        return None
+    value, location = read(stated, section.values), f"{section.location}{'.' if section.path else ': '}{key}"
+    if value is None:
+        remarks.append(
+            f"warning: {location} is {_shown(stated)}, which cannot be used: {fact.replace('_', ' ')} is assumed"
+        )
+        return None
+    return value, location
+
+
+def _shown(value: object) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
+
+
+def _activation(value: Any, section: Mapping[str, Any]) -> str | None:
+    return ACTIVATION_NAMES.get(value) if isinstance(value, str) else None
+
+
+def _head_width(value: Any, section: Mapping[str, Any]) -> int | None:
+    width = first_value(section, _SIZES["width"])[1]
+    return width // value if are_counts(width, value) and width % value == 0 else None
+
+
+def _heads(value: Any, section: Mapping[str, Any]) -> int | None:
+    return value if are_counts(value) and _head_width(value, section) else None
+
+
+def _epsilon(value: Any, section: Mapping[str, Any]) -> float | None:
+    return float(value) if isinstance(value, float) and math.isfinite(value) and 0 < value < 1 else None
+
+
+_HEADS = ("num_attention_heads", "heads")
+# The keys and the parser of each value by the name of its assumption. A parser returns None for unusable values.
+_FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Value | None]]] = {
+    "activation": (("hidden_act",), _activation),
+    "head_width": (_HEADS, _head_width),
+    "heads": (_HEADS, _heads),
+    "epsilon": (("layer_norm_eps", "rms_norm_eps"), _epsilon),
+}
