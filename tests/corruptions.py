@@ -567,8 +567,7 @@ def transposed_positions(table: Tensor, h: int, w: int) -> Tensor:
 def embeddings(token: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Patch:
     """CLIP's embeddings joined another way: of class token (B, 1, C), patches (B, N, C), positions (1, 1 + N, C)."""
 
-    def forward(self: Any, pixels: Tensor | None, patch_embeds: Tensor | None) -> Tensor:
-        patches = self._patches(pixels) if patch_embeds is None else patch_embeds
+    def forward(self: Any, patches: Tensor) -> Tensor:
         batch, _, h, w = patches.shape
         classes = self.class_embedding.expand(batch, 1, -1)
         return token(classes, patches.flatten(2).transpose(1, 2), self._positions(h, w))
@@ -582,8 +581,8 @@ def causal(self: Any, x: Tensor) -> Tensor:
     return self.out_proj(y)  # type: ignore[no-any-return]
 
 
-def without_pre_norm(self: Any, pixels: Tensor | None, patch_embeds: Tensor | None = None) -> Tensor:
-    return self.transformer(self.embeddings(pixels, patch_embeds))  # type: ignore[no-any-return]
+def without_pre_norm(self: Any, patches: Tensor) -> Tensor:
+    return self.embeddings(patches)  # type: ignore[no-any-return]
 
 
 def with_post_norm(self: Any, x: Tensor) -> Tensor:
@@ -1039,7 +1038,7 @@ CATALOGUE: list[Corruption] = [
         "clip-no-pre-norm",
         CLIP,
         "the norm before the blocks left out",
-        replace(clip.ClipEncoder, "forward", without_pre_norm),
+        replace(clip.ClipEncoder, "embed", without_pre_norm),
         "pre_layrnorm",
     ),
     _a(

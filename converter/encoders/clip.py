@@ -35,7 +35,13 @@ class ClipEncoder(nn.Module):
             ValueError: Height or width is not a multiple of the patch size, or `patch_embeds` is required: there are
                 no pixels, or there is no patch convolution.
         """
-        x: Tensor = self.transformer(self.pre_layrnorm(self.embeddings(pixels, patch_embeds)))
+        patches = self.embeddings.patches(pixels) if patch_embeds is None else patch_embeds
+        x: Tensor = self.transformer(self.embed(patches))
+        return x
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Return the first block's input (B, 1 + h*w, width) for patch embeddings (B, width, h, w)."""
+        x: Tensor = self.pre_layrnorm(self.embeddings(patches))
         return x
 
 
@@ -53,13 +59,13 @@ class _Embeddings(nn.Module):
         self.position_ids: Tensor
         self.register_buffer("position_ids", torch.arange(num_positions)[None])
 
-    def forward(self, pixels: Tensor | None, patch_embeds: Tensor | None) -> Tensor:
-        patches = self._patches(pixels) if patch_embeds is None else patch_embeds
+    def forward(self, patches: Tensor) -> Tensor:
         batch, _, h, w = patches.shape
         classes = self.class_embedding.expand(batch, 1, -1)
         return torch.cat([classes, patches.flatten(2).transpose(1, 2)], dim=1) + self._positions(h, w)
 
-    def _patches(self, pixels: Tensor | None) -> Tensor:
+    def patches(self, pixels: Tensor | None) -> Tensor:
+        """Return patch embeddings (B, width, h, w)."""
         if pixels is None or not self.config.patch_convolution:
             raise ValueError("patch_embeds is required: there are no pixels, or the encoder has no patch convolution")
         check_image_size(pixels, self.config.patch)

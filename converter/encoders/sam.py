@@ -54,24 +54,22 @@ class SamEncoder(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, H, W) to the output of Meta's encoder (B, neck, H/16, W/16), before the compressor."""
         check_image_size(pixels, self.config.patch)
-        x: Tensor = self.patch_embed(pixels)
-        x = x + resample_abs_pos(self.pos_embed, x.shape[1], x.shape[2])
+        x = self.embed(self.patch_embed.proj(pixels))
         for block in self.blocks:
             x = block(x)
         features: Tensor = self.neck(x.permute(0, 3, 1, 2))
         return features
 
+    def embed(self, patches: Tensor) -> Tensor:
+        """Add position embeddings to patch embeddings (B, C, h, w), and return the first block's input (B, h, w, C)."""
+        x = patches.permute(0, 2, 3, 1)
+        return x + resample_abs_pos(self.pos_embed, x.shape[1], x.shape[2])
+
 
 class _PatchEmbedding(nn.Module):
-    """Patch embedding of pixels (B, 3, H, W) as (B, h, w, C)."""
-
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches: Tensor = self.proj(pixels)
-        return patches.permute(0, 2, 3, 1)
 
 
 class _Block(nn.Module):

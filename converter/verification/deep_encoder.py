@@ -7,6 +7,7 @@ CLIP where it has none.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ def build_deep_encoder(family: Family, encoder: Any, device: torch.device) -> Pr
     parts = {part: getattr(model, part.prefix[:-1], None) for part in FAMILIES.values()}
     probes = [probe for part, module in parts.items() if module for probe in part.own_probes(module, part.prefix)]
     return ProbedEncoder(type(model).__name__, model, probes, model, OUTPUT)
+
+
+def sam_features(output: Tensor) -> Tensor:
+    """SAM's compressed features (B, C, side, side) in the output of a DeepEncoder (B, N, 2 * C)."""
+    features = output.chunk(2, dim=-1)[1].transpose(1, 2)
+    return features.reshape(*features.shape[:2], math.isqrt(features.shape[2]), -1)
 
 
 def _seed(model: nn.Module, device: torch.device) -> None:

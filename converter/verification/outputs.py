@@ -8,7 +8,7 @@ sum of their rounding errors, so the tolerance is a small multiple of the noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from converter.verification.probes import ProbedEncoder, record_features
-from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check, Trace, TracePoint
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check, Control, Trace, TracePoint
 
 GROUP = "outputs"
 
@@ -26,20 +26,44 @@ GROUP = "outputs"
 MARGIN = 3.0
 
 
+# Features by probe, in the order of execution.
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MistakenFeatures:
+    """What a probe of the tested encoder would have recorded with a mistake in the encoder."""
+
+    mistake: str
+    probe: str
+    features: Tensor
+
+
+MakeMistakes = Callable[[Features], Iterable[MistakenFeatures]]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The result of one run: the verdict, the errors by probe, and the label of the reference, if there was one.
 
-    `features` are the pixels, and the last features of the reference and of the tested encoder.
+    `features` are the pixels, and the last features of the reference and of the tested encoder. A comparison that
+    failed has no negative controls.
     """
 
     check: Check
     trace: Trace | None = None
     reference: str = ""
     features: tuple[Tensor, Tensor, Tensor] | None = None
+    controls: Sequence[Control] = ()
 
 
-def compare(tested: ProbedEncoder, reference: ProbedEncoder, pixels: Tensor, precision: torch.dtype) -> Comparison:
+def compare(
+    tested: ProbedEncoder,
+    reference: ProbedEncoder,
+    pixels: Tensor,
+    precision: torch.dtype,
+    make_mistakes: MakeMistakes = lambda features: (),
+) -> Comparison:
     """Run an encoder and its reference on the same pixels; both models are left in `precision`.
 
     Args:
@@ -47,27 +71,37 @@ def compare(tested: ProbedEncoder, reference: ProbedEncoder, pixels: Tensor, pre
         reference: Another implementation with the source's weights.
         pixels: The image (1, 3, size, size).
         precision: The type to compute in.
+        make_mistakes: Makes mistakes in the tested encoder, given its features.
     """
     with exact_float32():
         # float64 first: a model that has been rounded does not get its weights back.
         exact = _run_in(torch.float64, reference, pixels)
         rounded = _run_in(precision, reference, pixels)
         features = _run_in(precision, tested, pixels)
-    name = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}"
-    check, trace = _judge(name, features, rounded, exact, torch.finfo(precision).eps)
+        name = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}"
+        check, trace = _judge(name, features, rounded, exact, torch.finfo(precision).eps)
+        controls = _control(make_mistakes, features, rounded, trace) if check.verdict == PASSED else ()
     last = next(reversed(rounded))
     final = (pixels, rounded[last], features[last]) if last in features else None
-    return Comparison(check, trace, reference.label, final)
+    return Comparison(check, trace, reference.label, final, controls)
 
 
-def _run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> dict[str, Tensor]:
+@torch.inference_mode()
+def _control(make_mistakes: MakeMistakes, features: Features, rounded: Features, trace: Trace) -> list[Control]:
+    """Compare the features of each mistake with the reference's, like those of the tested encoder."""
+    tolerances = {point.probe: point.tolerance for point in trace.points}
+    return [
+        Control(each.mistake, each.probe, _distance(each.features, rounded[each.probe]), tolerances[each.probe])
+        for each in make_mistakes(features)
+    ]
+
+
+def _run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Features:
     encoder.model.to(precision)
     return record_features(encoder, pixels.to(precision))
 
 
-def _judge(
-    name: str, tested: Mapping[str, Tensor], rounded: Mapping[str, Tensor], exact: Mapping[str, Tensor], epsilon: float
-) -> tuple[Check, Trace]:
+def _judge(name: str, tested: Features, rounded: Features, exact: Features, epsilon: float) -> tuple[Check, Trace]:
     """Compare the tested features with the reference's, in the same precision and in float64, probe by probe.
 
     No noise floor is below `epsilon`, one rounding, even where the reference happens to round nothing.

@@ -60,9 +60,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Control:
-    """A negative control: how far a canonical mistake, made in one block, moves the output of that block.
+    """A negative control: a mistake made on purpose in one block.
 
-    `mistake` completes the sentence "outputs cannot show ... in this checkpoint".
+    Attributes:
+        mistake: Completes the sentence "outputs cannot show ... in this checkpoint".
+        block: The probe at which it was measured.
+        effect: The relative error that the comparison would have reported at this probe.
+        tolerance: The tolerance of the comparison at this probe.
     """
 
     mistake: str
@@ -200,11 +204,10 @@ class Verification:
         """The notes, the comparisons left out of a part that was done, and the mistakes that no output would show."""
         done = {part.name for part in self.parts if part.state == DONE}
         skipped = [check for check in self.checks if check.verdict == SKIPPED and check.group in done]
-        unseen = dict.fromkeys(control.mistake for control in self.controls if not control.seen)
         return [
             *self.notes,
             *(f"{check.name}: {check.detail}" for check in skipped),
-            *(f"outputs cannot show {mistake} in this checkpoint" for mistake in unseen),
+            *_unseen_mistakes(self.controls),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -220,3 +223,14 @@ class Verification:
         for control, made in zip(document["controls"], self.controls, strict=True):
             control["seen"] = made.seen
         return document
+
+
+def _unseen_mistakes(controls: Sequence[Control]) -> list[str]:
+    """A sentence for each mistake that no output would show, with its blocks if others would show it."""
+    notes = []
+    for mistake in dict.fromkeys(control.mistake for control in controls):
+        made = [control for control in controls if control.mistake == mistake]
+        if unseen := [control.block for control in made if not control.seen]:
+            place = "" if len(unseen) == len(made) else f"{', '.join(unseen)} of "
+            notes.append(f"outputs cannot show {mistake} in {place}this checkpoint")
+    return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Resample
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification import pictures, structure
+from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks, strongest
 from converter.verification.deep_encoder import (
     build_deep_encoder,
     build_deep_encoder_reference,
@@ -24,7 +26,7 @@ from converter.verification.deep_encoder import (
 )
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, Origin
-from converter.verification.outputs import GROUP, Comparison, check_tokens, compare
+from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
 from converter.verification.result import FAILED, SKIPPED, Check, Control, Picture, Trace
 from converter.verification.weights import ComparedSource
@@ -98,6 +100,7 @@ def run_encoders(target: Converted, source: ComparedSource | None, options: RunO
             for picture in pictures.draw(each.check.name, *each.features)
         ],
         reference=comparisons[0].reference if comparisons else "",
+        controls=strongest((control for each in comparisons for control in each.controls), family.prefix),
     )
 
 
@@ -111,6 +114,8 @@ def _compare_all(
         yield _compare_alone(family, encoder, source.origin, own, canonical, options)
     options.on_progress("outputs", 1, len(options.sizes) + 1)
     tested, reference = build_deep_encoder(family, encoder, options.device), None
+    part = tested.model.get_submodule(family.prefix[:-1])
+    make_mistakes = partial(mistakes_at_entry, family, part, family.prefix)
     if canonical:
         state = {**tested.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
         reference = build_deep_encoder_reference(tested.model, state, options.device)
@@ -119,7 +124,7 @@ def _compare_all(
         if reference is None:
             yield Comparison(check_tokens(tested, pixels, options.precision))
         else:
-            yield compare(tested, reference, pixels, options.precision)
+            yield compare(tested, reference, pixels, options.precision, make_mistakes)
         options.on_progress("outputs", done, len(options.sizes) + 1)
 
 
@@ -133,7 +138,12 @@ def _compare_alone(
         reference = build_reference(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
     reference.model.to(options.device)
     pixels = _pixels(options, encoder.config.image_size)
-    return compare(family.probed(encoder), reference, pixels, options.precision)
+
+    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
+        yield from mistakes_at_entry(family, encoder, "", features)
+        yield from mistakes_in_blocks(family, encoder, features)
+
+    return compare(family.probed(encoder), reference, pixels, options.precision, make_mistakes)
 
 
 def _pixels(options: RunOptions, size: int) -> Tensor:

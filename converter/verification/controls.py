@@ -1,0 +1,237 @@
+"""Negative controls: mistakes made on purpose, and the errors that the output check would have reported for them.
+
+With weights near zero, q and k can be exchanged without an effect on any output: the output check then passes, and
+proves nothing about q and k. Each mistake is made in a copy of one block of the converted encoder. The copy runs on the
+block's input in the tested run, and its output is compared with the reference like the block's own output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from converter.verification.deep_encoder import OUTPUT, sam_features
+from converter.verification.families import Family
+from converter.verification.outputs import Features, MistakenFeatures
+from converter.verification.result import Control
+
+# Makes a mistake in the copy of a block (or of an encoder), given its neighbour (or the encoder itself).
+Change = Callable[[Any, Any], None]
+
+
+def parts_exchanged(path: str, order: str) -> Change:
+    """Concatenate q, k and v in another order.
+
+    Args:
+        path: The fused linear layer.
+        order: The order, such as `kqv`.
+    """
+
+    def change(block: Any, neighbour: Any) -> None:
+        for name, tensor in block.get_submodule(path).named_parameters():
+            parts = dict(zip("qkv", tensor.chunk(3), strict=True))
+            _set(block, f"{path}.{name}", torch.cat([parts[part] for part in order]))
+
+    return change
+
+
+def parameters_exchanged(first: str, second: str) -> Change:
+    """Exchange two parameters of the same shape."""
+
+    def change(block: Any, neighbour: Any) -> None:
+        a, b = block.get_parameter(first), block.get_parameter(second)
+        _set(block, first, b)
+        _set(block, second, a)
+
+    return change
+
+
+def taken_from_neighbour(path: str) -> Change:
+    """Replace a parameter by that of the neighbour block."""
+
+    def change(block: Any, neighbour: Any) -> None:
+        _set(block, path, neighbour.get_parameter(path))
+
+    return change
+
+
+def first_row_last(path: str) -> Change:
+    """Move the first row of a table to its end."""
+
+    def change(encoder: Any, original: Any) -> None:
+        _set(encoder, path, encoder.get_parameter(path).roll(-1, 0))
+
+    return change
+
+
+def activation_exchanged(first: str, second: str, activation: Callable[[Tensor], Tensor]) -> Change:
+    """Compute another activation between the two layers of the MLP."""
+
+    def change(block: Any, neighbour: Any) -> None:
+        mlp = block.mlp
+        mlp.forward = lambda x: getattr(mlp, second)(activation(getattr(mlp, first)(x)))
+
+    return change
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def epsilon_exchanged(block: Any, neighbour: Any) -> None:
+    """Use an epsilon of 1e-5 in norms that have 1e-6, and 1e-6 in all others."""
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5 if module.eps < 5e-6 else 1e-6
+
+
+def interpolated(**options: Any) -> Change:
+    """Resample position embeddings with other options of `torch.nn.functional.interpolate`."""
+
+    def change(encoder: Any, original: Any) -> None:
+        embed = encoder.embed
+
+        def mistaken(patches: Tensor) -> Tensor:
+            with _Interpolation(options):
+                features: Tensor = embed(patches)
+            return features
+
+        encoder.embed = mistaken
+
+    return change
+
+
+class _Interpolation(TorchFunctionMode):
+    """Overrides the options of interpolations, in this thread only."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = self.options if func is F.interpolate else {}
+        return func(*args, **{**(kwargs or {}), **options})
+
+
+def _set(module: Any, path: str, tensor: Tensor) -> None:
+    """Replace a parameter of a module by its path."""
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The mistakes of one family. A name completes the sentence "outputs cannot show ... in this checkpoint".
+
+    Attributes:
+        blocks: Mistakes within a block.
+        entry: Mistakes between the patch convolution and the first block, which `encoder.embed` computes.
+    """
+
+    blocks: Mapping[str, Change]
+    entry: Mapping[str, Change] = field(default_factory=dict)
+
+
+_ACTIVATION = "GELU and quick_gelu exchanged"
+_RESAMPLED = {
+    "positions resampled without antialiasing": interpolated(antialias=False),
+    "positions resampled bilinearly": interpolated(mode="bilinear"),
+}
+MISTAKES = {
+    "sam": Mistakes(
+        blocks={
+            "q and k exchanged": parts_exchanged("attn.qkv", "kqv"),
+            "k and v exchanged": parts_exchanged("attn.qkv", "qvk"),
+            "a bias of the neighbour layer": taken_from_neighbour("attn.qkv.bias"),
+            "relative positions of rows and columns exchanged": parameters_exchanged(
+                "attn.rel_pos_h", "attn.rel_pos_w"
+            ),
+            _ACTIVATION: activation_exchanged("lin1", "lin2", quick_gelu),
+            "another epsilon": epsilon_exchanged,
+        },
+        entry=_RESAMPLED,
+    ),
+    "clip": Mistakes(
+        blocks={
+            "q and k exchanged": parts_exchanged("self_attn.qkv_proj", "kqv"),
+            "k and v exchanged": parts_exchanged("self_attn.qkv_proj", "qvk"),
+            "a bias of the neighbour layer": taken_from_neighbour("self_attn.qkv_proj.bias"),
+            _ACTIVATION: activation_exchanged("fc1", "fc2", F.gelu),
+            "another epsilon": epsilon_exchanged,
+        },
+        entry={
+            "the class token's position at the end": first_row_last("embeddings.position_embedding.weight"),
+            **_RESAMPLED,
+        },
+    ),
+}
+
+
+def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iterator[MistakenFeatures]:
+    """Make each mistake in the first block and in the last one with the same shapes.
+
+    They are the least and the most affected by rounding. A block of other shapes, SAM's with global attention, takes
+    several times as long.
+
+    Args:
+        family: The encoder's family.
+        encoder: The converted encoder, as it ran by itself.
+        features: Its features at every probe.
+    """
+    blocks: list[Any] = list(encoder.get_submodule(family.blocks))
+    shapes = [[tensor.shape for tensor in block.parameters()] for block in blocks]
+    late = max(index for index, each in enumerate(shapes) if each == shapes[0])
+    for index in sorted({0, late}):
+        before = features[f"{family.blocks}.{index - 1}" if index else family.entry]
+        neighbour = blocks[index - 1 if index else min(1, len(blocks) - 1)]
+        for name, change in MISTAKES[family.name].blocks.items():
+            mistaken = _changed(blocks[index], neighbour, change)
+            yield MistakenFeatures(name, f"{family.blocks}.{index}", mistaken(before))
+
+
+def mistakes_at_entry(family: Family, encoder: Any, prefix: str, features: Features) -> Iterator[MistakenFeatures]:
+    """Make each mistake between the patch convolution and the first block.
+
+    Args:
+        family: The encoder's family.
+        encoder: The converted encoder, as it ran by itself or in a DeepEncoder.
+        prefix: Prefix of the encoder's probes.
+        features: The features at every probe.
+    """
+    for name, change in MISTAKES[family.name].entry.items():
+        patches = features.get(prefix + family.patches)
+        # In a DeepEncoder, SAM's features take the place of CLIP's patches.
+        patches = sam_features(features[OUTPUT]) if patches is None else patches
+        yield MistakenFeatures(name, prefix + family.entry, _changed(encoder, encoder, change).embed(patches))
+
+
+def _changed(module: nn.Module, neighbour: nn.Module, change: Change) -> Any:
+    """A copy of a module with a mistake; unchanged tensors are shared."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    changed = copy.deepcopy(module, shared)
+    change(changed, neighbour)
+    return changed
+
+
+def strongest(controls: Iterable[Control], prefix: str) -> list[Control]:
+    """The largest error of each mistake and probe in several runs, as one run that shows it is enough.
+
+    Args:
+        controls: The controls of all runs.
+        prefix: Prefix of the encoder's probes in a DeepEncoder, which is removed.
+    """
+    found: dict[tuple[str, str], Control] = {}
+    for control in controls:
+        control = replace(control, block=control.block.removeprefix(prefix))
+        best = found.setdefault((control.mistake, control.block), control)
+        if control.effect / control.tolerance > best.effect / best.tolerance:
+            found[control.mistake, control.block] = control
+    return list(found.values())
