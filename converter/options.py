@@ -35,6 +35,7 @@ class ConvertOptions:
         dtype: The type of floating-point tensors: keep, float32, float16 or bfloat16.
         image_size: The side of images in pixels to resample CLIP's position embeddings for.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
+        prefix: The prefix of the encoder's tensor names in a checkpoint that holds several.
 
     Raises:
         UsageError: A value is not allowed, or options contradict each other.
@@ -58,6 +59,10 @@ class ConvertOptions:
     )
     state_dict: str | None = field(
         default=None, metadata=_cli("State dict of a file with several (model, ema; . for the top).", metavar="NAME")
+    )
+    prefix: str | None = field(
+        default=None,
+        metadata=_cli("Where the encoder is in a checkpoint with several, such as student. .", metavar="PREFIX"),
     )
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -
 def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
     (mapping,) = (mapping for mapping in registry.mappings("sam") if mapping.name == "sam-meta")
     telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
-    tensors = telling | described({f"unheard.of.{i}.y": (1,) for i in range(9)})
+    tensors = telling | described({f"image_encoder.unheard.of.{i}.y": (1,) for i in range(9)})
     with pytest.raises(LayoutError) as caught:
         detect_layout(source(tensors), "sam", registry.entries("sam"), None)
     message = str(caught.value)

@@ -427,7 +427,7 @@ Q5 = "vision_model.encoder.layers.5.self_attn.q_proj.weight"
         (without(META, "image_encoder.blocks.7.attn.qkv.bias"), "sam", "missing tensor 'blocks.7.attn.qkv.bias'"),
         (without(HF, Q5), "clip", rf"clip-hf.yaml:\d+: '{Q5}' is missing next to"),
         ({**META, "image_encoder.cls": ("float32", (1,))}, "sam", "no rule claims 'image_encoder.cls'"),
-        ({**HF, "extra.weight": ("float32", (1,))}, "clip", "no rule claims 'extra.weight'"),
+        ({**HF, "vision_model.extra.weight": ("float32", (1,))}, "clip", "no rule claims 'vision_model.extra.weight'"),
         (
             with_shape(META, "image_encoder.blocks.3.norm1.bias", 767),
             "sam",

@@ -13,7 +13,8 @@ from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkp
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import DsocrError
 from converter.layouts import registry
-from converter.layouts.detect import detect_layouts, nearest_layout, select_state_dicts
+from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
+from converter.layouts.explain import nearest_layout
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
 from converter.output.names import fold, layer_indices
@@ -123,7 +124,7 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
 def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
     state_dicts = select_state_dicts(opened, state_dict)
     largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
-    layouts = [layout for family in registry.families() if (layout := _matched_layout(opened, family, state_dicts))]
+    layouts = [layout for family in registry.families() for layout in _matched_layouts(opened, family, state_dicts)]
     mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]
     return Inspection(
         source=opened.name,
@@ -139,11 +140,16 @@ def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
     )
 
 
-def _matched_layout(opened: Checkpoint, family: str, state_dicts: list[StateDict]) -> MatchedLayout | None:
-    """Detect a family's layout and plan its conversion; None if no layout of the family matches."""
-    detected = detect_layouts(opened, registry.entries(family), state_dicts)
-    if not detected:
-        return None
+def _matched_layouts(opened: Checkpoint, family: str, state_dicts: list[StateDict]) -> list[MatchedLayout]:
+    """Detect the encoders of a family, and plan the conversion of each."""
+    by_prefix: dict[str, list[DetectedLayout]] = {}
+    for detected in detect_layouts(opened, registry.entries(family), state_dicts):
+        by_prefix.setdefault(detected.match.full_prefix, []).append(detected)
+    return [_matched_layout(opened, family, found) for found in by_prefix.values()]
+
+
+def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayout]) -> MatchedLayout:
+    """Plan the conversion of an encoder that the state dicts have under the same prefix."""
     first = detected[0]
     layout = first.match.layout
     record, problem = None, ""
@@ -157,7 +163,7 @@ def _matched_layout(opened: Checkpoint, family: str, state_dicts: list[StateDict
         family=family,
         layout=layout.name,
         description=layout.description,
-        prefix=first.wrapper + first.match.prefix,
+        prefix=first.match.full_prefix,
         state_dicts=[each.state_dict.path or "." for each in detected],
         evidence=first.match.evidence,
         record=record,

@@ -13,6 +13,7 @@ from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, make_record
+from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
 
@@ -158,7 +159,7 @@ def extract_encoder(source: Checkpoint, with_projector: bool) -> EncoderParts:
     _check_compressor(plans, tensors, source.name)
     if with_projector:
         tensors |= _projector(source, plans["sam"])
-    other_parts = {resolved.plan.mapping.drop_rest for resolved in plans.values()}
+    other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
     dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
     return EncoderParts([source], plans, tensors, {}, dropped)
@@ -177,9 +178,10 @@ def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> 
     used = {(tensor.storage.file, tensor.key) for value in tensors.values() for tensor in source_tensors(value)}
     dropped: dict[str, str] = {}
     for detected, plan in plans.values():
-        files = {tensor.key: tensor.storage.file for tensor in detected.tensors.values()}
+        read = (*detected.tensors.values(), *detected.outside.values())
+        files = {tensor.key: tensor.storage.file for tensor in read}
         for key, reason in plan.dropped.items():
-            if reason != plan.mapping.drop_rest:
+            if reason != (plan.mapping.drop_rest or OUTSIDE):
                 dropped[key] = reason
             elif (files.get(key), key) not in used:
                 # The other family may have a better reason.

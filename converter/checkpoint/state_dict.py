@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import dropwhile
+from types import MappingProxyType
 from typing import NamedTuple
 
 from converter.errors import ContainerError, LayoutError, printable
@@ -23,10 +24,23 @@ class StateDict(NamedTuple):
     Attributes:
         path: The keys of the dict in the file, joined by dots; empty for the top level.
         tensors: The tensors by name.
+        unselected: The tensors whose names do not begin with the prefix that the user chose (--prefix).
     """
 
     path: str
-    tensors: dict[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
+    unselected: Mapping[str, TensorInfo] = MappingProxyType({})
+
+    def under(self, prefix: str) -> StateDict:
+        """Return the state dict of the tensors whose names begin with a prefix, with or without their wrappers."""
+        prefix = prefix.rstrip(".") + "." if prefix.strip(".") else ""
+        selected = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix) or _without_wrappers(name).startswith(prefix)
+        }
+        unselected = {name: tensor for name, tensor in self.tensors.items() if name not in selected}
+        return StateDict(self.path, selected, unselected)
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:
@@ -57,7 +71,7 @@ def largest_state_dict(candidates: list[StateDict], source: str) -> StateDict:
     return largest[0]
 
 
-def unwrapped_names(tensors: dict[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
+def unwrapped_names(tensors: Mapping[str, TensorInfo], source: str) -> Mapping[str, TensorInfo]:
     """Remove the segments of torch.compile, DDP and FSDP from names; ContainerError if two names become equal."""
     if not any(segment in name for name in tensors for segment in (*_WRAPPERS, "module.")):
         return tensors
@@ -70,7 +84,9 @@ def _without_wrappers(name: str) -> str:
     return ".".join([*dropwhile(lambda segment: segment == "module", segments[:-1]), *segments[-1:]])
 
 
-def without_common_prefixes(tensors: dict[str, TensorInfo], source: str) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+def without_common_prefixes(
+    tensors: Mapping[str, TensorInfo], source: str
+) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
     """Yield the removed prefix and the tensors, removing one more common leading segment each time."""
     prefix = ""
     for _ in range(_MAX_PREFIXES if tensors else 0):
@@ -83,7 +99,7 @@ def without_common_prefixes(tensors: dict[str, TensorInfo], source: str) -> Iter
         tensors = _renamed(tensors, {name: name.removeprefix(segment) for name in tensors}, source)
 
 
-def _renamed(tensors: dict[str, TensorInfo], names: dict[str, str], source: str) -> dict[str, TensorInfo]:
+def _renamed(tensors: Mapping[str, TensorInfo], names: dict[str, str], source: str) -> dict[str, TensorInfo]:
     """Return the tensors by new names. `TensorInfo.key`, which messages show, is unchanged."""
     result: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():

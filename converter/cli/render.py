@@ -134,7 +134,8 @@ def _shapes(group: Group) -> str:
 
 
 def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
-    yield f"{layout.family}: layout {layout.layout}, {layout.description}"
+    where = f", under the prefix {layout.prefix}" if layout.prefix else ""
+    yield f"{layout.family}: layout {layout.layout}, {layout.description}{where}"
     yield f"  detected by {', '.join(layout.evidence)}"
     if len(layout.state_dicts) > 1:
         yield f"  choose one with --state-dict: {', '.join(layout.state_dicts)}"

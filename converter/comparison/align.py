@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from itertools import product
 from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names, without_common_prefixes
-from converter.errors import LayoutError, MappingError
+from converter.errors import MappingError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
 from converter.layouts.template import any_match
@@ -58,9 +57,10 @@ def select_side(opened: Checkpoint, path: str) -> Side:
     chosen = largest_state_dict(entries, opened.name)
     detected: dict[str, DetectedLayout] = {}
     for family in registry.families():
-        # A checkpoint that fits two layouts is compared by its own names.
-        with suppress(LayoutError):
-            detected.update((family, layout) for layout in detect_layouts(opened, registry.entries(family), [chosen]))
+        # A checkpoint with several encoders of a family is compared by its own names.
+        layouts = detect_layouts(opened, registry.entries(family), [chosen])
+        if len(layouts) == 1:
+            detected[family] = layouts[0]
     return Side(opened, chosen, detected)
 
 
@@ -85,7 +85,7 @@ def align(a: Side, b: Side) -> AlignedTensors:
     return AlignedTensors(_read(left_own), _read(right_own), [], notes)
 
 
-def _own(side: Side) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
     """A side's tensors under their own names, with more of what all begin with removed each time, and that prefix."""
     return without_common_prefixes(unwrapped_names(side.state_dict.tensors, side.opened.name), side.opened.name)
 

@@ -10,11 +10,17 @@ _Key = TypeVar("_Key")
 # A part of a dotted name that is a number.
 _INDEX = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 
+_MAX_SHOWN_CHARS = 200
+
 
 def shorten(names: Sequence[str], shown: int = 3) -> str:
-    """The first `shown` names and the number of others, such as `a, b, c and 4 more`."""
+    """The first `shown` names, long ones cut, and the number of others, such as `a, b, c and 4 more`."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(_cut(name) for name in names[:shown]) + more
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _MAX_SHOWN_CHARS else f"{name[:_MAX_SHOWN_CHARS]}..."
 
 
 def fold(name: str) -> str:

@@ -252,7 +252,11 @@ def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> R
     files = {file.name: file.size for file in source.files}
     mappings = [
         RecordedMapping(
-            family, resolved.plan.mapping.name, resolved.plan.mapping.digest, detected.state_dict.path, detected.wrapper
+            family,
+            resolved.plan.mapping.name,
+            resolved.plan.mapping.digest,
+            detected.state_dict.path,
+            detected.match.wrapper,
         )
         for family, resolved in plans.items()
         for detected in [resolved.detected]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from converter.errors import MappingError
@@ -11,6 +11,9 @@ from converter.layouts.spec import Rule
 from converter.layouts.template import Bindings
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import apply_op
+
+# Why a tensor outside the encoder is dropped, where the mapping gives no reason.
+OUTSIDE = "not part of the encoder"
 
 
 @dataclass(slots=True, eq=False)
@@ -28,13 +31,20 @@ class Applied:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: str) -> Applied:
+def apply(
+    rules: tuple[Rule, ...],
+    tensors: Mapping[str, LazyTensor],
+    source: str,
+    is_outside: Callable[[str], bool] = lambda name: False,
+) -> Applied:
     """Apply rules to tensors.
 
     Args:
         rules: The rules; their order does not matter.
         tensors: The tensors by name.
         source: The checkpoint's name, for error messages.
+        is_outside: Whether a tensor of that name is outside the encoder. No such tensor is an error: if no rule claims
+            it, or its rule does not fit it, it is dropped.
 
     Raises:
         MappingError: A name is claimed or produced by no rule or by two, or an operation does not fit a tensor.
@@ -44,11 +54,15 @@ def apply(rules: tuple[Rule, ...], tensors: Mapping[str, LazyTensor], source: st
         f"{name!r} is claimed by two rules: {first.location} ({first.text}) and {second.location} ({second.text})"
         for name, first, second in claims.duplicates
     ]
-    problems += [f"no rule claims {name!r}" for name in claims.unclaimed]
+    problems += [f"no rule claims {name!r}" for name in claims.unclaimed if not is_outside(name)]
     problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched_rules(rules)]
-    applied = Applied()
+    applied = Applied(dropped={name: OUTSIDE for name in claims.unclaimed if is_outside(name)})
     for (index, bindings), parts in claims.groups.items():
-        problems += _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
+        found = _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
+        if found and all(map(is_outside, parts.values())):
+            applied.dropped.update((name, f"{OUTSIDE}, and {found[0]}") for name in parts.values())
+        else:
+            problems += found
     if problems:
         raise MappingError(f"{source}: {summary(problems)}")
     return applied

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from converter.errors import MappingError, UsageError
 from converter.layouts.claims import summary
+from converter.layouts.marks import find_adapters
 from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
-from converter.plan.apply import Applied, apply
+from converter.plan.apply import OUTSIDE, Applied, apply
 from converter.plan.assumptions import Assumption
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, resampled, source_tensors
 
@@ -85,10 +86,12 @@ def make_plan(
         MappingError: The tensors do not fit the mapping or the canonical layout.
         UsageError: The canonical layout does not allow this image size.
     """
-    kept = {name: value for name, value in tensors.items() if name.startswith(prefix) or not mapping.drop_rest}
+    is_outside = _outside(mapping, prefix, target)
+    has_other_rules = bool(prefix and mapping.other_rules)
+    kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
     where = f"{source}: by {mapping.location.file}"
-    applied = apply(mapping.rules_for(prefix), kept, where)
-    applied.dropped.update((name, mapping.drop_rest) for name in tensors if name not in kept)
+    applied = apply(mapping.rules_for(prefix), kept, where, is_outside)
+    applied.dropped.update((name, mapping.drop_rest or OUTSIDE) for name in tensors if name not in kept)
     # By the names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
     plan = Plan(mapping, target, {}, dropped, layout=target.name)
@@ -104,6 +107,22 @@ def make_plan(
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
     }
     return plan
+
+
+def _outside(mapping: LayoutMapping, prefix: str, target: CanonicalLayout) -> Callable[[str], bool]:
+    """Return a function that says whether a tensor is outside the encoder.
+
+    Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those
+    that change what an encoder computes.
+    """
+    if prefix:
+        return lambda name: not name.startswith(prefix)
+    layout = target if mapping.name == target.name else mapping
+    modules = {template.text.partition(".")[0] for template in layout.templates("")}
+    # A template such as {rest} names no module: everything is inside.
+    if any("{" in module for module in modules):
+        return lambda name: False
+    return lambda name: name.partition(".")[0] not in modules and not find_adapters([name])
 
 
 def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:

@@ -10,9 +10,11 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
+from converter.layouts.explain import mark_error
+from converter.layouts.marks import find_mark
 from converter.layouts.registry import LayoutEntry
-from converter.layouts.spec import LayoutMapping
 from converter.options import ConvertOptions, check_choices
+from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
 from converter.plan.plan import Plan, make_plan
 from converter.plan.route import complete_from, retarget
@@ -38,7 +40,7 @@ def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str
         LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit the detected layout.
     """
-    detected = detect_layout(opened, options.family, _layouts(options), options.state_dict)
+    detected = detect_layout(opened, options.family, _layouts(options), options.state_dict, options.prefix)
     return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
 
 
@@ -62,18 +64,26 @@ def plan_to_canonical(
     try:
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
     except MappingError as error:
-        raise MappingError(str(error), _hint(mapping, options)) from error
+        raise _misfit_error(opened, detected, options, error) from error
+    plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
     plan.assumptions, plan.remarks = read_assumptions(opened, canonical, plan.sizes)
     return plan
 
 
-def _hint(mapping: LayoutMapping, options: ConvertOptions) -> str:
-    """Return the next step if a checkpoint does not fit the layout that was detected."""
+def _misfit_error(
+    opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, error: MappingError
+) -> LayoutError | MappingError:
+    """Return the error for a checkpoint that does not fit the layout that was detected, with what its tensors show."""
     if options.mapping is not None:
-        return f"correct {options.mapping}, or omit --mapping if the checkpoint has a known layout"
-    return (
-        f"the checkpoint is incomplete or differs from {mapping.name}: get a complete one, or write your own mapping:\n"
-        f"dsocr-convert mapping show {mapping.name} > mine.yaml; then --mapping mine.yaml"
+        return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
+    prefix, name = detected.match.prefix, detected.match.name
+    encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
+    if mark := find_mark(encoder):
+        return mark_error(opened, mark)
+    return MappingError(
+        str(error),
+        f"the encoder differs from {name}: convert the checkpoint that it was made from, or write your own mapping:\n"
+        f"dsocr-convert mapping show {name} > mine.yaml; then --mapping mine.yaml",
     )
 
 

@@ -93,9 +93,9 @@ def more(**headers: Any) -> Callable[[], bytes]:
     return lambda: written(parts(sam())[0] | headers, parts(sam())[1])
 
 
-def named(name: str) -> Callable[[], bytes]:
-    """A tiny SAM with one more tensor, of no elements."""
-    return more(**{name: {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}})
+def named(name: str, prefix: str = "image_encoder.") -> Callable[[], bytes]:
+    """A tiny SAM with one more tensor, of no elements; in its encoder by default."""
+    return more(**{prefix + name: {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}})
 
 
 def _many(last: str = "") -> bytes:
@@ -315,9 +315,12 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         ("'model.layers.99999.weight'", "duplicate name"),
     ),
     # Names.
-    "no name": (named(""), ("no rule claims ''",)),
+    "no name": (named(""), ("no rule claims 'image_encoder.'",)),
     **{f"a name that {what}": (named(name), ("no rule claims",)) for what, name in ODD.items()},
-    "a name that steers terminals, told": (named("\x1b[2J\n::error::"), ("no rule claims '\\x1b[2J\\n::error::'",)),
+    "a name that steers terminals, told": (
+        named("\x1b[2J\n::error::"),
+        ("no rule claims 'image_encoder.\\x1b[2J\\n::error::'",),
+    ),
     "odd names alone": (
         lambda: safetensors.torch.save({"\x1b[2J\n": torch.ones(1), "\u202e": torch.ones(1)}),
         ("first names: '\\x1b[2J\\n', '\\u202e'",),

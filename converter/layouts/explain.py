@@ -1,0 +1,170 @@
+"""Explanations of checkpoints that no layout of a family fits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.state_dict import StateDict, unwrapped_names
+from converter.errors import LayoutError
+from converter.layouts import registry
+from converter.layouts.claims import MAX_SHOWN, claim
+from converter.layouts.marks import Mark, find_mark
+from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of
+from converter.layouts.registry import LayoutEntry
+from converter.layouts.shapes import Sizes, format_shape, match_shape
+from converter.layouts.spec import LayoutMapping
+from converter.layouts.template import any_match
+from converter.tensors.tensor_info import TensorInfo
+
+# The search for the nearest layout tries all rules, so it is skipped for more tensors. OCR models have 3,000.
+_MAX_TENSORS_COMPARED = 10_000
+# Prefixes that are tried for each layout.
+_MAX_PREFIXES = 8
+# Of a message: names of one kind, and lines.
+_MAX_ITEMS = 3
+_MAX_LINES = 9
+
+
+def no_layout_error(
+    source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
+) -> LayoutError:
+    """Return the error for a checkpoint that no layout of a family fits.
+
+    It says what the tensors are if that shows, or which other encoder is there, or the differences from the nearest
+    layout.
+
+    Args:
+        source: The checkpoint.
+        family: The family.
+        layouts: The layouts that were tried.
+        candidates: The state dicts of the checkpoint.
+    """
+    largest = max(candidates, key=lambda entry: len(entry.tensors))
+    tensors = unwrapped_names(largest.tensors, source.name)
+    if mark := find_mark(tensors):
+        return mark_error(source, mark)
+    others = _other_encoders(tensors, family)
+    rest = {name: tensor for name, tensor in tensors.items() if not any(_covers(match, name) for match in others)}
+    if others and not _has_trace(rest, layouts):
+        return LayoutError(
+            f"{source.name}: is a {others[0].layout.family.upper()} checkpoint, not {family.upper()}",
+            f"run: dsocr-convert {others[0].layout.family} ...",
+        )
+    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
+    lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
+    near = _nearest(rest, [spec.mapping for spec in (entry.load() for entry in layouts) if not spec.is_canonical])
+    return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))
+
+
+def mark_error(source: Checkpoint, mark: Mark) -> LayoutError:
+    """Return the error for weights with a mark."""
+    shown = ", ".join(map(repr, mark.examples[:2]))
+    more = f" and {len(mark.examples) - 2} more" if len(mark.examples) > 2 else ""
+    return LayoutError(f"{source.name}: {mark.what}: {shown}{more}", mark.hint)
+
+
+def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[LayoutMapping]) -> list[str]:
+    """Describe what a state dict is, or the differences from the mapping that is closest to it.
+
+    Args:
+        source: The checkpoint, for error messages.
+        state_dict: The state dict that fits no layout.
+        mappings: The mappings to compare it with.
+
+    Returns:
+        Lines of text.
+    """
+    tensors = unwrapped_names(state_dict.tensors, source.name)
+    if mark := find_mark(tensors):
+        return [f"{mark.what}: {', '.join(map(repr, mark.examples[:2]))}", *mark.hint.split("\n")]
+    return _describe(_nearest(tensors, mappings), tensors)
+
+
+class _Nearest(NamedTuple):
+    """The mapping that is closest to tensors that fit none: names without a rule, rules without a name."""
+
+    mapping: LayoutMapping
+    prefix: str
+    unclaimed: list[str]
+    unmatched: list[str]
+
+
+def _other_encoders(tensors: Mapping[str, TensorInfo], family: str) -> list[LayoutMatch]:
+    entries = (registry.entries(other) for other in registry.families() if other != family)
+    return [match for listed in entries for match in match_layouts(tensors, listed)]
+
+
+def _covers(match: LayoutMatch, name: str) -> bool:
+    """Whether a name belongs to an encoder that was found."""
+    if match.full_prefix:
+        return name.startswith(match.full_prefix)
+    return any_match(match.layout.templates(""), name)
+
+
+def _has_trace(tensors: Mapping[str, TensorInfo], layouts: Sequence[LayoutEntry]) -> bool:
+    """Whether half of the tensors by which one of the layouts is detected are there, whatever their shapes."""
+    for entry in layouts:
+        keys = entry.signature.tensors
+        counts = Counter(prefix for key in keys for prefix in prefixes_of(tensors, key))
+        if counts and max(counts.values()) >= len(keys) / 2:
+            return True
+    return False
+
+
+def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping]) -> _Nearest | None:
+    """Return the mapping whose signature and rules cover most, under one of its own prefixes if possible, or None."""
+    if len(tensors) > _MAX_TENSORS_COMPARED:
+        return None
+    best: _Nearest | None = None
+    best_score = (0.0, False, 0.0)
+    for mapping in candidates:
+        for prefix in _prefixes_to_try(tensors, mapping):
+            inside = {name.removeprefix(prefix): None for name in tensors if name.startswith(prefix)}
+            claims = claim(mapping.rules, inside)
+            num_used_rules = len({index for index, _ in claims.groups})
+            num_claimed = sum(len(parts) for parts in claims.groups.values())
+            # Both shares count: a mapping with a few general rules claims much by chance.
+            share = num_claimed / max(len(inside), 1) * num_used_rules / len(mapping.rules)
+            known = sum(prefix + key in tensors for key in mapping.signature.tensors) / len(mapping.signature.tensors)
+            score = (known, prefix in mapping.signature.prefixes, share)
+            if share and score > best_score:
+                unmatched = [rule.text for rule in claims.unmatched_rules(mapping.rules)]
+                best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
+    return best
+
+
+def _prefixes_to_try(tensors: Mapping[str, TensorInfo], mapping: LayoutMapping) -> list[str]:
+    """Return the prefixes of the layout, and those under which a tensor of its signature is."""
+    found = (prefix for key in mapping.signature.tensors for prefix in prefixes_of(tensors, key))
+    return list(dict.fromkeys(("", *mapping.signature.prefixes, *islice(found, _MAX_PREFIXES))))
+
+
+def _describe(near: _Nearest | None, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Describe the differences from the nearest layout; about a dozen lines at most."""
+    if near is None:
+        return [f"first names: {', '.join(map(repr, sorted(tensors)[:MAX_SHOWN]))}"]
+    lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
+    lines += [f"  the checkpoint has no tensor for {text}" for text in _first(near.unmatched)]
+    lines += [f"  {near.mapping.name} has no rule for {name}" for name in _first([*map(repr, near.unclaimed)])]
+    sizes: Sizes = {}
+    for key, shape in near.mapping.signature.tensors.items():
+        tensor = tensors.get(near.prefix + key)
+        if tensor and not match_shape(shape, tensor.shape, sizes):
+            lines.append(f"  {near.prefix + key!r} has shape {list(tensor.shape)}; expected {format_shape(shape)}")
+    return lines[:_MAX_LINES]
+
+
+def _first(items: list[str]) -> list[str]:
+    """The first items, the last of them with the number of others."""
+    more = f", and {len(items) - _MAX_ITEMS} more" if len(items) > _MAX_ITEMS else ""
+    return [*items[: _MAX_ITEMS - 1], items[_MAX_ITEMS - 1] + more] if len(items) >= _MAX_ITEMS else items
+
+
+def _next_step(near: _Nearest | None) -> str:
+    if near is not None and near.unmatched and not near.unclaimed:
+        return "the encoder is not whole: convert a checkpoint that has these tensors"
+    return "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)"

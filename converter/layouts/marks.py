@@ -1,0 +1,174 @@
+"""Marks of weights that no layout describes: adapters, quantised weights, other architectures. Each has a next step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from converter.tensors.tensor_info import TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+
+_MERGE = (
+    "merge it into the weights first, in peft with model.merge_and_unload().save_pretrained(FOLDER), and convert that"
+)
+_DEQUANTISE = "convert the original weights from before quantisation, or dequantise these and save 16 or 32 bits"
+_OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT): convert a checkpoint of one of these"
+
+
+class Mark(NamedTuple):
+    """Something that tensors show.
+
+    Attributes:
+        what: What the tensors are, as it follows the name of the checkpoint.
+        hint: The next step.
+        examples: Names of tensors that show it.
+    """
+
+    what: str
+    hint: str
+    examples: list[str]
+
+
+class _Rule(NamedTuple):
+    """A mark that shows in names: all of `patterns` occur, and none of `absent`."""
+
+    what: str
+    hint: str
+    patterns: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+
+
+# Modules that change what an encoder computes. They are refused wherever they are.
+_ADAPTER = re.compile(
+    r"(?i)(^|[._])(lora|linear_[ab]_|dora|ia3|vera|loha|lokr|hada_w|adapter|prompt_generator|side_adapter)"
+)
+_ADAPTERS = (
+    _Rule("holds LoRA adapters that are not merged", _MERGE, (r"(?i)lora_?(a|b|down|up|magnitude|embedding)",)),
+    _Rule("holds LoRA adapters that are not merged", _MERGE, (r"(^|\.)linear_[ab]_[a-z]+\.",)),
+    _Rule("holds layers wrapped by PEFT (base_layer)", _MERGE, (r"\.base_layer\.",)),
+    _Rule("holds LoHa or LoKr adapters that are not merged", _MERGE, (r"hada_w[12]|lokr_w[12]",)),
+)
+_QUANTISED = (
+    _Rule("holds weights that bitsandbytes quantised to 4 bits", _DEQUANTISE, (r"\.quant_(state|map)(\.|$)",)),
+    _Rule("holds weights that bitsandbytes quantised to 8 bits", _DEQUANTISE, (r"\.(SCB|weight_format)$",)),
+    _Rule("holds weights quantised by GPTQ", _DEQUANTISE, (r"\.qweight$", r"\.g_idx$")),
+    _Rule("holds weights quantised by AWQ", _DEQUANTISE, (r"\.qweight$", r"\.qzeros$")),
+    _Rule("holds weights that torch quantised dynamically", _DEQUANTISE, (r"_packed_params",)),
+    _Rule(
+        "holds quantised weights (8-bit, such as float8) with their scales",
+        _DEQUANTISE,
+        (r"(weight_scale(_inv)?|scale_(weight|input)|input_scale|scaled_fp8)$",),
+    ),
+)
+_ARCHITECTURES = (
+    _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"(^|\.)trunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem")),
+    _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"vision_encoder\.backbone\.blocks\.0\.",)),
+    _Rule("is MobileSAM (a TinyViT encoder)", _OTHER, (r"(^|\.)(patch_embed\.seq\.0|blocks\.0\.conv1)\.c\.",)),
+    _Rule("is EfficientSAM or EdgeSAM", _OTHER, (r"image_encoder\.(stage|fuse_stage|input_stem|neck\.0\.0\.)",)),
+    _Rule("is a ResNet CLIP (RN50 and its kind)", _OTHER, (r"(^|\.)layer1\.0\.conv1\.weight", r"(^|\.)attnpool\.")),
+    _Rule(
+        "is EVA-CLIP, which has another transformer than CLIP",
+        _OTHER,
+        (r"(^|\.)blocks\.0\.(attn\.(q_bias|q_proj\.weight|inner_attn_ln)|mlp\.w1\.)",),
+    ),
+    _Rule(
+        "is SigLIP, which has no class token and no norm before its transformer",
+        _OTHER,
+        (r"head\.probe$|attn_pool\.latent$|logit_bias$|vision_model\.embeddings\.patch_embedding\.bias$",),
+        (r"embeddings\.class_embedding$|(^|\.)cls_token$",),
+    ),
+    _Rule(
+        "is Stable Diffusion, which holds CLIP's text tower alone",
+        _OTHER,
+        (r"^(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.",),
+    ),
+    _Rule(
+        "is a text tower alone, without the vision encoder",
+        _OTHER,
+        (r"(^|\.)(token_embedding|text_projection)(\.weight)?$",),
+        (r"class_embedding|conv1\.weight|patch_embed|visual\.|class_token",),
+    ),
+    _Rule(
+        "has a Qwen2 in the place of CLIP, as DeepSeek-OCR-2 has",
+        "its SAM converts: dsocr-convert sam ...",
+        (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
+    ),
+    _Rule("holds the state of an optimizer", "convert the weights of that training", (r"\.exp_avg(_sq)?$",)),
+)
+
+
+def find_mark(tensors: Tensors) -> Mark | None:
+    """Return what tensors show that no layout describes, or None."""
+    for check in _CHECKS:
+        if mark := check(tensors):
+            return mark
+    return None
+
+
+def find_adapters(names: Iterable[str]) -> list[str]:
+    """Return the names that belong to adapters or other modules that change what an encoder computes."""
+    return [name for name in names if _ADAPTER.search(name)]
+
+
+def _by_names(rule: _Rule) -> Callable[[Tensors], Mark | None]:
+    patterns, absent = ([re.compile(text) for text in texts] for texts in (rule.patterns, rule.absent))
+
+    def check(tensors: Tensors) -> Mark | None:
+        hits = [[name for name in tensors if pattern.search(name)] for pattern in patterns]
+        if not all(hits) or any(pattern.search(name) for pattern in absent for name in tensors):
+            return None
+        return Mark(rule.what, rule.hint, hits[0])
+
+    return check
+
+
+def _not_gathered(tensors: Tensors) -> Mark | None:
+    """Weights of ZeRO-3: most of them have shape [0]."""
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
+    if not empty or len(empty) < len(tensors) / 4:
+        return None
+    return Mark(
+        "was saved by DeepSpeed ZeRO-3 without gathering the weights, which are empty here",
+        "gather them: run zero_to_fp32.py in the checkpoint's folder, or train with "
+        "stage3_gather_16bit_weights_on_model_save, and convert the result",
+        empty,
+    )
+
+
+def _integer_weights(tensors: Tensors) -> Mark | None:
+    """Matrices of bytes, whose scales are elsewhere."""
+    matrices = ("_proj.weight", "qkv.weight", "fc1.weight", "lin1.weight", "in_proj_weight", "c_fc.weight")
+    found = [
+        name for name, tensor in tensors.items() if tensor.dtype.name in ("int8", "uint8") and name.endswith(matrices)
+    ]
+    if not found:
+        return None
+    return Mark(f"holds quantised weights ({tensors[found[0]].dtype.name}) without their scales", _DEQUANTISE, found)
+
+
+def _channels_last(tensors: Tensors) -> Mark | None:
+    """Convolutions of patches in MLX's order: [out, height, width, 3]."""
+    names = ("patch_embed.proj.weight", "patch_embedding.weight", "patch_embed.projection.weight", "conv1.weight")
+    found = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(names) and len(tensor.shape) == 4 and tensor.shape[3] == 3 and tensor.shape[1] != 3
+    ]
+    if not found:
+        return None
+    return Mark(
+        "stores its convolutions channels last, as MLX does",
+        "convert the checkpoint that it was made from, or put the axes back in a mapping (permute: [0, 3, 1, 2])",
+        found,
+    )
+
+
+_CHECKS: tuple[Callable[[Tensors], Mark | None], ...] = (
+    *map(_by_names, (*_ADAPTERS, *_QUANTISED)),
+    _not_gathered,
+    _integer_weights,
+    *map(_by_names, _ARCHITECTURES),
+    _channels_last,
+)

@@ -1,0 +1,116 @@
+"""Matching of layouts with tensors: which layouts fit, and under which prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple
+
+from converter.layouts.registry import LayoutEntry
+from converter.layouts.shapes import Sizes, match_shape
+from converter.layouts.spec import LayoutSpec, Signature
+from converter.layouts.template import any_match
+from converter.tensors.tensor_info import TensorInfo
+
+# A checkpoint with more encoders of one family is not a model. Each prefix costs a search through all names.
+MAX_PREFIXES = 32
+
+
+class LayoutMatch(NamedTuple):
+    """A layout that fits some tensors.
+
+    Attributes:
+        entry: The layout.
+        wrapper: What precedes the layout's own prefix in the tensors' names, such as `model.`; often empty.
+        prefix: The prefix of the encoder's names: one of the layout's own, or empty where none of them occurs.
+    """
+
+    entry: LayoutEntry
+    wrapper: str
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        """The name of the layout."""
+        return self.entry.name
+
+    @property
+    def layout(self) -> LayoutSpec:
+        """The layout with its rules."""
+        return self.entry.load()
+
+    @property
+    def full_prefix(self) -> str:
+        """The prefix of the encoder's names in the checkpoint."""
+        return self.wrapper + self.prefix
+
+    @property
+    def evidence(self) -> list[str]:
+        """The tensors by which the layout was detected, without the wrapper."""
+        return [self.prefix + key for key in self.entry.signature.tensors]
+
+
+def match_layouts(tensors: Mapping[str, TensorInfo], entries: Iterable[LayoutEntry]) -> list[LayoutMatch]:
+    """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
+
+    Layouts fit under any prefix. If one fits under a prefix of its own, those that only fit under others do not count.
+    At most MAX_PREFIXES prefixes are tried.
+    """
+    matches: dict[str, list[LayoutMatch]] = {}
+    for entry in entries:
+        for prefix in islice(_fitting_prefixes(tensors, entry.signature), MAX_PREFIXES):
+            matches.setdefault(prefix, []).append(_locate(entry, prefix))
+    best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
+    own = [match for match in best if match.prefix in match.entry.signature.prefixes]
+    order = {name: index for index, name in enumerate(tensors)}
+    return sorted(own or best, key=lambda match: order[match.wrapper + match.evidence[0]])
+
+
+def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> Iterator[str]:
+    """Yield what precedes a name in the names of tensors.
+
+    Args:
+        tensors: The names of the tensors.
+        key: The name without a prefix.
+        own: Prefixes that need not end with a dot.
+    """
+    ends = (".", *filter(None, own))
+    for name in tensors:
+        if name.endswith(key) and (len(name) == len(key) or name[: -len(key)].endswith(ends)):
+            yield name[: -len(key)]
+
+
+def _fitting_prefixes(tensors: Mapping[str, TensorInfo], signature: Signature) -> Iterator[str]:
+    for prefix in prefixes_of(tensors, next(iter(signature.tensors)), signature.prefixes):
+        sizes: Sizes = {}
+        if all(
+            prefix + key in tensors and match_shape(shape, tensors[prefix + key].shape, sizes)
+            for key, shape in signature.tensors.items()
+        ):
+            yield prefix
+
+
+def _locate(entry: LayoutEntry, prefix: str) -> LayoutMatch:
+    """Split the prefix into the wrapper and the longest of the layout's own prefixes that it ends with."""
+    own = max((own for own in entry.signature.prefixes if _ends_with(prefix, own)), key=len, default="")
+    return LayoutMatch(entry, prefix.removesuffix(own), own)
+
+
+def _ends_with(prefix: str, own: str) -> bool:
+    return prefix == own or prefix.endswith(f".{own}") or not own
+
+
+def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> LayoutMatch:
+    """Return the match with the longest prefix of its own, else the one with the fewest names that it does not know."""
+    longest = max(len(match.prefix) for match in matches)
+    matches = [match for match in matches if len(match.prefix) == longest]
+    if len(matches) == 1:
+        return matches[0]
+    return min(matches, key=lambda match: (_count_unknown(tensors, match), "" not in match.entry.signature.prefixes))
+
+
+def _count_unknown(tensors: Iterable[str], match: LayoutMatch) -> int:
+    prefix = match.full_prefix
+    templates = match.layout.templates("")
+    names = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
+    return sum(not any_match(templates, name) for name in names)
