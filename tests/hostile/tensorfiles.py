@@ -153,7 +153,7 @@ LEGAL: dict[str, Callable[[], bytes]] = {
     "empty metadata": more(__metadata__={}),
     "odd metadata": more(__metadata__={"\x1b[2J\n": "\u202e\0" * 100, "": "", "format": "tf"}),
     **{f"a prefix that {what}": wrapped(f"{name}.") for what, name in ODD.items()},
-    **{f"a name that {what}, dropped": named(SIDE + name[:900]) for what, name in ODD.items()},
+    **{f"a name that {what}, dropped": named(name[:900], SIDE) for what, name in ODD.items()},
     "a scalar and nothing, dropped": lambda: written(
         {
             **parts(sam())[0],
