@@ -37,8 +37,8 @@ def _source(source: RecordedSource) -> str:
     facts = list(source.containers)
     if source.mappings:
         facts.append(f"layout {' + '.join(mapping.name for mapping in source.mappings)}")
-    prefixes = dict.fromkeys(mapping.removed_prefix for mapping in source.mappings)
-    facts += [f"prefix {prefix} removed" for prefix in prefixes if prefix]
+    prefixes = dict.fromkeys(mapping.prefix for mapping in source.mappings)
+    facts += [f"prefix {prefix}" for prefix in prefixes if prefix]
     if source.commit:
         facts.append(f"commit {source.commit}")
     return f"{source.name}: {', '.join(facts)}"

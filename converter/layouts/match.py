@@ -45,6 +45,11 @@ class LayoutMatch(NamedTuple):
         return self.wrapper + self.prefix
 
     @property
+    def unknown_prefix(self) -> str:
+        """The full prefix, or nothing if it is one of the layout's own."""
+        return self.full_prefix if self.wrapper else ""
+
+    @property
     def evidence(self) -> list[str]:
         """The tensors by which the layout was detected, without the wrapper."""
         return [self.prefix + key for key in self.entry.signature.tensors]

@@ -40,14 +40,14 @@ class RecordedMapping:
         name: the mapping's name.
         sha256: the digest of the mapping file.
         state_dict: the path of the state dict in the file; empty for the top.
-        removed_prefix: the prefix that was removed from all names before detection.
+        prefix: The prefix of the encoder's names in the source; empty if the layout itself has that prefix.
     """
 
     family: str
     name: str
     sha256: str
     state_dict: str
-    removed_prefix: str
+    prefix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> R
             resolved.plan.mapping.name,
             resolved.plan.mapping.digest,
             detected.state_dict.path,
-            detected.match.wrapper,
+            detected.match.unknown_prefix,
         )
         for family, resolved in plans.items()
         for detected in [resolved.detected]
