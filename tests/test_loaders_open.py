@@ -24,17 +24,26 @@ from converter.formats.registry import GROUP, open_file
 from converter.storage.local_file import LocalFile
 
 
-def zipped(name: str) -> bytes:
+def zipped(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(name, "x")
+        for name in names:
+            archive.writestr(name, "x")
     return buffer.getvalue()
 
 
-def tarred(name: str) -> bytes:
+def tarred(name: str, format: int = tarfile.USTAR_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo(name))
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        info = tarfile.TarInfo(name)
+        info.mtime = 1485049680.5  # In PAX, a fraction takes a header of its own.
+        archive.addfile(info)
+    return buffer.getvalue()
+
+
+def exported() -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), buffer)
     return buffer.getvalue()
 
 
@@ -56,12 +65,28 @@ UNKNOWN = {
     "gguf": (b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "numpy": (numpy_file(), "numpy"),
-    "pickle": (pickle.dumps({"a": 1}), "not one that torch.save wrote"),
+    "npz": (zipped("a.npy", "b/c.npy"), "numpy.load"),
+    "torch.export": (exported(), "torch.export.load"),
+    "torch.export of torch 2.5": (zipped("serialized_exported_program.json", "version"), "torch.export.load"),
+    "TorchScript of torch 1.0": (zipped("x/version", "x/model.json", "x/tensors/0"), "TorchScript of torch 1.0 to 1.3"),
+    "Keras": (zipped("metadata.json", "model.weights.h5"), "Keras"),
+    "Flax": (b"\x82\xabtext_model\x81" + bytes(50), "Flax"),
+    "large Flax": (b"\xde\x01\0\xd9\x26vision" + bytes(50), "Flax"),
+    "TensorFlow Lite": (b"\x1c\0\0\0TFL3" + bytes(50), "TensorFlow Lite"),
+    "TensorFlow": (b"\x08\x01\x12\x90\x02" + bytes(50), "SavedModel"),
+    "ExecuTorch": (b"\x30\0\0\0ET12" + bytes(50), "ExecuTorch"),
+    "ONNX": (b"\x08\x08\x12\x07pytorch" + bytes(50), "ONNX"),
+    "ONNX without a producer": (b"\x08\x0a\x3a\x90\x02" + bytes(50), "ONNX"),
+    "ggml": ((0x67676D6C).to_bytes(4, "little") + bytes(50), "ggml"),
+    **{f"pickle of protocol {n}": (pickle.dumps({"a": 1}, n), "pickle.load") for n in range(6)},
+    "pickle of an object in protocol 0": (pickle.dumps(io.StringIO, 0), "not one that torch.save wrote"),
     "json": (json.dumps({"weight_map": {}}).encode(), "JSON"),
     "json list": (b"[1]", "JSON"),
     "zip": (zipped("a/b.txt"), "not one that torch.save"),
     "tar": (tarred("model/a.txt"), "a tar archive"),
     "old torch": (tarred("sys_info"), "before 0.1.10"),
+    "old torch in PAX": (tarred("sys_info", tarfile.PAX_FORMAT), "before 0.1.10"),
+    "tar in PAX": (tarred("model/a.txt", tarfile.PAX_FORMAT), "a tar archive"),
     "short": (b"ab\x01", "unknown format: it begins with 61 62 01"),
     "text": (b"hello, world, this is text\n", "text, not weights: 'hello, world"),
     "noise": (bytes(range(1, 250)), "unknown format"),

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.locate import INDEX_SUFFIX, WEIGHT_SUFFIXES
+from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, UsageError, printable
 from converter.formats.safetensors import add_header_length
@@ -108,7 +108,7 @@ def plan_insertion(
             f"{host.name}: the encoder does not fit: {summary(problems)}", "use an encoder of the same sizes"
         )
     replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in old.items()}
-    folder = path if path.is_dir() else path.parent if path.name.endswith(INDEX_SUFFIX) else None
+    folder = path if path.is_dir() else path.parent if is_index(path.name) else None
     other_files, notes = _other_files(folder, host) if folder else ([], [])
     kept = sum(isinstance(value, TensorInfo) for value in host.contents.values()) - len(replaced)
     files = f" and {len(other_files)} other files" if folder else ""
@@ -160,7 +160,7 @@ def _other_files(folder: Path, host: Checkpoint) -> tuple[list[Path], list[str]]
             continue
         if not path.is_file() or not _within(folder, path):
             notes.append(f"left out {relative}: it is not a file in this folder")
-        elif path.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) and str(path) != host.name:
+        elif (has_weight_suffix(path.name) or is_index(path.name)) and str(path) != host.name:
             notes.append(f"left out {relative}: other weights, which may hold the old encoder")
         else:
             copied.append(relative)

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
+from converter.checkpoint.folder import (
+    MAX_SHOWN,
+    choose_checkpoint,
+    has_weight_suffix,
+    is_checkpoint,
+    is_described,
+    is_index,
+)
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
 from converter.formats import strict_json
 from converter.hub.address import is_address, looks_like_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
 
-# The file to use in a folder is the first of these that exists, in the order of transformers.
-_STANDARD_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-INDEX_SUFFIX = ".index.json"
-# Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
-# such a file even where other checkpoints are in the folder.
-_DESCRIBED = re.compile(r"(open_clip_)?(model|pytorch_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index\.json)?")
-_INDEX_STEP = "download it again from where its checkpoint was published"
-# Number of file names in a message. Some repositories have hundreds of checkpoints.
-_MAX_SHOWN = 20
+if TYPE_CHECKING:
+    from converter.hub.repository import Repository
 
-P = TypeVar("P", bound=PurePath)
+_INDEX_STEP = "download it again from where its checkpoint was published"
 
 
 class Located(NamedTuple):
@@ -78,57 +73,147 @@ def locate(source: str, hub_options: HubOptions = NO_HUB_OPTIONS) -> Located:
 
 def _looks_like_local_file(path: Path) -> bool:
     """Return whether a missing path was probably meant as a local file, by the suffix and the first folder."""
-    return path.suffix in (*WEIGHT_SUFFIXES, ".json") and (len(path.parts) == 2 or exists(path.parts[0]))
+    is_file_name = has_weight_suffix(path.name) or path.suffix == ".json"
+    return is_file_name and (len(path.parts) == 2 or exists(path.parts[0]))
+
+
+class _Files(Protocol):
+    """The files of this machine, or of a repository on a hub.
+
+    Attributes:
+        error: The exception for a folder without a checkpoint.
+    """
+
+    error: type[DsocrError]
+
+    def name(self, path: PurePath) -> str:
+        """Return the name of a path in messages."""
+
+    def exists(self, path: PurePath) -> bool:
+        """Return whether there is a file or a folder at `path`."""
+
+    def open(self, path: PurePath) -> SourceFile:
+        """Open a file."""
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        """Return the names of the files and of the folders in a folder."""
+
+
+class _LocalFiles:
+    """The files of this machine."""
+
+    error: type[DsocrError] = ContainerError
+
+    def name(self, path: PurePath) -> str:
+        return printable(str(path))
+
+    def exists(self, path: PurePath) -> bool:
+        return exists(Path(path))
+
+    def open(self, path: PurePath) -> SourceFile:
+        return LocalFile(Path(path))
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        try:
+            entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir()]
+        except OSError as error:
+            raise ContainerError(f"{self.name(folder)}: cannot be read: {error.strerror}", READ_HINT) from error
+        # `LocalFile` reports broken links and special files.
+        return [name for name, is_dir in entries if not is_dir], [name for name, is_dir in entries if is_dir]
+
+
+class _HubFiles:
+    """The files of a repository; those in the hub's cache are read from there."""
+
+    error: type[DsocrError] = HubError
+
+    def __init__(self, repository: Repository, download: bool) -> None:
+        self._repository, self._download = repository, download
+
+    def name(self, path: PurePath) -> str:
+        return f"{self._repository.name}/{path}".removesuffix("/.")
+
+    def exists(self, path: PurePath) -> bool:
+        return str(path) in self._repository.files
+
+    def open(self, path: PurePath) -> SourceFile:
+        from converter.hub.remote_file import RemoteFile
+
+        name = str(path)
+        local = self._repository.download(name) if self._download else self._repository.cached_file(name)
+        return LocalFile(local) if local is not None else RemoteFile(self._repository, name)
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        paths = [PurePosixPath(name) for name in self._repository.files]
+        parts = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
+        return [first for first, *rest in parts if not rest], sorted({first for first, *rest in parts if rest})
 
 
 def _locate_local(path: Path) -> Located:
-    if path.is_dir():
-        path = path / choose_checkpoint(_files_in(path), str(path))
-    located = _open_files(printable(str(path)), path, LocalFile, exists)
-    return located._replace(open_config=lambda name: _open_local_config(path, name))
+    if path.suffix == ".distcp" or path.name == ".metadata":
+        path = path.parent
+    return _open_folder(_LocalFiles(), path) if path.is_dir() else _open_path(_LocalFiles(), path)
 
 
-def _open_local_config(weights: Path, name: str) -> SourceFile | None:
-    """Open a config next to the weights, if it describes them."""
-    names = _files_in(weights.parent)
-    return LocalFile(weights.with_name(name)) if name in names and _is_described(weights.name, names) else None
+def _open_folder(files: _Files, folder: PurePath) -> Located:
+    """Open the checkpoint in a folder, or in its folder that DeepSpeed's file `latest` names."""
+    names, folders = files.entries(folder)
+    latest = folder / "latest"
+    if "latest" in names and not any(map(is_checkpoint, names)):
+        with closing(files.open(latest)) as file:
+            step = file.read(0, min(file.size, 256)).decode(errors="replace").strip()
+        if step in folders:
+            config = partial(_open_config, files, latest, ())
+            return _open_folder(files, folder / step)._replace(open_config=config)
+    chosen = choose_checkpoint(names, folders, files.name(folder), files.error)
+    if len(chosen) == 1:
+        return _open_path(files, folder / chosen[0])
+    note = f"no index: read the {len(chosen)} shards by their headers"
+    config = partial(_open_config, files, folder / chosen[0], chosen)
+    return Located(files.name(folder), _open_all(files, folder, chosen), notes=(note,), open_config=config)
 
 
-def _is_described(name: str, names: Iterable[str]) -> bool:
-    """Return whether a config in a folder is that of the checkpoint `name`.
+def _open_path(files: _Files, path: PurePath) -> Located:
+    """Open the file at `path` or, if it is an index, the shards in its folder."""
+    name = files.name(path)
+    if not is_index(path.name):
+        config = partial(_open_config, files, path, [path.name])
+        return Located(name, _open_all(files, path.parent, [path.name]), open_config=config)
+    with closing(files.open(path)) as index:
+        weight_map, shards = _read_index(index, name, lambda shard: files.exists(path.with_name(shard)))
+    config = partial(_open_config, files, path, [path.name, *shards])
+    return Located(name, _open_all(files, path.parent, shards), weight_map, open_config=config)
+
+
+def _open_config(files: _Files, weights: PurePath, used: Collection[str], name: str) -> SourceFile | None:
+    """Open the config `name` next to a checkpoint, if it describes it.
 
     Args:
-        name: The checkpoint that was chosen.
-        names: All files in the folder.
+        files: The files of the checkpoint's folder.
+        weights: The checkpoint.
+        used: The names of all its files.
+        name: The name of the config.
     """
-    others = [other for other in names if other.endswith(WEIGHT_SUFFIXES) and other != name]
-    return not others or _DESCRIBED.fullmatch(name) is not None
+    names, _ = files.entries(weights.parent)
+    is_there = name in names and is_described(weights.name, used, names)
+    return files.open(weights.with_name(name)) if is_there else None
 
 
-def _files_in(folder: Path) -> list[str]:
-    """List names that are not folders; `LocalFile` reports broken links and special files."""
-    try:
-        return [path.name for path in folder.iterdir() if not path.is_dir()]
-    except OSError as error:
-        raise ContainerError(f"{printable(str(folder))}: cannot be read: {error.strerror}", READ_HINT) from error
-
-
-def _open_files(name: str, path: P, open_: Callable[[P], SourceFile], is_file: Callable[[P], bool]) -> Located:
-    """Open the file at `path` or, if it is an index, the shards in its folder."""
-    if not path.name.endswith(INDEX_SUFFIX):
-        return Located(name, (open_(path),))
-    with closing(open_(path)) as index:
-        weight_map, shards = _read_index(index, name, lambda shard: is_file(path.with_name(shard)))
+def _open_all(files: _Files, folder: PurePath, names: Iterable[str]) -> tuple[SourceFile, ...]:
     with ExitStack() as stack:
-        files = tuple(stack.enter_context(closing(open_(path.with_name(shard)))) for shard in shards)
+        opened = []
+        for name in names:
+            # aria2 gives a file its full size at once.
+            if files.exists(folder / f"{name}.aria2"):
+                raise files.error(f"{files.name(folder / name)}: an unfinished download of aria2", "finish it")
+            opened.append(stack.enter_context(closing(files.open(folder / name))))
         stack.pop_all()
-    return Located(name, files, weight_map)
+    return tuple(opened)
 
 
 def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
     # Imported here, because the libraries of the hubs take 0.2 s to import.
     from converter.hub.open import open_repository
-    from converter.hub.remote_file import RemoteFile
 
     address = parse_address(source, hub_options)
     repository = open_repository(address, lambda folder: _is_complete(folder / address.path))
@@ -137,24 +222,11 @@ def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
         located = _locate_local(folder / address.path)
         # The output records this name, and must not depend on where the cache is.
         name = f"{repository.name}/{PurePath(located.name).relative_to(printable(str(folder))).as_posix()}"
-        return located._replace(name=name, commit=repository.commit, notes=tuple(notes))
-    path = _choose_in_repository(repository.files, address.path, repository.name)
-
-    def open_(path: PurePosixPath) -> SourceFile:
-        name = str(path)
-        local = repository.download(name) if hub_options.download else repository.cached_file(name)
-        return LocalFile(local) if local is not None else RemoteFile(repository, name)
-
-    def open_config(name: str) -> SourceFile | None:
-        weights = PurePosixPath(path)
-        names = [other.name for other in map(PurePosixPath, repository.files) if other.parent == weights.parent]
-        return open_(weights.with_name(name)) if name in names and _is_described(weights.name, names) else None
-
-    located = _open_files(
-        f"{repository.name}/{path}", PurePosixPath(path), open_, lambda path: str(path) in repository.files
+        return located._replace(name=name.removesuffix("/."), commit=repository.commit, notes=(*notes, *located.notes))
+    located = _locate_in(repository, address.path, hub_options.download)
+    return located._replace(
+        commit=repository.commit, notes=(*notes, *located.notes, *_cache_note(located.files, hub_options))
     )
-    notes = [*notes, *_cache_note(located.files, hub_options)]
-    return located._replace(commit=repository.commit, notes=tuple(notes), open_config=open_config)
 
 
 def _cache_note(files: Iterable[SourceFile], hub_options: HubOptions) -> list[str]:
@@ -177,43 +249,16 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def _choose_in_repository(files: Iterable[str], path: str, where: str) -> str:
-    """Return the file `path` of a repository, or the checkpoint in the folder `path`; HubError if there is none."""
-    if path in files:
-        return path
-    prefix = f"{path}/" if path else ""
-    inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
-    if not inside:
-        candidates = [name for name in files if name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))]
-        shown = ", ".join(sorted(candidates)[:_MAX_SHOWN]) + (", ..." if len(candidates) > _MAX_SHOWN else "")
-        raise HubError(f"{where}: there is no file {path!r}", f"its checkpoints: {shown or 'none'}")
-    return prefix + choose_checkpoint(
-        (name for name in inside if "/" not in name), f"{where}/{path}".rstrip("/"), HubError
-    )
-
-
-def choose_checkpoint(names: Iterable[str], where: str, error: type[DsocrError] = ContainerError) -> str:
-    """Return the name of the checkpoint in a folder.
-
-    Args:
-        names: Names of all files in the folder.
-        where: The folder, for messages.
-        error: The exception to raise if there is no checkpoint, or more than one candidate.
-    """
-    ordered = sorted(names)
-    for name in _STANDARD_NAMES:
-        if name in ordered:
-            return name
-    candidates = [name for name in ordered if name.endswith(WEIGHT_SUFFIXES)]
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        expected = ", ".join((*_STANDARD_NAMES, *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
-        raise error(f"{where}: contains no checkpoint", f"looked for {expected}")
-    raise error(
-        f"{where}: contains several checkpoints: {', '.join(map(printable, candidates))}",
-        "give the path of one of them",
-    )
+def _locate_in(repository: Repository, path: str, download: bool) -> Located:
+    """Open the file `path` of a repository, or the checkpoint in the folder `path`; HubError if there is none."""
+    files, posix = _HubFiles(repository, download), PurePosixPath(path)
+    if files.exists(posix):
+        return _open_path(files, posix)
+    if path and not any(name.startswith(f"{path}/") for name in repository.files):
+        candidates = sorted(name for name in repository.files if has_weight_suffix(name) or is_index(name))
+        shown = ", ".join(candidates[:MAX_SHOWN]) + (", ..." if len(candidates) > MAX_SHOWN else "")
+        raise HubError(f"{repository.name}: there is no file {path!r}", f"its checkpoints: {shown or 'none'}")
+    return _open_folder(files, posix)
 
 
 def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:
@@ -234,7 +279,9 @@ def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
     if file.size > strict_json.MAX_BYTES:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
-        weight_map = strict_json.parse(file.read(0, file.size))["weight_map"]
+        # Editors on Windows add the byte order mark.
+        text = file.read(0, file.size).removeprefix(b"\xef\xbb\xbf")
+        weight_map = strict_json.parse(text)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("a file name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -92,7 +92,8 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         opened = [open_file(file) for file in located.files]
         containers = tuple(container for container, _ in opened)
         shards = [contents for _, contents in opened]
-        contents = shards[0] if located.weight_map is None else _join_shards(located, shards)
+        is_single = len(shards) == 1 and located.weight_map is None
+        contents = shards[0] if is_single else _join_shards(located, shards)
         stack.pop_all()
     return Checkpoint(
         located.name, located.files, containers, contents, located.commit, located.notes, located.open_config
@@ -127,20 +128,20 @@ def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnPr
 
 
 def _join_shards(located: Located, shards: list[Contents]) -> Contents:
-    """Merge the contents of all shards; raise ContainerError if the shards disagree with the index."""
-    weight_map = located.weight_map or {}
+    """Merge the contents of all shards; raise ContainerError if the shards disagree with the index, if there is one."""
+    weight_map = located.weight_map
     joined: Contents = {}
     for file, contents in zip(located.files, shards, strict=True):
         shard = PurePath(file.name).name
         for key, value in contents.items():
             if key in joined:
                 raise ContainerError(f"{file.name}: {key!r} is in another shard too", _SHARDS_STEP)
-            listed = weight_map.get(key)
+            listed = shard if weight_map is None else weight_map.get(key)
             if isinstance(value, TensorInfo) and listed != shard:
                 where = f"puts it into {listed!r}" if listed else "does not list it"
                 raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}", _SHARDS_STEP)
             joined[key] = value
-    missing = [key for key in weight_map if not isinstance(joined.get(key), TensorInfo)]
+    missing = [key for key in weight_map or () if not isinstance(joined.get(key), TensorInfo)]
     if missing:
         what = f"lists {len(missing)} tensors that its shards do not hold, such as {missing[0]!r}"
         raise ContainerError(f"{located.name}: {what}", _SHARDS_STEP)

@@ -21,20 +21,21 @@ CONTAINER = "torch legacy"
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-# The tar archive that torch wrote before 0.1.10 begins with one of these members.
-_TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
 
 
 def can_read(file: SourceFile) -> bool:
-    return _is_tar(file) or _has_magic(file)
+    # The number takes 28 bytes in protocol 0, and fewer in the others.
+    head = file.read(0, min(file.size, 64))
+    # Fast rejection of files that are not pickles.
+    if head[:1] not in (b"\x80", b"L"):
+        return False
+    try:
+        return bool(unpickle(head, file.name)[0] == _MAGIC)
+    except ContainerError:
+        return False
 
 
 def load(file: SourceFile) -> Contents:
-    if _is_tar(file):
-        raise ContainerError(
-            f"{file.name}: a tar archive of torch before 0.1.10 (2017), which is not supported",
-            "where you trust the file, convert it: torch.save(torch.load(PATH, weights_only=False), NEW_PATH)",
-        )
     reader = _Reader(file)
     reader.pickle()
     protocol = reader.pickle()
@@ -46,25 +47,6 @@ def load(file: SourceFile) -> Contents:
     value = reader.pickle(torch_pickle.GLOBALS)
     storages = _storages(file, reader.pickle(), reader.refs, reader.pos)
     return torch_pickle.contents(file, value, lambda ref: storages[ref.key])
-
-
-def _is_tar(file: SourceFile) -> bool:
-    if file.size < 512:
-        return False
-    head = file.read(0, 512)
-    return head[257:262] == b"ustar" and head.startswith(_TAR_MEMBERS)
-
-
-def _has_magic(file: SourceFile) -> bool:
-    # The number takes 28 bytes in protocol 0, and fewer in the others.
-    head = file.read(0, min(file.size, 64))
-    # Fast rejection of files that are not pickles.
-    if head[:1] not in (b"\x80", b"L"):
-        return False
-    try:
-        return bool(unpickle(head, file.name)[0] == _MAGIC)
-    except ContainerError:
-        return False
 
 
 class _Reader:

@@ -2,32 +2,119 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from converter.errors import ContainerError
+from converter.formats.zip_directory import is_zip, read_directory
 from converter.storage.local_file import SourceFile
 
-# First bytes of a file, its kind, and the next step. The first match is used.
-_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` in the clone"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it: gunzip, or tar -xzf"),
-    (b"BZh", "a bzip2 archive", "unpack it: bunzip2, or tar -xjf"),
-    (b"\xfd7zXZ\0", "an xz archive", "unpack it: unxz, or tar -xJf"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it: unzstd"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it: 7z x"),
-    (b"Rar!", "a RAR archive", "unpack it: unrar x"),
-    (b"PK", "a zip archive, but not one that torch.save or torch.jit.save wrote", "unpack it: unzip"),
-    (b"GGUF", "a GGUF file (llama.cpp)", "use the PyTorch or safetensors weights that it was converted from"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", "use the PyTorch or safetensors weights"),
-    (b"\x93NUMPY", "a numpy array", "use the PyTorch or safetensors weights"),
-    (b"\x80", "a pickle, but not one that torch.save wrote", "save its tensors with torch.save"),
+_RETRY = "download or copy it again"
+_TEXT = rb"(?:\xef\xbb\xbf)?\s*"
+_ORIGINAL = "use the PyTorch or safetensors weights that it was made from"
+_FROM_NUMPY = "torch.save({{name: torch.from_numpy(array) for name, array in {}.items()}}, 'weights.pth')"
+_TRUSTED = "where you trust the file, as loading it may run code in it:"
+_TRANSFORMERS_4 = "transformers 4 converts it: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(NEW_FOLDER)"
+
+
+class Format(NamedTuple):
+    """A file format that no loader reads.
+
+    Attributes:
+        kind: What it is.
+        step: What to do next.
+        begins: A regular expression that the first bytes match.
+        member: A regular expression that the name of a member matches, if it is a zip archive.
+        suffixes: Endings of file names, by which such a file is named in a folder without a checkpoint.
+    """
+
+    kind: str
+    step: str
+    begins: bytes = b""
+    member: str = ""
+    suffixes: tuple[str, ...] = ()
+
+
+# The first match is used.
+FORMATS = (
+    Format("a Git LFS pointer, not the weights", "run `git lfs pull` in the clone", rb"version https://git-lfs"),
+    # Archives of files.
+    Format("a gzip archive", "unpack it: gunzip, or tar -xzf", rb"\x1f\x8b", suffixes=(".gz", ".tgz")),
+    Format("a bzip2 archive", "unpack it: bunzip2, or tar -xjf", rb"BZh", suffixes=(".bz2",)),
+    Format("an xz archive", "unpack it: unxz, or tar -xJf", rb"\xfd7zXZ\0", suffixes=(".xz",)),
+    Format("a Zstandard archive", "unpack it: unzstd", rb"\x28\xb5\x2f\xfd", suffixes=(".zst",)),
+    Format("a 7z archive", "unpack it: 7z x", rb"7z\xbc\xaf\x27\x1c", suffixes=(".7z",)),
+    Format("a RAR archive", "unpack it: unrar x", rb"Rar!", suffixes=(".rar",)),
+    # Zip archives of other programs.
+    Format(
+        "an .npz archive of numpy arrays",
+        f"convert it: {_FROM_NUMPY.format('numpy.load(FILE)')}",
+        member=r".*\.npy",
+        suffixes=(".npz",),
+    ),
+    Format(
+        "a program of torch.export (.pt2)",
+        "save its weights: torch.save(torch.export.load(FILE).state_dict, 'weights.pth')",
+        member=r"serialized_exported_program\.json|[^/]+/archive_format",
+        suffixes=(".pt2",),
+    ),
+    Format(
+        "TorchScript of torch 1.0 to 1.3, which today's torch does not read either",
+        "with torch 1.4: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')",
+        member=r"[^/]+/model\.json",
+    ),
+    Format("a Keras model", _ORIGINAL, member=r"model\.weights\.h5", suffixes=(".keras",)),
+    Format("a zip archive, but not one that torch.save or torch.jit.save wrote", "unpack it: unzip", rb"PK"),
+    # Weights for other programs.
+    Format(
+        "an HDF5 file (Keras)",
+        f"{_ORIGINAL}; if it is a tf_model.h5, {_TRANSFORMERS_4.format('from_tf')}",
+        rb"\x89HDF\r\n\x1a\n",
+        suffixes=(".h5", ".hdf5"),
+    ),
+    Format(
+        "Flax weights (MessagePack)",
+        f"if it is a flax_model.msgpack, {_TRANSFORMERS_4.format('from_flax')}; else {_ORIGINAL}",
+        rb"(?:[\x81-\x8f]|\xde..|\xdf....)(?:[\xa0-\xbf]|\xd9.)[\x20-\x7e]",
+        suffixes=(".msgpack",),
+    ),
+    Format("a TensorFlow Lite model", _ORIGINAL, rb"....TFL\d", suffixes=(".tflite",)),
+    Format("an ExecuTorch program", _ORIGINAL, rb"....ET\d\d", suffixes=(".pte",)),
+    Format("a TensorFlow SavedModel", _ORIGINAL, rb"\x08\x01\x12", suffixes=(".pb",)),
+    # ir_version, then producer_name, or the next field that is there.
+    Format("an ONNX model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)),
+    Format("a GGUF file (llama.cpp)", _ORIGINAL, rb"GGUF", suffixes=(".gguf",)),
+    Format("a ggml file (before GGUF)", _ORIGINAL, rb"lmgg|fmgg|tjgg", suffixes=(".ggml",)),
+    Format(
+        "a numpy array (.npy)",
+        f"if it holds a dict: {_TRUSTED} {_FROM_NUMPY.format('numpy.load(FILE, allow_pickle=True).item()')}",
+        rb"\x93NUMPY",
+        suffixes=(".npy",),
+    ),
+    # Protocols from 2 on, 0, and 1.
+    Format(
+        "a pickle, but not one that torch.save wrote",
+        f"{_TRUSTED} torch.save(pickle.load(open(FILE, 'rb'), encoding='latin1'), 'weights.pth')",
+        rb"\x80|\([dl]p\d+\n|\(?c[\w.]+\n\w+\n|[}\]]q.",
+        suffixes=(".pkl", ".pickle", ".pdparams"),
+    ),
+    # Pages and documents, which may begin with a byte order mark or spaces.
+    Format(
+        "a web page, not weights",
+        f"the download probably failed or needs a login: {_RETRY}",
+        _TEXT + rb"(?i:<!doctype|<html)",
+    ),
+    Format("an XML document, such as the error response of a storage service", _RETRY, _TEXT + rb"(?i:<\?xml)"),
+    Format("JSON text, not weights", "for a sharded checkpoint, use the folder or the *.index.json", _TEXT + rb"\{"),
+    Format("JSON text, not weights", "use the file with the weights", _TEXT + rb"\["),
 )
-_PAGE = ("a web page, not weights", "the download probably failed or needs a login: download it again")
-_TEXTS: tuple[tuple[bytes, str, str], ...] = (
-    (b"<!doctype", *_PAGE),
-    (b"<html", *_PAGE),
-    (b"<?xml", "an XML document, such as the error response of a storage service", "download it again"),
-    (b"{", "JSON text, not weights", "for a sharded checkpoint, use the folder or the *.index.json"),
-    (b"[", "JSON text, not weights", "use the file with the weights"),
+_OLD_TAR = Format(
+    "a tar archive of torch before 0.1.10 (2017)",
+    f"{_TRUSTED} torch.save(torch.load(FILE, weights_only=False), 'weights.pth')",
 )
+_TAR = Format("a tar archive", "unpack it: tar -xf")
+_OLD_TAR_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")
 
 
 def error(file: SourceFile) -> ContainerError:
@@ -36,22 +123,37 @@ def error(file: SourceFile) -> ContainerError:
     return ContainerError(f"{file.name}: {kind}", f"{step}\nsupported formats: safetensors, torch.save, torch.jit.save")
 
 
+def format_of_name(name: str) -> Format | None:
+    """The format that the ending of a file name belongs to, if it is one of `FORMATS`."""
+    return next((known for known in FORMATS if name.lower().endswith(known.suffixes)), None)
+
+
 def _identify(file: SourceFile) -> tuple[str, str]:
-    head = file.read(0, min(file.size, 512))
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        return "an empty file", "the download or copy was not finished: download or copy it again"
+    head = file.read(0, min(file.size, 8192))
     if not any(head):
-        return "begins with zeros only", "the download or copy was not finished: download or copy it again"
-    for start, kind, step in _SIGNATURES:
-        if head.startswith(start):
-            return kind, step
-    for start, kind, step in _TEXTS:
-        if text.startswith(start):
-            return kind, step
-    if head[257:262] == b"ustar":
-        return "a tar archive", "unpack it: tar -xf"
+        unfinished = f"the download or copy was not finished: {_RETRY}"
+        return ("begins with zeros only" if head else "an empty file"), unfinished
+    known = _tar(head) or _known(head, list(read_directory(file)) if is_zip(file) else ())
+    if known is not None:
+        return known.kind, known.step
     words = b" ".join(head[:256].split())
     if words.isascii() and words.decode().isprintable():
-        return f"text, not weights: {words[:40].decode()!r}", "the download probably failed: download it again"
+        return f"text, not weights: {words[:40].decode()!r}", f"the download probably failed: {_RETRY}"
     return f"unknown format: it begins with {head[:8].hex(' ')}", "check that this is the right file"
+
+
+def _known(head: bytes, members: Iterable[str]) -> Format | None:
+    for known in FORMATS:
+        if known.begins and re.match(known.begins, head, re.DOTALL):
+            return known
+        if known.member and any(re.fullmatch(known.member, name) for name in members):
+            return known
+    return None
+
+
+def _tar(head: bytes) -> Format | None:
+    """Recognise tar archives. Their blocks have 512 bytes; a header begins with the name of the member."""
+    names = [head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)]
+    if names[0] in (*_OLD_TAR_MEMBERS, b"././@PaxHeader") and any(name in _OLD_TAR_MEMBERS for name in names):
+        return _OLD_TAR
+    return _TAR if head[257:262] == b"ustar" else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from converter.checkpoint.locate import WEIGHT_SUFFIXES
+from converter.checkpoint.folder import WEIGHT_SUFFIXES, has_weight_suffix
 from converter.errors import LayoutError, UsageError
 from converter.plan.plan import Plan
 from converter.storage.atomic_output import new_file, write_all
@@ -20,7 +20,7 @@ LAYOUTS = ("sam-hf", "clip-hf")
 
 def is_folder_output(out: Path, layout: str) -> bool:
     """Return whether an output is a folder: its name has no suffix of weights, and its layout is not canonical."""
-    return out.suffix not in WEIGHT_SUFFIXES and not layout.startswith("deepencoder-")
+    return not has_weight_suffix(out.name) and not layout.startswith("deepencoder-")
 
 
 def check_folder_output(out: Path, layout: str, format: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.checkpoint.locate import WEIGHT_SUFFIXES
+from converter.checkpoint.folder import WEIGHT_SUFFIXES
 from converter.checkpoint.open import Checkpoint, check_unchanged
 from converter.errors import OutputError
 from converter.formats.safetensors import write_safetensors

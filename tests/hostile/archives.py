@@ -418,7 +418,7 @@ OTHER: dict[str, tuple[Callable[[], bytes], str]] = {
     "xz": (lambda: lzma.compress(saved(sam())), "an xz archive"),
     "Zstandard": (lambda: b"\x28\xb5\x2f\xfd\4\0" + bytes(100), "a Zstandard archive"),
     "rar": (lambda: b"Rar!\x1a\7\1\0" + bytes(100), "a RAR archive"),
-    "npz": (_npz, "not one that torch.save"),
+    "npz": (_npz, "an .npz archive of numpy arrays"),
     "numpy": (_npy, "a numpy array"),
     "GGUF": (lambda: b"GGUF\3\0\0\0" + bytes(100), "a GGUF file"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),

@@ -142,6 +142,11 @@ LEGAL: dict[str, Build] = {
         lambda folder: safetensors.torch.save_file({KEY: torch.ones(3)}, folder / "model-00003-of-00002.safetensors")
     ),
     "names with spaces and brackets": renamed("a b [1].safetensors", "é (2) %20.safetensors"),
+    "no index": lambda folder: (put_shards(folder), folder)[1],
+    "an index with a byte order mark and line ends of Windows": lambda folder: index(
+        b"\xef\xbb\xbf" + json.dumps({"weight_map": weight_map()}, indent=2).replace("\n", "\r\n").encode()
+    )(folder),
+    "an index of another name": contained(SHARDS, "vision.index.fp16.json", save, save),
     "hidden names": renamed(".a", "..b"),
     "a broken pytorch_model.bin in its folder": changed(
         lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x")
@@ -322,7 +327,29 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("a\\x0a::error::.pth: an empty file",),
     ),
     "a folder of nothing": (lambda folder: folder, ("contains no checkpoint",)),
-    "a folder of shards without an index": (lambda f: (put_shards(f), f)[1], ("several checkpoints", *SHARDS)),
+    "a set of shards with a gap": (
+        only("model-1-of-999999999.pth", "model-3-of-999999999.pth"),
+        ("lacks shards: model-2-of-999999999.pth, model-4-of", "model-22-of-999999999.pth, ..."),
+    ),
+    "a tensor twice, without an index": (
+        lambda f: (
+            put_shards(f, (SHARDS[0], "a.pth")),
+            (f / "a.pth").unlink(),
+            (f / SHARDS[1]).hardlink_to(f / SHARDS[0]),
+            f,
+        )[-1],
+        ("is in another shard too",),
+    ),
+    "a `latest` that leaves the folder": (
+        changed(
+            lambda f: (
+                (f / INDEX).unlink(),
+                *((f / name).unlink() for name in SHARDS),
+                (f / "latest").write_text("../.."),
+            )
+        ),
+        ("contains no checkpoint",),
+    ),
 }
 
 CASES = [

@@ -1,0 +1,126 @@
+"""Folders as sources: which files are the checkpoint, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path, PurePath
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint
+
+from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.errors import ContainerError
+
+A, B = {"a": torch.ones(2)}, {"b": torch.zeros(3)}
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def shards(folder: Path, *names: str, index: str = "") -> Path:
+    weight_map = {}
+    for name, tensors in zip(names, (A, B), strict=True):
+        safetensors.torch.save_file(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if index:
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def opened(path: Path) -> Checkpoint:
+    with closing(open_checkpoint(path)) as checkpoint:
+        return checkpoint
+
+
+BY_PRODUCTS = [
+    "training_args.bin", "optimizer.pt", "optimizer.bin", "optimizer_1.bin", "scheduler.pt", "lr_scheduler.pt",
+    "rng_state.pth", "rng_state_0.pth", "random_states_0.pt", "scaler.pt", "sampler.bin",
+    "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+]  # fmt: skip
+
+
+def test_by_products_are_no_checkpoints(tmp_path: Path) -> None:
+    put(tmp_path, *BY_PRODUCTS)
+    with pytest.raises(ContainerError, match=r"contains no checkpoint; bf16_.*training_args.bin: written by a trainer"):
+        opened(tmp_path)
+    torch.save(A, tmp_path / "optimal.pth.tar")
+    assert list(opened(tmp_path).contents) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["sam.PTH", "sam.pth.tar", "sam.ckpt", "SAM.Safetensors"])
+def test_endings_in_any_case(name: str, tmp_path: Path) -> None:
+    torch.save(A, tmp_path / name)
+    put(tmp_path, "notes.tar")
+    assert opened(tmp_path).name == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "index"),
+    [
+        (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), ""),
+        (("x-0-of-2.fp16.safetensors", "x-1-of-2.fp16.safetensors"), ""),
+        (("model.fp16-00001-of-000002.safetensors", "model.fp16-00002-of-000002.safetensors"), ""),
+        (("a.safetensors", "b.safetensors"), "model.safetensors.index.json"),
+        (("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"), "m.safetensors.index.fp16.json"),
+        (("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"), "other.index.json"),
+    ],
+)
+def test_shards(names: tuple[str, str], index: str, tmp_path: Path) -> None:
+    put(tmp_path, "tf_model.h5.index.json", "training_args.bin")
+    checkpoint = opened(shards(tmp_path, *names, index=index))
+    assert sorted(checkpoint.contents) == ["a", "b"]
+    assert [PurePath(file.name).name for file in checkpoint.files] == list(names)
+    assert checkpoint.notes == (() if index else ("no index: read the 2 shards by their headers",))
+
+
+def test_a_set_of_one_shard(tmp_path: Path) -> None:
+    safetensors.torch.save_file(A, tmp_path / "model-00001-of-000001.safetensors")
+    assert opened(tmp_path).name.endswith("model-00001-of-000001.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "is an empty folder"),
+        (("model-00001-of-00003.pth", "model-00003-of-00003.pth"), r"lacks shards: model-00002-of-00003\.pth\n"),
+        (("model-00002-of-00002.pth",), r"lacks shards: model-00001-of-00002\.pth\n"),
+        (("a-1-of-1.pth", "b-1-of-1.pth"), r"several checkpoints: a-1-of-1\.pth, b-1-of-1\.pth"),
+        (("a-1-of-2.pth", "a-2-of-2.pth", "b.pth"), r"several checkpoints: a-\*-of-2\.pth, b\.pth"),
+        (("a.safetensors.index.json", "b.safetensors.index.json"), "several checkpoints: a"),
+        (("model.safetensors.incomplete", "config.json"), "unfinished download: model.safetensors.incomplete"),
+        (("x.safetensors", "x.safetensors.aria2"), "x.safetensors: an unfinished download of aria2"),
+        (("flax_model.msgpack", "config.json"), r"flax_model\.msgpack is Flax.*\n.*from_flax"),
+        (("model.onnx",), "model.onnx is an ONNX model"),
+        (("checkpoint-10/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: checkpoint-10"),
+        (("zero_pp_rank_0_mp_rank_00_model_states.pt",), r"ZeRO-3.*\n.*zero_to_fp32"),
+    ],
+)  # fmt: skip
+def test_folders_without_a_checkpoint(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    put(tmp_path, *names)
+    with pytest.raises(ContainerError, match=message):
+        opened(tmp_path)
+
+
+def test_latest_is_followed(tmp_path: Path) -> None:
+    put(tmp_path, "training_args.bin", "global_step5/mp_rank_00_model_states.pt")
+    (tmp_path / "global_step10").mkdir()
+    torch.save({"module": A}, tmp_path / "global_step10" / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("global_step10\n")
+    assert opened(tmp_path).contents["module"].keys() == {"a"}
+    # The weights that the trainer gathered are in the folder itself.
+    safetensors.torch.save_file(B, tmp_path / "model.safetensors")
+    assert opened(tmp_path).contents.keys() == {"b"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoints_are_named(tmp_path: Path) -> None:
+    torch.distributed.checkpoint.save(A, checkpoint_id=tmp_path, no_dist=True)
+    for source in (tmp_path, tmp_path / ".metadata", tmp_path / "__0_0.distcp"):
+        with pytest.raises(ContainerError, match=rf"DCP.*\n.*format_utils dcp_to_torch {tmp_path} weights\.pth"):
+            opened(source)
