@@ -76,7 +76,7 @@ _ARCHITECTURES = (
     _Rule(
         "is SigLIP, which has no class token and no norm before its transformer",
         _OTHER,
-        (r"head\.probe$|attn_pool\.latent$|logit_bias$|vision_model\.embeddings\.patch_embedding\.bias$",),
+        (r"head\.probe$|attn_pool\.latent$|logit_bias$|(^|\.)embeddings\.patch_embedding\.bias$",),
         (r"embeddings\.class_embedding$|(^|\.)cls_token$",),
     ),
     _Rule(
@@ -95,6 +95,7 @@ _ARCHITECTURES = (
         "its SAM converts: dsocr-convert sam ...",
         (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
     ),
+    _Rule("is a ViT with layer scales (DINOv2, InternViT)", _OTHER, (r"(^|\.)(ls1(\.gamma)?|layer_scale1\.lambda1)$",)),
     _Rule("holds the state of an optimizer", "convert the weights of that training", (r"\.exp_avg(_sq)?$",)),
 )
 

@@ -160,7 +160,9 @@ def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
     for name, value in values.items():
         reason = plan.target.extra_reason(name)
         if reason is None:
-            problems.append(f"{plan.target.name} has no tensor {name!r} (from {applied.rules[name].location})")
+            problems.append(
+                f"{plan.target.name} has no tensor {name!r}{_origin(value)} (by {applied.rules[name].location})"
+            )
         else:
             plan.extra_tensors[name] = value
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
@@ -170,7 +172,7 @@ def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
 
 
 def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> list[str]:
-    origin = next((f" (from {tensor.key!r})" for tensor in source_tensors(value)), "")
+    origin = _origin(value)
     if spec.dtype and value.dtype.name != spec.dtype:
         return [f"{name!r}{origin} is {value.dtype.name}; expected {spec.dtype}"]
     if not spec.dtype and not value.dtype.is_float:
@@ -181,6 +183,11 @@ def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> lis
     return [
         f"{name!r}{origin} has shape {list(value.shape)}; expected {format_shape(spec.shape)}, where {bound or 'any'}"
     ]
+
+
+def _origin(value: LazyTensor) -> str:
+    """The first source tensor of a value, for messages."""
+    return next((f" (from {tensor.key!r})" for tensor in source_tensors(value)), "")
 
 
 def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
