@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_encoder_command import deepseek_ocr
 
 import converter
 from converter.errors import DsocrError, LayoutError, MappingError, UsageError
@@ -144,13 +145,6 @@ def test_any_prefix(layout: str, tmp_path: Path) -> None:
         assert mapping.prefix.startswith(prefix)
 
 
-def test_the_encoder_alone_under_a_prefix_that_no_layout_has(tmp_path: Path) -> None:
-    state = {name: tensor.clone() for name, tensor in models.sam_meta().state_dict().items()}
-    encoder = {name.removeprefix("image_encoder."): t for name, t in state.items() if name.startswith("image_encoder.")}
-    expected, _ = converted(state, "sam", tmp_path / "plain")
-    assert_equal(converted(under("vit.", encoder), "sam", tmp_path / "other")[0], expected)
-
-
 @pytest.mark.parametrize("prefixes", [("student.", "teacher."), ("", "ema."), ("model.visual.", "teacher.visual.")])
 def test_several_encoders_are_listed_and_chosen(prefixes: tuple[str, str], tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in models.clip_hf().state_dict().items() if "vision" in name}
@@ -223,3 +217,16 @@ def test_a_text_tower_with_adapters_does_not_stop_the_vision_tower(tmp_path: Pat
     assert set(odd) <= set(record.dropped)
     with pytest.raises(DsocrError, match="lacks tensors of clip-openai"):
         converted(changed, "clip", tmp_path, to="clip-openai", full_model=True)
+
+
+def test_whole_encoders_inside_another_model(tmp_path: Path) -> None:
+    """Both encoders of one of two copies of a DeepEncoder, as `encoder` extracts them."""
+    copies = [deepseek_ocr(seed) for seed in (0, 1)]
+    whole = under("student.", copies[0]) | under("teacher.", copies[1])
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, tmp_path / "whole.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in copies[1].items()}, tmp_path / "alone.safetensors")
+    with pytest.raises(LayoutError, match="--prefix"):
+        converter.encoder(tmp_path / "whole.safetensors", out=tmp_path / "out.safetensors")
+    converter.encoder(tmp_path / "whole.safetensors", prefix="teacher.", out=tmp_path / "out.safetensors")
+    converter.encoder(tmp_path / "alone.safetensors", out=tmp_path / "expected.safetensors")
+    assert_equal(load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors"))

@@ -27,6 +27,7 @@ def encoder(
     sam: str | Path | None = None,
     clip: str | Path | None = None,
     compressor: str | Path | None = None,
+    prefix: str | None = None,
     with_projector: bool = False,
     add_prefix: str = MODEL_PREFIX,
     into: str | Path | None = None,
@@ -51,6 +52,7 @@ def encoder(
         compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [CLIP's width, 2*neck, 3, 3]
             (DeepSeek-OCR, GOT-OCR2, Vary); or random:SEED, see `converter.assembly.compressor.seeded`. Not needed if
             `sam` has one.
+        prefix: The prefix of the encoders' names in sources that hold several.
         with_projector: Also extract the projector, image_newline and view_seperator from `source`.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
         into: A local DeepSeek-OCR checkpoint, a folder or a file. Shards, index, order of names, types and all other
@@ -88,12 +90,13 @@ def encoder(
 
         if source is not None:
             _refuse("cannot be combined with SOURCE", sam=sam, clip=clip, compressor=compressor)
-            parts = extract_encoder(open_(source), with_projector)
+            parts = extract_encoder(open_(source), with_projector, prefix)
         elif sam is not None and clip is not None:
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
             # The same checkpoint is opened once: its files identify the tensors that are used.
             opened = open_(sam)
-            parts = build_encoder(opened, opened if sam == clip else open_(clip), str(compressor or ""), open_)
+            other = opened if sam == clip else open_(clip)
+            parts = build_encoder(opened, other, str(compressor or ""), open_, prefix)
         else:
             raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
         check_hub_options(hub, parts.sources)

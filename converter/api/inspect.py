@@ -104,12 +104,15 @@ class Inspection:
         return cast("dict[str, Any]", as_json(self))
 
 
-def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options: Any) -> Inspection:
+def inspect(
+    source: str | Path, *, state_dict: str | None = None, prefix: str | None = None, **hub_options: Any
+) -> Inspection:
     """Report what a checkpoint holds, which layouts it fits and what a conversion would do; reads no weights.
 
     Args:
         source: A checkpoint, as in `convert`.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
+        prefix: The prefix of the tensor names to report.
         **hub_options: The fields of `converter.options.HubOptions`: revision, hub, download.
 
     Raises:
@@ -118,11 +121,11 @@ def inspect(source: str | Path, *, state_dict: str | None = None, **hub_options:
     options = HubOptions(**hub_options)
     with closing(open_checkpoint(source, options)) as opened:
         check_hub_options(options, [opened])
-        return _inspect(opened, state_dict)
+        return _inspect(opened, state_dict, prefix)
 
 
-def _inspect(opened: Checkpoint, state_dict: str | None) -> Inspection:
-    state_dicts = select_state_dicts(opened, state_dict)
+def _inspect(opened: Checkpoint, state_dict: str | None, prefix: str | None = None) -> Inspection:
+    state_dicts = select_state_dicts(opened, state_dict, prefix)
     largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
     layouts = [layout for family in registry.families() for layout in _matched_layouts(opened, family, state_dicts)]
     mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]

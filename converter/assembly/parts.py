@@ -105,7 +105,11 @@ def encoder_record(
 
 
 def build_encoder(
-    sam: Checkpoint, clip: Checkpoint, compressor: str, open_file: Callable[[str], Checkpoint]
+    sam: Checkpoint,
+    clip: Checkpoint,
+    compressor: str,
+    open_file: Callable[[str], Checkpoint],
+    prefix: str | None = None,
 ) -> EncoderParts:
     """Combine the encoders of two checkpoints and a compressor.
 
@@ -114,14 +118,15 @@ def build_encoder(
         clip: A checkpoint with CLIP, in any layout.
         compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of `sam`.
         open_file: Opens the compressor's checkpoint.
+        prefix: The prefix of the encoders' names in both checkpoints, or None.
 
     Raises:
         LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
         UsageError: Sizes differ.
     """
     plans = {
-        "sam": resolve_to_canonical(sam, ConvertOptions("sam")),
-        "clip": resolve_to_canonical(clip, ConvertOptions("clip")),
+        "sam": resolve_to_canonical(sam, ConvertOptions("sam", prefix=prefix)),
+        "clip": resolve_to_canonical(clip, ConvertOptions("clip", prefix=prefix)),
     }
     sources = [sam] if clip is sam else [sam, clip]
     nets: dict[str, LazyTensor] = {}
@@ -146,10 +151,20 @@ def build_encoder(
     return EncoderParts(sources, plans, tensors, generated, _dropped(plans, tensors) | replaced)
 
 
-def extract_encoder(source: Checkpoint, with_projector: bool) -> EncoderParts:
-    """Take both encoders out of a checkpoint, and the projector if requested; LayoutError if it has not both."""
+def extract_encoder(source: Checkpoint, with_projector: bool, prefix: str | None = None) -> EncoderParts:
+    """Take both encoders out of a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        with_projector: Whether to take the projector too.
+        prefix: The prefix of both encoders' names, or None.
+
+    Raises:
+        LayoutError: The checkpoint does not have both encoders.
+    """
+    options = [ConvertOptions(family, prefix=prefix) for family in registry.families()]
     try:
-        plans = {family: resolve_to_canonical(source, ConvertOptions(family)) for family in registry.families()}
+        plans = {option.family: resolve_to_canonical(source, option) for option in options}
     except LayoutError as error:
         raise LayoutError(
             f"{error}",

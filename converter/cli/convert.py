@@ -39,7 +39,7 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 
 
 @app.command()
-@add_options((ConvertOptions, ["state_dict"]), HubOptions)
+@add_options((ConvertOptions, ["state_dict", "prefix"]), HubOptions)
 def inspect(source: Source, json: Json = False, **options: Any) -> None:
     """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights."""
     inspection = converter.inspect(source, **options)

@@ -11,7 +11,7 @@ import typer
 import converter
 from converter.cli import render
 from converter.cli.options import WriteOptions, add_options
-from converter.options import DtypeName, HubOptions
+from converter.options import ConvertOptions, DtypeName, HubOptions
 
 Source = Annotated[
     str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint that holds both encoders, such as DeepSeek-OCR.")
@@ -49,7 +49,7 @@ class EncoderOptions:
     )
 
 
-@add_options(EncoderOptions, WriteOptions, HubOptions)
+@add_options(EncoderOptions, (ConvertOptions, ["prefix"]), WriteOptions, HubOptions)
 def encoder(source: Source = None, **options: Any) -> None:
     """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam, --clip and --compressor."""
     render.show_conversion(converter.encoder, source, **options)

@@ -134,8 +134,9 @@ def _shapes(group: Group) -> str:
 
 
 def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
-    where = f", under the prefix {layout.prefix}" if layout.prefix else ""
-    yield f"{layout.family}: layout {layout.layout}, {layout.description}{where}"
+    yield f"{layout.family}: layout {layout.layout}, {layout.description}"
+    if layout.prefix:
+        yield f"  prefix {layout.prefix}"
     yield f"  detected by {', '.join(layout.evidence)}"
     if len(layout.state_dicts) > 1:
         yield f"  choose one with --state-dict: {', '.join(layout.state_dicts)}"
