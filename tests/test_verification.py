@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import pickle
+import re
 import threading
+import zipfile
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import models
 import pytest
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import converter
+from converter.api.verify import verify
 from converter.encoders import ClipEncoder, SamEncoder
+from converter.errors import ContainerError
 from converter.layouts import registry
-from converter.verification.families import FAMILIES
+from converter.verification import restricted_pickle
+from converter.verification.families import FAMILIES, State
 from converter.verification.outputs import exact_float32
 from converter.verification.reference_models import REFERENCES
 from converter.verification.skip_init import SkipInitialization
@@ -68,3 +81,121 @@ def test_probes_are_modules_of_the_encoder(encoder: type[nn.Module]) -> None:
     names = model.state_dict().keys()
     for probe in family.own_probes(model):
         assert family.tensors_at(probe.name, names), probe.name
+
+
+# Legal files that torch.load(weights_only=True) does not read as it is called by default ------------------------------
+
+
+def packed_again(path: Path) -> None:
+    """Compress the members of a torch zip, whose bytes can then not be mapped into memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def save(state: State, path: Path, form: str) -> None:
+    protocol = next((int(char) for char in form if char.isdigit()), 2)
+    extra: dict[str, Any] = {"epochs": {1, 2}, "seen": frozenset([3])} if "sets" in form else {}
+    if "sparse" in form:
+        extra["sparse"] = torch.eye(2).to_sparse()
+    torch.save(
+        {"model": state, **extra} if extra else state,
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization="legacy" not in form,
+    )
+    if "deflated" in form:
+        packed_again(path)
+
+
+FORMS = ("deflated", "protocol 1", "protocol 3", "protocol 4", "protocol 5", "legacy 1", "legacy 4", "sets", "sets 4")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_legal_files_are_verified(form: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "clip.pth", tmp_path / "out.safetensors"
+    save(models.clip_hf_vision().state_dict(), source, form)
+    converter.convert(source, "clip", out=out)
+    found = verify(out, source, fast=True, device="cpu")
+    assert found.ok and "passed" in [check.verdict for check in found.checks if check.group == "bytes"]
+
+
+def test_a_wrong_conversion_of_such_a_file_fails(tmp_path: Path) -> None:
+    source, out = tmp_path / "clip.pth", tmp_path / "out.safetensors"
+    state = models.clip_hf_vision().state_dict()
+    save(state, source, "protocol 4")
+    converter.convert(source, "clip", out=out)
+    tensors = safetensors.torch.load_file(out)
+    tensors["pre_layrnorm.bias"] = tensors["pre_layrnorm.bias"] + 1
+    safetensors.torch.save_file(tensors, out)
+    found = verify(out, source, fast=True, device="cpu")
+    assert [check.name for check in found.checks if check.verdict == "failed"] == ["pre_layrnorm.bias"]
+
+
+def test_what_a_library_does_not_read_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, out = tmp_path / "clip.pth", tmp_path / "out.safetensors"
+    save(models.clip_hf_vision().state_dict(), source, "")
+    converter.convert(source, "clip", out=out)
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError("an opcode\nof the future")))
+    with pytest.raises(ContainerError, match=r"clip\.pth: .*torch zip does not read it: an opcode\n") as error:
+        verify(out, source, fast=True, device="cpu")
+    assert "no error of the conversion" in error.value.hint
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_an_old_torchscript_archive_is_verified(tmp_path: Path) -> None:
+    """torch 1.4 lists no buffers, and current torch leaves them out of its state_dict()."""
+    source, out = tmp_path / "clip.pt", tmp_path / "out.safetensors"
+    state = models.clip_hf_vision().state_dict()
+    ids = torch.arange(len(state["embeddings.position_embedding.weight"]))[None]
+    torch.jit.script(module_of(dict(state), {"embeddings.position_ids": ids})).save(source)
+    with zipfile.ZipFile(source) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, re.sub(rb"  __buffers__ = .*\n", b"", data) if name.endswith(".py") else data)
+    converter.convert(source, "clip", out=out)
+    assert verify(out, source, fast=True, device="cpu").ok
+
+
+def module_of(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> nn.Module:
+    """A module without a forward pass, with these tensors."""
+    root = nn.Module()
+    for name, tensor in (parameters | buffers).items():
+        *path, last = name.split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if name in buffers:
+            parent.register_buffer(last, tensor)
+        else:
+            parent.register_parameter(last, nn.Parameter(tensor))
+    return root
+
+
+class Gadget:
+    """Pickled as a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_the_restricted_unpickler_runs_nothing(tmp_path: Path) -> None:
+    beside = {"ns": argparse.Namespace(a=1), "gadget": Gadget(tmp_path / "executed"), "a": torch.ones(2)}
+    torch.save(beside, tmp_path / "x.pth")
+    found = torch.load(tmp_path / "x.pth", weights_only=False, pickle_module=restricted_pickle)
+    assert torch.equal(found["a"], torch.ones(2)) and found["ns"] == {"a": 1}
+    assert not (tmp_path / "executed").exists() and not isinstance(found["ns"], argparse.Namespace)
+
+
+def test_the_restricted_unpickler_changes_no_function_of_the_process() -> None:
+    stream = pickle.PROTO + b"\x02" + b"ctorch._utils\n_rebuild_tensor_v2\n" + b"}X\x01\x00\x00\x00aK\x01sb."
+    with pytest.raises(pickle.UnpicklingError, match="a function or a class"):
+        restricted_pickle.load(io.BytesIO(stream))

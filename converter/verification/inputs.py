@@ -23,7 +23,7 @@ from converter.verification.reference_readers import Reader, open_independently
 
 @dataclass(frozen=True)
 class Converted:
-    """The converted file; `read` reads tensors by their keys, with the format's own library."""
+    """The converted file; `read` reads tensors with the format's own library."""
 
     source: Checkpoint
     family: str

@@ -118,7 +118,7 @@ def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:
     actual = f"{tensor.dtype.name} {list(tensor.shape)}"
     if actual != kind:
         return f"is {actual}, in the record {kind}"
-    digest = hashlib.sha256(as_bytes(read(tensor.key))).hexdigest()
+    digest = hashlib.sha256(as_bytes(read(tensor))).hexdigest()
     return "" if digest == sha256 else f"has SHA-256 {digest}, in the record {sha256}"
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import safetensors
 import torch
+from torch import Tensor
 
 from converter.checkpoint.open import Checkpoint
-from converter.checkpoint.state_dict import StateDict
-from converter.errors import UsageError
+from converter.checkpoint.state_dict import StateDict, state_dicts
+from converter.errors import ContainerError, DsocrError, UsageError
 from converter.formats import registry
 from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import TensorInfo
+from converter.verification import restricted_pickle
 
 # Containers that the library reads tensor by tensor; others are read whole.
 _IN_PLACE = ("safetensors", "torch zip")
 
-# Returns the tensor of a state dict by its key.
-Reader = Callable[[str], torch.Tensor]
+# Returns a tensor of a checkpoint.
+Reader = Callable[[TensorInfo], Tensor]
 
 
 def open_independently(
@@ -35,48 +39,90 @@ def open_independently(
         needed: The tensors to fetch if the checkpoint is on a hub.
         on_progress: Called as they are fetched.
 
-    Returns:
-        A function from a key to its tensor.
+    Raises:
+        ContainerError: A library does not read its file; also raised by the returned function.
     """
     source.fetch(needed, on_progress)
-    readers: dict[str, Reader] = {}
+    deflated = {
+        tensor.storage.file
+        for entry in state_dicts(source.contents)
+        for tensor in entry.tensors.values()
+        if tensor.storage.deflated
+    }
+    readers: dict[SourceFile, Callable[[str], Tensor]] = {}
     for container, file in zip(source.containers, source.files, strict=True):
         if isinstance(file, RemoteFile) and container not in _IN_PLACE:
             file.fetch_all([(0, file.size)])
-        keys, read = _open(container, file, state_dict)
-        readers |= dict.fromkeys(keys, read)
-    return lambda key: readers[key](key).detach()
+        with _plain_errors(container, file):
+            readers[file] = _open(container, file, state_dict.path, mapped=file not in deflated)
+    containers = dict(zip(source.files, source.containers, strict=True))
+
+    def read(tensor: TensorInfo) -> Tensor:
+        file = tensor.storage.file
+        with _plain_errors(containers[file], file, f": tensor {tensor.key!r}"):
+            return readers[file](tensor.key).detach()
+
+    return read
 
 
-def _open(container: str, file: SourceFile, state_dict: StateDict) -> tuple[Iterable[str], Reader]:
-    """The keys in a file, and a reader of their tensors."""
+@contextmanager
+def _plain_errors(container: str, file: SourceFile, where: str = "") -> Iterator[None]:
+    """Raise ContainerError for any exception of a library: a legal file may be beyond it."""
+    try:
+        yield
+    except DsocrError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+        raise ContainerError(
+            f"{file.name}{where}: the library of the format {container} does not read it: {reason}",
+            "this shows no error of the conversion; where you trust the file, load it with its own library, save the "
+            "tensors with safetensors, and verify with that copy as --source",
+        ) from error
+
+
+def _open(container: str, file: SourceFile, path: str, mapped: bool) -> Callable[[str], Tensor]:
+    """A reader of the tensors in one file."""
     if container == "safetensors":
         opened: Any = safetensors.safe_open(file.path, "pt")
-        return opened.keys(), opened.get_tensor
+        return opened.get_tensor  # type: ignore[no-any-return]
     if container == "TorchScript":
         # Our reader has refused modules with code that runs on loading.
-        tensors = torch.jit.load(file.path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    elif container in ("torch zip", "torch legacy"):
-        # torch's older format cannot be mapped.
-        mapped = container in _IN_PLACE
-        contents = torch.load(file.path, map_location="cpu", weights_only=True, mmap=mapped)
-        tensors = _at(contents, state_dict.path)
+        module = torch.jit.load(file.path, map_location="cpu")  # type: ignore[no-untyped-call]
+        # By attribute: state_dict() leaves out the buffers of torch 1.4, which does not list them.
+        return lambda key: operator.attrgetter(key)(module)
+    if container in ("torch zip", "torch legacy"):
+        tensors = _at(_torch_load(file.path, mapped and container in _IN_PLACE), path)
     else:
         loader: Any = registry.find_plugin(container)
         if not hasattr(loader, "reference"):
             message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
             raise UsageError(message, "ask the package that provides the loader for one")
         tensors = loader.reference(file.path)
-    return tensors.keys(), tensors.__getitem__
+    return tensors.__getitem__  # type: ignore[no-any-return]
+
+
+def _torch_load(path: str, mapped: bool) -> Any:
+    """The contents of a file of torch; neither way imports anything that the file names.
+
+    Args:
+        path: The file.
+        mapped: Whether to map it into memory: not for compressed members, whose bytes torch takes for weights.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:
+        # Other protocols than 2 and 3, or objects of other classes next to the weights.
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped, pickle_module=restricted_pickle)
 
 
 def _at(contents: Any, path: str) -> Any:
     """The dict at a dotted path, whose keys may contain dots."""
     if not path:
         return contents
-    for key, value in contents.items():
+    for key, value in enumerate(contents) if isinstance(contents, (list, tuple)) else contents.items():
         if path == str(key):
             return value
-        if path.startswith(f"{key}.") and isinstance(value, dict):
+        if path.startswith(f"{key}.") and isinstance(value, (dict, list, tuple)):
             return _at(value, path[len(str(key)) + 1 :])
     raise KeyError(path)

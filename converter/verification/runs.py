@@ -77,7 +77,9 @@ def run_encoders(target: Converted, source: ComparedSource | None, options: RunO
     family = FAMILIES[target.family]
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
-    loads, encoder = structure.check_loads(family, {name: upload(target.read(name)) for name in target.tensors})
+    loads, encoder = structure.check_loads(
+        family, {name: upload(target.read(target.tensors[name])) for name in target.tensors}
+    )
     if not options.sizes:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
     if encoder is None:
@@ -159,7 +161,7 @@ def _upload_source(source: ComparedSource, upload: Uploader) -> tuple[State, Sta
 
     def load(tensor: TensorInfo) -> Tensor:
         if tensor.key not in uploaded:
-            uploaded[tensor.key] = upload(origin.read(tensor.key))
+            uploaded[tensor.key] = upload(origin.read(tensor))
         return uploaded[tensor.key]
 
     own = {name: load(tensor) for name, tensor in origin.own.items()}

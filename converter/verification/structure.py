@@ -74,7 +74,7 @@ def _check_values(target: Converted) -> list[Check]:
     zero: list[str] = []
     constant: list[str] = []
     for name in target.tensors:
-        tensor = target.read(name)
+        tensor = target.read(target.tensors[name])
         if not tensor.numel():
             continue
         # Types of one byte lack most operations.

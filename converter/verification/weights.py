@@ -53,7 +53,7 @@ def check_bytes(target: Converted, origin: Origin, on_progress: OnProgress) -> C
     tensors, outputs = target.tensors, origin.plan.outputs
 
     def load(tensor: TensorInfo) -> Tensor:
-        return origin.read(tensor.key)
+        return origin.read(tensor)
 
     missing = dict.fromkeys(outputs.keys() - tensors.keys(), "is missing, though the source has it")
     extra = dict.fromkeys(tensors.keys() - outputs.keys(), "is not produced from any source tensor")
@@ -61,10 +61,10 @@ def check_bytes(target: Converted, origin: Origin, on_progress: OnProgress) -> C
     expected: dict[str, Tensor] = {}
     for done, (name, value) in enumerate(outputs.items(), 1):
         expected[name] = evaluate(value, load)
-        check = _compare(name, target.read(name), expected[name], value, load) if name in tensors else None
+        check = _compare(name, target.read(tensors[name]), expected[name], value, load) if name in tensors else None
         if check is not None:
             if len(checks) < _SEARCHED:
-                check = _with_true_name(check, target.read(name), name, outputs, load)
+                check = _with_true_name(check, target.read(tensors[name]), name, outputs, load)
             if rule := origin.plan.rules.get(name):
                 check = replace(check, detail=f"{check.detail}; made by {rule.location}")
             checks.append(check)

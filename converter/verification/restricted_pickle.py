@@ -1,0 +1,71 @@
+"""A `pickle_module` for torch.load: Python's unpickler, which imports nothing.
+
+torch.load(weights_only=True) reads protocols 2 and 3 alone, and refuses objects of other classes next to the weights.
+This module reads all protocols. Globals are looked up in torch's own table of what is safe to call; each other class is
+replaced by an inert placeholder.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import pickle
+from typing import Any, ClassVar
+
+from torch._weights_only_unpickler import _get_allowed_globals
+
+
+class _Placeholder(dict[Any, Any]):
+    """An object of a class that is not in torch's table: it keeps entries and attributes, and runs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Placeholder:
+        return _Placeholder()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.update(part)
+
+    def append(self, item: Any) -> None:
+        """Leave out an item of a list."""
+
+    add = append
+
+
+# The unpickler in C allocates as much memory as an index in the file demands; this one does not.
+_Unpickler: Any = pickle._Unpickler
+
+
+class Unpickler(_Unpickler):  # type: ignore[misc]
+    """Python's unpickler with torch's table of globals."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A global of torch's table, or a new class of placeholders."""
+        # Protocols 0 to 2 use the names of Python 2.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        allowed = _get_allowed_globals()
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        return allowed.get(f"{module}.{name}") or type(name, (_Placeholder,), {})
+
+    def load_build(self) -> None:
+        """Set the state of an object, but not attributes of functions and classes, which the process shares."""
+        target = self.stack[-2]
+        if callable(target) and not isinstance(target, _Placeholder):
+            raise pickle.UnpicklingError("a state for a function or a class")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def load(file: Any, **options: Any) -> Any:
+    """Read the next pickle of a file."""
+    return Unpickler(file, **options).load()
