@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,29 +14,43 @@ from typing import Any
 import torch
 
 from converter import __version__
-from converter.checkpoint.open import open_checkpoint
+from converter.api.expected import expected_encoder
+from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.errors import UsageError
-from converter.options import HubOptions, check_choices
+from converter.layouts import registry
+from converter.options import ConvertOptions, HubOptions, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
-from converter.verification.inputs import Converted, Origin, open_any_layout, open_converted, open_origin
+from converter.verification.inputs import (
+    Converted,
+    ConvertedEncoder,
+    Expected,
+    open_any_layout,
+    open_converted,
+    open_expected,
+)
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.result import PARTS, SKIPPED, Check, Verification
-from converter.verification.runs import RunOptions, run_encoders
+from converter.verification.runs import RunOptions, RunResults, run_encoders
 from converter.verification.structure import check_structure
-from converter.verification.weights import check_bytes
+from converter.verification.weights import check_bytes, compared_source
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Pixels along a side at which DeepSeek-OCR runs. On a CPU the smallest one takes a minute.
 SIZES = (512, 640, 1024, 1280)
 CPU_SIZES = (512,)
 
+_NOT_CHECKED = (
+    "the mapping {} itself was not checked: no known layout fits the source. Compare features with those of the "
+    "original program, as docs/tutorial.md shows"
+)
+
 
 def verify(
     converted: str | Path,
-    source: str | Path | None = None,
+    source: str | Path | Mapping[str, str | Path] | None = None,
     *,
     record: str | Path | None = None,
     mapping: str | Path | None = None,
@@ -56,8 +70,9 @@ def verify(
     A wrong conversion is a verdict, not an exception.
 
     Args:
-        converted: A file with a canonical layout; with a record also one with another layout.
-        source: The checkpoint it was converted from. Without it, bytes and outputs are not compared.
+        converted: A file that `convert` or `encoder` wrote.
+        source: The checkpoint it was converted from. Several by what they supplied: sam, clip, compressor (also
+            random:SEED), fill-from, into; `source` for all else. Without it, bytes and outputs are not compared.
         record: The conversion record (.json) that was written with it.
         mapping: The mapping file that `convert` was given.
         state_dict: The state dict of the source that `convert` was given.
@@ -82,22 +97,28 @@ def verify(
     page = load(Path(image)) if image is not None else None
     options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
+    sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
     with ExitStack() as stack:
-        opened = stack.enter_context(closing(open_checkpoint(converted, hub)))
-        if recorded is not None and not recorded.canonical:
-            if source is not None:
-                message = f"--source: a file with the layout {recorded.layout} is only compared with its record"
-                raise UsageError(message, "leave --source out")
-            result = _verify_record(open_any_layout(opened, recorded.family, on_progress), recorded, on_progress)
+
+        def open_(name: str | Path) -> Checkpoint:
+            return stack.enter_context(closing(open_checkpoint(name, hub)))
+
+        opened = open_(converted)
+        if recorded is not None and not recorded.canonical and not sources:
+            result = _verify_record(open_any_layout(opened, on_progress), recorded, on_progress)
         else:
-            target, origin = open_converted(opened, on_progress), None
-            if source is not None:
-                opened = stack.enter_context(closing(open_checkpoint(source, hub)))
-                origin = open_origin(opened, target, mapping, state_dict, on_progress)
-            result = _verify(target, origin, recorded, options)
+            target, expected = open_converted(opened, on_progress), None
+            if sources:
+                convert_options = ConvertOptions(target.encoders[0].family, mapping=mapping, state_dict=state_dict)
+                expected = _expected(target, sources, open_, convert_options, on_progress)
+            result = _verify(target, expected, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
-        result, converted=str(converted), source=str(source or ""), environment=tools, required=tuple(require)
+        result,
+        converted=str(converted),
+        source=", ".join(map(str, sources.values())),
+        environment=tools,
+        required=tuple(require),
     )
 
 
@@ -117,44 +138,84 @@ def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -
     )
 
 
-def _verify(target: Converted, origin: Origin | None, record: Record | None, options: RunOptions) -> Verification:
-    """Make all checks of a file with a canonical layout."""
+def _expected(
+    target: Converted,
+    sources: Mapping[str, str | Path],
+    open_: Callable[[str | Path], Checkpoint],
+    options: ConvertOptions,
+    on_progress: OnProgress,
+) -> Expected:
+    """What the conversion of the sources should have written."""
+    family = target.family
+    whole = len(target.encoders) > 1
+    roles = ("source", *registry.families(), "compressor", "into") if whole else ("source", family, "fill-from")
+    for role in sources.keys() - set(roles):
+        raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
+    if whole:
+        return expected_encoder(target, sources, open_, on_progress)
+    name = sources.get("source", sources.get(family))
+    if name is None:
+        raise UsageError("--source fill-from=: the source itself is missing", "add --source CHECKPOINT")
+    donor = open_(sources["fill-from"]) if "fill-from" in sources else None
+    return open_expected(target, open_(name), donor, options, on_progress)
+
+
+def _verify(target: Converted, source: Expected | None, record: Record | None, options: RunOptions) -> Verification:
+    """Make all checks of a file."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "structure"):
         checks = check_structure(target)
-    compared = None
-    if origin is None:
+    if source is None:
         checks.append(Check("bytes", "tensors", SKIPPED, "no --source to compare with"))
     else:
         with _timed(seconds, "bytes"):
-            compared = check_bytes(target, origin, options.on_progress)
-        checks += compared.checks
+            checks += check_bytes(target, source, options.on_progress)
     if record is not None:
         with _timed(seconds, "record"):
             checks += check_record(record, target, options.on_progress)
     with _timed(seconds, "outputs" if options.sizes else "loading"):
         try:
-            results = run_encoders(target, compared, options)
+            results = [_run(encoder, target, source, checks, options) for encoder in target.encoders]
         except ModuleNotFoundError as error:
             raise UsageError(
                 f"{error.name} is not installed, which outputs are compared with",
                 "pip install 'dsocr-convert[verify]', or leave the runs out with --fast",
             ) from error
-    outputs = origin.plan.outputs if origin else {}
+    origins = source.origins.values() if source else []
+    own_mappings = [Path(each.plan.mapping.location.file).name for each in origins if each.known is None]
+    outputs = source.outputs if source else {}
     return Verification(
         converted=target.source.name,
         family=target.family,
-        checks=[*checks, *results.checks],
-        mapping=origin.plan.mapping.name if origin else "",
-        reference=results.reference,
+        checks=[*checks, *(check for each in results for check in each.checks)],
+        mapping=" + ".join(each.plan.mapping.name for each in origins),
+        reference=" + ".join(each.reference for each in results if each.reference),
         device=_device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
-        traces=results.traces,
-        notes=results.notes,
-        controls=results.controls,
+        traces=[trace for each in results for trace in each.traces],
+        notes=[*(_NOT_CHECKED.format(name) for name in own_mappings), *(n for each in results for n in each.notes)],
+        controls=[control for each in results for control in each.controls],
+        qualifiers={"bytes": f"by {', '.join(own_mappings)}"} if own_mappings else {},
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
-        pictures=results.pictures,
+        pictures=[picture for each in results for picture in each.pictures],
+    )
+
+
+def _run(
+    encoder: ConvertedEncoder, target: Converted, source: Expected | None, checks: Sequence[Check], options: RunOptions
+) -> RunResults:
+    """Run one encoder of the file; of several, the family precedes the names of its checks."""
+    compared = compared_source(encoder, source, checks) if source else None
+    results = run_encoders(encoder, target.read, compared, options)
+    if len(target.encoders) == 1:
+        return results
+    prefix = f"{encoder.family}: "
+    return replace(
+        results,
+        checks=[replace(check, name=prefix + check.name) for check in results.checks],
+        traces=[replace(trace, name=prefix + trace.name) for trace in results.traces],
+        pictures=[replace(picture, run=prefix + picture.run) for picture in results.pictures],
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,7 +31,14 @@ class VerifyOptions:
     """Options of `converter.verify`."""
 
     source: Annotated[
-        str | None, typer.Option("--source", "-s", metavar="SOURCE", help="The checkpoint that it was converted from.")
+        list[str] | None,
+        typer.Option(
+            "--source",
+            "-s",
+            metavar="[ROLE=]SOURCE",
+            help="The checkpoint that it was converted from. Several with what they supplied: sam=, clip=, "
+            "compressor= (also random:SEED), fill-from=, into=.",
+        ),
     ] = None
     record: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="The conversion record that was written with it.")
@@ -77,6 +86,7 @@ def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
     sizes, require = _parse_sizes(options.pop("sizes")), options.pop("require")
+    source = _parse_sources(options.pop("source") or [])
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here because they import torch, which --help and usage errors do not need.
@@ -87,6 +97,7 @@ def verify(converted: Converted, **options: Any) -> None:
     with console.Bar(not report.quiet) as fetching, console.Bar(not report.quiet, "steps") as steps:
         verification = run(
             converted,
+            source,
             sizes=sizes,
             require=require.split(",") if require is not None else (),
             draw=report.html is not None,
@@ -113,6 +124,20 @@ def _show(verification: Verification, report: ReportOptions) -> None:
         console.result_json(verification.to_json())
     else:
         console.result(verification.result)
+
+
+def _parse_sources(texts: Sequence[str]) -> dict[str, str]:
+    """Checkpoints by role; one without a role has the role `source`."""
+    sources: dict[str, str] = {}
+    for text in texts:
+        role, name = text.split("=", 1) if re.match(r"[a-z][a-z0-9-]+=", text) else ("source", text)
+        if role in sources:
+            raise UsageError(
+                f"--source {text}: a second one, after {sources[role]}",
+                "say what each supplied, such as --source sam=... --source clip=...",
+            )
+        sources[role] = name
+    return sources
 
 
 def _parse_sizes(text: str | None) -> tuple[int, ...] | None:

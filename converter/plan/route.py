@@ -14,7 +14,16 @@ from converter.plan.plan import Plan, sort_outputs
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
 
 
-def retarget(plan: Plan, target: LayoutMapping, donor: Plan | None, full_model: bool, dtype: str, source: str) -> Plan:
+def retarget(
+    plan: Plan,
+    target: LayoutMapping,
+    donor: Plan | None,
+    full_model: bool,
+    dtype: str,
+    source: str,
+    *,
+    partial: bool = False,
+) -> Plan:
     """Extend a plan that leads to the canonical layout to another layout.
 
     Args:
@@ -24,6 +33,7 @@ def retarget(plan: Plan, target: LayoutMapping, donor: Plan | None, full_model: 
         full_model: Whether to convert tensors outside the encoder too.
         dtype: The dtype of floating-point outputs, or "keep".
         source: The checkpoint's name, for error messages.
+        partial: Whether tensors of the target may be missing.
 
     Raises:
         MappingError: Neither the checkpoint nor the donor has all tensors of the target.
@@ -36,7 +46,8 @@ def retarget(plan: Plan, target: LayoutMapping, donor: Plan | None, full_model: 
     values = {name: value for name, value in available.items() if name in claimed}
     # All optional: `missing_names` lists what is missing by name, which is clearer than the rules without a match.
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), values, f"{source}: to {target.name}")
-    _check_complete(source, target, missing_names(rules, applied.values))
+    if not partial:
+        _check_complete(source, target, missing_names(rules, applied.values))
     return Plan(
         plan.mapping,
         plan.target,

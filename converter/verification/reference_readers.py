@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from converter.checkpoint.open import Checkpoint
-from converter.checkpoint.state_dict import StateDict, state_dicts
+from converter.checkpoint.state_dict import state_dicts
 from converter.errors import ContainerError, DsocrError, UsageError
 from converter.formats import registry
 from converter.hub.remote_file import RemoteFile
@@ -24,18 +24,15 @@ from converter.verification import restricted_pickle
 # Containers that the library reads tensor by tensor; others are read whole.
 _IN_PLACE = ("safetensors", "torch zip")
 
-# Returns a tensor of a checkpoint.
+# Reads a tensor of a checkpoint.
 Reader = Callable[[TensorInfo], Tensor]
 
 
-def open_independently(
-    source: Checkpoint, state_dict: StateDict, needed: Iterable[TensorInfo], on_progress: OnProgress
-) -> Reader:
-    """Open a state dict with the libraries that define its files' formats.
+def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
+    """Open a checkpoint with the libraries that define its files' formats.
 
     Args:
         source: The opened checkpoint.
-        state_dict: The state dict to read.
         needed: The tensors to fetch if the checkpoint is on a hub.
         on_progress: Called as they are fetched.
 
@@ -43,24 +40,21 @@ def open_independently(
         ContainerError: A library does not read its file; also raised by the returned function.
     """
     source.fetch(needed, on_progress)
-    deflated = {
-        tensor.storage.file
-        for entry in state_dicts(source.contents)
-        for tensor in entry.tensors.values()
-        if tensor.storage.deflated
-    }
-    readers: dict[SourceFile, Callable[[str], Tensor]] = {}
-    for container, file in zip(source.containers, source.files, strict=True):
+    found = [(entry.path, tensor) for entry in state_dicts(source.contents) for tensor in entry.tensors.values()]
+    paths = {tensor: path for path, tensor in found}
+    deflated = {tensor.storage.file for tensor in paths if tensor.storage.deflated}
+    containers = dict(zip(source.files, source.containers, strict=True))
+    readers: dict[SourceFile, Callable[[str, str], Tensor]] = {}
+    for file, container in containers.items():
         if isinstance(file, RemoteFile) and container not in _IN_PLACE:
             file.fetch_all([(0, file.size)])
         with _plain_errors(container, file):
-            readers[file] = _open(container, file, state_dict.path, mapped=file not in deflated)
-    containers = dict(zip(source.files, source.containers, strict=True))
+            readers[file] = _open(container, file, mapped=file not in deflated)
 
     def read(tensor: TensorInfo) -> Tensor:
         file = tensor.storage.file
         with _plain_errors(containers[file], file, f": tensor {tensor.key!r}"):
-            return readers[file](tensor.key).detach()
+            return readers[file](paths[tensor], tensor.key).detach()
 
     return read
 
@@ -81,25 +75,25 @@ def _plain_errors(container: str, file: SourceFile, where: str = "") -> Iterator
         ) from error
 
 
-def _open(container: str, file: SourceFile, path: str, mapped: bool) -> Callable[[str], Tensor]:
-    """A reader of the tensors in one file."""
+def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str], Tensor]:
+    """A function from the path of a state dict and a key to the tensor."""
     if container == "safetensors":
         opened: Any = safetensors.safe_open(file.path, "pt")
-        return opened.get_tensor  # type: ignore[no-any-return]
+        return lambda path, key: opened.get_tensor(key)
     if container == "TorchScript":
         # Our reader has refused modules with code that runs on loading.
         module = torch.jit.load(file.path, map_location="cpu")  # type: ignore[no-untyped-call]
         # By attribute: state_dict() leaves out the buffers of torch 1.4, which does not list them.
-        return lambda key: operator.attrgetter(key)(module)
+        return lambda path, key: operator.attrgetter(key)(module)
     if container in ("torch zip", "torch legacy"):
-        tensors = _at(_torch_load(file.path, mapped and container in _IN_PLACE), path)
-    else:
-        loader: Any = registry.find_plugin(container)
-        if not hasattr(loader, "reference"):
-            message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
-            raise UsageError(message, "ask the package that provides the loader for one")
-        tensors = loader.reference(file.path)
-    return tensors.__getitem__  # type: ignore[no-any-return]
+        contents = _torch_load(file.path, mapped and container in _IN_PLACE)
+        return lambda path, key: _at(contents, path)[key]
+    loader: Any = registry.find_plugin(container)
+    if not hasattr(loader, "reference"):
+        message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
+        raise UsageError(message, "ask the package that provides the loader for one")
+    tensors = loader.reference(file.path)
+    return lambda path, key: tensors[key]
 
 
 def _torch_load(path: str, mapped: bool) -> Any:

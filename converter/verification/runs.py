@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from converter.layouts.spec import LayoutMapping
 from converter.output.names import shorten
 from converter.output.upload import Uploader
 from converter.storage.progress import OnProgress
@@ -25,10 +27,11 @@ from converter.verification.deep_encoder import (
     with_optional_tensors,
 )
 from converter.verification.families import FAMILIES, Family, State
-from converter.verification.inputs import Converted, Origin
+from converter.verification.inputs import ConvertedEncoder, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
-from converter.verification.result import FAILED, SKIPPED, Check, Control, Picture, Trace
+from converter.verification.reference_readers import Reader
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Control, Picture, Trace
 from converter.verification.weights import ComparedSource
 
 # A block of SAM has fourteen tensors: too many to list.
@@ -66,29 +69,42 @@ class RunResults:
     controls: Sequence[Control] = ()
 
 
-def run_encoders(target: Converted, source: ComparedSource | None, options: RunOptions) -> RunResults:
-    """Load the converted encoder, run it and compare its features.
+@dataclass(frozen=True)
+class Tested:
+    """A converted encoder, loaded, and the file's tensors by the names of its layout."""
+
+    converted: ConvertedEncoder
+    encoder: Any
+    own: State
+
+
+def run_encoders(
+    converted: ConvertedEncoder, read: Reader, source: ComparedSource | None, options: RunOptions
+) -> RunResults:
+    """Load a converted encoder, run it and compare its features.
 
     Args:
-        target: The converted file.
+        converted: The encoder in the converted file.
+        read: Reads the file's tensors.
         source: The source's tensors and their comparison, if one was specified.
         options: How the encoders are run.
     """
-    family = FAMILIES[target.family]
+    family = FAMILIES[converted.family]
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
-    loads, encoder = structure.check_loads(
-        family, {name: upload(target.read(target.tensors[name])) for name in target.tensors}
-    )
+    state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
+    loads, encoder = structure.check_loads(family, state)
     if not options.sizes:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
     if encoder is None:
         return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")])
-    wrong = structure.check_sizes(family, encoder, source.canonical) if source else None
+    wrong = structure.check_sizes(family, encoder, source.origin.plan.outputs) if source else None
     if wrong is not None:
         reason = "not run: the source's encoder has other sizes"
         return RunResults([loads, wrong, Check(GROUP, "encoder", SKIPPED, reason)])
-    comparisons = list(_compare_all(family, encoder, source, options, upload))
+    own = {name: upload(read(tensor)) for name, tensor in converted.own.items()}
+    tested = Tested(converted, encoder, own)
+    comparisons = list(_compare_all(family, tested, source, options, upload))
     checks = [each.check for each in comparisons]
     if source:
         checks = [_explain_failure(check, family, source) for check in checks]
@@ -107,45 +123,63 @@ def run_encoders(target: Converted, source: ComparedSource | None, options: RunO
 
 
 def _compare_all(
-    family: Family, encoder: Any, source: ComparedSource | None, options: RunOptions, upload: Uploader
+    family: Family, tested: Tested, source: ComparedSource | None, options: RunOptions, upload: Uploader
 ) -> Iterator[Comparison]:
     """Compare the encoder by itself, then in the DeepEncoder at every size."""
-    canonical: State = {}
+    encoder, canonical = tested.encoder, dict[str, Tensor]()
     if source is not None:
-        own, canonical = _upload_source(source, upload)
-        yield _compare_alone(family, encoder, source.origin, own, canonical, options)
+        own, canonical = _upload_source(source.origin, upload)
+        yield _compare_alone(family, tested, source.origin, own, canonical, options)
+    if not tested.converted.in_deep_encoder:
+        return
     options.on_progress("outputs", 1, len(options.sizes) + 1)
-    tested, reference = build_deep_encoder(family, encoder, options.device), None
-    part = tested.model.get_submodule(family.prefix[:-1])
+    whole, reference = build_deep_encoder(family, encoder, options.device), None
+    part = whole.model.get_submodule(family.prefix[:-1])
     make_mistakes = partial(mistakes_at_entry, family, part, family.prefix)
     if canonical:
-        state = {**tested.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
-        reference = build_deep_encoder_reference(tested.model, state, options.device)
+        state = {**whole.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
+        reference = build_deep_encoder_reference(whole.model, state, options.device)
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
         if reference is None:
-            yield Comparison(check_tokens(tested, pixels, options.precision))
+            yield Comparison(check_tokens(whole, pixels, options.precision))
         else:
-            yield compare(tested, reference, pixels, options.precision, make_mistakes)
+            yield compare(whole, reference, pixels, options.precision, make_mistakes)
         options.on_progress("outputs", done, len(options.sizes) + 1)
 
 
 def _compare_alone(
-    family: Family, encoder: Any, origin: Origin, own: State, canonical: State, options: RunOptions
+    family: Family, tested: Tested, origin: Origin, own: State, canonical: State, options: RunOptions
 ) -> Comparison:
     """Compare the encoder at its trained size with the source's own implementation."""
-    encoder, canonical = with_optional_tensors(family, encoder, canonical)
+    encoder, canonical = with_optional_tensors(family, tested.encoder, canonical)
+    mapping = origin.reference_plan.mapping
     # Built where it runs: some libraries' initialisation takes seconds on a processor.
     with options.device:
-        reference = build_reference(origin.plan.mapping, encoder.config, _as_converted(own, origin), canonical)
-    reference.model.to(options.device)
-    pixels = _pixels(options, encoder.config.image_size)
+        reference = build_reference(mapping, encoder.config, _as_converted(own, origin), canonical)
+        tests = family.probed(encoder)
+        if not tested.converted.in_deep_encoder:
+            tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
+    for model in (reference.model, tests.model):
+        model.to(options.device)
+    # Mistakes are made in copies of its blocks, whichever implementation runs.
+    encoder.to(options.device, options.precision)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         yield from mistakes_at_entry(family, encoder, "", features)
         yield from mistakes_in_blocks(family, encoder, features)
 
-    return compare(family.probed(encoder), reference, pixels, options.precision, make_mistakes)
+    pixels = _pixels(options, encoder.config.image_size)
+    comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
+    return comparison if origin.known else replace(comparison, check=_by_mapping(comparison.check, mapping))
+
+
+def _by_mapping(check: Check, mapping: LayoutMapping) -> Check:
+    """A passed comparison with a reference that the user's own mapping loaded shows nothing of the mapping."""
+    if check.verdict != PASSED:
+        return check
+    detail = f"{check.detail}; the reference was loaded by {Path(mapping.location.file).name}, as the file was"
+    return replace(check, verdict=INCONCLUSIVE, detail=detail)
 
 
 def _pixels(options: RunOptions, size: int) -> Tensor:
@@ -155,27 +189,27 @@ def _pixels(options: RunOptions, size: int) -> Tensor:
     return (image + 0.02 * noise).to(options.device)
 
 
-def _upload_source(source: ComparedSource, upload: Uploader) -> tuple[State, State]:
+def _upload_source(origin: Origin, upload: Uploader) -> tuple[State, State]:
     """The source's tensors by their own and by canonical names, each uploaded once."""
-    origin, uploaded = source.origin, dict[str, Tensor]()
+    uploaded = dict[TensorInfo, Tensor]()
 
     def load(tensor: TensorInfo) -> Tensor:
-        if tensor.key not in uploaded:
-            uploaded[tensor.key] = upload(origin.read(tensor))
-        return uploaded[tensor.key]
+        if tensor not in uploaded:
+            uploaded[tensor] = upload(origin.read(tensor))
+        return uploaded[tensor]
 
     own = {name: load(tensor) for name, tensor in origin.own.items()}
     canonical = {
         # Resampled on a GPU, positions would be rounded otherwise than in the file.
-        name: upload(source.canonical[name] if isinstance(value, Resample) else evaluate(value, load))
-        for name, value in origin.plan.outputs.items()
+        name: upload(evaluate(value, origin.read)) if isinstance(value, Resample) else evaluate(value, load)
+        for name, value in origin.reference_plan.outputs.items()
     }
     return own, canonical
 
 
 def _as_converted(own: State, origin: Origin) -> State:
     """The source's tensors in the type of the converted ones."""
-    types = {value.dtype.name for value in origin.plan.outputs.values() if value.dtype.is_float}
+    types = {value.dtype.name for value in origin.reference_plan.outputs.values() if value.dtype.is_float}
     if len(types) > 1:
         return own
     dtype = torch_dtype(types.pop())

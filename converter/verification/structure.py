@@ -12,10 +12,10 @@ from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.output.names import shorten
 from converter.plan.plan import make_plan
-from converter.tensors.lazy_tensor import lazy_read
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
-from converter.verification.inputs import Converted
+from converter.verification.inputs import Converted, ConvertedEncoder
 from converter.verification.result import FAILED, PASSED, WARNING, Check
 
 GROUP = "structure"
@@ -25,10 +25,23 @@ _INDICES = "embeddings.position_ids"
 
 def check_structure(target: Converted) -> list[Check]:
     """All checks of a converted file that run nothing."""
-    return [*_check_layout(target), *_check_types(target.tensors), *_check_values(target)]
+    layouts = [check for encoder in target.encoders for check in _check_layout(target, encoder)]
+    return [*layouts, *_check_types(target.tensors), *_check_values(target)]
 
 
-def _check_layout(target: Converted) -> list[Check]:
+def _check_layout(target: Converted, encoder: ConvertedEncoder) -> list[Check]:
+    """Check names, shapes and types against the layout of the file's names."""
+    if encoder.layout.is_canonical and not encoder.prefix:
+        return _check_canonical(target)
+    name, layout = f"layout {encoder.layout.name}", encoder.layout.name
+    if encoder.problem:
+        problems = encoder.problem.splitlines()
+        return [Check(GROUP, name, FAILED, f"does not fit {layout}: {problems[0]}", problems)]
+    detail = f"{len(encoder.own)} tensors have the names, shapes and types of {layout}"
+    return [Check(GROUP, name, PASSED, detail)]
+
+
+def _check_canonical(target: Converted) -> list[Check]:
     """Check names, shapes and types against the canonical layout, by a plan that copies the file into it.
 
     Warn about tensors that a converted file may lack, as a strict load fails without them.
@@ -116,7 +129,7 @@ def _indices_fit(tensors: State) -> bool:
     return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
 
 
-def check_sizes(family: Family, encoder: Any, canonical: State) -> Check | None:
+def check_sizes(family: Family, encoder: Any, canonical: Mapping[str, LazyTensor]) -> Check | None:
     """A failed check if the encoder's config is not the one that the source's tensors show.
 
     Args:
@@ -124,7 +137,7 @@ def check_sizes(family: Family, encoder: Any, canonical: State) -> Check | None:
         encoder: The converted encoder.
         canonical: The source's tensors by canonical names.
     """
-    config = family.config_from({name: tensor.shape for name, tensor in canonical.items()})
+    config = family.config_from({name: value.shape for name, value in canonical.items()})
     expected, actual = vars(config), vars(encoder.config)
     differing = [name for name, value in expected.items() if actual[name] != value]
     detail = "; ".join(f"{name} is {actual[name]}, in the source {expected[name]}" for name in differing)

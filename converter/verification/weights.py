@@ -7,83 +7,138 @@ cancels, and any change below the noise floor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from converter.output.names import shorten
+from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
-from converter.tensors.tensor_info import TensorInfo
-from converter.verification.inputs import Converted, Origin
-from converter.verification.result import FAILED, PASSED, Check
+from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
+from converter.verification.reference_readers import Reader
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check
 
 GROUP = "bytes"
 
 # Differing tensors whose content is searched under other names: each search reads the whole source once more.
 _SEARCHED = 12
 
-Load = Callable[[TensorInfo], Tensor]
-
 
 @dataclass(frozen=True)
 class ComparedSource:
-    """The source, its tensors by canonical names, and the checks of the converted tensors against them."""
+    """The source of one encoder, and the converted tensors that differ from it, by canonical names."""
 
     origin: Origin
-    canonical: Mapping[str, Tensor]
-    checks: Sequence[Check]
-
-    @property
-    def differing(self) -> list[str]:
-        """The converted tensors that differ from the source's."""
-        return [check.tensors[0] for check in self.checks if check.verdict == FAILED]
+    differing: Sequence[str]
 
 
-def check_bytes(target: Converted, origin: Origin, on_progress: OnProgress) -> ComparedSource:
+def compared_source(encoder: ConvertedEncoder, source: Expected, checks: Sequence[Check]) -> ComparedSource:
+    """The result of `check_bytes` for one encoder.
+
+    Args:
+        encoder: The converted encoder.
+        source: The sources.
+        checks: The checks of the file's tensors.
+    """
+    wrong = {check.tensors[0] for check in checks if check.verdict == FAILED}
+    differing = [
+        name for name, value in encoder.tensors.items() if any(tensor.key in wrong for tensor in source_tensors(value))
+    ]
+    return ComparedSource(source.origins[encoder.family], differing)
+
+
+def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) -> list[Check]:
     """Compare every converted tensor with its source tensors.
 
     Args:
         target: The converted file.
-        origin: The source and its plan.
+        source: What the conversion should have written.
         on_progress: Called after each tensor.
     """
-    tensors, outputs = target.tensors, origin.plan.outputs
-
-    def load(tensor: TensorInfo) -> Tensor:
-        return origin.read(tensor)
-
+    tensors, outputs, load = target.tensors, source.outputs, source.read
     missing = dict.fromkeys(outputs.keys() - tensors.keys(), "is missing, though the source has it")
     extra = dict.fromkeys(tensors.keys() - outputs.keys(), "is not produced from any source tensor")
-    checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in sorted({**missing, **extra}.items())]
-    expected: dict[str, Tensor] = {}
+    wrong = {name: why for name, why in sorted({**missing, **extra}.items()) if name not in source.not_compared}
+    checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in wrong.items()]
     for done, (name, value) in enumerate(outputs.items(), 1):
-        expected[name] = evaluate(value, load)
-        check = _compare(name, target.read(tensors[name]), expected[name], value, load) if name in tensors else None
+        check = _compare(name, target.read(tensors[name]), value, load) if name in tensors else None
         if check is not None:
             if len(checks) < _SEARCHED:
                 check = _with_true_name(check, target.read(tensors[name]), name, outputs, load)
-            if rule := origin.plan.rules.get(name):
+            if rule := source.rules.get(name):
                 check = replace(check, detail=f"{check.detail}; made by {rule.location}")
             checks.append(check)
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
         cause = "converted from a different checkpoint, or with other options"
         detail = f"{len(checks)} of {len(outputs)} tensors differ: {cause}"
-        checks.insert(0, Check(GROUP, "source", FAILED, detail, [origin.source.name]))
-    detail = f"{len(expected)} tensors equal their sources in every bit"
-    return ComparedSource(origin, expected, checks or [Check(GROUP, "tensors", PASSED, detail)])
+        checks.insert(0, Check(GROUP, "source", FAILED, detail, [source.name]))
+    detail = f"{len(outputs)} tensors equal their sources in every bit"
+    checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
+    return [*checks, *_check_not_compared(source), *_check_mappings(source)]
 
 
-def _compare(name: str, actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> Check | None:
+def _check_not_compared(source: Expected) -> list[Check]:
+    """An inconclusive check of the tensors that another checkpoint supplied, which was not given."""
+    names = list(source.not_compared)
+    if not names:
+        return []
+    detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {shorten(names)}"
+    step = "give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
+    return [Check(GROUP, "other sources", INCONCLUSIVE, f"{detail}; {step}", names)]
+
+
+def _check_mappings(source: Expected) -> list[Check]:
+    return [_check_mapping(each, each.known) for each in source.origins.values() if each.known not in (None, each.plan)]
+
+
+def _check_mapping(origin: Origin, known: Plan) -> Check:
+    """Compare what the user's mapping makes of a source with what a known layout's mapping makes of it."""
+    plan = origin.plan
+    name = Path(plan.mapping.location.file).name
+    alone = [output for output in plan.outputs if output not in known.outputs]
+    differing = [
+        output
+        for output in plan.outputs
+        if output not in alone and _differ(plan.outputs[output], known.outputs[output], origin.read)
+    ]
+    if differing:
+        rule = plan.rules.get(differing[0])
+        where = f", made by {rule.location}" if rule else ""
+        what = f"the source has the layout {known.mapping.name}, of which {name} makes {len(differing)} wrong tensors"
+        return Check(GROUP, "mapping", FAILED, f"{what}: {shorten(differing)}{where}", differing)
+    if alone:
+        return Check(GROUP, "mapping", INCONCLUSIVE, f"only {name} says what {shorten(alone)} is made of", alone)
+    return Check(
+        GROUP, "mapping", PASSED, f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
+    )
+
+
+def _differ(a: LazyTensor, b: LazyTensor, load: Reader) -> bool:
+    """Whether two expressions over the same tensors have different values."""
+    if a == b:
+        return False
+    first, second = evaluate(a, load), evaluate(b, load)
+    return first.shape != second.shape or first.dtype != second.dtype or not _same_bits(first, second)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bit_view(a), bit_view(b))
+
+
+def _compare(name: str, actual: Tensor, value: LazyTensor, load: Reader) -> Check | None:
     """None if all bits are equal; else a failed check with a likely cause."""
+    expected = evaluate(value, load)
     sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
         return Check(GROUP, name, FAILED, detail, [name])
-    if torch.equal(bit_view(actual), bit_view(expected)):
+    if _same_bits(actual, expected):
         return None
     differing = int((bit_view(actual) != bit_view(expected)).sum())
     error = float((actual.double() - expected.double()).abs().max())
@@ -97,7 +152,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Load) -> str:
+def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Reader) -> str:
     """The common mistake that gives exactly this tensor; empty if none does."""
     if order := _order(actual, _parts(expected, value, load)):
         return f"its parts are concatenated in the wrong order: {', '.join(str(i + 1) for i in order)}"
@@ -114,7 +169,7 @@ def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Loa
     return "" if bool(actual.any()) else "it is all zero"
 
 
-def _parts(expected: Tensor, value: LazyTensor, load: Load) -> Sequence[Tensor]:
+def _parts(expected: Tensor, value: LazyTensor, load: Reader) -> Sequence[Tensor]:
     """The parts that the tensor is concatenated from: q, k and v, which a source may have fused already."""
     if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
         return [evaluate(part, load) for part in value.parts]
@@ -127,7 +182,7 @@ def _order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
     return next((order for order in orders if torch.equal(actual, torch.cat([parts[i] for i in order]))), None)
 
 
-def _with_true_name(check: Check, actual: Tensor, name: str, outputs: Mapping[str, LazyTensor], load: Load) -> Check:
+def _with_true_name(check: Check, actual: Tensor, name: str, outputs: Mapping[str, LazyTensor], load: Reader) -> Check:
     """Add the name of another tensor with the same content as the differing one, as in a shifted layer."""
     for other, value in outputs.items():
         if other == name or value.shape != tuple(actual.shape) or value.dtype.name != _kind(actual).split()[0]:
