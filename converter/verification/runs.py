@@ -12,7 +12,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from converter.layouts.spec import LayoutMapping
 from converter.output.names import shorten
 from converter.output.upload import Uploader
 from converter.storage.progress import OnProgress
@@ -107,7 +106,7 @@ def run_encoders(
     comparisons = list(_compare_all(family, tested, source, options, upload))
     checks = [each.check for each in comparisons]
     if source:
-        checks = [_explain_failure(check, family, source) for check in checks]
+        checks = [_limited(_explain_failure(check, family, source), source.origin) for check in checks]
     return RunResults(
         checks=[loads, *checks],
         traces=[each.trace for each in comparisons if each.trace],
@@ -171,15 +170,18 @@ def _compare_alone(
 
     pixels = _pixels(options, encoder.config.image_size)
     comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
-    return comparison if origin.known else replace(comparison, check=_by_mapping(comparison.check, mapping))
+    if tested.converted.in_deep_encoder:
+        return comparison
+    detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
+    return replace(comparison, check=replace(comparison.check, detail=detail))
 
 
-def _by_mapping(check: Check, mapping: LayoutMapping) -> Check:
-    """A passed comparison with a reference that the user's own mapping loaded shows nothing of the mapping."""
-    if check.verdict != PASSED:
+def _limited(check: Check, origin: Origin) -> Check:
+    """A passed comparison shows nothing of the user's mapping if the reference was loaded by it."""
+    if origin.known or check.verdict != PASSED:
         return check
-    detail = f"{check.detail}; the reference was loaded by {Path(mapping.location.file).name}, as the file was"
-    return replace(check, verdict=INCONCLUSIVE, detail=detail)
+    name = Path(origin.plan.mapping.location.file).name
+    return replace(check, verdict=INCONCLUSIVE, detail=f"{check.detail}; the reference was loaded by {name} too")
 
 
 def _pixels(options: RunOptions, size: int) -> Tensor:
@@ -218,8 +220,8 @@ def _as_converted(own: State, origin: Origin) -> State:
 
 def _explain_failure(check: Check, family: Family, source: ComparedSource) -> Check:
     """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
-    rules = source.origin.plan.rules
-    used = family.tensors_at(check.tensors[0], rules) if check.verdict == FAILED and check.tensors else []
+    plan = source.origin.plan
+    used = family.tensors_at(check.tensors[0], plan.outputs) if check.verdict == FAILED and check.tensors else []
     if not used:
         return check
     wrong = [name for name in used if name in source.differing]
@@ -227,6 +229,6 @@ def _explain_failure(check: Check, family: Family, source: ComparedSource) -> Ch
         cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:
         cause = f"the tensors used there match the source: {shorten(used, _NAMES_SHOWN)}"
-    locations = sorted({rules[name].location for name in wrong or used})
-    detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}"
+    locations = sorted({plan.rules[name].location for name in wrong or used if name in plan.rules})
+    detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}".removesuffix("; made by ")
     return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])

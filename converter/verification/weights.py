@@ -25,6 +25,9 @@ from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check
 
 GROUP = "bytes"
 
+# The check of a user's mapping.
+_MAPPING = "mapping"
+
 # Differing tensors whose content is searched under other names: each search reads the whole source once more.
 _SEARCHED = 12
 
@@ -111,9 +114,9 @@ def _check_mapping(origin: Origin, known: Plan) -> Check:
         rule = plan.rules.get(differing[0])
         where = f", made by {rule.location}" if rule else ""
         what = f"the source has the layout {known.mapping.name}, of which {name} makes {len(differing)} wrong tensors"
-        return Check(GROUP, "mapping", FAILED, f"{what}: {shorten(differing)}{where}", differing)
+        return Check(GROUP, _MAPPING, FAILED, f"{what}: {shorten(differing)}{where}", differing)
     if alone:
-        return Check(GROUP, "mapping", INCONCLUSIVE, f"only {name} says what {shorten(alone)} is made of", alone)
+        return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {name} says what {shorten(alone)} is made of", alone)
     return Check(
         GROUP, "mapping", PASSED, f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
     )
