@@ -27,6 +27,7 @@ import converter
 from converter.api.verify import verify
 from converter.encoders import SamConfig, clip, deepencoder, functional, sam
 from converter.errors import DsocrError
+from converter.layouts import registry
 from converter.tensors.evaluate import byte_swapped
 from converter.verification.result import Verification
 
@@ -64,6 +65,7 @@ class Names(NamedTuple):
 class Corruption(NamedTuple):
     """One mistake. `change` alters tensors, `damage` the written file, `patch` the encoder, `source` the source given.
 
+    `mapping` replaces texts in a mapping of the source's layout, under which the file is converted and verified.
     `tensor` is the first probe at which the outputs must diverge for an `architecture` mistake; `{block}` stands for
     the family's blocks, `{last}` for the last one's index. `quiet` ones stay below the noise floor of all outputs: only
     bytes catch them.
@@ -79,6 +81,7 @@ class Corruption(NamedTuple):
     source: str = ""
     tensor: str = ""
     quiet: bool = False
+    mapping: tuple[tuple[str, str], ...] = ()
 
 
 # Weights: helpers that replace tensors, never write into them --------------------------------------------------------
@@ -915,6 +918,20 @@ CATALOGUE: list[Corruption] = [
     _d("data-truncated", BOTH, "the last third of the file cut off", truncate),
     _d("data-zeroed", BOTH, "the last third of the file zeros", zero_tail),
     _d("data-swapped", BOTH, "bytes in the order of another processor", big_endian),
+    Corruption(
+        "mapping-qkv-order",
+        CLIP,
+        FILE,
+        "a --mapping that fuses k, q, v",
+        mapping=(("parts: {proj: [q, k, v]}", "parts: {proj: [k, q, v]}"),),
+    ),
+    Corruption(
+        "mapping-neck-norms",
+        SAM,
+        FILE,
+        "a --mapping that exchanges the neck's norms",
+        mapping=(("neck.1.{param}", "neck.@"), ("neck.3.{param}", "neck.1.{param}"), ("neck.@", "neck.3.{param}")),
+    ),
     Corruption("another-checkpoint", BOTH, FILE, "the source is another checkpoint of the same layout", source="seed"),
     Corruption("another-family", BOTH, FILE, "the source is of the other family", source="family"),
     # Architecture
@@ -1302,10 +1319,13 @@ def run(corruption: Corruption, subject: Subject, folder: Path, **options: Any) 
     path = folder / f"{corruption.name}-{subject.kind}.safetensors"
     # A library's own writer; tensors that share memory it refuses.
     tensors = {name: tensor.clone().contiguous() if name in changed else tensor for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, path)
+    safetensors.torch.save_file(tensors, path, {"layout": f"deepencoder-{subject.family}"})
     if corruption.damage is not None:
         corruption.damage(path)
     source = subject.others.get(corruption.source, subject.source)
+    if corruption.mapping:
+        options["mapping"] = wrong_mapping(corruption, subject, folder)
+        converter.convert(source, subject.family, out=path, mapping=options["mapping"], force=True)
     start = time.perf_counter()
     found, refused = None, ""
     with corruption.patch() if corruption.patch is not None else nullcontext():
@@ -1316,6 +1336,17 @@ def run(corruption: Corruption, subject: Subject, folder: Path, **options: Any) 
     path.unlink()
     seconds = round(time.perf_counter() - start, 3)
     return _row(corruption, subject, found, refused, changed, seconds), found
+
+
+def wrong_mapping(corruption: Corruption, subject: Subject, folder: Path) -> Path:
+    """The mapping of the source's layout with the mistake, under another name."""
+    text = registry.text(f"{subject.family}-hf").replace("layout: ", "layout: mine-", 1)
+    for old, new in corruption.mapping:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = folder / f"{corruption.name}.yaml"
+    path.write_text(text)
+    return path
 
 
 def _row(

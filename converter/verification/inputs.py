@@ -210,15 +210,16 @@ def open_expected(
     written = _written(resolved.plan, encoder, donor_plan, target)
     dtype = infer_dtype(written.outputs, target.tensors)
     sources = [source] if donor is None else [source, donor]
-    plans = [ResolvedPlan(each.detected, _finished(each.plan, donor_plan, dtype)) for each in (resolved, known) if each]
-    own = own_tensors(plans[-1].detected) if options.image_size is None else {}
-    needed = [*source_tensors_of(written.outputs), *source_tensors_of(plans[-1].plan.outputs), *own.values()]
+    converted = _finished(resolved.plan, donor_plan, dtype)
+    reference = converted if known is resolved or known is None else _finished(known.plan, donor_plan, dtype)
+    own = own_tensors((known or resolved).detected) if options.image_size is None else {}
+    needed = [*source_tensors_of(written.outputs), *source_tensors_of(reference.outputs), *own.values()]
     read = join_readers(sources, needed, on_progress)
     return Expected(
         name=source.name,
         outputs=sort_outputs(written.outputs, dtype),
         rules=written.rules,
-        origins={options.family: Origin(plans[0].plan, plans[1].plan if known else None, own, read)},
+        origins={options.family: Origin(converted, reference if known else None, own, read)},
         read=read,
         not_compared=_not_compared(encoder, resolved.plan, written, target),
     )

@@ -124,13 +124,19 @@ def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:
 
 def _check_metadata(recorded: Mapping[str, str], source: Checkpoint) -> Check:
     """Compare the metadata in the header of safetensors files."""
-    actual: dict[str, str] = {}
-    for container, file in zip(source.containers, source.files, strict=True):
-        if container == "safetensors":
-            opened: Any = safetensors.safe_open(file.path, "pt")
-            actual |= opened.metadata() or {}
+    actual = header_metadata(source)
     differing = [key for key in sorted({*recorded, *actual}) if recorded.get(key) != actual.get(key)]
     if differing:
         pairs = "; ".join(f"{key} is {actual.get(key)!r}, in the record {recorded.get(key)!r}" for key in differing)
         return Check(GROUP, "metadata", FAILED, f"metadata differs: {pairs}", differing)
     return Check(GROUP, "metadata", PASSED, f"metadata matches the record: {', '.join(sorted(recorded))}")
+
+
+def header_metadata(source: Checkpoint) -> dict[str, str]:
+    """The metadata in the headers of safetensors files."""
+    metadata: dict[str, str] = {}
+    for container, file in zip(source.containers, source.files, strict=True):
+        if container == "safetensors":
+            opened: Any = safetensors.safe_open(file.path, "pt")
+            metadata |= opened.metadata() or {}
+    return metadata

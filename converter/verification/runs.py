@@ -125,7 +125,8 @@ def _compare_all(
     family: Family, tested: Tested, source: ComparedSource | None, options: RunOptions, upload: Uploader
 ) -> Iterator[Comparison]:
     """Compare the encoder by itself, then in the DeepEncoder at every size."""
-    encoder, canonical = tested.encoder, dict[str, Tensor]()
+    encoder: Any = tested.encoder
+    canonical: State = {}
     if source is not None:
         own, canonical = _upload_source(source.origin, upload)
         yield _compare_alone(family, tested, source.origin, own, canonical, options)
@@ -151,6 +152,7 @@ def _compare_alone(
     family: Family, tested: Tested, origin: Origin, own: State, canonical: State, options: RunOptions
 ) -> Comparison:
     """Compare the encoder at its trained size with the source's own implementation."""
+    encoder: Any
     encoder, canonical = with_optional_tensors(family, tested.encoder, canonical)
     mapping = origin.reference_plan.mapping
     # Built where it runs: some libraries' initialisation takes seconds on a processor.

@@ -16,6 +16,7 @@ from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
 from converter.verification.inputs import Converted, ConvertedEncoder
+from converter.verification.record_check import header_metadata
 from converter.verification.result import FAILED, PASSED, WARNING, Check
 
 GROUP = "structure"
@@ -26,7 +27,17 @@ _INDICES = "embeddings.position_ids"
 def check_structure(target: Converted) -> list[Check]:
     """All checks of a converted file that run nothing."""
     layouts = [check for encoder in target.encoders for check in _check_layout(target, encoder)]
-    return [*layouts, *_check_types(target.tensors), *_check_values(target)]
+    return [*_check_claim(target), *layouts, *_check_types(target.tensors), *_check_values(target)]
+
+
+def _check_claim(target: Converted) -> list[Check]:
+    """A failed check if the file's header names another layout than its tensors have."""
+    claimed = header_metadata(target.source).get("layout")
+    actual = target.encoders[0].layout.name if len(target.encoders) == 1 else target.family
+    if claimed in (None, actual):
+        return []
+    detail = f"its header says {claimed}, but its tensors have the names of {actual}"
+    return [Check(GROUP, "claim", FAILED, detail, list(target.tensors))]
 
 
 def _check_layout(target: Converted, encoder: ConvertedEncoder) -> list[Check]:

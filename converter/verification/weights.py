@@ -48,9 +48,13 @@ def compared_source(encoder: ConvertedEncoder, source: Expected, checks: Sequenc
         source: The sources.
         checks: The checks of the file's tensors.
     """
-    wrong = {check.tensors[0] for check in checks if check.verdict == FAILED}
+    failed = [check for check in checks if check.group == GROUP and check.verdict == FAILED]
+    keys = {check.tensors[0] for check in failed if check.name != _MAPPING}
+    names = {name for check in failed if check.name == _MAPPING for name in check.tensors}
     differing = [
-        name for name, value in encoder.tensors.items() if any(tensor.key in wrong for tensor in source_tensors(value))
+        name
+        for name, value in encoder.tensors.items()
+        if name in names or any(tensor.key in keys for tensor in source_tensors(value))
     ]
     return ComparedSource(source.origins[encoder.family], differing)
 
