@@ -123,7 +123,8 @@ def test_other_layouts_are_verified(
     source, out = folder / f"{family}.pth", tmp_path / "out.safetensors"
     converter.convert(source, family, to=to, out=out, **options)
     assert verify(out, source, device="cpu").result == "verified"
-    name = next(name for name in safetensors.torch.load_file(out) if name.endswith(("norm1.weight", "ln_1.weight")))
+    norms = [name for name in safetensors.torch.load_file(out) if name.endswith(("norm1.weight", "ln_1.weight"))]
+    name = next(name for name in norms if not name.startswith(("transformer.", "mask_decoder.")))
     wrong = verify(changed(out, tmp_path / "wrong.safetensors", add_one(name)), source, device="cpu")
     assert states(wrong) == {"structure": "done", "bytes": "failed", "outputs": "failed"}
     assert [check.name for check in wrong.checks if check.group == "bytes"] == [name]
@@ -147,6 +148,21 @@ def test_tensors_of_a_donor_are_compared_or_named(folder: Path, tmp_path: Path) 
     assert alone.result == "partly verified (structure)"
     (check,) = [check for check in alone.checks if check.verdict == "inconclusive"]
     assert "token_embedding.weight" in check.tensors and "fill-from=" in check.detail
+
+
+def test_one_of_two_encoders_is_compared_with_its_own(folder: Path, tmp_path: Path) -> None:
+    tower = torch.load(folder / "tower.pth")
+    both = {f"student.{k}": v for k, v in tower.items()} | {f"teacher.{k}": v + 1 for k, v in tower.items()}
+    torch.save(both, tmp_path / "both.pth")
+    out = tmp_path / "out.safetensors"
+    converter.convert(tmp_path / "both.pth", "clip", prefix="student.", out=out)
+    right = verify(out, tmp_path / "both.pth", prefix="student.", fast=True, device="cpu")
+    wrong = verify(out, tmp_path / "both.pth", prefix="teacher.", fast=True, device="cpu")
+    assert (states(right)["bytes"], states(wrong)["bytes"]) == ("done", "failed")
+    # The user's mapping is compared with the layout of the encoder that it converts.
+    mine = mapping(tmp_path / "mine.yaml")
+    found = verify(out, tmp_path / "both.pth", mapping=mine, prefix="student.", fast=True, device="cpu")
+    assert "mapping" in [check.name for check in found.checks if check.verdict == "passed"]
 
 
 # Whole encoders ------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def verify(
     record: str | Path | None = None,
     mapping: str | Path | None = None,
     state_dict: str | None = None,
+    prefix: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
     sizes: Sequence[int] | None = None,
@@ -76,6 +77,7 @@ def verify(
         record: The conversion record (.json) that was written with it.
         mapping: The mapping file that `convert` was given.
         state_dict: The state dict of the source that `convert` was given.
+        prefix: The prefix of the encoder's names in the source that `convert` was given.
         device: auto, cpu, cuda or cuda:N.
         dtype: The precision the encoders run in: float32, bfloat16 or float16.
         sizes: Pixels along a side at which the whole DeepEncoder runs.
@@ -109,7 +111,8 @@ def verify(
         else:
             target, expected = open_converted(opened, on_progress), None
             if sources:
-                convert_options = ConvertOptions(target.encoders[0].family, mapping=mapping, state_dict=state_dict)
+                family = target.encoders[0].family
+                convert_options = ConvertOptions(family, mapping=mapping, state_dict=state_dict, prefix=prefix)
                 expected = _expected(target, sources, open_, convert_options, on_progress)
             result = _verify(target, expected, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -81,7 +81,7 @@ class ReportOptions:
 
 
 @app.command()
-@add_options(VerifyOptions, (ConvertOptions, ["mapping", "state_dict"]), HubOptions, ReportOptions)
+@add_options(VerifyOptions, (ConvertOptions, ["mapping", "state_dict", "prefix"]), HubOptions, ReportOptions)
 def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})

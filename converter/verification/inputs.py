@@ -178,7 +178,7 @@ def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: b
     )
     try:
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
-    except MappingError as error:
+    except (LayoutError, MappingError) as error:
         return replace(encoder, problem=error.message)
     return replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors)
 
