@@ -33,7 +33,7 @@ class ConvertOptions:
         full_model: Also convert SAM's prompt encoder and mask decoder, or CLIP's text tower.
         mapping: A mapping file to use instead of layout detection.
         dtype: The type of floating-point tensors: keep, float32, float16 or bfloat16.
-        image_size: The side of images in pixels to resample CLIP's position embeddings for.
+        image_size: The side of images in pixels to resample the position embeddings for.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
         prefix: The prefix of the encoder's tensor names in a checkpoint that holds several.
 
@@ -55,7 +55,7 @@ class ConvertOptions:
     )
     dtype: str = field(default="keep", metadata=_cli("Cast floating-point tensors.", type=DtypeName))
     image_size: int | None = field(
-        default=None, metadata=_cli("Resample CLIP's position embeddings for this image size.", metavar="PIXELS")
+        default=None, metadata=_cli("Resample the position embeddings for this image size.", metavar="PIXELS")
     )
     state_dict: str | None = field(
         default=None, metadata=_cli("State dict of a file with several (model, ema; . for the top).", metavar="NAME")

@@ -249,7 +249,7 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
         ("shape: [width, 3, patch, patch]", "dtype: float32", "the key 'shape' is missing"),
         ("generate: arange", "generate: zeros", "expected arange, with dtype int64"),
         ("dtype: int64", "dtype: int65", "unknown element type 'int65'; expected one of float64"),
-        ("positions: true", "positions: yes", "expected true or false, found 'yes'"),
+        ("positions: tokens", "positions: rows", "unknown kind 'rows'; expected one of tokens, grid, relative"),
         ("pre_layrnorm.{param}: [width]", "pre_layrnorm.{rest}: [width]", "only have int variables and lists of words"),
         ("depth: 24", "depth: all", "expected a size, found 'all'"),
         ("text_model.{rest}: CLIP's text", "text_model.{tower}: CLIP's text", "variable 'tower'"),

@@ -144,14 +144,14 @@ def test_resample_is_that_of_deepseek_ocrs_clip(before: int, after: int, dtype: 
         old, size=(after, after), mode="bicubic", antialias=True, align_corners=False
     ).to(dtype)
     expected = torch.cat([table[:1], new.permute(0, 2, 3, 1).view(after * after, 8)])
-    made = resampled(expr(table), after)
+    made = resampled(expr(table), "tokens", after)
     assert_is(made, expected)
     assert raw(evaluate(made)[:1]) == raw(table[:1])
 
 
 def test_resampling_to_the_same_grid_and_casting_to_the_same_type_change_nothing() -> None:
     table = expr(numbered(10, 2))
-    assert resampled(table, 3) is table
+    assert resampled(table, "tokens", 3) is table
     assert cast(table, "float32") is table
 
 
@@ -186,12 +186,12 @@ def test_tensors_that_do_not_fit_are_refused(op: Op, given: Tensors, complaint: 
 @pytest.mark.parametrize("shape", [(11, 2), (1, 2), (1, 10, 2)])
 def test_only_a_class_token_and_a_square_grid_can_be_resampled(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="not a class token and a square grid"):
-        resampled(expr(numbered(*shape)), 4)
+        resampled(expr(numbered(*shape)), "tokens", 4)
 
 
 def test_only_grids_up_to_a_limit_and_floating_point_types() -> None:
     with pytest.raises(ValueError, match="a grid of 586: larger than 585"):
-        resampled(expr(numbered(10, 2)), 586)
+        resampled(expr(numbered(10, 2)), "tokens", 586)
     with pytest.raises(ValueError, match="int64 to float16"):
         cast(expr(torch.arange(3)), "float16")
 

@@ -127,7 +127,7 @@ NEW_KEY = "not_a_key: 1"
     [
         (GOOD, "layout: clip-test", f"layout: clip-test\n{NEW_KEY}"),
         (CANONICAL, "family: clip", f"family: clip\n{NEW_KEY}"),
-        (CANONICAL, "    positions: true", f"    positions: true\n    {NEW_KEY}"),
+        (CANONICAL, "    positions: tokens", f"    positions: tokens\n    {NEW_KEY}"),
         (GOOD, "{keep: e, optional: true}", "{keep: e, not_a_key: 1}"),
         (GOOD, "    because: not needed", f"    because: not needed\n    {NEW_KEY}"),
         (GOOD, "    to: d.{rest}", f"    to: d.{{rest}}\n    {NEW_KEY}"),

@@ -25,7 +25,7 @@ FillFrom = Annotated[
 
 
 @app.command()
-@add_options(ConvertOptions, WriteOptions, HubOptions, without=["image_size"])
+@add_options(ConvertOptions, WriteOptions, HubOptions)
 def sam(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
     render.show_conversion(converter.convert, source, "sam", fill_from=fill_from, **options)

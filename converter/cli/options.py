@@ -63,21 +63,18 @@ class WriteOptions:
     quiet: Quiet = False
 
 
-def add_options(
-    *groups: type | tuple[type, Collection[str]], without: Collection[str] = ()
-) -> Callable[[Command], Command]:
+def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Command], Command]:
     """Replace `**options` in the signature of a command by the fields of dataclasses.
 
     Args:
         groups: Dataclasses whose fields are annotated for typer, or have metadata as in `converter.options`; with
             names, only these fields.
-        without: Fields to leave out.
     """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [item for item in signature.parameters.values() if item.name != "options"]
-        added = [item for group in groups for item in _parameters(group) if item.name not in without]
+        added = [item for group in groups for item in _parameters(group)]
         parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own] + added
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in parameters}

@@ -12,6 +12,7 @@ from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, R
 from converter.layouts.template import MAX_WORD_CHARS, Kind, Template
 from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
 from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import POSITIONS
 from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
 
 # The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
@@ -21,6 +22,7 @@ CANONICAL = (
     *REQUIRED,
     "variables",
     "sizes",
+    "global_layers",
     "assumptions",
     "encoder_prefix",
     "encoder_order",
@@ -89,6 +91,7 @@ def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
         ),
         encoder_prefix=fields["encoder_prefix"].as_str("a prefix"),
         encoder_order=fields["encoder_order"].as_int("the encoder's position in the model"),
+        global_layers=fields["global_layers"].as_int("a number of layers") if "global_layers" in fields else 0,
     )
 
 
@@ -189,7 +192,9 @@ def _tensor(name: str, node: YamlNode, variables: dict[str, Kind]) -> TensorSpec
     if generate and (generate != "arange" or dtype != "int64"):
         raise fields["generate"].error("expected arange, with dtype int64")
     optional = fields["optional"].as_str("why it may be missing") if "optional" in fields else ""
-    positions = "positions" in fields and fields["positions"].as_bool()
+    positions = fields["positions"].as_str("a kind of position embeddings") if "positions" in fields else ""
+    if positions and positions not in POSITIONS:
+        raise fields["positions"].error(f"unknown kind {positions!r}; expected one of {', '.join(POSITIONS)}")
     return TensorSpec(template, _shape(fields["shape"]), dtype, optional, generate, positions)
 
 

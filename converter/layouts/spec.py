@@ -154,7 +154,7 @@ class TensorSpec(NamedTuple):
         dtype: The required element type; empty if any floating-point type is allowed.
         optional: The reason why the tensors may be missing; empty if they are required.
         generate: How missing tensors are generated: "arange" or empty.
-        is_position_embedding: Whether these are the position embeddings that `--image-size` resamples.
+        positions: The kind of position embeddings, which `--image-size` resamples; empty for other tensors.
     """
 
     name: Template
@@ -162,7 +162,7 @@ class TensorSpec(NamedTuple):
     dtype: str = ""
     optional: str = ""
     generate: str = ""
-    is_position_embedding: bool = False
+    positions: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +171,8 @@ class CanonicalLayout(LayoutSpec):
 
     Attributes:
         sizes: The sizes in DeepSeek-OCR by name.
+        global_layers: The number of layers whose attention is over the whole image, in models whose other layers have
+            windows. They end each of as many equal groups of layers.
         assumptions: What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are
             those of another part of a full model, such as `text_model.activation`.
         tensors: The tensors.
@@ -181,6 +183,7 @@ class CanonicalLayout(LayoutSpec):
     """
 
     sizes: Mapping[str, int]
+    global_layers: int = 0
     assumptions: Mapping[str, str | int | float]
     tensors: tuple[TensorSpec, ...]
     extra_tensors: tuple[tuple[Template, str], ...]

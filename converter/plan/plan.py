@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from converter.errors import MappingError, UsageError
+from converter.errors import MappingError
 from converter.layouts.claims import summary
 from converter.layouts.marks import find_adapters
 from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import OUTSIDE, Applied, apply
 from converter.plan.assumptions import Assumption
-from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, resampled, source_tensors
+from converter.plan.resample import resample_positions
+from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, source_tensors
 
 # One position per patch, and one for the class token.
 MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
@@ -100,7 +101,7 @@ def make_plan(
     if depth > len(applied.values):
         raise MappingError(f"{where}: layer index {depth - 1} with only {len(applied.values)} tensors")
     if image_size is not None:
-        _resample(plan, applied, image_size)
+        plan.dropped.update(resample_positions(target, applied, depth, image_size))
     _fit_target(plan, applied, where)
     plan.outputs = sort_outputs(plan.outputs, dtype)
     plan.unusual = {
@@ -205,37 +206,3 @@ def _generate(plan: Plan, spec: TensorSpec, name: str) -> list[str]:
     else:
         return [f"missing tensor {name!r}"]
     return []
-
-
-def _patch_size(target: CanonicalLayout, applied: Applied) -> int:
-    """Return the patch size in pixels: the checkpoint's, or DeepSeek-OCR's if it has no patch embedding."""
-    sizes: Sizes = {}
-    for spec in target.tensors:
-        if any(dim.name == "patch" for dim in spec.shape) and spec.name.text in applied.values:
-            match_shape(spec.shape, applied.values[spec.name.text].shape, sizes)
-    return sizes.get("patch", target.sizes["patch"])
-
-
-def _resample(plan: Plan, applied: Applied, image_size: int) -> None:
-    """Resample the position embeddings, and drop the position indices, which are generated for the new number."""
-    spec = next((spec for spec in plan.target.tensors if spec.is_position_embedding), None)
-    if spec is None:
-        raise UsageError(f"--image-size: {plan.target.name} takes images of any size: nothing to resample")
-    name = spec.name.text
-    patch = _patch_size(plan.target, applied)
-    if image_size < patch or image_size % patch:
-        raise UsageError(f"--image-size {image_size}: not a multiple of the patch size, {patch}")
-    if name not in applied.values:
-        return
-    before = applied.values[name].shape
-    try:
-        applied.values[name] = resampled(applied.values[name], image_size // patch)
-    except ValueError as error:
-        raise MappingError(f"{name}: {error}") from error
-    if applied.values[name].shape == before:
-        return
-    for other in plan.target.tensors:
-        if other.generate and other.name.text in applied.values:
-            value = applied.values.pop(other.name.text)
-            reason = "generated for the new number of positions"
-            plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))

@@ -77,8 +77,8 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             return evaluate(base, load).permute(dims)
         case Cast(base=base):
             return evaluate(base, load).to(torch_dtype(value.dtype.name))
-        case Resample(base=base, grid_size=grid_size):
-            return resample_positions(evaluate(base, load), grid_size)
+        case Resample(base=base, kind=kind, grid_size=grid_size):
+            return RESAMPLE[kind](evaluate(base, load), grid_size)
         case Generated(make=make):
             data, dtype = bytearray(make()), torch_dtype(value.dtype.name)
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -100,15 +100,34 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def resample_positions(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
+def resample_tokens(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
     """Resample position embeddings [1 + n*n, width] to [1 + grid_size*grid_size, width].
 
-    The interpolation is bicubic with antialiasing in float32, as in DeepSeek-OCR's CLIP at other image sizes. The
-    class token, the first row, is unchanged.
+    The interpolation is that of `resample_grid`. The class token, the first row, is unchanged.
     """
-    class_token, positions = pos_embed[:1], pos_embed[1:].float()
-    n = math.isqrt(positions.shape[0])
-    image = positions.reshape(1, n, n, -1).permute(0, 3, 1, 2)
-    size = (grid_size, grid_size)
+    n = math.isqrt(pos_embed.shape[0] - 1)
+    grid = resample_grid(pos_embed[1:].reshape(1, n, n, -1), grid_size)
+    return torch.cat([pos_embed[:1], grid.flatten(0, 2)])
+
+
+def resample_grid(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample position embeddings [1, n, n, width] to [1, grid_size, grid_size, width].
+
+    The interpolation is bicubic with antialiasing in float32, as in DeepSeek-OCR's SAM and CLIP at other image sizes.
+    """
+    image, size = pos_embed.float().permute(0, 3, 1, 2), (grid_size, grid_size)
     image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([class_token, image.flatten(2)[0].T.to(pos_embed.dtype)])
+    return image.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def resample_relative(rel_pos: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample relative position embeddings [2*n - 1, width] to [2*grid_size - 1, width].
+
+    The interpolation is linear in float32, as in DeepSeek-OCR's SAM at other image sizes.
+    """
+    rows = rel_pos.float().T[None]
+    rows = torch.nn.functional.interpolate(rows, 2 * grid_size - 1, mode="linear", align_corners=False)
+    return rows[0].T.to(rel_pos.dtype)
+
+
+RESAMPLE = {"tokens": resample_tokens, "grid": resample_grid, "relative": resample_relative}

@@ -17,6 +17,12 @@ from converter.tensors.tensor_info import TensorInfo
 
 # Rows and columns of the largest grid of positions: 8192 pixels in patches of 14 (CLIP-L), 1.4 GB of embeddings.
 MAX_GRID_SIZE = 585
+# Kinds of position embeddings for a square of n x n patches.
+POSITIONS = {
+    "tokens": "a class token and a square grid, [1 + n*n, width]",
+    "grid": "a square grid, [1, n, n, width]",
+    "relative": "offsets from -(n - 1) to n - 1, [2*n - 1, width]",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,12 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class Resample:
-    """Position embeddings resampled to `grid_size` x `grid_size` positions, with the class token unchanged."""
+    """Position embeddings of one of the kinds in POSITIONS, resampled for `grid_size` x `grid_size` patches."""
 
     dtype: DType
     shape: tuple[int, ...]
     base: LazyTensor
+    kind: str
     grid_size: int
 
 
@@ -190,19 +197,42 @@ def cast(base: LazyTensor, dtype: str) -> LazyTensor:
     return base if base.dtype.name == dtype else Cast(BY_NAME[dtype], base.shape, base)
 
 
-def resampled(base: LazyTensor, grid_size: int) -> LazyTensor:
-    """Resample position embeddings [1 + n*n, width] to [1 + grid_size*grid_size, width].
+def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:
+    """Resample position embeddings for another number of patches.
 
-    The first row is a class token. ValueError for other shapes, or a grid larger than MAX_GRID_SIZE.
+    Args:
+        base: The embeddings.
+        kind: One of POSITIONS.
+        grid_size: The new number of rows and columns of patches.
+
+    Raises:
+        ValueError: The shape does not fit the kind, or the grid is larger than MAX_GRID_SIZE.
     """
     if grid_size > MAX_GRID_SIZE:
         raise ValueError(f"cannot resample to a grid of {grid_size}: larger than {MAX_GRID_SIZE}")
-    num_positions = base.shape[0] - 1 if len(base.shape) == 2 else 0
-    if num_positions < 1 or math.isqrt(num_positions) ** 2 != num_positions:
-        raise ValueError(f"cannot resample shape {list(base.shape)}: not a class token and a square grid")
-    if num_positions == grid_size**2:
+    current = grid_size_of(kind, base.shape)
+    if current is None:
+        raise ValueError(f"cannot resample shape {list(base.shape)}: not {POSITIONS[kind]}")
+    if current == grid_size:
         return base
-    return Resample(base.dtype, (1 + grid_size**2, base.shape[1]), base, grid_size)
+    shapes = {
+        "tokens": (1 + grid_size**2, base.shape[-1]),
+        "grid": (1, grid_size, grid_size, base.shape[-1]),
+        "relative": (2 * grid_size - 1, base.shape[-1]),
+    }
+    return Resample(base.dtype, shapes[kind], base, kind, grid_size)
+
+
+def grid_size_of(kind: str, shape: tuple[int, ...]) -> int | None:
+    """Return the rows (and columns) of patches that position embeddings of a kind are for; None if they do not fit."""
+    match kind, shape:
+        case "tokens", (rows, _) if rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1:
+            return math.isqrt(rows - 1)
+        case "grid", (1, rows, columns, _) if rows == columns > 0:
+            return rows
+        case "relative", (length, _) if length % 2:
+            return (length + 1) // 2
+    return None
 
 
 def byte_ranges(value: LazyTensor) -> list[Segment] | None:

@@ -19,7 +19,7 @@ from converter.plan.planner import ResolvedPlan, plan_to_canonical, resolve_to_c
 from converter.plan.route import complete_from, retarget
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, grid_size_of, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.reference_readers import Reader, open_independently
 
@@ -312,13 +312,12 @@ def join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on
 def _infer_image_size(plan: Plan, encoder: ConvertedEncoder) -> int | None:
     """`--image-size` of the conversion; None if positions were not resampled."""
     for spec in plan.target.tensors:
-        tensor = encoder.tensors.get(spec.name.text) if spec.is_position_embedding else None
+        tensor = encoder.tensors.get(spec.name.text) if spec.positions else None
         if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
             continue
-        grid = math.isqrt(max(tensor.shape[0] - 1, 0))
-        # Only a class token and a square grid can be resampled positions; anything else fails the comparison of bytes.
-        if grid and grid**2 + 1 == tensor.shape[0]:
-            return grid * plan.sizes.get("patch", plan.target.sizes["patch"])
+        # Other shapes cannot be resampled positions; they fail the comparison of bytes.
+        if grid_size := grid_size_of(spec.positions, tensor.shape):
+            return grid_size * plan.sizes.get("patch", plan.target.sizes["patch"])
     return None
 
 
