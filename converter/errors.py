@@ -8,7 +8,6 @@
     │   └── MappingError     a mapping file is malformed, or does not fit the checkpoint
     ├── OutputError      4   the output could not be written
     └── HubError         5   a hub cannot be reached, or does not give the file
-        └── UnreachableError
 
 `message` names the file and the problem, one problem a line; `hint` says what to do next. Names from a file appear in a
 message as `repr` or `printable` writes them: they may hold control characters.
@@ -74,21 +73,6 @@ class OutputError(DsocrError):
 
 
 class HubError(DsocrError):
-    """A hub refuses access or does not have the file."""
+    """A hub cannot be reached, refuses access or does not have the file."""
 
     exit_code = 5
-
-
-class UnreachableError(HubError):
-    """A hub does not answer.
-
-    Args:
-        what: What cannot be reached.
-        why: What the hub's library reports.
-        hint: What to do if the network is all right.
-    """
-
-    def __init__(self, what: str, why: str, hint: str = "") -> None:
-        steps = "check the network, the proxy and the hub's endpoint setting, then run again"
-        super().__init__(f"{what}: {why}", f"{steps}\n{hint}" if hint else steps)
-        self.what, self.why = what, why

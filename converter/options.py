@@ -96,7 +96,10 @@ class HubOptions:
     revision: str | None = field(
         default=None, metadata=_cli("Branch, tag or commit on a hub. [default: the main branch]", metavar="REV")
     )
-    hub: str | None = field(default=None, metadata=_cli("The hub of org/name sources.", metavar="hf|modelscope"))
+    hub: str | None = field(
+        default=None,
+        metadata=_cli("The hub of org/name sources. [default: $DSOCR_HUB, or hf]", metavar="hf|modelscope"),
+    )
     download: bool = field(default=False, metadata=_cli("Download whole files into the hub's cache."))
 
 

@@ -39,9 +39,10 @@ from converter.hub import http_range, read_ahead, requests_http
 from converter.hub.address import Address, parse_address
 from converter.hub.http_range import RangeReader
 from converter.hub.huggingface import HuggingFaceRepository
+from converter.hub.modelscope import ModelScopeRepository
 from converter.hub.read_ahead import plan_chunks
 from converter.hub.remote_file import RemoteFile
-from converter.hub.repository import HttpResponse, HubResponseError, RepositoryFile, parse_file_list
+from converter.hub.repository import HttpResponse, HubResponseError, Repository, RepositoryFile, parse_file_list
 from converter.options import HubOptions
 from converter.storage.range_set import RangeSet
 
@@ -282,6 +283,41 @@ def test_addresses_are_parsed() -> None:
     assert parse_address("org/name", HubOptions("v1", "modelscope")) == Address("ms", "org/name", "v1", "")
 
 
+def test_a_default_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DSOCR_HUB is for names without a scheme, and no fall-back."""
+    monkeypatch.setenv("DSOCR_HUB", "modelscope")
+    assert parse_address("org/name@v1/a", HubOptions()) == Address("ms", "org/name", "v1", "a")
+    assert parse_address("hf://org/name", HubOptions()).hub == "hf"
+    assert parse_address("org/name", HubOptions(hub="hf")).hub == "hf"
+    monkeypatch.setenv("DSOCR_HUB", "gitee")
+    assert parse_address("ms://org/name", HubOptions()).hub == "ms"
+    with pytest.raises(UsageError, match="DSOCR_HUB gitee: expected hf or modelscope"):
+        parse_address("org/name", HubOptions())
+    monkeypatch.setenv("DSOCR_HUB", "")
+    assert parse_address("org/name", HubOptions()).hub == "hf"
+
+
+def test_hub_and_revision_hold_for_every_source(place: Place) -> None:
+    """Of a command with several; the default hub too."""
+    clip = "org/clip.v1.0/sharded"
+    cases: list[tuple[list[str], dict[str, str]]] = [
+        (["sam", "org/sam", "--fill-from", "org/sam/meta", "--hub", "ms", "--revision", "v1"], {}),
+        (["encoder", "--sam", "org/sam", "--clip", clip, "--compressor", "random:0", "--hub", "ms"], {}),
+        (["encoder", "--sam", "org/sam", "--clip", clip, "--compressor", "random:0"], {"DSOCR_HUB": "ms"}),
+    ]
+    for command, more in cases:
+        place.server.requests.clear()
+        done = place.run(*command, "--dry-run", "--json", **more)
+        assert done.returncode == 0, done.stderr
+        names = [source["name"] for source in json.loads(done.stdout)["sources"]]
+        assert len(names) == 2 and all(name.startswith("ms://") for name in names)
+        assert "--revision" not in command or all("@v1" in name for name in names)
+        assert {request.host for request in place.server.requests} <= {"ms", "cdn"}
+    # Its compressor, which is refused at the last.
+    said = place.refused("encoder", "--sam", "org/sam", "--clip", clip, "--compressor", "org/hf-only", "--hub", "ms")
+    assert "ms://org/hf-only" in said
+
+
 def test_hub_options_need_a_hub(place: Place, made: Path) -> None:
     for option in (["--revision", "v1"], ["--download"]):
         assert "only applies to hub repositories" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
@@ -337,7 +373,7 @@ def test_a_login_page_is_not_a_hub(place: Place) -> None:
 def test_an_unreachable_hub_is_reported_in_time(place: Place) -> None:
     began = time.monotonic()
     place.refused("sam", "org/sam", HF_ENDPOINT=UNREACHABLE)
-    assert "ModelScope cannot be reached" in place.refused("sam", "ms://org/sam", MODELSCOPE_ENDPOINT=UNREACHABLE)
+    assert f"{UNREACHABLE} cannot be reached" in place.refused("sam", "ms://org/sam", MODELSCOPE_ENDPOINT=UNREACHABLE)
     assert time.monotonic() - began < 15
 
 
@@ -364,13 +400,20 @@ def test_the_users_http_client_is_used(place: Place) -> None:
     assert fetched == sum(request.host == "cdn" for request in place.server.requests) > 0
 
 
-def test_errors_inside_a_hubs_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def model_info(*args: object, **options: object) -> None:
-        raise TypeError("unexpected keyword argument")
+@pytest.mark.parametrize("error", [TypeError("unexpected argument"), KeyError("etag"), FileNotFoundError("its own")])
+def test_only_answers_of_the_network_mean_that_a_hub_cannot_be_reached(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
-    with pytest.raises(TypeError, match="unexpected"):
-        HuggingFaceRepository("org/none", None, lambda folder: False)
+    for call, cls in (
+        ("huggingface_hub.HfApi.model_info", HuggingFaceRepository),
+        ("modelscope_hub.HubApi.list_repo_files", ModelScopeRepository),
+    ):
+        monkeypatch.setattr(call, fail)
+        with pytest.raises(type(error)):
+            cls("org/none", None, lambda folder: False)
 
 
 def test_the_process_is_left_as_it_is(place: Place) -> None:
@@ -762,17 +805,19 @@ def test_files_are_closed_if_a_later_shard_fails(place: Place, made: Path) -> No
 DATA = random.Random(0).randbytes(3 << 20)
 
 
-class OneFile:
+class OneFile(Repository):
     """A repository with one file, read without a hub's library."""
 
-    notes: list[str] = []  # noqa: RUF012
-    commit = ""
-    cached_snapshot: Path | None = None
-
-    def __init__(self, server: HubServer, data: bytes | int) -> None:
-        self.name, self._url = "hf://org/one", f"{server.hf_endpoint}/org/one/resolve/main/file.bin"
-        self.files = {"file.bin": RepositoryFile(data if isinstance(data, int) else len(data))}
+    def __init__(self, server: HubServer, size: int | None) -> None:
+        super().__init__("hf://org/one", server.hf_endpoint, lambda folder: False)
+        self._url = f"{server.hf_endpoint}/org/one/resolve/main/file.bin"
+        self.files = {"file.bin": RepositoryFile(size)}
         self._session = requests.Session()
+
+    @property
+    def connections(self) -> int:
+        """The number of hosts to which connections may be open."""
+        return sum(len(adapter.poolmanager.pools) for adapter in self._session.adapters.values())  # type: ignore[attr-defined]
 
     def url(self, path: str) -> str:
         return self._url
@@ -786,10 +831,10 @@ class OneFile:
     def to_hub_error(self, error: HubResponseError, path: str) -> HubError:
         return HubError(f"{path}: {error}")
 
-    def cached_file(self, path: str) -> Path:
+    def _unused(self, *args: object) -> Any:
         raise NotImplementedError
 
-    download = cached_file
+    cached_file = _download = _find_snapshot = _list_files = _response_error = _unused
 
 
 @pytest.fixture
@@ -806,7 +851,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def file(one: HubServer, quick: None) -> Iterator[RemoteFile]:
-    opened = RemoteFile(OneFile(one, DATA), "file.bin")
+    opened = RemoteFile(OneFile(one, len(DATA)), "file.bin")
     yield opened
     opened.close()
 
@@ -921,11 +966,47 @@ def test_closing_stops_transfers(file: RemoteFile, one: HubServer) -> None:
     reader.join(3)
 
 
+def test_a_request_that_begins_as_the_file_is_closed_leaves_no_connection(one: HubServer, quick: None) -> None:
+    class Late(OneFile):
+        def get(self, url: str, headers: dict[str, str]) -> AbstractContextManager[HttpResponse]:
+            opened.close()
+            return super().get(url, headers)
+
+    repository = Late(one, len(DATA))
+    opened = RemoteFile(repository, "file.bin")
+    with pytest.raises(HubError, match="stopped"):
+        opened.read(0, 1)
+    assert one.requests and repository.connections == 0
+
+
+@pytest.mark.parametrize(("data", "ranges"), [(DATA, True), (b"", True), (b"1", True), (b"1", False)])
+def test_a_size_that_is_not_listed_is_that_of_a_response(data: bytes, ranges: bool, quick: None) -> None:
+    faults = Faults(ignore_range=not ranges, drop_every=2)
+    with hub_server([Repo("org/one", {"file.bin": data})], faults) as server:
+        opened = RemoteFile(OneFile(server, None), "file.bin")
+        assert opened.size == len(data)
+        assert opened.read(0, len(data)) == data
+        opened.close()
+
+
+def test_a_size_that_no_response_gives_is_an_error(one: HubServer, quick: None) -> None:
+    one.faults = Faults("localhost|Signature", ignore_range=True)
+    repository = OneFile(one, None)
+    opened = RemoteFile(repository, "file.bin")
+    with pytest.raises(HubError, match="does not serve byte ranges"):
+        opened.read(5, 5)
+    opened.close()
+    one.faults = Faults(answer=(404, b"", {}))
+    with pytest.raises(HubError, match="HTTP 404"):
+        RemoteFile(repository, "file.bin")
+    repository.close()
+
+
 def test_expired_addresses(one: HubServer, quick: None) -> None:
     """All threads meet the expired address at once, and none takes it for a refusal."""
     one.faults = Faults(url_uses=3)
-    repository = OneFile(one, DATA)
-    reader = RangeReader(repository, "file.bin", len(DATA))
+    repository = OneFile(one, len(DATA))
+    reader = RangeReader(repository, "file.bin")
     with ThreadPoolExecutor(8) as pool:
         starts = range(0, len(DATA), 50_000)
         found = pool.map(lambda at: b"".join(reader.read(at, min(at + 50_000, len(DATA)))), starts)
@@ -958,7 +1039,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 def test_ranges_that_are_needed_again_and_again_are_read_again(one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window is full of ranges that are needed until the end: others are fetched without it."""
     monkeypatch.setattr(read_ahead, "MAX_CHUNKS", 2)
-    opened = RemoteFile(OneFile(one, DATA), "file.bin")
+    opened = RemoteFile(OneFile(one, len(DATA)), "file.bin")
     wanted = [(at, at + 1000) for at in range(0, 3_000_000, 200_000)] * 2
     opened.prefetch(wanted, lambda: None)
     for start, end in wanted:

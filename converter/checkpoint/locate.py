@@ -18,7 +18,7 @@ from converter.checkpoint.folder import (
 )
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
 from converter.formats import strict_json
-from converter.hub.address import is_address, looks_like_repository, parse_address
+from converter.hub.address import is_address, looks_like_repository, open_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
 
@@ -212,9 +212,6 @@ def _open_all(files: _Files, folder: PurePath, names: Iterable[str]) -> tuple[So
 
 
 def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
-    # Imported here, because the libraries of the hubs take 0.2 s to import.
-    from converter.hub.open import open_repository
-
     address = parse_address(source, hub_options)
     repository = open_repository(address, lambda folder: _is_complete(folder / address.path))
     folder, notes = repository.cached_snapshot, repository.notes

@@ -60,11 +60,16 @@ class RangeReader:
     Args:
         repository: The repository that has the file.
         path: The file's path in the repository.
-        size: The file's size in bytes, from the hub's listing.
+
+    Attributes:
+        size: The file's size in bytes.
+
+    Raises:
+        HubError: The hub does not list the size, and cannot be asked for it.
     """
 
-    def __init__(self, repository: Repository, path: str, size: int) -> None:
-        self._repository, self._path, self._size = repository, path, size
+    def __init__(self, repository: Repository, path: str) -> None:
+        self._repository, self._path = repository, path
         self._name = f"{repository.name}/{path}"
         self._url = repository.url(path)
         # The URL that the hub redirected to. It is reused, as a redirect for each range would double the requests.
@@ -72,6 +77,11 @@ class RangeReader:
         self._etag = ""
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        listed_size = repository.files[path].size
+        # -1 until a response gives it: some mirrors list no sizes.
+        self.size = -1 if listed_size is None else listed_size
+        if listed_size is None:
+            b"".join(self.read(0, 1))
 
     def stop(self) -> None:
         """Make reads in other threads raise a HubError."""
@@ -84,6 +94,14 @@ class RangeReader:
             HubError: The hub refuses, or fails repeatedly.
             ContainerError: The file has been replaced.
         """
+        try:
+            yield from self._read(start, end)
+        finally:
+            # A request may have begun just before `stop`, and opened a connection after the others were closed.
+            if self._stopped.is_set():
+                self._repository.close()
+
+    def _read(self, start: int, end: int) -> Iterator[bytes]:
         offset, attempt = start, 0
         while offset < end:
             attempt_start, retry_after = offset, None
@@ -95,6 +113,9 @@ class RangeReader:
             except HubConnectionError as error:
                 reason = str(error).partition("\n")[0] or "the connection failed"
             except HubResponseError as error:
+                if error.status == 416 and self.size < 0:
+                    self.size = 0
+                    return
                 if error.status == 416:
                     raise self._replaced_error() from None
                 if error.status not in _RETRYABLE_STATUS:
@@ -165,12 +186,13 @@ class RangeReader:
         size = self._total_size(response, start, end)
         etag, response_sha256 = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
         with self._lock:
+            self.size = size if self.size < 0 else self.size
             self._etag = self._etag or etag
             etag_matches = etag in ("", self._etag)
         # ModelScope lists a branch, which may get a new commit between the listing and the first range.
         sha256 = self._repository.files[self._path].sha256
         sha256_differs = sha256 and len(response_sha256) == len(sha256) and response_sha256 != sha256
-        if size != self._size or not etag_matches or sha256_differs:
+        if size != self.size or not etag_matches or sha256_differs:
             raise self._replaced_error()
 
     def _total_size(self, response: HttpResponse, start: int, end: int) -> int:
@@ -181,9 +203,9 @@ class RangeReader:
             if match is None or int(match[1]) != start or int(match[2]) >= end:
                 raise HubError(f"{self._name}: requested bytes {start} to {end - 1}, received {value!r}")
             return int(match[3])
-        if response.status == 200 and (start, end) == (0, self._size):
-            length = response.headers.get("Content-Length", "")
-            return int(length) if length.isdecimal() else self._size
+        length = response.headers.get("Content-Length", "")
+        if response.status == 200 and start == 0 and (end == self.size or (self.size < 0 and length.isdecimal())):
+            return int(length) if length.isdecimal() else self.size
         host = urlsplit(response.url).netloc
         raise HubError(f"{self._name}: {host} does not serve byte ranges", "add --download to fetch whole files")
 

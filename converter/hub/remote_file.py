@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 
-from converter.errors import ContainerError, HubError
+from converter.errors import ContainerError
 from converter.hub.http_range import RangeReader
 from converter.hub.local_copy import LocalCopy
 from converter.hub.read_ahead import MAX_CHUNK_SIZE, ReadAhead, in_background, plan_chunks
@@ -40,12 +40,9 @@ class RemoteFile:
 
     def __init__(self, repository: Repository, path: str) -> None:
         self.name = f"{repository.name}/{path}"
-        size = repository.files[path].size
-        if size is None:
-            raise HubError(f"{self.name}: the hub does not give its size", "add --download to fetch the whole file")
-        self.size = size
+        self._repository, self._reader = repository, RangeReader(repository, path)
+        self.size = self._reader.size
         self.fetched_bytes = self.needed_bytes = 0
-        self._repository, self._reader = repository, RangeReader(repository, path, size)
         self._count_lock, self._read_lock = threading.Lock(), threading.RLock()
         self._on_fetched: Callable[[], None] = lambda: None
         self._read_ahead: ReadAhead | None = None
