@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from converter.errors import ContainerError
+from converter.storage.local_file import SourceFile
 
 
-class Memory:
+class Memory(SourceFile):
     """A SourceFile made of bytes."""
 
     name = path = "memory"
-    identity = None
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.size = len(data)
 
-    def readinto(self, buffer: memoryview, offset: int) -> None:
-        buffer[:] = self.read(offset, len(buffer))
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset < 0 or length < 0 or offset + length > len(self.data):
-            raise ContainerError(f"{self.name}: truncated")
-        return self.data[offset : offset + length]
+    def _readinto(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
 
     def close(self) -> None: ...
 

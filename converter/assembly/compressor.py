@@ -1,4 +1,4 @@
-"""DeepSeek's compressor, two convolutions between SAM and CLIP, from a checkpoint or from a seed."""
+"""DeepSeek's compressor, two convolutions between SAM and the next encoder, from a checkpoint or from a seed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from converter.tensors.lazy_tensor import Generated, LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
 
 NAMES = ("net_2.weight", "net_3.weight")
+# The family whose encoder it follows, and whose canonical layout has it.
+FAMILY = "sam"
 
 # Suffixes of the two names: in DeepSeek-OCR, Unlimited-OCR, GOT-OCR2 and Vary; in transformers' Unlimited-OCR and
 # DeepSeek-OCR-2; in transformers' GOT-OCR2, where they belong to the projector, so that no mapping of SAM has them.
@@ -54,40 +56,41 @@ def _pairs(state_dict: StateDict) -> Iterator[tuple[TensorInfo, TensorInfo]]:
 
 def _has_compressor_shapes(net_2: TensorInfo, net_3: TensorInfo) -> bool:
     sizes: Sizes = {}
-    specs = {spec.name.text: spec.shape for spec in registry.canonical("sam").tensors}
+    specs = {spec.name.text: spec.shape for spec in registry.canonical(FAMILY).tensors}
     return match_shape(specs[NAMES[0]], net_2.shape, sizes) and match_shape(specs[NAMES[1]], net_3.shape, sizes)
 
 
+def _shapes(neck: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a compressor from SAM's `neck` channels to the next encoder's `width`."""
+    return dict(zip(NAMES, ((2 * neck, neck, 3, 3), (width, 2 * neck, 3, 3)), strict=True))
+
+
 def check_compressor(nets: dict[str, LazyTensor], neck: int, width: int, origin: str) -> None:
-    """Check that a compressor connects SAM to CLIP.
+    """Check that a compressor connects SAM to the next encoder.
 
     Args:
         nets: The compressor's tensors by name.
         neck: SAM's number of output channels.
-        width: CLIP's width.
+        width: The next encoder's width.
         origin: The checkpoint or option that the compressor comes from, for messages.
 
     Raises:
         LayoutError: A tensor is missing.
         UsageError: The number of channels differs.
     """
-    lacking = [name for name in NAMES if name not in nets]
-    if lacking:
+    missing = [name for name in NAMES if name not in nets]
+    if missing:
         raise LayoutError(
-            f"{origin}: holds no {', '.join(lacking)}: the compressor, which the DeepEncoder has between SAM and CLIP",
+            f"{origin}: holds no {', '.join(missing)}: the compressor, which the DeepEncoder has after SAM",
             "take a trained one with --compressor deepseek-ai/DeepSeek-OCR, or start with --compressor random:0",
         )
-    in_channels, out_channels = nets[NAMES[0]].shape[1], nets[NAMES[1]].shape[0]
-    if in_channels != neck:
-        raise UsageError(
-            f"{origin}: net_2.weight has {in_channels} input channels, but SAM's neck has {neck} output channels",
-            "choose a compressor and a SAM of the same size",
-        )
-    if out_channels != width:
-        raise UsageError(
-            f"{origin}: net_3.weight has {out_channels} output channels, but CLIP's width is {width}",
-            "choose a compressor and a CLIP of the same size",
-        )
+    for name, shape in _shapes(neck, width).items():
+        if nets[name].shape != shape:
+            raise UsageError(
+                f"{origin}: {name} has shape {list(nets[name].shape)}, but these encoders need {list(shape)}: "
+                f"SAM has {neck} output channels, and the next encoder a width of {width}",
+                "choose a compressor and encoders of the same sizes",
+            )
 
 
 def seeded(name: str, neck: int, width: int) -> dict[str, LazyTensor]:
@@ -100,18 +103,17 @@ def seeded(name: str, neck: int, width: int) -> dict[str, LazyTensor]:
     Args:
         name: random:SEED.
         neck: SAM's number of output channels.
-        width: CLIP's width.
+        width: The next encoder's width.
 
     Raises:
         UsageError: The seed is not a number.
     """
-    shapes = dict(zip(NAMES, ((2 * neck, neck, 3, 3), (width, 2 * neck, 3, 3)), strict=True))
     seed = name.removeprefix("random:")
     if not re.fullmatch("[0-9]{1,20}", seed):
         raise UsageError(f"--compressor {name}: expected a number, such as random:0")
     return {
         key: Generated(FLOAT32, shape, cache(partial(_uniform, f"{int(seed)}/{key}", shape)))
-        for key, shape in shapes.items()
+        for key, shape in _shapes(neck, width).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""A whole DeepEncoder: built from SAM, a compressor and CLIP, or extracted from a DeepSeek-OCR checkpoint."""
+"""A whole DeepEncoder: built from its encoders and a compressor, or extracted from a DeepSeek-OCR checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.assembly.compressor import NAMES as NETS
-from converter.assembly.compressor import check_compressor, find_compressor, seeded
+from converter.assembly import compressor as nets
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
 from converter.layouts import registry
@@ -35,7 +34,7 @@ class EncoderParts:
 
     Attributes:
         sources: The checkpoints that it is read from.
-        plans: The plan of each family.
+        plans: The plan of each family, in the order of the model.
         tensors: Its tensors by their names in DeepSeek-OCR's model, without `model.`.
         generated: Tensors that no source has, and their content.
         dropped: Source tensors that are left out, and why.
@@ -105,50 +104,43 @@ def encoder_record(
 
 
 def build_encoder(
-    sam: Checkpoint,
-    clip: Checkpoint,
+    opened: Mapping[str, Checkpoint],
     compressor: str,
     open_file: Callable[[str], Checkpoint],
     prefix: str | None = None,
 ) -> EncoderParts:
-    """Combine the encoders of two checkpoints and a compressor.
+    """Combine the encoders of several checkpoints and a compressor.
 
     Args:
-        sam: A checkpoint with SAM, in any layout.
-        clip: A checkpoint with CLIP, in any layout.
-        compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of `sam`.
+        opened: A checkpoint of each family, in any layout. The first family's encoder is followed by the compressor.
+        compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of the first encoder.
         open_file: Opens the compressor's checkpoint.
-        prefix: The prefix of the encoders' names in both checkpoints, or None.
+        prefix: The prefix of the encoders' names in all checkpoints, or None.
 
     Raises:
         LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
         UsageError: Sizes differ.
     """
-    plans = {
-        "sam": resolve_to_canonical(sam, ConvertOptions("sam", prefix=prefix)),
-        "clip": resolve_to_canonical(clip, ConvertOptions("clip", prefix=prefix)),
-    }
-    sources = [sam] if clip is sam else [sam, clip]
-    nets: dict[str, LazyTensor] = {}
+    options = {family: ConvertOptions(family, prefix=prefix) for family in opened}
+    plans = {family: resolve_to_canonical(source, options[family]) for family, source in opened.items()}
+    sources, own = list(dict.fromkeys(opened.values())), _own_tensors(plans)
+    new: dict[str, LazyTensor] = {}
     generated: dict[str, str] = {}
     if compressor.startswith("random:"):
-        nets = _random_compressor(compressor, plans)
-        generated = {
-            name: f"{compressor}: untrained, uniform within 1/sqrt({9 * net.shape[1]})" for name, net in nets.items()
-        }
+        new = _with_prefix(nets.FAMILY, _random_compressor(compressor, plans))
+        text = f"{compressor}: untrained, uniform within 1/sqrt({{}})"
+        generated = {name: text.format(9 * net.shape[1]) for name, net in new.items()}
     elif compressor:
         sources.append(open_file(compressor))
-        nets = _with_prefix("sam", find_compressor(sources[-1]))
-    own = _own_tensors(plans)
-    tensors = own | nets
-    _check_compressor(plans, tensors, compressor or sam.name)
+        new = _with_prefix(nets.FAMILY, nets.find_compressor(sources[-1]))
+    _check_compressor(plans, own | new, compressor or sources[0].name)
     replaced = {
         tensor.key: f"--compressor {compressor} replaces it"
-        for name in nets
+        for name in new
         if name in own
         for tensor in source_tensors(own[name])
     }
-    return EncoderParts(sources, plans, tensors, generated, _dropped(plans, tensors) | replaced)
+    return EncoderParts(sources, plans, own | new, generated, _dropped(plans, own | new) | replaced)
 
 
 def extract_encoder(source: Checkpoint, with_projector: bool, prefix: str | None = None) -> EncoderParts:
@@ -173,19 +165,29 @@ def extract_encoder(source: Checkpoint, with_projector: bool, prefix: str | None
     tensors = _own_tensors(plans)
     _check_compressor(plans, tensors, source.name)
     if with_projector:
-        tensors |= _projector(source, plans["sam"])
+        tensors |= _projector(source, plans[nets.FAMILY])
     other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
     dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
     return EncoderParts([source], plans, tensors, {}, dropped)
 
 
+def _channels(plans: dict[str, ResolvedPlan]) -> tuple[int, int]:
+    """Return the numbers of channels that a compressor connects: SAM's neck and the next encoder's width."""
+    first, second = (resolved.plan.sizes for resolved in plans.values())
+    return first["neck"], second["width"]
+
+
 def _random_compressor(compressor: str, plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """An untrained compressor of the encoders' sizes, in SAM's type."""
-    sam, clip = plans["sam"].plan, plans["clip"].plan
-    dtype = sam.outputs["neck.2.weight"].dtype.name
-    nets = seeded(compressor, sam.sizes["neck"], clip.sizes["width"])
-    return _with_prefix("sam", {name: cast(value, dtype) for name, value in nets.items()})
+    """An untrained compressor of the encoders' sizes, in the type of SAM's neck."""
+    dtype = plans[nets.FAMILY].plan.outputs["neck.2.weight"].dtype.name
+    return {name: cast(value, dtype) for name, value in nets.seeded(compressor, *_channels(plans)).items()}
+
+
+def _check_compressor(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor], origin: str) -> None:
+    prefix = registry.encoder_prefix(nets.FAMILY)
+    found = {name: tensors[prefix + name] for name in nets.NAMES if prefix + name in tensors}
+    nets.check_compressor(found, *_channels(plans), origin)
 
 
 def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
@@ -226,9 +228,3 @@ def _projector(source: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
     if missing:
         raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
     return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
-
-
-def _check_compressor(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor], origin: str) -> None:
-    prefix = registry.encoder_prefix("sam")
-    nets = {name: tensors[prefix + name] for name in NETS if prefix + name in tensors}
-    check_compressor(nets, neck=plans["sam"].plan.sizes["neck"], width=plans["clip"].plan.sizes["width"], origin=origin)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 
-from converter.errors import ContainerError
 from converter.hub.http_range import RangeReader
 from converter.hub.local_copy import LocalCopy
 from converter.hub.read_ahead import MAX_CHUNK_SIZE, ReadAhead, in_background, plan_chunks
 from converter.hub.repository import Repository
-from converter.storage.local_file import Range
+from converter.storage.local_file import Range, SourceFile
 from converter.storage.range_set import RangeSet
 
 # Requests for metadata are rounded to whole blocks of this many bytes, as metadata is read in small parts.
@@ -26,22 +25,23 @@ _MAX_METADATA_SIZE = 16 << 20
 _NUM_CONNECTIONS = 4
 
 
-class RemoteFile:
+class RemoteFile(SourceFile):
     """A SourceFile on a hub.
 
     Several threads may read it. Reading raises HubError, or ContainerError if the file has been replaced.
 
     Attributes:
+        path: The path of the temporary file that `fetch_all` writes; empty before it was called.
         fetched_bytes: The number of bytes received so far.
         needed_bytes: `fetched_bytes`, plus the number of bytes that are known to be needed.
     """
 
-    identity = None
+    copy_hint = "run again, or pin it with --revision"
 
     def __init__(self, repository: Repository, path: str) -> None:
         self.name = f"{repository.name}/{path}"
         self._repository, self._reader = repository, RangeReader(repository, path)
-        self.size = self._reader.size
+        self.size, self.path = self._reader.size, ""
         self.fetched_bytes = self.needed_bytes = 0
         self._count_lock, self._read_lock = threading.Lock(), threading.RLock()
         self._on_fetched: Callable[[], None] = lambda: None
@@ -58,11 +58,6 @@ class RemoteFile:
         self._metadata.clear()
         if self._copy is not None:
             self._copy.close()
-
-    @property
-    def path(self) -> str:
-        """The path of the temporary file that `fetch_all` writes; empty before it was called."""
-        return str(self._copy.path) if self._copy is not None else ""
 
     def prefetch(self, ranges: Sequence[Range], on_fetched: Callable[[], None]) -> None:
         """Announce reads, so that the next ranges are fetched in the background while others are read.
@@ -92,6 +87,7 @@ class RemoteFile:
         """
         self._on_fetched = on_fetched
         copy = self._copy = self._copy or LocalCopy(self.name, self.size)
+        self.path = str(copy.path)
         metadata_ranges = [(max(start - _SIZE_BEFORE_METADATA, 0), end) for start, end in self._metadata_ranges]
         chunks = plan_chunks([*self._within(ranges), *metadata_ranges])
         missing = [range_ for chunk in chunks for range_ in copy.stored_ranges.missing(chunk.start, chunk.end)]
@@ -118,8 +114,7 @@ class RemoteFile:
     def _set_needed(self, ranges: Sequence[Range]) -> None:
         self.needed_bytes = self.fetched_bytes + sum(end - start for start, end in ranges)
 
-    def readinto(self, buffer: memoryview, offset: int) -> None:
-        self._check_bounds(offset, len(buffer))
+    def _readinto(self, buffer: memoryview, offset: int) -> None:
         end = offset + len(buffer)
         with self._read_lock:
             if self._copy is not None and not list(self._copy.stored_ranges.missing(offset, end)):
@@ -130,20 +125,6 @@ class RemoteFile:
                 count = min(start + len(data), end) - offset
                 buffer[:count] = data[offset - start : offset - start + count]
                 buffer, offset = buffer[count:], offset + count
-
-    def read(self, offset: int, length: int) -> bytes:
-        # Before memory is allocated, as a damaged file may claim any length.
-        self._check_bounds(offset, length)
-        data = bytearray(length)
-        self.readinto(memoryview(data), offset)
-        return bytes(data)
-
-    def _check_bounds(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ContainerError(
-                f"{self.name}: truncated: {length} bytes at byte {offset} exceed its size of {self.size} bytes",
-                "run again, or pin it with --revision",
-            )
 
     def check_unchanged(self) -> None:
         """Do nothing, as every response was already checked to be of the same file."""

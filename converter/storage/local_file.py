@@ -6,10 +6,10 @@ import mmap
 import os
 import stat
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from converter.errors import ContainerError, DsocrError, printable
 
@@ -25,7 +25,7 @@ _BUFFER = 1 << 20
 Range = tuple[int, int]
 
 
-class SourceFile(Protocol):
+class SourceFile(ABC):
     """A file that is read at any offset, on this machine or on a hub.
 
     Attributes:
@@ -33,31 +33,52 @@ class SourceFile(Protocol):
         size: The size in bytes.
         identity: Device and inode of a local file, equal for two paths of one file; None for a file on a hub.
         path: A local path from which other libraries can read the bytes that were read.
+        copy_hint: What to do if the file is incomplete.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def identity(self) -> tuple[int, int] | None: ...
-    @property
-    def path(self) -> str: ...
+    name: str
+    size: int
+    path: str
+    identity: tuple[int, int] | None = None
+    copy_hint = "download or copy it again"
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
 
-    def readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on; ContainerError if the file ends before that."""
+    @abstractmethod
+    def _readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` on; both are within the size."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`; ContainerError if the file ends before that."""
-
+    @abstractmethod
     def check_unchanged(self) -> None:
         """Raise ContainerError if the file was modified after it was opened."""
 
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` on; ContainerError if the file ends before that."""
+        self._check_bounds(offset, len(buffer))
+        self._readinto(buffer, offset)
 
-class LocalFile:
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`; ContainerError if the file ends before that."""
+        # Before the buffer is allocated: a header may claim any length.
+        self._check_bounds(offset, length)
+        data = bytearray(length)
+        self._readinto(memoryview(data), offset)
+        return bytes(data)
+
+    def _check_bounds(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise self._truncated(offset, length)
+
+    def _truncated(self, offset: int, length: int) -> ContainerError:
+        return ContainerError(
+            f"{self.name}: truncated: {length} bytes at byte {offset} exceed its size of {self.size} bytes",
+            self.copy_hint,
+        )
+
+
+class LocalFile(SourceFile):
     """A file on this machine. It is opened once: if another file takes its name, the two are not mixed.
 
     It is read, not mapped: a map would count every page that was touched as the process's own memory.
@@ -80,6 +101,7 @@ class LocalFile:
                 "write its content to a file, and give that",
             )
         self.size = self._stat.st_size
+        self.identity = self._stat.st_dev, self._stat.st_ino
 
     def __del__(self) -> None:
         self.close()
@@ -89,11 +111,7 @@ class LocalFile:
             os.close(self._fd)
             self._fd = -1
 
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self._stat.st_dev, self._stat.st_ino
-
-    def readinto(self, buffer: memoryview, offset: int) -> None:
+    def _readinto(self, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
             try:
@@ -116,20 +134,6 @@ class LocalFile:
                 data = os.read(self._fd, len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        # Before the buffer is allocated: a header may claim any length.
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise self._truncated(offset, length)
-        data = bytearray(length)
-        self.readinto(memoryview(data), offset)
-        return bytes(data)
-
-    def _truncated(self, offset: int, length: int) -> ContainerError:
-        return ContainerError(
-            f"{self.name}: truncated: {length} bytes at byte {offset} exceed its size of {self.size} bytes",
-            "download or copy it again",
-        )
 
     def map(self) -> mmap.mmap:
         """Map the file into memory; what is written to the map does not reach the file."""
