@@ -511,8 +511,16 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         ((*SAM, *CLIP, "--compressor", "random:x"), 2, "expected a number, such as random:0"),
         ((*SAM, *CLIP, "--compressor", "clip"), 3, "holds no compressor (net_2.weight, net_3.weight)"),
         ((*SAM, *CLIP, "--compressor", "two.pth"), 3, "holds 2 compressors: a.net_3.weight, b.net_3.weight"),
-        ((*SAM, *CLIP, "--compressor", "neck.pth"), 2, "has 8 input channels, but SAM's neck has 16 output channels"),
-        ((*SAM, *CLIP, "--compressor", "wide.pth"), 2, "has 65 output channels, but CLIP's width is 64"),
+        (
+            (*SAM, *CLIP, "--compressor", "neck.pth"),
+            2,
+            "has shape [16, 8, 3, 3], but these encoders need [32, 16, 3, 3]",
+        ),
+        (
+            (*SAM, *CLIP, "--compressor", "wide.pth"),
+            2,
+            "has shape [65, 32, 3, 3], but these encoders need [64, 32, 3, 3]",
+        ),
         ((*SAM, *CLIP, "--with-projector"), 2, "--with-projector: is for a SOURCE that holds both encoders"),
         ((*SAM, *CLIP, "--compressor", "random:0", "-o", "clip"), 4, "clip: holds the source"),
         (
