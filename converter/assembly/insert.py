@@ -32,23 +32,15 @@ _ZEROS = bytes(BUFFER)
 
 @dataclass(frozen=True)
 class Insertion:
-    """A planned copy of a checkpoint with another encoder.
+    """A planned copy of a checkpoint with another encoder."""
 
-    Attributes:
-        host: The checkpoint that is copied.
-        keys: Names in DeepSeek-OCR's model, without `model.`, and the host's names of the replaced tensors.
-        replaced: The new tensors by the host's names.
-        folder: The host's folder; None for a single file.
-        other_files: The paths in the folder of other files that are copied.
-        notes: What is replaced, copied and left out.
-    """
-
-    host: Checkpoint
+    host: Checkpoint  # The checkpoint that is copied
+    # Names in DeepSeek-OCR's model, without `model.`, and the host's names of the replaced tensors
     keys: dict[str, str]
-    replaced: dict[str, LazyTensor]
-    folder: Path | None
-    other_files: list[Path]
-    notes: list[str]
+    replaced: dict[str, LazyTensor]  # The new tensors by the host's names
+    folder: Path | None  # The host's folder; None for a single file
+    other_files: list[Path]  # The paths in the folder of other files that are copied
+    notes: list[str]  # What is replaced, copied and left out
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:

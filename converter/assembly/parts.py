@@ -30,21 +30,13 @@ _PROJECTOR = {
 
 @dataclass(frozen=True)
 class EncoderParts:
-    """A DeepEncoder that is planned but not yet written.
+    """A DeepEncoder that is planned but not yet written."""
 
-    Attributes:
-        sources: The checkpoints that it is read from.
-        plans: The plan of each family, in the order of the model.
-        tensors: Its tensors by their names in DeepSeek-OCR's model, without `model.`.
-        generated: Tensors that no source has, and their content.
-        dropped: Source tensors that are left out, and why.
-    """
-
-    sources: list[Checkpoint]
-    plans: dict[str, ResolvedPlan]
-    tensors: dict[str, LazyTensor]
-    generated: dict[str, str]
-    dropped: dict[str, str]
+    sources: list[Checkpoint]  # The checkpoints that it is read from
+    plans: dict[str, ResolvedPlan]  # The plan of each family, in the order of the model
+    tensors: dict[str, LazyTensor]  # Its tensors by their names in DeepSeek-OCR's model, without `model.`
+    generated: dict[str, str]  # Tensors that no source has, and their content
+    dropped: dict[str, str]  # Source tensors that are left out, and why
 
     @property
     def constants(self) -> set[str]:

@@ -22,19 +22,12 @@ _ADDRESS = re.compile(
 
 
 class Address(NamedTuple):
-    """A file or a folder on a hub.
+    """A file or a folder on a hub."""
 
-    Attributes:
-        hub: "hf" or "ms".
-        repository: "org/name".
-        revision: A branch, a tag or a commit; None for the main branch.
-        path: A file or a folder in the repository; empty for its root.
-    """
-
-    hub: str
-    repository: str
-    revision: str | None
-    path: str
+    hub: str  # "hf" or "ms"
+    repository: str  # "org/name"
+    revision: str | None  # A branch, a tag or a commit; None for the main branch
+    path: str  # A file or a folder in the repository; empty for its root
 
 
 def is_address(source: str) -> bool:

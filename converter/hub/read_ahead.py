@@ -23,19 +23,12 @@ MAX_CHUNKS = 8
 
 
 class Chunk(NamedTuple):
-    """The byte range of one request.
+    """The byte range of one request."""
 
-    Attributes:
-        first_read: The index of the first read that needs it.
-        start: The offset of its first byte.
-        end: The offset after its last byte.
-        last_read: The index of the last read that needs it.
-    """
-
-    first_read: int
-    start: int
-    end: int
-    last_read: int
+    first_read: int  # The index of the first read that needs it
+    start: int  # The offset of its first byte
+    end: int  # The offset after its last byte
+    last_read: int  # The index of the last read that needs it
 
 
 def plan_chunks(ranges: Sequence[Range], gap: int = _MAX_GAP, size: int = MAX_CHUNK_SIZE) -> list[Chunk]:

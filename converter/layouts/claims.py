@@ -17,17 +17,12 @@ _MAX_COMPARISONS = 10_000_000
 
 @dataclass(slots=True, eq=False)
 class Claims:
-    """Result of matching names with rules.
+    """Result of matching names with rules."""
 
-    Attributes:
-        groups: Names by part number, for each pair of a rule's index and values of its variables.
-        unclaimed: Names that no rule matches.
-        duplicates: Names that two rules match, with both rules.
-    """
-
+    # Names by part number, for each pair of a rule's index and values of its variables
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]]
-    unclaimed: list[str]
-    duplicates: list[tuple[str, Rule, Rule]]
+    unclaimed: list[str]  # Names that no rule matches
+    duplicates: list[tuple[str, Rule, Rule]]  # Names that two rules match, with both rules
 
     def unmatched_rules(self, rules: tuple[Rule, ...]) -> list[Rule]:
         """Return the required rules that matched nothing."""

@@ -22,24 +22,15 @@ class Location(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule that applies operations to tensors and renames the results.
+    """A rule that applies operations to tensors and renames the results."""
 
-    Attributes:
-        sources: Templates of the source names.
-        targets: Templates of the new names; empty for a rule that drops tensors.
-        ops: The operations in order.
-        optional: Whether the rule may match no tensor.
-        reason: The reason to drop the tensors.
-        location: The file and line of the rule.
-        required_on_write: Whether the rule is required when the layout is written, even if it is optional on read.
-    """
-
-    sources: tuple[Template, ...]
-    targets: tuple[Template, ...]
+    sources: tuple[Template, ...]  # Templates of the source names
+    targets: tuple[Template, ...]  # Templates of the new names; empty for a rule that drops tensors
     ops: tuple[Op, ...]
-    optional: bool
+    optional: bool  # Whether the rule may match no tensor
     reason: str
     location: Location
+    # Whether the rule is required when the layout is written, even if it is optional on read
     required_on_write: bool = False
 
     @property
@@ -67,36 +58,22 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 class Signature(NamedTuple):
-    """Tensors that identify a layout.
+    """Tensors that identify a layout."""
 
-    Attributes:
-        prefixes: The prefixes that the names of the layout may have.
-        tensors: The shapes of some tensors by their names without the prefix.
-    """
-
-    prefixes: tuple[str, ...]
-    tensors: Mapping[str, Shape]
+    prefixes: tuple[str, ...]  # The prefixes that the names of the layout may have
+    tensors: Mapping[str, Shape]  # The shapes of some tensors by their names without the prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpec:
-    """Base of canonical layouts and mappings.
-
-    Attributes:
-        name: The name of the layout.
-        family: The encoder.
-        description: A description on one line.
-        signature: The tensors by which the layout is detected.
-        location: The file and line of the specification.
-        digest: The SHA-256 of the YAML file.
-    """
+    """Base of canonical layouts and mappings."""
 
     name: str
     family: str
     description: str
-    signature: Signature
+    signature: Signature  # The tensors by which the layout is detected
     location: Location
-    digest: str
+    digest: str  # The SHA-256 of the YAML file
 
     @property
     def is_canonical(self) -> bool:
@@ -115,17 +92,11 @@ class LayoutSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutMapping(LayoutSpec):
-    """Rules that convert a layout to the family's canonical layout.
+    """Rules that convert a layout to the family's canonical layout."""
 
-    Attributes:
-        rules: The rules for names with the prefix. The prefix is removed before they are matched.
-        other_rules: The rules for names without the prefix.
-        drop_rest: The reason to drop all names without the prefix; empty if they are not dropped.
-    """
-
-    rules: tuple[Rule, ...]
-    other_rules: tuple[Rule, ...] = ()
-    drop_rest: str = ""
+    rules: tuple[Rule, ...]  # The rules for names with the prefix. The prefix is removed before they are matched.
+    other_rules: tuple[Rule, ...] = ()  # The rules for names without the prefix
+    drop_rest: str = ""  # The reason to drop all names without the prefix; empty if they are not dropped
 
     @property
     def is_canonical(self) -> bool:
@@ -146,49 +117,33 @@ class LayoutMapping(LayoutSpec):
 
 
 class TensorSpec(NamedTuple):
-    """The specification of one or more tensors of a canonical layout.
-
-    Attributes:
-        name: The template of the names.
-        shape: The shape.
-        dtype: The required element type; empty if any floating-point type is allowed.
-        optional: The reason why the tensors may be missing; empty if they are required.
-        generate: How missing tensors are generated: "arange" or empty.
-        positions: The kind of position embeddings, which `--image-size` resamples; empty for other tensors.
-    """
+    """The specification of one or more tensors of a canonical layout."""
 
     name: Template
     shape: Shape
-    dtype: str = ""
-    optional: str = ""
-    generate: str = ""
-    positions: str = ""
+    dtype: str = ""  # The required element type; empty if any floating-point type is allowed
+    optional: str = ""  # The reason why the tensors may be missing; empty if they are required
+    generate: str = ""  # How missing tensors are generated: "arange" or empty
+    positions: str = ""  # The kind of position embeddings, which `--image-size` resamples; empty for other tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanonicalLayout(LayoutSpec):
-    """The tensors of the DeepEncoder. All conversions between layouts of a family go through this layout.
+    """The tensors of the DeepEncoder. All conversions between layouts of a family go through this layout."""
 
-    Attributes:
-        sizes: The sizes in DeepSeek-OCR by name.
-        global_layers: The number of layers whose attention is over the whole image, in models whose other layers have
-            windows. They end each of as many equal groups of layers.
-        assumptions: What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are
-            those of another part of a full model, such as `text_model.activation`.
-        tensors: The tensors.
-        extra_tensors: Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason.
-            They allow conversions between other layouts.
-        encoder_prefix: The prefix of the encoder in DeepSeek-OCR's model.
-        encoder_order: The position of the encoder in DeepSeek-OCR's model.
-    """
-
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int]  # The sizes in DeepSeek-OCR by name
+    # The number of layers whose attention is over the whole image, in models whose other layers have windows. They
+    # end each of as many equal groups of layers.
     global_layers: int = 0
+    # What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are those of another
+    # part of a full model, such as `text_model.activation`.
     assumptions: Mapping[str, str | int | float]
     tensors: tuple[TensorSpec, ...]
+    # Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason. They allow
+    # conversions between other layouts.
     extra_tensors: tuple[tuple[Template, str], ...]
-    encoder_prefix: str
-    encoder_order: int
+    encoder_prefix: str  # The prefix of the encoder in DeepSeek-OCR's model
+    encoder_order: int  # The position of the encoder in DeepSeek-OCR's model
 
     @property
     def is_canonical(self) -> bool:

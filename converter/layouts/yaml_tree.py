@@ -38,20 +38,13 @@ class YamlNode:
 
     The `as_...` methods raise MappingError with file and line if the node is of another kind. Their parameter `what`
     names the expected value in the message.
-
-    Attributes:
-        location: The file and line.
-        scalar: The text of a scalar, else None.
-        quoted: Whether the scalar is quoted.
-        elements: The nodes of a list, else None.
-        entries: Pairs of key and value of a mapping, else None.
     """
 
     location: Location
-    scalar: str | None = None
-    quoted: bool = False
-    elements: list[YamlNode] | None = None
-    entries: list[tuple[YamlNode, YamlNode]] | None = None
+    scalar: str | None = None  # The text of a scalar, else None
+    quoted: bool = False  # Whether the scalar is quoted
+    elements: list[YamlNode] | None = None  # The nodes of a list, else None
+    entries: list[tuple[YamlNode, YamlNode]] | None = None  # Pairs of key and value of a mapping, else None
 
     def error(self, message: str) -> MappingError:
         """Return a MappingError with the file and line of this node."""

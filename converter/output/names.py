@@ -42,17 +42,11 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 
 class FoldedTensor(NamedTuple):
-    """Output tensors whose names differ only in the layer index.
+    """Output tensors whose names differ only in the layer index."""
 
-    Attributes:
-        name: The name of the output tensors, with `{}` for the layer index if there are several.
-        sources: The names of their source tensors, with `{}` in the same way.
-        members: The full names of the output tensors.
-    """
-
-    name: str
-    sources: list[str]
-    members: list[str]
+    name: str  # The name of the output tensors, with `{}` for the layer index if there are several
+    sources: list[str]  # The names of their source tensors, with `{}` in the same way
+    members: list[str]  # The full names of the output tensors
 
 
 def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:

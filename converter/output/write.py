@@ -29,26 +29,17 @@ FORMATS = ("safetensors", "pth")
 
 
 class Output(NamedTuple):
-    """A file or a folder to write.
+    """A file or a folder to write."""
 
-    Attributes:
-        tensors: The tensors by name, in the order in which they are written.
-        nbytes: The disk space in bytes that the output takes.
-        fill: Writes the output. Called with the descriptor of a new file, or the path of a new folder, and two
-            callbacks: one for the number of bytes copied, one (or None) for the tensors' data.
-        is_folder: Whether the output is a folder.
-        metadata: The metadata in the output's header; None if the format has none.
-        mapping: The mapping file, which the output must not replace.
-        source_folder: A folder that the output must not be in.
-    """
-
-    tensors: Outputs
-    nbytes: int
+    tensors: Outputs  # The tensors by name, in the order in which they are written
+    nbytes: int  # The disk space in bytes that the output takes
+    # Writes the output. Called with the descriptor of a new file, or the path of a new folder, and two callbacks: one
+    # for the number of bytes copied, one (or None) for the tensors' data.
     fill: Callable[[int | Path, OnBytes, OnData | None], None]
-    is_folder: bool = False
-    metadata: dict[str, str] | None = None
-    mapping: str | Path | None = None
-    source_folder: Path | None = None
+    is_folder: bool = False  # Whether the output is a folder
+    metadata: dict[str, str] | None = None  # The metadata in the output's header; None if the format has none
+    mapping: str | Path | None = None  # The mapping file, which the output must not replace
+    source_folder: Path | None = None  # A folder that the output must not be in
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
