@@ -447,7 +447,7 @@ def test_hugging_face_cache(place: Place, local: Any) -> None:
     before, asked = bodies(place.server), len(place.server.requests)
     same(place.convert("sam", "org/sam"), expected, source, repo.commit)
     # The listing, and the config of the model, which the cache lacks.
-    listing, *config = place.server.requests[asked:]
+    _, *config = place.server.requests[asked:]
     assert bodies(place.server) == before and all("config.json" in request.path for request in config)
     assert "fetched" not in place.said
 
