@@ -172,44 +172,36 @@ def insertion_output(insertion: Insertion) -> Output:
     stats = [Path(file.path).stat() for file in insertion.host.files]
     room = sum(512 * getattr(stat, "st_blocks", stat.st_size // 512 + 1) for stat in stats)
     room += sum(map(nbytes, insertion.replaced.values()))
-    return Output(
-        insertion.tensors,
-        room,
-        partial(_write, insertion),
-        insertion.folder is not None,
-        source_folder=insertion.folder,
-    )
+    folder = insertion.folder
+    return Output(insertion.tensors, room, partial(_write, insertion), folder is not None, source_folder=folder)
 
 
 def _write(insertion: Insertion, target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
     if isinstance(target, int):
         _write_shard(insertion, insertion.host.files[0], target, on_bytes, on_data)
-    else:
-        assert insertion.folder is not None
-        _write_folder(insertion, insertion.folder, target, on_bytes, on_data)
-
-
-def _write_folder(insertion: Insertion, source: Path, target: Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
+        return
     for file in insertion.host.files:
         with new_file(target / Path(file.path).name) as fd:
             _write_shard(insertion, file, fd, on_bytes, on_data)
     for path in insertion.other_files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         with new_file(target / path) as fd:
-            _write_other_file(insertion, source / path, fd)
+            _write_other_file(insertion, path, fd)
 
 
-def _write_other_file(insertion: Insertion, path: Path, fd: int) -> None:
-    if printable(str(path)) == insertion.host.name:
-        write_all(fd, memoryview(_index(path.read_bytes(), insertion.nbytes)))
-        return
+def _write_other_file(insertion: Insertion, relative: Path, fd: int) -> None:
+    assert insertion.folder is not None
+    path = insertion.folder / relative
     try:
         source = path.open("rb")
     except OSError as error:
         # All other errors here are those of the output.
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
     with source, open(fd, "wb", closefd=False) as target:
-        shutil.copyfileobj(source, target, BUFFER)
+        if printable(str(path)) == insertion.host.name:
+            target.write(_index(source.read(), insertion.nbytes))
+        else:
+            shutil.copyfileobj(source, target, BUFFER)
 
 
 def _index(text: bytes, total: int) -> bytes:
