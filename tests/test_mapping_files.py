@@ -351,7 +351,7 @@ def test_the_card_has_the_files_own_names(checkpoint: str, wrapper: str, tmp_pat
 def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of what a conversion would write."""
     opened = open_checkpoint(str(sparse(folder / "model.safetensors", inventories()[checkpoint])))
-    known = detect_layout(opened, family, registry.entries(family), None)
+    known = detect_layout(opened, family, registry.layouts(family), None)
     tensors = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
     plan = make_plan(known.match.layout.mapping, known.match.prefix, registry.canonical(family), tensors, checkpoint)
     return {name: value.shape for name, value in plan.outputs.items()}

@@ -146,7 +146,7 @@ def _inspect(opened: Checkpoint, state_dict: str | None, prefix: str | None = No
 def _matched_layouts(opened: Checkpoint, family: str, state_dicts: list[StateDict]) -> list[MatchedLayout]:
     """Detect the encoders of a family, and plan the conversion of each."""
     by_prefix: dict[str, list[DetectedLayout]] = {}
-    for detected in detect_layouts(opened, registry.entries(family), state_dicts):
+    for detected in detect_layouts(opened, registry.layouts(family), state_dicts):
         by_prefix.setdefault(detected.match.full_prefix, []).append(detected)
     return [_matched_layout(opened, family, found) for found in by_prefix.values()]
 

@@ -58,7 +58,7 @@ def select_side(opened: Checkpoint, path: str) -> Side:
     detected: dict[str, DetectedLayout] = {}
     for family in registry.families():
         # A checkpoint with several encoders of a family is compared by its own names.
-        layouts = detect_layouts(opened, registry.entries(family), [chosen])
+        layouts = detect_layouts(opened, registry.layouts(family), [chosen])
         if len(layouts) == 1:
             detected[family] = layouts[0]
     return Side(opened, chosen, detected)

@@ -47,7 +47,7 @@ def plan_target(opened: Checkpoint, family: str) -> Plan:
         UsageError: The target contains several families, and `family` is empty.
     """
     state_dicts = select_state_dicts(opened, None)
-    detected = {name: detect_layouts(opened, registry.entries(name), state_dicts) for name in registry.families()}
+    detected = {name: detect_layouts(opened, registry.layouts(name), state_dicts) for name in registry.families()}
     layouts = {name: matches[0] for name, matches in detected.items() if matches and family in ("", name)}
     if not layouts:
         raise LayoutError(

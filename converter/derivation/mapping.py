@@ -11,7 +11,6 @@ from converter.derivation.matches import TensorMatch, check_leftovers, encoder_p
 from converter.derivation.rules import DerivedRule, Variables, generalise, list_parts
 from converter.derivation.write import rule_items, used_variables, yaml_text
 from converter.errors import LayoutError, MappingError
-from converter.layouts import registry
 from converter.layouts.match import match_layouts
 from converter.layouts.parse import parse_mapping
 from converter.layouts.shapes import Dim, Shape, Sizes, match_shape
@@ -149,7 +148,7 @@ def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> Non
     """Raise LayoutError or MappingError unless a plan for the source by the mapping file gives exactly the matches."""
     mapping = parse_mapping(text, "the derived mapping").mapping
     tensors = {name: tensor for name, value in comparison.tensors.items() for tensor in source_tensors(value)}
-    layouts = match_layouts(tensors, registry.entry_of(mapping))
+    layouts = match_layouts(tensors, [mapping])
     if not layouts:
         raise LayoutError(f"{comparison.source}: the derived mapping does not detect it: this is a bug")
     plan = make_plan(mapping, layouts[0].prefix, comparison.canonical, comparison.tensors, comparison.source)

@@ -11,7 +11,7 @@ from converter.errors import LayoutError, UsageError, printable
 from converter.layouts.claims import first_few
 from converter.layouts.explain import no_layout_error
 from converter.layouts.match import LayoutMatch, match_layouts
-from converter.layouts.registry import LayoutEntry
+from converter.layouts.spec import LayoutSpec
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -67,7 +67,7 @@ def _under(source: Checkpoint, entries: list[StateDict], prefix: str) -> list[St
 
 
 def detect_layout(
-    source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], path: str | None, prefix: str | None = None
+    source: Checkpoint, family: str, layouts: Sequence[LayoutSpec], path: str | None, prefix: str | None = None
 ) -> DetectedLayout:
     """Detect the layout of a checkpoint.
 
@@ -109,7 +109,7 @@ def _several(source: Checkpoint, family: str, detected: list[DetectedLayout]) ->
 
 
 def detect_layouts(
-    source: Checkpoint, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
+    source: Checkpoint, layouts: Sequence[LayoutSpec], candidates: list[StateDict]
 ) -> list[DetectedLayout]:
     """Detect the layouts of several state dicts.
 
@@ -124,7 +124,7 @@ def detect_layouts(
     return [layout for candidate in candidates for layout in _detect(source, candidate, layouts)]
 
 
-def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutEntry]) -> list[DetectedLayout]:
+def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutSpec]) -> list[DetectedLayout]:
     tensors = unwrapped_names(state_dict.tensors, source.name)
     return [_split(state_dict, tensors, match) for match in match_layouts(tensors, layouts)]
 

@@ -14,9 +14,8 @@ from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_mark
 from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of
-from converter.layouts.registry import LayoutEntry
 from converter.layouts.shapes import Sizes, format_shape, match_shape
-from converter.layouts.spec import LayoutMapping
+from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
 
@@ -30,7 +29,7 @@ _MAX_LINES = 9
 
 
 def no_layout_error(
-    source: Checkpoint, family: str, layouts: Sequence[LayoutEntry], candidates: list[StateDict]
+    source: Checkpoint, family: str, layouts: Sequence[LayoutSpec], candidates: list[StateDict]
 ) -> LayoutError:
     """Return the error for a checkpoint that no layout of a family fits.
 
@@ -56,7 +55,7 @@ def no_layout_error(
         )
     lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
-    near = _nearest(rest, [spec.mapping for spec in (entry.load() for entry in layouts) if not spec.is_canonical])
+    near = _nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
     return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))
 
 
@@ -94,8 +93,8 @@ class _Nearest(NamedTuple):
 
 
 def _other_encoders(tensors: Mapping[str, TensorInfo], family: str) -> list[LayoutMatch]:
-    entries = (registry.entries(other) for other in registry.families() if other != family)
-    return [match for listed in entries for match in match_layouts(tensors, listed)]
+    others = (registry.layouts(other) for other in registry.families() if other != family)
+    return [match for layouts in others for match in match_layouts(tensors, layouts)]
 
 
 def _covers(match: LayoutMatch, name: str) -> bool:
@@ -105,10 +104,10 @@ def _covers(match: LayoutMatch, name: str) -> bool:
     return any_match(match.layout.templates(""), name)
 
 
-def _has_trace(tensors: Mapping[str, TensorInfo], layouts: Sequence[LayoutEntry]) -> bool:
+def _has_trace(tensors: Mapping[str, TensorInfo], layouts: Sequence[LayoutSpec]) -> bool:
     """Whether half of the tensors by which one of the layouts is detected are there, whatever their shapes."""
-    for entry in layouts:
-        keys = entry.signature.tensors
+    for layout in layouts:
+        keys = layout.signature.tensors
         counts = Counter(prefix for key in keys for prefix in prefixes_of(tensors, key))
         if counts and max(counts.values()) >= len(keys) / 2:
             return True

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from converter.layouts.registry import LayoutEntry
 from converter.layouts.shapes import Sizes, match_shape
 from converter.layouts.spec import LayoutSpec, Signature
 from converter.layouts.template import any_match
@@ -20,24 +19,19 @@ class LayoutMatch(NamedTuple):
     """A layout that fits some tensors.
 
     Attributes:
-        entry: The layout.
+        layout: The layout.
         wrapper: What precedes the layout's own prefix in the tensors' names, such as `model.`; often empty.
         prefix: The prefix of the encoder's names: one of the layout's own, or empty where none of them occurs.
     """
 
-    entry: LayoutEntry
+    layout: LayoutSpec
     wrapper: str
     prefix: str
 
     @property
     def name(self) -> str:
         """The name of the layout."""
-        return self.entry.name
-
-    @property
-    def layout(self) -> LayoutSpec:
-        """The layout with its rules."""
-        return self.entry.load()
+        return self.layout.name
 
     @property
     def full_prefix(self) -> str:
@@ -52,21 +46,21 @@ class LayoutMatch(NamedTuple):
     @property
     def evidence(self) -> list[str]:
         """The tensors by which the layout was detected, without the wrapper."""
-        return [self.prefix + key for key in self.entry.signature.tensors]
+        return [self.prefix + key for key in self.layout.signature.tensors]
 
 
-def match_layouts(tensors: Mapping[str, TensorInfo], entries: Iterable[LayoutEntry]) -> list[LayoutMatch]:
+def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpec]) -> list[LayoutMatch]:
     """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
 
     Layouts fit under any prefix. If one fits under a prefix of its own, those that only fit under others do not count.
     At most MAX_PREFIXES prefixes are tried.
     """
     matches: dict[str, list[LayoutMatch]] = {}
-    for entry in entries:
-        for prefix in islice(_fitting_prefixes(tensors, entry.signature), MAX_PREFIXES):
-            matches.setdefault(prefix, []).append(_locate(entry, prefix))
+    for layout in layouts:
+        for prefix in islice(_fitting_prefixes(tensors, layout.signature), MAX_PREFIXES):
+            matches.setdefault(prefix, []).append(_locate(layout, prefix))
     best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
-    own = [match for match in best if match.prefix in match.entry.signature.prefixes]
+    own = [match for match in best if match.prefix in match.layout.signature.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
     return sorted(own or best, key=lambda match: order[match.wrapper + match.evidence[0]])
 
@@ -95,10 +89,10 @@ def _fitting_prefixes(tensors: Mapping[str, TensorInfo], signature: Signature) -
             yield prefix
 
 
-def _locate(entry: LayoutEntry, prefix: str) -> LayoutMatch:
+def _locate(layout: LayoutSpec, prefix: str) -> LayoutMatch:
     """Split the prefix into the wrapper and the longest of the layout's own prefixes that it ends with."""
-    own = max((own for own in entry.signature.prefixes if _ends_with(prefix, own)), key=len, default="")
-    return LayoutMatch(entry, prefix.removesuffix(own), own)
+    own = max((own for own in layout.signature.prefixes if _ends_with(prefix, own)), key=len, default="")
+    return LayoutMatch(layout, prefix.removesuffix(own), own)
 
 
 def _ends_with(prefix: str, own: str) -> bool:
@@ -111,7 +105,7 @@ def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> Layo
     matches = [match for match in matches if len(match.prefix) == longest]
     if len(matches) == 1:
         return matches[0]
-    return min(matches, key=lambda match: (_count_unknown(tensors, match), "" not in match.entry.signature.prefixes))
+    return min(matches, key=lambda match: (_count_unknown(tensors, match), "" not in match.layout.signature.prefixes))
 
 
 def _count_unknown(tensors: Iterable[str], match: LayoutMatch) -> int:

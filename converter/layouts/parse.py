@@ -53,13 +53,6 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_signature(node: YamlNode) -> Signature:
-    """Return only the signature of a mapping file: detection needs all signatures, but the rules of one layout."""
-    fields = node.as_dict("a mapping file")
-    _require(node, fields, "detect")
-    return _signature(fields)
-
-
 def parse_layout(node: YamlNode, digest: str) -> LayoutSpec:
     """Return the layout that a mapping file describes: a canonical one if it has `tensors`, else a mapping."""
     is_canonical = node.is_map and "tensors" in node.as_dict("a mapping file")

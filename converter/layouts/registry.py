@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
 
 from converter.errors import LayoutError, MappingError
-from converter.layouts.parse import parse_canonical, parse_layout, parse_signature, text_digest
-from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, Signature
-from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
+from converter.layouts.parse import parse_layout, parse_mapping, text_digest
+from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec
+from converter.layouts.yaml_tree import MAX_FILE_CHARS, parse
 from converter.storage.local_file import require_regular_file
 from converter.tensors.tensor_info import TensorInfo
 
 # The prefix of the names of canonical layouts. All other names begin with the family.
 _CANONICAL = "deepencoder-"
 _EXAMPLE = "for an example, run: dsocr-convert mapping show clip-hf"
-
-
-class LayoutEntry(NamedTuple):
-    """A layout that a checkpoint may have. `load` parses the rules, which takes longer than parsing the signature."""
-
-    name: str
-    signature: Signature
-    load: Callable[[], LayoutSpec]
 
 
 @cache
@@ -49,30 +40,23 @@ def text(name: str) -> str:
 
 
 @cache
-def _yaml_node(name: str) -> YamlNode:
-    return parse(text(name), f"{name}.yaml")
-
-
-@cache
 def load(name: str) -> LayoutSpec:
     """Return a layout that ships; LayoutError for unknown names."""
-    if name in layout_names() and name.startswith(_CANONICAL):
-        return canonical(name.removeprefix(_CANONICAL))
-    return parse_layout(_yaml_node(name), text_digest(text(name)))
+    return parse_mapping(text(name), f"{name}.yaml")
 
 
-@cache
 def canonical(family: str) -> CanonicalLayout:
     """Return the canonical layout of a family; LayoutError for unknown families."""
-    name = _CANONICAL + family
-    return parse_canonical(_yaml_node(name), text_digest(text(name)))
+    spec = load(_CANONICAL + family)
+    assert isinstance(spec, CanonicalLayout)
+    return spec
 
 
 @cache
 def families() -> tuple[str, ...]:
     """Return the families of layouts that ship, in the order of their encoders in the model."""
-    layouts = [canonical(name.removeprefix(_CANONICAL)) for name in layout_names() if name.startswith(_CANONICAL)]
-    return tuple(layout.family for layout in sorted(layouts, key=lambda layout: (layout.encoder_order, layout.name)))
+    found = [canonical(name.removeprefix(_CANONICAL)) for name in layout_names() if name.startswith(_CANONICAL)]
+    return tuple(layout.family for layout in sorted(found, key=lambda layout: (layout.encoder_order, layout.name)))
 
 
 def encoder_prefix(family: str) -> str:
@@ -124,21 +108,14 @@ def layouts_of(target: str) -> list[LayoutSpec]:
     return [canonical(family) for family in families()] if target == "deepencoder" else [load(target)]
 
 
+def layouts(family: str) -> list[LayoutSpec]:
+    """Return all layouts of a family that ship, the canonical one first."""
+    return [load(name) for name in names_of_family(family)]
+
+
 def mappings(family: str) -> list[LayoutMapping]:
     """Return the mappings of a family that ship."""
-    return [spec.mapping for spec in map(load, names_of_family(family)) if not spec.is_canonical]
-
-
-def entries(family: str) -> list[LayoutEntry]:
-    """Return all layouts of a family that a checkpoint may have."""
-    return [
-        LayoutEntry(name, parse_signature(_yaml_node(name)), partial(load, name)) for name in names_of_family(family)
-    ]
-
-
-def entry_of(mapping: LayoutMapping) -> list[LayoutEntry]:
-    """Return the one entry for a mapping that the user has chosen."""
-    return [LayoutEntry(mapping.name, mapping.signature, lambda: mapping)]
+    return [spec.mapping for spec in layouts(family) if not spec.is_canonical]
 
 
 def count_known(family: str, tensors: Mapping[str, TensorInfo]) -> int:

@@ -12,7 +12,7 @@ from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_mark
-from converter.layouts.registry import LayoutEntry
+from converter.layouts.spec import LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
@@ -131,16 +131,16 @@ def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
     return donor_plan
 
 
-def _layouts(options: ConvertOptions) -> Sequence[LayoutEntry]:
+def _layouts(options: ConvertOptions) -> Sequence[LayoutSpec]:
     if options.mapping is None:
-        return registry.entries(options.family)
+        return registry.layouts(options.family)
     own = registry.load_file(Path(options.mapping))
     if own.family != options.family:
         raise UsageError(
             f"--mapping {options.mapping}: is for the family {own.family!r}, not {options.family!r}",
             f"run: dsocr-convert {own.family} ... --mapping {options.mapping}",
         )
-    return registry.entry_of(own)
+    return [own]
 
 
 def check_options(options: ConvertOptions) -> None:

@@ -133,7 +133,7 @@ def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
     found = [
         (family, detected)
         for family in registry.families()
-        for detected in detect_layouts(source, registry.entries(family), [state_dict])
+        for detected in detect_layouts(source, registry.layouts(family), [state_dict])
     ]
     if len({family for family, _ in found}) == len(found) and any(not _is_canonical(each) for _, each in found):
         return open_any_layout(source, on_progress, *_encoders(source, dict(found)))
@@ -262,7 +262,7 @@ def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertO
     some = {name: tensor for name, tensor in state_dict.tensors.items() if tensor in used}
     for candidate in (state_dict, state_dict._replace(tensors=some)):
         try:
-            for detected in detect_layouts(source, registry.entries(options.family), [candidate]):
+            for detected in detect_layouts(source, registry.layouts(options.family), [candidate]):
                 plan = plan_to_canonical(source, detected, replace(options, mapping=None))
                 if 2 * len(used.intersection(source_tensors_of(plan.outputs))) > len(used):
                     return ResolvedPlan(detected, plan)

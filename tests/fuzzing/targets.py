@@ -72,7 +72,7 @@ def prepare(folder: Path) -> None:
     for name in registry.layout_names():
         registry.load(name)
     for family in registry.families():
-        registry.entries(family)
+        registry.layouts(family)
     _known()
     for name in SHARDS:
         (folder / name).write_bytes(mutators.safetensors_file({name[:11]: ("F32", [2])}))
