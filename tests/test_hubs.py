@@ -792,6 +792,12 @@ def test_impossible_sizes(size: object, place: Place) -> None:
     place.check_left()
 
 
+def test_a_mirror_that_lists_no_sizes(place: Place, local: Any) -> None:
+    info = {"id": "org/sam", "sha": place.server.repos[0].commit, "siblings": [{"rfilename": "model.safetensors"}]}
+    place.server.faults = Faults("/api/models/", answer=(200, json.dumps(info).encode(), {}))
+    same(place.convert("sam", "hf://org/sam"), local("sam", "model.safetensors"))
+
+
 def test_files_are_closed_if_a_later_shard_fails(place: Place, made: Path) -> None:
     files: dict[str, Path | bytes] = {file.name: file for file in (made / "clip").iterdir()}
     shards = sorted(name for name in files if name.endswith(".safetensors"))
