@@ -20,17 +20,29 @@ DAMAGED = "the file is damaged: download or copy it again"
 
 
 class Storage(NamedTuple):
-    """A run of bytes in a file that one or more tensors view."""
+    """A run of bytes in a file that one or more tensors view.
+
+    Attributes:
+        file: The file.
+        span: The part of the file that holds the storage, and nothing else of interest.
+        length: Bytes in the file.
+        size: Bytes of data; differs from `length` only if the storage is compressed.
+        name: The name of the storage in the file.
+        crc32: The checksum that the file gives for it, if any.
+        deflated: Whether it is compressed (raw deflate).
+        big_endian: Whether the bytes of its elements are in big-endian order.
+        find: Returns the offset in the file, if only the header of a zip member has it.
+    """
 
     file: SourceFile
-    span: Range  # The part of the file that holds the storage, and nothing else of interest
-    length: int  # Bytes in the file
-    size: int  # Bytes of data; differs from `length` only if the storage is compressed
+    span: Range
+    length: int
+    size: int
     name: str
-    crc32: int | None = None  # The checksum that the file gives for it, if any
-    deflated: bool = False  # Whether it is compressed (raw deflate)
-    big_endian: bool = False  # Whether the bytes of its elements are in big-endian order
-    find: Callable[[], int] | None = None  # Returns the offset in the file, if only the header of a zip member has it
+    crc32: int | None = None
+    deflated: bool = False
+    big_endian: bool = False
+    find: Callable[[], int] | None = None
 
     @property
     def offset(self) -> int:

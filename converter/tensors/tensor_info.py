@@ -11,14 +11,23 @@ from converter.tensors.dtypes import DType
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint. All of its elements are within its storage."""
+    """One tensor of a checkpoint. All of its elements are within its storage.
+
+    Attributes:
+        key: The tensor's name in the file.
+        dtype: The element type.
+        shape: The sizes of the dimensions.
+        storage: The bytes that the tensor views.
+        byte_offset: The offset of the first element in the storage, in bytes.
+        strides: The strides in elements.
+    """
 
     key: str
     dtype: DType
     shape: tuple[int, ...]
-    storage: Storage  # The bytes that the tensor views
-    byte_offset: int  # The offset of the first element in the storage, in bytes
-    strides: tuple[int, ...]  # The strides in elements
+    storage: Storage
+    byte_offset: int
+    strides: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
