@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import random
@@ -15,7 +14,6 @@ import torch
 import converter
 from converter.errors import ContainerError, DsocrError
 from converter.formats.zip_directory import read_directory
-from converter.layouts import registry
 from converter.storage.local_file import LocalFile
 
 FLIPS = 1000
@@ -32,9 +30,8 @@ def checkpoint() -> bytes:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thousand conversions: without waiting for the disk, and with the layouts' files read once."""
+    """Two thousand conversions, without waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(registry, "entries", functools.cache(registry.entries))
 
 
 class Disk:

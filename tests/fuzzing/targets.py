@@ -68,11 +68,8 @@ class Target(NamedTuple):
 def prepare(folder: Path) -> None:
     """Cache what the program loads in every run, and write the files that inputs may refer to into `folder`."""
     formats_registry.plugins = lambda: iter(())
-    registry.entries = functools.cache(registry.entries)
     for name in registry.layout_names():
         registry.load(name)
-    for family in registry.families():
-        registry.layouts(family)
     _known()
     for name in SHARDS:
         (folder / name).write_bytes(mutators.safetensors_file({name[:11]: ("F32", [2])}))
