@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from converter.errors import UsageError
-from converter.hub.repository import Repository
 from converter.options import HubOptions
+
+if TYPE_CHECKING:
+    from converter.hub.repository import Repository
 
 # The scheme for each value of --hub.
 _SCHEME_OF_HUB = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
