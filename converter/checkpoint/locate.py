@@ -29,22 +29,14 @@ _INDEX_STEP = "download it again from where its checkpoint was published"
 
 
 class Located(NamedTuple):
-    """The open files of one checkpoint.
+    """The open files of one checkpoint."""
 
-    Attributes:
-        name: The path or the hub address of the file, or of the index.
-        files: The file, or all shards.
-        weight_map: Shard names by tensor name, from the index; None without an index.
-        commit: The commit of the hub repository; empty for local files.
-        notes: Messages for the user about where the files were found.
-        open_config: Opens a config of the given name that describes the files; None if there is none.
-    """
-
-    name: str
-    files: tuple[SourceFile, ...]
-    weight_map: dict[str, str] | None = None
-    commit: str = ""
-    notes: tuple[str, ...] = ()
+    name: str  # The path or the hub address of the file, or of the index
+    files: tuple[SourceFile, ...]  # The file, or all shards
+    weight_map: dict[str, str] | None = None  # Shard names by tensor name, from the index; None without an index
+    commit: str = ""  # The commit of the hub repository; empty for local files
+    notes: tuple[str, ...] = ()  # Messages for the user about where the files were found
+    # Opens a config of the given name that describes the files; None if there is none
     open_config: Callable[[str], SourceFile | None] = lambda name: None
 
 
@@ -78,13 +70,9 @@ def _looks_like_local_file(path: Path) -> bool:
 
 
 class _Files(Protocol):
-    """The files of this machine, or of a repository on a hub.
+    """The files of this machine, or of a repository on a hub."""
 
-    Attributes:
-        error: The exception for a folder without a checkpoint.
-    """
-
-    error: type[DsocrError]
+    error: type[DsocrError]  # The exception for a folder without a checkpoint
 
     def name(self, path: PurePath) -> str:
         """Return the name of a path in messages."""

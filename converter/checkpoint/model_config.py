@@ -27,19 +27,12 @@ _TIMM_QUICK_GELU = {"openai", "dfn2b", "dfn5b", "metaclip_400m", "metaclip_2pt5b
 
 
 class ConfigSection(NamedTuple):
-    """An object in a config.
+    """An object in a config."""
 
-    Attributes:
-        file: The name of the config file.
-        path: The keys that lead to the object, joined with dots; empty for the whole config.
-        values: The object, with transformers' keys.
-        parent: The object that contains it; the object itself for the whole config.
-    """
-
-    file: str
-    path: str
-    values: Json
-    parent: Json
+    file: str  # The name of the config file
+    path: str  # The keys that lead to the object, joined with dots; empty for the whole config
+    values: Json  # The object, with transformers' keys
+    parent: Json  # The object that contains it; the object itself for the whole config
 
     @property
     def location(self) -> str:

@@ -19,16 +19,11 @@ _MAX_PREFIXES = 16
 
 
 class StateDict(NamedTuple):
-    """Named tensors of one dict in a file.
+    """Named tensors of one dict in a file."""
 
-    Attributes:
-        path: The keys of the dict in the file, joined by dots; empty for the top level.
-        tensors: The tensors by name.
-        unselected: The tensors whose names do not begin with the prefix that the user chose (--prefix).
-    """
-
-    path: str
-    tensors: Mapping[str, TensorInfo]
+    path: str  # The keys of the dict in the file, joined by dots; empty for the top level
+    tensors: Mapping[str, TensorInfo]  # The tensors by name
+    # The tensors whose names do not begin with the prefix that the user chose (--prefix)
     unselected: Mapping[str, TensorInfo] = MappingProxyType({})
 
     def under(self, prefix: str) -> StateDict:

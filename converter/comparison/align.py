@@ -29,19 +29,12 @@ class Side(NamedTuple):
 
 
 class AlignedTensors(NamedTuple):
-    """The tensors of A and B by comparable names.
-
-    Attributes:
-        a: The tensors of A.
-        b: The tensors of B.
-        layouts: The layouts whose names are used; empty for the checkpoints' own names.
-        notes: Messages for the user.
-    """
+    """The tensors of A and B by comparable names."""
 
     a: Named
     b: Named
-    layouts: list[str]
-    notes: list[str]
+    layouts: list[str]  # The layouts whose names are used; empty for the checkpoints' own names
+    notes: list[str]  # Messages for the user
 
 
 def select_side(opened: Checkpoint, path: str) -> Side:

@@ -22,45 +22,26 @@ Variables = dict[str, Kind]
 
 @dataclass(frozen=True, slots=True)
 class DerivedRule:
-    """A rule of a mapping file.
+    """A rule of a mapping file."""
 
-    Attributes:
-        action: The key of the rule: rename, fuse, split or drop.
-        source: The template of the source.
-        target: The template of the target; empty for a drop.
-        source_names: All names that `source` matches.
-        target_names: All names that `target` matches.
-        ops: The operations.
-        parts: The variable of a fuse or split, and its words in order.
-        optional: The value of `optional`.
-        reason: The reason of a drop.
-    """
-
-    action: str
-    source: str
-    target: str
-    source_names: frozenset[str]
-    target_names: frozenset[str]
+    action: str  # The key of the rule: rename, fuse, split or drop
+    source: str  # The template of the source
+    target: str  # The template of the target; empty for a drop
+    source_names: frozenset[str]  # All names that `source` matches
+    target_names: frozenset[str]  # All names that `target` matches
     ops: tuple[Op, ...] = ()
-    parts: tuple[str, tuple[str, ...]] | None = None
+    parts: tuple[str, tuple[str, ...]] | None = None  # The variable of a fuse or split, and its words in order
     optional: bool | str = False
     reason: str = ""
 
 
 class _Gap(NamedTuple):
-    """A word or number in a rule's source and target that a variable may replace, described by the text around it.
+    """A word or number in a rule's source and target that a variable may replace, described by the text around it."""
 
-    Attributes:
-        source: The text before and after it in the source.
-        target: The text before and after it in the target; empty for a drop.
-        offset: The number in the target minus the number in the source; 0 for words.
-        is_index: Whether it is a number that is a whole segment of a name.
-    """
-
-    source: tuple[str, str]
-    target: tuple[str, str]
-    offset: int
-    is_index: bool
+    source: tuple[str, str]  # The text before and after it in the source
+    target: tuple[str, str]  # The text before and after it in the target; empty for a drop
+    offset: int  # The number in the target minus the number in the source; 0 for words
+    is_index: bool  # Whether it is a number that is a whole segment of a name
 
     def with_variable(self, variable: str) -> tuple[str, str]:
         """Return source and target with a variable in the gap. Its value is the lower number of the two."""

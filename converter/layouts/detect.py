@@ -16,19 +16,12 @@ from converter.tensors.tensor_info import TensorInfo
 
 
 class DetectedLayout(NamedTuple):
-    """A state dict and the layout of an encoder in it.
-
-    Attributes:
-        state_dict: The state dict.
-        tensors: The tensors whose names begin with the match's wrapper, by their names without it.
-        outside: All other tensors of the state dict, which are not part of the encoder's model.
-        match: The layout and its prefix.
-    """
+    """A state dict and the layout of an encoder in it."""
 
     state_dict: StateDict
-    tensors: dict[str, TensorInfo]
-    outside: dict[str, TensorInfo]
-    match: LayoutMatch
+    tensors: dict[str, TensorInfo]  # The tensors whose names begin with the match's wrapper, by their names without it
+    outside: dict[str, TensorInfo]  # All other tensors of the state dict, which are not part of the encoder's model
+    match: LayoutMatch  # The layout and its prefix
 
 
 def select_state_dicts(source: Checkpoint, path: str | None, prefix: str | None = None) -> list[StateDict]:

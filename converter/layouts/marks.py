@@ -18,17 +18,11 @@ _OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT): convert a
 
 
 class Mark(NamedTuple):
-    """Something that tensors show.
+    """Something that tensors show."""
 
-    Attributes:
-        what: What the tensors are, as it follows the name of the checkpoint.
-        hint: The next step.
-        examples: Names of tensors that show it.
-    """
-
-    what: str
+    what: str  # What the tensors are, as it follows the name of the checkpoint
     hint: str
-    examples: list[str]
+    examples: list[str]  # Names of tensors that show it
 
 
 class _Rule(NamedTuple):

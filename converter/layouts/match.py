@@ -16,17 +16,11 @@ MAX_PREFIXES = 32
 
 
 class LayoutMatch(NamedTuple):
-    """A layout that fits some tensors.
-
-    Attributes:
-        layout: The layout.
-        wrapper: What precedes the layout's own prefix in the tensors' names, such as `model.`; often empty.
-        prefix: The prefix of the encoder's names: one of the layout's own, or empty where none of them occurs.
-    """
+    """A layout that fits some tensors."""
 
     layout: LayoutSpec
-    wrapper: str
-    prefix: str
+    wrapper: str  # What precedes the layout's own prefix in the tensors' names, such as `model.`; often empty
+    prefix: str  # The prefix of the encoder's names: one of the layout's own, or empty where none of them occurs
 
     @property
     def name(self) -> str:

@@ -18,17 +18,11 @@ OUTSIDE = "not part of the encoder"
 
 @dataclass(slots=True, eq=False)
 class Applied:
-    """Result of applying rules.
+    """Result of applying rules."""
 
-    Attributes:
-        values: Tensors by their new names.
-        rules: The rule that produced each tensor, by its new name.
-        dropped: The reason to drop a tensor, by its old name.
-    """
-
-    values: dict[str, LazyTensor] = field(default_factory=dict)
-    rules: dict[str, Rule] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
+    values: dict[str, LazyTensor] = field(default_factory=dict)  # Tensors by their new names
+    rules: dict[str, Rule] = field(default_factory=dict)  # The rule that produced each tensor, by its new name
+    dropped: dict[str, str] = field(default_factory=dict)  # The reason to drop a tensor, by its old name
 
 
 def apply(

@@ -31,17 +31,11 @@ _REQUIRED_SIZES = ("width", "patch")
 
 
 class Assumption(NamedTuple):
-    """A value that no tensor shows.
+    """A value that no tensor shows."""
 
-    Attributes:
-        value: The value that the source computes with.
-        expected: The DeepEncoder's value.
-        origin: The config and the key that state the value; or "assumed", and then it is the DeepEncoder's.
-    """
-
-    value: Value
-    expected: Value
-    origin: str = ASSUMED
+    value: Value  # The value that the source computes with
+    expected: Value  # The DeepEncoder's value
+    origin: str = ASSUMED  # The config and the key that state the value; or "assumed", and then it is the DeepEncoder's
 
 
 Assumptions = Mapping[str, Assumption]
