@@ -93,10 +93,7 @@ def encoder(
             parts = extract_encoder(open_(source), with_projector, prefix)
         elif sam is not None and clip is not None:
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            # The same checkpoint is opened once: its files identify the tensors that are used.
-            opened = {str(name): open_(name) for name in dict.fromkeys((sam, clip))}
-            by_family = {"sam": opened[str(sam)], "clip": opened[str(clip)]}
-            parts = build_encoder(by_family, str(compressor or ""), open_, prefix)
+            parts = build_encoder({"sam": sam, "clip": clip}, str(compressor or ""), open_, prefix)
         else:
             raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
         check_hub_options(hub, parts.sources)

@@ -81,10 +81,9 @@ def _parts(
             "name a checkpoint that holds all of it, or "
             + " ".join(f"--source {family}=CHECKPOINT" for family in registry.families()),
         )
-    sam = open_file(sources["sam"])
-    clip = sam if sources["sam"] == sources["clip"] else open_file(sources["clip"])
+    encoders = {family: sources[family] for family in registry.families()}
     try:
-        return build_encoder(sam, clip, str(sources.get("compressor", "")), open_file)
+        return build_encoder(encoders, str(sources.get("compressor", "")), open_file)
     except LayoutError as error:
         if "compressor" in sources:
             raise

@@ -96,26 +96,30 @@ def encoder_record(
 
 
 def build_encoder(
-    opened: Mapping[str, Checkpoint],
+    names: Mapping[str, str | Path],
     compressor: str,
-    open_file: Callable[[str], Checkpoint],
+    open_file: Callable[[str | Path], Checkpoint],
     prefix: str | None = None,
 ) -> EncoderParts:
     """Combine the encoders of several checkpoints and a compressor.
 
     Args:
-        opened: A checkpoint of each family, in any layout. The first family's encoder is followed by the compressor.
+        names: The checkpoint of each family, in any layout. The first family's encoder is followed by the compressor.
         compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of the first encoder.
-        open_file: Opens the compressor's checkpoint.
+        open_file: Opens a checkpoint; called once for each name.
         prefix: The prefix of the encoders' names in all checkpoints, or None.
 
     Raises:
         LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
         UsageError: Sizes differ.
     """
-    options = {family: ConvertOptions(family, prefix=prefix) for family in opened}
-    plans = {family: resolve_to_canonical(source, options[family]) for family, source in opened.items()}
-    sources, own = list(dict.fromkeys(opened.values())), _own_tensors(plans)
+    # Once, as its files identify the tensors that are used.
+    opened = {str(name): open_file(name) for name in dict.fromkeys(names.values())}
+    plans = {
+        family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
+        for family, name in names.items()
+    }
+    sources, own = list(opened.values()), _own_tensors(plans)
     new: dict[str, LazyTensor] = {}
     generated: dict[str, str] = {}
     if compressor.startswith("random:"):
