@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import correct
 import corruptions
-import models
 import pytest
 import test_oracles
 import torch
@@ -152,67 +151,20 @@ def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path) -> None:
 
 # No false alarms ------------------------------------------------------------------------------------------------------
 
-ROUNDS = 200
-SETTINGS = ("DEPTH", "WIDTH", "HEADS", "MLP", "GRID", "PATCH", "NECK", "WINDOW", "GLOBAL_BLOCKS")
-CLIP_SETTINGS = ("CLIP_DEPTH", "CLIP_WIDTH", "CLIP_HEADS", "CLIP_MLP", "CLIP_PATCH", "CLIP_IMAGE")
+# A conversion of every layout; scripts/error_over_floor.py runs hundreds.
+ROUNDS = [len(test_oracles.LAYOUTS) * (number % len(correct.STATISTICS)) + number for number in range(14)]
 
 
-def resize(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
-    """Other sizes for the tiny models."""
-    depth, heads, grid = draw.randint(1, 4), draw.randint(1, 3), draw.randint(3, 8)
-    blocks = tuple(sorted(draw.sample(range(depth), draw.randint(0, depth))))
-    width = heads * draw.choice([4, 8, 12])
-    neck = 8 * draw.randint(1, 4)
-    sizes = (depth, width, heads, draw.randint(5, 80), grid, draw.choice([4, 8, 16]), neck, draw.randint(2, 5), blocks)
-    for name, value in zip(SETTINGS, sizes, strict=True):
-        monkeypatch.setattr(models, name, value)
-    heads, patch = draw.randint(1, 2), draw.choice([7, 14, 16])
-    # Only transformers' and timm's take a width of the MLP of its own.
-    clip = (draw.randint(1, 4), 64 * heads, heads, 256 * heads, patch, patch * draw.randint(2, 6))
-    for name, value in zip(CLIP_SETTINGS, clip, strict=True):
-        monkeypatch.setattr(models, name, value)
-    forget()
+@pytest.mark.parametrize("number", ROUNDS)
+def test_correct_conversions_pass(number: int, tmp_path: Path) -> None:
+    """With weights of every statistics, as untrained and trained encoders have them."""
+    result, found = correct.run(number, tmp_path)
+    assert result.problems == [] and found.ok
+    assert {"structure", "bytes"} <= set(found.done)
+    assert result.statistics == "trained" or found.verdict == "verified"
 
 
-def forget() -> None:
-    """Clear the caches of the models module."""
-    for function in vars(models).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
-
-
-@pytest.fixture
-def _models_as_they_were() -> Iterator[None]:
-    yield
-    forget()
-
-
-@pytest.mark.usefixtures("_models_as_they_were")
-@pytest.mark.parametrize("number", range(ROUNDS))
-def test_correct_conversions_pass(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    draw = random.Random(number)
-    with monkeypatch.context() as patched:
-        resize(patched, draw)
-        layout = list(test_oracles.LAYOUTS)[number % len(test_oracles.LAYOUTS)]
-        family, mapping, make = test_oracles.LAYOUTS[layout]
-        state, _ = make()
-        # Without a patch embedding (Unlimited-OCR) a conversion takes the patch to be 14 pixels.
-        resampled = family == "clip" and mapping != "clip-unlimited-ocr-hf" and draw.random() < 0.3
-        image_size = models.CLIP_PATCH * draw.randint(2, 6) if resampled else None
-    stored = getattr(torch, draw.choice(["float32", "float32", "float32", "float64", "float16", "bfloat16"]))
-    state = {
-        name: tensor.to(stored) if tensor.is_floating_point() else tensor
-        for name, tensor in corruptions.calm(state, number).items()
-    }
-    save = draw.choice([test_oracles.save_zip, test_oracles.save_legacy, test_oracles.save_safetensors])
-    source = save(state, tmp_path)
-    out = tmp_path / "out.safetensors"
-    dtype = draw.choice(["keep", "keep", "float32", "bfloat16", "float16"])
-    converter.convert(str(source), family, out=out, dtype=dtype, image_size=image_size)
-    precision = draw.choice(["float32", "float32", "float32", "bfloat16", "float16"])
-    size = 16 * draw.randint(3, 12)
-    found = verify(str(out), str(source), device="cpu", dtype=precision, sizes=[size])
-    assert found.mapping == mapping
-    assert {check.group for check in found.checks if check.verdict == "passed"} == {"structure", "bytes", "outputs"}
-    assert [check for check in found.checks if check.verdict in ("failed", "skipped")] == []
-    assert found.ok
+def test_the_rounds_have_every_layout_and_statistics() -> None:
+    layouts, statistics = len(test_oracles.LAYOUTS), len(correct.STATISTICS)
+    assert {number % layouts for number in ROUNDS} == set(range(layouts))
+    assert {number // layouts % statistics for number in ROUNDS} == set(range(statistics))

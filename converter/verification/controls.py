@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from converter.encoders.functional import quick_gelu
 from converter.verification.deep_encoder import OUTPUT, sam_features
 from converter.verification.families import Family
 from converter.verification.outputs import Features, MistakenFeatures
@@ -71,19 +72,16 @@ def first_row_last(path: str) -> Change:
     return change
 
 
-def activation_exchanged(first: str, second: str, activation: Callable[[Tensor], Tensor]) -> Change:
-    """Compute another activation between the two layers of the MLP."""
-
-    def change(block: Any, neighbour: Any) -> None:
-        mlp = block.mlp
-        mlp.forward = lambda x: getattr(mlp, second)(activation(getattr(mlp, first)(x)))
-
-    return change
+def activation_exchanged(block: Any, neighbour: Any) -> None:
+    """Compute GELU for quick_gelu, and quick_gelu for any other activation."""
+    block.mlp.activation = F.gelu if block.mlp.activation is quick_gelu else quick_gelu
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+def heads_changed(block: Any, neighbour: Any) -> None:
+    """Attend with heads of half the width, or with a single head if the width is odd."""
+    attention = block.self_attn
+    heads = 2 * attention.heads
+    attention.heads = 1 if attention.out_proj.in_features % heads else heads
 
 
 def epsilon_exchanged(block: Any, neighbour: Any) -> None:
@@ -140,7 +138,7 @@ class Mistakes:
     entry: Mapping[str, Change] = field(default_factory=dict)
 
 
-_ACTIVATION = "GELU and quick_gelu exchanged"
+_ANY_BLOCK = {"GELU and quick_gelu exchanged": activation_exchanged, "another epsilon": epsilon_exchanged}
 _RESAMPLED = {
     "positions resampled without antialiasing": interpolated(antialias=False),
     "positions resampled bilinearly": interpolated(mode="bilinear"),
@@ -154,8 +152,7 @@ MISTAKES = {
             "relative positions of rows and columns exchanged": parameters_exchanged(
                 "attn.rel_pos_h", "attn.rel_pos_w"
             ),
-            _ACTIVATION: activation_exchanged("lin1", "lin2", quick_gelu),
-            "another epsilon": epsilon_exchanged,
+            **_ANY_BLOCK,
         },
         entry=_RESAMPLED,
     ),
@@ -164,8 +161,8 @@ MISTAKES = {
             "q and k exchanged": parts_exchanged("self_attn.qkv_proj", "kqv"),
             "k and v exchanged": parts_exchanged("self_attn.qkv_proj", "qvk"),
             "a bias of the neighbour layer": taken_from_neighbour("self_attn.qkv_proj.bias"),
-            _ACTIVATION: activation_exchanged("fc1", "fc2", F.gelu),
-            "another epsilon": epsilon_exchanged,
+            "another number of heads": heads_changed,
+            **_ANY_BLOCK,
         },
         entry={
             "the class token's position at the end": first_row_last("embeddings.position_embedding.weight"),
