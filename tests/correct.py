@@ -154,7 +154,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Sizes for the `models` module, of SAM (depth, width, heads, MLP, grid) and CLIP (depth, heads, patch, image)."""
     depth, (clip_depth, clip_heads, clip_patch, image) = sam[0], clip
-    found = dict(zip(("DEPTH", "WIDTH", "HEADS", "MLP", "GRID"), sam, strict=True))
+    found: dict[str, Any] = dict(zip(("DEPTH", "WIDTH", "HEADS", "MLP", "GRID"), sam, strict=True))
     found |= {"PATCH": patch, "NECK": neck, "WINDOW": window}
     found["GLOBAL_BLOCKS"] = tuple(sorted(draw.sample(range(depth), draw.randint(0, depth))))
     found |= {"CLIP_DEPTH": clip_depth, "CLIP_HEADS": clip_heads, "CLIP_WIDTH": 64 * clip_heads}

@@ -148,7 +148,8 @@ def clip_hf_vision() -> torch.nn.Module:
     """The vision tower alone, under names without a prefix."""
     from transformers import CLIPVisionModel
 
-    model = CLIPVisionModel(clip_hf().config.vision_config)
+    config: Any = clip_hf().config
+    model = CLIPVisionModel(config.vision_config)
     # transformers before 5 wraps it.
     return randomised(getattr(model, "vision_model", model), seed=1)
 

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -283,7 +284,8 @@ def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[s
     """OpenAI's file is a traced, mostly float16 model with three integers beside its weights."""
     record_property("reads", "clip-openai/TorchScript")
     half = copy.deepcopy(models.open_clip().visual).half()
-    visual = torch.jit.trace(half, torch.randn(1, 3, models.CLIP_IMAGE, models.CLIP_IMAGE).half())
+    jit: Any = torch.jit
+    visual = jit.trace(half, torch.randn(1, 3, models.CLIP_IMAGE, models.CLIP_IMAGE).half())
 
     class Archive(torch.nn.Module):
         def __init__(self) -> None:
@@ -293,9 +295,10 @@ def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[s
                 self.register_buffer(name, torch.tensor(number))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.visual(x)
+            y: torch.Tensor = self.visual(x)
+            return y
 
-    torch.jit.script(Archive()).save(tmp_path / "ViT-L-14.pt")
+    jit.script(Archive()).save(tmp_path / "ViT-L-14.pt")
     card = converter.convert(str(tmp_path / "ViT-L-14.pt"), "clip", out=tmp_path / "out.safetensors")
     assert (card.sources[0].containers, card.mapping) == (["TorchScript"], "clip-openai")
     assert {"input_resolution", "context_length", "vocab_size"} < set(card.dropped)
