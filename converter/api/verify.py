@@ -32,6 +32,7 @@ from converter.verification.inputs import (
 )
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
+from converter.verification.requirements import missing_for_deep_encoders, missing_for_encoder
 from converter.verification.result import PARTS, SKIPPED, Check, Verification
 from converter.verification.runs import RunOptions, RunResults, run_encoders
 from converter.verification.structure import check_structure
@@ -64,6 +65,7 @@ def verify(
     image: str | Path | None = None,
     draw: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    on_notice: Callable[[str], None] = lambda line: None,
     **hub_options: Any,
 ) -> Verification:
     """Verify a converted checkpoint.
@@ -86,20 +88,25 @@ def verify(
         image: An image file to run on instead of the drawn page.
         draw: Make pictures of the features.
         on_progress: Called with the stage, the work done and all work.
+        on_notice: Called before work begins with each requirement that is not met, and what is not compared for it.
         hub_options: The fields of HubOptions.
 
     Raises:
-        DsocrError: A file cannot be read, or no library to compare with is installed.
+        DsocrError: A file cannot be read, or there is no such device.
     """
     check_choices(dtype=(dtype, DTYPES))
     if unknown := [part for part in require if part not in PARTS]:
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
-    where, hub = _device(device), HubOptions(**hub_options)
+    # Nothing is run on the device with --fast.
+    where, hub = _device("cpu" if fast else device), HubOptions(**hub_options)
     chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
     page = load(Path(image)) if image is not None else None
     options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
+    compares = bool(sources) and not fast
+    if compares and (notice := missing_for_deep_encoders()):
+        on_notice(notice)
     with ExitStack() as stack:
 
         def open_(name: str | Path) -> Checkpoint:
@@ -114,6 +121,9 @@ def verify(
                 family = target.encoders[0].family
                 convert_options = ConvertOptions(family, mapping=mapping, state_dict=state_dict, prefix=prefix)
                 expected = _expected(target, sources, open_, convert_options, on_progress)
+            for origin in expected.origins.values() if expected and compares else ():
+                if notice := missing_for_encoder(origin.reference_plan.mapping):
+                    on_notice(notice)
             result = _verify(target, expected, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
@@ -177,13 +187,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
         with _timed(seconds, "record"):
             checks += check_record(record, target, options.on_progress)
     with _timed(seconds, "outputs" if options.sizes else "loading"):
-        try:
-            results = [_run(encoder, target, source, checks, options) for encoder in target.encoders]
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"{error.name} is not installed, which outputs are compared with",
-                "pip install 'dsocr-convert[verify]', or leave the runs out with --fast",
-            ) from error
+        results = [_run(encoder, target, source, checks, options) for encoder in target.encoders]
     origins = source.origins.values() if source else []
     own_mappings = [Path(each.plan.mapping.location.file).name for each in origins if each.known is None]
     outputs = source.outputs if source else {}
@@ -236,7 +240,10 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs", "run with --device cpu")
+        raise UsageError(
+            f"--device {name}: torch finds {torch.cuda.device_count()} GPUs",
+            "run with --device cpu, or nothing with --fast",
+        )
     return device
 
 

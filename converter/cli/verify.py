@@ -102,6 +102,7 @@ def verify(converted: Converted, **options: Any) -> None:
             require=require.split(",") if require is not None else (),
             draw=report.html is not None,
             on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
+            on_notice=(lambda line: None) if report.quiet else console.say,
             **options,
         )
     _show(verification, report)

@@ -7,8 +7,8 @@ a comparison depends on the mappings.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,11 +43,12 @@ class Reference:
 
     @property
     def installed(self) -> bool:
-        """Whether the module can be imported."""
+        """Whether the module, and what it needs itself, can be imported."""
         try:
-            return importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # The package that would contain it.
+            importlib.import_module(self.module)
+        except ModuleNotFoundError:
             return False
+        return True
 
 
 def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:

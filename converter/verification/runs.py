@@ -116,8 +116,9 @@ def run_encoders(
             if options.draw and each.features
             for picture in pictures.draw(each.check.name, *each.features)
         ],
-        reference=comparisons[0].reference if comparisons else "",
         controls=strongest((control for each in comparisons for control in each.controls), family.prefix),
+        reference=next((each.reference for each in comparisons if each.reference), ""),
+        notes=[each.note for each in comparisons if each.note],
     )
 
 
@@ -138,7 +139,11 @@ def _compare_all(
     make_mistakes = partial(mistakes_at_entry, family, part, family.prefix)
     if canonical:
         state = {**whole.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
-        reference = build_deep_encoder_reference(whole.model, state, options.device)
+        try:
+            reference = build_deep_encoder_reference(whole.model, state, options.device)
+        except ModuleNotFoundError as error:
+            yield _not_compared(whole.label, error)
+            return
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
         if reference is None:
@@ -156,17 +161,21 @@ def _compare_alone(
     encoder, canonical = with_optional_tensors(family, tested.encoder, canonical)
     mapping = origin.reference_plan.mapping
     # Built where it runs: some libraries' initialisation takes seconds on a processor.
-    with options.device:
-        reference = build_reference(mapping, encoder.config, _as_converted(own, origin), canonical)
-        tests = family.probed(encoder)
-        if not tested.converted.in_deep_encoder:
-            tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
+    try:
+        with options.device:
+            reference = build_reference(mapping, encoder.config, _as_converted(own, origin), canonical)
+            tests = family.probed(encoder)
+            if not tested.converted.in_deep_encoder:
+                layout = tested.converted.layout.mapping
+                tests = build_reference(layout, encoder.config, tested.own, encoder.state_dict())
+    except ModuleNotFoundError as error:
+        return _not_compared(type(encoder).__name__, error)
     for model in (reference.model, tests.model):
         model.to(options.device)
-    # Mistakes are made in copies of its blocks, whichever implementation runs.
-    encoder.to(options.device, options.precision)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
+        # Mistakes are made in copies of its blocks, whichever implementation ran.
+        encoder.to(options.device, features[family.entry].dtype)
         yield from mistakes_at_entry(family, encoder, "", features)
         yield from mistakes_in_blocks(family, encoder, features)
 
@@ -184,6 +193,10 @@ def _limited(check: Check, origin: Origin) -> Check:
         return check
     name = Path(origin.plan.mapping.location.file).name
     return replace(check, verdict=INCONCLUSIVE, detail=f"{check.detail}; the reference was loaded by {name} too")
+
+
+def _not_compared(name: str, error: ModuleNotFoundError) -> Comparison:
+    return Comparison(Check(GROUP, name, SKIPPED, f"not compared: {error.name} is not installed"))
 
 
 def _pixels(options: RunOptions, size: int) -> Tensor:

@@ -1,0 +1,36 @@
+"""Requirements: the libraries that outputs are compared with, looked for before any work begins."""
+
+from __future__ import annotations
+
+from converter.layouts.spec import LayoutMapping
+from converter.verification import deep_encoder
+from converter.verification.reference_models import REFERENCES
+
+# Names on the package index, where they are not those of the modules.
+_DISTRIBUTIONS = {"segment_anything": "segment-anything", "open_clip": "open_clip_torch"}
+
+
+def missing_for_deep_encoders() -> str:
+    """What is not compared for want of a library in which whole DeepEncoders can be run; empty if there is one."""
+    references = [reference for candidates in deep_encoder.REFERENCES.values() for reference in candidates]
+    if any(reference.installed for reference in references):
+        return ""
+    return _sentence([references[-1].module], "the whole DeepEncoder is not compared")
+
+
+def missing_for_encoder(mapping: LayoutMapping) -> str:
+    """What is not compared, or compared less directly, for want of the library of the source's layout."""
+    own, general = REFERENCES.get(mapping.name), REFERENCES[f"{mapping.family}-hf"]
+    best = own or general
+    if best.installed:
+        return ""
+    if general.installed:
+        return _sentence([best.module], f"{mapping.name} is compared with {general.module} through our own mapping")
+    return _sentence(list(dict.fromkeys((best.module, general.module))), "the encoder is not compared")
+
+
+def _sentence(modules: list[str], effect: str) -> str:
+    """Which module is missing, the effect, and the command that installs it."""
+    packages = [module.partition(".")[0] for module in modules]
+    commands = " or ".join(f"pip install {_DISTRIBUTIONS.get(package, package)}" for package in packages)
+    return f"{' and '.join(packages)} not installed: {effect}. To compare: {commands}; to run nothing: --fast"
