@@ -13,7 +13,7 @@ GROUPS = {
     "record": "The file is the one that its conversion record describes: SHA-256 of every tensor.",
     "bytes": "Every tensor equals its source tensors bit by bit, as the formats' own libraries read them.",
     "outputs": "The converted encoder computes the same features as the source's own implementation.",
-    REQUIRED: "What `--require` names was done.",
+    REQUIRED: "The parts that --require names were done.",
 }
 # Verdicts have a sign and a colour, so that either is enough.
 SIGNS = {PASSED: "✓", FAILED: "✗", WARNING: "!", SKIPPED: "-", INCONCLUSIVE: "?"}
