@@ -136,17 +136,17 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path) -> None:
-    only = "qkv-order-kqv,sam-eps,clip-no-antialias,net-3-zeroed,data-truncated"
+    only = "qkv-order-kqv,sam-eps,data-truncated"
     command = [sys.executable, str(SCRIPTS / "verify_on_gpu.py"), str(tmp_path), "--tiny", "--device", "cpu"]
     subprocess.run([*command, "--dtypes", "bfloat16", "--workers", "2", "--only", only], check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["summary"]["ok"] and results["summary"]["verified"] == 4
-    assert results["summary"]["caught"] == 7 and results["summary"]["caught_by"]["outputs"] == 5
+    assert results["summary"]["caught"] == 5 and results["summary"]["caught_by"]["outputs"] == 3
     assert {row["exit_code"] for row in results["verifications"]} == {0}
     table = [sys.executable, str(SCRIPTS / "corruption_table.py"), "-o", str(tmp_path / "table.md"), "--jobs", "1"]
     subprocess.run([*table, "--only", only, "--gpu", str(tmp_path / "results.json")], check=True)
     text = (tmp_path / "table.md").read_text()
-    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "7 runs, 7 caught" in text
+    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "5 runs, 5 caught" in text
 
 
 # No false alarms ------------------------------------------------------------------------------------------------------
