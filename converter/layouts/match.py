@@ -56,7 +56,7 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
     best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
     own = [match for match in best if match.prefix in match.layout.signature.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
-    return sorted(own or best, key=lambda match: order[match.wrapper + match.evidence[0]])
+    return sorted(own or best, key=lambda match: order[match.evidence[0]])
 
 
 def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> Iterator[str]:
