@@ -39,7 +39,7 @@ class LayoutMatch(NamedTuple):
 
     @property
     def evidence(self) -> list[str]:
-        """The tensors by which the layout was detected, without the wrapper."""
+        """The tensors by which the layout was detected."""
         return [self.prefix + key for key in self.layout.signature.tensors]
 
 
