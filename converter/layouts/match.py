@@ -40,7 +40,7 @@ class LayoutMatch(NamedTuple):
     @property
     def evidence(self) -> list[str]:
         """The tensors by which the layout was detected."""
-        return [self.prefix + key for key in self.layout.signature.tensors]
+        return [self.full_prefix + key for key in self.layout.signature.tensors]
 
 
 def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpec]) -> list[LayoutMatch]:
