@@ -55,5 +55,5 @@ def _add_case(suite: Element, check: Check) -> None:
 
 def _properties(verification: Verification) -> dict[str, str]:
     names = ("converted", "source", "family", "mapping", "reference", "device", "dtype")
-    verdict = {"verdict": verification.result, "not_checked": "; ".join(verdict_lines(verification))}
+    verdict = {"verdict": verification.result, "notes": "; ".join(verdict_lines(verification))}
     return verdict | {name: getattr(verification, name) for name in names} | dict(verification.environment)
