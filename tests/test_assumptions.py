@@ -13,9 +13,11 @@ import torch
 from test_cli import run
 
 import converter
+from converter.api.verify import verify
 from converter.layouts import registry
 from converter.output.record import ConversionRecord
 from converter.plan import assumptions
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Verification
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "patch_size": 14}
 GELU = {**SIZES, "hidden_act": "gelu", "num_attention_heads": 4, "layer_norm_eps": 1e-6}
@@ -245,3 +247,61 @@ def test_every_assumption_of_a_canonical_layout_can_be_read() -> None:
     for family in registry.families():
         for name in registry.canonical(family).assumptions:
             assert name.rpartition(".")[2] in assumptions._FACTS
+
+
+# Verification ------------------------------------------------------------------------------------------------------
+
+
+def verified(converted: Path, source: Path) -> Verification:
+    return verify(converted, source, sizes=[64])
+
+
+@pytest.fixture
+def gelu(clip: Path) -> Path:
+    """A folder whose config says GELU, heads of 16 and another epsilon; small weights, so that features stay near 1."""
+    state = safetensors.torch.load_file(clip / "model.safetensors")
+    safetensors.torch.save_file({name: tensor / 8 for name, tensor in state.items()}, clip / "model.safetensors")
+    (clip / "config.json").write_text(json.dumps(GELU))
+    return clip
+
+
+def test_a_deepencoder_of_another_function_is_partly_verified(gelu: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    converter.convert(gelu, "clip", out=out)
+    result = verified(out, gelu)
+    assert result.result == "partly verified (structure, bytes)" and result.ok
+    assert "activation gelu, head width 16" in result.notes[0]
+    (check,) = (check for check in result.checks if check.name.startswith("source's"))
+    assert check.verdict == INCONCLUSIVE and check.figures["error"] > 10 * check.figures["tolerance"]
+    assert "config.json: hidden_act" in check.detail
+    # The weights are right: with the DeepEncoder's function, the source's library computes the same.
+    assert all(check.verdict == PASSED for check in result.checks if "CLIPVisionModel at 56" in check.name)
+    assert not verify(out, gelu, sizes=[64], require=["outputs"]).ok
+
+
+def test_a_folder_that_carries_the_sources_values_is_verified(gelu: Path, tmp_path: Path) -> None:
+    converter.convert(gelu, "clip", to="clip-hf", out=tmp_path / "out")
+    assert verified(tmp_path / "out", gelu).result == "verified"
+
+
+def test_a_file_without_a_config_computes_with_the_sources_values(gelu: Path, tmp_path: Path) -> None:
+    """The source's own values are the expected ones in every library."""
+    for layout in ("clip-hf", "clip-openai", "clip-timm"):
+        out = tmp_path / f"{layout}.safetensors"
+        converter.convert(gelu, "clip", to=layout, out=out)
+        result = verified(out, gelu)
+        assert result.result == "verified", result.checks
+
+
+WRONG = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "layer_norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_in_a_written_config_is_caught(key: str, gelu: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "config.json"
+    converter.convert(gelu, "clip", to="clip-hf", out=path.parent)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: WRONG[key]}))
+    result = verified(path.parent, gelu)
+    failed = [check for check in result.checks if check.verdict == FAILED]
+    assert {check.group for check in failed} == {"structure", "outputs"}
+    assert key in failed[0].detail

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
+from converter.plan.assumptions import Assumptions
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import (
@@ -66,13 +67,16 @@ def _seed(model: nn.Module, device: torch.device) -> None:
             tensor.data += 1
 
 
-def with_optional_tensors(family: Family, encoder: Any, canonical: State) -> tuple[nn.Module, State]:
+def with_optional_tensors(
+    family: Family, encoder: Any, canonical: State, assumptions: Assumptions
+) -> tuple[Any, State]:
     """Add seeded tensors to an encoder, and to its source, that both lack and the encoder by itself needs.
 
     Args:
         family: The encoder's family.
         encoder: The converted encoder.
         canonical: The source's tensors by canonical names.
+        assumptions: What no tensor shows, as the encoder was loaded with.
     """
     shapes = family.optional(encoder.config)
     if not shapes:
@@ -80,7 +84,7 @@ def with_optional_tensors(family: Family, encoder: Any, canonical: State) -> tup
     generator, state = torch.Generator().manual_seed(0), encoder.state_dict()
     device = next(iter(state.values())).device
     seeded = {name: (torch.randn(shape, generator=generator) * 0.02).to(device) for name, shape in shapes.items()}
-    return family.load({**state, **seeded}), {**canonical, **seeded}
+    return family.load({**state, **seeded}, assumptions), {**canonical, **seeded}
 
 
 def build_deep_encoder_reference(model: Any, state: State, device: torch.device) -> ProbedEncoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from converter.encoders import (
     sam_config_from,
 )
 from converter.layouts import registry
+from converter.plan.assumptions import Assumptions, values_of
 from converter.verification.probes import Probe, ProbedEncoder
 from converter.verification.skip_init import SkipInitialization
 
@@ -43,7 +44,7 @@ class Family:
 
     name: str
     encoder: type[nn.Module]
-    config_from: Callable[[Mapping[str, Sequence[int]]], Any]
+    config_from: Callable[..., Any]
     deep_encoder: Callable[[Any], nn.Module]
     patches: str
     entry: str
@@ -76,15 +77,31 @@ class Family:
         probe = probe.removeprefix(self.prefix)
         return [name for name in names if name.startswith(self.used_at.get(probe, (f"{probe}.",)))]
 
-    def load(self, tensors: State) -> nn.Module:
+    def config(self, tensors: Mapping[str, Any], assumptions: Assumptions) -> Any:
+        """Return the config of an encoder.
+
+        Args:
+            tensors: The encoder's tensors, for their shapes.
+            assumptions: What no shape shows.
+
+        Raises:
+            LayoutError: The shapes fit no encoder.
+        """
+        return self.config_from({name: tensor.shape for name, tensor in tensors.items()}, **values_of(assumptions))
+
+    def load(self, tensors: State, assumptions: Assumptions | None = None) -> nn.Module:
         """Load the encoder strictly, built for the tensors' shapes.
+
+        Args:
+            tensors: The encoder's tensors.
+            assumptions: What no shape shows; the DeepEncoder's values by default.
 
         Raises:
             LayoutError: The shapes fit no encoder.
             RuntimeError: Tensors are missing, unexpected or of another shape.
         """
         with SkipInitialization():
-            encoder = self.encoder(self.config_from({name: tensor.shape for name, tensor in tensors.items()}))
+            encoder = self.encoder(self.config(tensors, assumptions or {}))
         # Assigned, not copied: the encoder takes the tensors' types, and no gigabyte is held twice.
         encoder.load_state_dict(tensors, strict=True, assign=True)
         return encoder.eval()

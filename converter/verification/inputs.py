@@ -13,6 +13,7 @@ from converter.layouts.detect import DetectedLayout, detect_layouts, select_stat
 from converter.layouts.spec import LayoutSpec, Rule
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
+from converter.plan.assumptions import Assumptions
 from converter.plan.plan import Plan, sort_outputs
 from converter.plan.planner import ResolvedPlan, plan_to_canonical, resolve_to_canonical
 from converter.plan.route import complete_from, retarget
@@ -35,6 +36,7 @@ class ConvertedEncoder:
         extra_tensors: Tensors outside the encoder (CLIP's text tower) by canonical names.
         own: The file's tensors by the names that the layout's own library loads.
         in_deep_encoder: Whether the file is made for the DeepEncoder, not for the layout's own library.
+        assumptions: What no tensor shows, as the file's config states it; none for the DeepEncoder.
         problem: Why the file does not fit the layout; empty if it does.
     """
 
@@ -45,6 +47,7 @@ class ConvertedEncoder:
     extra_tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
     own: Mapping[str, TensorInfo] = field(default_factory=dict)
     in_deep_encoder: bool = True
+    assumptions: Assumptions = field(default_factory=dict)
     problem: str = ""
 
 
@@ -179,7 +182,8 @@ def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: b
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
     except (LayoutError, MappingError) as error:
         return replace(encoder, problem=error.message)
-    return replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors)
+    assumptions = {} if encoder.in_deep_encoder else plan.assumptions
+    return replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors, assumptions=assumptions)
 
 
 def open_expected(

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
 
 
 def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
-    """open_clip's VisionTransformer with quick GELU."""
+    """open_clip's VisionTransformer."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     sizes = CLIPVisionCfg(
@@ -118,10 +119,14 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
         mlp_ratio=_mlp_ratio(config),
         patch_size=config.patch,
         image_size=config.image_size,
+        norm_kwargs={"eps": config.epsilon},
     )
     tensors = without_prefix("visual.", state)
     projected = tensors["proj"].shape[1] if "proj" in tensors else config.width
-    model = _build_vision_tower(projected, sizes, quick_gelu=True)
+    model = _build_vision_tower(projected, sizes, quick_gelu=config.activation == "quick_gelu")
+    if config.activation not in ("quick_gelu", "gelu"):
+        for block in model.transformer.resblocks:
+            block.mlp.gelu = _ACTIVATIONS[config.activation]()
     names = model.state_dict().keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name in names}
     blocks = model.transformer.resblocks
@@ -129,12 +134,14 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
 
 
 def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
-    """timm's VisionTransformer with a norm before its blocks and quick GELU."""
+    """timm's VisionTransformer with a norm before its blocks."""
     from timm.layers import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
 
-    sizes = _vit_sizes(config, 1e-5)
-    model = VisionTransformer(num_classes=0, pre_norm=True, act_layer=QuickGELU, weight_init="skip", **sizes)
+    sizes = _vit_sizes(config)
+    if config.activation == "quick_gelu":
+        sizes["act_layer"] = QuickGELU
+    model = VisionTransformer(num_classes=0, pre_norm=True, weight_init="skip", **sizes)
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     encoder = _loaded("clip", "timm", model, tensors, model.blocks, model.patch_embed.proj, ("norm.",))
     return replace(encoder, run=model.forward_features)
@@ -193,14 +200,31 @@ def _lazy(key: str, tensor: Tensor) -> LazyTensor:
 def _vitdet_sizes(config: SamConfig) -> dict[str, Any]:
     """The arguments of segment-anything's and timm's classes."""
     return {
-        **_vit_sizes(config, 1e-6),
+        **_vit_sizes(config),
         "use_rel_pos": True,
         "window_size": config.window,
         "global_attn_indexes": config.global_blocks,
     }
 
 
-def _vit_sizes(config: SamConfig | ClipConfig, eps: float) -> dict[str, Any]:
+class _QuickGelu(nn.Module):
+    """transformers' `quick_gelu`, for libraries without it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.702 * x).sigmoid()
+
+
+# Modules of activations by transformers' names.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": _QuickGelu,
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
     return {
         "img_size": config.image_size,
         "patch_size": config.patch,
@@ -208,7 +232,8 @@ def _vit_sizes(config: SamConfig | ClipConfig, eps: float) -> dict[str, Any]:
         "depth": config.depth,
         "num_heads": config.heads,
         "mlp_ratio": _mlp_ratio(config),
-        "norm_layer": lambda width, **options: nn.LayerNorm(width, eps=eps),
+        "act_layer": _ACTIVATIONS[config.activation],
+        "norm_layer": lambda width, **options: nn.LayerNorm(width, eps=config.epsilon),
     }
 
 

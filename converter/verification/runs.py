@@ -14,6 +14,7 @@ from torch import Tensor
 
 from converter.output.names import shorten
 from converter.output.upload import Uploader
+from converter.plan.assumptions import Assumptions, differences
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Resample
@@ -26,6 +27,7 @@ from converter.verification.deep_encoder import (
     with_optional_tensors,
 )
 from converter.verification.families import FAMILIES, Family, State
+from converter.verification.functions import check_config, check_function, function_notes, tested_assumptions
 from converter.verification.inputs import ConvertedEncoder, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
@@ -70,11 +72,19 @@ class RunResults:
 
 @dataclass(frozen=True)
 class Tested:
-    """A converted encoder, loaded, and the file's tensors by the names of its layout."""
+    """A converted encoder, loaded.
+
+    Attributes:
+        converted: The encoder in the converted file.
+        encoder: Our own encoder with its tensors.
+        own: The file's tensors by the names of its layout.
+        assumptions: What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values.
+    """
 
     converted: ConvertedEncoder
     encoder: Any
     own: State
+    assumptions: Assumptions
 
 
 def run_encoders(
@@ -92,23 +102,26 @@ def run_encoders(
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
     state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
-    loads, encoder = structure.check_loads(family, state)
+    origin = source.origin if source else None
+    assumptions = tested_assumptions(converted, origin)
+    loads, encoder = structure.check_loads(family, state, assumptions)
+    checks, notes = [*check_config(converted, origin), loads], function_notes(converted, origin)
     if not options.sizes:
-        return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: --fast")])
+        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, "not run: --fast")], notes=notes)
     if encoder is None:
-        return RunResults([loads, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")])
-    wrong = structure.check_sizes(family, encoder, source.origin.plan.outputs) if source else None
+        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")], notes=notes)
+    wrong = structure.check_sizes(family, encoder, source.origin.plan.outputs, assumptions) if source else None
     if wrong is not None:
         reason = "not run: the source's encoder has other sizes"
-        return RunResults([loads, wrong, Check(GROUP, "encoder", SKIPPED, reason)])
+        return RunResults([*checks, wrong, Check(GROUP, "encoder", SKIPPED, reason)], notes=notes)
     own = {name: upload(read(tensor)) for name, tensor in converted.own.items()}
-    tested = Tested(converted, encoder, own)
+    tested = Tested(converted, encoder, own, assumptions)
     comparisons = list(_compare_all(family, tested, source, options, upload))
-    checks = [each.check for each in comparisons]
+    compared = [each.check for each in comparisons]
     if source:
-        checks = [_limited(_explain_failure(check, family, source), source.origin) for check in checks]
+        compared = [_limited(_explain_failure(check, family, source), source.origin) for check in compared]
     return RunResults(
-        checks=[loads, *checks],
+        checks=[*checks, *compared],
         traces=[each.trace for each in comparisons if each.trace],
         pictures=[
             picture
@@ -118,7 +131,7 @@ def run_encoders(
         ],
         controls=strongest((control for each in comparisons for control in each.controls), family.prefix),
         reference=next((each.reference for each in comparisons if each.reference), ""),
-        notes=[each.note for each in comparisons if each.note],
+        notes=[*notes, *(each.note for each in comparisons if each.note)],
     )
 
 
@@ -130,7 +143,10 @@ def _compare_all(
     canonical: State = {}
     if source is not None:
         own, canonical = _upload_source(source.origin, upload)
-        yield _compare_alone(family, tested, source.origin, own, canonical, options)
+        try:
+            yield from _compare_alone(family, tested, source.origin, own, canonical, options)
+        except ModuleNotFoundError as error:
+            yield _not_compared(type(encoder).__name__, error)
     if not tested.converted.in_deep_encoder:
         return
     options.on_progress("outputs", 1, len(options.sizes) + 1)
@@ -155,23 +171,20 @@ def _compare_all(
 
 def _compare_alone(
     family: Family, tested: Tested, origin: Origin, own: State, canonical: State, options: RunOptions
-) -> Comparison:
-    """Compare the encoder at its trained size with the source's own implementation."""
+) -> Iterator[Comparison]:
+    """Compare the encoder at its trained size with the source's own implementation.
+
+    The reference of a DeepEncoder's part computes with the DeepEncoder's activation, heads and epsilon, which shows
+    that the weights are right. Where the source computes with others, one more comparison shows how far outputs move.
+    """
     encoder: Any
-    encoder, canonical = with_optional_tensors(family, tested.encoder, canonical)
-    mapping = origin.reference_plan.mapping
-    # Built where it runs: some libraries' initialisation takes seconds on a processor.
-    try:
+    encoder, canonical = with_optional_tensors(family, tested.encoder, canonical, tested.assumptions)
+    plan, own = origin.reference_plan, _as_converted(own, origin)
+    config, tests = family.config(canonical, plan.assumptions), family.probed(encoder)
+    if not tested.converted.in_deep_encoder:
         with options.device:
-            reference = build_reference(mapping, encoder.config, _as_converted(own, origin), canonical)
-            tests = family.probed(encoder)
-            if not tested.converted.in_deep_encoder:
-                layout = tested.converted.layout.mapping
-                tests = build_reference(layout, encoder.config, tested.own, encoder.state_dict())
-    except ModuleNotFoundError as error:
-        return _not_compared(type(encoder).__name__, error)
-    for model in (reference.model, tests.model):
-        model.to(options.device)
+            tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
+    tests.model.to(options.device)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         # Mistakes are made in copies of its blocks, whichever implementation ran.
@@ -179,12 +192,21 @@ def _compare_alone(
         yield from mistakes_at_entry(family, encoder, "", features)
         yield from mistakes_in_blocks(family, encoder, features)
 
-    pixels = _pixels(options, encoder.config.image_size)
-    comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
+    def compare_with(config: Any) -> Comparison:
+        # Built where it runs: some libraries' initialisation takes seconds on a processor.
+        with options.device:
+            reference = build_reference(plan.mapping, config, own, canonical)
+        reference.model.to(options.device)
+        return compare(tests, reference, _pixels(options, encoder.config.image_size), options.precision, make_mistakes)
+
     if tested.converted.in_deep_encoder:
-        return comparison
-    detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
-    return replace(comparison, check=replace(comparison.check, detail=detail))
+        yield compare_with(encoder.config)
+        if differences(plan.assumptions):
+            yield Comparison(check_function(compare_with(config).check, plan.assumptions))
+    else:
+        comparison = compare_with(config)
+        detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
+        yield replace(comparison, check=replace(comparison.check, detail=detail))
 
 
 def _limited(check: Check, origin: Origin) -> Check:

@@ -11,6 +11,7 @@ import torch
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.output.names import shorten
+from converter.plan.assumptions import Assumptions
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
@@ -120,13 +121,19 @@ def _check_values(target: Converted) -> list[Check]:
     ]
 
 
-def check_loads(family: Family, tensors: State) -> tuple[Check, Any]:
-    """Check that the encoder loads the tensors strictly; also returns the encoder, or None if it does not."""
+def check_loads(family: Family, tensors: State, assumptions: Assumptions) -> tuple[Check, Any]:
+    """Check that the encoder loads the tensors strictly; also returns the encoder, or None if it does not.
+
+    Args:
+        family: The encoder's family.
+        tensors: Its tensors by canonical names.
+        assumptions: What no tensor shows; empty for the DeepEncoder's values.
+    """
     if not _indices_fit(tensors):
         detail = f"{_INDICES} has no integer type, or an index outside of its table"
         return Check(GROUP, "loads", FAILED, detail, [_INDICES]), None
     try:
-        encoder = family.load(tensors)
+        encoder = family.load(tensors, assumptions)
     except (LayoutError, RuntimeError) as error:
         return Check(GROUP, "loads", FAILED, f"the encoder does not load it: {error}", []), None
     return Check(GROUP, "loads", PASSED, f"{type(encoder).__name__} loads it strictly"), encoder
@@ -140,16 +147,18 @@ def _indices_fit(tensors: State) -> bool:
     return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
 
 
-def check_sizes(family: Family, encoder: Any, canonical: Mapping[str, LazyTensor]) -> Check | None:
+def check_sizes(
+    family: Family, encoder: Any, canonical: Mapping[str, LazyTensor], assumptions: Assumptions
+) -> Check | None:
     """A failed check if the encoder's config is not the one that the source's tensors show.
 
     Args:
         family: The encoder's family.
         encoder: The converted encoder.
         canonical: The source's tensors by canonical names.
+        assumptions: What no tensor shows, as the encoder was loaded with.
     """
-    config = family.config_from({name: value.shape for name, value in canonical.items()})
-    expected, actual = vars(config), vars(encoder.config)
+    expected, actual = vars(family.config(canonical, assumptions)), vars(encoder.config)
     differing = [name for name, value in expected.items() if actual[name] != value]
     detail = "; ".join(f"{name} is {actual[name]}, in the source {expected[name]}" for name in differing)
     return Check(GROUP, "sizes", FAILED, detail, []) if differing else None
