@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from converter.checkpoint.open import Checkpoint
-from converter.errors import ContainerError
+from converter.errors import DsocrError
 from converter.formats import strict_json
 
 Json = dict[str, Any]
@@ -103,8 +103,9 @@ def _read(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
             config = strict_json.parse(file.read(0, file.size))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
-    except (ValueError, ContainerError) as error:
-        remark = f"warning: {name} is ignored: {error}"
+    except (ValueError, DsocrError) as error:
+        message = error.message if isinstance(error, DsocrError) else error
+        remark = f"warning: {name} is ignored: {message}"
         remarks += [remark] if remark not in remarks else []
         return {}
     return config
