@@ -169,7 +169,7 @@ MODULE = b'class M(Module):\n  __parameters__ = ["a", ]\n  __buffers__ = []\n'
         (b"\x80\x02c__torch__.gone\nM\n)\x81}b.", "no member"),
         (b"\x80\x02c__torch__./../../etc\nM\n)\x81}b.", "no member"),
         (b"\x80\x02c__torch__\nOther\n)\x81}b.", "without parameters"),
-        (b"\x80\x02c__torch__\nM\n.", "not of a module"),
+        (b"\x80\x02c__torch__\nM\n.", "restores itself"),
         (b"\x80\x02}.", "a dict, not of a module"),
     ],
 )

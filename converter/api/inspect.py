@@ -86,6 +86,7 @@ class Inspection:
         groups: The tensors, with repeated layers folded.
         layouts: The layouts that match.
         nearest: If no layout matches, lines of text that say how the tensors differ from the nearest layout.
+        ignored: Classes and functions in a pickle that were not imported; objects of them are ignored.
     """
 
     source: str
@@ -98,6 +99,7 @@ class Inspection:
     groups: list[Group]
     layouts: list[MatchedLayout]
     nearest: list[str]
+    ignored: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -140,6 +142,7 @@ def _inspect(opened: Checkpoint, state_dict: str | None, prefix: str | None = No
         groups=group_layers(largest.tensors),
         layouts=layouts,
         nearest=[] if layouts else nearest_layout(opened, largest, mappings),
+        ignored=list(opened.ignored),
     )
 
 

@@ -16,10 +16,13 @@ from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.tensor_info import Contents, TensorInfo
+from converter.tensors.tensor_info import Contents, FileContents, TensorInfo
 
 if TYPE_CHECKING:
     from converter.hub.remote_file import RemoteFile
+
+# Names of classes in a note.
+_MAX_SHOWN = 6
 
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
@@ -34,8 +37,9 @@ class Checkpoint:
         containers: The container format of each file.
         contents: Tensors and other values of all files, nested as in the files.
         commit: The commit of the hub repository; empty for local files.
-        notes: Messages for the user about where the files were found.
+        notes: Messages for the user about the files.
         open_config: Opens a config of the given name that describes the files; None if there is none.
+        ignored: Full names of the classes and functions in pickles that were not imported.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Checkpoint:
     commit: str = ""
     notes: tuple[str, ...] = ()
     open_config: Callable[[str], SourceFile | None] = lambda name: None
+    ignored: tuple[str, ...] = ()
 
     @property
     def remote(self) -> list[RemoteFile]:
@@ -95,9 +100,20 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         is_single = len(shards) == 1 and located.weight_map is None
         contents = shards[0] if is_single else _join_shards(located, shards)
         stack.pop_all()
+    read = [each for each in shards if isinstance(each, FileContents)]
+    ignored = tuple(dict.fromkeys(name for each in read for name in each.ignored))
+    notes = (*located.notes, *dict.fromkeys(note for each in read for note in each.notes), *_ignored_note(ignored))
     return Checkpoint(
-        located.name, located.files, containers, contents, located.commit, located.notes, located.open_config
+        located.name, located.files, containers, contents, located.commit, notes, located.open_config, ignored
     )
+
+
+def _ignored_note(ignored: tuple[str, ...]) -> list[str]:
+    """Return a note on the classes and functions in pickles, which `inspect` lists in full."""
+    if not ignored:
+        return []
+    more = f" and {len(ignored) - _MAX_SHOWN} more" if len(ignored) > _MAX_SHOWN else ""
+    return [f"not imported or run: {', '.join(ignored[:_MAX_SHOWN])}{more}; objects of them are ignored"]
 
 
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:

@@ -89,6 +89,8 @@ def inspection(result: Inspection) -> Iterable[str]:
         yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in result.state_dicts.items())
     dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
     yield f"{result.num_tensors} tensors, {size(result.nbytes)}: {dtypes}"
+    if result.ignored:
+        yield f"not imported or run, objects of them ignored: {', '.join(result.ignored)}"
     yield ""
     yield from _table(result.groups)
     for layout in result.layouts:

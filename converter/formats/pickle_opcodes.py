@@ -14,9 +14,16 @@ from converter.errors import ContainerError
 MAX_INT_BYTES = 1024
 MAX_INT_DIGITS = 2466  # the same number in decimal
 
-NEXT_STEP = (
+# The next step for a file whose weights another program wrote as something that is not read here.
+RESAVE = (
+    "where you trust the file, save its weights alone, which runs code of the file: "
+    'torch.save(torch.load(PATH, map_location="cpu", weights_only=False)["state_dict"], "weights.pth"), '
+    "with .state_dict() in place of [...] where PATH holds a whole module"
+)
+NEXT_STEP = f"nothing of it was executed\n{RESAVE}"
+HOSTILE = (
     "nothing of it was executed\n"
-    "where you trust the file, save its weights alone: torch.save(model.state_dict(), 'weights.pth')"
+    "do not trust this file: pickle.load, and torch.load with weights_only=False, would run its code"
 )
 
 
@@ -166,6 +173,7 @@ _ARGUMENTS: dict[str, ArgumentReader] = {
     "C": _bytes("<B"),
     "B": _bytes("<I"),
     "\x8e": _bytes("<Q"),
+    "\x96": _bytes("<Q"),
     # Indices of the memo.
     "q": _byte,
     "r": _number("<I"),

@@ -1,8 +1,9 @@
 """Reads pickles without executing them: builds plain values, and looks globals up in a table of the caller.
 
 Python's own Unpickler is not used. It imports globals by name, calls them, and allocates a memo of any size that the
-stream requests. Here a global outside the table is an error. The supported opcodes are those of protocols 0 to 5 that
-Python 3 and torch write for plain data.
+stream requests. Here a global outside the table is an error, or a placeholder if the table makes one: calls of it give
+further placeholders, and nothing is imported or run. The supported opcodes are those of protocols 0 to 5 that Python 3
+and torch write.
 """
 
 from __future__ import annotations
@@ -13,22 +14,36 @@ from types import FunctionType
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import ARGUMENTS, NEXT_STEP, PickleError
-from converter.formats.pickle_values import STRINGS, Node, Refused, hashable, safe_frozenset
+from converter.formats.pickle_opcodes import ARGUMENTS, HOSTILE, NEXT_STEP, RESAVE, PickleError
+from converter.formats.pickle_values import STRINGS, Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 
-# Limits of one pickle. Real checkpoints are far below each of them: a tensor takes 200 bytes and 40 opcodes.
+# Limits of one pickle. Real checkpoints are far below each of them: a tensor takes 200 bytes of the pickle.
 MAX_PICKLE = 16 << 20  # bytes
-MAX_OPCODES = 1_000_000  # an opcode of one byte may create an object of 80 bytes
+MAX_MEMORY = 64 << 20  # bytes of all values, estimated by opcode
 MAX_MARKS = 1000  # nested containers
 MAX_ARGUMENTS = 1_000_000  # items passed to all calls together: many calls may copy one list
+
+# Bytes of memory that an opcode takes for its value and the reference to it. The smallest limits the time as well: no
+# pickle has more than four million opcodes.
+_MEMORY = [16] * 256
+for _codes, _bytes in {
+    "FGMJIL\x8a\x8b": 40,
+    "\x8cX\x8dUTVCB\x8e\x96": 64,
+    "t\x85\x86\x87l]": 72,
+    "d}sqrp\x94": 96,
+    "c\x93R\x81\x92io(Q": 128,
+    "\x8f\x91": 256,
+}.items():
+    for _code in _codes:
+        _MEMORY[ord(_code)] = _bytes
 
 
 class TruncatedPickleError(ContainerError):
     """The data ends inside of the pickle."""
 
 
-# By module and name. The pickle may call values that are plain functions; all others are opaque.
+# By module and name. The pickle may call values that are plain functions, and placeholders; all others are opaque.
 Globals = Mapping[tuple[str, str], Any]
 
 
@@ -86,8 +101,8 @@ class _Machine:
 
     def run(self) -> Any:
         """Execute opcodes up to STOP and return the value; EOFError where the data is truncated."""
-        data, pos = self.data, 0
-        for _ in range(MAX_OPCODES):
+        data, pos, memory = self.data, 0, 0
+        while True:
             self.pos = pos
             try:
                 opcode = data[pos]
@@ -96,8 +111,10 @@ class _Machine:
                 raise EOFError from None
             if opcode == _STOP:
                 return self.stack.pop()
+            memory += _MEMORY[opcode]
+            if memory > MAX_MEMORY:
+                raise PickleError(f"values of more than {MAX_MEMORY} bytes", RESAVE)
             _HANDLERS[opcode](self, argument)
-        raise PickleError(f"more than {MAX_OPCODES} opcodes", NEXT_STEP)
 
     def count_arguments(self, arguments: int) -> None:
         """Add to the number of arguments of all calls; PickleError beyond the limit."""
@@ -126,18 +143,20 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise PickleError("a global without a name", DAMAGED)
         try:
-            value = self.globals[module, name]
+            return self.globals[module, name]
         except KeyError:
-            value = Refused("which weights do not need")
-        if isinstance(value, Refused):
             # repr: the name may contain control characters.
             full_name = repr(f"{module}.{name}"[:200])[1:-1]
-            raise PickleError(f"the pickle refers to {full_name}, {value.reason}", NEXT_STEP)
-        return value
+            raise PickleError(f"the pickle refers to {full_name}, which no checkpoint needs", HOSTILE) from None
 
     def call(self, function: Any, arguments: Any) -> None:
-        """Call a function of the table and push its result."""
-        if type(function) is not FunctionType or type(arguments) is not tuple:
+        """Call a function of the table and push its result; of a placeholder, push another one."""
+        if type(arguments) is not tuple:
+            raise PickleError(f"a call with a {type(arguments).__name__} as arguments", DAMAGED)
+        if type(function) is Placeholder:
+            self.stack.append(Placeholder(function.name, arguments))
+            return
+        if type(function) is not FunctionType:
             raise PickleError(f"a call of a {type(function).__name__}", NEXT_STEP)
         for argument in arguments:
             if type(argument) in _CONTAINERS:
@@ -176,7 +195,7 @@ def _skip(m: _Machine, _: int) -> None:
     """PROTO and FRAME: the argument has been checked and has no effect."""
 
 
-@_opcode("N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e")
+@_opcode("N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e\x96")
 def _push(m: _Machine, value: Any) -> None:
     m.stack.append(value)
 
@@ -258,6 +277,8 @@ def _extend_with(codes: str, kind: type, extend: Callable[[Any, list[Any]], None
     @_opcode(codes)
     def handler(m: _Machine, count: int | None) -> None:
         items, target = m.pop(count), m.stack[-1]
+        if type(target) is Placeholder:
+            target.content = target = kind() if target.content is None else target.content
         if type(target) is not kind:
             raise PickleError(f"items for a {type(target).__name__}, which takes none", NEXT_STEP)
         extend(target, items)
@@ -274,7 +295,6 @@ _extend_with("\x90", set, _update)
 
 @_opcode("\x8f")
 def _empty_set(m: _Machine, _: None) -> None:
-    m.count_arguments(8)  # an empty set takes as much memory as eight arguments
     m.push(set())
 
 
@@ -299,6 +319,12 @@ def _reduce(m: _Machine, _: None) -> None:
     m.call(function, arguments)
 
 
+@_opcode("\x92")
+def _newobj_ex(m: _Machine, _: None) -> None:
+    keywords, arguments, function = m.stack.pop(), m.stack.pop(), m.stack.pop()
+    m.call(function, (arguments, keywords) if type(function) is Placeholder else arguments)
+
+
 @_opcode("i")
 def _inst(m: _Machine, names: tuple[str, str]) -> None:
     m.call(m.find_global(*names), tuple(m.pop()))
@@ -313,7 +339,7 @@ def _obj(m: _Machine, _: None) -> None:
 @_opcode("b")
 def _build(m: _Machine, _: None) -> None:
     state, target = m.stack.pop(), m.stack[-1]
-    if type(target) is Node:
+    if type(target) is Placeholder:
         target.state = state
     elif type(target) is not dict:
         raise PickleError(f"state for a {type(target).__name__}, which takes none", NEXT_STEP)

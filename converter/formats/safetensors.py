@@ -79,7 +79,7 @@ def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> TensorInfo:
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise _damaged(file, f"tensor {key!r} has {len(shape)} dimensions and {len(offsets)} data_offsets")
     begin, end = offsets
-    if math.prod(shape) * dtype.itemsize != end - begin:
+    if math.prod(shape) * dtype.bits != (end - begin) * 8:
         raise _damaged(file, f"tensor {key!r}: {dtype.name} of shape {shape} does not take {end - begin} bytes")
     storage = Storage(file, (start + begin, start + end), end - begin, end - begin, key)
     return TensorInfo(key, dtype, shape, storage, 0, contiguous_strides(shape))

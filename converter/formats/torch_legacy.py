@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats import torch_pickle
+from converter.formats.pickle_opcodes import RESAVE
 from converter.formats.pickle_reader import MAX_PICKLE, Globals, TruncatedPickleError, unpickle
-from converter.formats.torch_pickle import StorageRefs
+from converter.formats.torch_contents import contents_of
+from converter.formats.torch_pickle import StorageRefs, TorchGlobals
 from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents
@@ -44,9 +45,10 @@ def load(file: SourceFile) -> Contents:
             f"{file.name}: torch's legacy format with a protocol version other than {_PROTOCOL}", DAMAGED
         )
     reader.pickle()
-    value = reader.pickle(torch_pickle.GLOBALS)
+    globals_ = TorchGlobals()
+    value = reader.pickle(globals_)
     storages = _storages(file, reader.pickle(), reader.refs, reader.pos)
-    return torch_pickle.contents(file, value, lambda ref: storages[ref.key])
+    return contents_of(file, value, lambda ref: storages[ref.key], globals_.ignored)
 
 
 class _Reader:
@@ -72,7 +74,7 @@ class _Reader:
                 if length == MAX_PICKLE:
                     raise ContainerError(
                         f"{self._file.name}: the pickle at byte {start} is longer than {MAX_PICKLE} bytes",
-                        "no checkpoint needs that: do not trust this file",
+                        RESAVE,
                     ) from None
                 length *= 4
             else:

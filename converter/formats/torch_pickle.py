@@ -1,7 +1,7 @@
 """The globals of torch's pickles, in every container format, and the tensors that they describe.
 
-Tensors are built in two steps. Reading the pickle gives a `TensorRecord` for each; a `Resolver` then adds its name and
-its storage in the file.
+Tensors are built in two steps. Reading the pickle gives a `TensorRecord` for each; `torch_contents` then adds its name
+and its storage in the file.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.errors import ContainerError
+from converter.formats.pickle_gadgets import is_gadget
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError
-from converter.formats.pickle_values import Refused, hashable, safe_frozenset
-from converter.storage.byte_range import DAMAGED, Storage
-from converter.storage.local_file import SourceFile
-from converter.tensors.dtypes import BY_NAME, BY_STORAGE, DType
-from converter.tensors.tensor_info import Contents, TensorInfo, checked_tensor_info
+from converter.formats.pickle_values import Placeholder, hashable, safe_frozenset
+from converter.storage.byte_range import DAMAGED
+from converter.tensors.dtypes import BY_NAME, BY_STORAGE, IN_TORCH, DType, unreadable
+from converter.tensors.tensor_info import contiguous_strides
 
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_DEPTH = 100  # of nested dicts: a dict may contain itself
-MAX_ENTRIES = 200_000  # of all dicts together: a dict may occur many times
-MAX_NAME = 10_000  # characters of a key: names of nested keys repeat the outer ones
 MAX_INT = 2**63 - 1  # of torch's sizes, strides and offsets
-# Bytes by which all tensors together may exceed their storages: expand() makes a tensor of any size from one element.
-# Such a tensor is computed in memory. CLIP's token table, the largest tensor, takes 250 MB.
-MAX_REPEATED = 1 << 30
+
+MAX_SHOWN_NAME = 200  # characters of the name of a global
 
 _UNTYPED = "UntypedStorage"
 
@@ -57,17 +52,25 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor as a pickle describes it. `offset` and `strides` are in elements."""
+    """A tensor as a pickle describes it. `offset` and `strides` are in elements.
 
-    ref: StorageRef
+    `ref` is None for a tensor whose elements are not plain bytes in one storage. Its dtype names its kind.
+    """
+
+    ref: StorageRef | None
     dtype: DType
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-def storage_ref(pid: Any) -> StorageRef:
-    """The storage of a persistent id: ("storage", class, key, device, numel[, view])."""
+def storage_ref(pid: Any) -> StorageRef | Placeholder:
+    """The storage of a persistent id: ("storage", class, key, device, numel[, view]).
+
+    The legacy format also has ("module", class, file, source), which stands for the class of a module.
+    """
+    if type(pid) is tuple and len(pid) > 1 and type(pid[1]) is Placeholder and pid[0] == "module":
+        return pid[1]
     kind, type_, key, _device, numel, *view = pid
     if kind != "storage" or not (isinstance(type_, DType) or type_ == _UNTYPED):
         raise PickleError("a reference to something other than a tensor's storage", NEXT_STEP)
@@ -84,9 +87,11 @@ def _is_int64(number: Any) -> bool:
 class StorageRefs(dict[str, StorageRef]):
     """The storages that a pickle refers to, by key. As in torch, the first reference decides dtype and size."""
 
-    def load(self, pid: Any) -> StorageRef:
-        """The storage of a persistent id."""
+    def load(self, pid: Any) -> StorageRef | Placeholder:
+        """The storage of a persistent id, or the class of a module."""
         ref = storage_ref(pid)
+        if isinstance(ref, Placeholder):
+            return ref
         return replace(self.setdefault(ref.key, replace(ref, first=0)), first=ref.first)
 
 
@@ -97,8 +102,10 @@ def _rebuild_v3(
     ref: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> TensorRecord:
     """A tensor with an element type of its own, apart from that of its storage."""
+    if type(dtype) is Placeholder:  # such as torch.int4
+        return _unreadable(dtype.name, shape)
     if metadata:
-        raise PickleError("a conjugated or negated view", "save it again after .resolve_conj() and .resolve_neg()")
+        return _unreadable("conjugated or negated view", shape)
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
         raise PickleError("a tensor without a storage, an element type or a shape", DAMAGED)
     if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
@@ -114,6 +121,70 @@ def _rebuild_v2(
     """A tensor of its storage's element type; of bytes if the storage is untyped."""
     dtype = (ref.dtype or BY_NAME["uint8"]) if type(ref) is StorageRef else None
     return _rebuild_v3(ref, offset, shape, strides, grad, hooks, dtype, metadata)
+
+
+def _unreadable(kind: str, shape: Any) -> TensorRecord:
+    """A tensor of which only the shape is known, if that."""
+    known = type(shape) is tuple and len(shape) <= MAX_DIMENSIONS and all(map(_is_int64, shape))
+    sizes = shape if known and min(shape, default=0) >= 0 else ()
+    return TensorRecord(None, unreadable(kind), 0, sizes, contiguous_strides(sizes))
+
+
+def _unreadable_by(kind: str, size_at: int) -> Callable[..., TensorRecord]:
+    """A function whose argument number `size_at` is the shape."""
+
+    def rebuild(*arguments: Any) -> TensorRecord:
+        return _unreadable(kind, arguments[size_at] if len(arguments) > size_at else None)
+
+    return rebuild
+
+
+def _rebuild_sparse(layout: Any, data: Any) -> TensorRecord:
+    """A sparse tensor of (indices, values, shape, ...), or (rows, columns, values, shape)."""
+    shapes = [item for item in data if type(item) is tuple]
+    return _unreadable("sparse", shapes[0] if shapes else None)
+
+
+def _rebuild_wrapper(class_: Any, dtype: Any, shape: Any, *_: Any) -> TensorRecord:
+    """A tensor of a subclass that wraps other tensors, such as DTensor."""
+    return _unreadable(_tensor_class(class_), shape)
+
+
+def _rebuild_from_type(function: Any, class_: Any, arguments: Any, state: Any = None) -> TensorRecord:
+    """A tensor with attributes, or of a subclass."""
+    if function not in _REBUILD.values() or type(arguments) is not tuple or type(class_) is not Placeholder:
+        raise PickleError("a tensor that is not built by torch", NEXT_STEP)
+    tensor: TensorRecord = function(*arguments)
+    if class_.name in _OWN_CLASSES or type(tensor) is not TensorRecord or tensor.ref is None:
+        return tensor
+    return _unreadable(_tensor_class(class_), tensor.shape)
+
+
+def _tensor_class(class_: Any) -> str:
+    name = class_.name if type(class_) is Placeholder else "a subclass"
+    return "DTensor" if name.endswith(".DTensor") else f"tensor of {name[:200]}"
+
+
+def _rebuild_device_tensor(data: Any, dtype: Any, *_: Any) -> TensorRecord:
+    """A tensor of an accelerator, saved from the CPU as a tensor or as a numpy array."""
+    if type(data) is TensorRecord and data.dtype == dtype:
+        return data
+    return _unreadable("tensor of an accelerator", array_shape(data))
+
+
+def array_shape(value: Any) -> Any:
+    """The shape of a numpy array; None for other values."""
+    if type(value) is not Placeholder or not value.name.startswith("numpy."):
+        return None
+    if value.name.endswith(".multiarray._reconstruct") and type(value.state) is tuple:
+        return value.state[1] if len(value.state) == 5 else None  # version, shape, dtype, order, data
+    return value.arguments[2] if value.name.endswith("._frombuffer") and len(value.arguments) == 4 else None
+
+
+def array_record(value: Any) -> TensorRecord | None:
+    """A numpy array as a tensor that cannot be read; None for other values."""
+    shape = array_shape(value)
+    return _unreadable("numpy array", shape) if type(shape) is tuple and shape else None
 
 
 def first_argument(value: Any, *_: Any) -> Any:
@@ -140,140 +211,80 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
+def _no_bytes(*_: Any) -> bytes:
     return b""
 
 
-def _device(*names: Any) -> None:
-    return None
+def _nothing(*_: Any) -> None:
+    """A value that no tensor depends on."""
 
+
+# Classes whose tensors have the values of plain ones.
+_OWN_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"})
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _rebuild_v2,
+    "_rebuild_tensor_v2": _rebuild_v2,
+    "_rebuild_tensor_v3": _rebuild_v3,
+    "_rebuild_parameter": first_argument,
+    "_rebuild_parameter_with_state": first_argument,
+    "_rebuild_sparse_tensor": _rebuild_sparse,
+    "_rebuild_sparse_csr_tensor": _rebuild_sparse,
+    "_rebuild_qtensor": _unreadable_by("quantized", 2),
+    "_rebuild_nested_tensor": _unreadable_by("nested", 4),
+    "_rebuild_meta_tensor_no_storage": _unreadable_by("meta", 1),
+    "_rebuild_device_tensor_from_numpy": _rebuild_device_tensor,
+    "_rebuild_device_tensor_from_cpu_tensor": _rebuild_device_tensor,
+    "_rebuild_xla_tensor": _rebuild_device_tensor,
+    "_rebuild_wrapper_subclass": _rebuild_wrapper,
+}
+# Storages of quantized tensors, and bits per element.
+_QUANTIZED = {"QInt8Storage": 8, "QUInt8Storage": 8, "QInt32Storage": 32, "QUInt4x2Storage": 8, "QUInt2x4Storage": 8}
 
 GLOBALS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): first_argument,
-    ("torch._utils", "_rebuild_parameter_with_state"): first_argument,
+    **{("torch._utils", name): function for name, function in _REBUILD.items()},
+    **{("torch._tensor", name): _rebuild_from_type for name in ("_rebuild_from_type", "_rebuild_from_type_v2")},
     ("torch.storage", _UNTYPED): _UNTYPED,
     ("torch", "Size"): first_argument,
-    ("torch", "device"): _device,
+    ("torch", "device"): _nothing,
+    ("torch.serialization", "_get_layout"): _nothing,
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "Counter"): _counter,
     ("_codecs", "encode"): _encode,
+    **{("torch", name): DType("quantized", bits, "") for name, bits in _QUANTIZED.items()},
     **{("torch", storage): dtype for storage, dtype in BY_STORAGE.items()},
-    **{("torch", name): dtype for name, dtype in BY_NAME.items()},
+    **{("torch", name): dtype for name, dtype in IN_TORCH.items()},
     # Protocols 0 to 2 use the names of Python 2.
-    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
-    **{(module, "frozenset"): safe_frozenset for module in ("builtins", "__builtin__")},
-    **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
+    **{
+        (module, name): function
+        for module in ("builtins", "__builtin__")
+        for name, function in {
+            "set": _set,
+            "frozenset": safe_frozenset,
+            "bytes": _no_bytes,
+            **dict.fromkeys(("bytearray", "complex", "range", "slice", "xrange"), _nothing),
+        }.items()
+    },
 }
 
-# Kinds of tensors that cannot be copied as plain bytes.
-_REFUSED = {
-    "complex numbers": "ComplexFloatStorage ComplexDoubleStorage complex32 complex64 complex128",
-    "a quantized tensor": "_rebuild_qtensor QInt8Storage QUInt8Storage QInt32Storage QUInt4x2Storage QUInt2x4Storage",
-    "a sparse tensor": "_rebuild_sparse_tensor _rebuild_sparse_csr_tensor",
-    "a nested tensor": "_rebuild_nested_tensor",
-    "a tensor on the meta device, which has no data": "_rebuild_meta_tensor_no_storage",
-    "a tensor kept as a numpy array": "_rebuild_device_tensor_from_numpy _rebuild_xla_tensor",
-    "a tensor of an accelerator": "_rebuild_device_tensor_from_cpu_tensor",
-    "a tensor of a subclass": "_rebuild_wrapper_subclass _rebuild_from_type_v2",
-}
-for _what, _names in _REFUSED.items():
-    for _name in _names.split():
-        for _module in ("torch", "torch._utils", "torch._tensor"):
-            GLOBALS[_module, _name] = Refused(f"{_what}: only plain tensors can be converted")
 
+class TorchGlobals(dict[tuple[str, str], Any]):
+    """The globals of one file: those of the table, and a placeholder for each other one.
 
-# ---- from records to the contents of a checkpoint
-
-# Finds the bytes of a storage in the container.
-StorageOf = Callable[[StorageRef], Storage]
-
-_SCALARS = (str, int, float, bool)
-
-
-class Resolver:
-    """Adds names and storages to the tensors of an unpickled value, within the limits above."""
-
-    def __init__(self, file: SourceFile, storage_of: StorageOf) -> None:
-        self._file, self._storage_of = file, storage_of
-        self._storages: dict[StorageRef, Storage] = {}
-        self._entries = 0
-        self._repeated = 0
-
-    def tensor(self, key: str, record: TensorRecord) -> TensorInfo:
-        """The tensor with its name and storage; ContainerError where it does not fit into the storage."""
-        storage = self._storages.get(record.ref)
-        if storage is None:
-            storage = self._storages[record.ref] = self._storage_of(record.ref)
-        tensor = checked_tensor_info(key, record.dtype, record.shape, storage, record.offset, record.strides)
-        if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
-            # torch swaps the bytes of the storage's elements, not of the tensor's.
-            raise self._error(tensor, "big-endian, with another element type than its storage")
-        self._repeated += max(tensor.nbytes - storage.size, 0)
-        if self._repeated > MAX_REPEATED:
-            raise self._error(tensor, f"the shape {tensor.shape} of {storage.size} bytes repeated")
-        return tensor
-
-    def _error(self, tensor: TensorInfo, why: str) -> ContainerError:
-        return ContainerError(
-            f"{self._file.name}: tensor {tensor.key!r}: {why}",
-            "where you trust the file, load it with torch and save its tensors' clones",
-        )
-
-    def count(self, entries: int, depth: int) -> None:
-        """Count the entries of a dict; ContainerError where dicts are nested too deep or have too many entries."""
-        self._entries += entries
-        if depth > MAX_DEPTH or self._entries > MAX_ENTRIES:
-            raise ContainerError(
-                f"{self._file.name}: dicts nested more than {MAX_DEPTH} deep, or with more than {MAX_ENTRIES} entries",
-                "no checkpoint needs that: do not trust this file",
-            )
-
-    def checked_name(self, name: str) -> str:
-        """Return `name`; ContainerError where it is too long."""
-        if len(name) > MAX_NAME:
-            raise ContainerError(
-                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...",
-                "no checkpoint needs that: do not trust this file",
-            )
-        return name
-
-    def contents(self, value: dict[Any, Any], depth: int = 0) -> Contents:
-        """The nested dicts of `value` with their tensors. Values other than tensors, dicts and scalars become None."""
-        self.count(len(value), depth)
-        return {key: self._item(key, item, depth) for key, item in value.items()}
-
-    def _item(self, key: Any, item: Any, depth: int) -> Any:
-        if type(item) is TensorRecord:
-            return self.tensor(self.checked_name(_key_name(key)), item)
-        if type(item) is dict and type(key) in _SCALARS:
-            self.checked_name(str(key))
-            return self.contents(item, depth + 1)
-        return item if type(item) in _SCALARS else None
-
-
-def _key_name(key: Any) -> str:
-    """Name of the tensor under `key`. The text of a tuple is not used: it has no bound."""
-    return str(key) if type(key) in _SCALARS else f"a {type(key).__name__}"
-
-
-def contents(file: SourceFile, value: Any, storage_of: StorageOf) -> Contents:
-    """Convert an unpickled value to what a loader returns.
-
-    Args:
-        file: The file, for messages.
-        value: The value, in which tensors are of type `TensorRecord`.
-        storage_of: Finds the bytes of a storage in the container.
-
-    Raises:
-        ContainerError: The value is not a dict, exceeds a limit, or has a tensor outside of its storage.
+    Attributes:
+        ignored: The full names of the other ones.
     """
-    if type(value) is not dict:
-        kind = "tensor" if type(value) is TensorRecord else type(value).__name__
-        raise ContainerError(
-            f"{file.name}: holds a {kind}, not a dict of tensors",
-            "save the weights as one: torch.save(model.state_dict(), 'weights.pth')",
-        )
-    return Resolver(file, storage_of).contents(value)
+
+    def __init__(self) -> None:
+        super().__init__(GLOBALS)
+        self.ignored: list[str] = []
+
+    def __missing__(self, key: tuple[str, str]) -> Placeholder:
+        module, name = key
+        if is_gadget(module, name):
+            raise KeyError(key)
+        # repr: the name may contain control characters.
+        full_name = repr(f"{module}.{name}"[:MAX_SHOWN_NAME])[1:-1]
+        if full_name not in _OWN_CLASSES:
+            self.ignored.append(full_name)
+        self[key] = placeholder = Placeholder(full_name)
+        return placeholder

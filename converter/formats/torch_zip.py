@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping
 from typing import IO
 
 from converter.errors import ContainerError
-from converter.formats import torch_pickle
+from converter.formats.pickle_opcodes import RESAVE
 from converter.formats.pickle_reader import MAX_PICKLE, unpickle
-from converter.formats.torch_pickle import StorageRef, StorageRefs
+from converter.formats.torch_contents import contents_of
+from converter.formats.torch_pickle import StorageRef, StorageRefs, TorchGlobals
 from converter.formats.zip_directory import is_zip, read_directory, read_small
 from converter.storage.byte_range import DAMAGED, Segment, Storage
 from converter.storage.local_file import SourceFile
@@ -31,6 +32,7 @@ from converter.tensors.tensor_info import Contents, contiguous_strides
 
 CONTAINER = "torch zip"
 
+_MAX_VERSION = 10  # kMaxSupportedFileFormatVersion of torch
 _ALIGNMENT = 64  # of the bytes of a storage, as torch.save has it; torch.load can map them
 _LOCAL_HEADER = 30  # bytes of a member's local header before its name
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -49,8 +51,12 @@ def can_read(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
-    value, _ = unpickle(archive.pickle, archive.where, torch_pickle.GLOBALS, StorageRefs().load)
-    return torch_pickle.contents(file, value, archive.storage)
+    globals_ = TorchGlobals()
+    value, _ = unpickle(archive.pickle, archive.where, globals_, StorageRefs().load)
+    contents = contents_of(file, value, archive.storage, globals_.ignored)
+    if not archive.members.has_checksums:
+        contents.notes = ("the file holds no checksums (CRC-32): damaged weights would not be noticed",)
+    return contents
 
 
 class Archive:
@@ -61,8 +67,20 @@ class Archive:
         self.members = read_directory(file)
         self.root = self.members.root
         self.where = f"{file.name}: data.pkl"
-        self.pickle = read_small(self.members[f"{self.root}/data.pkl"], MAX_PICKLE)
+        self._check_version()
+        self.pickle = read_small(self.members[f"{self.root}/data.pkl"], MAX_PICKLE, RESAVE)
         self._big_endian = self._byteorder() == b"big"
+
+    def _check_version(self) -> None:
+        """Refuse an archive that torch refuses. Files written by hand may lack the version, or a number in it."""
+        name = f"{self.root}/version"
+        version = self.members.get(name)
+        text = version.read() if version and version.size < 64 else b""
+        if text.strip().isdigit() and int(text) > _MAX_VERSION:
+            raise ContainerError(
+                f"{self.file.name}: archive version {int(text)}; torch knows versions up to {_MAX_VERSION}",
+                "the file is damaged, or from a newer torch: load it there and save its state dict with torch 2",
+            )
 
     def _byteorder(self) -> bytes:
         name = f"{self.root}/byteorder"

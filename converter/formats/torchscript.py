@@ -8,15 +8,16 @@ buffers: other attributes are not in the state dict.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_reader import unpickle
-from converter.formats.pickle_values import Node
-from converter.formats.torch_pickle import GLOBALS, Resolver, StorageRefs, TensorRecord, first_argument
+from converter.formats.pickle_values import Placeholder
+from converter.formats.torch_contents import Resolver
+from converter.formats.torch_pickle import GLOBALS, StorageRefs, TensorRecord, first_argument
 from converter.formats.torch_zip import Archive
 from converter.formats.zip_directory import is_zip, read_directory, read_small
 from converter.storage.byte_range import DAMAGED
@@ -38,7 +39,7 @@ def can_read(file: SourceFile) -> bool:
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
     value, _ = unpickle(archive.pickle, archive.where, _ScriptGlobals(_GLOBALS), StorageRefs().load)
-    if type(value) is not Node:
+    if type(value) is not Placeholder:
         raise ContainerError(
             f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module",
             "use a file that torch.jit.save or torch.save wrote",
@@ -61,18 +62,14 @@ _GLOBALS = {**GLOBALS, **{("torch.jit._pickle", name): first_argument for name i
 
 
 class _ScriptGlobals(dict[tuple[str, str], Any]):
-    """The table of globals, in which each `__torch__` class creates inert nodes."""
+    """The table of globals, in which each `__torch__` class is a placeholder."""
 
-    def __missing__(self, key: tuple[str, str]) -> Callable[[], Node]:
+    def __missing__(self, key: tuple[str, str]) -> Placeholder:
         module, name = key
         if module.partition(".")[0] != "__torch__":
             raise KeyError(key)
-
-        def make() -> Node:
-            return Node(f"{module}.{name}")
-
-        self[key] = make
-        return make
+        self[key] = placeholder = Placeholder(f"{module}.{name}")
+        return placeholder
 
 
 # ---- from the module tree to a state dict
@@ -102,7 +99,7 @@ class _Flattener:
         self._modules: dict[str, dict[str, _Class]] = {}
         self._code_left = MAX_CODE
 
-    def tensors(self, node: Node, prefix: str = "", depth: int = 0) -> Iterator[TensorInfo]:
+    def tensors(self, node: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[TensorInfo]:
         """The tensors of a module and of its submodules."""
         class_ = self._class(node.name)
         if class_ is None:
@@ -115,7 +112,7 @@ class _Flattener:
         self._resolver.count(len(node.state), depth)
         yield from self._own_tensors(class_, node.state, prefix)
         for name, value in node.state.items():
-            if type(value) is Node:
+            if type(value) is Placeholder:
                 yield from self.tensors(value, self._resolver.checked_name(f"{prefix}{name}."), depth + 1)
 
     def _own_tensors(self, class_: _Class, state: dict[Any, Any], prefix: str) -> Iterator[TensorInfo]:

@@ -49,11 +49,15 @@ class _Member(NamedTuple):
 class Directory(Mapping[str, Storage]):
     """The members of a zip archive by name.
 
+    `has_checksums` is False if the CRC-32 of every member is 0.
+
     The local header of a member is read together with its data: on a hub each read is a request.
     """
 
     def __init__(self, file: SourceFile, members: dict[str, _Member]) -> None:
         self._file, self._members = file, members
+        # torch.serialization.set_crc32_options(False) makes torch write zeros.
+        self.has_checksums = any(member.crc32 for member in members.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
@@ -74,7 +78,7 @@ class Directory(Mapping[str, Storage]):
             member.length,
             member.size,
             printable(name),
-            member.crc32,
+            member.crc32 if self.has_checksums else None,
             deflated=member.method == _DEFLATED,
             find=cache(partial(_data_offset, self._file, name, member)),
         )
@@ -101,13 +105,19 @@ def read_directory(file: SourceFile) -> Directory:
     return Directory(file, members)
 
 
-def read_small(storage: Storage, limit: int) -> bytes:
-    """Read a member and check its CRC-32; ContainerError where its size is over `limit`."""
+def read_small(storage: Storage, limit: int, hint: str = "no checkpoint needs that: do not trust this file") -> bytes:
+    """Read a member and check its CRC-32.
+
+    Args:
+        storage: The member.
+        limit: The largest size in bytes.
+        hint: The next step where the member is larger.
+
+    Raises:
+        ContainerError: The member is too large or damaged.
+    """
     if storage.size > limit:
-        raise ContainerError(
-            f"{storage.file.name}: {storage.name}: {storage.size} bytes; the limit is {limit}",
-            "no checkpoint needs that: do not trust this file",
-        )
+        raise ContainerError(f"{storage.file.name}: {storage.name}: {storage.size} bytes; the limit is {limit}", hint)
     return storage.read()
 
 

@@ -277,7 +277,7 @@ def _by_family(values: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
 def count_dtypes(dtypes: Iterable[DType]) -> dict[str, int]:
     """Count equal types, in the order of the table of types."""
     counts = Counter(dtype.name for dtype in dtypes)
-    return {name: counts[name] for name in BY_NAME if name in counts}
+    return {name: counts[name] for name in (*BY_NAME, *counts) if name in counts}
 
 
 def record_document(

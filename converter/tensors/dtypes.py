@@ -9,44 +9,85 @@ class DType(NamedTuple):
     """An element type.
 
     Attributes:
-        name: Torch's name.
-        itemsize: Bytes per element.
-        code: The name in safetensors files.
+        name: Torch's name, if torch has the type.
+        bits: Bits per element; 0 if the elements are not plain bytes in the file.
+        code: The name in safetensors files; empty if the format lacks the type.
         storage: Torch's storage class, or None.
     """
 
     name: str
-    itemsize: int
+    bits: int
     code: str
-    storage: str | None
+    storage: str | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element, rounded down."""
+        return self.bits // 8
 
     @property
     def is_float(self) -> bool:
-        return self.name.startswith(("float", "bfloat"))
+        """Whether weights of a model may have this type: not scales (float8_e8m0fnu) and packed numbers."""
+        return self.name in BY_NAME and self.name.startswith(("float", "bfloat"))
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of `numel` elements."""
+        return numel * self.bits // 8
 
 
 # Tensors of types without a storage class are saved by torch as untyped storages.
-_ALL = (
-    DType("float64", 8, "F64", "DoubleStorage"),
-    DType("float32", 4, "F32", "FloatStorage"),
-    DType("float16", 2, "F16", "HalfStorage"),
-    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
-    DType("float8_e4m3fn", 1, "F8_E4M3", None),
-    DType("float8_e5m2", 1, "F8_E5M2", None),
-    DType("int64", 8, "I64", "LongStorage"),
-    DType("int32", 4, "I32", "IntStorage"),
-    DType("int16", 2, "I16", "ShortStorage"),
-    DType("int8", 1, "I8", "CharStorage"),
-    DType("uint64", 8, "U64", None),
-    DType("uint32", 4, "U32", None),
-    DType("uint16", 2, "U16", None),
-    DType("uint8", 1, "U8", "ByteStorage"),
-    DType("bool", 1, "BOOL", "BoolStorage"),
+_WEIGHTS = (
+    DType("float64", 64, "F64", "DoubleStorage"),
+    DType("float32", 32, "F32", "FloatStorage"),
+    DType("float16", 16, "F16", "HalfStorage"),
+    DType("bfloat16", 16, "BF16", "BFloat16Storage"),
+    DType("float8_e4m3fn", 8, "F8_E4M3"),
+    DType("float8_e5m2", 8, "F8_E5M2"),
+    DType("float8_e4m3fnuz", 8, "F8_E4M3FNUZ"),
+    DType("float8_e5m2fnuz", 8, "F8_E5M2FNUZ"),
+    DType("int64", 64, "I64", "LongStorage"),
+    DType("int32", 32, "I32", "IntStorage"),
+    DType("int16", 16, "I16", "ShortStorage"),
+    DType("int8", 8, "I8", "CharStorage"),
+    DType("uint64", 64, "U64"),
+    DType("uint32", 32, "U32"),
+    DType("uint16", 16, "U16"),
+    DType("uint8", 8, "U8", "ByteStorage"),
+    DType("bool", 8, "BOOL", "BoolStorage"),
+)
+# Types that no weights of a layout have: their tensors are listed, and copied within safetensors.
+_SAFETENSORS_ONLY = (
+    DType("float6_e2m3", 6, "F6_E2M3"),
+    DType("float6_e3m2", 6, "F6_E3M2"),
+    DType("float4_e2m1", 4, "F4"),
+)
+_OTHERS = (
+    DType("float8_e8m0fnu", 8, "F8_E8M0"),
+    # One element is a byte with two numbers.
+    DType("float4_e2m1fn_x2", 8, ""),
+    DType("complex32", 32, ""),
+    DType("complex64", 64, "C64", "ComplexFloatStorage"),
+    DType("complex128", 128, "", "ComplexDoubleStorage"),
 )
 
-BY_NAME = {dtype.name: dtype for dtype in _ALL}
-BY_CODE = {dtype.code: dtype for dtype in _ALL}
-BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
+BY_NAME = {dtype.name: dtype for dtype in _WEIGHTS}
+BY_CODE = {dtype.code: dtype for dtype in (*_WEIGHTS, *_OTHERS, *_SAFETENSORS_ONLY) if dtype.code}
+IN_TORCH = {dtype.name: dtype for dtype in (*_WEIGHTS, *_OTHERS)}
+BY_STORAGE = {dtype.storage: dtype for dtype in IN_TORCH.values() if dtype.storage}
 
 FLOAT32 = BY_NAME["float32"]
 INT64 = BY_NAME["int64"]
+
+# Tensors that are not plain bytes in the file, and how to make plain ones: a Python expression for the tensor `t`.
+REMEDIES = {
+    "sparse": "t.to_dense()",
+    "quantized": "t.dequantize()",
+    "nested": "t.to_padded_tensor(0)",
+    "DTensor": "t.full_tensor()",
+    "numpy array": "torch.from_numpy(t)",
+}
+
+
+def unreadable(kind: str) -> DType:
+    """The type of a tensor of which only the name and shape are known, such as "sparse"."""
+    return DType(kind, 0, "")

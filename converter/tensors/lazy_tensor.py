@@ -108,7 +108,7 @@ LazyTensor = Read | Concat | Slice | View | Transpose | Cast | Resample | Genera
 
 def nbytes(value: LazyTensor) -> int:
     """Return the size of a tensor in bytes."""
-    return math.prod(value.shape) * value.dtype.itemsize
+    return value.dtype.nbytes(math.prod(value.shape))
 
 
 def lazy_read(tensor: TensorInfo) -> LazyTensor:

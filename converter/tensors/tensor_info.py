@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
@@ -31,7 +32,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(math.prod(self.shape))
 
     @property
     def is_raw_contiguous(self) -> bool:
@@ -42,6 +43,20 @@ class TensorInfo(NamedTuple):
 
 # The result of a loader: nested dicts of tensors. Non-tensor objects become None or scalars.
 Contents = dict[Any, Any]
+
+
+class FileContents(Contents):
+    """Contents, with remarks of the loader.
+
+    Attributes:
+        ignored: Full names of classes and functions in a pickle that were not imported.
+        notes: Messages for the user.
+    """
+
+    def __init__(self, contents: Contents, ignored: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(contents)
+        self.ignored = tuple(ignored)
+        self.notes = tuple(notes)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def safetensors_file(tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
     """A file of tensors, given as name -> (dtype code, shape), with bytes 0, 1, 2, ..."""
     header, end = {}, 0
     for name, (code, shape) in tensors.items():
-        begin, end = end, end + math.prod(shape) * BY_CODE[code].itemsize
+        begin, end = end, end + BY_CODE[code].nbytes(math.prod(shape))
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     return _with_header(header, bytes(i & 255 for i in range(end)))
 
@@ -156,7 +156,7 @@ def _laid_out(header: dict[str, Any], body: bytes, most: int) -> bytes:
         if name != "__metadata__":
             if not all(type(size) is int for size in entry["shape"]):
                 raise ValueError
-            begin, end = end, end + math.prod(entry["shape"]) * BY_CODE[entry["dtype"]].itemsize
+            begin, end = end, end + BY_CODE[entry["dtype"]].nbytes(math.prod(entry["shape"]))
             entry["data_offsets"] = [begin, end]
     if not 0 <= end <= most:
         raise ValueError

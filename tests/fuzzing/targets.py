@@ -22,6 +22,7 @@ from converter.errors import DsocrError
 from converter.formats import (
     pickle_reader,
     safetensors,
+    torch_contents,
     torch_legacy,
     torch_pickle,
     torch_zip,
@@ -143,9 +144,9 @@ def pickle(data: bytes) -> None:
     def storage(ref: StorageRef) -> Storage:
         return Storage(file, (0, ref.nbytes), ref.nbytes, ref.nbytes, ref.key)
 
-    value, end = pickle_reader.unpickle(data, "input", torch_pickle.GLOBALS, torch_pickle.storage_ref)
+    value, end = pickle_reader.unpickle(data, "input", torch_pickle.TorchGlobals(), torch_pickle.storage_ref)
     assert 0 < end <= len(data)
-    for tensor in _tensors(torch_pickle.contents(file, value, storage)):
+    for tensor in _tensors(torch_contents.contents_of(file, value, storage)):
         check(tensor)
 
 

@@ -6,6 +6,8 @@ The names are those that scanners of pickles list, those that were used to get p
 from __future__ import annotations
 
 import pickle
+import pickletools
+from itertools import pairwise
 from pathlib import Path
 
 from hostile.torchfiles import Raw, call, named
@@ -141,25 +143,42 @@ def canaries(path: Path) -> dict[str, Raw]:
     }
 
 
+# Names that training states have too. Their gadgets are refused for the next name that they refer to.
+LEADS_TO = {
+    "pathlib.Path": "builtins.getattr",
+    "pathlib.PosixPath": "builtins.getattr",
+    "functools.partial": "os.system",
+    "torch._tensor._rebuild_from_type_v2": "os.system",
+}
+
 # More names, not executed here: other systems, versions and packages; those that need a network or a terminal.
 OTHERS = """
     builtins.compile marshal.loads nt.system _posixsubprocess.fork_exec
-    __builtin__.execfile __builtin__.file builtins.globals builtins.type
-    builtins.object builtins.print builtins.input types.CodeType sys.settrace gc.get_objects signal.signal
+    __builtin__.execfile __builtin__.file builtins.globals
+    builtins.input types.CodeType sys.settrace gc.get_objects signal.signal
     importlib.machinery.SourceFileLoader runpy.run_path runpy.run_module zipimport.zipimporter site.addpackage pip.main
-    collections.defaultdict collections.abc collections._sys copyreg._reconstructor copy_reg._reconstructor
+    collections._sys
     concurrent.futures.thread._WorkItem pdb.run pdb.Pdb doctest.debug_script codeop.compile_command cmd.Cmd
     lib2to3.pgen2.grammar.Grammar.loads unittest.main shutil.rmtree tempfile.mkdtemp shelve.open linecache.getline
     ctypes.cdll _ctypes.dlopen socket.create_connection urllib.request.urlopen http.client.HTTPSConnection requests.get
     ssl.get_server_certificate webbrowser.open smtplib.SMTP ftplib.FTP cloudpickle.loads dill.loads joblib.load
-    pandas.read_pickle numpy.load numpy.f2py.diagnose.run_command numpy.core.multiarray.scalar torch.load
+    pandas.read_pickle numpy.load numpy.f2py.diagnose.run_command torch.load
     torch.serialization.load torch.jit.load torch.jit.script torch.hub.load torch.hub.load_state_dict_from_url
     torch.classes.load_library torch.ops.load_library torch.utils.bottleneck.__main__.run_cprofile
     torch._dynamo.guards.GuardBuilder.get torch._inductor.codecache.compile_file torch.package.PackageImporter
     torch.utils.cpp_extension.load_inline torch.distributed.rpc.init_rpc torch.multiprocessing.spawn
-    torch.multiprocessing.reductions.rebuild_cuda_tensor torch._utils._rebuild_wrapper_subclass torch.nn.Module
-    torch.Tensor torch.FloatTensor torch.UntypedStorage torch.storage.TypedStorage torch._C._from_dlpack
+    torch.multiprocessing.reductions.rebuild_cuda_tensor
+    torch._C._from_dlpack
     transformers.AutoModel.from_pretrained
+"""
+
+# Names that scanners list, and that training states have as well: placeholders.
+HARMLESS = """
+    builtins.type builtins.object builtins.print collections.defaultdict collections.abc copyreg._reconstructor
+    copy_reg._reconstructor numpy.core.multiarray.scalar torch.nn.Module torch.Tensor torch.FloatTensor
+    torch.UntypedStorage torch.storage.TypedStorage torch._utils._rebuild_wrapper_subclass argparse.Namespace
+    types.SimpleNamespace functools.partial pathlib.PosixPath datetime.datetime logging.getLogger
+    torch._dynamo.eval_frame.OptimizedModule code.models.Net signal.Signals distutils.version.LooseVersion
 """
 
 
@@ -185,6 +204,22 @@ def _attribute(of: Raw, name: str) -> Raw:
     """`getattr` of a value that is built first, so that its global is the first one."""
     # The value into the memo; getattr; the value from the memo.
     return Raw(of.opcodes + b"r\xff\xff\0\0" + b"0" + b"cbuiltins\ngetattr\n(j\xff\xff\0\0" + _text(name) + b"tR")
+
+
+def renamed(raw: Raw) -> Raw:
+    """The same opcodes with `unknown_` before the name of each module."""
+    data = raw.opcodes + b"."
+    operations = list(pickletools.genops(data))
+    chunks: list[bytes] = []
+    for (operation, argument, start), (_, _, end) in pairwise(operations):
+        chunks.append(data[start:end])
+        if operation.name == "GLOBAL":
+            module, name = str(argument).split(" ")
+            chunks[-1] = f"cunknown_{module}\n{name}\n".encode()
+        if operation.name == "STACK_GLOBAL":  # after the module and the name
+            module = "unknown_" + chunks[-3][2:].decode()
+            chunks[-3] = b"\x8c" + bytes([len(module)]) + module.encode()
+    return Raw(b"".join(chunks))
 
 
 def _then(first: Raw, second: Raw) -> Raw:

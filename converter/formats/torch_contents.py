@@ -1,0 +1,178 @@
+"""The contents of a checkpoint from the value of a torch pickle: named tensors with their bytes in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from converter.errors import ContainerError
+from converter.formats.pickle_opcodes import RESAVE
+from converter.formats.pickle_values import Placeholder
+from converter.formats.torch_pickle import StorageRef, TensorRecord, array_record
+from converter.storage.byte_range import Storage
+from converter.storage.local_file import SourceFile
+from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info
+
+MAX_DEPTH = 16  # of nested dicts and lists: a dict may contain itself. Deeper ones are left out
+MAX_MODULES = 100  # nested in each other
+MAX_ENTRIES = 200_000  # of all dicts with tensors together: a dict may occur many times
+MAX_NAME = 10_000  # characters of a key: names of nested keys repeat the outer ones
+# Bytes by which all tensors together may exceed their storages: expand() makes a tensor of any size from one element.
+# Such a tensor is computed in memory. CLIP's token table, the largest tensor, takes 250 MB.
+MAX_REPEATED = 1 << 30
+
+# Finds the bytes of a storage in the container.
+StorageOf = Callable[[StorageRef], Storage]
+
+_SCALARS = (str, int, float, bool)
+_NESTED = (dict, list, tuple, Placeholder)
+_MODULE = ("_parameters", "_buffers", "_modules")
+
+
+class Resolver:
+    """Adds names and storages to the tensors of an unpickled value, within the limits above."""
+
+    def __init__(self, file: SourceFile, storage_of: StorageOf) -> None:
+        self._file, self._storage_of = file, storage_of
+        self._storages: dict[StorageRef, Storage] = {}
+        self._entries = 0
+        self._repeated = 0
+        # By the id of a value, which the pickle's value keeps alive.
+        self._items: dict[int, dict[Any, Any]] = {}
+        self._without_tensors: dict[int, int] = {}
+
+    def tensor(self, key: str, record: TensorRecord) -> TensorInfo:
+        """The tensor with its name and storage; ContainerError where it does not fit into the storage."""
+        if record.ref is None:
+            return TensorInfo(
+                key, record.dtype, record.shape, Storage(self._file, (0, 0), 0, 0, key), 0, record.strides
+            )
+        storage = self._storages.get(record.ref)
+        if storage is None:
+            storage = self._storages[record.ref] = self._storage_of(record.ref)
+        tensor = checked_tensor_info(key, record.dtype, record.shape, storage, record.offset, record.strides)
+        if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
+            # torch swaps the bytes of the storage's elements, not of the tensor's.
+            raise self._error(tensor, "big-endian, with another element type than its storage")
+        self._repeated += max(tensor.nbytes - storage.size, 0)
+        if self._repeated > MAX_REPEATED:
+            raise self._error(tensor, f"the shape {tensor.shape} of {storage.size} bytes repeated")
+        return tensor
+
+    def _error(self, tensor: TensorInfo, why: str) -> ContainerError:
+        return ContainerError(
+            f"{self._file.name}: tensor {tensor.key!r}: {why}",
+            "where you trust the file, load it with torch and save the tensors' clones: t.clone()",
+        )
+
+    def count(self, entries: int, depth: int) -> None:
+        """Count the entries of a dict or module; ContainerError where too many are nested or they have too many."""
+        self._entries += entries
+        if depth > MAX_MODULES or self._entries > MAX_ENTRIES:
+            raise ContainerError(
+                f"{self._file.name}: modules nested more than {MAX_MODULES} deep, or dicts with more than "
+                f"{MAX_ENTRIES} entries",
+                "no checkpoint needs that: do not trust this file",
+            )
+
+    def checked_name(self, name: str) -> str:
+        """Return `name`; ContainerError where it is too long."""
+        if len(name) > MAX_NAME:
+            raise ContainerError(
+                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...",
+                "no checkpoint needs that: do not trust this file",
+            )
+        return name
+
+    def contents(self, value: Any, depth: int = 0) -> Contents | None:
+        """The nested dicts, lists and modules of `value` that have tensors, as dicts; None if none has any.
+
+        Scalars are kept, and other values become None.
+        """
+        # A container without tensors is searched once, or again if it was found at a greater depth.
+        if depth > MAX_DEPTH or self._without_tensors.get(id(value), MAX_DEPTH + 1) <= depth:
+            return None
+        found = {key: self._item(key, item, depth) for key, item in self._items_of(value).items()}
+        if any(type(item) in (TensorInfo, dict) for item in found.values()):
+            self.count(len(found), depth)
+            return found
+        self._without_tensors[id(value)] = depth
+        return None
+
+    def _items_of(self, value: Any) -> dict[Any, Any]:
+        """The items of a container by key or index; of a module, its tensors by name."""
+        if type(value) is dict:
+            return value
+        if type(value) is Placeholder and type(value.content) is dict:
+            return value.content
+        items = self._items.get(id(value))
+        if items is None:
+            if type(value) is Placeholder:
+                items = dict(self._module(value)) if _is_module(value) else {}
+            else:
+                items = {index: item for index, item in enumerate(value) if type(item) in _NESTED}
+            self._items[id(value)] = items
+        return items
+
+    def _module(self, module: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRecord]]:
+        """The tensors of a module's `state_dict()`."""
+        parameters, buffers, modules = (module.state[name] for name in _MODULE)
+        self.count(len(parameters) + len(buffers) + len(modules), depth)
+        unsaved = module.state.get("_non_persistent_buffers_set")
+        unsaved = unsaved if type(unsaved) is set else ()
+        for name, tensor in [*parameters.items(), *buffers.items()]:
+            if type(tensor) is TensorRecord and name not in unsaved:
+                yield self.checked_name(f"{prefix}{name}"), tensor
+        for name, child in modules.items():
+            if _is_module(child) and type(name) is str:
+                yield from self._module(child, self.checked_name(f"{prefix}{name}."), depth + 1)
+
+    def _item(self, key: Any, item: Any, depth: int) -> Any:
+        record = item if type(item) is TensorRecord else array_record(item)
+        if record is not None:
+            return self.tensor(self.checked_name(_key_name(key)), record)
+        if type(item) in _NESTED and type(key) in _SCALARS:
+            self.checked_name(str(key))
+            return self.contents(item, depth + 1)
+        return item if type(item) in _SCALARS else None
+
+
+def _is_module(value: Any) -> bool:
+    """Whether a value is an object of torch.nn.Module with plain dicts of parameters, buffers and modules."""
+    return (
+        type(value) is Placeholder
+        and type(value.state) is dict
+        and all(type(value.state.get(name)) is dict for name in _MODULE)
+    )
+
+
+def _key_name(key: Any) -> str:
+    """Name of the tensor under `key`. The text of a tuple is not used: it has no bound."""
+    if type(key) in _SCALARS:
+        return str(key)
+    return f"a {key.name if type(key) is Placeholder else type(key).__name__}"
+
+
+def contents_of(file: SourceFile, value: Any, storage_of: StorageOf, ignored: Iterable[str] = ()) -> FileContents:
+    """Convert an unpickled value to what a loader returns.
+
+    Args:
+        file: The file, for messages.
+        value: The value, in which tensors are of type `TensorRecord`.
+        storage_of: Finds the bytes of a storage in the container.
+        ignored: Full names of the classes and functions that were not imported.
+
+    Raises:
+        ContainerError: The value is not a dict, a list or a module, exceeds a limit, or has a tensor outside of its
+            storage.
+    """
+    found = Resolver(file, storage_of).contents(value) if type(value) in _NESTED else None
+    if found is None and type(value) is not dict:
+        raise ContainerError(f"{file.name}: holds {_what(value)}, not a dict of tensors", RESAVE)
+    return FileContents(found or {}, ignored)
+
+
+def _what(value: Any) -> str:
+    if type(value) is Placeholder:
+        return f"an object of {value.name}"
+    return "a tensor" if type(value) is TensorRecord else f"a {type(value).__name__} without named tensors"
