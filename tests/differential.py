@@ -28,7 +28,9 @@ from memory import copied, raw
 from memory_file import Memory
 
 from converter.errors import DsocrError
+from converter.formats.pickle_values import Placeholder
 from converter.formats.registry import open_file
+from converter.formats.torch_contents import MAX_DEPTH
 from converter.tensors.evaluate import tensor_bytes
 from converter.tensors.lazy_tensor import byte_ranges, lazy_read
 from converter.tensors.tensor_info import Contents, TensorInfo
@@ -41,6 +43,10 @@ MEMORY = 8 << 30
 SECONDS = 20
 
 OURS, THEIRS, NEITHER, BOTH = "only dsocr-convert", "only the library", "neither", "both"
+
+
+# In place of a tensor of which only the name is known.
+UNREADABLE = "unreadable"
 
 
 class Reason(NamedTuple):
@@ -61,11 +67,8 @@ class Reason(NamedTuple):
 
 # The first match is used. docs/differential.md explains them.
 REASONS = [
-    Reason("torch", THEIRS, r"only plain tensors can be converted", "sparse, quantized, complex or meta"),
-    Reason("torch", THEIRS, r"holds an? \w+, not a dict of tensors", "not a dict"),
-    Reason("torch", THEIRS, r"dicts nested more than", "nested too deep"),
-    Reason("torch", THEIRS, r"\w+ as a key|a key without a value", "unsafe keys"),
-    Reason("torch", THEIRS, r"more than \d+ opcodes|a name of \d+ characters", "beyond a limit"),
+    Reason("torch", THEIRS, r"holds an? [\w ]+, not a dict of tensors", "not a dict"),
+    Reason("torch", THEIRS, r"values of more than \d+ bytes|a name of \d+ characters", "beyond a limit"),
     Reason("torch", THEIRS, r"of \d+ bytes repeated", "expanded to more than a GiB"),
     Reason("torch", THEIRS, r"big-endian, with another", "big-endian, with another dtype than its storage"),
     Reason("torch", THEIRS, r"checksum|damaged zip archive|own header disagree", "a damaged archive"),
@@ -81,13 +84,19 @@ REASONS = [
         r"invalid literal for int|codec can't decode|not in a subdirectory",
         "damaged members without weights",
     ),
-    Reason("torch", OURS, r"PytorchStreamReader failed|Couldn't parse the version", "damaged members without weights"),
+    Reason(
+        "torch",
+        OURS,
+        r"PytorchStreamReader failed|Couldn't parse the version|hasRecord",
+        "damaged members without weights",
+    ),
     Reason("torch", OURS, r"required positional argument|not enough values to unpack", "ignored values are missing"),
     Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "unsupported by weights_only"),
     Reason("safetensors", THEIRS, r"duplicate name", "a duplicate name"),
     Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "additional fields"),
     Reason("safetensors", THEIRS, r"unknown format|begins with", "no brace at the beginning"),
     Reason("safetensors", THEIRS, r"__metadata__ is not an object", "metadata null"),
+    Reason("safetensors", OURS, r"KeyError: 'F\d_", "types that torch lacks"),
     Reason("safetensors", OURS, r"hex escape", "lone surrogates"),
     Reason("safetensors", OURS, r"floating point `-0.0`", "-0 as an integer"),
 ]
@@ -128,7 +137,19 @@ def _compare(kind: str, data: bytes) -> tuple[str, str]:
     if ours is None or theirs is None:
         who = OURS if ours is not None else THEIRS if theirs is not None else NEITHER
         return who, our_error if theirs is not None else their_error
-    return BOTH, "\n".join(_differences(ours, theirs, ""))
+    return BOTH, "\n".join(_differences(ours, _without_tensorless(theirs) or {}, ""))
+
+
+def _without_tensorless(value: Any, depth: int = 0) -> Any:
+    """The value as our readers give it: dicts without tensors become None, and keys other than scalars are dropped."""
+    if not isinstance(value, dict) or depth > MAX_DEPTH:
+        return None if isinstance(value, dict) else value
+    found = {
+        key: _without_tensorless(item, depth + 1)
+        for key, item in value.items()
+        if isinstance(key, (str, bytes, int, float, bool, type(None)))
+    }
+    return found if any(isinstance(item, (dict, torch.Tensor)) for item in found.values()) else None
 
 
 def _ours(data: bytes) -> tuple[Contents | None, str]:
@@ -141,7 +162,7 @@ def _ours(data: bytes) -> tuple[Contents | None, str]:
 
 
 def _with_bytes(contents: Contents) -> Contents:
-    return {key: _value(value) for key, value in contents.items()}
+    return {key: _value(value) for key, value in contents.items() if not isinstance(key, Placeholder)}
 
 
 def _value(value: Any) -> Any:
@@ -150,6 +171,8 @@ def _value(value: Any) -> Any:
     if not isinstance(value, TensorInfo):
         return value
     check(value)
+    if not value.dtype.bits:
+        return UNREADABLE
     segments = byte_ranges(lazy_read(value))
     data = copied(segments) if segments is not None else bytes(tensor_bytes(lazy_read(value)))
     return f"torch.{value.dtype.name}", value.shape, data
@@ -171,7 +194,7 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
             return
         for key in theirs:
             yield from _differences(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(theirs, torch.Tensor):
+    elif isinstance(theirs, torch.Tensor) and ours != UNREADABLE:
         found = (str(theirs.dtype), tuple(theirs.shape), raw(theirs.detach()))
         if ours != found:
             yield f"{where}: {str(ours)[:80]} and {str(found)[:80]}"
@@ -179,7 +202,7 @@ def _differences(ours: Any, theirs: Any, where: str) -> Iterator[str]:
         # NaN is not equal to itself.
         if ours != theirs and repr(ours) != repr(theirs):
             yield f"{where}: {ours!r} and {theirs!r}"
-    elif ours is not None:
+    elif ours is not None and ours != UNREADABLE:
         yield f"{where}: {ours!r} where they have a {type(theirs).__name__}"
 
 

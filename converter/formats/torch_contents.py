@@ -8,7 +8,7 @@ from typing import Any
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import RESAVE
 from converter.formats.pickle_values import Placeholder
-from converter.formats.torch_pickle import StorageRef, TensorRecord, array_record
+from converter.formats.torch_pickle import StorageRef, TensorRecord, packed_record
 from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info
@@ -128,7 +128,7 @@ class Resolver:
                 yield from self._module(child, self.checked_name(f"{prefix}{name}."), depth + 1)
 
     def _item(self, key: Any, item: Any, depth: int) -> Any:
-        record = item if type(item) is TensorRecord else array_record(item)
+        record = item if type(item) is TensorRecord else packed_record(item)
         if record is not None:
             return self.tensor(self.checked_name(_key_name(key)), record)
         if type(item) in _NESTED and type(key) in _SCALARS:

@@ -181,8 +181,13 @@ def array_shape(value: Any) -> Any:
     return value.arguments[2] if value.name.endswith("._frombuffer") and len(value.arguments) == 4 else None
 
 
-def array_record(value: Any) -> TensorRecord | None:
-    """A numpy array as a tensor that cannot be read; None for other values."""
+def packed_record(value: Any) -> TensorRecord | None:
+    """A numpy array, or a tuple of a tensor and more, as a tensor that cannot be read; None for other values.
+
+    A quantized layer has a tuple of its weight and its bias.
+    """
+    if type(value) is tuple and value and type(value[0]) is TensorRecord:
+        return _unreadable("quantized" if value[0].dtype.name == "quantized" else "tuple of tensors", value[0].shape)
     shape = array_shape(value)
     return _unreadable("numpy array", shape) if type(shape) is tuple and shape else None
 

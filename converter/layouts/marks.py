@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from converter.tensors.dtypes import REMEDIES
 from converter.tensors.tensor_info import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -160,10 +161,26 @@ def _channels_last(tensors: Tensors) -> Mark | None:
     )
 
 
+def _unreadable(tensors: Tensors) -> Mark | None:
+    """Tensors that are not plain bytes in the file, such as arrays of numpy."""
+    found = [name for name, tensor in tensors.items() if tensor.dtype.bits == 0]
+    if not found:
+        return None
+    kind = tensors[found[0]].dtype.name
+    plain = f"torch.save({{k: {REMEDIES.get(kind, 't.clone()')} for k, t in STATE_DICT.items()}}, 'weights.pth')"
+    return Mark(
+        f"holds weights that are no plain tensors ({kind})",
+        f"where you trust the file, convert them: {plain}, with the state dict of torch.load(PATH, map_location='cpu', "
+        "weights_only=False), which runs code of the file",
+        found,
+    )
+
+
 _CHECKS: tuple[Callable[[Tensors], Mark | None], ...] = (
     *map(_by_names, (*_ADAPTERS, *_QUANTISED)),
     _not_gathered,
     _integer_weights,
     *map(_by_names, _ARCHITECTURES),
     _channels_last,
+    _unreadable,
 )

@@ -80,6 +80,7 @@ INT64 = BY_NAME["int64"]
 
 # Tensors that are not plain bytes in the file, and how to make plain ones: a Python expression for the tensor `t`.
 REMEDIES = {
+    "conjugated or negated view": "t.resolve_conj().resolve_neg()",
     "sparse": "t.to_dense()",
     "quantized": "t.dequantize()",
     "nested": "t.to_padded_tensor(0)",
