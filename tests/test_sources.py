@@ -101,6 +101,8 @@ def test_a_mapping_of_an_unknown_layout_is_not_checked(folder: Path, tmp_path: P
     assert any("mapping mine.yaml itself was not checked" in note for note in found.notes)
     outputs = [check for check in found.checks if check.group == "outputs"]
     assert len(outputs) == 2 and {check.verdict for check in outputs} == {"inconclusive"}
+    # Nor would these outputs have shown a mistake.
+    assert found.controls == []
 
 
 # Other layouts -------------------------------------------------------------------------------------------------------

@@ -120,6 +120,8 @@ def run_encoders(
     compared = [each.check for each in comparisons]
     if source:
         compared = [_limited(_explain_failure(check, family, source), source.origin) for check in compared]
+    # A comparison that shows nothing would not have shown a mistake either.
+    shown = [each for check, each in zip(compared, comparisons, strict=True) if check.verdict == PASSED]
     return RunResults(
         checks=[*checks, *compared],
         traces=[each.trace for each in comparisons if each.trace],
@@ -129,7 +131,7 @@ def run_encoders(
             if options.draw and each.features
             for picture in pictures.draw(each.check.name, *each.features)
         ],
-        controls=strongest((control for each in comparisons for control in each.controls), family.prefix),
+        controls=strongest((control for each in shown for control in each.controls), family.prefix),
         reference=next((each.reference for each in comparisons if each.reference), ""),
         notes=[*notes, *(each.note for each in comparisons if each.note)],
     )
