@@ -7,6 +7,7 @@ Chinese page shows is compared with the English one's.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import test_folders
 import test_oracles
 import test_routes
+import torch
 import walkthrough
 import yaml
 from hubserver import Repo, environment, hub_server
@@ -78,13 +80,22 @@ def tiny(tmp_path: Path) -> Path:
     theirs = {f"their.{name.replace('encoder', 'trunk')}": tensor for name, tensor in state.items()}
     test_oracles.save_safetensors(theirs, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "theirs.safetensors")
+    llava = {
+        f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in models.clip_hf().state_dict().items()
+    }
+    (tmp_path / "llava-checkpoint").mkdir()
+    test_oracles.save_safetensors(llava, tmp_path / "llava-checkpoint")
+    copies = {
+        f"{who}.{name}": t for who in ("student", "teacher") for name, t in models.sam_meta().state_dict().items()
+    }
+    torch.save({"state_dict": copies, "args": argparse.Namespace(lr=0.1)}, tmp_path / "epoch_12.ckpt")
     return tmp_path
 
 
 def test_commands_run(tiny: Path) -> None:
     """Line after line, but for the full verification: the models are too small for the whole chain."""
     lines = [line for block in blocks(ENGLISH, "sh") for line in block.splitlines() if line.startswith("dsocr-")]
-    assert len(lines) == 8
+    assert len(lines) == 11
     for line in [lines[0], *lines[2:]]:
         done = walkthrough.shell(line, tiny)
         assert done.returncode == 0, f"{line}\n{done.stdout}"
