@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,8 @@ from converter.storage.progress import OnProgress
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification import restricted_pickle
 
+# The attributes of a torch.nn.Module that hold its tensors.
+_MODULE = {"_parameters", "_buffers", "_modules"}
 # Containers that the library reads tensor by tensor; others are read whole.
 _IN_PLACE = ("safetensors", "torch zip")
 
@@ -107,16 +110,39 @@ def _torch_load(path: str, mapped: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:
         # Other protocols than 2 and 3, or objects of other classes next to the weights.
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped, pickle_module=restricted_pickle)
+        with warnings.catch_warnings():
+            # torch looks for the source text of the classes of modules.
+            warnings.filterwarnings("ignore", "Couldn't retrieve source code")
+            return torch.load(
+                path, map_location="cpu", weights_only=False, mmap=mapped, pickle_module=restricted_pickle
+            )
 
 
-def _at(contents: Any, path: str) -> Any:
-    """The dict at a dotted path, whose keys may contain dots."""
+def _at(contents: Any, path: str) -> Mapping[Any, Any]:
+    """The items at a dotted path, whose keys may contain dots."""
     if not path:
-        return contents
-    for key, value in enumerate(contents) if isinstance(contents, (list, tuple)) else contents.items():
+        return _items(contents)
+    for key, value in _items(contents).items():
         if path == str(key):
-            return value
-        if path.startswith(f"{key}.") and isinstance(value, (dict, list, tuple)):
-            return _at(value, path[len(str(key)) + 1 :])
-    raise KeyError(path)
+            return _items(value)
+        if path.startswith(f"{key}.") and (found := _at(value, path[len(str(key)) + 1 :])):
+            return found
+    return {}
+
+
+def _items(value: Any) -> Mapping[Any, Any]:
+    """The items of a dict or a list; the tensors of a module that was saved whole."""
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {}
+    return dict(_module_tensors(value)) if value.keys() >= _MODULE else value
+
+
+def _module_tensors(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors of a module by the names of its `state_dict()`."""
+    for name, tensor in {**module["_parameters"], **module["_buffers"]}.items():
+        yield prefix + name, tensor
+    for name, child in module["_modules"].items():
+        if child is not None:
+            yield from _module_tensors(child, f"{prefix}{name}.")

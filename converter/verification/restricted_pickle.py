@@ -39,6 +39,31 @@ class _Placeholder(dict[Any, Any]):
     add = append
 
 
+def _first(value: Any, *_: Any) -> Any:
+    """The tensor of a parameter, without what belongs to training."""
+    return value
+
+
+def _call(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """The plain tensor of a subclass, or of a tensor with attributes."""
+    return function(*arguments)
+
+
+_PLAIN = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+
+
+def _table() -> dict[str, Any]:
+    """Torch's table without the functions that build other tensors than plain ones, of which none is a weight."""
+    allowed = _get_allowed_globals()
+    names = {f"torch._utils.{name}" for name in _PLAIN}
+    table = {name: value for name, value in allowed.items() if "._rebuild_" not in name or name in names}
+    return table | {
+        "torch._utils._rebuild_parameter": _first,
+        "torch._utils._rebuild_parameter_with_state": _first,
+        "torch._tensor._rebuild_from_type_v2": _call,
+    }
+
+
 # The unpickler in C allocates as much memory as an index in the file demands; this one does not.
 _Unpickler: Any = pickle._Unpickler
 
@@ -48,13 +73,16 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._table = _table()
+
     def find_class(self, module: str, name: str) -> Any:
         """A global of torch's table, or a new class of placeholders."""
         # Protocols 0 to 2 use the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-        allowed = _get_allowed_globals()
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-        return allowed.get(f"{module}.{name}") or type(name, (_Placeholder,), {})
+        return self._table.get(f"{module}.{name}") or type(name, (_Placeholder,), {"__module__": "placeholder"})
 
     def load_build(self) -> None:
         """Set the state of an object, but not attributes of functions and classes, which the process shares."""
