@@ -121,9 +121,8 @@ def _check_mapping(origin: Origin, known: Plan) -> Check:
         return Check(GROUP, _MAPPING, FAILED, f"{what}: {shorten(differing)}{where}", differing)
     if alone:
         return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {name} says what {shorten(alone)} is made of", alone)
-    return Check(
-        GROUP, "mapping", PASSED, f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
-    )
+    detail = f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
+    return Check(GROUP, _MAPPING, PASSED, detail)
 
 
 def _differ(a: LazyTensor, b: LazyTensor, load: Reader) -> bool:
