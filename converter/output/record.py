@@ -33,40 +33,24 @@ RECORD_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class RecordedMapping:
-    """A layout that a checkpoint was detected as.
+    """A layout that a checkpoint was detected as."""
 
-    Attributes:
-        family: sam or clip.
-        name: the mapping's name.
-        sha256: the digest of the mapping file.
-        state_dict: the path of the state dict in the file; empty for the top.
-        prefix: The prefix of the encoder's names in the source; empty if the layout itself has that prefix.
-    """
-
-    family: str
+    family: str  # sam or clip
     name: str
-    sha256: str
-    state_dict: str
-    prefix: str
+    sha256: str  # The digest of the mapping file
+    state_dict: str  # The path of the state dict in the file; empty for the top
+    prefix: str  # The prefix of the encoder's names in the source; empty if the layout itself has that prefix
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedSource:
-    """A checkpoint that was read.
+    """A checkpoint that was read."""
 
-    Attributes:
-        name: its path or address.
-        files: file names and their sizes in bytes.
-        containers: the container formats of the files.
-        commit: the commit on a hub; empty for a local checkpoint.
-        mappings: the layouts that it was detected as, one for each encoder that was taken from it.
-    """
-
-    name: str
-    files: dict[str, int]
-    containers: list[str]
-    commit: str
-    mappings: list[RecordedMapping]
+    name: str  # Its path or address
+    files: dict[str, int]  # File names and their sizes in bytes
+    containers: list[str]  # The container formats of the files
+    commit: str  # The commit on a hub; empty for a local checkpoint
+    mappings: list[RecordedMapping]  # The layouts that it was detected as, one for each encoder that was taken from it
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,20 +21,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbedEncoder:
-    """An encoder to run.
+    """An encoder to run."""
 
-    Attributes:
-        label: Library, version and class.
-        probes: Where features are recorded. One whose module does not run records nothing.
-        run: Computes features from pixels (B, 3, H, W).
-        output: The probe name of what `run` returns; empty if it is not compared.
-    """
-
-    label: str
+    label: str  # Library, version and class
     model: nn.Module
-    probes: Sequence[Probe]
-    run: Callable[[Tensor], Any]
-    output: str = ""
+    probes: Sequence[Probe]  # Where features are recorded. One whose module does not run records nothing.
+    run: Callable[[Tensor], Any]  # Computes features from pixels (B, 3, H, W)
+    output: str = ""  # The probe name of what `run` returns; empty if it is not compared
 
 
 def record_features(encoder: ProbedEncoder, pixels: Tensor) -> dict[str, Tensor]:
