@@ -34,6 +34,7 @@ from hubserver import Faults, HubServer, Repo, environment, hub_server
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converter.api.verify import verify
 from converter.errors import HubError, OutputError, UsageError
 from converter.hub import http_range, read_ahead, requests_http
 from converter.hub.address import Address, parse_address
@@ -317,7 +318,10 @@ def test_hub_and_revision_hold_for_every_source(place: Place) -> None:
     assert "ms://org/hf-only" in said
 
 
-def test_hub_options_need_a_hub(place: Place, made: Path) -> None:
+def test_hub_options_need_a_hub(place: Place, made: Path, local: Any) -> None:
+    converted, source = local("sam", "model.safetensors"), made / "model.safetensors"
+    with pytest.raises(UsageError, match="--revision only applies to hub repositories"):
+        verify(converted, source, revision="v1", fast=True)
     for option in (["--revision", "v1"], ["--download"]):
         assert "only applies to hub repositories" in place.refused("sam", made / "sam_vit_b.pth", *option, code=2)
     place.refused("sam", "hf://org/sam", "--hub", "ms", code=2)

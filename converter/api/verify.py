@@ -15,7 +15,7 @@ import torch
 
 from converter import __version__
 from converter.api.expected import expected_encoder
-from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.layouts import registry
 from converter.options import ConvertOptions, HubOptions, check_choices
@@ -107,13 +107,16 @@ def verify(
     compares = bool(sources) and not fast
     if compares and (notice := missing_for_deep_encoders()):
         on_notice(notice)
+    checkpoints: list[Checkpoint] = []
     with ExitStack() as stack:
 
         def open_(name: str | Path) -> Checkpoint:
-            return stack.enter_context(closing(open_checkpoint(name, hub)))
+            checkpoints.append(stack.enter_context(closing(open_checkpoint(name, hub))))
+            return checkpoints[-1]
 
         opened = open_(converted)
         if recorded is not None and not recorded.canonical and not sources:
+            check_hub_options(hub, checkpoints)
             result = _verify_record(open_any_layout(opened, on_progress), recorded, on_progress)
         else:
             target, expected = open_converted(opened, on_progress), None
@@ -124,6 +127,7 @@ def verify(
             for origin in expected.origins.values() if expected and compares else ():
                 if notice := missing_for_encoder(origin.reference_plan.mapping):
                     on_notice(notice)
+            check_hub_options(hub, checkpoints)
             result = _verify(target, expected, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
