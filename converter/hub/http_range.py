@@ -106,7 +106,7 @@ class RangeReader:
         while offset < end:
             attempt_start, retry_after = offset, None
             try:
-                for data in self._request(offset, end):
+                for data in self._request(offset, end, whole=start == 0 and (end == self.size or self.size < 0)):
                     yield data
                     offset += len(data)
                 reason = "the connection ended early"
@@ -130,18 +130,21 @@ class RangeReader:
             raise HubError(f"{self._name}: could not be fetched in {attempt} attempts: {reason}", "try again later")
         self._stopped.wait(_wait(attempt, retry_after))
 
-    def _request(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the body of one response, which may end early."""
+    def _request(self, start: int, end: int, whole: bool) -> Iterator[bytes]:
+        """Yield the body of one response, which may end early. If `whole`, the response may be the whole file."""
         self._check_stopped()
         with self._response(start, end) as response:
-            self._check_response(response, start, end)
+            self._check_response(response, start, end, whole)
+            position = start if response.status == 206 else 0
             # Read until the body ends, not only until `end`, so that the connection can be reused.
             for data in response.body:
                 self._check_stopped()
-                if start >= end:
+                if position >= end:
                     return
-                yield data[: end - start]
-                start += len(data)
+                needed = data[max(start - position, 0) : end - position]
+                position += len(data)
+                if needed:
+                    yield needed
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
@@ -176,14 +179,14 @@ class RangeReader:
             raise HubError(f"{self._name}: redirected to {location!r}", "check the hub's endpoint setting")
         return url
 
-    def _check_response(self, response: HttpResponse, start: int, end: int) -> None:
-        """Raise an error unless the response is the requested range of an unchanged file."""
+    def _check_response(self, response: HttpResponse, start: int, end: int, whole: bool) -> None:
+        """Raise an error unless the response is the requested range, or the whole, of an unchanged file."""
         headers, host = response.headers, urlsplit(response.url).netloc
         if headers.get("Content-Type", "").startswith("text/html"):
             raise HubError(f"{self._name}: {host} answers with a web page", "check whether the network needs a login")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise HubError(f"{self._name}: {host} compresses files", "add --download to fetch whole files")
-        size = self._total_size(response, start, end)
+        size = self._total_size(response, start, end, whole)
         etag, response_sha256 = headers.get("ETag", ""), headers.get("X-Linked-ETag", "").strip('"')
         with self._lock:
             self.size = size if self.size < 0 else self.size
@@ -195,7 +198,7 @@ class RangeReader:
         if size != self.size or not etag_matches or sha256_differs:
             raise self._replaced_error()
 
-    def _total_size(self, response: HttpResponse, start: int, end: int) -> int:
+    def _total_size(self, response: HttpResponse, start: int, end: int, whole: bool) -> int:
         """Return the size of the whole file that a response gives; HubError if its range is not the requested one."""
         if response.status == 206:
             value = response.headers.get("Content-Range", "")
@@ -204,7 +207,7 @@ class RangeReader:
                 raise HubError(f"{self._name}: requested bytes {start} to {end - 1}, received {value!r}")
             return int(match[3])
         length = response.headers.get("Content-Length", "")
-        if response.status == 200 and start == 0 and (end == self.size or (self.size < 0 and length.isdecimal())):
+        if response.status == 200 and whole and (length.isdecimal() or self.size >= 0):
             return int(length) if length.isdecimal() else self.size
         host = urlsplit(response.url).netloc
         raise HubError(f"{self._name}: {host} does not serve byte ranges", "add --download to fetch whole files")
