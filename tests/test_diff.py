@@ -205,6 +205,16 @@ def test_whole_models_with_all_that_is_no_encoder(folder: Path, tmp_path: Path) 
     assert not alone.changed and "lm_head.weight" in alone.added and "model.sam_model.pos_embed" in alone.added
 
 
+def test_a_model_around_an_encoder_is_compared_too(tmp_path: Path) -> None:
+    tower = {
+        f"model.vision_tower.vision_tower.{name}": value for name, value in models.clip_hf_vision().state_dict().items()
+    }
+    state = {**tower, "model.layers.0.mlp.up_proj.weight": torch.ones(4, 4), "lm_head.weight": torch.ones(9, 4)}
+    found = compared(state, {**state, "lm_head.weight": torch.zeros(9, 4)}, tmp_path)
+    assert found.names == ["deepencoder-clip"] and [change.name for change in found.changed] == ["lm_head.weight"]
+    assert len(found.same) >= len(state) - 2 * models.CLIP_DEPTH * 6 and compared(state, state, tmp_path).equal
+
+
 def test_nan_equals_itself_alone(tmp_path: Path) -> None:
     a = torch.tensor([math.nan, math.inf, 1.0, 0.0])
     assert compared({"x": a}, {"x": a.clone()}, tmp_path).equal

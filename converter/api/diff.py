@@ -56,7 +56,8 @@ def diff(
 
 
 def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
-    a, b, layouts, notes = align(*sides)
+    aligned = align(*sides)
+    a, b, notes = aligned.a, aligned.b, aligned.notes
     pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=natural_sort_key)}
     same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     removed, added = _only_in_side(a, pairs, 0, notes), _only_in_side(b, pairs, 1, notes)
@@ -71,7 +72,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         b=sides[1].opened.name,
         containers=[sorted(set(side.opened.containers)) for side in sides],
         layouts=[[detected.match.name for detected in side.detected.values()] for side in sides],
-        names=layouts,
+        names=aligned.layouts,
         notes=notes,
         same=[name for name in same_shape if name not in unequal],
         changed=[_change(name, pairs[name], figures.get(name)) for name in differ],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names, without_common_prefixes
@@ -20,15 +20,17 @@ from converter.tensors.tensor_info import TensorInfo
 Named = dict[str, LazyTensor]
 
 
-class Side(NamedTuple):
-    """One of the two checkpoints, with the state dict to compare and the layout of each family that was detected."""
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two checkpoints: the state dict to compare, and the detected layout of each family."""
 
     opened: Checkpoint
     state_dict: StateDict
     detected: dict[str, DetectedLayout]
 
 
-class AlignedTensors(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AlignedTensors:
     """The tensors of A and B by comparable names."""
 
     a: Named
@@ -69,7 +71,7 @@ def align(a: Side, b: Side) -> AlignedTensors:
         else:
             notes += _drop_generated(left, right)
             return AlignedTensors(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
-    # The first of equals: as little as possible is taken from the names.
+    # max() returns the first of equals, which removes the shortest prefixes.
     pairs = product(_own(a), _own(b))
     (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
@@ -79,7 +81,7 @@ def align(a: Side, b: Side) -> AlignedTensors:
 
 
 def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
-    """A side's tensors under their own names, with more of what all begin with removed each time, and that prefix."""
+    """Yield a prefix that all names have, and the tensors without it: first none, then one more segment each time."""
     return without_common_prefixes(unwrapped_names(side.state_dict.tensors, side.opened.name), side.opened.name)
 
 
@@ -88,13 +90,17 @@ def _read(tensors: Mapping[str, TensorInfo]) -> Named:
 
 
 def _unread(side: Side) -> Iterator[str]:
+    """Yield a note if the checkpoint has other state dicts."""
     others = [entry for entry in select_state_dicts(side.opened, None) if entry.path != side.state_dict.path]
     if others:
         rest = f"{len(others)} more, such as {others[0].path or '.'}"
         yield f"{side.opened.name}: state dict {side.state_dict.path or '.'} is compared, not {rest}"
 
 
-class _ByCanonicalName(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _ByCanonicalName:
+    """Tensors by canonical names, and the names of those that no checkpoint has."""
+
     named: Named
     generated: set[str]
 
@@ -111,7 +117,8 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
-    for name, tensor in side.detected[families[0]].tensors.items():
+    first = side.detected[families[0]]
+    for name, tensor in (*first.tensors.items(), *first.outside.items()):
         if tensor.key not in taken:
             # The canonical layout may use this name for another tensor.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)

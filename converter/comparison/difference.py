@@ -1,34 +1,38 @@
-"""The differences between two checkpoints, as values for the table, the JSON document and the page."""
+"""The result of a comparison of two checkpoints."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from converter.output.json_document import as_json
 
 
-class Figures(NamedTuple):
-    """A tensor in A and in B: elements that differ, the largest difference, and sums over all elements in float64.
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Statistics of a tensor in A and in B; the sums are over all elements, in float64."""
 
-    `gap` sums the squares of the differences, `a` and `b` those of the elements, `ab` the products.
-    """
-
-    differing: int = 0
-    maximum: float = 0.0
-    gap: float = 0.0
-    a: float = 0.0
-    b: float = 0.0
-    ab: float = 0.0
+    differing: int = 0  # The number of elements that differ
+    maximum: float = 0.0  # The largest absolute difference
+    gap: float = 0.0  # The sum of the squared differences
+    a: float = 0.0  # The sum of A's squared elements
+    b: float = 0.0  # The sum of B's squared elements
+    ab: float = 0.0  # The sum of the products of A's and B's elements
 
     def plus(self, other: Figures) -> Figures:
-        """The figures of two pieces of a tensor, or of two tensors, together."""
-        largest = max(self.maximum, other.maximum)
+        """Return the statistics of two pieces of a tensor, or of two tensors, together."""
         # max() may lose a NaN.
-        maximum = math.nan if math.isnan(self.maximum + other.maximum) else largest
-        sums = (x + y for x, y in zip(self[2:], other[2:], strict=True))
-        return Figures(self.differing + other.differing, maximum, *sums)
+        has_nan = math.isnan(self.maximum + other.maximum)
+        return Figures(
+            differing=self.differing + other.differing,
+            maximum=math.nan if has_nan else max(self.maximum, other.maximum),
+            gap=self.gap + other.gap,
+            a=self.a + other.a,
+            b=self.b + other.b,
+            ab=self.ab + other.ab,
+        )
 
     @property
     def relative(self) -> float:
@@ -39,19 +43,28 @@ class Figures(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between A and B; NaN if exactly one of them is all zero."""
+        """The cosine of the angle between A and B; NaN if exactly one of them is all zero."""
         if not self.gap:
             return 1.0
         norms = math.sqrt(self.a) * math.sqrt(self.b)
         return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
 
 
-class Change(NamedTuple):
-    """A tensor that both have, differently; `dtypes` and `shapes` are A's and B's.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A tensor that differs between A and B.
 
-    `differing` counts elements that differ in a bit, or in value where the types differ. `maximum` is the largest
-    absolute difference, `relative` the norm of the difference relative to A's norm, `cosine` that of the angle between
-    the two; all are None where the shapes differ, and NaN where the one holds NaNs that the other does not.
+    The last four fields are None if the shapes differ. All but `differing` are NaN if only one of the two has a NaN at
+    some position.
+
+    Attributes:
+        name: The name of the tensor.
+        dtypes: The types in A and in B.
+        shapes: The shapes in A and in B.
+        differing: The number of elements that differ in a bit, or in value if the types differ.
+        maximum: The largest absolute difference.
+        relative: The norm of the difference, divided by the norm of A.
+        cosine: The cosine of the angle between A and B.
     """
 
     name: str
@@ -63,10 +76,11 @@ class Change(NamedTuple):
     cosine: float | None = None
 
 
-class Block(NamedTuple):
-    """One layer, or another module: the tensors that both have in one shape, and how far they moved together.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A layer or another module, with the tensors that have the same shape in A and B.
 
-    `relative` and `maximum` are as in Change, over the floating-point elements of all its tensors.
+    `relative` and `maximum` are as in Change, over all floating-point elements. `differing` counts tensors.
     """
 
     name: str
@@ -76,12 +90,23 @@ class Block(NamedTuple):
     maximum: float
 
 
-class Difference(NamedTuple):
-    """All that differs between checkpoints A and B.
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The differences between checkpoints A and B.
 
-    `layouts` are those they were recognised as, by side, and `names` the layout whose names both were compared under;
-    empty if those are their own. `removed` are A's alone, `added` B's, `renamed` those that have the same bytes under
-    another name. `same` are equal in every bit. `notes` are remarks for the user.
+    Attributes:
+        a: The path or address of A.
+        b: The path or address of B.
+        containers: The container formats of A and of B.
+        layouts: The detected layouts of A and of B.
+        names: The layouts under whose names they were compared; empty for their own names.
+        notes: Messages for the user.
+        same: The tensors that are equal in every bit.
+        changed: The tensors that differ in type, shape or values.
+        removed: The tensors that only A has.
+        added: The tensors that only B has.
+        renamed: The names in B of tensors that have the same bytes under another name in A.
+        blocks: The layers and other modules.
     """
 
     a: str
@@ -99,21 +124,21 @@ class Difference(NamedTuple):
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same tensors, equal in every bit."""
+        """Whether A and B have the same tensors, equal in every bit."""
         return not (self.changed or self.removed or self.added or self.renamed)
 
     @property
     def moved(self) -> list[Change]:
-        """The tensors of one shape that differ, those that moved furthest first."""
+        """The tensors that differ but have the same shape, largest relative difference first."""
         return sorted((change for change in self.changed if change.relative is not None), key=_furthest)
 
     @property
     def reshaped(self) -> list[Change]:
-        """The tensors that have another shape."""
+        """The tensors that have different shapes."""
         return [change for change in self.changed if change.relative is None]
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `--json` prints: null for a number that is not finite."""
+        """Return the document that `--json` prints; numbers that are not finite are null."""
         return {"equal": self.equal, **as_json(self)}
 
 
@@ -123,9 +148,9 @@ def _furthest(change: Change) -> tuple[bool, float]:
 
 
 def block_of(name: str) -> str:
-    """The layer that a tensor belongs to, such as `blocks.3`; for others their module.
+    """Return the layer of a tensor, such as `blocks.3`, or its module.
 
-    A number is a layer's if a module's name follows it: `neck.0.weight` is of `neck`.
+    A number is a layer index if a module follows it: `neck.0.weight` is in `neck`.
     """
     layer = re.match(r"(?:.*?\.)?[0-9]+(?=\.[^.]+\.)", name)
     return layer[0] if layer else re.sub(r"(?:\.[0-9]+)?\.[^.]+$", "", name)

@@ -85,7 +85,7 @@ class Stream:
 
 
 def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
-    """The names of the pairs whose bytes differ; the tensors of a pair must have the same type and shape."""
+    """Return the names of the pairs whose bytes differ; the tensors of a pair must have the same type and shape."""
     names, ends = list(pairs), list(accumulate(nbytes(a) for a, _ in pairs.values()))
     found: set[str] = set()
     offset = 0
