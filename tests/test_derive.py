@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -38,11 +39,11 @@ def derived(source: State, target: State | str, folder: Path, **options: object)
     return derive(folder / "source.pth", other, out=folder / "my.yaml", **options)  # type: ignore[arg-type]
 
 
-def check_converts(found: Derived, expected: State, folder: Path) -> None:
+def check_converts(found: Derived, expected: State, folder: Path, **options: object) -> None:
     """The derived mapping makes of the source what is expected, byte for byte."""
     assert found.written and not found.unmatched
     out = folder / "out.safetensors"
-    converter.convert(folder / "source.pth", found.family, mapping=folder / "my.yaml", out=out)
+    converter.convert(folder / "source.pth", found.family, mapping=folder / "my.yaml", out=out, force=True, **options)
     check_equal(safetensors.torch.load_file(out), expected)
 
 
@@ -209,12 +210,31 @@ def test_unknown_layouts_are_found_by_values(unseen: Callable[[], tuple[State, S
     assert found.num_rules <= 17
 
 
+# Ways to store a fused matrix [parts, heads, rows, inputs].
+TRANSPOSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "[in, 3*out]": lambda matrix: matrix.permute(3, 0, 1, 2).flatten(1),
+    "[in, 3, heads, rows]": lambda matrix: matrix.permute(3, 0, 1, 2),
+    "[3, in, out]": lambda matrix: matrix.permute(0, 3, 1, 2).flatten(2),
+    "[heads, in, 3*rows]": lambda matrix: matrix.permute(1, 3, 0, 2).flatten(2),
+    "[in, heads*3*rows]": lambda matrix: matrix.permute(3, 1, 0, 2).flatten(1),
+}
+
+
 @pytest.mark.parametrize("order", ["".join(order) for order in itertools.permutations("qkv")])
-def test_fused_transposed_parts_in_any_order(order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", TRANSPOSED)
+def test_fused_transposed_parts_in_any_order(form: str, order: str, tmp_path: Path) -> None:
     state, hub = fused_transposed(order)
+    by_head = form.startswith("[heads") or "heads*3" in form
+    for name in [name for name in state if "qkv_proj" in name]:
+        if name.endswith("weight"):
+            state[name] = TRANSPOSED[form](state[name].T.reshape(3, models.CLIP_HEADS, -1, models.CLIP_WIDTH))
+        elif by_head:
+            state[name] = state[name].reshape(3, models.CLIP_HEADS, -1).transpose(0, 1).flatten()
     found = derived(state, hub, tmp_path)
     check_converts(found, hub, tmp_path)
-    assert ("reorder:" in found.text) == (order != "qkv") and "permute: [1, 0]" in found.text
+    assert ("reorder:" in found.text) == (order != "qkv") and "permute: [" in found.text
+    assert ("deinterleave:" in found.text) == by_head
+    assert "stack.{layer+1}.mlp.fc{n}.{param} -> transformer.layers.{layer}.mlp.fc{n}.{param}" in templates(found)
 
 
 @pytest.mark.parametrize("order", ["".join(order) for order in itertools.permutations("qkv")])
@@ -261,11 +281,71 @@ def test_biases_of_zeros_are_a_tie(tmp_path: Path) -> None:
         derived(blank[0], blank[1], tmp_path)
 
 
+def test_a_copy_of_a_tensor_that_is_split_is_a_tie(tmp_path: Path) -> None:
+    state, hub = interleaved_sam()
+    fused = "backbone.stage2.att.rel"
+    with pytest.raises(LayoutError, match=f"'{fused}' and 'frozen.rel' for 'blocks.1.attn.rel_pos_h'"):
+        derived({**state, "frozen.rel": state[fused]}, hub, tmp_path)
+
+
+def test_similar_norms_in_half_precision_are_no_tie(tmp_path: Path) -> None:
+    """Sums of 16-bit patterns around 1.0 are often equal."""
+    state, _ = oracles.clip_hf()
+    for name in [name for name in state if "norm" in name]:
+        state[name] = 1 + torch.randint(0, 40, state[name].shape) / 128
+    torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "source.pth")
+    target = tmp_path / "target.safetensors"
+    converter.convert(tmp_path / "source.pth", "clip", out=target)
+    found = derive(tmp_path / "source.pth", target, out=tmp_path / "my.yaml")
+    check_converts(found, safetensors.torch.load_file(target), tmp_path)
+
+
+def test_position_ids_of_a_teacher_are_no_tie(tmp_path: Path) -> None:
+    state, hub = oracles.clip_hf()
+    ids = torch.arange(len(hub["embeddings.position_embedding.weight"]))[None]
+    student = {f"student.{name}": tensor for name, tensor in state.items()}
+    teacher = {f"teacher.{name}": tensor * 2 for name, tensor in state.items() if tensor.is_floating_point()}
+    buffers = {f"{prefix}.vision_model.embeddings.position_ids": ids for prefix in ("student", "teacher")}
+    found = derived({**student, **teacher, **buffers}, hub, tmp_path)
+    assert set(teacher) < set(found.dropped) and "prefix: student.vision_model." in found.text
+    converter.convert(tmp_path / "source.pth", "clip", mapping=tmp_path / "my.yaml", out=tmp_path / "out.safetensors")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["embeddings.position_ids"], ids)
+
+
+def test_prefix_chooses_one_of_two_copies(tmp_path: Path) -> None:
+    state, hub = oracles.clip_hf()
+    towers = {prefix + name: tensor for prefix in ("online.", "ema.") for name, tensor in state.items()}
+    for target in (hub, "deepencoder-clip"):
+        with pytest.raises(LayoutError, match=r"(online.*ema|ema.*online).*\n.*--prefix"):
+            derived(towers, target, tmp_path, force=True)
+        found = derived(towers, target, tmp_path, prefix="ema", force=True)
+        check_converts(found, hub, tmp_path)
+        assert {name for name in towers if name.startswith("online.")} <= set(found.dropped)
+
+
+def test_an_encoder_with_adapters_and_a_plain_copy_are_a_tie_by_names(tmp_path: Path) -> None:
+    state, _ = oracles.sam_meta()
+    student = {f"student.{name.replace('attn.qkv.', 'attn.qkv.base_layer.')}": value for name, value in state.items()}
+    teacher = {f"teacher.{name}": value for name, value in state.items()}
+    with pytest.raises(LayoutError, match=r"'student\.image_encoder\.', 'teacher\.image_encoder\.'"):
+        derived({**student, **teacher}, "deepencoder-sam", tmp_path)
+
+
+def test_state_dicts_of_other_sizes_with_the_same_names_are_a_tie(tmp_path: Path) -> None:
+    state, hub = oracles.sam_timm()
+    both: Any = {"model": {**state, "head.weight": torch.ones(2)}, "ema": {f"module.{n}": t for n, t in state.items()}}
+    for target in (hub, "deepencoder-sam"):
+        with pytest.raises(LayoutError, match=r"state dicts model and ema have the same names\n.*--state-dict model"):
+            derived(both, target, tmp_path, force=True)
+        found = derived(both, target, tmp_path, state_dict="ema", force=True)
+        check_converts(found, hub, tmp_path, state_dict="ema")
+
+
 @pytest.mark.parametrize("prefixes", [("model.visual.", "teacher.visual."), ("student.", "teacher.")])
 def test_two_subtrees_with_the_same_names_are_a_tie(prefixes: tuple[str, str], tmp_path: Path) -> None:
     state, _ = oracles.clip_hf_vision()
     towers = {prefix + name: tensor for prefix in prefixes for name, tensor in state.items()}
-    with pytest.raises(LayoutError, match=f"2 subtrees fit .* equally well: '{prefixes[0]}', '{prefixes[1]}'"):
+    with pytest.raises(LayoutError, match=f"2 subtrees fit .*: '{prefixes[0]}', '{prefixes[1]}'"):
         derived(towers, "deepencoder-clip", tmp_path, allow_partial=True)
     assert not (tmp_path / "my.yaml").exists()
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
 from converter.checkpoint.state_dict import largest_state_dict, unwrapped_names
 from converter.derivation.comparison import Comparison, plan_target
 from converter.derivation.mapping import Derived, build_mapping
 from converter.derivation.matches import TensorMatch
 from converter.derivation.names import match_by_names
+from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.detect import select_state_dicts
 from converter.options import HubOptions, check_choices
@@ -30,6 +31,7 @@ def derive(
     name: str = "",
     family: str = "",
     state_dict: str | None = None,
+    prefix: str | None = None,
     force: bool = False,
     allow_partial: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
@@ -47,6 +49,7 @@ def derive(
         name: The name of the layout; by default the name of the file without its suffix.
         family: The encoder, if `target` contains several.
         state_dict: The path of the state dict in `source`, as in `convert`.
+        prefix: The prefix of the encoder in `source`, as in `convert`.
         force: Replace an existing file.
         allow_partial: Write the file even if tensors of the target were not matched.
         on_progress: Called with a description of the step, the bytes done, and the total bytes.
@@ -60,23 +63,27 @@ def derive(
     check_choices(family=(family, ("", *registry.families())))
     remove_stale(path)
     check_target(path, force, 0)
+    by_names = str(target) in registry.layout_names() and not Path(target).exists()
     with ExitStack() as stack:
-        opened = stack.enter_context(closing(open_checkpoint(source, hub)))
-        chosen = largest_state_dict(select_state_dicts(opened, state_dict), opened.name)
-        tensors = {key: lazy_read(tensor) for key, tensor in unwrapped_names(chosen.tensors, opened.name).items()}
-        if str(target) in registry.layout_names() and not Path(target).exists():
-            canonical, checkpoints = registry.canonical(registry.load(str(target)).family), [opened]
-            comparison = Comparison(name or path.stem, opened.name, tensors, str(target), canonical, {})
-        else:
-            other = stack.enter_context(closing(open_checkpoint(target, hub)))
-            plan, checkpoints = plan_target(other, family), [opened, other]
-            expected = {**plan.outputs, **plan.extra_tensors}
-            comparison = Comparison(name or path.stem, opened.name, tensors, other.name, plan.target, expected)
-            other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
-            opened.fetch(chosen.tensors.values(), on_progress)
+        names = [source] if by_names else [source, target]
+        opened, *others = checkpoints = [stack.enter_context(closing(open_checkpoint(each, hub))) for each in names]
         check_hub_options(hub, checkpoints)
         check_not_source(path, checkpoints)
+        plans = [plan_target(other, family) for other in others]
+        canonical = plans[0].target if plans else registry.canonical(registry.load(str(target)).family)
+        expected = {key: value for plan in plans for key, value in (plan.outputs | plan.extra_tensors).items()}
+        chosen = largest_state_dict(select_state_dicts(opened, state_dict, prefix), opened.name)
+        read = unwrapped_names({**chosen.tensors, **chosen.unselected}, opened.name)
+        tensors = {key: lazy_read(tensor) for key, tensor in read.items()}
+        selected = {key: tensors[key] for key, tensor in read.items() if tensor.key in chosen.tensors}
+        other_name = others[0].name if others else str(target)
+        comparison = Comparison(name or path.stem, opened.name, tensors, selected, other_name, canonical, expected)
+        for other in others:
+            other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
+            opened.fetch(chosen.tensors.values(), on_progress)
         matches = _find_matches(comparison, on_progress)
+        if state_dict is None:
+            _check_state_dicts(opened, chosen.path, matches)
         derived = build_mapping(comparison, matches)
         check_unchanged(checkpoints)
     if allow_partial or derived.complete:
@@ -91,6 +98,18 @@ def _find_matches(comparison: Comparison, on_progress: OnProgress) -> list[Tenso
         # Imported here, since comparing names does not need torch.
         from converter.derivation.search import match_by_values
 
-        total = sum(map(nbytes, (*comparison.tensors.values(), *comparison.expected.values())))
+        total = sum(map(nbytes, (*comparison.selected.values(), *comparison.expected.values())))
         return match_by_values(comparison, progress_counter(on_progress, "reading", total))
     return match_by_names(comparison)
+
+
+def _check_state_dicts(opened: Checkpoint, path: str, matches: list[TensorMatch]) -> None:
+    """Raise LayoutError if another state dict than the one at `path` has all matched names too, such as an EMA."""
+    names = {name for match in matches for name in match.sources}
+    for other in select_state_dicts(opened, None):
+        if other.path != path and names and names <= unwrapped_names(other.tensors, opened.name).keys():
+            paths = [path or ".", other.path or "."]
+            raise LayoutError(
+                f"{opened.name}: the state dicts {' and '.join(paths)} have the same names",
+                f"choose one, such as --state-dict {paths[0]}",
+            )

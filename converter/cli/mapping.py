@@ -117,7 +117,7 @@ class DeriveOptions:
 
 
 @app.command("derive")
-@add_options(DeriveOptions, (ConvertOptions, ["state_dict"]), HubOptions)
+@add_options(DeriveOptions, (ConvertOptions, ["state_dict", "prefix"]), HubOptions)
 def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
     """Write a mapping file for the layout of SOURCE by comparing its tensors with those of TARGET."""
     json, quiet = options.pop("json"), options.pop("quiet")

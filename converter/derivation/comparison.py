@@ -20,23 +20,15 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """The source and the target of a derivation.
+    """The source and the target of a derivation."""
 
-    Attributes:
-        layout: The new name for the layout of the source.
-        source: The name of the source, for messages.
-        tensors: The tensors of the source.
-        target: The name of the target, for messages.
-        canonical: The canonical layout of the target's family.
-        expected: The tensors of the target by canonical names; empty if the target is only a layout's name.
-    """
-
-    layout: str
-    source: str
+    layout: str  # The new name for the layout of the source
+    source: str  # The name of the source, for messages
     tensors: Tensors
-    target: str
+    selected: Tensors  # Those that may match: under the prefix that the user chose
+    target: str  # The name of the target, for messages
     canonical: CanonicalLayout
-    expected: Tensors
+    expected: Tensors  # The tensors of the target by canonical names; empty if the target is only a layout's name
 
 
 def plan_target(opened: Checkpoint, family: str) -> Plan:
@@ -44,16 +36,18 @@ def plan_target(opened: Checkpoint, family: str) -> Plan:
 
     Raises:
         LayoutError: The target has no known layout.
-        UsageError: The target contains several families, and `family` is empty.
+        UsageError: The target contains several families and `family` is empty, or several encoders of one.
     """
-    state_dicts = select_state_dicts(opened, None)
-    detected = {name: detect_layouts(opened, registry.layouts(name), state_dicts) for name in registry.families()}
-    layouts = {name: matches[0] for name, matches in detected.items() if matches and family in ("", name)}
-    if not layouts:
-        raise LayoutError(
-            f"{opened.name}: TARGET has no known layout", "list the known layouts with: dsocr-convert mapping list"
-        )
-    if len(layouts) > 1:
-        raise UsageError(f"{opened.name}: contains {' and '.join(layouts)}", "choose one with --family")
-    ((chosen, layout),) = layouts.items()
-    return plan_to_canonical(opened, layout, ConvertOptions(chosen))
+    state_dicts, families = select_state_dicts(opened, None), [family] if family else registry.families()
+    detected = {name: detect_layouts(opened, registry.layouts(name), state_dicts) for name in families}
+    found = [name for name, layouts in detected.items() if layouts]
+    if not found:
+        known = "list the known layouts with: dsocr-convert mapping list"
+        raise LayoutError(f"{opened.name}: TARGET has no known layout", known)
+    if len(found) > 1:
+        raise UsageError(f"{opened.name}: contains {' and '.join(found)}", "choose one with --family")
+    layout, *others = detected[found[0]]
+    if others:
+        hint = f"convert one of them to a file: dsocr-convert {found[0]} with --prefix or --state-dict"
+        raise UsageError(f"{opened.name}: TARGET holds {1 + len(others)} {found[0].upper()} encoders", hint)
+    return plan_to_canonical(opened, layout, ConvertOptions(found[0]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
 from converter.derivation.comparison import Comparison
-from converter.derivation.matches import TensorMatch, check_leftovers, encoder_prefix, find_missing
+from converter.derivation.matches import TensorMatch, encoder_prefix, find_leftovers, find_missing
 from converter.derivation.rules import DerivedRule, Variables, generalise, list_parts
-from converter.derivation.write import rule_items, used_variables, yaml_text
+from converter.derivation.write import drop_items, rule_item, used_variables, yaml_text
 from converter.errors import LayoutError, MappingError
+from converter.layouts.claims import summary
 from converter.layouts.match import match_layouts
 from converter.layouts.parse import parse_mapping
 from converter.layouts.shapes import Dim, Shape, Sizes, match_shape
@@ -21,7 +22,7 @@ from converter.tensors.lazy_tensor import source_tensors
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A derived mapping.
+    """A derived mapping file.
 
     Attributes:
         layout: The name of the new layout.
@@ -71,22 +72,22 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
     if not matches:
         hint = "same weights in one element type" if comparison.expected else "names of a known layout"
         raise LayoutError(f"{comparison.source}: nothing matches {comparison.target}", f"needed are the {hint}")
-    missing = find_missing(comparison, matches)
-    if not missing or not comparison.expected:
-        check_leftovers(comparison, matches)
-    variables: Variables = {}
     prefix = encoder_prefix(matches, comparison.canonical)
-    used = {source for match in matches for source in match.sources}
-    dropped = [source for source in comparison.tensors if source not in used]
-    derived = [_rule(match, comparison.canonical, variables, prefix) for match in matches]
-    derived += _drops(comparison, dropped)
-    rules, other_rules = _generalise_by_prefix(derived, prefix, variables)
+    missing, leftovers = find_missing(comparison, matches), find_leftovers(comparison, matches, prefix)
+    if leftovers and not missing:
+        raise LayoutError(
+            f"{comparison.source}: {len(leftovers)} tensors inside the matched modules have no counterpart in "
+            f"{comparison.target}:\n{summary([f'  {name!r}' for name in leftovers])}",
+            "merge adapters such as LoRA into the weights first; remove what the model does not need",
+        )
     method = "values" if comparison.expected else "names and shapes"
     source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
     header = f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {method}."
-    text = yaml_text(header, _fields(comparison, matches, prefix, variables, rules, other_rules))
+    fields = _fields(comparison, matches, prefix, leftovers)
+    text = yaml_text(header, fields)
     if not missing:
         _check(comparison, matches, text)
+    used = {name for match in matches for name in match.sources}
     return Derived(
         layout=comparison.layout,
         family=comparison.canonical.family,
@@ -95,53 +96,47 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
         method=method,
         num_matched=sum(len(match.targets) for match in matches),
         unmatched=missing,
-        dropped=dropped,
-        num_rules=len(rules) + len(other_rules),
+        dropped=[name for name in comparison.tensors if name not in used],
+        num_rules=len(fields["rules"]) + len(fields.get("other_rules", ())),
         text=text,
     )
 
 
-def _drops(comparison: Comparison, names: list[str]) -> list[DerivedRule]:
-    """Return a rule that drops each of the names."""
+def _fields(comparison: Comparison, matches: list[TensorMatch], prefix: str, leftovers: list[str]) -> dict[str, Any]:
+    """Return the content of a mapping file. Leftovers are neither converted nor dropped."""
+    variables: Variables = {"rest": "path"}
+    derived = [_rule(match, comparison.canonical, variables, prefix) for match in matches]
+    inside = [rule for rule in derived if all(name.startswith(prefix) for name in rule.source_names)]
+    outside = [rule for rule in derived if rule not in inside]
+    names = [name for name in comparison.tensors if name not in leftovers]
+    others = [name for name in names if not name.startswith(prefix)]
     compared = "these values" if comparison.expected else "this name"
     reason = f"no tensor of {PurePath(comparison.target).name} has {compared}"
-    return [DerivedRule("drop", name, "", frozenset({name}), frozenset(), reason=reason) for name in names]
-
-
-def _fields(
-    comparison: Comparison,
-    matches: list[TensorMatch],
-    prefix: str,
-    variables: Variables,
-    rules: list[DerivedRule],
-    other_rules: list[DerivedRule],
-) -> dict[str, Any]:
-    """Return the content of a mapping file; optional keys are left out if there is nothing to say."""
+    rules = _items(inside, [name for name in names if name.startswith(prefix)], prefix, reason, variables)
+    other_rules = _items(outside, others, "", reason, variables) if outside else []
     family = comparison.canonical.family
-    fields: dict[str, Any] = {
+    fields = {
         "layout": comparison.layout,
         "family": family,
         "description": f"the layout of {PurePath(comparison.source).name}"[:100],
+        "variables": used_variables([*rules, *other_rules], variables),
+        "prefix": prefix,
+        "detect": _detect(comparison, matches, prefix),
+        "rules": rules,
+        "other_rules": other_rules,
+        "drop_rest": f"not part of {family.upper()}" if others and not outside else "",
     }
-    if used := used_variables([*rules, *other_rules], variables):
-        fields["variables"] = used
-    if prefix:
-        fields["prefix"] = prefix
-    fields["detect"] = _detect(comparison, matches, prefix)
-    fields["rules"] = rule_items(rules)
-    if other_rules:
-        fields["other_rules"] = rule_items(other_rules)
-    elif not all(name.startswith(prefix) for name in comparison.tensors):
-        fields["drop_rest"] = f"not part of {family.upper()}"
-    return fields
+    return {key: value for key, value in fields.items() if value}
 
 
-def _generalise_by_prefix(rules: list[DerivedRule], prefix: str, variables: Variables) -> list[list[DerivedRule]]:
-    """Return the rules for names with the prefix, and the rules for other names unless all of these are drops."""
-    inside = [rule for rule in rules if all(name.startswith(prefix) for name in rule.source_names)]
-    outside = [rule for rule in rules if not all(name.startswith(prefix) for name in rule.source_names)]
-    merged = [replace(rule, source=rule.source.removeprefix(prefix)) for rule in generalise(inside, variables)]
-    return [merged, generalise(outside, variables) if any(rule.target for rule in outside) else []]
+def _items(
+    rules: list[DerivedRule], names: list[str], prefix: str, reason: str, variables: Variables
+) -> list[dict[str, Any]]:
+    """Return the items of a list of rules for names with a prefix: the merged rules, and a drop of all other names."""
+    used = {name.removeprefix(prefix) for rule in rules for name in rule.source_names}
+    unused = [tail for name in names if (tail := name.removeprefix(prefix)) not in used]
+    items = [rule_item(rule, prefix) for rule in generalise(rules, names, variables)]
+    return items + drop_items(unused, used, reason)
 
 
 def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from converter.derivation.comparison import Comparison, Tensors
 from converter.derivation.rules import common_start
-from converter.errors import LayoutError
-from converter.layouts.claims import summary
 from converter.layouts.spec import CanonicalLayout
-from converter.layouts.template import any_match
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import Op, apply_op
 
@@ -41,32 +38,28 @@ def _encoder_sources(matches: Iterable[TensorMatch], canonical: CanonicalLayout)
     return [name for match in matches if any(map(canonical.spec, match.targets)) for name in match.sources]
 
 
-def check_leftovers(comparison: Comparison, matches: list[TensorMatch]) -> None:
-    """Raise LayoutError if matched modules have tensors without a match, such as LoRA factors and adapters.
+def find_leftovers(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> list[str]:
+    """Return the source tensors without a match inside matched modules, such as LoRA factors and adapters.
 
-    A module is given by the first segment after the common prefix of the names.
+    A module is given by the first segment after the prefix. Tensors like those that the encoder generates, such as the
+    position indices of a second encoder, are not counted.
     """
-    prefix = encoder_prefix(matches, comparison.canonical)
     tails = [name.removeprefix(prefix) for name in _encoder_sources(matches, comparison.canonical)]
     modules = tuple({f"{prefix}{tail.partition('.')[0]}." for tail in tails if "." in tail})
     used = {name for match in matches for name in match.sources}
-    leftover = [name for name in comparison.tensors if name.startswith(modules) and name not in used]
-    if leftover:
-        raise LayoutError(
-            f"{comparison.source}: {len(leftover)} tensors inside the matched modules have no counterpart in "
-            f"{comparison.target}:\n{summary([f'  {name!r}' for name in leftover])}",
-            "merge adapters such as LoRA into the weights first; remove what the model does not need",
-        )
+    values = [comparison.expected[name] for name in generated_names(comparison)]
+    generated = {(value.dtype, value.shape) for value in values}
+    unused = [item for item in comparison.tensors.items() if item[0].startswith(modules) and item[0] not in used]
+    return [name for name, value in unused if (value.dtype, value.shape) not in generated]
 
 
 def find_missing(comparison: Comparison, matches: Iterable[TensorMatch]) -> list[str]:
-    """Return the target tensors without a match, except those that may be generated or missing."""
-    matched = {name for match in matches for name in match.targets}
-    specs = comparison.canonical.tensors
-    if comparison.expected:
-        generated = [spec.name for spec in specs if spec.generate]
-        return [name for name in comparison.expected if name not in matched and not any_match(generated, name)]
-    required = [spec.name for spec in specs if not (spec.generate or spec.optional)]
-    bindings = [values for template in required for name in matched if (values := template.match(name))]
-    num_layers = 1 + max((int(values["layer"]) for values in bindings if "layer" in values), default=0)
-    return [name for template in required for name in template.names(num_layers) if name not in matched]
+    """Return the target tensors without a match, except those that may be generated."""
+    skipped = generated_names(comparison).union(*(match.targets for match in matches))
+    return [name for name in comparison.expected if name not in skipped]
+
+
+def generated_names(comparison: Comparison) -> set[str]:
+    """Return the names of target tensors that are generated where a checkpoint lacks them."""
+    specs = {name: comparison.canonical.spec(name) for name in comparison.expected}
+    return {name for name, spec in specs.items() if spec and spec.generate}

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 
 from converter.derivation.comparison import Comparison
 from converter.derivation.matches import TensorMatch
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import claim
+from converter.layouts.match import prefixes_of
 from converter.layouts.spec import LayoutMapping
 
 
 def match_by_names(comparison: Comparison) -> list[TensorMatch]:
-    """Return the matches for canonical tensors; LayoutError if tensors under several prefixes fit equally well."""
+    """Return the matches for canonical tensors; LayoutError if several prefixes have most tensors of a signature."""
     canonical = comparison.canonical
-    subtrees: dict[str, list[TensorMatch]] = {"": []}
+    subtrees: dict[str, list[TensorMatch]] = {}
     for mapping in (canonical.mapping, *registry.mappings(canonical.family)):
-        for prefix in _prefixes(comparison.tensors, mapping.signature.tensors):
-            matches = _match_subtree(comparison, prefix, mapping)
-            if len(matches) > len(subtrees.get(prefix, ())):
-                subtrees[prefix] = matches
-    most = max(map(len, subtrees.values()))
-    best = [prefix for prefix, matches in subtrees.items() if len(matches) == most]
-    if len(best) > 1:
+        keys = mapping.signature.tensors
+        counts = Counter(prefix for key in keys for prefix in prefixes_of(comparison.selected, key))
+        # Not only where all are: an encoder with adapters is a copy too.
+        for prefix in [prefix for prefix, count in counts.items() if 2 * count > len(keys)]:
+            subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
+    if len(subtrees) > 1:
         raise LayoutError(
-            f"{comparison.source}: {len(best)} subtrees fit {comparison.target} equally well: "
-            f"{', '.join(map(repr, best[:10]))}",
-            "remove all but one of them from the checkpoint, then derive again",
+            f"{comparison.source}: {len(subtrees)} subtrees fit {comparison.target}: "
+            f"{', '.join(map(repr, sorted(subtrees)[:10]))}",
+            f"choose one, such as --prefix {max(subtrees)}",
         )
-    return subtrees[best[0]]
-
-
-def _prefixes(names: Iterable[str], keys: Iterable[str]) -> list[str]:
-    """Return the prefixes of names that end in one of the keys of a signature."""
-    prefixes = (name.removesuffix(key) for name in names for key in keys if name.endswith(key))
-    return list(dict.fromkeys(prefix for prefix in prefixes if prefix[-1:] in ("", ".")))
+    return next(iter(subtrees.values()), [])
 
 
 def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) -> list[TensorMatch]:
     """Return the matches that a mapping gives for the names that begin with `prefix`."""
-    names = [name.removeprefix(prefix) for name in comparison.tensors if name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in comparison.selected if name.startswith(prefix)]
     matches = []
     for (index, bound), parts in claim(mapping.rules, dict.fromkeys(names)).groups.items():
         rule = mapping.rules[index]

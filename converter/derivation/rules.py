@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from converter.layouts.template import Kind, Template
 from converter.tensors.ops import Op
@@ -24,22 +23,22 @@ Variables = dict[str, Kind]
 class DerivedRule:
     """A rule of a mapping file."""
 
-    action: str  # The key of the rule: rename, fuse, split or drop
+    action: str  # The key of the rule: rename, fuse or split
     source: str  # The template of the source
-    target: str  # The template of the target; empty for a drop
+    target: str  # The template of the target
     source_names: frozenset[str]  # All names that `source` matches
     target_names: frozenset[str]  # All names that `target` matches
-    ops: tuple[Op, ...] = ()
-    parts: tuple[str, tuple[str, ...]] | None = None  # The variable of a fuse or split, and its words in order
-    optional: bool | str = False
-    reason: str = ""
+    ops: tuple[Op, ...]
+    parts: tuple[str, tuple[str, ...]] | None  # The variable of a fuse or split, and its words in order
+    optional: bool | str
 
 
-class _Gap(NamedTuple):
+@dataclass(frozen=True, slots=True, order=True)
+class _Gap:
     """A word or number in a rule's source and target that a variable may replace, described by the text around it."""
 
     source: tuple[str, str]  # The text before and after it in the source
-    target: tuple[str, str]  # The text before and after it in the target; empty for a drop
+    target: tuple[str, str]  # The text before and after it in the target
     offset: int  # The number in the target minus the number in the source; 0 for words
     is_index: bool  # Whether it is a number that is a whole segment of a name
 
@@ -47,7 +46,11 @@ class _Gap(NamedTuple):
         """Return source and target with a variable in the gap. Its value is the lower number of the two."""
         lower, higher = f"{{{variable}}}", f"{{{variable}+{abs(self.offset)}}}"
         source = (higher if self.offset < 0 else lower).join(self.source)
-        return source, (higher if self.offset > 0 else lower).join(self.target) if any(self.target) else ""
+        return source, (higher if self.offset > 0 else lower).join(self.target)
+
+
+# Rules that differ in nothing but a gap, by the word in it.
+Group = dict[str, DerivedRule]
 
 
 def words_variable(words: Iterable[str], variables: Variables) -> str:
@@ -77,90 +80,79 @@ def common_start(rows: Iterable[Sequence[str]]) -> list[str]:
     return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
 
 
-def generalise(rules: list[DerivedRule], variables: Variables) -> list[DerivedRule]:
-    """Merge rules without matching other names. New variables are added to `variables`.
+def generalise(rules: list[DerivedRule], names: list[str], variables: Variables) -> list[DerivedRule]:
+    """Merge rules whose names differ only in an index, or in one word that is the same in source and target.
 
-    Rules are merged if their names differ only in an index, or in one word that is the same in source and target.
+    Args:
+        rules: The rules.
+        names: All names that the rules apply to. A merged rule matches those of the rules that it replaces.
+        variables: The variables of the rules; new ones are added.
     """
-    merger = _Merger(rules, variables)
-    while (merged := merger.merge_some(rules)) is not None:
+    targets = [name for rule in rules for name in rule.target_names]
+    while True:
+        merges = (_merge(gap, group, variables) for gap, group in _groups(rules))
+        exact = ((rule, known) for rule, known in filter(None, merges) if _is_exact(rule, names, targets, known))
+        merged, known = next(exact, (None, variables))
+        if merged is None:
+            return rules
+        variables.update(known)
         first = next(i for i, rule in enumerate(rules) if rule.source_names <= merged.source_names)
         rules = [rule for rule in rules if not rule.source_names <= merged.source_names]
         rules.insert(first, merged)
-    return rules
 
 
-class _Merger:
-    """Merges rules while their templates match none of the other names."""
+def _groups(rules: list[DerivedRule]) -> list[tuple[_Gap, Group]]:
+    """Return groups of rules that differ only in a gap.
 
-    def __init__(self, rules: list[DerivedRule], variables: Variables) -> None:
-        self.variables = variables
-        self.sources = [name for rule in rules for name in rule.source_names]
-        self.targets = [name for rule in rules for name in rule.target_names]
+    Gaps for an index come first, then gaps in the last segment of names, then gaps that most rules have.
+    """
+    groups: dict[tuple[_Gap, object], Group] = defaultdict(dict)
+    for rule in rules:
+        for word, gap in _gaps(rule):
+            groups[gap, (rule.action, rule.ops, rule.parts, rule.optional)][word] = rule
+    several = [(gap, group) for (gap, _), group in groups.items() if len(group) > 1]
+    return sorted(several, key=lambda item: (not item[0].is_index, "." in item[0].source[1], -len(item[1]), item[0]))
 
-    def merge_some(self, rules: list[DerivedRule]) -> DerivedRule | None:
-        """Return a rule that replaces several, or None.
 
-        Gaps for an index are tried first, then gaps in the last segment of names, then gaps that most rules have.
-        """
-        groups: dict[tuple[_Gap, object], dict[str, DerivedRule]] = defaultdict(dict)
-        for rule in rules:
-            for word, gap in _gaps(rule):
-                groups[gap, (rule.action, rule.ops, rule.parts, rule.optional, rule.reason)][word] = rule
-        several = [(gap, group) for (gap, _), group in groups.items() if len(group) > 1]
-        several.sort(key=lambda item: (not item[0].is_index, "." in item[0].source[1], -len(item[1]), item[0]))
-        return next((merged for gap, group in several if (merged := self._merge(gap, group)) is not None), None)
+def _merge(gap: _Gap, group: Group, variables: Variables) -> tuple[DerivedRule, Variables] | None:
+    """Return one rule for a group of rules, and the variables with that of the gap; None if no variable fits."""
+    known = dict(variables)
+    if gap.is_index and max(map(int, group)) - min(map(int, group)) < len(group):
+        # No number is missing: an index would also stand for the tensors of missing numbers.
+        variable = next((name for name in _INDICES if f"{{{name}" not in "".join(gap.source)), "")
+        known[variable] = "int"
+    elif gap.offset == 0:
+        variable = words_variable(group, known)
+    else:
+        return None
+    source, target = gap.with_variable(variable)
+    sources = frozenset(name for rule in group.values() for name in rule.source_names)
+    targets = frozenset(name for rule in group.values() for name in rule.target_names)
+    first = next(iter(group.values()))
+    return replace(first, source=source, target=target, source_names=sources, target_names=targets), known
 
-    def _merge(self, gap: _Gap, group: dict[str, DerivedRule]) -> DerivedRule | None:
-        """Return one rule for a group of rules by their words in the gap, or None if it would match other names."""
-        variables = dict(self.variables)
-        if gap.is_index and max(map(int, group)) - min(map(int, group)) < len(group):
-            # No number is missing: an index would also stand for the tensors of missing numbers.
-            variable = next((name for name in _INDICES if f"{{{name}" not in "".join(gap.source)), "")
-            variables[variable] = "int"
-        elif gap.offset == 0:
-            variable = words_variable(group, variables)
-        else:
-            return None
-        source, target = gap.with_variable(variable)
-        source_names = frozenset(name for rule in group.values() for name in rule.source_names)
-        target_names = frozenset(name for rule in group.values() for name in rule.target_names)
+
+def _is_exact(rule: DerivedRule, sources: list[str], targets: list[str], variables: Variables) -> bool:
+    """Return whether the templates of a rule are valid, and match no other names than its own."""
+    for text, names, own in ((rule.source, sources, rule.source_names), (rule.target, targets, rule.target_names)):
         try:
-            matched = _matching(source, self.sources, variables), _matching(target, self.targets, variables)
+            template = Template.parse(text, variables)
         except ValueError:
-            return None
-        if matched != (source_names, target_names):
-            return None
-        self.variables.update(variables)
-        return replace(
-            next(iter(group.values())),
-            source=source,
-            target=target,
-            source_names=source_names,
-            target_names=target_names,
-        )
-
-
-def _matching(text: str, names: Iterable[str], variables: Variables) -> frozenset[str]:
-    template = Template.parse(text, variables)
-    return frozenset(name for name in names if template.match(name) is not None)
+            return False
+        if {name for name in names if template.match(name) is not None} != own:
+            return False
+    return True
 
 
 def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
-    """Yield each word or number of the source that may vary, with its gap.
-
-    In a drop, only indices and the last segment may vary, so that each dropped module is named.
-    """
-    for word, source in _words(rule.source):
-        if not rule.target and (_is_segment(word, source) or "." not in source[1]):
-            yield word, _Gap(source, ("", ""), 0, _is_segment(word, source))
-        for other, target in _words(rule.target):
-            if word.isdigit() and other.isdigit():
-                # A number within a word on both sides belongs to that word.
-                is_index = _is_segment(word, source) or _is_segment(other, target)
-                yield word, _Gap(source, target, int(other) - int(word), is_index)
-            elif word == other:
-                yield word, _Gap(source, target, 0, False)
+    """Yield each word or number of the source that may vary, with its gap."""
+    for (word, source), (other, target) in itertools.product(_words(rule.source), _words(rule.target)):
+        if word.isdigit() and other.isdigit():
+            # A number within a word on both sides belongs to that word.
+            is_index = _is_segment(word, source) or _is_segment(other, target)
+            yield word, _Gap(source, target, int(other) - int(word), is_index)
+        elif word == other:
+            yield word, _Gap(source, target, 0, False)
 
 
 def _words(text: str) -> Iterator[tuple[str, tuple[str, str]]]:

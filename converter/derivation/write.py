@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import groupby
+from dataclasses import astuple
 from textwrap import wrap
 from typing import Any
 
 import yaml
 
 from converter.derivation.rules import DerivedRule, Variables
-from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
+from converter.tensors.ops import Deinterleave, Fuse, Op, Reshape, Split
 
 _WIDTH = 120
 
@@ -26,27 +26,20 @@ def yaml_text(header_comment: str, fields: Mapping[str, Any]) -> str:
     return "".join(f"# {line}\n" for line in comment) + text
 
 
-def used_variables(rules: list[DerivedRule], variables: Variables) -> dict[str, str | list[str]]:
-    """Return the variables that any rule uses, with their kinds, integer variables first."""
-    used = set(re.findall(r"\{([a-z_0-9]+)", " ".join(f"{rule.source} {rule.target}" for rule in rules)))
+def used_variables(items: list[dict[str, Any]], variables: Variables) -> dict[str, str | list[str]]:
+    """Return the variables that any item of a list of rules uses, with their kinds, integer variables first."""
+    used = set(re.findall(r"\{([a-z_0-9]+)", str(items)))
     kinds = sorted(variables.items(), key=lambda item: item[1] != "int")
     return {name: kind if isinstance(kind, str) else list(kind) for name, kind in kinds if name in used}
 
 
-def rule_items(rules: list[DerivedRule]) -> list[dict[str, Any]]:
-    """Return the items of a list of rules. Drops come last, one item for each reason."""
-    items = [_rule_item(rule) for rule in rules if rule.target]
-    drops = sorted((rule for rule in rules if not rule.target), key=lambda rule: rule.reason)
-    for reason, group in groupby(drops, key=lambda rule: rule.reason):
-        items.append({"drop": [rule.source for rule in group], "because": reason, "optional": True})
-    return items
-
-
-def _rule_item(rule: DerivedRule) -> dict[str, Any]:
-    if rule.action == "rename" and rule.source == rule.target:
-        item: dict[str, Any] = {"keep": rule.source}
+def rule_item(rule: DerivedRule, prefix: str) -> dict[str, Any]:
+    """Return a rule as an item of `rules`, where source names lack the prefix."""
+    source = rule.source.removeprefix(prefix)
+    if rule.action == "rename" and source == rule.target:
+        item: dict[str, Any] = {"keep": source}
     else:
-        item = {rule.action: rule.source, "to" if rule.action == "rename" else "into": rule.target}
+        item = {rule.action: source, "to" if rule.action == "rename" else "into": rule.target}
     if rule.parts is not None:
         variable, words = rule.parts
         item["parts"] = {variable: list(words)}
@@ -59,19 +52,23 @@ def _rule_item(rule: DerivedRule) -> dict[str, Any]:
     return item
 
 
+def drop_items(names: list[str], used: set[str], reason: str) -> list[dict[str, Any]]:
+    """Return the item that drops some names, by the largest modules that have no used name."""
+    modules = {module for name in used for module in _modules(name)}
+    dropped = (next((f"{m}{{rest}}" for m in _modules(name) if m not in modules), name) for name in names)
+    return [{"drop": list(dict.fromkeys(dropped)), "because": reason, "optional": True}] if names else []
+
+
+def _modules(name: str) -> list[str]:
+    """Return the modules that contain a tensor, from the outermost, such as `blocks.` and `blocks.0.`."""
+    return [name[: dot.end()] for dot in re.finditer(r"\.", name)]
+
+
 def _operation(op: Op) -> dict[str, Any]:
     match op:
-        case Squeeze(dims):
-            return {"squeeze": list(dims)}
-        case Unsqueeze(dims):
-            return {"unsqueeze": list(dims)}
-        case Permute(dims):
-            return {"permute": list(dims)}
-        case Reorder(order):
-            return {"reorder": list(order)}
         case Reshape(before, after):
             return {"reshape": {"from": list(before), "to": list(after)}}
         case Deinterleave(num_heads, num_parts):
             return {"deinterleave": {"heads": num_heads, "parts": num_parts}}
-        case Fuse() | Split():
-            raise ValueError(f"{op} is not an operation of `then`")
+    # The others have their key in lower case, and one list.
+    return {type(op).__name__.lower(): list(astuple(op)[0])}
