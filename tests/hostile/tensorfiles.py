@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "a number of 4000 digits": (raw("shape", f"[{'9' * 4000}]"), INTEGERS),
     **{
         f"the dtype {json.dumps(value)}": (entry(dtype=value), (f"'{KEY}' has the unknown dtype {value!r}",))
-        for value in ("F31", "f32", "C64", "F4", "\x1b[2J\n", "", 32, ["F32"], {"F32": None})
+        for value in ("F31", "f32", "C32", "F3", "\x1b[2J\n", "", 32, ["F32"], {"F32": None})
     },
     "a dtype of other size": (entry(dtype="F64"), (f"tensor '{KEY}': float64", MISFIT)),
     "a byte missing": (text(str, lambda data: data[:-1]), ("truncated", "expected")),
