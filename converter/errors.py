@@ -15,6 +15,9 @@ message as `repr` or `printable` writes them: they may hold control characters.
 
 from __future__ import annotations
 
+# Characters of a message, as tensor names in a file may have megabytes.
+MAX_MESSAGE = 3000
+
 
 def printable(text: str, keep: str = "") -> str:
     """Escape control characters, which could otherwise steer a terminal or a parser; those in `keep` stay."""
@@ -28,6 +31,11 @@ def _escaped(char: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def shortened(text: str, limit: int) -> str:
+    """Cut the middle of a text of more than `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
 class DsocrError(Exception):
     """Base of all errors that are not bugs; `exit_code` is the exit status of a command that raises it."""
 
@@ -35,8 +43,7 @@ class DsocrError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = (shortened(text, MAX_MESSAGE) for text in (message, hint))
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

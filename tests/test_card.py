@@ -153,7 +153,9 @@ def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Pat
 def test_a_card_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(OutputError, match="another file of this conversion"):
-        converter.convert(folder / "clip", "clip", out=tmp_path / "out.json", record=tmp_path / name)
+        converter.convert(
+            folder / "clip", "clip", out=tmp_path / "out.json", format="safetensors", record=tmp_path / name
+        )
     with pytest.raises(OutputError, match="another file of this conversion"):
         cards = [tmp_path / "a.json", tmp_path / name, tmp_path / "a.json"]
         converter.convert(folder / "clip", "clip", out=tmp_path / "out", record=cards)

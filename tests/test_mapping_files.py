@@ -387,9 +387,9 @@ REFUSED = [
 def test_every_other_checkpoint_is_refused_with_its_reason(checkpoint: str, family: str, tmp_path: Path) -> None:
     other = {"sam": "clip", "clip": "sam"}[family]
     if checkpoint == f"deepencoder-{family}":
-        reason = f"already has the layout deepencoder-{family}: there is nothing to convert"
-    else:
-        reason = f"is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other}"
+        assert converted(checkpoint, family, tmp_path).unchanged
+        return
+    reason = f"is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other}"
     with pytest.raises(LayoutError, match=reason):
         converted(checkpoint, family, tmp_path)
 
@@ -400,9 +400,12 @@ def test_inspect_says_what_convert_would_do(checkpoint: str, tmp_path: Path) -> 
     found = converter.inspect(str(path))
     assert found.num_tensors == len(inventories()[checkpoint])
     layouts = {entry.family: entry.layout for entry in found.layouts if entry.record}
-    assert layouts == {family: layout for (name, family), layout in CONVERTS.items() if name == checkpoint}
-    for entry in found.layouts:
-        assert ("already" in entry.problem) == (entry.record is None) == checkpoint.startswith("deepencoder-")
+    expected = {family: layout for (name, family), layout in CONVERTS.items() if name == checkpoint}
+    if checkpoint.startswith("deepencoder-"):
+        expected[checkpoint.removeprefix("deepencoder-")] = checkpoint
+    assert layouts == expected
+    unchanged = [entry.family for entry in found.layouts if entry.record and entry.record.unchanged]
+    assert unchanged == [checkpoint.removeprefix("deepencoder-")] * checkpoint.startswith("deepencoder-")
 
 
 def without(inventory: Inventory, name: str) -> Inventory:

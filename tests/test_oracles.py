@@ -345,8 +345,11 @@ def test_two_equally_good_state_dicts_need_a_choice(tmp_path: Path) -> None:
 def test_a_converted_checkpoint_is_not_converted_again(family: str, tmp_path: Path) -> None:
     _, _, make = LAYOUTS[{"sam": "sam-meta", "clip": "clip-hf"}[family]]
     _, converted = make()
-    with pytest.raises(LayoutError, match=f"already has the layout deepencoder-{family}"):
-        converter.convert(str(save_zip(converted, tmp_path)), family, out=tmp_path / "out.safetensors")
+    source = save_zip(converted, tmp_path)
+    assert converter.convert(source, family, out=tmp_path / "out.pth").unchanged
+    assert not (tmp_path / "out.pth").exists()
+    assert converter.convert(source, family, out=tmp_path / "out.safetensors").written
+    check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), converted)
 
 
 @pytest.mark.parametrize("layout", ["sam-meta", "sam-hf", "clip-hf", "clip-timm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from converter.output.names import shorten
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
 from converter.output.record import ConversionRecord, make_plan_record
 from converter.output.record_files import RecordFiles
-from converter.output.write import format_for, make_output, write
+from converter.output.write import format_for, is_unchanged, make_output, write
 from converter.plan.plan import Plan
 from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
@@ -53,7 +54,8 @@ def convert(
             image_size, state_dict; revision, hub, download.
 
     Returns:
-        The conversion record.
+        The conversion record. If `source` has the same names, types and format already, nothing is written, and
+        `unchanged` is set.
 
     Raises:
         DsocrError: The conversion is not possible. An existing output is unchanged.
@@ -61,7 +63,8 @@ def convert(
     """
     convert_options, hub_options = split_options(family, options)
     check_options(convert_options)
-    format = format_for(out, format)
+    is_folder = out is not None and is_folder_output(Path(out), convert_options.layout)
+    format = format_for(None if is_folder else out, format)
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
     with ExitStack() as stack:
@@ -71,7 +74,7 @@ def convert(
         donor = opened[1] if fill_from is not None else None
         resolved = resolve(opened[0], convert_options, donor)
         documents = None
-        if is_folder_output(target, convert_options.layout):
+        if is_folder:
             check_folder_output(target, convert_options.layout, format)
             # Also for a dry run, which then reports contradictory sizes.
             documents = config_files(
@@ -81,6 +84,8 @@ def convert(
         planned = make_plan_record(
             opened, resolved, output=target, format=format, dtype=convert_options.dtype, notes=notes
         )
+        if documents is None and is_unchanged(opened[0], resolved.plan.outputs, format):
+            return replace(planned, output=opened[0].name, unchanged=True)
         if dry_run:
             return planned
         output = make_output(resolved.plan.outputs, planned, planned.metadata(), documents, convert_options.mapping)

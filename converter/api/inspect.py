@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
 from converter.output.names import fold, layer_indices
 from converter.output.record import ConversionRecord, count_dtypes, make_plan_record
-from converter.plan.planner import ResolvedPlan, check_not_converted, plan_to_canonical
+from converter.output.write import FORMATS, is_unchanged
+from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -160,9 +161,9 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
     layout = first.match.layout
     record, problem = None, ""
     try:
-        check_not_converted(opened, first)
         plan = plan_to_canonical(opened, first, ConvertOptions(family))
-        record = make_plan_record([opened], ResolvedPlan(first, plan))
+        unchanged = any(is_unchanged(opened, plan.outputs, format) for format in FORMATS)
+        record = replace(make_plan_record([opened], ResolvedPlan(first, plan)), unchanged=unchanged)
     except DsocrError as error:
         problem = str(error)
     return MatchedLayout(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
-from converter.options import ConvertOptions, split_options
-from converter.plan.plan import Plan
-from converter.plan.planner import check_options, resolve, resolve_to_canonical
+from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
+from converter.options import split_options
+from converter.output.names import overflow_warning
+from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import source_tensors
+from converter.tensors.lazy_tensor import count_overflows, source_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,9 @@ def load(
 
     Raises:
         DsocrError: As in `convert`.
+
+    Warns:
+        UserWarning: A cast made finite values infinite.
     """
     convert_options, hub_options = split_options(family, {**options, "dtype": str(dtype).removeprefix("torch.")})
     check_options(convert_options)
@@ -59,7 +63,7 @@ def load(
         checkpoints = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
         check_hub_options(hub_options, checkpoints)
         opened, donor = checkpoints[0], checkpoints[1] if fill_from is not None else None
-        outputs = _plan(opened, convert_options, donor).outputs
+        outputs = resolve(opened, convert_options, donor).plan.outputs
         for checkpoint in checkpoints:
             checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
         loader = Loader(torch_device, check)
@@ -69,11 +73,6 @@ def load(
             if not opened.remote:
                 on_progress("loading", done + 1, len(outputs))
         check_unchanged(checkpoints)
+        if overflows := count_overflows(outputs):
+            warnings.warn(overflow_warning(overflows), stacklevel=2)
         return tensors
-
-
-def _plan(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> Plan:
-    """The plan of a conversion; a source that is already in the requested layout is accepted too."""
-    if options.layout == options.canonical and donor is None:
-        return resolve_to_canonical(opened, options, options.dtype).plan
-    return resolve(opened, options, donor).plan

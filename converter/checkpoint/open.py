@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         HubError: A hub fails or refuses.
         UsageError: SOURCE and `hub_options` contradict each other.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(
+            f"a source is a path or an address, not a {type(name).__name__}",
+            "save tensors to a file first, with torch.save(tensors, PATH), and give its path",
+        )
     located = locate(str(name), hub_options)
     with ExitStack() as stack:
         for file in located.files:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.errors import DsocrError, OutputError, printable
+from converter.errors import DsocrError, OutputError, printable, shortened
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -36,12 +36,7 @@ def run(app: Callable[[], object]) -> int:
 def say(*lines: str) -> None:
     """Print lines on stderr, very long ones shortened in the middle."""
     for line in map(printable, lines):
-        short = (
-            line
-            if len(line) <= _MAX_LINE_LENGTH
-            else f"{line[: _MAX_LINE_LENGTH // 2]} ... {line[-_MAX_LINE_LENGTH // 2 :]}"
-        )
-        print(short, file=sys.stderr)
+        print(shortened(line, _MAX_LINE_LENGTH), file=sys.stderr)
 
 
 def result(*lines: str) -> None:

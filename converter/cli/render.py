@@ -8,7 +8,7 @@ from typing import Any
 
 from converter.api.inspect import Group, Inspection, MatchedLayout
 from converter.cli import console
-from converter.output.names import fold_key_map, group_by_reason, shorten
+from converter.output.names import fold_key_map, group_by_reason, overflow_warning, shorten
 from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column, as tensor names in a file may have megabytes.
@@ -26,8 +26,13 @@ def summary(record: ConversionRecord) -> Iterable[str]:
     """Describe a conversion: sources, output, transfers, and tensors that need attention."""
     yield from map(_source, record.sources)
     dtypes = " and ".join(f"{number} {name}" for name, number in record.dtypes.items())
+    if record.unchanged:
+        yield f"nothing to do: it has the layout {record.target}, these types and this format already"
+        return
     verb = "wrote" if record.written else "would write"
     yield f"{verb} {record.output}: {record.num_tensors} tensors ({dtypes}), {size(record.nbytes)}"
+    if record.overflows:
+        yield f"  {overflow_warning(record.overflows)}"
     yield from transfers(record)
     yield from remarks(record)
 
@@ -145,6 +150,8 @@ def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
     record = layout.record
     if record is None:
         yield from (f"  {line}" for line in layout.problem.split("\n"))
+    elif record.unchanged:
+        yield "  converted already: nothing to do"
     else:
         yield f"  `dsocr-convert {record.family}` would write {record.num_tensors} tensors, {size(record.nbytes)}"
         yield from remarks(record)
@@ -176,7 +183,7 @@ def show_conversion(
             console.say(f"record: {', '.join(map(str, record))}")
     if json:
         console.result_json(conversion.to_json())
-    elif conversion.written:
+    elif conversion.written or conversion.unchanged:
         console.result(conversion.output)
     else:
         console.result(*plan(conversion))

@@ -23,6 +23,13 @@ def _cut(name: str) -> str:
     return name if len(name) <= _MAX_SHOWN_CHARS else f"{name[:_MAX_SHOWN_CHARS]}..."
 
 
+def overflow_warning(overflows: Mapping[str, int]) -> str:
+    """Describe finite values that a cast made infinite or NaN, by the number in each tensor."""
+    total, names = sum(overflows.values()), [f"{name} ({number})" for name, number in overflows.items()]
+    what = f"warning: the cast made {total} finite values infinite or NaN: {shorten(names)}"
+    return f"{what}; bfloat16 and float32 have a larger range"
+
+
 def fold(name: str) -> str:
     """The name with `{}` for each layer index: `blocks.3.norm1.weight` becomes `blocks.{}.norm1.weight`."""
     return _INDEX.sub("{}", name)

@@ -77,8 +77,10 @@ class ConversionRecord:
         assumptions: what no tensor shows, such as the activation: the source's value, the DeepEncoder's, and the config
             that states the source's value, or "assumed".
         notes: remarks for the user.
+        overflows: finite values that a cast made infinite or NaN, by output tensor.
         fetched: bytes that were fetched from a hub, by file.
         written: False for a dry run.
+        unchanged: whether the source is the output already: nothing was written.
     """
 
     tool: str
@@ -99,8 +101,10 @@ class ConversionRecord:
     unusual: dict[str, tuple[int, int]]
     assumptions: dict[str, Assumption]
     notes: list[str] = field(default_factory=list)
+    overflows: dict[str, int] = field(default_factory=dict)
     fetched: dict[str, int] = field(default_factory=dict)
     written: bool = False
+    unchanged: bool = False
 
     @property
     def mapping(self) -> str:
@@ -309,6 +313,7 @@ def record_document(
         "tensors": tensors,
         "dropped": record.dropped,
         "missing": record.missing,
+        "overflows": record.overflows,
         "sizes": record.sizes,
         "unusual": as_json(record.unusual),
         "assumptions": as_json(record.assumptions),

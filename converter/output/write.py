@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.checkpoint.folder import WEIGHT_SUFFIXES
+from converter.checkpoint.folder import WEIGHT_SUFFIXES, has_weight_suffix
 from converter.checkpoint.open import Checkpoint, check_unchanged
-from converter.errors import OutputError
+from converter.errors import OutputError, UsageError
 from converter.formats.safetensors import write_safetensors
 from converter.formats.torch_zip import write_pth
 from converter.options import check_choices
@@ -22,10 +22,12 @@ from converter.output.target import check_folder, check_not_source, check_target
 from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData
-from converter.tensors.lazy_tensor import LazyTensor, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, Read, count_overflows, source_tensors
 from converter.tensors.serialize import Outputs
 
-FORMATS = ("safetensors", "pth")
+# The formats that are written, and the names of their containers where they are read.
+_CONTAINERS = {"safetensors": "safetensors", "pth": "torch zip"}
+FORMATS = tuple(_CONTAINERS)
 
 
 class Output(NamedTuple):
@@ -43,12 +45,38 @@ class Output(NamedTuple):
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
-    """Return the format to write: `format`, or the one that the suffix of `out` implies if `format` is None."""
+    """Return the format to write: `format`, or the one that the suffix of `out` implies if `format` is None.
+
+    Raises:
+        UsageError: `format` is unknown, or the suffix implies none.
+    """
     if format is not None:
         check_choices(format=(format, FORMATS))
         return format
-    suffix = Path(out).suffix if out is not None else ""
-    return "pth" if suffix in WEIGHT_SUFFIXES and suffix != ".safetensors" else "safetensors"
+    name = Path(out or "").name.lower()
+    if has_weight_suffix(name):
+        return "safetensors" if name.endswith(".safetensors") else "pth"
+    if suffix := Path(name).suffix:
+        raise UsageError(
+            f"--output {out}: the suffix {suffix} implies no format",
+            f"end the name in {', '.join(WEIGHT_SUFFIXES)}, or choose with --format {' or '.join(FORMATS)}",
+        )
+    return "safetensors"
+
+
+def is_unchanged(source: Checkpoint, outputs: Outputs, format: str) -> bool:
+    """Return whether an output would have the same tensors under the same names as its source, in the same format.
+
+    Args:
+        source: The checkpoint.
+        outputs: The tensors to write.
+        format: safetensors or pth.
+    """
+    return (
+        source.containers == (_CONTAINERS[format],)
+        and source.contents.keys() == outputs.keys()
+        and all(isinstance(value, Read) and value.tensor is source.contents[key] for key, value in outputs.items())
+    )
 
 
 def make_output(
@@ -111,6 +139,7 @@ def write(
         fds = {path: atomic.file(path) for path in files.paths}
         digests = TensorDigests(output.tensors) if fds else None
         output.fill(temporary, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
+        record = replace(record, overflows=count_overflows(output.tensors))
         if digests is not None:
             for path, data in files.contents(record, output.tensors, opened, digests, output.metadata, on_progress):
                 with output_errors(path):

@@ -14,7 +14,7 @@ from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorS
 from converter.plan.apply import OUTSIDE, Applied, apply
 from converter.plan.assumptions import Assumption
 from converter.plan.resample import resample_positions
-from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, nbytes, source_tensors
+from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
 
 # One position per patch, and one for the class token.
 MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
@@ -102,7 +102,9 @@ def make_plan(
         raise MappingError(f"{where}: layer index {depth - 1} with only {len(applied.values)} tensors")
     if image_size is not None:
         plan.dropped.update(resample_positions(target, applied, depth, image_size))
+    _drop_cast_positions(plan, applied)
     _fit_target(plan, applied, where)
+    plan.remarks += _grid_remarks(plan)
     plan.outputs = sort_outputs(plan.outputs, dtype)
     plan.unusual = {
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
@@ -142,6 +144,28 @@ def _depth(target: CanonicalLayout, applied: Applied) -> int:
     matches = (template.match(name) for name in applied.values for template in numbered)
     values = (value for bindings in matches if bindings for value in bindings.values())
     return max((int(value) + 1 for value in values if value.isdigit()), default=0)
+
+
+def _drop_cast_positions(plan: Plan, applied: Applied) -> None:
+    """Drop position indices that were cast to another type with the rest of the model: they are generated."""
+    for spec in plan.target.tensors:
+        value = applied.values.get(spec.name.text) if spec.generate else None
+        if value is not None and value.dtype.name != spec.dtype and is_arange(value):
+            del applied.values[spec.name.text]
+            reason = f"0, 1, 2, ... in {value.dtype.name}: generated in {spec.dtype}"
+            plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
+
+
+def _grid_remarks(plan: Plan) -> list[str]:
+    """Return a warning for position embeddings of a class token and a grid that is not square."""
+    names = [spec.name.text for spec in plan.target.tensors if spec.positions == "tokens"]
+    numbers = {name: plan.outputs[name].shape[0] - 1 for name in names if name in plan.outputs}
+    return [
+        f"warning: {name!r} has {number} positions without the class token, which are no square: the encoder reads "
+        "them as a square grid"
+        for name, number in numbers.items()
+        if math.isqrt(number) ** 2 != number
+    ]
 
 
 def _fit_target(plan: Plan, applied: Applied, where: str) -> None:

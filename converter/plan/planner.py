@@ -66,7 +66,8 @@ def plan_to_canonical(
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
-    plan.assumptions, plan.remarks = read_assumptions(opened, canonical, plan.sizes)
+    plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
+    plan.remarks += remarks
     return plan
 
 
@@ -96,29 +97,18 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
         donor: A checkpoint of the same sizes that supplies missing tensors (--fill-from), or None.
 
     Raises:
-        LayoutError: The checkpoint has no known layout, or is converted already.
+        LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit, or are incomplete.
         UsageError: The donor has other sizes.
     """
     to_canonical = options.layout == options.canonical
     # Outputs are cast once, by the last step.
     detected, plan = resolve_to_canonical(opened, options, dtype="keep" if donor or not to_canonical else options.dtype)
-    if to_canonical and donor is None:
-        check_not_converted(opened, detected)
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
     if to_canonical:
         return ResolvedPlan(detected, complete_from(plan, donor_plan, options.dtype) if donor_plan else plan)
     target = registry.load(options.layout).mapping
     return ResolvedPlan(detected, retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name))
-
-
-def check_not_converted(opened: Checkpoint, detected: DetectedLayout) -> None:
-    """LayoutError for a checkpoint that already has the canonical layout."""
-    if detected.match.layout.is_canonical:
-        raise LayoutError(
-            f"{opened.name}: already has the layout {detected.match.name}: there is nothing to convert",
-            "use the file as it is",
-        )
 
 
 def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:

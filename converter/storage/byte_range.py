@@ -66,6 +66,10 @@ class ByteRange(NamedTuple):
     start: int
     length: int
 
+    def read(self) -> bytes:
+        """Return the bytes; a checksum of the whole storage is not checked."""
+        return self.storage.file.read(self.storage.offset + self.start, self.length)
+
 
 # Bytes to write: copied from a file, or generated (position_ids, a random compressor).
 Segment = ByteRange | bytes

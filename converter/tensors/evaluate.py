@@ -76,13 +76,26 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
         case Transpose(base=base, dims=dims):
             return evaluate(base, load).permute(dims)
         case Cast(base=base):
-            return evaluate(base, load).to(torch_dtype(value.dtype.name))
+            before = evaluate(base, load)
+            result = before.to(torch_dtype(value.dtype.name))
+            value.overflows[:] = [_count_overflows(before, result)]
+            return result
         case Resample(base=base, kind=kind, grid_size=grid_size):
             return RESAMPLE[kind](evaluate(base, load), grid_size)
         case Generated(make=make):
             data, dtype = bytearray(make()), torch_dtype(value.dtype.name)
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             return flat.reshape(value.shape)
+
+
+def _count_overflows(before: torch.Tensor, after: torch.Tensor) -> int:
+    """Return the number of finite values that a cast made infinite or NaN."""
+    if torch.finfo(before.dtype).max <= torch.finfo(after.dtype).max:
+        return 0
+    # One pass without new memory; NaN and infinity show in the extrema.
+    if not after.numel() or all(extremum.isfinite() for extremum in after.aminmax()):
+        return 0
+    return int((before.double().isfinite() & ~after.isfinite()).sum())
 
 
 def byte_swapped(data: bytearray, itemsize: int) -> bytearray:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from converter.storage.byte_range import ByteRange, Segment, cut
 from converter.tensors.dtypes import BY_NAME, INT64, DType
@@ -23,6 +23,10 @@ POSITIONS = {
     "grid": "a square grid, [1, n, n, width]",
     "relative": "offsets from -(n - 1) to n - 1, [2*n - 1, width]",
 }
+# The types of position indices in `struct`; bfloat16 is rounded from float32.
+_STRUCT_CODES = {"float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i"} | {
+    "int16": "h", "int8": "b", "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,16 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """The values rounded to another dtype."""
+    """The values rounded to another dtype.
+
+    Attributes:
+        overflows: After evaluation, the number of finite values that became infinite or NaN.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
     base: LazyTensor
+    overflows: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,23 @@ def arange(shape: tuple[int, ...]) -> LazyTensor:
     return Generated(INT64, shape, lambda: struct.pack(f"<{numel}q", *range(numel)))
 
 
+def is_arange(value: LazyTensor) -> bool:
+    """Return whether a tensor of any type holds 0, 1, 2, ..., rounded to its type. Reads its bytes."""
+    numel, name = math.prod(value.shape), value.dtype.name
+    ranges = byte_ranges(value)
+    if ranges is None or name not in _STRUCT_CODES or numel > MAX_GRID_SIZE**2 + 1:
+        return False
+    data = b"".join(part if isinstance(part, bytes) else part.read() for part in ranges)
+    try:
+        expected = struct.pack(f"<{numel}{_STRUCT_CODES[name]}", *range(numel))
+    except struct.error:  # more positions than the type has values
+        return False
+    if name == "bfloat16":
+        bits = struct.unpack(f"<{numel}I", expected)
+        expected = struct.pack(f"<{numel}H", *((n + 0x7FFF + (n >> 16 & 1)) >> 16 for n in bits))
+    return data == expected
+
+
 def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
     """Yield the checkpoint tensors that a lazy tensor reads, in order."""
     match value:
@@ -132,6 +158,13 @@ def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
                 yield from source_tensors(part)
         case Slice(base=base) | View(base=base) | Transpose(base=base) | Cast(base=base) | Resample(base=base):
             yield from source_tensors(base)
+
+
+def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
+    """Return the number of finite values that became infinite or NaN in each tensor that was cast and evaluated."""
+    # A cast is the last operation.
+    casts = {name: sum(value.overflows) for name, value in outputs.items() if isinstance(value, Cast)}
+    return {name: number for name, number in casts.items() if number}
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:

@@ -201,7 +201,14 @@ def open_expected(
         donor: The checkpoint that supplied missing tensors (--fill-from), or None.
         options: The family, and the mapping and state dict of the conversion.
         on_progress: Called as tensors are fetched from a hub.
+
+    Raises:
+        UsageError: The source is the converted file itself.
     """
+    if {file.identity for file in source.files} & {file.identity for file in target.source.files} - {None}:
+        raise UsageError(
+            f"--source {source.name}: is the converted file itself", "specify the checkpoint that it was converted from"
+        )
     encoder = target.encoders[0]
     detected, plan = resolve_to_canonical(source, options)
     options = replace(options, image_size=_infer_image_size(plan, encoder))

@@ -9,7 +9,6 @@ from typing import Any
 
 import models
 import numpy as np
-import safetensors.torch
 import torch
 
 from hostile.case import Accepted, Build, Case, Refused, State, clip, sam, saved
@@ -135,15 +134,6 @@ def _language_model() -> State:
     return {name: torch.zeros(8, 8) for name in ["model.embed_tokens.weight", *names, "lm_head.weight"]}
 
 
-def _converted(folder: Path) -> Path:
-    """A SAM in the DeepEncoder's layout."""
-    state = {
-        n.removeprefix("image_encoder."): t.contiguous() for n, t in sam().items() if n.startswith("image_encoder.")
-    }
-    safetensors.torch.save_file(state, folder / "model.safetensors")
-    return folder / "model.safetensors"
-
-
 def _both() -> dict[str, Any]:
     return {"sam": sam(), "clip": clip(), "step": 7}
 
@@ -208,7 +198,6 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a list of tensors": (_file(lambda: list(sam().values())), ("model.pth",)),
     "one tensor": (_file(lambda: torch.zeros(3)), ("model.pth",)),
     "numbered names": (_file(lambda: dict(enumerate(sam().values()))), ("model.pth: contains no named tensors",)),
-    "converted already": (_converted, ("already has the layout deepencoder-sam", "use the file as it is")),
     "a transposed matrix": (
         _file(_with(sam, LIN1, lambda t: t.T.contiguous())),
         ("'blocks.1.mlp.lin1.weight'", "has shape [24, 40]; expected [mlp, width]", "mlp = 40"),
