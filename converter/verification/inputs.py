@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict
-from converter.errors import LayoutError, MappingError
+from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
 from converter.layouts.spec import LayoutSpec, Rule
