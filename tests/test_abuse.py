@@ -76,7 +76,7 @@ def clip(**options: Any) -> Callable[[], object]:
 REFUSED: dict[str, tuple[type[DsocrError], str, Callable[[], object]]] = {
     "long output": (OutputError, "too long", sam(out=TOO_LONG)),
     "long folder": (OutputError, "too long", sam(out="x" * 5000, to="sam-hf")),
-    "long card": (OutputError, "too long", sam(record="x" * 5000 + ".json")),
+    "long record": (OutputError, "too long", sam(record="x" * 5000 + ".json")),
     "long source": (ContainerError, "no such file", lambda: converter.diff(TOO_LONG, "sam.pth")),
     "long checkpoint": (UsageError, "no such file", encoder(into=TOO_LONG, out="x.safetensors")),
     "NUL in output": (OutputError, "embedded null", sam(out="a\0b")),
@@ -111,13 +111,13 @@ def test_a_record_never_replaces_an_input(what: str, link: bool, folder: Path) -
     own = {"source": "sam.json", "index": "clip/model.safetensors.index.json", "mapping": "m.json"}
     (folder / "sam.pth").rename("sam.json")
     (folder / "m.json").write_text(registry.text("sam-meta"))
-    card = "card.json" if link else own[what]
+    record = "record.json" if link else own[what]
     if link:
-        os.link(own[what], card)
+        os.link(own[what], record)
     source, family = ("clip", "clip") if what == "index" else ("sam.json", "sam")
     options: dict[str, Any] = {"mapping": {"mapping": "m.json"}}.get(what, {})
     call = lambda **more: converter.convert(source, family, force=True, **options, **more)  # noqa: E731
-    check_refused(folder, OutputError, "cannot be the record", lambda: call(record=card))
+    check_refused(folder, OutputError, "cannot be the record", lambda: call(record=record))
     if what == "mapping":
         check_refused(folder, OutputError, "is the source", lambda: call(out=own[what]))
 
@@ -175,12 +175,12 @@ def test_another_file_of_the_folder_that_cannot_be_read(folder: Path, monkeypatc
     "hostile", [{"shape": [float("inf")]}, {"shape": [[1]]}, {"shape": None}, {"record": ["x" * 100_000]}], ids=str
 )
 def test_hostile_records(hostile: dict[str, Any], folder: Path) -> None:
-    converter.convert("clip.pth", "clip", out="out.safetensors", record="card.json")
-    card = json.loads(Path("card.json").read_bytes())
-    next(iter(card["tensors"].values())).update({key: value for key, value in hostile.items() if key != "record"})
-    Path("card.json").write_text(json.dumps({**card, **{k: v for k, v in hostile.items() if k == "record"}}))
-    with pytest.raises(ContainerError, match="card") as caught:
-        verify("out.safetensors", record="card.json", fast=True)
+    converter.convert("clip.pth", "clip", out="out.safetensors", record="record.json")
+    record = json.loads(Path("record.json").read_bytes())
+    next(iter(record["tensors"].values())).update({key: value for key, value in hostile.items() if key != "record"})
+    Path("record.json").write_text(json.dumps({**record, **{k: v for k, v in hostile.items() if k == "record"}}))
+    with pytest.raises(ContainerError, match="record") as caught:
+        verify("out.safetensors", record="record.json", fast=True)
     assert len(str(caught.value)) < 300
 
 

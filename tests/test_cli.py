@@ -54,12 +54,12 @@ def test_clip_from_a_folder_as_pth(folder: Path, tmp_path: Path) -> None:
     assert len(torch.load(tmp_path / "deepencoder-clip.pth", weights_only=True)) == 6 + 12 * 3
 
 
-def test_json_is_one_document_and_the_card(folder: Path, tmp_path: Path) -> None:
+def test_json_is_one_document_and_the_record(folder: Path, tmp_path: Path) -> None:
     done = run("sam", folder / "sam.pth", "--json", cwd=tmp_path)
-    card = json.loads(done.stdout)
-    assert card["written"] and card["num_tensors"] == len(card["converted"]) == 51
-    assert card["converted"]["pos_embed"] == ["image_encoder.pos_embed"]
-    assert card["sources"][0]["files"] == {str(folder / "sam.pth"): (folder / "sam.pth").stat().st_size}
+    record = json.loads(done.stdout)
+    assert record["written"] and record["num_tensors"] == len(record["converted"]) == 51
+    assert record["converted"]["pos_embed"] == ["image_encoder.pos_embed"]
+    assert record["sources"][0]["files"] == {str(folder / "sam.pth"): (folder / "sam.pth").stat().st_size}
 
 
 def test_dry_run_writes_nothing_and_shows_what_each_tensor_is_made_of(folder: Path, tmp_path: Path) -> None:

@@ -396,8 +396,8 @@ def test_the_target_may_be_a_full_model(tmp_path: Path) -> None:
         "full_model": True,
         "out": tmp_path / "out.safetensors",
     }
-    card = converter.convert(tmp_path / "source.pth", "clip", **options)  # type: ignore[arg-type]
-    assert card.mapping == "clip-stack"
+    record = converter.convert(tmp_path / "source.pth", "clip", **options)  # type: ignore[arg-type]
+    assert record.mapping == "clip-stack"
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), safetensors.torch.load_file(target))
     assert "\nother_rules:\n" in found.text
 

@@ -119,8 +119,8 @@ def parts(sources: Path) -> State:
 
 def put_together(sources: Path, out: Path, **options: object) -> State:
     given = {"sam": sources / "sam.pth", "clip": sources / "clip", "compressor": "random:7", **options}
-    card = encoder(out=out, **given)  # type: ignore[arg-type]
-    assert card.written and card.output == str(out)
+    record = encoder(out=out, **given)  # type: ignore[arg-type]
+    assert record.written and record.output == str(out)
     return torch.load(out) if out.suffix == ".pth" else safetensors.torch.load_file(out)
 
 
@@ -143,8 +143,8 @@ def test_prefix_format_and_type(prefix: str, sources: Path, tmp_path: Path) -> N
     found = put_together(sources, tmp_path / "out.pth", add_prefix=prefix, format="pth", dtype="bfloat16")
     assert_same(found, {name.replace("model.", prefix, 1): tensor.bfloat16() for name, tensor in whole.items()})
     # What was written is itself a source.
-    card = encoder(tmp_path / "out.pth", out=tmp_path / "again.safetensors")
-    assert_same(safetensors.torch.load_file(card.output), {name: tensor.bfloat16() for name, tensor in whole.items()})
+    record = encoder(tmp_path / "out.pth", out=tmp_path / "again.safetensors")
+    assert_same(safetensors.torch.load_file(record.output), {name: tensor.bfloat16() for name, tensor in whole.items()})
 
 
 def test_a_seeded_compressor_is_the_same_everywhere(sources: Path, tmp_path: Path) -> None:
@@ -225,30 +225,30 @@ def test_a_sam_with_a_compressor_needs_none(sources: Path, tmp_path: Path) -> No
     expected = deepseek_ocr()
     for name in NETS:
         assert torch.equal(found[f"model.sam_model.{name}"], expected[f"model.sam_model.{name}"])
-    card = encoder(sam=ocr, clip=sources / "clip", compressor="random:0", dry_run=True)
-    assert card.dropped["model.sam_model.net_3.weight"] == "--compressor random:0 replaces it"
-    assert card.converted["model.sam_model.net_3.weight"] == []
+    record = encoder(sam=ocr, clip=sources / "clip", compressor="random:0", dry_run=True)
+    assert record.dropped["model.sam_model.net_3.weight"] == "--compressor random:0 replaces it"
+    assert record.converted["model.sam_model.net_3.weight"] == []
 
 
 def test_one_checkpoint_may_be_given_for_both(sources: Path, tmp_path: Path) -> None:
-    card = encoder(sam=sources / "ocr", clip=sources / "ocr", compressor="random:0", out=tmp_path / "out.safetensors")
+    record = encoder(sam=sources / "ocr", clip=sources / "ocr", compressor="random:0", out=tmp_path / "out.safetensors")
     expected = {name: tensor for name, tensor in deepseek_ocr().items() if is_encoder(name)}
-    found = safetensors.torch.load_file(card.output)
+    found = safetensors.torch.load_file(record.output)
     assert_same(found, {**expected, **{name: found[name] for name in expected if "sam_model.net_" in name}})
-    used = {key for keys in card.converted.values() for key in keys}
-    assert used | set(card.dropped) == set(deepseek_ocr()) and not used & set(card.dropped)
+    used = {key for keys in record.converted.values() for key in keys}
+    assert used | set(record.dropped) == set(deepseek_ocr()) and not used & set(record.dropped)
 
 
 def test_an_encoder_is_taken_out(sources: Path, tmp_path: Path) -> None:
     state = deepseek_ocr()
-    card = encoder(sources / "ocr", out=tmp_path / "out.safetensors")
-    assert_same(safetensors.torch.load_file(card.output), {n: t for n, t in state.items() if is_encoder(n)})
+    record = encoder(sources / "ocr", out=tmp_path / "out.safetensors")
+    assert_same(safetensors.torch.load_file(record.output), {n: t for n, t in state.items() if is_encoder(n)})
     # Each name of the source is used or dropped for a reason.
-    assert {key for keys in card.converted.values() for key in keys} | set(card.dropped) == set(state)
-    assert set(card.dropped.values()) == {"not part of the DeepEncoder (language model, projector)"}
-    card = encoder(sources / "ocr", with_projector=True, out=tmp_path / "more.safetensors")
+    assert {key for keys in record.converted.values() for key in keys} | set(record.dropped) == set(state)
+    assert set(record.dropped.values()) == {"not part of the DeepEncoder (language model, projector)"}
+    record = encoder(sources / "ocr", with_projector=True, out=tmp_path / "more.safetensors")
     rest = ("model.layers.", "lm_head.")
-    assert_same(safetensors.torch.load_file(card.output), {n: t for n, t in state.items() if not n.startswith(rest)})
+    assert_same(safetensors.torch.load_file(record.output), {n: t for n, t in state.items() if not n.startswith(rest)})
 
 
 def test_names_at_true_size(tmp_path: Path) -> None:
@@ -257,9 +257,9 @@ def test_names_at_true_size(tmp_path: Path) -> None:
         sparse(tmp_path / f"{name}.safetensors", found[name])
     whole = [name for name in found["deepseek-ocr"] if is_encoder(name)]
     sam, clip, ocr = (tmp_path / f"{name}.safetensors" for name in ("sam-meta", "clip-hf", "deepseek-ocr"))
-    card = encoder(sam=sam, clip=clip, compressor=ocr, dry_run=True)
-    assert sorted(card.converted) == sorted(whole) and card.unusual == {} and not card.written
-    assert card.dtypes == {"float32": 470, "bfloat16": 2}
+    record = encoder(sam=sam, clip=clip, compressor=ocr, dry_run=True)
+    assert sorted(record.converted) == sorted(whole) and record.unusual == {} and not record.written
+    assert record.dtypes == {"float32": 470, "bfloat16": 2}
     assert sorted(encoder(ocr, dry_run=True).converted) == sorted(whole)
     more = encoder(ocr, with_projector=True, dry_run=True).converted
     assert set(more) - set(whole) == {
@@ -284,7 +284,7 @@ def test_an_encoder_is_put_back(sources: Path, tmp_path: Path) -> None:
     new, state = new_encoder(sources, tmp_path)
     ocr, out = sources / "ocr", tmp_path / "out"
     before = digests(ocr)
-    card = encoder(new, into=ocr, out=out)
+    record = encoder(new, into=ocr, out=out)
     assert digests(ocr) == before
     expected = {name: state[name].bfloat16() if is_encoder(name) else old for name, old in deepseek_ocr().items()}
     assert_same(load(out), expected)
@@ -293,8 +293,8 @@ def test_an_encoder_is_put_back(sources: Path, tmp_path: Path) -> None:
         assert header(out / path.name) == header(path)
     shards = {path.name for path in ocr.glob("*.safetensors")}
     assert digests(out).items() - before.items() == {(name, digests(out)[name]) for name in shards}
-    assert (card.num_tensors, len(card.converted)) == (len(expected), len(state))
-    assert f"replaced {len(state)} tensors; kept 11 and 3 other files as they were" in card.notes
+    assert (record.num_tensors, len(record.converted)) == (len(expected), len(state))
+    assert f"replaced {len(state)} tensors; kept 11 and 3 other files as they were" in record.notes
     assert not list(tmp_path.glob(".*"))
 
 
@@ -333,11 +333,11 @@ def test_position_ids_are_replaced_where_there_are_some(sources: Path, tmp_path:
 def test_a_single_file(sources: Path, tmp_path: Path) -> None:
     new, state = new_encoder(sources, tmp_path)
     safetensors.torch.save_file(deepseek_ocr(), tmp_path / "one.safetensors", {"format": "pt", "note": "mine"})
-    card = encoder(new, into=tmp_path / "one.safetensors", out=tmp_path / "out.safetensors")
+    record = encoder(new, into=tmp_path / "one.safetensors", out=tmp_path / "out.safetensors")
     assert header(tmp_path / "out.safetensors") == header(tmp_path / "one.safetensors")
     found = safetensors.torch.load_file(tmp_path / "out.safetensors")
     assert torch.equal(found[PATCHES], state[PATCHES].bfloat16())
-    assert card.notes == [f"replaced {len(state)} tensors; kept 11 as they were"]
+    assert record.notes == [f"replaced {len(state)} tensors; kept 11 as they were"]
 
 
 def test_only_files_of_the_folder_are_copied(sources: Path, tmp_path: Path) -> None:
@@ -350,9 +350,9 @@ def test_only_files_of_the_folder_are_copied(sources: Path, tmp_path: Path) -> N
     (ocr / ".git").mkdir()
     (ocr / ".git" / "HEAD").write_text("ref")
     (ocr / "elsewhere").symlink_to(tmp_path)
-    card = encoder(new, into=ocr, out=tmp_path / "out")
-    assert "left out README.md: it is not a file in this folder" in card.notes
-    assert "left out pytorch_model.bin: other weights, which may hold the old encoder" in card.notes
+    record = encoder(new, into=ocr, out=tmp_path / "out")
+    assert "left out README.md: it is not a file in this folder" in record.notes
+    assert "left out pytorch_model.bin: other weights, which may hold the old encoder" in record.notes
     others = {name for name in digests(tmp_path / "out") if not name.startswith("model")}
     assert others == {"config.json", "tokenizer.json", "assets/fig1.png"}
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
@@ -400,8 +400,8 @@ def test_what_does_not_fit_is_refused(
 def test_an_encoder_that_lacks_a_tensor_is_refused(sources: Path, tmp_path: Path) -> None:
     state = without({name: t for name, t in deepseek_ocr().items() if is_encoder(name)}, PATCHES)
     safetensors.torch.save_file(state, tmp_path / "part.safetensors")
-    card = encoder(tmp_path / "part.safetensors", out=tmp_path / "alone.safetensors")
-    assert "vision_model.embeddings.patch_embedding.weight" in card.missing
+    record = encoder(tmp_path / "part.safetensors", out=tmp_path / "alone.safetensors")
+    assert "vision_model.embeddings.patch_embedding.weight" in record.missing
     with pytest.raises(UsageError, match=r"nothing gives 'vision_model.embeddings.patch_embedding.weight', which the"):
         encoder(tmp_path / "part.safetensors", into=sources / "ocr", out=tmp_path / "out")
 
@@ -471,10 +471,11 @@ def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_pat
     given = ("--sam", sources / "sam.pth", "--clip", sources / "clip", "--compressor", "org/got", "--json")
     with hub_server([Repo("org/got", {"model.safetensors": tmp_path / "model.safetensors"})]) as server:
         done = run(*given, cwd=tmp_path, **environment(server, tmp_path / "caches"))
-    card = json.loads(done.stdout)
-    assert list(card["fetched"]) == ["hf://org/got/model.safetensors"]
-    assert sum(card["fetched"].values()) < 1 << 19
-    assert [bool(re.fullmatch("[0-9a-f]{40}", source["commit"])) for source in card["sources"]] == [False, False, True]
+    record = json.loads(done.stdout)
+    assert list(record["fetched"]) == ["hf://org/got/model.safetensors"]
+    assert sum(record["fetched"].values()) < 1 << 19
+    commits = [bool(re.fullmatch("[0-9a-f]{40}", source["commit"])) for source in record["sources"]]
+    assert commits == [False, False, True]
     found = safetensors.torch.load_file(tmp_path / "deepencoder.safetensors")
     assert found["model.sam_model.net_3.weight"].eq(1).all()
 
@@ -489,8 +490,8 @@ def test_the_command_prints_as_the_others_do(sources: Path, tmp_path: Path) -> N
     assert done.returncode == 0
     assert re.search(r"model.sam_model.pos_embed +<- image_encoder.pos_embed\n", done.stdout)
     done = run("deepencoder.safetensors", "--into", sources / "ocr", "-o", "new", "--json", "-q", cwd=tmp_path)
-    card = json.loads(done.stdout)
-    assert (done.stderr, card["written"], card["output"], card["family"]) == ("", True, "new", "deepencoder")
+    record = json.loads(done.stdout)
+    assert (done.stderr, record["written"], record["output"], record["family"]) == ("", True, "new", "deepencoder")
     # Written once more, it is the same.
     first = digests(tmp_path)
     assert run(*given, "-q", "--force", cwd=tmp_path).returncode == 0
@@ -592,20 +593,20 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
         assert list(new.keys()) == list(old.keys())
 
 
-# The card -----------------------------------------------------------------------------------------------------------
+# The record -----------------------------------------------------------------------------------------------------------
 
 
-def proved(converted: Path, card: Path) -> list[str]:
-    """The verdicts of a verification against the card alone."""
-    return [check.verdict for check in verify(converted, record=card, fast=True).checks if check.group == "record"]
+def proved(converted: Path, record: Path) -> list[str]:
+    """The verdicts of a verification against the record alone."""
+    return [check.verdict for check in verify(converted, record=record, fast=True).checks if check.group == "record"]
 
 
-def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
+def test_the_record_of_an_encoder(sources: Path, tmp_path: Path) -> None:
     """It names every source, and what was seeded; a verification against it sees one changed bit."""
-    out, card = tmp_path / "e.safetensors", tmp_path / "e.json"
+    out, record = tmp_path / "e.safetensors", tmp_path / "e.json"
     options = {"sam": sources / "sam.pth", "clip": sources / "clip", "compressor": "random:3", "out": out}
-    encoder(**options, record=[card, tmp_path / "e.md"])  # type: ignore[arg-type]
-    document = json.loads(card.read_bytes())
+    encoder(**options, record=[record, tmp_path / "e.md"])  # type: ignore[arg-type]
+    document = json.loads(record.read_bytes())
     assert [source["name"] for source in document["sources"]] == ["sam.pth", "model.safetensors"]
     for name, tensor in safetensors.torch.load_file(out).items():
         entry = document["tensors"][name]
@@ -613,21 +614,21 @@ def test_the_card_of_an_encoder(sources: Path, tmp_path: Path) -> None:
         assert ("random:3" in entry.get("generated", "")) == (name.split(".")[-2] in ("net_2", "net_3"))
     assert document["metadata"]["compressor"].startswith("random:3")
     assert "dsocr-verify e.safetensors --record e.json" in (tmp_path / "e.md").read_text()
-    assert proved(out, card) == ["passed", "passed"]
+    assert proved(out, record) == ["passed", "passed"]
     with out.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(bytes([out.read_bytes()[-1] ^ 1]))
-    assert "failed" in proved(out, card)
+    assert "failed" in proved(out, record)
 
 
-def test_the_card_of_a_whole_checkpoint(sources: Path, tmp_path: Path) -> None:
+def test_the_record_of_a_whole_checkpoint(sources: Path, tmp_path: Path) -> None:
     """Of all its tensors, those of the language model too, in however many shards."""
-    out, card = tmp_path / "new", tmp_path / "new.json"
-    encoder(sources / "ocr", into=sources / "ocr", out=out, record=card)
-    document = json.loads(card.read_bytes())
+    out, record = tmp_path / "new", tmp_path / "new.json"
+    encoder(sources / "ocr", into=sources / "ocr", out=out, record=record)
+    document = json.loads(record.read_bytes())
     found = load(out)
     assert document["tensors"].keys() == found.keys() and document["metadata"] is None
     assert all(document["tensors"][name]["sha256"] == hashlib.sha256(raw(t)).hexdigest() for name, t in found.items())
-    assert proved(out, card) == ["passed"]
+    assert proved(out, record) == ["passed"]
     with pytest.raises(OutputError, match="is inside the output"):
-        encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", record=tmp_path / "b" / "card.json")
+        encoder(sources / "ocr", into=sources / "ocr", out=tmp_path / "b", record=tmp_path / "b" / "record.json")

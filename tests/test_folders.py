@@ -108,10 +108,10 @@ def test_a_whole_sam_from_metas_file_and_back(
     record_property("writes", "sam-hf/folder")
     from transformers import SamModel, SamProcessor
 
-    card = converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / "sam")
-    assert card.output == str(tmp_path / "sam")
+    record = converter.convert(meta, "sam", to="sam-hf", full_model=True, out=tmp_path / "sam")
+    assert record.output == str(tmp_path / "sam")
     assert sorted(path.name for path in (tmp_path / "sam").iterdir()) == FILES
-    assert card.num_tensors == len(safetensors.torch.load_file(tmp_path / "sam" / "model.safetensors"))
+    assert record.num_tensors == len(safetensors.torch.load_file(tmp_path / "sam" / "model.safetensors"))
 
     side = models.GRID * models.PATCH
     processor = SamProcessor.from_pretrained(tmp_path / "sam")

@@ -251,10 +251,10 @@ def test_shards(scheme: str, place: Place, local: Any) -> None:
 
 def test_the_record_has_commit_and_bytes(place: Place) -> None:
     done = place.run("sam", "hf://org/sam", "--json")
-    card = json.loads(done.stdout)
-    (source,) = card["sources"]
+    record = json.loads(done.stdout)
+    (source,) = record["sources"]
     assert source["commit"] == place.server.repos[0].commit and source["name"] == "hf://org/sam/model.safetensors"
-    ((name, fetched),) = card["fetched"].items()
+    ((name, fetched),) = record["fetched"].items()
     assert name == "hf://org/sam/model.safetensors" and 0 < fetched == bodies(place.server)
 
 
@@ -1134,8 +1134,8 @@ def test_the_real_hubs(family: str, source: str, tmp_path: Path) -> None:
         [program, family, source, "-o", "out", "--json"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    card = json.loads(done.stdout)
-    assert card["num_tensors"] == {"sam": 177, "clip": 294}[family]
-    assert sum(card["fetched"].values()) <= 1.02 * card["nbytes"] + (2 << 20)
+    record = json.loads(done.stdout)
+    assert record["num_tensors"] == {"sam": 177, "clip": 294}[family]
+    assert sum(record["fetched"].values()) <= 1.02 * record["nbytes"] + (2 << 20)
     with safetensors.safe_open(tmp_path / "out", "pt") as opened:
-        assert opened.metadata()["commit"] == card["sources"][0]["commit"]
+        assert opened.metadata()["commit"] == record["sources"][0]["commit"]

@@ -321,31 +321,31 @@ def converted(checkpoint: str, family: str, folder: Path) -> ConversionRecord:
 
 @pytest.mark.parametrize(("checkpoint", "family"), CONVERTS)
 def test_every_checkpoint_is_known_and_becomes_all_of_the_target(checkpoint: str, family: str, tmp_path: Path) -> None:
-    card = converted(checkpoint, family, tmp_path)
-    assert card.mapping == CONVERTS[checkpoint, family]
-    assert card.target == f"deepencoder-{family}"
-    assert card.unusual == UNUSUAL.get(checkpoint, {})
+    record = converted(checkpoint, family, tmp_path)
+    assert record.mapping == CONVERTS[checkpoint, family]
+    assert record.target == f"deepencoder-{family}"
+    assert record.unusual == UNUSUAL.get(checkpoint, {})
     target = inventories()[f"deepencoder-{family}"]
     absent = set()
     if family == "sam" and checkpoint not in WITH_COMPRESSOR:
         absent = {"net_2.weight", "net_3.weight"}
     elif checkpoint == "unlimited-ocr-hf-vision" and family == "clip":
         absent = {"embeddings.patch_embedding.weight"}
-    assert set(card.missing) == absent
+    assert set(record.missing) == absent
     if checkpoint != "sam-meta-vit-h":
-        assert set(card.converted) == target.keys() - absent
-    assert set(card.generated) <= {"embeddings.position_ids"}
-    fates = Counter([*card.dropped, *(key for keys in card.converted.values() for key in keys)])
+        assert set(record.converted) == target.keys() - absent
+    assert set(record.generated) <= {"embeddings.position_ids"}
+    fates = Counter([*record.dropped, *(key for keys in record.converted.values() for key in keys)])
     assert fates == Counter(inventories()[checkpoint].keys())
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "model.", "_orig_mod.module."])
 @pytest.mark.parametrize("checkpoint", ["sam-hf-bin", "clip-openai"])
-def test_the_card_has_the_files_own_names(checkpoint: str, wrapper: str, tmp_path: Path) -> None:
+def test_the_record_has_the_files_own_names(checkpoint: str, wrapper: str, tmp_path: Path) -> None:
     names = {wrapper + name: value for name, value in inventories()[checkpoint].items()}
     path = sparse(tmp_path / "model.safetensors", names)
-    card = converter.convert(str(path), checkpoint.split("-")[0], dry_run=True)
-    assert {*card.dropped, *(key for keys in card.converted.values() for key in keys)} == set(names)
+    record = converter.convert(str(path), checkpoint.split("-")[0], dry_run=True)
+    assert {*record.dropped, *(key for keys in record.converted.values() for key in keys)} == set(names)
 
 
 def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, ...]]:

@@ -261,13 +261,13 @@ def test_every_layout_from_every_container(
     record_property("reads", f"{mapping}/{container}")
     state, expected = make()
     source = SAVERS[container](state, tmp_path)
-    card = converter.convert(str(source), family, out=tmp_path / "out.safetensors")
-    assert card.mapping == mapping
+    record = converter.convert(str(source), family, out=tmp_path / "out.safetensors")
+    assert record.mapping == mapping
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected)
     # Nothing is lost without a word: each name of the source is used or dropped with a reason.
-    used = {key for keys in card.converted.values() for key in keys}
-    assert used | set(card.dropped) == set(state) and not used & set(card.dropped)
-    assert all(card.dropped.values())
+    used = {key for keys in record.converted.values() for key in keys}
+    assert used | set(record.dropped) == set(state) and not used & set(record.dropped)
+    assert all(record.dropped.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -299,9 +299,9 @@ def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[s
             return y
 
     jit.script(Archive()).save(tmp_path / "ViT-L-14.pt")
-    card = converter.convert(str(tmp_path / "ViT-L-14.pt"), "clip", out=tmp_path / "out.safetensors")
-    assert (card.sources[0].containers, card.mapping) == (["TorchScript"], "clip-openai")
-    assert {"input_resolution", "context_length", "vocab_size"} < set(card.dropped)
+    record = converter.convert(str(tmp_path / "ViT-L-14.pt"), "clip", out=tmp_path / "out.safetensors")
+    assert (record.sources[0].containers, record.mapping) == (["TorchScript"], "clip-openai")
+    assert {"input_resolution", "context_length", "vocab_size"} < set(record.dropped)
     _, expected = open_clip()
     halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in expected.items()}
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), halved)
@@ -392,9 +392,9 @@ def test_true_size_sam_base(tmp_path: Path) -> None:
 
     state = sam_model_registry["vit_b"]().state_dict()
     torch.save(state, tmp_path / "sam_vit_b_01ec64.pth")
-    card = converter.convert(str(tmp_path / "sam_vit_b_01ec64.pth"), "sam", out=tmp_path / "out.safetensors")
-    assert (card.num_tensors, card.nbytes, card.unusual) == (177, 358_683_648, {})
-    assert sorted(card.missing) == ["net_2.weight", "net_3.weight"]
+    record = converter.convert(str(tmp_path / "sam_vit_b_01ec64.pth"), "sam", out=tmp_path / "out.safetensors")
+    assert (record.num_tensors, record.nbytes, record.unusual) == (177, 358_683_648, {})
+    assert sorted(record.missing) == ["net_2.weight", "net_3.weight"]
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), only(state, "image_encoder."))
 
 
@@ -404,8 +404,8 @@ def test_true_size_clip_large(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes))
     model.save_pretrained(tmp_path / "clip", max_shard_size="700MB")
-    card = converter.convert(str(tmp_path / "clip"), "clip", out=tmp_path / "out.safetensors")
-    assert (card.num_tensors, card.nbytes, card.unusual, card.missing) == (294, 1_212_712_968, {}, {})
+    record = converter.convert(str(tmp_path / "clip"), "clip", out=tmp_path / "out.safetensors")
+    assert (record.num_tensors, record.nbytes, record.unusual, record.missing) == (294, 1_212_712_968, {}, {})
     # transformers before 5 has a prefix in its names.
     state = getattr(model, "vision_model", model).state_dict()
     expected = with_positions(without(fused(state), "post_layernorm"))

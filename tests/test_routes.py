@@ -228,8 +228,8 @@ def test_every_layout_becomes_every_other(
     family, state = family_of(source), weights(source, seed=0)
     lent = donor(family, tmp_path) if lacking(source, target) else None
     there = tmp_path / "there.safetensors"
-    card = converter.convert(save(state, tmp_path / "a.pth"), family, to=target, out=there, fill_from=lent)
-    assert (card.mapping, card.target, card.missing) == (source, target, {})
+    record = converter.convert(save(state, tmp_path / "a.pth"), family, to=target, out=there, fill_from=lent)
+    assert (record.mapping, record.target, record.missing) == (source, target, {})
     found = safetensors.torch.load_file(there)
 
     side = {"sam": models.GRID * models.PATCH, "clip": models.CLIP_IMAGE}[family]
@@ -278,8 +278,8 @@ def test_the_deepencoder_from_every_container(
     record_property("reads", f"{source}/{container}")
     path = SAVERS[container](weights(source, seed=0), tmp_path)
     fill = donor(family, tmp_path)
-    card = converter.convert(path, family, to=target, out=tmp_path / "out.safetensors", fill_from=fill)
-    assert (card.mapping, card.target) == (source, target)
+    record = converter.convert(path, family, to=target, out=tmp_path / "out.safetensors", fill_from=fill)
+    assert (record.mapping, record.target) == (source, target)
     strictly(target, safetensors.torch.load_file(tmp_path / "out.safetensors"))
 
 
@@ -288,8 +288,8 @@ def test_what_the_source_lacks_is_named(source: str, target: str, tmp_path: Path
     path, family = save(weights(source, seed=0), tmp_path / "a.pth"), family_of(source)
     if target.startswith("deepencoder-"):
         # The DeepEncoder may lack what it never runs, or what no file of the family holds: said, and no error.
-        card = converter.convert(path, family, out=tmp_path / "out.safetensors")
-        assert sorted(card.missing) == sorted(lacking(source, target))
+        record = converter.convert(path, family, out=tmp_path / "out.safetensors")
+        assert sorted(record.missing) == sorted(lacking(source, target))
         return
     with pytest.raises(MappingError) as error:
         converter.convert(path, family, to=target, out=tmp_path / "out.safetensors")

@@ -341,14 +341,14 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", WRITERS)
-def test_convert_writes_what_its_card_says(source: Path, tmp_path: Path, format: str) -> None:
-    card = converter.convert(str(source), "clip", out=tmp_path / "out", format=format)
+def test_convert_writes_what_its_record_says(source: Path, tmp_path: Path, format: str) -> None:
+    record = converter.convert(str(source), "clip", out=tmp_path / "out", format=format)
     before, after = safetensors.torch.load_file(source), load(tmp_path / "out", format)
-    assert card.written
-    assert sum(tensor.nbytes for tensor in after.values()) == card.nbytes
-    assert set(after) == set(card.converted)
-    for name in after.keys() - card.generated.keys():
-        (key,) = card.converted[name]
+    assert record.written
+    assert sum(tensor.nbytes for tensor in after.values()) == record.nbytes
+    assert set(after) == set(record.converted)
+    for name in after.keys() - record.generated.keys():
+        (key,) = record.converted[name]
         assert raw(after[name]) == raw(before[key])
     assert after["embeddings.position_ids"].tolist() == [[0, 1, 2, 3, 4]]
 
@@ -416,7 +416,7 @@ def test_progress_ends_at_all_bytes(source: Path, tmp_path: Path, format: str) -
     def tell(what: str, done: int, total: int) -> None:
         told.append((done, total))
 
-    card = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, on_progress=tell)
-    assert {total for _, total in told} == {card.nbytes}
+    record = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, on_progress=tell)
+    assert {total for _, total in told} == {record.nbytes}
     assert told == sorted(told)
-    assert told[-1][0] == card.nbytes
+    assert told[-1][0] == record.nbytes

@@ -1,4 +1,4 @@
-"""The card of a conversion as a file, and what a verification makes of it."""
+"""The record of a conversion as a file, and what a verification makes of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from converter.verification.result import FAILED, PASSED
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints: SAM as Meta saves it, CLIP in a folder as transformers does."""
-    path = tmp_path_factory.mktemp("card")
+    path = tmp_path_factory.mktemp("record")
     torch.save(models.sam_meta().state_dict(), path / "sam.pth")
     models.clip_hf().save_pretrained(path / "clip", max_shard_size="100KB")
     return path
@@ -43,10 +43,10 @@ def document(path: Path) -> dict[str, Any]:
 
 
 def converted(folder: Path, tmp_path: Path, **options: object) -> tuple[Path, Path]:
-    """CLIP converted with a card: both files."""
-    out, card = tmp_path / "out.safetensors", tmp_path / "out.json"
-    converter.convert(folder / "clip", "clip", out=out, record=card, **options)  # type: ignore[arg-type]
-    return out, card
+    """CLIP converted with a record: both files."""
+    out, record = tmp_path / "out.safetensors", tmp_path / "out.json"
+    converter.convert(folder / "clip", "clip", out=out, record=record, **options)  # type: ignore[arg-type]
+    return out, record
 
 
 # What is in it ----------------------------------------------------------------------------------------------------
@@ -60,18 +60,18 @@ def test_digests_are_of_the_output(options: dict[str, object], format: str, fold
     out = tmp_path / f"out.{format}"
     made = converter.convert(folder / "clip", "clip", out=out, format=format, record=tmp_path / "c.json", **options)  # type: ignore[arg-type]
     found = torch.load(out, weights_only=True) if format == "pth" else safetensors.torch.load_file(out)
-    card = document(tmp_path / "c.json")
-    assert card["tensors"].keys() == found.keys()
+    record = document(tmp_path / "c.json")
+    assert record["tensors"].keys() == found.keys()
     for name, tensor in found.items():
-        entry = card["tensors"][name]
+        entry = record["tensors"][name]
         assert entry["sha256"] == hashlib.sha256(raw(tensor)).hexdigest(), name
         assert (entry["dtype"], entry["shape"]) == (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         assert [part["key"] for part in entry["from"]] == made.converted[name]
-    assert card["dropped"] == made.dropped
-    assert ("torch" in card["tools"]) == ("dtype" in options or "image_size" in options)
+    assert record["dropped"] == made.dropped
+    assert ("torch" in record["tools"]) == ("dtype" in options or "image_size" in options)
     if format == "safetensors":
         with safetensors.safe_open(out, "pt") as file:
-            assert card["metadata"] == file.metadata()
+            assert record["metadata"] == file.metadata()
 
 
 def test_large_tensors_and_empty_ones(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_document_is_canonical(folder: Path, tmp_path: Path) -> None:
     assert json.loads(canonical_json(odd)) == odd
 
 
-def test_the_same_input_gives_the_same_card(folder: Path, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_record(folder: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         where = tmp_path / name
         where.mkdir()
@@ -129,10 +129,10 @@ def test_what_was_filled_in_names_its_source(folder: Path, tmp_path: Path) -> No
     out, _ = converted(folder, tmp_path)
     back = {"out": tmp_path / "hf.safetensors", "to": "clip-hf", "fill_from": folder / "clip"}
     converter.convert(out, "clip", record=tmp_path / "hf.json", **back)  # type: ignore[arg-type]
-    card = document(tmp_path / "hf.json")
-    first, second = card["sources"]
+    record = document(tmp_path / "hf.json")
+    first, second = record["sources"]
     assert len(first["files"]) == 1 < len(second["files"])
-    norm = card["tensors"]["vision_model.post_layernorm.weight"]
+    norm = record["tensors"]["vision_model.post_layernorm.weight"]
     assert norm["from"] == [{"key": "vision_model.post_layernorm.weight", "source": 1}]
     assert verify(tmp_path / "hf.safetensors", record=tmp_path / "hf.json").ok
 
@@ -140,7 +140,7 @@ def test_what_was_filled_in_names_its_source(folder: Path, tmp_path: Path) -> No
 # How it is written ------------------------------------------------------------------------------------------------
 
 
-def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Path) -> None:
+def test_a_record_that_exists_is_refused_without_force(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("mine")
     with pytest.raises(OutputError, match=r"out\.json: exists already\nchoose another path with --record"):
         converted(folder, tmp_path)
@@ -150,18 +150,18 @@ def test_a_card_that_exists_is_refused_without_force(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["out.json", "other/../out.json"])
-def test_a_card_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_record_is_no_other_file_of_the_conversion(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(OutputError, match="another file of this conversion"):
         converter.convert(
             folder / "clip", "clip", out=tmp_path / "out.json", format="safetensors", record=tmp_path / name
         )
     with pytest.raises(OutputError, match="another file of this conversion"):
-        cards = [tmp_path / "a.json", tmp_path / name, tmp_path / "a.json"]
-        converter.convert(folder / "clip", "clip", out=tmp_path / "out", record=cards)
+        records = [tmp_path / "a.json", tmp_path / name, tmp_path / "a.json"]
+        converter.convert(folder / "clip", "clip", out=tmp_path / "out", record=records)
 
 
-def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> None:
+def test_the_record_of_a_folder_is_written_next_to_it(folder: Path, tmp_path: Path) -> None:
     options = {"out": tmp_path / "DIR", "to": "sam-hf", "full_model": True}
     with pytest.raises(OutputError, match="is inside the output folder"):
         converter.convert(folder / "sam.pth", "sam", record=tmp_path / "DIR" / "README.md", **options)  # type: ignore[arg-type]
@@ -172,12 +172,12 @@ def test_the_card_of_a_folder_lies_beside_it(folder: Path, tmp_path: Path) -> No
     assert verify(tmp_path / "DIR", record=tmp_path / "c.json").ok
 
 
-def test_a_card_of_another_kind_is_refused(folder: Path) -> None:
+def test_a_record_of_another_kind_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.json, or \.md"):
-        converter.convert(folder / "clip", "clip", record="card.txt")
+        converter.convert(folder / "clip", "clip", record="record.txt")
 
 
-def test_no_card_without_its_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_record_without_its_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
@@ -187,7 +187,7 @@ def test_no_card_without_its_output(folder: Path, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_output_without_its_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_output_without_its_record(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
@@ -255,16 +255,16 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
 # Verified ---------------------------------------------------------------------------------------------------------
 
 
-def verdicts(out: Path, card: Path, **options: object) -> dict[str, str]:
-    """The card's checks, each with its verdict; the rest of the verification must have run too."""
-    found = verify(out, record=card, fast=True, **options)  # type: ignore[arg-type]
+def verdicts(out: Path, record: Path, **options: object) -> dict[str, str]:
+    """The record's checks, each with its verdict; the rest of the verification must have run too."""
+    found = verify(out, record=record, fast=True, **options)  # type: ignore[arg-type]
     checks = [check for check in found.checks if check.group == "record"]
     assert found.ok == all(check.verdict != FAILED for check in found.checks)
     return {check.name: check.verdict for check in checks}
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pth"])
-def test_a_file_fits_its_card(format: str, folder: Path, tmp_path: Path) -> None:
+def test_a_file_fits_its_record(format: str, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     converter.convert(folder / "clip", "clip", out=out, format=format, record=tmp_path / "c.json")
     metadata = {"metadata": PASSED} if format == "safetensors" else {}
@@ -281,7 +281,7 @@ def rewritten(out: Path, change: Any) -> None:
 
 
 def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
-    out, card = converted(folder, tmp_path)
+    out, record = converted(folder, tmp_path)
 
     def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         # The k bias: no output shows it.
@@ -292,7 +292,7 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
         metadata["tool"] = "by hand"
 
     rewritten(out, change)
-    found = verdicts(out, card)
+    found = verdicts(out, record)
     assert found == dict.fromkeys(
         [
             "more",
@@ -305,40 +305,40 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
         FAILED,
     )
     details = {
-        check.name: check.detail for check in verify(out, record=card, fast=True).checks if check.group == "record"
+        check.name: check.detail for check in verify(out, record=record, fast=True).checks if check.group == "record"
     }
     assert details["pre_layrnorm.weight"] == "pre_layrnorm.weight is float16 [64], in the record float32 [64]"
     assert "tool is 'by hand', in the record 'dsocr-convert" in details["metadata"]
     assert details["more"] == "more is not in the record"
 
 
-def test_the_card_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> None:
-    out, card = converted(folder, tmp_path)
+def test_the_record_of_another_file_is_called_so(folder: Path, tmp_path: Path) -> None:
+    out, record = converted(folder, tmp_path)
     rewritten(out, lambda tensors, metadata: [t.add_(1) for t in tensors.values() if t.is_floating_point()])
-    assert verdicts(out, card)["file"] == FAILED
+    assert verdicts(out, record)["file"] == FAILED
 
 
 @pytest.mark.parametrize("layout", ["clip-hf", "clip-timm", "clip-openai"])
-def test_other_layouts_are_checked_against_their_card_alone(layout: str, folder: Path, tmp_path: Path) -> None:
-    out, card = converted(folder, tmp_path, to=layout)
-    found = verify(out, record=card)
+def test_other_layouts_are_checked_against_their_record_alone(layout: str, folder: Path, tmp_path: Path) -> None:
+    out, record = converted(folder, tmp_path, to=layout)
+    found = verify(out, record=record)
     assert found.ok and {check.group for check in found.checks if check.verdict != "skipped"} == {"record"}
-    name = next(iter(document(card)["tensors"]))
+    name = next(iter(document(record)["tensors"]))
     rewritten(out, lambda tensors, metadata: tensors[name].zero_())
-    assert verdicts(out, card)[name] == FAILED
-    both = verify(out, folder / "clip", record=card, fast=True, device="cpu")
+    assert verdicts(out, record)[name] == FAILED
+    both = verify(out, folder / "clip", record=record, fast=True, device="cpu")
     assert {check.group for check in both.checks if check.verdict == FAILED} == {"record", "bytes"}
 
 
-NO_CARDS = ["", "nonsense", "[]", "{}", '{"record":1}', '{"record":1,"tensors":[]}', '{"record":1,"tensors":{"a":1}}']
+NO_RECORDS = ["", "nonsense", "[]", "{}", '{"record":1}', '{"record":1,"tensors":[]}', '{"record":1,"tensors":{"a":1}}']
 
 
-@pytest.mark.parametrize("content", [*NO_CARDS, '{"record":2}', "[" * 5000])
-def test_what_is_no_card_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
-    out, card = converted(folder, tmp_path)
-    card.write_text(content)
+@pytest.mark.parametrize("content", [*NO_RECORDS, '{"record":2}', "[" * 5000])
+def test_what_is_no_record_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
+    out, record = converted(folder, tmp_path)
+    record.write_text(content)
     with pytest.raises(ContainerError, match=r"out\.json: (not a conversion record|a record of another format)"):
-        verify(out, record=card, fast=True)
+        verify(out, record=record, fast=True)
 
 
 def test_a_model_card_or_a_missing_one_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_model_card_or_a_missing_one_is_refused(folder: Path, tmp_path: Path) 
 # On the command line ----------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_cards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_records(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["clip", str(folder / "clip"), "--record", "c.json", "--record", "README.md"]
     done = CliRunner().invoke(cli.app, arguments)
