@@ -209,6 +209,13 @@ def test_the_file_that_has_no_room_is_named(tmp_path: Path, monkeypatch: pytest.
     assert "free some space" in error.value.hint and list(tmp_path.iterdir()) == [source]
 
 
+def test_a_signal_as_the_writer_starts_does_not_hang() -> None:
+    """Between the start of the thread and the block that ends it."""
+    code = "from converter.storage.stream import BackgroundWriter as W; W(1).__enter__(); raise SystemExit(143)"
+    done = subprocess.run([*faulting.PROGRAM[:2], code], timeout=20, env=faulting.environment())
+    assert done.returncode == 143
+
+
 @pytest.mark.parametrize("record", [False, True])
 def test_a_source_with_the_name_of_a_temporary_file_is_not_removed(record: bool, tmp_path: Path) -> None:
     name = ".record.json.part" if record else ".out.safetensors.part"

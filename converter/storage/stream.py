@@ -49,7 +49,8 @@ class BackgroundWriter:
             self._free.put(memoryview(bytearray(BUFFER)))
         self._error: BaseException | None = None
         self._written = self._sent = 0
-        self._thread = Thread(target=self._run, name="writer")
+        # A daemon: a signal between its start and the block would otherwise leave a thread that Python waits for.
+        self._thread = Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> BackgroundWriter:
         self._thread.start()
