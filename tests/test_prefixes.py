@@ -230,3 +230,10 @@ def test_whole_encoders_inside_another_model(tmp_path: Path) -> None:
     converter.encoder(tmp_path / "whole.safetensors", prefix="teacher.", out=tmp_path / "out.safetensors")
     converter.encoder(tmp_path / "alone.safetensors", out=tmp_path / "expected.safetensors")
     assert_equal(load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors"))
+
+
+def test_the_encoder_alone_under_a_prefix_that_no_layout_has(tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in models.sam_meta().state_dict().items()}
+    encoder = {name.removeprefix("image_encoder."): t for name, t in state.items() if name.startswith("image_encoder.")}
+    expected, _ = converted(state, "sam", tmp_path / "plain")
+    assert_equal(converted(under("vit.", encoder), "sam", tmp_path / "other")[0], expected)
