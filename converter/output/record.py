@@ -55,56 +55,31 @@ class RecordedSource:
 
 @dataclass(frozen=True, slots=True)
 class ConversionRecord:
-    """The record of one conversion.
+    """The record of one conversion."""
 
-    Attributes:
-        tool: this program and its version.
-        sources: the checkpoints that were read, the main one first.
-        family: sam or clip; deepencoder for both.
-        target: the layout of the output.
-        output: the path of the output.
-        format: safetensors or pth.
-        dtype: the requested type; keep for no cast.
-        num_tensors: the number of output tensors.
-        nbytes: bytes of tensor data in the output.
-        dtypes: element types and how many output tensors have each.
-        converted: output tensors and the source tensors they are made of, in order.
-        generated: output tensors that no source has, and their content.
-        missing: tensors of the target that the source lacks, and why they may be missing.
-        dropped: source tensors that were left out, and why.
-        sizes: the model's sizes.
-        unusual: sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's).
-        assumptions: what no tensor shows, such as the activation: the source's value, the DeepEncoder's, and the config
-            that states the source's value, or "assumed".
-        notes: remarks for the user.
-        overflows: finite values that a cast made infinite or NaN, by output tensor.
-        fetched: bytes that were fetched from a hub, by file.
-        written: False for a dry run.
-        unchanged: whether the source is the output already: nothing was written.
-    """
-
-    tool: str
-    sources: list[RecordedSource]
-    family: str
-    target: str
-    output: str
-    format: str
-    dtype: str
+    tool: str  # This program and its version
+    sources: list[RecordedSource]  # The checkpoints that were read, the main one first
+    family: str  # sam or clip; deepencoder for both
+    target: str  # The layout of the output
+    output: str  # Its path
+    format: str  # safetensors or pth
+    dtype: str  # The requested type; keep for no cast
     num_tensors: int
-    nbytes: int
-    dtypes: dict[str, int]
-    converted: dict[str, list[str]]
-    generated: dict[str, str]
-    missing: dict[str, str]
-    dropped: dict[str, str]
+    nbytes: int  # Bytes of tensor data in the output
+    dtypes: dict[str, int]  # Element types and how many output tensors have each
+    converted: dict[str, list[str]]  # Output tensors and the source tensors they are made of, in order
+    generated: dict[str, str]  # Output tensors that no source has, and their content
+    missing: dict[str, str]  # Tensors of the target that the source lacks, and why they may be missing
+    dropped: dict[str, str]  # Source tensors that were left out, and why
     sizes: dict[str, int]
-    unusual: dict[str, tuple[int, int]]
-    assumptions: dict[str, Assumption]
-    notes: list[str] = field(default_factory=list)
+    unusual: dict[str, tuple[int, int]]  # Sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's)
+    assumptions: dict[str, Assumption]  # What no tensor shows, such as the activation
+    notes: list[str] = field(default_factory=list)  # Remarks for the user
+    # Finite values that a cast made infinite or NaN, by output tensor
     overflows: dict[str, int] = field(default_factory=dict)
-    fetched: dict[str, int] = field(default_factory=dict)
-    written: bool = False
-    unchanged: bool = False
+    fetched: dict[str, int] = field(default_factory=dict)  # Bytes that were fetched from a hub, by file
+    written: bool = False  # False for a dry run
+    unchanged: bool = False  # Whether the source is the output already: nothing was written
 
     @property
     def mapping(self) -> str:
@@ -204,9 +179,9 @@ def make_record(
         generated=dict(generated),
         missing=dict(missing),
         dropped=dict(dropped),
-        sizes=_by_family({family: resolved.plan.sizes for family, resolved in plans.items()}),
-        unusual=_by_family({family: resolved.plan.unusual for family, resolved in plans.items()}),
-        assumptions=_by_family({family: _used_assumptions(resolved.plan) for family, resolved in plans.items()}),
+        sizes=_by_family(plans, lambda plan: plan.sizes),
+        unusual=_by_family(plans, lambda plan: plan.unusual),
+        assumptions=_by_family(plans, _used_assumptions),
         notes=[
             *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, output)),
             *notes,
@@ -253,12 +228,12 @@ def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> R
     return RecordedSource(source.name, files, sorted(set(source.containers)), source.commit, mappings)
 
 
-def _by_family(values: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
-    """Values by name; with the family in front of the name if there are two, such as `sam width`."""
+def _by_family(plans: Mapping[str, ResolvedPlan], values: Callable[[Plan], Mapping[str, _T]]) -> dict[str, _T]:
+    """Values of all plans by name; with the family in front of the name if there are two, such as `sam width`."""
     return {
-        f"{family} {name}" if len(values) > 1 else name: value
-        for family, named in values.items()
-        for name, value in named.items()
+        f"{family} {name}" if len(plans) > 1 else name: value
+        for family, resolved in plans.items()
+        for name, value in values(resolved.plan).items()
     }
 
 

@@ -127,14 +127,10 @@ def _set(module: Any, path: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The mistakes of one family. A name completes the sentence "outputs cannot show ... in this checkpoint".
+    """The mistakes of one family. A name completes the sentence "outputs cannot show ... in this checkpoint"."""
 
-    Attributes:
-        blocks: Mistakes within a block.
-        entry: Mistakes between the patch convolution and the first block, which `encoder.embed` computes.
-    """
-
-    blocks: Mapping[str, Change]
+    blocks: Mapping[str, Change]  # Mistakes within a block
+    # Mistakes between the patch convolution and the first block, which `encoder.embed` computes
     entry: Mapping[str, Change] = field(default_factory=dict)
 
 

@@ -28,30 +28,20 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One family of encoders.
-
-    Attributes:
-        encoder: The module class, built from a config; its state_dict has the canonical names.
-        deep_encoder: Builds a whole DeepEncoder that an encoder of a config fits into.
-        patches: Module and probe: the patch convolution.
-        entry: Probe: the input of the first block.
-        blocks: Module and prefix of probes: the list of blocks.
-        output: Probe: the features that `run` returns; empty if they are the last block's.
-        run: Name of the method that computes the features to compare from pixels.
-        used_at: Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own.
-        optional: Tensors, with their shapes, that a source may lack because the DeepEncoder does not use them.
-    """
+    """One family of encoders."""
 
     name: str
-    encoder: type[nn.Module]
+    encoder: type[nn.Module]  # The module class, built from a config; its state_dict has the canonical names
     config_from: Callable[..., Any]
-    deep_encoder: Callable[[Any], nn.Module]
-    patches: str
-    entry: str
-    blocks: str
-    output: str = ""
-    run: str = "forward"
+    deep_encoder: Callable[[Any], nn.Module]  # Builds a whole DeepEncoder that an encoder of a config fits into
+    patches: str  # Module and probe: the patch convolution
+    entry: str  # Probe: the input of the first block
+    blocks: str  # Module and prefix of probes: the list of blocks
+    output: str = ""  # Probe: the features that `run` returns; empty if they are the last block's
+    run: str = "forward"  # Name of the method that computes the features to compare from pixels
+    # Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own
     used_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Tensors, with their shapes, that a source may lack because the DeepEncoder does not use them
     optional: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
     @property

@@ -26,29 +26,20 @@ from converter.verification.reference_readers import Reader, open_independently
 
 @dataclass(frozen=True)
 class ConvertedEncoder:
-    """One encoder in the converted file.
-
-    Attributes:
-        family: Its family.
-        layout: The layout of its names.
-        prefix: The prefix of its names in the file.
-        tensors: Its tensors by canonical names, made of the file's.
-        extra_tensors: Tensors outside the encoder (CLIP's text tower) by canonical names.
-        own: The file's tensors by the names that the layout's own library loads.
-        in_deep_encoder: Whether the file is made for the DeepEncoder, not for the layout's own library.
-        assumptions: What no tensor shows, as the file's config states it; none for the DeepEncoder.
-        problem: Why the file does not fit the layout; empty if it does.
-    """
+    """One encoder in the converted file."""
 
     family: str
-    layout: LayoutSpec
-    prefix: str
-    tensors: Mapping[str, LazyTensor]
+    layout: LayoutSpec  # The layout of its names
+    prefix: str  # The prefix of its names in the file
+    tensors: Mapping[str, LazyTensor]  # Its tensors by canonical names, made of the file's
+    # Tensors outside the encoder (CLIP's text tower) by canonical names
     extra_tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
+    # The file's tensors by the names that the layout's own library loads
     own: Mapping[str, TensorInfo] = field(default_factory=dict)
-    in_deep_encoder: bool = True
+    in_deep_encoder: bool = True  # Whether the file is made for the DeepEncoder, not for the layout's own library
+    # What no tensor shows, as the file's config states it; none for the DeepEncoder
     assumptions: Assumptions = field(default_factory=dict)
-    problem: str = ""
+    problem: str = ""  # Why the file does not fit the layout; empty if it does
 
 
 @dataclass(frozen=True)
@@ -68,19 +59,14 @@ class Converted:
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of one encoder, and its conversion to canonical names with the options that the file shows.
+    """The source of one encoder, and its conversion to canonical names with the options that the file shows."""
 
-    Attributes:
-        plan: The plan that the file was converted by: by the user's mapping if there is one.
-        known: The plan by a known layout that fits the source: the same without a user's mapping; None if none fits.
-        own: The tensors that the known layout's own library loads; none if positions were resampled.
-        read: Reads its tensors, and those that other sources supply.
-    """
-
-    plan: Plan
+    plan: Plan  # The plan that the file was converted by: by the user's mapping if there is one
+    # The plan by a known layout that fits the source: the same without a user's mapping; None if none fits
     known: Plan | None
+    # The tensors that the known layout's own library loads; none if positions were resampled
     own: Mapping[str, TensorInfo]
-    read: Reader
+    read: Reader  # Reads its tensors, and those that other sources supply
 
     @property
     def reference_plan(self) -> Plan:
@@ -90,22 +76,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the conversion should have written.
+    """What the conversion should have written."""
 
-    Attributes:
-        name: The names of the sources.
-        outputs: All tensors by the file's names.
-        rules: The rules that produce them.
-        origins: The source of each encoder by family.
-        read: Reads the tensors of all sources.
-        not_compared: Tensors of the file that no source has, though another checkpoint may have supplied them.
-    """
-
-    name: str
-    outputs: Mapping[str, LazyTensor]
-    rules: Mapping[str, Rule]
-    origins: Mapping[str, Origin]
-    read: Reader
+    name: str  # The names of the sources
+    outputs: Mapping[str, LazyTensor]  # All tensors by the file's names
+    rules: Mapping[str, Rule]  # The rules that produce them
+    origins: Mapping[str, Origin]  # The source of each encoder by family
+    read: Reader  # Reads the tensors of all sources
+    # Tensors of the file that no source has, though another checkpoint may have supplied them
     not_compared: tuple[str, ...] = ()
 
 

@@ -52,22 +52,15 @@ MakeMistakes = Callable[[Features], Iterable[MistakenFeatures]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of one run.
-
-    Attributes:
-        trace: The errors by probe, if there was a reference.
-        reference: The label of the reference.
-        features: The pixels, and the last features of the reference and of the tested encoder.
-        note: A sentence for the verdict; empty if there is none.
-        controls: The negative controls of a comparison that passed.
-    """
+    """The result of one run."""
 
     check: Check
-    trace: Trace | None = None
-    reference: str = ""
+    trace: Trace | None = None  # The errors by probe, if there was a reference
+    reference: str = ""  # The label of the reference
+    # The pixels, and the last features of the reference and of the tested encoder
     features: tuple[Tensor, Tensor, Tensor] | None = None
-    note: str = ""
-    controls: Sequence[Control] = ()
+    note: str = ""  # A sentence for the verdict; empty if there is none
+    controls: Sequence[Control] = ()  # The negative controls of a comparison that passed
 
 
 def compare(

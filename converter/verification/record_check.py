@@ -30,17 +30,14 @@ _MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """The contents of a conversion record.
-
-    `metadata` is None if none was written; `tensors` are type and shape, such as `float32 [1024]`, and SHA-256 by name.
-    """
+    """The contents of a conversion record."""
 
     path: Path
     family: str
     layout: str
     mapping: str
-    metadata: Mapping[str, str] | None
-    tensors: Mapping[str, tuple[str, str]]
+    metadata: Mapping[str, str] | None  # None if none was written
+    tensors: Mapping[str, tuple[str, str]]  # Type and shape, such as `float32 [1024]`, and SHA-256 by name
 
     @property
     def canonical(self) -> bool:

@@ -34,13 +34,10 @@ from converter.verification.skip_init import SkipInitialization
 
 @dataclass(frozen=True)
 class Reference:
-    """A library's implementation of a layout, in a module that its older releases may lack.
+    """A library's implementation of a layout."""
 
-    `build` takes a config and the tensors by the layout's names.
-    """
-
-    module: str
-    build: Callable[[Any, State], ProbedEncoder]
+    module: str  # Older releases of the library may lack it
+    build: Callable[[Any, State], ProbedEncoder]  # From a config and the tensors by the layout's names
 
     @property
     def installed(self) -> bool:

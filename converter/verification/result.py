@@ -20,19 +20,14 @@ RECORD, REQUIRED = "record", "required"
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a group: structure, record, bytes or outputs.
-
-    A check that could not have failed is inconclusive, never passed. `name` is unique within the group, `tensors` are
-    the affected tensors, files or probes, the most important first.
-    A comparison of outputs has the figures `error`, `tolerance` and `noise_floor`.
-    """
+    """One check of a group: structure, record, bytes or outputs."""
 
     group: str
-    name: str
-    verdict: str
+    name: str  # Unique within the group
+    verdict: str  # One that could not have failed is inconclusive, never passed
     detail: str
-    tensors: Sequence[str] = ()
-    figures: Mapping[str, float] = field(default_factory=dict)
+    tensors: Sequence[str] = ()  # The affected tensors, files or probes, the most important first
+    figures: Mapping[str, float] = field(default_factory=dict)  # Of outputs: `error`, `tolerance` and `noise_floor`
 
 
 @dataclass(frozen=True)
@@ -60,19 +55,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Control:
-    """A negative control: a mistake made on purpose in one block.
+    """A negative control: a mistake made on purpose in one block."""
 
-    Attributes:
-        mistake: Completes the sentence "outputs cannot show ... in this checkpoint".
-        block: The probe at which it was measured.
-        effect: The relative error that the comparison would have reported at this probe.
-        tolerance: The tolerance of the comparison at this probe.
-    """
-
-    mistake: str
-    block: str
-    effect: float
-    tolerance: float
+    mistake: str  # Completes the sentence "outputs cannot show ... in this checkpoint"
+    block: str  # The probe at which it was measured
+    effect: float  # The relative error that the comparison would have reported at this probe
+    tolerance: float  # The tolerance of the comparison at this probe
 
     @property
     def seen(self) -> bool:
@@ -82,61 +70,46 @@ class Control:
 
 @dataclass(frozen=True)
 class Part:
-    """One of `PARTS`: done, failed, inconclusive or not checked, and the reason unless it was done.
-
-    `qualifier` limits what was done, such as `by mine.yaml`.
-    """
+    """One of `PARTS`."""
 
     name: str
-    state: str
-    reason: str = ""
-    qualifier: str = ""
+    state: str  # done, failed, inconclusive or not checked
+    reason: str = ""  # Why it was not done
+    qualifier: str = ""  # Limits what was done, such as `by mine.yaml`
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of the input or of features of one run; `name` is image, source, converted or difference."""
+    """A PNG of the input or of features of one run."""
 
     run: str
-    name: str
+    name: str  # image, source, converted or difference
     png: bytes
 
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one converted checkpoint, in the order in which they were made.
-
-    Attributes:
-        mapping: The mapping from the source's layout.
-        reference: The implementation that the encoder's outputs were compared with.
-        device: The processor or GPU that the encoders ran on, in the precision `dtype`.
-        environment: Versions of dsocr-convert, torch and Python.
-        seconds: Time spent in each stage.
-        key_map: The source tensors of each converted tensor, in order; none for a generated one.
-        pictures: The input and the features, if they were requested.
-        notes: Sentences that belong to the verdict, such as what the outputs cannot show.
-        controls: The negative controls.
-        qualifiers: Limits of what was done by part, such as `by mine.yaml` of the bytes.
-        required: The parts without which the verification is not ok.
-    """
+    """All checks of one converted checkpoint, in the order in which they were made."""
 
     converted: str
     family: str
     checks: Sequence[Check]
     source: str = ""
-    mapping: str = ""
-    reference: str = ""
-    device: str = "CPU"
+    mapping: str = ""  # The mapping from the source's layout
+    reference: str = ""  # The implementation that the encoder's outputs were compared with
+    device: str = "CPU"  # The processor or GPU that the encoders ran on, in the precision `dtype`
     dtype: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)  # Versions of dsocr-convert, torch and Python
     traces: Sequence[Trace] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # Time spent in each stage
+    # The source tensors of each converted tensor, in order; none for a generated one
     key_map: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    pictures: Sequence[Picture] = ()
-    notes: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()  # The input and the features, if they were requested
+    notes: Sequence[str] = ()  # Sentences that belong to the verdict, such as what the outputs cannot show
     controls: Sequence[Control] = ()
+    # Limits of what was done by part, such as `by mine.yaml` of the bytes
     qualifiers: Mapping[str, str] = field(default_factory=dict)
-    required: Sequence[str] = ()
+    required: Sequence[str] = ()  # The parts without which the verification is not ok
 
     @property
     def parts(self) -> list[Part]:

@@ -41,26 +41,19 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the encoders are run.
-
-    `sizes` are pixels along a side at which the whole DeepEncoder runs: none to run nothing. `image` is a drawn page by
-    default. With `draw`, pictures of the features are made.
-    """
+    """How the encoders are run."""
 
     device: torch.device
     precision: torch.dtype
-    sizes: Sequence[int]
-    image: Image | None
-    draw: bool
+    sizes: Sequence[int]  # Pixels along a side at which the whole DeepEncoder runs; none to run nothing
+    image: Image | None  # The input; None for a drawn page
+    draw: bool  # Whether pictures of the features are made
     on_progress: OnProgress
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of all runs.
-
-    `reference` is the label of the implementation compared with. `notes` are sentences of the verdict.
-    """
+    """The results of all runs of one encoder, as fields of `Verification`."""
 
     checks: Sequence[Check]
     traces: Sequence[Trace] = ()
@@ -72,19 +65,12 @@ class RunResults:
 
 @dataclass(frozen=True)
 class Tested:
-    """A converted encoder, loaded.
-
-    Attributes:
-        converted: The encoder in the converted file.
-        encoder: Our own encoder with its tensors.
-        own: The file's tensors by the names of its layout.
-        assumptions: What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values.
-    """
+    """A converted encoder, loaded."""
 
     converted: ConvertedEncoder
-    encoder: Any
-    own: State
-    assumptions: Assumptions
+    encoder: Any  # Our own encoder with its tensors
+    own: State  # The file's tensors by the names of its layout
+    assumptions: Assumptions  # What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values
 
 
 def run_encoders(
