@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import ARGUMENTS, HOSTILE, NEXT_STEP, RESAVE, PickleError
+from converter.formats.pickle_opcodes import ARGUMENTS, HOSTILE, MEMORY, NEXT_STEP, RESAVE, PickleError
 from converter.formats.pickle_values import STRINGS, Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 
@@ -23,20 +23,6 @@ MAX_PICKLE = 16 << 20  # bytes
 MAX_MEMORY = 64 << 20  # bytes of all values, estimated by opcode
 MAX_MARKS = 1000  # nested containers
 MAX_ARGUMENTS = 1_000_000  # items passed to all calls together: many calls may copy one list
-
-# Bytes of memory that an opcode takes for its value and the reference to it. The smallest limits the time as well: no
-# pickle has more than four million opcodes.
-_MEMORY = [16] * 256
-for _codes, _bytes in {
-    "FGMJIL\x8a\x8b": 40,
-    "\x8cX\x8dUTVCB\x8e\x96": 64,
-    "t\x85\x86\x87l]": 72,
-    "d}sqrp\x94": 96,
-    "c\x93R\x81\x92io(Q": 128,
-    "\x8f\x91": 256,
-}.items():
-    for _code in _codes:
-        _MEMORY[ord(_code)] = _bytes
 
 
 class TruncatedPickleError(ContainerError):
@@ -111,7 +97,7 @@ class _Machine:
                 raise EOFError from None
             if opcode == _STOP:
                 return self.stack.pop()
-            memory += _MEMORY[opcode]
+            memory += MEMORY[opcode]
             if memory > MAX_MEMORY:
                 raise PickleError(f"values of more than {MAX_MEMORY} bytes", RESAVE)
             _HANDLERS[opcode](self, argument)
