@@ -50,6 +50,13 @@ _QUANTISED = (
     _Rule("holds weights that bitsandbytes quantised to 8 bits", _DEQUANTISE, (r"\.(SCB|weight_format)$",)),
     _Rule("holds weights quantised by GPTQ", _DEQUANTISE, (r"\.qweight$", r"\.g_idx$")),
     _Rule("holds weights quantised by AWQ", _DEQUANTISE, (r"\.qweight$", r"\.qzeros$")),
+    _Rule("holds weights quantised by HQQ", _DEQUANTISE, (r"\.W_q$",)),
+    _Rule("holds weights quantised with codebooks (AQLM, QuIP)", _DEQUANTISE, (r"\.(codebooks?|Qidxs)$",)),
+    _Rule("holds weights that MLX quantised", _DEQUANTISE, (r"\.scales$", r"\.biases$")),
+    _Rule("holds quantised weights (qweight)", _DEQUANTISE, (r"\.qweight$",)),
+    _Rule(
+        "holds the observers of quantisation-aware training", _DEQUANTISE, (r"fake_quant\.|activation_post_process\.",)
+    ),
     _Rule("holds weights that torch quantised dynamically", _DEQUANTISE, (r"_packed_params",)),
     _Rule(
         "holds quantised weights (8-bit, such as float8) with their scales",
@@ -91,6 +98,22 @@ _ARCHITECTURES = (
         (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
     ),
     _Rule("is a ViT with layer scales (DINOv2, InternViT)", _OTHER, (r"(^|\.)(ls1(\.gamma)?|layer_scale1\.lambda1)$",)),
+    _Rule("is SAM 3 (a Perception Encoder)", _OTHER, (r"(^|\.)detector\.backbone\.vision_backbone\.",)),
+    _Rule("is a RepViT, as in RepViT-SAM", _OTHER, (r"(^|\.)features\.\d+\.token_mixer\.",)),
+    _Rule("is a YOLO, as FastSAM is", _OTHER, (r"(^|\.)dfl\.conv\.weight$",)),
+    _Rule("is a GroupViT", _OTHER, (r"(^|\.)group_token$",)),
+    _Rule("is a ConvNeXt", _OTHER, (r"(^|\.)stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.",)),
+    _Rule(
+        "has tables of relative position biases (Swin, BEiT), which SAM and CLIP lack",
+        _OTHER,
+        (r"\.relative_position_bias_table$",),
+    ),
+    _Rule("has the vision encoder of Qwen-VL", _OTHER, (r"(^|\.)visual\.merger\.",)),
+    _Rule(
+        "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer",
+        _OTHER,
+        (r"(^|\.)encoder\.layer\.0\.attention\.attention\.query\.weight$",),
+    ),
     _Rule("holds the state of an optimizer", "convert the weights of that training", (r"\.exp_avg(_sq)?$",)),
 )
 
