@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Benchmarks: whole processes in pairs, each beside its rival, as ratios with quartiles.
+"""Benchmarks: whole processes in pairs, each against a reference program, as ratios with quartiles.
 
-    python scripts/bench.py convert     conversions, each beside `cp` of its output
-    python scripts/bench.py hub         conversions from a hub on 127.0.0.1, beside `curl` of as many bytes
-    python scripts/bench.py verbs       diff beside cmp, load beside load_file, --to beside a plain conversion, derive
-    python scripts/bench.py others      conversions beside other programs that write the same tensors
+    python scripts/bench.py convert     conversions, each against `cp` of its output
+    python scripts/bench.py hub         conversions from a hub on 127.0.0.1, against `curl` of as many bytes
+    python scripts/bench.py verbs       diff against cmp, load against load_file, --to against plain conversion, derive
+    python scripts/bench.py others      conversions against other programs that write the same tensors
     python scripts/bench.py plots F D   draws FILE, which `convert --json FILE` wrote, into the folder D
 
 The two processes of a pair run one after the other, and the first of them alternates. Inputs are in the page cache.
@@ -433,7 +433,7 @@ def verbs(args: argparse.Namespace) -> None:
                 rows.append(verb_row(title, [Run(x, 0) for x, _ in pairs], [Run(y, 0) for _, y in pairs]))
         else:
             rows = [*verb_rows(args, sam, clip, a, b), derive_row(args, clip, a, folder / "derived.yaml")]
-    print(machine(args.pairs), table(["what, beside what", "seconds", "beside", "ratio (quartiles)", "limit"], rows),
+    print(machine(args.pairs), table(["what, against", "seconds", "reference", "ratio (quartiles)", "limit"], rows),
           sep="\n\n")  # fmt: skip
 
 

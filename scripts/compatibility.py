@@ -66,7 +66,7 @@ def passed(report: Path) -> Cells:
 
 
 def table(cells: Cells, words: tuple[str, str, str]) -> str:
-    """The table in Markdown. A layout stands in it by its name; a cell without a test is empty."""
+    """The table in Markdown. Layouts are listed by name; a cell without a test is empty."""
     layout, reads, writes = words
     columns = [("reads", name) for name in READS] + [("writes", name) for name in WRITES]
     heads = [f"{reads} {name}" for name in READS] + [f"{writes} {name}" for name in WRITES]

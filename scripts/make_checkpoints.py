@@ -193,7 +193,7 @@ LAYOUTS: dict[str, tuple[Callable[[int, int, int], dict[str, Shape]], dict[str, 
 
 
 def inventory(layout: str, size: str) -> Inventory:
-    """Every key of a layout at one size, with dtype and shape; a layer's keys stand together."""
+    """Every key of a layout at one size, with dtype and shape; a layer's keys are adjacent."""
     shapes, sizes = LAYOUTS[layout]
     return {
         key: ("int64" if key.endswith("position_ids") else "float32", shape)
@@ -249,7 +249,7 @@ def write_safetensors(path: Path, tensors: Inventory) -> None:
 
 
 def write_sharded(path: Path, tensors: Inventory) -> None:
-    """`path` is the index; the shards beside it are filled in the keys' order, as transformers does."""
+    """`path` is the index; the shards next to it are written in the keys' order, as transformers does."""
     total = sum(_nbytes(*spec) for spec in tensors.values())
     limit, generated = 700_000_000, 0
     shards: list[Inventory] = [{}]
@@ -263,7 +263,7 @@ def write_sharded(path: Path, tensors: Inventory) -> None:
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(path.with_name(name), shard)
     where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    # Last: an index stands for shards that are whole.
+    # Last: an index means that the shards are complete.
     path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
 
 

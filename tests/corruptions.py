@@ -1198,7 +1198,7 @@ def names_of(state: State) -> Names:
 def calm(state: State, seed: int) -> State:
     """Seeded values that keep a signal's size through every block: float32's noise is then small, and eps can be seen.
 
-    With matrices of standard deviation 1 activations grow until an eps of 1e-5 lies below float32's last bit.
+    With matrices of standard deviation 1 activations grow until an eps of 1e-5 is below float32's last bit.
     """
     generator = torch.Generator().manual_seed(seed)
     result: State = {}

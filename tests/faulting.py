@@ -237,8 +237,8 @@ class Scene:
             raise ViolationError(f"exit {done.code}: {done.err}")
         if done.code == 4:
             self.check_message(done)
-        told = {"old": "", "between": "is complete", "new": "written, but|standard output"}[seen]
-        if (seen != "new") if done.code == 0 else not re.search(told, done.err):
+        pattern = {"old": "", "between": "is complete", "new": "written, but|standard output"}[seen]
+        if (seen != "new") if done.code == 0 else not re.search(pattern, done.err):
             raise ViolationError(f"exit {done.code}, and the output is {seen}: {done.err}")
         self.check_fault(old, new, force)
         return "overcome" if done.code == 0 else f"refused: {seen}"
@@ -332,14 +332,14 @@ def limits(scene: Scene, count: int, seed: int) -> list[Case]:
 def full_disks(scene: Scene, count: int, seed: int) -> list[Case]:
     """A file system of its own for the output, of about the size that is needed; as root alone."""
     page = 4096
-    room = sum(-(-len(data) // page) for data in scene.made(0).values())
+    old_pages = sum(-(-len(data) // page) for data in scene.made(0).values())
     need = -(-sum(len(data) for data in scene.made(1).values()) // page)
 
     def one(index: int) -> str:
         force = index % 2 == 0
         # Three quarters of them between the size of the tensors and that of all files: the lack cannot be foreseen.
         pages = need - count // 2 + index if index % 4 else 1 + index * need // count
-        size = (pages + (room if force else 0) + 2) * page
+        size = (pages + (old_pages if force else 0) + 2) * page
         with _mounted(scene.out, size):
             try:
                 scene.reset(0 if force else None)

@@ -55,7 +55,7 @@ class Content:
 
     @cached_property
     def blob(self) -> str:
-        """The git blob ID of the file; for an LFS file it stands for that of the pointer file."""
+        """The git blob ID of the file; of an LFS file, that of its pointer file."""
         if self.lfs:
             return hashlib.sha1(self.sha256.encode()).hexdigest()
         with self.open() as file:

@@ -31,7 +31,7 @@ def inventories() -> dict[str, Inventory]:
     language = {"lm_head.weight": ("bfloat16", (8, 4)), "model.layers.0.mlp.up_proj.weight": ("bfloat16", (4, 4))}
     sam = {f"model.vision_tower_high.{key}": value for key, value in found["deepencoder-sam"].items()}
     found["got-ocr2"] = {**sam, **language}
-    # OpenAI's own file is open_clip's with three numbers beside.
+    # OpenAI's own file is open_clip's plus three numbers.
     scalars = ("input_resolution", "context_length", "vocab_size")
     found["clip-openai"] = {**found["clip-open_clip"], **dict.fromkeys(scalars, ("int64", ()))}
     # DeepSeek-OCR-2 has another second encoder and a narrower compressor.

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that lies in memory, and the bytes that a copy of them gives."""
+"""Tensors of a checkpoint in memory, and the bytes that a copy of them gives."""
 
 from __future__ import annotations
 

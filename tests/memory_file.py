@@ -1,4 +1,4 @@
-"""A file that lies in memory, for what reads files by offset."""
+"""A file in memory, for code that reads files by offset."""
 
 from __future__ import annotations
 

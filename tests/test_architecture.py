@@ -1,4 +1,4 @@
-"""Imports between rooms go down, lazy ones included; docs/architecture.md names every room."""
+"""Imports between packages go down, lazy ones included; docs/architecture.md names every package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "converter"
-# From the top of the picture in docs/architecture.md to the bottom. A room imports from lower rows, or from itself.
+# From the top of the picture in docs/architecture.md to the bottom. A package imports from lower rows, or from itself.
 ROWS = (
     "cli",
     "api",
@@ -27,7 +27,7 @@ ROWS = (
     "options",
     "errors",
 )
-DEPTH = {room: depth for depth, row in enumerate(ROWS) for room in row.split()}
+DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row.split()}
 
 
 def module_name(path: Path) -> str:
@@ -48,7 +48,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (name if name in MODULES else node.module for name in names)
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -57,11 +57,13 @@ IMPORTS = [(a, b) for a, path in MODULES.items() for b in imported(path) if "." 
 
 
 def test_every_room_has_a_row() -> None:
-    assert {room(module) for module in MODULES if "." in module} == DEPTH.keys()
+    assert {package(module) for module in MODULES if "." in module} == DEPTH.keys()
 
 
 def test_imports_go_down() -> None:
-    wrong = [f"{a} imports {b}" for a, b in IMPORTS if room(a) != room(b) and DEPTH[room(a)] >= DEPTH[room(b)]]
+    wrong = [
+        f"{a} imports {b}" for a, b in IMPORTS if package(a) != package(b) and DEPTH[package(a)] >= DEPTH[package(b)]
+    ]
     assert not wrong
 
 
@@ -74,7 +76,7 @@ def test_no_two_modules_import_each_other() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_the_page_names_every_room_and_nothing_that_is_gone() -> None:
+def test_the_page_names_every_package_and_nothing_that_is_gone() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"`([a-z_]+)(?:\.py|/)`", page))
     assert DEPTH.keys() <= named

@@ -16,7 +16,7 @@ from converter.errors import ContainerError, DsocrError
 from converter.formats.zip_directory import read_directory
 from converter.storage.local_file import LocalFile
 
-FLIPS = 1000
+FLIPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def checkpoint() -> bytes:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thousand conversions, without waiting for the disk."""
+    """Hundreds of conversions, without waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
@@ -74,7 +74,7 @@ def test_every_flipped_bit_of_a_stored_tensor_is_caught(checkpoint: bytes, tmp_p
 
 
 def test_a_flipped_bit_elsewhere_is_refused_or_changes_nothing(checkpoint: bytes, tmp_path: Path) -> None:
-    """In the pickle, the directory, members' own headers, what lies between: names, sizes, offsets, dates."""
+    """In the pickle, the directory, members' own headers, the bytes between them: names, sizes, offsets, dates."""
     disk, chance = Disk(checkpoint, tmp_path), random.Random(6)
     held = {at for _, begin, end in disk.stored for at in range(begin, end)}
     drop_rest = [at for at in range(len(checkpoint)) if at not in held]

@@ -518,8 +518,8 @@ def test_names_with_braces_are_refused(tmp_path: Path) -> None:
 def test_large_models_around_the_encoder_take_little_time(tmp_path: Path) -> None:
     inventory = inventories()["clip-hf-vision-336"]
     words = ("q", "k", "v", "o", "up", "down", "gate", "norm1", "norm2")
-    beside = {f"language.layers.{i // 9}.{words[i % 9]}.weight": ("float32", (16, 16)) for i in range(5000)}
-    path = sparse(tmp_path / "model.safetensors", {**inventory, **beside})  # type: ignore[dict-item]
+    others = {f"language.layers.{i // 9}.{words[i % 9]}.weight": ("float32", (16, 16)) for i in range(5000)}
+    path = sparse(tmp_path / "model.safetensors", {**inventory, **others})  # type: ignore[dict-item]
     began = time.process_time()
     found = derive(path, "deepencoder-clip", out=tmp_path / "my.yaml", allow_partial=True)
     assert found.num_matched == 293 and time.process_time() - began < 60

@@ -178,7 +178,7 @@ def test_unknown_layouts_by_their_own_names(tmp_path: Path) -> None:
 
 
 def whole_model(folder: Path) -> State:
-    """As DeepSeek-OCR: both encoders and, beside them, a language model."""
+    """As DeepSeek-OCR: both encoders and a language model."""
     sam = safetensors.torch.load_file(folder / "sam/deepencoder-sam.safetensors")
     clip = safetensors.torch.load_file(folder / "clip/deepencoder-clip.safetensors")
     clip.pop("embeddings.position_ids")
@@ -411,7 +411,7 @@ def test_errors(arguments: tuple[str, ...], code: int, words: str, folder: Path)
     assert done.returncode == code and words in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
-# The peak of this program alone: getrusage's is no lower than that of whoever started it.
+# The peak of this program alone: getrusage's is no lower than that of the process that started it.
 PEAK = """
 import re, sys
 from pathlib import Path

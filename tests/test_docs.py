@@ -43,7 +43,7 @@ def under(page: Path, heading: str) -> list[Step]:
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """As GitHub shows the pages; the site's own build checks them once more."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -97,8 +97,8 @@ LEFT_OUT = "^dsocr-convert clip|^python"
 
 
 def test_conversions_from_layout_to_layout(folder: Path) -> None:
-    told = under(DOCS / "conversions.md", "## From layout to layout")
-    check([step for step in told if not re.search(LEFT_OUT, step.command)], folder)
+    steps = under(DOCS / "conversions.md", "## From layout to layout")
+    check([step for step in steps if not re.search(LEFT_OUT, step.command)], folder)
 
 
 def test_a_refusal_as_the_security_page_has_it(tmp_path: Path) -> None:
@@ -145,6 +145,6 @@ def test_the_examples_of_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # An output ends at an empty line, and not at the end of its block.
     text = page.read_text().replace("```", "")
     examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
-    told: list[str] = []
-    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=told.append)
-    assert result.attempted >= 30 and not result.failed, "".join(told)
+    printed: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.append)
+    assert result.attempted >= 30 and not result.failed, "".join(printed)

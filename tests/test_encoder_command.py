@@ -59,7 +59,7 @@ def is_encoder(name: str) -> bool:
 
 
 def save(folder: Path, state: State, shards: int = 3) -> Path:
-    """A checkpoint as it lies on a hub: shards whose order of names is their own, an index, and other files."""
+    """A checkpoint as it is on a hub: shards whose order of names is their own, an index, and other files."""
     folder.mkdir()
     names = sorted(state, reverse=True)
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -568,8 +568,8 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["dsocr-convert", "encoder", *arguments])
     assert console.run(app) == code
-    told = capsys.readouterr()
-    assert words in told.err and told.out == ""
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.out == ""
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -1,4 +1,4 @@
-"""The encoders beside the libraries that define them, on tiny models of the true architectures with random weights."""
+"""The encoders compared with the libraries that define them: tiny models of the true architectures, random weights."""
 
 from __future__ import annotations
 

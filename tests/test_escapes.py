@@ -109,7 +109,7 @@ def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
 
 
 def test_indices_whose_number_nothing_tells() -> None:
-    """They are made up where they lack: as many as there are positions."""
+    """They are generated where they are missing: as many as there are positions."""
     shapes = inventory("clip-hf")
     tensors = described({**shapes, "vision_model.embeddings.position_embedding.weight": (2, 2, 2)})
     with pytest.raises(MappingError, match=r"position_ids' cannot be generated: unknown size positions"):
@@ -130,7 +130,7 @@ def test_names_with_literal_braces_are_not_layers() -> None:
 
 
 def test_positions_are_numbered_up_to_a_bound() -> None:
-    """A sparse file may claim a table of any length, and the numbers lie in memory."""
+    """A sparse file may claim a table of any length, and the numbers are in memory."""
     shapes = inventory("clip-hf")
     width = shapes["vision_model.embeddings.class_embedding"][0]
     table = {"vision_model.embeddings.position_embedding.weight": (10**9, width)}

@@ -54,7 +54,7 @@ def test_the_example_workflow_converts_and_verifies(tmp_path: Path) -> None:
     given = {name: generated(value, inputs, environment) for name, value in steps["Verify"]["with"].items()}
     assert given.keys() <= action["inputs"].keys()
     settings = {name: str(about.get("default", "")) for name, about in action["inputs"].items()} | given
-    # The stand-in is no encoder that a reference could be run for at 512 pixels in no time.
+    # The stand-in is too large to run a reference at 512 pixels quickly.
     settings["fast"] = "true"
     verify = action["runs"]["steps"][1]
     own = {name: generated(value, settings, {}) for name, value in verify["env"].items()}

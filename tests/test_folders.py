@@ -233,7 +233,7 @@ def test_clips_config_is_openais(tmp_path: Path) -> None:
         header[name] = {"dtype": "I64" if dtype == "int64" else "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    # All zeros, and no room on the disk.
+    # All zeros, and no free space on the disk.
     os.truncate(path, 8 + len(text) + end)
     with closing(open_checkpoint(path)) as opened:
         plan = resolve(opened, ConvertOptions("clip", "clip-hf", full_model=True), None).plan
@@ -305,7 +305,7 @@ def test_an_existing_folder_is_replaced_only_by_force(meta: Path, tmp_path: Path
 def test_a_folder_is_never_half_replaced(
     swap: bool, meta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails, at every step, leaves the old folder as it was and nothing beside it."""
+    """Whatever fails, at every step, leaves the old folder as it was and no other file."""
     out = tmp_path / "out"
     converter.convert(meta, "sam", to="sam-hf", out=out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -338,7 +338,7 @@ def test_a_folder_is_never_half_replaced(
             assert sorted(tmp_path.iterdir()) == [out, meta]
             if found != before:
                 break
-    # The last fsync, that of the rename, may fail after the new folder stands.
+    # The last fsync, that of the rename, may fail after the new folder is in place.
     assert sorted(found) == FILES
     assert b"SamModel" in found["config.json"]
     assert at > 8

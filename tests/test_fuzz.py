@@ -14,7 +14,7 @@ from fuzzing.targets import TARGETS
 
 pytest.importorskip("atheris")
 
-SECONDS = 3
+SECONDS = 1
 TESTS = str(Path(__file__).resolve().parent)
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

@@ -100,7 +100,7 @@ def server(repos: list[Repo]) -> Iterator[HubServer]:
 
 
 class Place:
-    """A user's machine: a folder to work in, the hubs' caches and a TMPDIR beside it."""
+    """A user's machine: a folder to work in, the hubs' caches and a TMPDIR."""
 
     def __init__(self, folder: Path, server: HubServer) -> None:
         self.work, self.tmp, self.caches, self.server = folder / "work", folder / "tmp", folder / "caches", server
@@ -191,8 +191,8 @@ def same(found: Path, expected: Path, source: str = "", commit: str = "") -> Non
     metadata, *rest = parts(found)
     plain, *wanted = parts(expected)
     assert rest == wanted
-    told = {"source": source or metadata["source"], "commit": commit or metadata["commit"]}
-    assert metadata == {**plain, **told}
+    expected = {"source": source or metadata["source"], "commit": commit or metadata["commit"]}
+    assert metadata == {**plain, **expected}
 
 
 def bodies(server: HubServer) -> int:
@@ -464,7 +464,7 @@ def test_hugging_face_cache(place: Place, local: Any) -> None:
     same(out, expected, f"hf://org/sam@{repo.commit}/model.safetensors", repo.commit)
     assert len(place.server.requests) == asked
 
-    # What the cache lacks: told offline, fetched where it can be.
+    # What the cache lacks: reported offline, fetched where it can be.
     said = place.refused("sam", "org/sam/pytorch_model.bin", "-o", "new", HF_HUB_OFFLINE="1")
     assert "is not in the cache" in said and "HF_HUB_OFFLINE" in said
     place.refused("sam", "hf://org/sam/pytorch_model.bin", "-o", "new", HF_ENDPOINT=UNREACHABLE)
@@ -890,13 +890,13 @@ def test_bytes_are_right_with_faults(
         "plan_chunks",
         lambda wanted: [c._replace(first_read=i // 3, last_read=i // 3) for i, c in enumerate(small)],
     )
-    told: list[int] = []
-    file.prefetch(wanted, lambda: told.append(file.fetched_bytes))
+    progress: list[int] = []
+    file.prefetch(wanted, lambda: progress.append(file.fetched_bytes))
     for start, end in wanted:
         assert file.read(start, end - start) == DATA[start:end]
     # Behind the reader, and what nobody had announced.
     assert file.read(10, 100) == DATA[10:110] and file.read(160_000, 9) == DATA[160_000:160_009]
-    assert file.needed_bytes == sum(end - start for start, end in wanted) and told
+    assert file.needed_bytes == sum(end - start for start, end in wanted) and progress
 
 
 def test_a_file_that_is_served_whole_is_resumed(file: RemoteFile, one: HubServer) -> None:
@@ -1106,7 +1106,7 @@ def test_chunks_cover_ranges(wanted: list[tuple[int, int]], gap: int, size: int)
     needed = {byte for start, end in wanted for byte in range(start, end)}
     assert needed <= set(covered) and len(covered) == len(set(covered))
     assert all(0 < chunk.end - chunk.start <= size for chunk in found)
-    # A gap costs no more than it may, and lies between two ranges.
+    # A gap costs no more than it may, and is between two ranges.
     assert len(covered) <= len(needed) + gap * max(0, len(wanted) - 1)
     for chunk in found:
         at = [i for i, (start, end) in enumerate(wanted) if start < chunk.end and chunk.start < end]
@@ -1128,7 +1128,7 @@ def test_chunks_cover_ranges(wanted: list[tuple[int, int]], gap: int, size: int)
     ],
 )
 def test_the_real_hubs(family: str, source: str, tmp_path: Path) -> None:
-    """With the caches, tokens and mirrors of whoever runs it: `pytest -m network`."""
+    """With the caches, tokens and mirrors of the user: `pytest -m network`."""
     program = BIN / "dsocr-convert"
     done = subprocess.run(
         [program, family, source, "-o", "out", "--json"], cwd=tmp_path, capture_output=True, text=True

@@ -156,7 +156,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
 
 
 def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
-    """The format does not pad between tensors: one byte before them, and each lies across words."""
+    """The format does not pad between tensors: one byte before them, and each is across words."""
     state = {name: tensor.clone() for name, tensor in models.clip_hf_vision().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "aligned.safetensors")
     data = (tmp_path / "aligned.safetensors").read_bytes()
@@ -247,29 +247,35 @@ REMOTE = """
 import hashlib, json, sys
 from converter.api.load import load
 from memory import raw
-told = []
-found = load(sys.argv[1], "sam", on_progress=lambda *told_now: told.append(told_now))
-digests = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in found.items()}
-print(json.dumps({"digests": digests, "told": told[-1:]}))
+for source in sys.argv[1:]:
+    calls = []
+    found = load(source, "sam", on_progress=lambda *progress: calls.append(progress))
+    digests = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in found.items()}
+    print(json.dumps({"digests": digests, "last_progress": calls[-1:]}))
 """
 
 
-@pytest.mark.parametrize("save", [save_zip, save_legacy, save_safetensors], ids=lambda save: save.__name__)
-def test_of_a_remote_source_the_needed_bytes_are_fetched(save: Callable[[State, Path], Path], tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    source = save(models.sam_meta().state_dict(), tmp_path / "source")
-    (file,) = (tmp_path / "source").iterdir()
-    expected = {name: hashlib.sha256(raw(t)).hexdigest() for name, t in written(source, "sam", tmp_path).items()}
-    with hub_server([Repo("org/sam", {file.name: file})]) as server:
+def test_of_a_remote_source_the_needed_bytes_are_fetched(tmp_path: Path) -> None:
+    state = models.sam_meta().state_dict()
+    files = {}
+    for save in (save_zip, save_legacy, save_safetensors):
+        folder = tmp_path / save.__name__
+        folder.mkdir()
+        save(state, folder)
+        (files[f"org/{save.__name__}"],) = folder.iterdir()
+    local = written(files["org/save_zip"], "sam", tmp_path)
+    expected = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in local.items()}
+    with hub_server([Repo(name, {file.name: file}) for name, file in files.items()]) as server:
         variables = {**os.environ, **environment(server, tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", REMOTE, "hf://org/sam"]
+        command = [sys.executable, "-c", REMOTE, *(f"hf://{name}" for name in files)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer["digests"] == expected
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["digests"] for answer in answers] == [expected] * 3
     # Files this small came whole when their ends were read, but for safetensors, of which one end is.
-    assert bool(answer["told"]) == (save is save_safetensors)
-    assert all(what.startswith("fetching") and fetched == needed for what, fetched, needed in answer["told"])
+    assert [bool(answer["last_progress"]) for answer in answers] == [False, False, True]
+    ((what, fetched, needed),) = answers[-1]["last_progress"]
+    assert what.startswith("fetching") and fetched == needed
 
 
 def test_neither_the_package_nor_a_mistake_waits_for_torch() -> None:

@@ -425,7 +425,7 @@ Q5 = "vision_model.encoder.layers.5.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("inventory", "family", "told"),
+    ("inventory", "family", "message"),
     [
         (without(META, "image_encoder.blocks.7.attn.qkv.bias"), "sam", "missing tensor 'blocks.7.attn.qkv.bias'"),
         (without(HF, Q5), "clip", rf"clip-hf.yaml:\d+: '{Q5}' is missing next to"),
@@ -453,8 +453,8 @@ Q5 = "vision_model.encoder.layers.5.self_attn.q_proj.weight"
     ],
 )
 def test_a_checkpoint_that_is_not_quite_its_layout_is_refused(
-    inventory: Inventory, family: str, told: str, tmp_path: Path
+    inventory: Inventory, family: str, message: str, tmp_path: Path
 ) -> None:
     path = sparse(tmp_path / "model.safetensors", inventory)
-    with pytest.raises(MappingError, match=told):
+    with pytest.raises(MappingError, match=message):
         converter.convert(str(path), family, dry_run=True)

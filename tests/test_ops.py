@@ -283,7 +283,7 @@ def test_neighbouring_storages_are_copied_as_one_unless_they_have_checksums(crc3
     storages = [Storage(file, (offset, offset + 4), 4, 4, "x", crc32) for offset in (0, 4, 8)]
     segments: list[Segment] = [ByteRange(storage, 0, 4) for storage in storages]
     assert merge(segments) == (segments if crc32 == 0 else [ByteRange(storages[0], 0, 12)])
-    # Another file's bytes are not neighbours, wherever they lie.
+    # Another file's bytes are not neighbours, wherever they are.
     other: Segment = ByteRange(Storage(Memory(bytes(8)), (4, 8), 4, 4, "x", None), 0, 4)
     assert merge([segments[0], other]) == [segments[0], other]
 

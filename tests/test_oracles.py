@@ -281,7 +281,7 @@ def test_pth_output_is_what_torch_loads(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
 def test_openai_torchscript_archive(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    """OpenAI's file is a traced, mostly float16 model with three integers beside its weights."""
+    """OpenAI's file is a traced, mostly float16 model with three integers next to its weights."""
     record_property("reads", "clip-openai/TorchScript")
     half = copy.deepcopy(models.open_clip().visual).half()
     jit: Any = torch.jit
@@ -402,7 +402,12 @@ def test_true_size_clip_large(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes))
+    # Counted up, as random initialisation of this size takes seconds.
+    with torch.device("meta"):
+        model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes))
+    model.to_empty(device="cpu")
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = torch.arange(i, i + parameter.numel(), dtype=torch.float32).view(parameter.shape)
     model.save_pretrained(tmp_path / "clip", max_shard_size="700MB")
     record = converter.convert(str(tmp_path / "clip"), "clip", out=tmp_path / "out.safetensors")
     assert (record.num_tensors, record.nbytes, record.unusual, record.missing) == (294, 1_212_712_968, {}, {})

@@ -59,9 +59,9 @@ def make_sam(folder: Path) -> None:
 
 
 def test_outputs_are_what_is_printed(true_size: Path, hub: dict[str, str]) -> None:
-    told = walkthrough.steps(ENGLISH)
-    assert len(told) == 4
-    walkthrough.check(told, true_size, hub)
+    steps = walkthrough.steps(ENGLISH)
+    assert len(steps) == 4
+    walkthrough.check(steps, true_size, hub)
 
 
 @pytest.fixture

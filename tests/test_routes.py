@@ -199,7 +199,7 @@ def save(state: State, path: Path) -> Path:
 def donor(family: str, folder: Path) -> Path:
     """A checkpoint of other weights that has all that any layout's encoder has."""
     layout = {"sam": "sam-deepseek-ocr", "clip": "clip-openai"}[family]
-    return save(weights(layout, seed=1), folder / "lender.pth")
+    return save(weights(layout, seed=1), folder / "donor.pth")
 
 
 def lacking(source: str, target: str) -> list[str]:

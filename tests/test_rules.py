@@ -231,19 +231,19 @@ ERRORS: dict[str, tuple[str, dict[str, tuple[int, ...]], list[str]]] = {
 
 
 def applied_text(rules: str, tensors: dict[str, LazyTensor]) -> Applied:
-    """What rules make of tensors; the first rule stands in line 10."""
+    """What rules make of tensors; the first rule is in line 10."""
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in HEAD.items())
     mapping = parse_mapping(f"{head}\n\n# Rules.\n\nrules:\n{rules}", "test.yaml").mapping
     return apply(mapping.rules, tensors, "ckpt")
 
 
-@pytest.mark.parametrize(("rules", "shapes", "told"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize(("rules", "shapes", "words"), ERRORS.values(), ids=ERRORS)
 def test_disagreement_names_line_rule_and_tensor(
-    rules: str, shapes: dict[str, tuple[int, ...]], told: list[str]
+    rules: str, shapes: dict[str, tuple[int, ...]], words: list[str]
 ) -> None:
     with pytest.raises(MappingError) as caught:
         applied_text(rules, state_dict(shapes))
-    for part in told:
+    for part in words:
         assert (f"test.yaml{part}" if part.startswith(":") else part) in str(caught.value)
 
 

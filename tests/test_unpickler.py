@@ -56,7 +56,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(value=VALUES)
 def test_plain_values_agree_with_pickle(protocol: int, value: Any) -> None:
     data = pickle.dumps(value, protocol)

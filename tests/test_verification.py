@@ -127,7 +127,7 @@ class Subclass(torch.Tensor):
     """A tensor of a class that only this file knows."""
 
 
-BESIDE: dict[str, Callable[[nn.Module], Any]] = {
+OTHER_CONTENTS: dict[str, Callable[[nn.Module], Any]] = {
     "namespace": lambda model: {"model": model.state_dict(), "args": argparse.Namespace(rate=1, names=["a"])},
     "optimizer": lambda model: {"model": model.state_dict(), "optimizer": torch.optim.AdamW([nn.Parameter(ONES)])},
     "sparse": lambda model: {"model": model.state_dict(), "sparse": torch.eye(2).to_sparse(), "complex": ONES + 1j},
@@ -139,10 +139,10 @@ ONES = torch.ones(2)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("kind", OTHER_CONTENTS)
 def test_objects_next_to_the_weights_do_not_matter(kind: str, legacy: bool, tmp_path: Path) -> None:
     source, out = tmp_path / "clip.pth", tmp_path / "out.safetensors"
-    contents = BESIDE[kind](models.clip_hf_vision())
+    contents = OTHER_CONTENTS[kind](models.clip_hf_vision())
     torch.save(contents, source, pickle_protocol=4, _use_new_zipfile_serialization=not legacy)
     converter.convert(source, "clip", out=out)
     assert verify(out, source, fast=True, device="cpu").result == "partly verified (structure, bytes)"
@@ -214,8 +214,8 @@ class Gadget:
 
 
 def test_the_restricted_unpickler_runs_nothing(tmp_path: Path) -> None:
-    beside = {"ns": argparse.Namespace(a=1), "gadget": Gadget(tmp_path / "executed"), "a": torch.ones(2)}
-    torch.save(beside, tmp_path / "x.pth")
+    contents = {"ns": argparse.Namespace(a=1), "gadget": Gadget(tmp_path / "executed"), "a": torch.ones(2)}
+    torch.save(contents, tmp_path / "x.pth")
     found = torch.load(tmp_path / "x.pth", weights_only=False, pickle_module=restricted_pickle)
     assert torch.equal(found["a"], torch.ones(2)) and found["ns"] == {"a": 1}
     assert not (tmp_path / "executed").exists() and not isinstance(found["ns"], argparse.Namespace)

@@ -541,7 +541,7 @@ def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(("name", "code"), [("good.safetensors", 0), ("bad.pth", 1)])
 def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 50), "#336699").save(tmp_path / "mine.png")
-    options = ["--sizes", "512", "--device", "cpu", "--image", "mine.png", "--html", "r.html", "--junit", "r.xml"]
+    options = ["--sizes", "128", "--device", "cpu", "--image", "mine.png", "--html", "r.html", "--junit", "r.xml"]
     arguments = [folder / name, "--source", folder / "clip.bin", *options, "--json", "--github"]
     done = run(*arguments, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "s.md"))
     assert done.returncode == code, done.stderr

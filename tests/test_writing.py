@@ -36,14 +36,14 @@ WRITERS = ["safetensors", "pth"]
 
 
 def write(path: Path, outputs: Outputs, format: str, *, force: bool = False) -> list[int]:
-    """The plan written to `path`; the counts of bytes that progress was told."""
-    told: list[int] = []
+    """The plan written to `path`; the counts of bytes reported as progress."""
+    counts: list[int] = []
     with atomic_file(path, force) as fd:
         if format == "pth":
-            write_pth(fd, outputs, told.append)
+            write_pth(fd, outputs, counts.append)
         else:
-            write_safetensors(fd, outputs, {"format": "pt", "tool": "test"}, told.append)
-    return told
+            write_safetensors(fd, outputs, {"format": "pt", "tool": "test"}, counts.append)
+    return counts
 
 
 def load(path: Path, format: str) -> dict[str, torch.Tensor]:
@@ -87,12 +87,12 @@ def test_copied_and_computed_tensors_lie_side_by_side(format: str, tmp_path: Pat
     rounded = cast(expr(b), "bfloat16")
     first, second = apply_op(Split(2), (expr(b),))
     outputs = {"second": second, "turned": turned, "fused": fused, "rounded": rounded, "first": first}
-    told = write(tmp_path / "out", outputs, format)
+    counts = write(tmp_path / "out", outputs, format)
     assert_same(
         load(tmp_path / "out", format),
         {"second": b[150:], "turned": a.T, "fused": torch.cat([a, b]), "rounded": b.bfloat16(), "first": b[:150]},
     )
-    assert sum(told) == sum(map(nbytes, outputs.values()))
+    assert sum(counts) == sum(map(nbytes, outputs.values()))
 
 
 def test_a_pth_can_be_mapped(tmp_path: Path) -> None:
@@ -411,12 +411,12 @@ def test_a_source_that_changes_midway_gives_no_output(source: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("format", WRITERS)
 def test_progress_ends_at_all_bytes(source: Path, tmp_path: Path, format: str) -> None:
-    told: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
 
     def tell(what: str, done: int, total: int) -> None:
-        told.append((done, total))
+        counts.append((done, total))
 
     record = converter.convert(str(source), "clip", out=tmp_path / "out", format=format, on_progress=tell)
-    assert {total for _, total in told} == {record.nbytes}
-    assert told == sorted(told)
-    assert told[-1][0] == record.nbytes
+    assert {total for _, total in counts} == {record.nbytes}
+    assert counts == sorted(counts)
+    assert counts[-1][0] == record.nbytes

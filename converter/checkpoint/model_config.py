@@ -40,7 +40,7 @@ class ConfigSection(NamedTuple):
         return f"{self.file}: {self.path}" if self.path else self.file
 
     def section(self, name: str) -> ConfigSection | None:
-        """Return the object `name` beside this one, such as the text_config beside a vision_config."""
+        """Return the sibling object `name`, such as the text_config of a vision_config."""
         values = self.parent.get(name)
         path = f"{self.path.rpartition('.')[0]}.{name}".lstrip(".")
         return ConfigSection(self.file, path, values, self.parent) if isinstance(values, dict) else None

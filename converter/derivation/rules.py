@@ -148,7 +148,7 @@ def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
     """Yield each word or number of the source that may vary, with its gap."""
     for (word, source), (other, target) in itertools.product(_words(rule.source), _words(rule.target)):
         if word.isdigit() and other.isdigit():
-            # A number within a word on both sides belongs to that word.
+            # A number between letters is part of their word.
             is_index = _is_segment(word, source) or _is_segment(other, target)
             yield word, _Gap(source, target, int(other) - int(word), is_index)
         elif word == other:

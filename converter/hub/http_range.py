@@ -65,7 +65,7 @@ class RangeReader:
         size: The file's size in bytes.
 
     Raises:
-        HubError: The hub does not list the size, and cannot be asked for it.
+        HubError: The hub does not list the size, and its responses do not have it.
     """
 
     def __init__(self, repository: Repository, path: str) -> None:

@@ -139,7 +139,7 @@ def _read(encoder: ConfigSection, name: str, remarks: list[str]) -> tuple[Value,
     """Return a value that a config states, and where; None if it does not.
 
     Args:
-        encoder: The encoder's object in the config; those of other parts are beside it.
+        encoder: The encoder's object in the config; those of other parts are its siblings.
         name: The name of the assumption.
         remarks: A remark about a value that cannot be used is added.
     """

@@ -128,10 +128,10 @@ def put(data: bytes | Callable[[], bytes], name: str = "sam.pth") -> Build:
 
 def _described() -> list[Member]:
     """Sizes and CRC after each member, as programs write that cannot seek."""
-    told = {"crc": 0, "length": 0, "size": 0}
+    local = {"crc": 0, "length": 0, "size": 0}
     return [
         one._replace(
-            flags=SIZES_FOLLOW, local=told, after=struct.pack("<4s3L", b"PK\7\x08", one.crc, len(one.data), one.size)
+            flags=SIZES_FOLLOW, local=local, after=struct.pack("<4s3L", b"PK\7\x08", one.crc, len(one.data), one.size)
         )
         for one in checkpoint().values()
     ]

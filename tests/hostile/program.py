@@ -57,18 +57,18 @@ def run(command: Sequence[str | Path], cwd: Path, timeout: float) -> Done:
     """Run the program; TimeoutError if it takes too long."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
-    told, asked = server.stdout, server.stdin
+    answers, requests = server.stdout, server.stdin
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         job = [[os.fspath(word) for word in command], str(cwd), str(out), str(err)]
-        asked.write(json.dumps(job).encode() + b"\n")
-        child = int(told.readline())
-        if not select.select([told], [], [], timeout)[0]:
+        requests.write(json.dumps(job).encode() + b"\n")
+        child = int(answers.readline())
+        if not select.select([answers], [], [], timeout)[0]:
             os.kill(child, signal.SIGKILL)
-            told.readline()
+            answers.readline()
             raise TimeoutError(f"still running after {timeout} s: {command}")
-        code, peak = json.loads(told.readline())
+        code, peak = json.loads(answers.readline())
         return Done(code, out.read_text(), err.read_text(), peak, time.monotonic() - began)
 
 

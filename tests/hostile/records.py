@@ -217,7 +217,7 @@ PLAIN: dict[str, tuple[Callable[[], Any], Callable[[], State], bool]] = {
     "transposed in memory": (_transposed, sam, True),
     "every other element": (_every_other, _every_other, True),
     "expanded from a few elements": (_expanded, _expanded, True),
-    "of no dimension and of no element beside": (
+    "of no dimension and of no element, with others": (
         _with(torch.tensor(3.5), torch.empty(0), torch.empty(2, 0, 3)),
         sam,
         False,
@@ -227,7 +227,7 @@ PLAIN: dict[str, tuple[Callable[[], Any], Callable[[], State], bool]] = {
         lambda: sam() | {BIAS: BASE[:16]},
         False,
     ),
-    "of bools and float8 beside": (
+    "of bools and float8, with others": (
         _with(torch.ones(3, dtype=torch.bool), torch.ones(3).to(torch.float8_e4m3fn)),
         sam,
         False,

@@ -317,7 +317,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     # Names.
     "no name": (named(""), ("no rule claims 'image_encoder.'",)),
     **{f"a name that {what}": (named(name), ("no rule claims",)) for what, name in ODD.items()},
-    "a name that steers terminals, told": (
+    "a name that steers terminals, printed": (
         named("\x1b[2J\n::error::"),
         ("no rule claims 'image_encoder.\\x1b[2J\\n::error::'",),
     ),
