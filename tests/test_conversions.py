@@ -131,6 +131,15 @@ def test_other_names() -> None:
 # Positions --------------------------------------------------------------------------------------------------------
 
 
+def test_position_ids_without_the_axis_of_the_batch(tmp_path: Path) -> None:
+    source = put({**clip(), POSITIONS: torch.arange(17)}, tmp_path / "a.safetensors")
+    ids = written(source, tmp_path / "o.safetensors")["embeddings.position_ids"]
+    assert torch.equal(ids, torch.arange(17).view(1, -1))
+    reverse = put({**clip(), POSITIONS: torch.arange(17).flip(0)}, source)
+    with pytest.raises(DsocrError, match=r"has shape \[17\]"):
+        converter.convert(reverse, "clip", out=tmp_path / "p.safetensors")
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8]
 )

@@ -42,7 +42,14 @@ _ADAPTER = re.compile(
 _ADAPTERS = (
     _Rule("holds LoRA adapters that are not merged", _MERGE, (r"(?i)lora_?(a|b|down|up|magnitude|embedding)",)),
     _Rule("holds LoRA adapters that are not merged", _MERGE, (r"(^|\.)linear_[ab]_[a-z]+\.",)),
-    _Rule("holds layers wrapped by PEFT (base_layer)", _MERGE, (r"\.base_layer\.",)),
+    _Rule("holds layers wrapped by PEFT (base_layer, modules_to_save)", _MERGE, (r"\.(base_layer|modules_to_save)\.",)),
+    _Rule("holds PEFT adapters that are not merged", _MERGE, (r"\.(ia3_l|b?oft_(r|s|R)|vera_lambda_[bd])(\.|$)",)),
+    _Rule(
+        "holds weights in factors (weight_norm, spectral_norm, pruning)",
+        "compute them first, on the model in Python: torch.nn.utils.remove_weight_norm, .remove_spectral_norm, "
+        ".prune.remove or .parametrize.remove_parametrizations; save its state dict and convert that",
+        (r"\.(weight_(g|v|orig|mask)|parametrizations\.weight\.original\d?)$",),
+    ),
     _Rule("holds LoHa or LoKr adapters that are not merged", _MERGE, (r"hada_w[12]|lokr_w[12]",)),
 )
 _QUANTISED = (

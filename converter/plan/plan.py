@@ -147,12 +147,14 @@ def _depth(target: CanonicalLayout, applied: Applied) -> int:
 
 
 def _drop_cast_positions(plan: Plan, applied: Applied) -> None:
-    """Drop position indices that were cast to another type with the rest of the model: they are generated."""
+    """Drop position indices of another type, or without the axis of the batch: they are generated."""
     for spec in plan.target.tensors:
         value = applied.values.get(spec.name.text) if spec.generate else None
-        if value is not None and value.dtype.name != spec.dtype and is_arange(value):
+        if value is None or (value.dtype.name == spec.dtype and len(value.shape) == len(spec.shape)):
+            continue
+        if is_arange(value):
             del applied.values[spec.name.text]
-            reason = f"0, 1, 2, ... in {value.dtype.name}: generated in {spec.dtype}"
+            reason = f"0, 1, 2, ... in {value.dtype.name} {list(value.shape)}: generated in {spec.dtype}"
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
 
 
