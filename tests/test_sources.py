@@ -215,6 +215,31 @@ def test_what_is_missing_is_said(
     assert says in str(raised.value)
 
 
+def test_an_encoder_of_several_is_verified_with_its_prefix(whole: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(whole)
+    several = {f"student.{name}": tensor for name, tensor in tensors.items()}
+    several |= {f"teacher.{name}": tensor + 1 for name, tensor in tensors.items()}
+    safetensors.torch.save_file(several, tmp_path / "several.safetensors")
+    out = tmp_path / "out.safetensors"
+    converter.encoder(tmp_path / "several.safetensors", prefix="student.", out=out)
+    source = tmp_path / "several.safetensors"
+    assert states(verify(out, source, prefix="student.", fast=True))["bytes"] == "done"
+    assert states(verify(out, source, prefix="teacher.", fast=True))["bytes"] == "failed"
+    with pytest.raises(LayoutError, match="2 SAM encoders"):
+        verify(out, source, fast=True)
+
+
+@pytest.mark.parametrize("option", ["mapping", "state_dict"])
+def test_an_encoder_has_no_options_of_single_ones(option: str, whole: Path, folder: Path) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
+        verify(whole, roles(folder, compressor="random:3"), fast=True, **{option: "model"})
+
+
+def test_an_encoder_is_not_its_own_source(whole: Path) -> None:
+    with pytest.raises(UsageError, match="is the converted file itself"):
+        verify(whole, whole, fast=True)
+
+
 def test_an_encoder_is_verified_with_its_checkpoint_and_its_host(whole: Path, folder: Path, tmp_path: Path) -> None:
     host = {name: tensor.bfloat16() * 2 for name, tensor in safetensors.torch.load_file(whole).items()}
     width = len(host["model.vision_model.pre_layrnorm.weight"])

@@ -18,6 +18,7 @@ from converter.verification.inputs import (
     Converted,
     Expected,
     Origin,
+    check_not_itself,
     infer_dtype,
     join_readers,
     own_tensors,
@@ -32,6 +33,7 @@ def expected_encoder(
     target: Converted,
     sources: Mapping[str, str | Path],
     open_file: Callable[[str | Path], Checkpoint],
+    encoder_prefix: str | None,
     on_progress: OnProgress,
 ) -> Expected:
     """Plan the assembly of a whole DeepEncoder again, with the options that the converted file shows.
@@ -40,15 +42,19 @@ def expected_encoder(
         target: The converted file.
         sources: Checkpoints by role: source; or sam, clip and compressor; into.
         open_file: Opens a checkpoint.
+        encoder_prefix: The prefix of the encoders' names in the sources (--prefix), or None.
         on_progress: Called as tensors are fetched from a hub.
 
     Raises:
         LayoutError: A checkpoint is of another kind, or there is no compressor.
-        UsageError: The checkpoint of an encoder is missing.
+        UsageError: The checkpoint of an encoder is missing, or is the converted file itself.
     """
     first = target.encoders[0]
     prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
-    parts = _parts(sources, open_file, prefix + _PROJECTOR in target.tensors and "into" not in sources)
+    with_projector = prefix + _PROJECTOR in target.tensors and "into" not in sources
+    parts = _parts(sources, open_file, with_projector, encoder_prefix)
+    # The host may be the file itself: its own encoder is not compared with itself.
+    check_not_itself(target, parts.sources)
     names, outputs, checkpoints = _outputs(parts, prefix, target, sources, open_file)
     own = {family: own_tensors(resolved.detected) for family, resolved in parts.plans.items()}
     needed = [*source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
@@ -70,10 +76,13 @@ def expected_encoder(
 
 
 def _parts(
-    sources: Mapping[str, str | Path], open_file: Callable[[str | Path], Checkpoint], with_projector: bool
+    sources: Mapping[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
+    with_projector: bool,
+    prefix: str | None,
 ) -> EncoderParts:
     if "source" in sources:
-        return extract_encoder(open_file(sources["source"]), with_projector)
+        return extract_encoder(open_file(sources["source"]), with_projector, prefix)
     missing = [family for family in registry.families() if family not in sources]
     if missing:
         raise UsageError(
@@ -83,7 +92,7 @@ def _parts(
         )
     encoders = {family: sources[family] for family in registry.families()}
     try:
-        return build_encoder(encoders, str(sources.get("compressor", "")), open_file)
+        return build_encoder(encoders, str(sources.get("compressor", "")), open_file, prefix)
     except LayoutError as error:
         if "compressor" in sources:
             raise

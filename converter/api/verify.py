@@ -34,9 +34,9 @@ from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.requirements import missing_for_deep_encoders, missing_for_encoder
 from converter.verification.result import PARTS, SKIPPED, Check, Verification
-from converter.verification.runs import RunOptions, RunResults, run_encoders
+from converter.verification.runs import RunOptions, RunResults, run_encoder
 from converter.verification.structure import check_structure
-from converter.verification.weights import check_bytes, compared_source
+from converter.verification.weights import check_bytes, differing_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Pixels along a side at which DeepSeek-OCR runs. On a CPU the smallest one takes a minute.
@@ -79,7 +79,7 @@ def verify(
         record: The conversion record (.json) that was written with it.
         mapping: The mapping file that `convert` was given.
         state_dict: The state dict of the source that `convert` was given.
-        prefix: The prefix of the encoder's names in the source that `convert` was given.
+        prefix: The prefix of the encoders' names in the sources that `convert` or `encoder` was given.
         device: auto, cpu, cuda or cuda:N.
         dtype: The precision the encoders run in: float32, bfloat16 or float16.
         sizes: Pixels along a side at which the whole DeepEncoder runs.
@@ -169,7 +169,10 @@ def _expected(
     for role in sources.keys() - set(roles):
         raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
     if whole:
-        return expected_encoder(target, sources, open_, on_progress)
+        for option in ("mapping", "state_dict"):
+            if getattr(options, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')}: not for a whole DeepEncoder", "leave the option out")
+        return expected_encoder(target, sources, open_, options.prefix, on_progress)
     name = sources.get("source", sources.get(family))
     if name is None:
         raise UsageError("--source fill-from=: the source itself is missing", "add --source CHECKPOINT")
@@ -217,8 +220,8 @@ def _run(
     encoder: ConvertedEncoder, target: Converted, source: Expected | None, checks: Sequence[Check], options: RunOptions
 ) -> RunResults:
     """Run one encoder of the file; of several, the family precedes the names of its checks."""
-    compared = compared_source(encoder, source, checks) if source else None
-    results = run_encoders(encoder, target.read, compared, options)
+    origin = source.origins[encoder.family] if source else None
+    results = run_encoder(encoder, target.read, origin, differing_tensors(encoder, checks), options)
     if len(target.encoders) == 1:
         return results
     prefix = f"{encoder.family}: "

@@ -181,13 +181,10 @@ def open_expected(
         on_progress: Called as tensors are fetched from a hub.
 
     Raises:
-        UsageError: The source is the converted file itself.
+        UsageError: A source is the converted file itself.
     """
-    if {file.identity for file in source.files} & {file.identity for file in target.source.files} - {None}:
-        raise UsageError(
-            f"--source {source.name}: is the converted file itself", "specify the checkpoint that it was converted from"
-        )
-    encoder = target.encoders[0]
+    encoder, sources = target.encoders[0], [source] if donor is None else [source, donor]
+    check_not_itself(target, sources)
     detected, plan = resolve_to_canonical(source, options)
     options = replace(options, image_size=_infer_image_size(plan, encoder))
     resolved = ResolvedPlan(detected, plan_to_canonical(source, detected, options))
@@ -197,7 +194,6 @@ def open_expected(
         donor_plan = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
     written = _written(resolved.plan, encoder, donor_plan, target)
     dtype = infer_dtype(written.outputs, target.tensors)
-    sources = [source] if donor is None else [source, donor]
     converted = _finished(resolved.plan, donor_plan, dtype)
     reference = converted if known is resolved or known is None else _finished(known.plan, donor_plan, dtype)
     own = own_tensors((known or resolved).detected) if options.image_size is None else {}
@@ -211,6 +207,15 @@ def open_expected(
         read=read,
         not_compared=_not_compared(encoder, resolved.plan, written, target),
     )
+
+
+def check_not_itself(target: Converted, sources: Iterable[Checkpoint]) -> None:
+    """UsageError if a source is the converted file, which equals itself whatever it holds."""
+    written = {file.identity for file in target.source.files} - {None}
+    for source in sources:
+        if written & {file.identity for file in source.files}:
+            message = f"--source {source.name}: is the converted file itself"
+            raise UsageError(message, "specify the checkpoint that it was converted from")
 
 
 def _written(plan: Plan, encoder: ConvertedEncoder, donor: Plan | None, target: Converted) -> Plan:

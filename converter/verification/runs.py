@@ -33,7 +33,6 @@ from converter.verification.outputs import GROUP, Comparison, Features, Mistaken
 from converter.verification.reference_models import build_reference
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Control, Picture, Trace
-from converter.verification.weights import ComparedSource
 
 # A block of SAM has fourteen tensors: too many to list.
 _NAMES_SHOWN = 4
@@ -73,49 +72,56 @@ class Tested:
     assumptions: Assumptions  # What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values
 
 
-def run_encoders(
-    converted: ConvertedEncoder, read: Reader, source: ComparedSource | None, options: RunOptions
+def run_encoder(
+    converted: ConvertedEncoder, read: Reader, origin: Origin | None, differing: Sequence[str], options: RunOptions
 ) -> RunResults:
     """Load a converted encoder, run it and compare its features.
 
     Args:
         converted: The encoder in the converted file.
         read: Reads the file's tensors.
-        source: The source's tensors and their comparison, if one was specified.
+        origin: Its source, if one was specified.
+        differing: Its tensors that differ from the source, by canonical names.
         options: How the encoders are run.
     """
     family = FAMILIES[converted.family]
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
     state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
-    origin = source.origin if source else None
     assumptions = tested_assumptions(converted, origin)
     loads, encoder = structure.check_loads(family, state, assumptions)
     checks, notes = [*check_config(converted, origin), loads], function_notes(converted, origin)
-    if not options.sizes:
-        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, "not run: --fast")], notes=notes)
-    if encoder is None:
-        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, "not run: it does not load")], notes=notes)
-    wrong = structure.check_sizes(family, encoder, source.origin.plan.outputs, assumptions) if source else None
-    if wrong is not None:
-        reason = "not run: the source's encoder has other sizes"
-        return RunResults([*checks, wrong, Check(GROUP, "encoder", SKIPPED, reason)], notes=notes)
+    obstacle = "--fast" if not options.sizes else "it does not load" if encoder is None else ""
+    if origin and not obstacle:
+        wrong = structure.check_sizes(family, encoder, origin.plan.outputs, assumptions)
+        checks += wrong
+        obstacle = "the source's encoder has other sizes" if wrong else ""
+    if obstacle:
+        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, f"not run: {obstacle}")], notes=notes)
     # Our own encoder runs in the DeepEncoder, the library of the layout otherwise.
     own = {} if converted.in_deep_encoder else {name: upload(read(each)) for name, each in converted.own.items()}
-    tested = Tested(converted, encoder, own, assumptions)
-    comparisons = list(_compare_all(family, tested, source, options, upload))
-    compared = [each.check for each in comparisons]
-    if source:
-        compared = [_limited(_explain_failure(check, family, source), source.origin) for check in compared]
+    comparisons = list(_compare_all(family, Tested(converted, encoder, own, assumptions), origin, options, upload))
+    if origin:
+        comparisons = [
+            replace(each, check=_limited(_explain_failure(each.check, family, origin, differing), origin))
+            for each in comparisons
+        ]
+    return _results(family, checks, notes, comparisons, options.draw)
+
+
+def _results(
+    family: Family, checks: Sequence[Check], notes: Sequence[str], comparisons: Sequence[Comparison], draw: bool
+) -> RunResults:
+    """Collect the results of all comparisons after the checks and notes of the encoder itself."""
     # A comparison that shows nothing would not have shown a mistake either.
-    shown = [each for check, each in zip(compared, comparisons, strict=True) if check.verdict == PASSED]
+    shown = [each for each in comparisons if each.check.verdict == PASSED]
     return RunResults(
-        checks=[*checks, *compared],
+        checks=[*checks, *(each.check for each in comparisons)],
         traces=[each.trace for each in comparisons if each.trace],
         pictures=[
             picture
             for each in comparisons
-            if options.draw and each.features
+            if draw and each.features
             for picture in pictures.draw(each.check.name, *each.features)
         ],
         controls=strongest((control for each in shown for control in each.controls), family.prefix),
@@ -125,19 +131,24 @@ def run_encoders(
 
 
 def _compare_all(
-    family: Family, tested: Tested, source: ComparedSource | None, options: RunOptions, upload: Uploader
+    family: Family, tested: Tested, origin: Origin | None, options: RunOptions, upload: Uploader
 ) -> Iterator[Comparison]:
-    """Compare the encoder by itself, then in the DeepEncoder at every size."""
-    encoder: Any = tested.encoder
+    """Compare the encoder by itself, then in the DeepEncoder if it is made for it."""
     canonical: State = {}
-    if source is not None:
-        own, canonical = _upload_source(source.origin, upload)
+    if origin is not None:
+        own, canonical = _upload_source(origin, upload)
         try:
-            yield from _compare_alone(family, tested, source.origin, own, canonical, options)
+            yield from _compare_alone(family, tested, origin, own, canonical, options)
         except ModuleNotFoundError as error:
-            yield _not_compared(type(encoder).__name__, error)
-    if not tested.converted.in_deep_encoder:
-        return
+            yield _not_compared(type(tested.encoder).__name__, error)
+    if tested.converted.in_deep_encoder:
+        yield from _compare_in_deep_encoder(family, tested.encoder, canonical, options)
+
+
+def _compare_in_deep_encoder(
+    family: Family, encoder: Any, canonical: State, options: RunOptions
+) -> Iterator[Comparison]:
+    """Compare the encoder in the DeepEncoder at every size; without a source, check the tokens alone."""
     options.on_progress("outputs", 1, len(options.sizes) + 1)
     whole, reference = build_deep_encoder(family, encoder, options.device), None
     part = whole.model.get_submodule(family.prefix[:-1])
@@ -244,13 +255,13 @@ def _as_converted(own: State, origin: Origin) -> State:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _explain_failure(check: Check, family: Family, source: ComparedSource) -> Check:
+def _explain_failure(check: Check, family: Family, origin: Origin, differing: Sequence[str]) -> Check:
     """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
-    plan = source.origin.plan
+    plan = origin.plan
     used = family.tensors_at(check.tensors[0], plan.outputs) if check.verdict == FAILED and check.tensors else []
     if not used:
         return check
-    wrong = [name for name in used if name in source.differing]
+    wrong = [name for name in used if name in differing]
     if wrong:
         cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:

@@ -149,7 +149,7 @@ def _indices_fit(tensors: State) -> bool:
 
 def check_sizes(
     family: Family, encoder: Any, canonical: Mapping[str, LazyTensor], assumptions: Assumptions
-) -> Check | None:
+) -> list[Check]:
     """A failed check if the encoder's config is not the one that the source's tensors show.
 
     Args:
@@ -161,4 +161,4 @@ def check_sizes(
     expected, actual = vars(family.config(canonical, assumptions)), vars(encoder.config)
     differing = [name for name, value in expected.items() if actual[name] != value]
     detail = "; ".join(f"{name} is {actual[name]}, in the source {expected[name]}" for name in differing)
-    return Check(GROUP, "sizes", FAILED, detail, []) if differing else None
+    return [Check(GROUP, "sizes", FAILED, detail, [])] if differing else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,31 +32,16 @@ _MAPPING = "mapping"
 _SEARCHED = 12
 
 
-@dataclass(frozen=True)
-class ComparedSource:
-    """The source of one encoder, and the converted tensors that differ from it, by canonical names."""
-
-    origin: Origin
-    differing: Sequence[str]
-
-
-def compared_source(encoder: ConvertedEncoder, source: Expected, checks: Sequence[Check]) -> ComparedSource:
-    """The result of `check_bytes` for one encoder.
-
-    Args:
-        encoder: The converted encoder.
-        source: The sources.
-        checks: The checks of the file's tensors.
-    """
+def differing_tensors(encoder: ConvertedEncoder, checks: Sequence[Check]) -> list[str]:
+    """The tensors of an encoder that `check_bytes` found different from the source, by canonical names."""
     failed = [check for check in checks if check.group == GROUP and check.verdict == FAILED]
     keys = {check.tensors[0] for check in failed if check.name != _MAPPING}
     names = {name for check in failed if check.name == _MAPPING for name in check.tensors}
-    differing = [
+    return [
         name
         for name, value in encoder.tensors.items()
         if name in names or any(tensor.key in keys for tensor in source_tensors(value))
     ]
-    return ComparedSource(source.origins[encoder.family], differing)
 
 
 def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) -> list[Check]:
