@@ -229,6 +229,15 @@ def test_an_encoder_of_several_is_verified_with_its_prefix(whole: Path, tmp_path
         verify(out, source, fast=True)
 
 
+def test_a_file_of_two_state_dicts_is_not_verified_by_one_of_them(whole: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(whole)
+    ema = {name: tensor + 1 for name, tensor in tensors.items()}
+    torch.save({"model": tensors, "ema": ema}, tmp_path / "state.pth")
+    with pytest.raises(LayoutError, match="model, ema") as raised:
+        verify(tmp_path / "state.pth", whole, fast=True)
+    assert "verify the output" in str(raised.value)
+
+
 @pytest.mark.parametrize("option", ["mapping", "state_dict"])
 def test_an_encoder_has_no_options_of_single_ones(option: str, whole: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from converter.checkpoint.open import Checkpoint
-from converter.checkpoint.state_dict import StateDict
+from converter.checkpoint.state_dict import StateDict, largest_state_dict
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
@@ -100,8 +100,12 @@ def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: Conv
 
 
 def _largest_state_dict(source: Checkpoint) -> StateDict:
-    """The state dict with the most tensors; a file that dsocr-convert wrote has only one."""
-    return max(select_state_dicts(source, None), key=lambda entry: len(entry.tensors))
+    """The state dict with the most tensors; LayoutError for several of the same size, such as a model and its EMA."""
+    candidates = select_state_dicts(source, None)
+    try:
+        return largest_state_dict(candidates, source.name)
+    except LayoutError as error:
+        raise LayoutError(error.message, "convert one of them, and verify the output: it has only one") from None
 
 
 def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
