@@ -15,7 +15,10 @@ class Memory(SourceFile):
         self.size = len(data)
 
     def _readinto(self, buffer: memoryview, offset: int) -> None:
-        buffer[:] = self.data[offset : offset + len(buffer)]
+        data = self.data[offset : offset + len(buffer)]
+        if len(data) < len(buffer):
+            raise self._truncated(offset, len(buffer))
+        buffer[:] = data
 
     def close(self) -> None: ...
 

@@ -82,7 +82,11 @@ REFUSED: dict[str, tuple[type[DsocrError], str, Callable[[], object]]] = {
     "NUL in output": (OutputError, "embedded null", sam(out="a\0b")),
     "empty source": (UsageError, "SOURCE is empty", lambda: converter.convert("", "sam")),
     "empty donor": (UsageError, "SOURCE is empty", sam(fill_from="", to="sam-hf", out="x.pth")),
-    "over the index": (OutputError, "is the source", clip(out="clip/model.safetensors.index.json")),
+    "over the index": (
+        OutputError,
+        "is the source",
+        clip(out="clip/model.safetensors.index.json", format="safetensors"),
+    ),
     "over a pipe": (OutputError, "a device or a pipe", sam(out="pipe", force=True)),
     "huge images": (UsageError, "expected 1 to", clip(image_size=14_000_000)),
     "huge images, loaded": (
@@ -119,7 +123,7 @@ def test_a_record_never_replaces_an_input(what: str, link: bool, folder: Path) -
     call = lambda **more: converter.convert(source, family, force=True, **options, **more)  # noqa: E731
     check_refused(folder, OutputError, "cannot be the record", lambda: call(record=record))
     if what == "mapping":
-        check_refused(folder, OutputError, "is the source", lambda: call(out=own[what]))
+        check_refused(folder, OutputError, "is the source", lambda: call(out=own[what], format="safetensors"))
 
 
 def test_file_names_that_are_not_utf8(folder: Path) -> None:
@@ -193,7 +197,9 @@ def test_records_that_are_not_files(path: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sam.pth", "clip/config.json", TOO_LONG, "/dev/null"], ids=lambda name: name[:20])
 def test_reports_only_replace_reports(name: str, folder: Path) -> None:
-    check_refused(folder, OutputError, "", lambda: diff_command("sam.pth", "sam.pth", html=Path(name), quiet=True))
+    check_refused(
+        folder, OutputError, "", lambda: diff_command("sam.pth", "sam.pth", html=Path(name), json=False, quiet=True)
+    )
     (folder / "report.html").write_text("an older one")
     check_files(folder / "report.html", folder / "new", None)
 
