@@ -199,14 +199,12 @@ ARGUMENTS = [_ARGUMENTS.get(chr(code), _constant(None)) for code in range(256)]
 
 # Bytes of memory that an opcode takes for its value and the reference to it. The smallest limits the time as well: no
 # pickle has more than four million opcodes.
-MEMORY = [16] * 256
-for _codes, _bytes in {
+_MEMORY: dict[str, int] = {
     "FGMJIL\x8a\x8b": 40,
     "\x8cX\x8dUTVCB\x8e\x96": 64,
     "t\x85\x86\x87l]": 72,
     "d}sqrp\x94": 96,
     "c\x93R\x81\x92io(Q": 128,
     "\x8f\x91": 256,
-}.items():
-    for _code in _codes:
-        MEMORY[ord(_code)] = _bytes
+}
+MEMORY = [next((size for codes, size in _MEMORY.items() if chr(code) in codes), 16) for code in range(256)]
