@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +43,7 @@ def _is_plain(value: object) -> bool:
 
 
 def page(verification: Verification, command: str | None = None) -> bytes:
-    """The page as UTF-8; `command` is the command line to repeat it (default: derived from the verification)."""
+    """The page as UTF-8; `command` is the command line to repeat it, if there was one."""
     return render(
         "page.html",
         found=verification,
@@ -56,18 +55,8 @@ def page(verification: Verification, command: str | None = None) -> bytes:
         plots=[error_plot(trace) for trace in verification.traces if trace.points],
         pictures=_by_run(verification.pictures),
         key_map=fold_key_map(verification.key_map),
-        command=command or reproduce(verification),
+        command=command or "",
     )
-
-
-def reproduce(verification: Verification) -> str:
-    """A command line that repeats the verification, as far as the result shows its options."""
-    parts = ["dsocr-verify", verification.converted]
-    if verification.source:
-        parts += ["--source", verification.source]
-    if not verification.device.startswith("CPU"):
-        parts += ["--device", "cuda"]
-    return shlex.join([*parts, "--dtype", verification.dtype])
 
 
 def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]:
