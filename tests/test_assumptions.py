@@ -14,6 +14,7 @@ from test_cli import run
 
 import converter
 from converter.api.verify import verify
+from converter.checkpoint import model_config
 from converter.layouts import registry
 from converter.output.record import ConversionRecord
 from converter.plan import assumptions
@@ -305,3 +306,21 @@ def test_a_wrong_value_in_a_written_config_is_caught(key: str, gelu: Path, tmp_p
     failed = [check for check in result.checks if check.verdict == FAILED]
     assert {check.group for check in failed} == {"structure", "outputs"}
     assert key in failed[0].detail
+
+
+def test_sizes_that_transformers_leaves_out_have_its_defaults(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    defaults = {
+        "clip_vision_model": transformers.CLIPVisionConfig(),
+        "sam_vision_model": transformers.SamVisionConfig(),
+    }
+    for kind, config in defaults.items():
+        sizes = model_config.DEFAULT_SIZES[kind]
+        assert sizes == {"hidden_size": config.hidden_size, "patch_size": config.patch_size}
+    # The tiny model's sizes in place of the defaults.
+    tiny = {"hidden_size": SIZES["hidden_size"], "patch_size": SIZES["patch_size"]}
+    monkeypatch.setitem(model_config.DEFAULT_SIZES, "clip_vision_model", tiny)
+    vision = {"model_type": "clip_vision_model", "hidden_act": "gelu", "num_attention_heads": 4}
+    assert values(converted(clip, config={"vision_config": vision})) == ["gelu", 16, 1e-5]
+    assert values(converted(clip, config={"vision_config": {**vision, "model_type": []}})) == ["quick_gelu", 64, 1e-5]

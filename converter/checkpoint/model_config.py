@@ -25,6 +25,11 @@ _MAX_MLP_RATIO = 1000
 # timm's checkpoints that were trained with quick_gelu, under architecture names that compute gelu.
 _TIMM_QUICK_GELU = {"openai", "dfn2b", "dfn5b", "metaclip_400m", "metaclip_2pt5b"}
 
+DEFAULT_SIZES = {
+    "clip_vision_model": {"hidden_size": 768, "patch_size": 32},
+    "sam_vision_model": {"hidden_size": 768, "patch_size": 16},
+}
+
 
 class ConfigSection(NamedTuple):
     """An object in a config."""
@@ -82,7 +87,7 @@ def _are_channels(values: object) -> bool:
     return (
         isinstance(values, list)
         and len(values) == 3
-        and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+        and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
     )
 
 
@@ -115,10 +120,16 @@ def _sections(
     file: str, path: str, values: Json, parent: Json | None = None, depth: int = 0
 ) -> Iterator[ConfigSection]:
     """Yield an object of a config, and all objects in it."""
-    yield ConfigSection(file, path, values, parent or values)
+    yield ConfigSection(file, path, {**_default_sizes(values), **values}, parent or values)
     for key, value in values.items():
         if isinstance(value, dict) and depth < _MAX_DEPTH:
             yield from _sections(file, f"{path}.{key}".lstrip("."), value, values, depth + 1)
+
+
+def _default_sizes(values: Json) -> Json:
+    """Return the sizes that transformers 4 leaves out of the config of a part, where they have their defaults."""
+    kind = values.get("model_type")
+    return DEFAULT_SIZES.get(kind, {}) if isinstance(kind, str) else {}
 
 
 def _transformers_form(config: Json) -> Json:
