@@ -11,7 +11,7 @@ from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.explain import mark_error
-from converter.layouts.marks import find_mark
+from converter.layouts.marks import find_adapters, find_mark
 from converter.layouts.spec import LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
@@ -81,6 +81,11 @@ def _misfit_error(
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
     if mark := find_mark(encoder):
         return mark_error(opened, mark)
+    if find_adapters(encoder):
+        return MappingError(
+            str(error),
+            "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them into these",
+        )
     return MappingError(
         str(error),
         f"the encoder differs from {name}: convert the checkpoint that it was made from, or write your own mapping:\n"
