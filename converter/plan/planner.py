@@ -84,7 +84,7 @@ def _misfit_error(
     if find_adapters(encoder):
         return MappingError(
             str(error),
-            "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them into these",
+            "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them",
         )
     return MappingError(
         str(error),
