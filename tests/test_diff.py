@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,6 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout, kind in itertools.product(layouts, ["safetensors", "pth"]):
             out = path / family / f"{layout}.{kind}"
             converter.convert(path / f"{family}.pth", family, out=out, format=kind, to=layout)
+            # A file that has the layout already is not written anew.
+            if not out.exists():
+                shutil.copy(path / f"{family}.pth", out)
         state = torch.load(path / f"{family}.pth", weights_only=True)
         torch.save(state, path / family / "legacy.pth", _use_new_zipfile_serialization=False)
         torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path / family / "wrapped.pth")

@@ -55,12 +55,12 @@ def test_the_example_workflow_converts_and_verifies(tmp_path: Path) -> None:
     assert given.keys() <= action["inputs"].keys()
     settings = {name: str(about.get("default", "")) for name, about in action["inputs"].items()} | given
     # The stand-in is too large to run a reference at 512 pixels quickly.
-    settings["fast"] = "true"
+    settings["fast"], settings["require"] = "true", "structure,bytes"
     verify = action["runs"]["steps"][1]
     own = {name: generated(value, settings, {}) for name, value in verify["env"].items()}
     own |= {"BIN": str(BIN), "GITHUB_OUTPUT": str(tmp_path / "o"), "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md")}
     shell(verify["run"], tmp_path, {**everything, **own})
-    assert (tmp_path / "o").read_text() == "verified=true\n"
+    assert (tmp_path / "o").read_text() == "verdict=partly verified (structure, bytes)\n"
     kept = steps["Keep the report, whatever it says"]["with"]["path"].split()
     kept += [generated(name, {}, environment) for name in job["steps"][-1]["with"]["path"].splitlines()]
     assert [name for name in kept if not (tmp_path / name).is_file()] == []

@@ -249,7 +249,9 @@ def test_every_layout_becomes_every_other(
         there, family, to=source, out=tmp_path / "back.safetensors", fill_from=tmp_path / "a.pth" if lost else None
     )
     assert back.mapping == target
-    returned = safetensors.torch.load_file(tmp_path / "back.safetensors")
+    # A file that has the layout already is not written anew.
+    assert (tmp_path / "back.safetensors").exists() is (source != target)
+    returned = safetensors.torch.load_file(tmp_path / "back.safetensors") if source != target else found
     same(returned, state)
 
 
@@ -263,7 +265,9 @@ def test_every_layout_is_written_for_torch_load(
     path = donor(family, tmp_path)
     for out in (tmp_path / "out.safetensors", tmp_path / "out.pth"):
         converter.convert(path, family, to=target, out=out)
-    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    # A file that has the layout already is not written anew.
+    out = tmp_path / "out.pth" if converter.inspect(path).layouts[0].layout != target else path
+    found = torch.load(out, weights_only=True)
     same(found, safetensors.torch.load_file(tmp_path / "out.safetensors"))
     strictly(target, found)
 

@@ -92,6 +92,8 @@ def _count_overflows(before: torch.Tensor, after: torch.Tensor) -> int:
     """Return the number of finite values that a cast made infinite or NaN."""
     if torch.finfo(before.dtype).max <= torch.finfo(after.dtype).max:
         return 0
+    # Types of one byte lack most operations.
+    after = after.float() if after.element_size() == 1 else after
     # One pass without new memory; NaN and infinity show in the extrema.
     if not after.numel() or all(extremum.isfinite() for extremum in after.aminmax()):
         return 0
