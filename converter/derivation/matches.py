@@ -43,6 +43,11 @@ def find_leftovers(comparison: Comparison, matches: list[TensorMatch], prefix: s
 
     A module is given by the first segment after the prefix. Tensors like those that the encoder generates, such as the
     position indices of a second encoder, are not counted.
+
+    Args:
+        comparison: The source and the target.
+        matches: The matches between their tensors.
+        prefix: The prefix of the encoder's names in the source.
     """
     tails = [name.removeprefix(prefix) for name in _encoder_sources(matches, comparison.canonical)]
     modules = tuple({f"{prefix}{tail.partition('.')[0]}." for tail in tails if "." in tail})
