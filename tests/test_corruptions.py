@@ -6,14 +6,12 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import correct
 import corruptions
 import pytest
 import test_oracles
-import torch
 from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
 
 import converter
@@ -23,14 +21,7 @@ from converter.layouts import registry
 from converter.verification.deep_encoder import REFERENCES
 from converter.verification.families import FAMILIES
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors run slower with more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
