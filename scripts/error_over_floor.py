@@ -9,6 +9,7 @@ noise floors. Exit code 1 if a verification fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import tempfile
@@ -33,9 +34,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
     options = {"device": args.device} | ({"dtype": args.dtype} if args.dtype else {})
-    tasks = [(number, args.size, options) for number in range(args.first, args.first + args.rounds)]
+    verify = functools.partial(verify_one, size=args.size, options=options)
+    results = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        results = pool.starmap(verify_one, tasks, chunksize=1)
+        for result in pool.imap_unordered(verify, range(args.first, args.first + args.rounds)):
+            results.append(result)
+            print(f"seed {result.number}: {result.ratio:.2f} {'; '.join(result.problems)}", file=sys.stderr, flush=True)
     print_table(results)
     failed = [result for result in results if result.problems]
     for result in failed:
