@@ -30,6 +30,11 @@ TITLES = {
         "Wrong encoders",
         "The file is right; a mistake was patched into our encoder for one run. Only comparing outputs can show it.",
     ),
+    "function": (
+        "Wrong configs",
+        "Every weight is right. The source's config states another function than the DeepEncoder's, or the config of a "
+        "converted folder was edited. No tensor shows activation, heads and epsilon.",
+    ),
 }
 Rows = dict[tuple[str, str], dict[str, Any]]
 
@@ -94,7 +99,8 @@ def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     )
     yield ""
     yield (
-        "S, B, O: caught by structure, bytes, outputs. The figure is the largest error at any probe relative to its "
+        "S, B, O: caught by structure, bytes, outputs. F: outputs differ from the source's own function, so the result "
+        "is partly verified (structure, bytes). The figure is the largest error at any probe relative to its "
         "tolerance, which is 3 times the noise floor measured in the same run: above 1 fails. No figure: the shapes "
         "fit no encoder, or values are not finite. Refused: the file cannot be read at all."
     )

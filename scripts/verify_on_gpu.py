@@ -466,7 +466,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
         "missed": missed,
         "caught_by": {
             group: sum(bool(row.get("caught", {}).get(group)) for row in rows)
-            for group in ("structure", "bytes", "outputs")
+            for group in ("structure", "bytes", "outputs", "function")
         },
         "refused": sum(bool(row.get("refused")) for row in rows),
         "unnamed": [f"{row['name']} ({row['family']})" for row in rows if row.get("unnamed")],

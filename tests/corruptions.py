@@ -1,16 +1,19 @@
 """Corruptions of correct conversions as data, and the verification of each.
 
-Three kinds. `weights`: tensors changed in a correct conversion. `file`: names, types, bytes, or another
-source. `architecture`: a mistake in the encoder itself, patched in for one run, which only outputs show.
+Four kinds. `weights`: tensors changed in a correct conversion. `file`: names, types, bytes, or another
+source. `architecture`: a mistake in the encoder itself, patched in for one run, which only outputs show. `function`: a
+config with another activation, other heads or another epsilon, which no tensor shows.
 
 Run by tests/test_corruptions.py on tiny encoders and by scripts/verify_on_gpu.py on true ones.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,10 +32,11 @@ from converter.encoders import SamConfig, clip, deepencoder, functional, sam
 from converter.errors import DsocrError
 from converter.layouts import registry
 from converter.tensors.evaluate import byte_swapped
-from converter.verification.result import Verification
+from converter.verification.result import INCONCLUSIVE, Verification
 
 State = dict[str, Tensor]
-WEIGHTS, FILE, ARCHITECTURE = "weights", "file", "architecture"
+Config = dict[str, Any]
+WEIGHTS, FILE, ARCHITECTURE, FUNCTION = "weights", "file", "architecture", "function"
 SAM, CLIP, BOTH = ("sam",), ("clip",), ("sam", "clip")
 # SAM with DeepSeek's net_2 and net_3, which no SAM checkpoint has.
 COMPRESSOR = ("compressor",)
@@ -66,6 +70,8 @@ class Corruption(NamedTuple):
     """One mistake. `change` alters tensors, `damage` the written file, `patch` the encoder, `source` the source given.
 
     `mapping` replaces texts in a mapping of the source's layout, under which the file is converted and verified.
+    `config` gives other values to keys of config.json in a folder for transformers: in the converted one or, where
+    `source` is "config", in the source.
     `tensor` is the first probe at which the outputs must diverge for an `architecture` mistake; `{block}` stands for
     the family's blocks, `{last}` for the last one's index. `quiet` ones stay below the noise floor of all outputs: only
     bytes catch them.
@@ -82,6 +88,7 @@ class Corruption(NamedTuple):
     tensor: str = ""
     quiet: bool = False
     mapping: tuple[tuple[str, str], ...] = ()
+    config: Callable[[Config], Config] | None = None
 
 
 # Weights: helpers that replace tensors, never write into them --------------------------------------------------------
@@ -1163,6 +1170,46 @@ def _in_both() -> list[Corruption]:
 CATALOGUE += _in_both()
 
 
+def other_activation(config: Config) -> Config:
+    return {"hidden_act": "gelu" if config["hidden_act"] == "quick_gelu" else "quick_gelu"}
+
+
+def other_heads(config: Config) -> Config:
+    return {"num_attention_heads": 2 * config["num_attention_heads"]}
+
+
+def other_epsilon(config: Config) -> Config:
+    return {"layer_norm_eps": 1e-6 if config["layer_norm_eps"] == 1e-5 else 1e-5}
+
+
+def _in_configs() -> list[Corruption]:
+    """Configs with another function; relative positions show the heads of SAM."""
+    found = []
+    for name, families, what, config in (
+        ("activation", BOTH, "gelu for quick_gelu (CLIP), quick_gelu for gelu (SAM)", other_activation),
+        ("heads", CLIP, "heads of half the width", other_heads),
+        ("epsilon", BOTH, "an epsilon of 1e-6 for 1e-5 (CLIP), 1e-5 for 1e-6 (SAM)", other_epsilon),
+    ):
+        for place, text in (
+            ("source", "the source's config states"),
+            ("config", "the converted folder's config is edited to"),
+        ):
+            found.append(
+                Corruption(
+                    f"{place}-{name}",
+                    families,
+                    FUNCTION,
+                    f"{text} {what}",
+                    config=config,
+                    source="config" if place == "source" else "",
+                )
+            )
+    return found
+
+
+CATALOGUE += _in_configs()
+
+
 # Subjects: correct conversions ----------------------------------------------------------------------------------------
 
 
@@ -1284,8 +1331,9 @@ def with_compressor(sam: Subject, folder: Path) -> Subject:
 class Row(NamedTuple):
     """The verification of one corruption in one kind of checkpoint.
 
-    `caught` gives for each group whether a check failed (None: none was made); `refused` is the error of a file that
-    cannot be opened. `ratio` is the largest error of the outputs relative to its tolerance: more than 1 fails.
+    `caught` gives for each group whether a check failed (None: none was made); for `function`, whether outputs differ
+    from the source's own function. `ok`: nothing was caught. `refused` is the error of a file that cannot be opened.
+    `ratio` is the largest error of the outputs relative to its tolerance: more than 1 fails.
     """
 
     name: str
@@ -1316,26 +1364,51 @@ def run(corruption: Corruption, subject: Subject, folder: Path, **options: Any) 
         corruption.change(state, subject.names)
     before = subject.state
     changed = sorted(name for name in state.keys() | before.keys() if state.get(name) is not before.get(name))
+    found, refused = None, ""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        if corruption.mapping:
+            options["mapping"] = wrong_mapping(corruption, subject, Path(name))
+        path, source = inputs(corruption, subject, state, changed, Path(name), options.get("mapping"))
+        start = time.perf_counter()
+        with corruption.patch() if corruption.patch is not None else nullcontext():
+            try:
+                found = verify(str(path), source, sizes=subject.sizes, **options)
+            except DsocrError as error:
+                refused = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    seconds = round(time.perf_counter() - start, 3)
+    return _row(corruption, subject, found, refused, changed, seconds), found
+
+
+def inputs(
+    corruption: Corruption, subject: Subject, state: State, changed: Sequence[str], folder: Path, mapping: Path | None
+) -> tuple[Path, str]:
+    """The converted file or folder, and the source that it is verified with."""
     path = folder / f"{corruption.name}-{subject.kind}.safetensors"
+    source = subject.others.get(corruption.source, subject.source)
+    if corruption.config:
+        other = other_config(corruption, subject, folder / "config")
+        if corruption.source != "config":
+            return other, source
+        source = str(other)
+    if corruption.config or mapping:
+        converter.convert(source, subject.family, out=path, mapping=mapping)
+        return path, source
     # A library's own writer; tensors that share memory it refuses.
     tensors = {name: tensor.clone().contiguous() if name in changed else tensor for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, path, {"layout": f"deepencoder-{subject.family}"})
     if corruption.damage is not None:
         corruption.damage(path)
-    source = subject.others.get(corruption.source, subject.source)
-    if corruption.mapping:
-        options["mapping"] = wrong_mapping(corruption, subject, folder)
-        converter.convert(source, subject.family, out=path, mapping=options["mapping"], force=True)
-    start = time.perf_counter()
-    found, refused = None, ""
-    with corruption.patch() if corruption.patch is not None else nullcontext():
-        try:
-            found = verify(str(path), source, sizes=subject.sizes, **options)
-        except DsocrError as error:
-            refused = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    path.unlink()
-    seconds = round(time.perf_counter() - start, 3)
-    return _row(corruption, subject, found, refused, changed, seconds), found
+    return path, source
+
+
+def other_config(corruption: Corruption, subject: Subject, folder: Path) -> Path:
+    """The source as a folder for transformers, whose config.json has the mistake."""
+    assert corruption.config is not None
+    converter.convert(subject.source, subject.family, to=f"{subject.family}-hf", out=folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **corruption.config(config)}))
+    return folder
 
 
 def wrong_mapping(corruption: Corruption, subject: Subject, folder: Path) -> Path:
@@ -1363,18 +1436,21 @@ def _row(
         verdicts = [check.verdict for check in checks if check.group == group]
         ran = "failed" in verdicts or "passed" in verdicts
         caught[group] = "failed" in verdicts if ran else None
+    function = [check for check in checks if check.verdict == INCONCLUSIVE and check.name.startswith("source's ")]
+    caught["function"] = bool(function)
     failures = [check for check in checks if check.verdict == "failed"]
     tensors = {
         group: [name for check in failures if check.group == group for name in check.tensors] for group in GROUPS
     }
     ratios = [point.error / point.tolerance for trace in (found.traces if found else []) for point in trace.points]
+    ratios += [check.figures["error"] / check.figures["tolerance"] for check in function]
     return Row(
         name=corruption.name,
         kind=corruption.kind,
         family=subject.kind,
         what=corruption.what,
         quiet=corruption.quiet,
-        ok=found.ok if found else False,
+        ok=bool(found and found.ok and not function),
         caught=caught,
         refused=refused,
         ratio=max(ratios, default=None),

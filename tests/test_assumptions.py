@@ -18,7 +18,7 @@ from converter.checkpoint import model_config
 from converter.layouts import registry
 from converter.output.record import ConversionRecord
 from converter.plan import assumptions
-from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Verification
+from converter.verification.result import INCONCLUSIVE, PASSED, Verification
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "patch_size": 14}
 GELU = {**SIZES, "hidden_act": "gelu", "num_attention_heads": 4, "layer_norm_eps": 1e-6}
@@ -292,20 +292,6 @@ def test_a_file_without_a_config_computes_with_the_sources_values(gelu: Path, tm
         converter.convert(gelu, "clip", to=layout, out=out)
         result = verified(out, gelu)
         assert result.result == "verified", result.checks
-
-
-WRONG = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "layer_norm_eps": 1e-5}
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_a_wrong_value_in_a_written_config_is_caught(key: str, gelu: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out" / "config.json"
-    converter.convert(gelu, "clip", to="clip-hf", out=path.parent)
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: WRONG[key]}))
-    result = verified(path.parent, gelu)
-    failed = [check for check in result.checks if check.verdict == FAILED]
-    assert {check.group for check in failed} == {"structure", "outputs"}
-    assert key in failed[0].detail
 
 
 def test_sizes_that_transformers_leaves_out_have_its_defaults(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import correct
 import corruptions
 import pytest
 import test_oracles
-from corruptions import ARCHITECTURE, FILE, WEIGHTS, Corruption, Row, Subject
+from corruptions import ARCHITECTURE, FILE, FUNCTION, WEIGHTS, Corruption, Row, Subject
 
 import converter
 from converter.api.verify import verify
@@ -20,6 +20,7 @@ from converter.encoders import DeepEncoder
 from converter.layouts import registry
 from converter.verification.deep_encoder import REFERENCES
 from converter.verification.families import FAMILIES
+from converter.verification.result import Verification
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def test_the_catalogue_is_large_enough() -> None:
 @pytest.mark.parametrize("kind", ["sam", "clip", "compressor"])
 def test_uncorrupted_they_pass(kind: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
     row, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
-    assert row.ok and row.caught == {"structure": False, "bytes": False, "outputs": False}
+    assert row.ok and not any(row.caught.values()) and None not in row.caught.values()
     # Not passed narrowly: the two implementations do the same steps in the same order.
     assert row.ratio is not None and row.ratio < 0.5
 
@@ -57,8 +58,10 @@ def test_every_corruption_is_caught_and_named(
     assert found is not None and corruptions.unnamed(row, found) == []
     if corruption.kind == ARCHITECTURE:
         # The file is right: only outputs show the mistake, first where it is.
-        assert row.caught == {"structure": False, "bytes": False, "outputs": True}
+        assert groups(row) == ["outputs"]
         assert row.first.endswith(row.expected)
+    elif corruption.kind == FUNCTION:
+        _check_function(corruption, row, found)
     else:
         assert row.caught["structure"] or row.caught["bytes"]
         _check_blame(row, subjects[kind])
@@ -67,6 +70,28 @@ def test_every_corruption_is_caught_and_named(
         # Shapes that fit no encoder cannot be run.
         assert row.caught["outputs"] in ([False] if corruption.quiet else [True, None])
         assert row.caught["outputs"] or row.quiet or row.caught["structure"]
+
+
+def groups(row: Row) -> list[str]:
+    """The groups of checks that caught a corruption."""
+    return [group for group, caught in row.caught.items() if caught]
+
+
+KEYS = {
+    "config-activation": "hidden_act",
+    "config-heads": "num_attention_heads",
+    "config-epsilon": "layer_norm_eps",
+}
+
+
+def _check_function(corruption: Corruption, row: Row, found: Verification) -> None:
+    """A source of another function is partly verified at most; a config that was edited contradicts the source."""
+    if corruption.source:
+        assert groups(row) == ["function"] and found.result == "partly verified (structure, bytes)"
+    else:
+        assert groups(row) == ["structure", "outputs"]
+        (check,) = (check for check in found.checks if check.name == "config")
+        assert check.verdict == "failed" and f"config.json: {KEYS[corruption.name]} is " in check.detail
 
 
 def _check_blame(row: Row, subject: Subject) -> None:
@@ -127,17 +152,18 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path) -> None:
-    only = "qkv-order-kqv,sam-eps,data-truncated"
+    only = "qkv-order-kqv,sam-eps,data-truncated,mapping-neck-norms,source-heads,config-epsilon"
     command = [sys.executable, str(SCRIPTS / "verify_on_gpu.py"), str(tmp_path), "--tiny", "--device", "cpu"]
     subprocess.run([*command, "--dtypes", "bfloat16", "--workers", "2", "--only", only], check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["summary"]["ok"] and results["summary"]["verified"] == 4
-    assert results["summary"]["caught"] == 5 and results["summary"]["caught_by"]["outputs"] == 3
+    assert results["summary"]["caught"] == 9
+    assert results["summary"]["caught_by"] == {"structure": 2, "bytes": 3, "outputs": 6, "function": 1}
     assert {row["exit_code"] for row in results["verifications"]} == {0}
     table = [sys.executable, str(SCRIPTS / "corruption_table.py"), "-o", str(tmp_path / "table.md"), "--jobs", "1"]
     subprocess.run([*table, "--only", only, "--gpu", str(tmp_path / "results.json")], check=True)
     text = (tmp_path / "table.md").read_text()
-    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "5 runs, 5 caught" in text
+    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "9 runs, 9 caught" in text
 
 
 # No false alarms ------------------------------------------------------------------------------------------------------
