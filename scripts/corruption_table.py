@@ -100,9 +100,9 @@ def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     yield ""
     yield (
         "S, B, O: caught by structure, bytes, outputs. F: outputs differ from the source's own function, so the result "
-        "is partly verified (structure, bytes). The figure is the largest error at any probe relative to its "
-        "tolerance, which is 3 times the noise floor measured in the same run: above 1 fails. No figure: the shapes "
-        "fit no encoder, or values are not finite. Refused: the file cannot be read at all."
+        "is partly verified (structure, bytes). The figure is the largest error at any probe (F: at the output) "
+        "relative to its tolerance, which is 3 times the noise floor measured in the same run: above 1 fails. No "
+        "figure: the shapes fit no encoder, or values are not finite. Refused: the file cannot be read at all."
     )
     yield ""
     yield from machines(gpu, true)
