@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +11,11 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import run, run_installed
 from typer.testing import CliRunner
 
 import converter
 from converter.cli import convert as cli
-
-
-def run(*args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The installed program in a process of its own."""
-    program = Path(sys.executable).with_name("dsocr-convert")
-    command = [str(program), *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +179,13 @@ def test_mapping_list_and_show(tmp_path: Path) -> None:
 
 
 def test_version_and_completion(tmp_path: Path) -> None:
-    assert run("--version", cwd=tmp_path).stdout == f"dsocr-convert {converter.__version__}\n"
-    done = run(cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS="dsocr-convert in", COMP_CWORD="1")
+    assert run_installed("--version", cwd=tmp_path).stdout == f"dsocr-convert {converter.__version__}\n"
+    done = run_installed(
+        cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS="dsocr-convert in", COMP_CWORD="1"
+    )
     assert "inspect" in done.stdout.split()
     words = "dsocr-convert mapping show clip-t"
-    done = run(cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
+    done = run_installed(cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
     assert done.stdout.split() == ["clip-timm"]
 
 

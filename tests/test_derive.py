@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import safetensors.torch
 import test_oracles as oracles
 import torch
+from command import run
 from inventories import inventories, sparse
 from test_oracles import LAYOUTS, State, check_equal
 
@@ -448,35 +450,28 @@ def test_odd_names_are_quoted(tmp_path: Path) -> None:
 
 
 def test_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
+    """Also in a process that hashes strings otherwise."""
     state, hub = flax_clip()
-    torch.save(state, tmp_path / "source.pth")
-    saved(hub, tmp_path / "target.safetensors")
-    texts = set()
-    for seed in ("1", "2"):
-        done = run("source.pth", "target.safetensors", "--force", folder=tmp_path, PYTHONHASHSEED=seed)
-        assert done.returncode == 0, done.stderr
-        texts.add((tmp_path / "my.yaml").read_text())
-    assert len(texts) == 1
-
-
-def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from converter.cli.main import convert; sys.exit(convert())"
-    command = [sys.executable, "-c", code, "mapping", "derive", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    found = derived(state, hub, tmp_path)
+    code = "from converter.api.derive import derive; derive('source.pth', 'target.safetensors', out='other.yaml', name='my')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "1"}, check=True)
+    assert (tmp_path / "other.yaml").read_text() == found.text
 
 
 def test_the_command(tmp_path: Path) -> None:
     state, hub = interleaved_sam()
     torch.save(state, tmp_path / "source.pth")
     saved(hub, tmp_path / "target.safetensors")
-    done = run("source.pth", "target.safetensors", "-o", "new.yaml", "--name", "sam-new", folder=tmp_path)
+    done = run(
+        "mapping", "derive", "source.pth", "target.safetensors", "-o", "new.yaml", "--name", "sam-new", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, "new.yaml\n")
     assert "sam-new: matched 51 of 51 tensors of target.safetensors with 13 rules" in done.stderr
     assert "51 matched by values" in done.stderr
-    done = run("source.pth", "target.safetensors", "-o", "new.yaml", folder=tmp_path)
+    done = run("mapping", "derive", "source.pth", "target.safetensors", "-o", "new.yaml", cwd=tmp_path)
     assert done.returncode == 4 and "exists already" in done.stderr
     saved({**hub, "pos_embed": hub["pos_embed"] + 1}, tmp_path / "target.safetensors")
-    done = run("source.pth", "target.safetensors", "--json", folder=tmp_path)
+    done = run("mapping", "derive", "source.pth", "target.safetensors", "--json", cwd=tmp_path)
     assert done.returncode == 3 and json.loads(done.stdout)["unmatched"] == ["pos_embed"]
     assert "no match for 1 tensor of target.safetensors; use --partial" in done.stderr
     assert len(done.stderr.splitlines()) <= 12

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import run, run_installed
 from hubserver import Repo, environment, hub_server
 from test_verify_views import CHROMIUM, Outline, browse
 
@@ -370,26 +370,18 @@ def test_the_page_in_a_browser(page: tuple[str, Difference], dark: bool, tmp_pat
 # The command ------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("dsocr-convert")
-    return subprocess.run(
-        [program, "diff", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 def test_equal(folder: Path, tmp_path: Path) -> None:
-    done = run(folder / "sam/sam-timm.pth", folder / "sam/deepencoder-sam.safetensors", cwd=tmp_path)
+    done = run("diff", folder / "sam/sam-timm.pth", folder / "sam/deepencoder-sam.safetensors", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "equal\n")
     assert "compared under the names of deepencoder-sam\n" in done.stderr
     assert "51 tensors in both, equal in every bit\n" in done.stderr
-    quiet = run(folder / "sam/sam-timm.pth", folder / "sam/wrapped.pth", "--quiet", cwd=tmp_path)
+    quiet = run("diff", folder / "sam/sam-timm.pth", folder / "sam/wrapped.pth", "--quiet", cwd=tmp_path)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "equal\n", "")
 
 
 def test_different_as_table_json_and_page(folder: Path, state: State, tmp_path: Path) -> None:
     torch.save({**state, LAYER: state[LAYER].masked_fill(state[LAYER] > 0, math.nan)}, tmp_path / "b.pth")
-    done = run(folder / "clip/clip-hf.pth", "b.pth", "--json", "--html", "r.html", cwd=tmp_path, COLUMNS="80")
+    done = run("diff", folder / "clip/clip-hf.pth", "b.pth", "--json", "--html", "r.html", cwd=tmp_path, COLUMNS="80")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     assert document["equal"] is False and document["layouts"] == [["clip-hf"], ["deepencoder-clip"]]
@@ -411,7 +403,7 @@ def test_different_as_table_json_and_page(folder: Path, state: State, tmp_path: 
     ],
 )
 def test_errors(arguments: tuple[str, ...], code: int, words: str, folder: Path) -> None:
-    done = run(*arguments, cwd=folder)
+    done = run("diff", *arguments, cwd=folder)
     assert done.returncode == code and words in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
@@ -470,7 +462,9 @@ def test_a_checkpoint_on_a_hub(folder: Path, tmp_path: Path) -> None:
     torch.save(whole, tmp_path / "pytorch_model.bin")
     repo = Repo("org/clip", {"pytorch_model.bin": tmp_path / "pytorch_model.bin"})
     with hub_server([repo]) as server:
-        done = run("hf://org/clip", folder / "clip/clip-hf.pth", cwd=tmp_path, **environment(server, tmp_path))
+        done = run_installed(
+            "diff", "hf://org/clip", folder / "clip/clip-hf.pth", cwd=tmp_path, **environment(server, tmp_path)
+        )
     assert (done.returncode, done.stdout) == (1, "different\n"), done.stderr
     assert "only in A: 1 tensor: text_model.final_layer_norm.bias\n" in done.stderr
     assert "equal in every bit" in done.stderr

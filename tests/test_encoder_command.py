@@ -16,6 +16,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import run, run_installed
 from hubserver import Repo, environment, hub_server
 from inventories import inventories, sparse
 from memory import raw
@@ -452,11 +453,6 @@ def test_the_source_and_what_stands_there_are_safe(out: str, words: str, sources
     assert digests(tmp_path) == before
 
 
-def run(*args: object, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("dsocr-convert"), "encoder", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **more})
-
-
 def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_path: Path) -> None:
     nets = {
         f"model.vision_tower_high.{name}": tensor
@@ -470,7 +466,7 @@ def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_pat
     safetensors.torch.save_file({**large, **nets}, tmp_path / "model.safetensors")
     given = ("--sam", sources / "sam.pth", "--clip", sources / "clip", "--compressor", "org/got", "--json")
     with hub_server([Repo("org/got", {"model.safetensors": tmp_path / "model.safetensors"})]) as server:
-        done = run(*given, cwd=tmp_path, **environment(server, tmp_path / "caches"))
+        done = run_installed("encoder", *given, cwd=tmp_path, **environment(server, tmp_path / "caches"))
     record = json.loads(done.stdout)
     assert list(record["fetched"]) == ["hf://org/got/model.safetensors"]
     assert sum(record["fetched"].values()) < 1 << 19
@@ -482,20 +478,22 @@ def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_pat
 
 def test_the_command_prints_as_the_others_do(sources: Path, tmp_path: Path) -> None:
     given = ("--sam", sources / "sam.pth", "--clip", sources / "clip", "--compressor", "random:0")
-    done = run(*given, cwd=tmp_path)
+    done = run("encoder", *given, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "deepencoder.safetensors\n"), done.stderr
     assert "layout sam-meta\n" in done.stderr and "layout clip-hf\n" in done.stderr and "draws no masks" in done.stderr
     assert "generated model.sam_model.net_2.weight: random:0: untrained, uniform within 1/sqrt(144)" in done.stderr
-    done = run(*given, "--dry-run", cwd=tmp_path)
+    done = run("encoder", *given, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
     assert re.search(r"model.sam_model.pos_embed +<- image_encoder.pos_embed\n", done.stdout)
-    done = run("deepencoder.safetensors", "--into", sources / "ocr", "-o", "new", "--json", "-q", cwd=tmp_path)
+    done = run(
+        "encoder", "deepencoder.safetensors", "--into", sources / "ocr", "-o", "new", "--json", "-q", cwd=tmp_path
+    )
     record = json.loads(done.stdout)
     assert (done.stderr, record["written"], record["output"], record["family"]) == ("", True, "new", "deepencoder")
     # Written once more, it is the same.
     first = digests(tmp_path)
-    assert run(*given, "-q", "--force", cwd=tmp_path).returncode == 0
-    assert run("new", "--into", sources / "ocr", "-o", "new2", "-q", cwd=tmp_path).returncode == 0
+    assert run("encoder", *given, "-q", "--force", cwd=tmp_path).returncode == 0
+    assert run("encoder", "new", "--into", sources / "ocr", "-o", "new2", "-q", cwd=tmp_path).returncode == 0
     assert digests(tmp_path).items() >= first.items() and digests(tmp_path / "new2") == digests(tmp_path / "new")
 
 
@@ -539,18 +537,7 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         (("ocr", "--into", "ocr.pth", "-o", "x"), 3, "torch zip: --into supports only safetensors"),
     ],
 )
-def test_errors(
-    arguments: tuple[str, ...],
-    code: int,
-    words: str,
-    sources: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from converter.cli import console
-    from converter.cli.convert import app
-
+def test_errors(arguments: tuple[str, ...], code: int, words: str, sources: Path, tmp_path: Path) -> None:
     def nets(neck: int, width: int, prefix: str = "") -> State:
         shapes = ((2 * neck, neck, 3, 3), (width, 2 * neck, 3, 3))
         return {prefix + name: torch.ones(shape) for name, shape in zip(NETS, shapes, strict=True)}
@@ -565,11 +552,8 @@ def test_errors(
     state = {name: tensor for name, tensor in deepseek_ocr().items() if is_encoder(name)}
     safetensors.torch.save_file(state, tmp_path / "deepencoder" / "model.safetensors")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dsocr-convert", "encoder", *arguments])
-    assert console.run(app) == code
-    printed = capsys.readouterr()
-    assert words in printed.err and printed.out == ""
+    done = run("encoder", *arguments, cwd=tmp_path)
+    assert done.returncode == code and words in done.stderr and done.stdout == ""
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
 from converter.checkpoint.state_dict import largest_state_dict, unwrapped_names
-from converter.derivation.comparison import Comparison, plan_target
+from converter.derivation.comparison import Comparison, TensorMatch, plan_target
 from converter.derivation.mapping import Derived, build_mapping
-from converter.derivation.matches import TensorMatch
 from converter.derivation.names import match_by_names
 from converter.errors import LayoutError
 from converter.layouts import registry

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
-from converter.derivation.comparison import Comparison
-from converter.derivation.matches import TensorMatch, encoder_prefix, find_leftovers, find_missing
+from converter.derivation.comparison import Comparison, TensorMatch, encoder_prefix, find_leftovers, find_missing
 from converter.derivation.rules import DerivedRule, Variables, generalise, list_parts
-from converter.derivation.write import drop_items, rule_item, used_variables, yaml_text
+from converter.derivation.write import drop_templates, rule_item, used_variables, yaml_text
 from converter.errors import LayoutError, MappingError
 from converter.layouts.claims import summary
 from converter.layouts.match import match_layouts
@@ -73,7 +72,7 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
         hint = "same weights in one element type" if comparison.expected else "names of a known layout"
         raise LayoutError(f"{comparison.source}: nothing matches {comparison.target}", f"needed are the {hint}")
     prefix = encoder_prefix(matches, comparison.canonical)
-    missing, leftovers = find_missing(comparison, matches), find_leftovers(comparison, matches, prefix)
+    missing, leftovers = find_missing(comparison, matches), find_leftovers(comparison, matches)
     if leftovers and not missing:
         raise LayoutError(
             f"{comparison.source}: {len(leftovers)} tensors inside the matched modules have no counterpart in "
@@ -136,7 +135,8 @@ def _items(
     used = {name.removeprefix(prefix) for rule in rules for name in rule.source_names}
     unused = [tail for name in names if (tail := name.removeprefix(prefix)) not in used]
     items = [rule_item(rule, prefix) for rule in generalise(rules, names, variables)]
-    return items + drop_items(unused, used, reason)
+    dropped = {"drop": drop_templates(unused, used), "because": reason, "optional": True}
+    return [*items, dropped] if unused else items
 
 
 def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from converter.derivation.comparison import Comparison
-from converter.derivation.matches import TensorMatch
+from converter.derivation.comparison import Comparison, TensorMatch
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import claim

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from converter.derivation.comparison import Comparison, Tensors
-from converter.derivation.matches import TensorMatch, find_missing
+from converter.derivation.comparison import Comparison, TensorMatch, Tensors, find_missing
 from converter.derivation.operations import find_operations, mix
 from converter.errors import LayoutError
 from converter.tensors.evaluate import bit_view, evaluate

@@ -52,17 +52,11 @@ def rule_item(rule: DerivedRule, prefix: str) -> dict[str, Any]:
     return item
 
 
-def drop_items(names: list[str], used: set[str], reason: str) -> list[dict[str, Any]]:
-    """Return the item that drops some names, by the largest modules that have no used name.
-
-    Args:
-        names: The names to drop.
-        used: The names that other rules use.
-        reason: Why they are dropped.
-    """
+def drop_templates(names: list[str], used: set[str]) -> list[str]:
+    """Return templates for names to drop: the largest modules that have no used name, else the names themselves."""
     modules = {module for name in used for module in _modules(name)}
     dropped = (next((f"{m}{{rest}}" for m in _modules(name) if m not in modules), name) for name in names)
-    return [{"drop": list(dict.fromkeys(dropped)), "because": reason, "optional": True}] if names else []
+    return list(dict.fromkeys(dropped))
 
 
 def _modules(name: str) -> list[str]:
