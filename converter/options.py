@@ -35,7 +35,7 @@ class ConvertOptions:
         dtype: The type of floating-point tensors: keep, float32, float16 or bfloat16.
         image_size: The side of images in pixels to resample the position embeddings for.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
-        prefix: The prefix of the encoder's tensor names in a checkpoint that holds several.
+        prefix: The prefix of the encoder's tensor names in a checkpoint that holds several; `.` for none.
 
     Raises:
         UsageError: A value is not allowed, or options contradict each other.
@@ -62,7 +62,9 @@ class ConvertOptions:
     )
     prefix: str | None = field(
         default=None,
-        metadata=_cli("Where the encoder is in a checkpoint with several, such as student. .", metavar="PREFIX"),
+        metadata=_cli(
+            "Where the encoder is in a checkpoint with several, such as student. (. for no prefix).", metavar="PREFIX"
+        ),
     )
 
     def __post_init__(self) -> None:

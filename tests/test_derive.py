@@ -325,6 +325,17 @@ def test_prefix_chooses_one_of_two_copies(tmp_path: Path) -> None:
         assert {name for name in towers if name.startswith("online.")} <= set(found.dropped)
 
 
+def test_a_dot_chooses_the_copy_without_a_prefix(tmp_path: Path) -> None:
+    state, hub = oracles.clip_hf()
+    towers = {prefix + name: tensor for prefix in ("", "ema.") for name, tensor in state.items()}
+    for target in (hub, "deepencoder-clip"):
+        with pytest.raises(LayoutError, match="--prefix"):
+            derived(towers, target, tmp_path, force=True)
+        found = derived(towers, target, tmp_path, prefix=".", force=True)
+        assert "prefix: vision_model." in found.text
+        assert {name for name in towers if name.startswith("ema.")} <= set(found.dropped)
+
+
 def test_an_encoder_with_adapters_and_a_plain_copy_are_a_tie_by_names(tmp_path: Path) -> None:
     state, _ = oracles.sam_meta()
     student = {f"student.{name.replace('attn.qkv.', 'attn.qkv.base_layer.')}": value for name, value in state.items()}

@@ -164,6 +164,29 @@ def test_several_encoders_are_listed_and_chosen(prefixes: tuple[str, str], tmp_p
         assert_equal(converted(whole, "clip", tmp_path, prefix=prefix)[0], chosen)
 
 
+def test_an_encoder_without_a_prefix_is_chosen_by_a_dot(tmp_path: Path) -> None:
+    """A bare encoder, a copy of it under a prefix and one in another layout: each listed prefix chooses its own."""
+    bare, _ = converted(models.clip_hf_vision().state_dict(), "clip", tmp_path / "bare")
+    moved = {name: tensor + tensor.is_floating_point() for name, tensor in bare.items()}
+    hf = {
+        name: tensor + 1 for name, tensor in models.clip_hf().state_dict().items() if name.startswith("vision_model.")
+    }
+    for prefixes, state in (
+        ((".", "ema."), bare | under("ema.", moved)),
+        ((".", "module.ema."), under("module.", bare | under("ema.", moved))),
+        ((".", "vision_model."), bare | hf),
+        (("student.", "student.ema."), under("student.", bare | under("ema.", moved))),
+    ):
+        with pytest.raises(LayoutError) as caught:
+            converted(state, "clip", tmp_path)
+        listed = [prefix.removeprefix("module.") for prefix in prefixes]
+        assert f"prefixes {', '.join(listed)}" in caught.value.message and f"--prefix {listed[0]}" in caught.value.hint
+        assert_equal(converted(state, "clip", tmp_path, prefix=listed[0])[0], bare)
+        (layout,) = converter.inspect(tmp_path / "in.safetensors", prefix=listed[0]).layouts
+        assert (layout.prefix or ".") == listed[0] and layout.record is not None
+    assert_equal(converted(bare | under("ema.", moved), "clip", tmp_path, prefix="")[0], bare)
+
+
 def test_a_prefix_that_does_not_occur(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in models.clip_hf().state_dict().items()}
     with pytest.raises(UsageError, match=r"--prefix visual: no tensor .*\n.*vision_model\."):

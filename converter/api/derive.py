@@ -76,7 +76,9 @@ def derive(
         tensors = {key: lazy_read(tensor) for key, tensor in read.items()}
         selected = {key: tensors[key] for key, tensor in read.items() if tensor.key in chosen.tensors}
         other_name = others[0].name if others else str(target)
-        comparison = Comparison(name or path.stem, opened.name, tensors, selected, other_name, canonical, expected)
+        comparison = Comparison(
+            name or path.stem, opened.name, tensors, selected, chosen.prefix, other_name, canonical, expected
+        )
         for other in others:
             other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
             opened.fetch(chosen.tensors.values(), on_progress)

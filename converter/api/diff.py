@@ -8,7 +8,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.state_dict import state_dicts
 from converter.comparison.align import Named, Side, align, select_side
 from converter.comparison.difference import Block, Change, Difference, Figures, block_of, natural_sort_key
 from converter.comparison.streams import Pairs, differing, digests
@@ -24,6 +25,7 @@ def diff(
     b: str | Path,
     *,
     state_dict: str | None = None,
+    prefix: str | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> Difference:
@@ -36,23 +38,42 @@ def diff(
         a: A checkpoint: a file, a folder or an index, local or on a hub (`hf://org/name@revision`, `org/name`).
         b: Another checkpoint.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top); `A,B` for different ones.
+        prefix: The prefix of the encoders to compare (`.` for none), of the checkpoints that have it; `A,B` for
+            different ones.
         on_progress: Called as bytes are compared, measured or fetched; when fetching, also from other threads.
         **hub_options: The fields of `converter.options.HubOptions`, for both checkpoints.
 
     Raises:
         DsocrError: A checkpoint cannot be read, or a checksum does not match.
     """
-    first, _, second = (state_dict or "").partition(",")
-    if "," in second:
-        raise UsageError(f"--state-dict {state_dict}: expected one name, or A's and B's with a comma between")
+    paths, prefixes = _pair("--state-dict", state_dict), _pair("--prefix", prefix)
     hub = HubOptions(**hub_options)
     with ExitStack() as stack:
         left, right = (stack.enter_context(closing(open_checkpoint(name, hub))) for name in (a, b))
         check_hub_options(hub, (left, right))
-        sides = select_side(left, first), select_side(right, second or first)
+        if prefix is not None and "," not in prefix:
+            prefixes = _where_it_occurs(prefix, left, right)
+        sides = select_side(left, paths[0], prefixes[0]), select_side(right, paths[1], prefixes[1])
         found = _compare(sides, on_progress)
         check_unchanged((left, right))
     return found
+
+
+def _pair(option: str, value: str | None) -> tuple[str | None, str | None]:
+    """Return A's and B's value of an option."""
+    if value is None:
+        return None, None
+    first, _, second = value.partition(",")
+    if "," in second:
+        raise UsageError(f"{option} {value}: expected one name, or A's and B's with a comma between")
+    return first, second or first
+
+
+def _where_it_occurs(prefix: str, *sides: Checkpoint) -> tuple[str | None, str | None]:
+    """Return A's and B's prefix: None for the side that has no such names, unless neither has them."""
+    occurs = [any(entry.under(prefix).tensors for entry in state_dicts(side.contents)) for side in sides]
+    first, second = (prefix if here or not any(occurs) else None for here in occurs)
+    return first, second
 
 
 def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:

@@ -23,11 +23,14 @@ class StateDict(NamedTuple):
 
     path: str  # The keys of the dict in the file, joined by dots; empty for the top level
     tensors: Mapping[str, TensorInfo]  # The tensors by name
-    # The tensors whose names do not begin with the prefix that the user chose (--prefix)
-    unselected: Mapping[str, TensorInfo] = MappingProxyType({})
+    prefix: str | None = None  # The prefix that the user chose (--prefix), without wrappers
+    unselected: Mapping[str, TensorInfo] = MappingProxyType({})  # The tensors whose names do not begin with it
 
     def under(self, prefix: str) -> StateDict:
-        """Return the state dict of the tensors whose names begin with a prefix, with or without their wrappers."""
+        """Return the state dict of the tensors whose names begin with a prefix, with or without their wrappers.
+
+        The prefix `.` is empty.
+        """
         prefix = prefix.rstrip(".") + "." if prefix.strip(".") else ""
         selected = {
             name: tensor
@@ -35,7 +38,7 @@ class StateDict(NamedTuple):
             if name.startswith(prefix) or _without_wrappers(name).startswith(prefix)
         }
         unselected = {name: tensor for name, tensor in self.tensors.items() if name not in selected}
-        return StateDict(self.path, selected, unselected)
+        return StateDict(self.path, selected, _without_wrappers(prefix), unselected)
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:

@@ -44,6 +44,12 @@ class DiffOptions:
         str | None,
         typer.Option(metavar="NAME[,NAME]", help="State dict of files with several; with a comma, A's and B's."),
     ] = None
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PREFIX[,PREFIX]", help="Prefix of the encoders to compare (. for none); with a comma, A's and B's."
+        ),
+    ] = None
     html: Html = None
     json: Json = False
     quiet: Quiet = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from converter.checkpoint.open import Checkpoint
@@ -13,6 +13,7 @@ from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
+from converter.plan.plan import outside_encoder
 from converter.plan.planner import plan_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
@@ -39,17 +40,22 @@ class AlignedTensors:
     notes: list[str]  # Messages for the user
 
 
-def select_side(opened: Checkpoint, path: str) -> Side:
-    """Select the state dict at `path`, or the largest one if `path` is empty, and detect its layouts.
+def select_side(opened: Checkpoint, path: str | None, prefix: str | None) -> Side:
+    """Select a state dict of a checkpoint, and detect its layouts.
+
+    Args:
+        opened: The checkpoint.
+        path: The state dict, or None for the largest one.
+        prefix: The prefix of the names to compare, or None for all names.
 
     Raises:
         LayoutError: Several state dicts are the largest.
+        UsageError: There is no such state dict, or no name with the prefix.
     """
-    entries = select_state_dicts(opened, None)
     # The path may be that of the other checkpoint, if this one has a single state dict.
-    if path and len(entries) > 1:
-        entries = select_state_dicts(opened, path)
-    chosen = largest_state_dict(entries, opened.name)
+    if len(select_state_dicts(opened, None)) == 1:
+        path = None
+    chosen = largest_state_dict(select_state_dicts(opened, path, prefix), opened.name)
     detected: dict[str, DetectedLayout] = {}
     for family in registry.families():
         # A checkpoint with several encoders of a family is compared by its own names.
@@ -90,7 +96,11 @@ def _read(tensors: Mapping[str, TensorInfo]) -> Named:
 
 
 def _unread(side: Side) -> Iterator[str]:
-    """Yield a note if the checkpoint has other state dicts."""
+    """Yield notes if the checkpoint has other state dicts, or if a prefix was chosen."""
+    prefix = side.state_dict.prefix
+    if prefix is not None:
+        what = "encoder" if side.detected else "tensors"
+        yield f"{side.opened.name}: only the {what} under the prefix {prefix or '.'} is compared"
     others = [entry for entry in select_state_dicts(side.opened, None) if entry.path != side.state_dict.path]
     if others:
         rest = f"{len(others)} more, such as {others[0].path or '.'}"
@@ -110,25 +120,38 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
     named: Named = {}
     generated: set[str] = set()
     for family in families:
-        detected = side.detected[family]._replace(tensors=_tensors_of_layout(side.detected[family]))
-        plan = plan_to_canonical(side.opened, detected, ConvertOptions(family))
+        plan = plan_to_canonical(side.opened, _only_layout(side.detected[family]), ConvertOptions(family))
         # Two families may have the same names.
         prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
-    first = side.detected[families[0]]
-    for name, tensor in (*first.tensors.items(), *first.outside.items()):
+    for name, tensor in _comparable(side, families):
         if tensor.key not in taken:
             # The canonical layout may use this name for another tensor.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
     return _ByCanonicalName(named, generated)
 
 
-def _tensors_of_layout(detected: DetectedLayout) -> dict[str, TensorInfo]:
-    """Return the tensors that the layout has rules for, without added ones such as a classification head."""
-    templates = detected.match.layout.templates(detected.match.prefix)
-    return {name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)}
+def _only_layout(detected: DetectedLayout) -> DetectedLayout:
+    """Return the encoder without tensors that the layout has no rules for, such as those of a classification head."""
+    match = detected.match
+    templates = match.layout.templates(match.prefix)
+    known = {match.wrapper + name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)}
+    return replace(detected, names=known)
+
+
+def _comparable(side: Side, families: list[str]) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield all tensors of a side or, if a prefix was chosen, those of the encoders under it."""
+    first = side.detected[families[0]]
+    if side.state_dict.prefix is None:
+        yield from (*first.tensors.items(), *first.outside.items())
+        return
+    for family in families:
+        detected = side.detected[family]
+        match = detected.match
+        is_outside = outside_encoder(match.layout.mapping, match.prefix, registry.canonical(family))
+        yield from (item for item in detected.tensors.items() if not is_outside(item[0]))
 
 
 def _drop_generated(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:

@@ -31,6 +31,7 @@ class Comparison:
     source: str  # The name of the source, for messages
     tensors: Tensors
     selected: Tensors  # Those that may match: under the prefix that the user chose
+    prefix: str | None  # This prefix; None if the user chose none
     target: str  # The name of the target, for messages
     canonical: CanonicalLayout
     expected: Tensors  # The tensors of the target by canonical names; empty if the target is only a layout's name

@@ -8,7 +8,7 @@ from converter.derivation.comparison import Comparison, TensorMatch
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import claim
-from converter.layouts.match import prefixes_of
+from converter.layouts.match import outermost, prefixes_of
 from converter.layouts.spec import LayoutMapping
 
 
@@ -22,13 +22,14 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
         # Not only where all are: an encoder with adapters is a copy too.
         for prefix in [prefix for prefix, count in counts.items() if 2 * count > len(keys)]:
             subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
-    if len(subtrees) > 1:
+    chosen = outermost(subtrees, comparison.prefix)
+    if len(chosen) > 1:
+        listed = [prefix or "." for prefix in sorted(chosen)[:10]]
         raise LayoutError(
-            f"{comparison.source}: {len(subtrees)} subtrees fit {comparison.target}: "
-            f"{', '.join(map(repr, sorted(subtrees)[:10]))}",
-            f"choose one, such as --prefix {max(subtrees)}",
+            f"{comparison.source}: {len(chosen)} subtrees fit {comparison.target}: {', '.join(map(repr, listed))}",
+            f"choose one, such as --prefix {listed[0]}",
         )
-    return next(iter(subtrees.values()), [])
+    return [match for prefix in chosen for match in subtrees[prefix]]
 
 
 def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) -> list[TensorMatch]:

@@ -16,6 +16,7 @@ import torch
 from converter.derivation.comparison import Comparison, TensorMatch, Tensors, find_missing
 from converter.derivation.operations import find_operations, mix
 from converter.errors import LayoutError
+from converter.layouts.match import outermost
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.ops import Fuse, Split
@@ -48,7 +49,7 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
 
     `on_bytes` is called with the size of each tensor that was read, in bytes.
     """
-    search = _Search(_read(comparison.selected, on_bytes), _read(comparison.expected, on_bytes))
+    search = _Search(_read(comparison.selected, on_bytes, comparison.prefix), _read(comparison.expected, on_bytes))
     search.match_single()
     search.match_parts(search.target, search.source, search.fuse)
     search.match_parts(search.source, search.target, search.split)
@@ -56,12 +57,12 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
     return sorted(search.matches, key=lambda match: match.targets)
 
 
-def _read(tensors: Tensors, on_bytes: Callable[[int], None]) -> _Side:
+def _read(tensors: Tensors, on_bytes: Callable[[int], None], prefix: str | None = None) -> _Side:
     names: ByFingerprint = {}
     for name, value in tensors.items():
         names.setdefault(_fingerprint(bit_view(evaluate(value)), value), []).append(name)
         on_bytes(nbytes(value))
-    return _Side(tensors, names)
+    return _Side(tensors, {key: outermost(equal, prefix) for key, equal in names.items()})
 
 
 def _fingerprint(tensor: torch.Tensor, value: LazyTensor) -> Fingerprint:

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_names
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts.claims import first_few
 from converter.layouts.explain import no_layout_error
-from converter.layouts.match import LayoutMatch, match_layouts
+from converter.layouts.match import LayoutMatch, match_layouts, outermost
 from converter.layouts.spec import LayoutSpec
+from converter.options import ConvertOptions
 from converter.tensors.tensor_info import TensorInfo
 
 
-class DetectedLayout(NamedTuple):
+@dataclass(frozen=True)
+class DetectedLayout:
     """A state dict and the layout of an encoder in it."""
 
     state_dict: StateDict
-    tensors: dict[str, TensorInfo]  # The tensors whose names begin with the match's wrapper, by their names without it
-    outside: dict[str, TensorInfo]  # All other tensors of the state dict, which are not part of the encoder's model
+    names: Mapping[str, TensorInfo]  # The tensors of the state dict by their names without wrappers
     match: LayoutMatch  # The layout and its prefix
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors whose names begin with the match's wrapper, by their names without it."""
+        wrapper = self.match.wrapper
+        return {name[len(wrapper) :]: tensor for name, tensor in self.names.items() if name.startswith(wrapper)}
+
+    @cached_property
+    def outside(self) -> dict[str, TensorInfo]:
+        """All other tensors of the state dict, which are not part of the encoder's model."""
+        others = {name: tensor for name, tensor in self.names.items() if not name.startswith(self.match.wrapper)}
+        return {**others, **self.state_dict.unselected}
 
 
 def select_state_dicts(source: Checkpoint, path: str | None, prefix: str | None = None) -> list[StateDict]:
@@ -59,30 +73,26 @@ def _under(source: Checkpoint, entries: list[StateDict], prefix: str) -> list[St
     return under
 
 
-def detect_layout(
-    source: Checkpoint, family: str, layouts: Sequence[LayoutSpec], path: str | None, prefix: str | None = None
-) -> DetectedLayout:
+def detect_layout(source: Checkpoint, layouts: Sequence[LayoutSpec], options: ConvertOptions) -> DetectedLayout:
     """Detect the layout of a checkpoint.
 
     Args:
         source: The checkpoint.
-        family: The family of the layouts, for error messages.
-        layouts: The layouts to try.
-        path: The state dict to use (--state-dict), or None to search all of them.
-        prefix: The prefix of the encoder's names (--prefix), or None to search under all prefixes.
+        layouts: The layouts to try: those of a family, or the one of the user's mapping file.
+        options: The family, and the mapping file, state dict and prefix to use, if any.
 
     Raises:
         LayoutError: No encoder fits a layout, or several do.
     """
-    candidates = select_state_dicts(source, path, prefix)
+    candidates = select_state_dicts(source, options.state_dict, options.prefix)
     detected = detect_layouts(source, layouts, candidates)
-    if len(layouts) == 1:
-        # A mapping that the user chose says where the encoder is.
+    if options.mapping is not None:
+        # The mapping file says where the encoder is.
         detected = [layout for layout in detected if not layout.match.wrapper] or detected
     if not detected:
-        raise no_layout_error(source, family, layouts, candidates)
+        raise no_layout_error(source, options.family, layouts, candidates)
     if len(detected) > 1:
-        raise _several(source, family, detected)
+        raise _several(source, options.family, detected)
     return detected[0]
 
 
@@ -93,11 +103,10 @@ def _several(source: Checkpoint, family: str, detected: list[DetectedLayout]) ->
             f"{source.name}: has {len(entries)} state dicts that fit: {_paths(entries)}",
             f"choose one, such as --state-dict {printable(entries[0].path) or '.'}",
         )
-    prefixes = [printable(layout.match.full_prefix) or "(none)" for layout in detected]
-    example = next(layout.match.full_prefix for layout in detected if layout.match.full_prefix)
+    prefixes = sorted(printable(layout.match.full_prefix) or "." for layout in detected)
     return LayoutError(
         f"{source.name}: has {len(prefixes)} {family.upper()} encoders, under the prefixes {', '.join(prefixes)}",
-        f"choose one, such as --prefix {printable(example)}",
+        f"choose one, such as --prefix {prefixes[0]}",
     )
 
 
@@ -119,14 +128,9 @@ def detect_layouts(
 
 def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutSpec]) -> list[DetectedLayout]:
     tensors = unwrapped_names(state_dict.tensors, source.name)
-    return [_split(state_dict, tensors, match) for match in match_layouts(tensors, layouts)]
-
-
-def _split(state_dict: StateDict, tensors: Mapping[str, TensorInfo], match: LayoutMatch) -> DetectedLayout:
-    wrapper = match.wrapper
-    inside = {name[len(wrapper) :]: tensor for name, tensor in tensors.items() if name.startswith(wrapper)}
-    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(wrapper)}
-    return DetectedLayout(state_dict, inside, {**outside, **state_dict.unselected}, match)
+    matches = match_layouts(tensors, layouts)
+    chosen = outermost((match.full_prefix for match in matches), state_dict.prefix)
+    return [DetectedLayout(state_dict, tensors, match) for match in matches if match.full_prefix in chosen]
 
 
 def _paths(entries: Sequence[StateDict]) -> str:

@@ -61,9 +61,7 @@ def no_layout_error(
 
 def mark_error(source: Checkpoint, mark: Mark) -> LayoutError:
     """Return the error for weights with a mark."""
-    shown = ", ".join(map(repr, mark.examples[:2]))
-    more = f" and {len(mark.examples) - 2} more" if len(mark.examples) > 2 else ""
-    return LayoutError(f"{source.name}: {mark.what}: {shown}{more}", mark.hint)
+    return LayoutError(f"{source.name}: {mark.text}", mark.hint)
 
 
 def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[LayoutMapping]) -> list[str]:
@@ -79,7 +77,7 @@ def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[Lay
     """
     tensors = unwrapped_names(state_dict.tensors, source.name)
     if mark := find_mark(tensors):
-        return [f"{mark.what}: {', '.join(map(repr, mark.examples[:2]))}", *mark.hint.split("\n")]
+        return [mark.text, *mark.hint.split("\n")]
     return _describe(_nearest(tensors, mappings), tensors)
 
 

@@ -25,6 +25,12 @@ class Mark(NamedTuple):
     hint: str
     examples: list[str]  # Names of tensors that show it
 
+    @property
+    def text(self) -> str:
+        """What the tensors are, with the first names."""
+        more = f" and {len(self.examples) - 2} more" if len(self.examples) > 2 else ""
+        return f"{self.what}: {', '.join(map(repr, self.examples[:2]))}{more}"
+
 
 class _Rule(NamedTuple):
     """A mark that shows in names: all of `patterns` occur, and none of `absent`."""

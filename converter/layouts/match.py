@@ -59,6 +59,20 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
     return sorted(own or best, key=lambda match: order[match.evidence[0]])
 
 
+def outermost(names: Iterable[str], prefix: str | None) -> list[str]:
+    """Choose among names or prefixes that begin with `prefix`, which the user chose (--prefix).
+
+    Returns:
+        The one directly under `prefix`, if all others are copies of it under longer prefixes; else all of them.
+    """
+    listed = list(names)
+    if prefix is None or not listed:
+        return listed
+    first = min(listed, key=len)
+    tail = "." + first.removeprefix(prefix)
+    return [first] if all(name.endswith(tail) for name in listed if name != first) else listed
+
+
 def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> Iterator[str]:
     """Yield what precedes a name in the names of tensors.
 

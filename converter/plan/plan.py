@@ -87,7 +87,7 @@ def make_plan(
         MappingError: The tensors do not fit the mapping or the canonical layout.
         UsageError: The canonical layout does not allow this image size.
     """
-    is_outside = _outside(mapping, prefix, target)
+    is_outside = outside_encoder(mapping, prefix, target)
     has_other_rules = bool(prefix and mapping.other_rules)
     kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
     where = f"{source}: by {mapping.location.file}"
@@ -112,7 +112,7 @@ def make_plan(
     return plan
 
 
-def _outside(mapping: LayoutMapping, prefix: str, target: CanonicalLayout) -> Callable[[str], bool]:
+def outside_encoder(mapping: LayoutMapping, prefix: str, target: CanonicalLayout) -> Callable[[str], bool]:
     """Return a function that says whether a tensor is outside the encoder.
 
     Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those

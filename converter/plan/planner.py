@@ -40,7 +40,7 @@ def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str
         LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit the detected layout.
     """
-    detected = detect_layout(opened, options.family, _layouts(options), options.state_dict, options.prefix)
+    detected = detect_layout(opened, _layouts(options), options)
     return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
 
 
