@@ -294,6 +294,37 @@ def test_a_file_without_a_config_computes_with_the_sources_values(gelu: Path, tm
         assert result.result == "verified", result.checks
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "relu"), ("num_attention_heads", 3), ("layer_norm_eps", 1e-5), ("hidden_size", 32), ("", None)],
+)
+def test_a_config_edited_after_the_conversion(key: str, value: Any, gelu: Path, tmp_path: Path) -> None:
+    """The record alone shows it, and so does the source; a key that says nothing about the function may change."""
+    path, record = tmp_path / "out" / "config.json", tmp_path / "out.json"
+    converter.convert(gelu, "clip", to="clip-hf", out=path.parent, record=record)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key or "note": value}))
+    for result in (verify(path.parent, record=record), verify(path.parent, gelu, fast=True)):
+        (check,) = (check for check in result.checks if check.name == "config")
+        assert result.ok != bool(key) and result.verdict == ("not verified" if key else "partly verified")
+        assert (key in check.detail or f"width {value} (not 64)" in check.detail) if key else check.verdict == PASSED
+
+
+def test_the_model_card_says_what_the_encoder_computes_with(gelu: Path, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(gelu / "model.safetensors")
+    state[next(name for name in state if name.endswith("class_embedding"))][:2] = 1e6
+    safetensors.torch.save_file(state, gelu / "model.safetensors")
+    card = tmp_path / "card.md"
+    converter.convert(gelu, "clip", out=tmp_path / "out.safetensors", dtype="float16", record=card)
+    text = card.read_text()
+    assert "| computes with | activation gelu (config.json: hidden_act), head width 16 (" in text
+    assert "| overflows | " in text and "2 finite values infinite or NaN: embeddings.class_embedding (2)" in text
+
+
+def test_loading_warns_of_another_function(gelu: Path) -> None:
+    with pytest.warns(UserWarning, match="computes with activation gelu, head width 16.*the DeepEncoder computes"):
+        converter.load(gelu, "clip")
+
+
 def test_sizes_that_transformers_leaves_out_have_its_defaults(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 

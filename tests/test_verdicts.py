@@ -179,6 +179,20 @@ def test_what_is_missing_is_said_first(
         assert any("transformers is not installed" in note for note in found.all_notes)
 
 
+def test_a_library_of_the_written_layout_is_looked_for_first(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what would be used: no DeepEncoder runs for a file of another library."""
+    out = tmp_path / "out.safetensors"
+    converter.convert(pair[1], "sam", to="sam-timm", out=out)
+    hide(monkeypatch, "timm", "transformers")
+    events: list[str] = []
+    progress = {"on_progress": lambda what, done, total: events.append(what), "on_notice": events.append}
+    verify(out, pair[1], device="cpu", sizes=[192], **progress)
+    (notice,) = (event for event in events if "--fast" in event)
+    assert events[0] == notice and "pip install timm" in notice
+
+
 def test_a_missing_gpu_is_said_first(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UsageError, match="torch finds 0 GPUs") as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
 from converter.options import split_options
 from converter.output.names import overflow_warning
+from converter.output.record import function_warning
 from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import count_overflows, source_tensors
@@ -50,7 +51,7 @@ def load(
         DsocrError: As in `convert`.
 
     Warns:
-        UserWarning: A cast made finite values infinite.
+        UserWarning: A cast made finite values infinite, or the encoder computes another function than the source.
     """
     convert_options, hub_options = split_options(family, {**options, "dtype": str(dtype).removeprefix("torch.")})
     check_options(convert_options)
@@ -63,7 +64,8 @@ def load(
         checkpoints = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
         check_hub_options(hub_options, checkpoints)
         opened, donor = checkpoints[0], checkpoints[1] if fill_from is not None else None
-        outputs = resolve(opened, convert_options, donor).plan.outputs
+        plan = resolve(opened, convert_options, donor).plan
+        outputs = plan.outputs
         for checkpoint in checkpoints:
             checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
         loader = Loader(torch_device, check)
@@ -73,6 +75,7 @@ def load(
             if not opened.remote:
                 on_progress("loading", done + 1, len(outputs))
         check_unchanged(checkpoints)
-        if overflows := count_overflows(outputs):
-            warnings.warn(overflow_warning(overflows), stacklevel=2)
+        overflows = count_overflows(outputs)
+        for warning in (*function_warning(plan, plan.layout), *([overflow_warning(overflows)] if overflows else [])):
+            warnings.warn(warning, stacklevel=2)
         return tensors

@@ -32,7 +32,7 @@ from converter.verification.inputs import (
 )
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
-from converter.verification.requirements import missing_for_deep_encoders, missing_for_encoder
+from converter.verification.requirements import missing_requirements
 from converter.verification.result import PARTS, SKIPPED, Check, Verification
 from converter.verification.runs import RunOptions, RunResults, run_encoder
 from converter.verification.structure import check_structure
@@ -104,9 +104,6 @@ def verify(
     options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
-    compares = bool(sources) and not fast
-    if compares and (notice := missing_for_deep_encoders()):
-        on_notice(notice)
     checkpoints: list[Checkpoint] = []
     with ExitStack() as stack:
 
@@ -124,9 +121,8 @@ def verify(
                 family = target.encoders[0].family
                 convert_options = ConvertOptions(family, mapping=mapping, state_dict=state_dict, prefix=prefix)
                 expected = _expected(target, sources, open_, convert_options, on_progress)
-            for origin in expected.origins.values() if expected and compares else ():
-                if notice := missing_for_encoder(origin.reference_plan.mapping):
-                    on_notice(notice)
+            for notice in missing_requirements(target, expected) if expected and not fast else ():
+                on_notice(notice)
             check_hub_options(hub, checkpoints)
             result = _verify(target, expected, recorded, options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -16,7 +16,7 @@ from converter.hub.address import is_address, parse_address
 from converter.layouts import registry
 from converter.options import NO_HUB_OPTIONS
 from converter.output.json_document import canonical_json
-from converter.output.names import fold_key_map, fold_names, group_by_reason
+from converter.output.names import fold_key_map, fold_names, group_by_reason, overflow_warning
 from converter.output.record import ConversionRecord, RecordedSource
 
 # The library that loads a layout, by the end of the layout's name.
@@ -55,6 +55,7 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         content="A DeepEncoder" if family == "DEEPENCODER" else f"{family} in the layout `{record.target}`",
         descriptions=[layout.description for layout in registry.layouts_of(record.target)],
         tensors=list(_tensors(record, document["tensors"])),
+        overflows=overflow_warning(record.overflows),
         left_out=list(_left_out(record)),
         commands=list(_commands(record, name, record_files)),
     )

@@ -201,14 +201,20 @@ def _used_assumptions(plan: Plan) -> dict[str, Assumption]:
 
 
 def _warnings(plan: Plan, target: str, output: Path | None) -> list[str]:
-    """Remarks on a source's config, and a warning if the output's encoder computes another function than the source."""
+    """Remarks on a source's config, and a warning if the output has no config that states the source's function."""
+    is_folder = output is not None and is_folder_output(output, target)
+    return plan.remarks if is_folder else [*plan.remarks, *function_warning(plan, target)]
+
+
+def function_warning(plan: Plan, target: str) -> list[str]:
+    """A warning if a layout's encoder computes another function than the source."""
     theirs, ours = describe_differences(plan.assumptions)
-    if not theirs or (output is not None and is_folder_output(output, target)):
-        return plan.remarks
+    if not theirs:
+        return []
     outcome = f"{target} holds no config: set it where the weights are loaded"
     if target.startswith("deepencoder"):
         outcome = f"the DeepEncoder computes with {ours}: its outputs differ from the source's"
-    return [*plan.remarks, f"warning: the source computes with {theirs}; {outcome}"]
+    return [f"warning: the source computes with {theirs}; {outcome}"]
 
 
 def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> RecordedSource:

@@ -5,6 +5,7 @@ A conversion may be right in every byte, and its encoder still compute another f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from converter.plan.assumptions import ASSUMED, Assumptions, describe_differences, differences
@@ -24,17 +25,36 @@ def tested_assumptions(converted: ConvertedEncoder, origin: Origin | None) -> As
 
 def check_config(converted: ConvertedEncoder, origin: Origin | None) -> list[Check]:
     """Check that the config next to a converted file states what the source computes with; none without a config."""
-    stated = _stated(converted) if origin else {}
-    source = origin.reference_plan.assumptions if origin else {}
-    wrong = [
-        f"{each.origin} is {each.value}, in the source {source[name].value} ({source[name].origin})"
+    if origin is None or converted.in_deep_encoder:
+        return []
+    return compare_config(
+        "structure", converted.assumptions, converted.remarks, origin.reference_plan.assumptions, "the source"
+    )
+
+
+def compare_config(
+    group: str, assumptions: Assumptions, remarks: Sequence[str], expected: Assumptions, place: str
+) -> list[Check]:
+    """Check what the config next to a converted file states; none if it states nothing.
+
+    Args:
+        group: The group of the check.
+        assumptions: What the config states, and what is assumed.
+        remarks: Remarks on the config; one that cannot be used is not that of the converted file.
+        expected: What it should state.
+        place: Where these values are from.
+    """
+    stated = {name: each for name, each in assumptions.items() if each.origin != ASSUMED and name in expected}
+    wrong = [remark.removeprefix("warning: ") for remark in remarks if remark.startswith("warning: ")]
+    wrong += [
+        f"{each.origin} is {each.value}, in {place} {expected[name].value} ({expected[name].origin})"
         for name, each in stated.items()
-        if each.value != source[name].value
+        if each.value != expected[name].value
     ]
     if wrong:
-        return [Check("structure", "config", FAILED, "; ".join(wrong))]
+        return [Check(group, "config", FAILED, "; ".join(wrong))]
     names = ", ".join(name.replace("_", " ") for name in stated)
-    return [Check("structure", "config", PASSED, f"{names} as in the source")] if stated else []
+    return [Check(group, "config", PASSED, f"{names} as in {place}")] if stated else []
 
 
 def function_notes(converted: ConvertedEncoder, origin: Origin | None) -> list[str]:

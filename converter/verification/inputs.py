@@ -39,6 +39,7 @@ class ConvertedEncoder:
     in_deep_encoder: bool = True  # Whether the file is made for the DeepEncoder, not for the layout's own library
     # What no tensor shows, as the file's config states it; none for the DeepEncoder
     assumptions: Assumptions = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()  # On the file's config
     problem: str = ""  # Why the file does not fit the layout; empty if it does
 
 
@@ -164,8 +165,10 @@ def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: b
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
     except (LayoutError, MappingError) as error:
         return replace(encoder, problem=error.message)
-    assumptions = {} if encoder.in_deep_encoder else plan.assumptions
-    return replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors, assumptions=assumptions)
+    encoder = replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors)
+    if encoder.in_deep_encoder:
+        return encoder
+    return replace(encoder, assumptions=plan.assumptions, remarks=tuple(plan.remarks))
 
 
 def open_expected(

@@ -1,4 +1,4 @@
-"""Record: names, shapes, types, metadata and SHA-256 of every tensor match the file's conversion record."""
+"""Record: names, shapes, types, metadata and SHA-256 of every tensor, and the config, match the conversion record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import safetensors
 
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, UsageError
+from converter.layouts import registry
 from converter.output.record import RECORD_FORMAT
+from converter.plan.assumptions import Assumption, Assumptions, read_assumptions
 from converter.storage.local_file import require_regular_file
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
 from converter.tensors.tensor_info import TensorInfo
+from converter.verification.functions import compare_config
 from converter.verification.inputs import Converted
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, PASSED, Check
@@ -37,6 +40,8 @@ class Record:
     layout: str
     mapping: str
     metadata: Mapping[str, str] | None  # None if none was written
+    sizes: Mapping[str, int]
+    assumptions: Assumptions  # What no tensor shows, as the source's config states it
     tensors: Mapping[str, tuple[str, str]]  # Type and shape, such as `float32 [1024]`, and SHA-256 by name
 
     @property
@@ -77,6 +82,8 @@ def _parse(path: Path, document: Any) -> Record:
         layout=str(document["target"]["name"]),
         mapping=" + ".join(mappings),
         metadata=dict(metadata) if metadata is not None else None,
+        sizes={name: int(size) for name, size in document["sizes"].items()},
+        assumptions={name: Assumption(**entry) for name, entry in document["assumptions"].items()},
         tensors={
             name: (f"{entry['dtype']} {[int(n) for n in entry['shape']]}", str(entry["sha256"]))
             for name, entry in document["tensors"].items()
@@ -107,7 +114,16 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
         checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
     detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
+    checks += _check_config(record, target.source)
     return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, target.source)]
+
+
+def _check_config(record: Record, source: Checkpoint) -> list[Check]:
+    """Compare the config next to a file for another library; a whole DeepEncoder has none."""
+    if record.canonical or record.family not in registry.families():
+        return []
+    stated, remarks = read_assumptions(source, registry.canonical(record.family), record.sizes)
+    return compare_config(GROUP, stated, remarks, record.assumptions, record.path.name)
 
 
 def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,7 @@ Reader = Callable[[TensorInfo], Tensor]
 
 
 def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
-    """Open a checkpoint with the libraries that define its files' formats.
+    """A reader by the libraries that define the formats of a checkpoint's files; they open them at its first call.
 
     Args:
         source: The opened checkpoint.
@@ -40,8 +41,13 @@ def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_prog
         on_progress: Called as they are fetched.
 
     Raises:
-        ContainerError: A library does not read its file; also raised by the returned function.
+        ContainerError: A library does not read its file; raised by the returned function.
     """
+    opened = functools.cache(functools.partial(_open_all, source, list(needed), on_progress))
+    return lambda tensor: opened()(tensor)
+
+
+def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
     source.fetch(needed, on_progress)
     found = [(entry.path, tensor) for entry in state_dicts(source.contents) for tensor in entry.tensors.values()]
     paths = {tensor: path for path, tensor in found}

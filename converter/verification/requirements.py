@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from converter.layouts.spec import LayoutMapping
 from converter.verification import deep_encoder
+from converter.verification.inputs import Converted, Expected
 from converter.verification.reference_models import REFERENCES
 
 # Names on the package index, where they are not those of the modules.
 _DISTRIBUTIONS = {"segment_anything": "segment-anything", "open_clip": "open_clip_torch"}
 
 
-def missing_for_deep_encoders() -> str:
+def missing_requirements(target: Converted, expected: Expected) -> list[str]:
+    """A sentence for each library that is missing: what is not compared for want of it.
+
+    Args:
+        target: The converted file.
+        expected: What should have been written.
+    """
+    others = [encoder for encoder in target.encoders if not encoder.in_deep_encoder]
+    sides = [(origin.reference_plan.mapping, bool(origin.own)) for origin in expected.origins.values()]
+    sides += [(encoder.layout.mapping, bool(encoder.own)) for encoder in others]
+    found = [] if others else [_missing_for_deep_encoders()]
+    found += [_missing_for_encoder(mapping, has_own) for mapping, has_own in sides]
+    return [notice for notice in dict.fromkeys(found) if notice]
+
+
+def _missing_for_deep_encoders() -> str:
     """What is not compared for want of a library in which whole DeepEncoders can be run; empty if there is one."""
     references = [reference for candidates in deep_encoder.REFERENCES.values() for reference in candidates]
     if any(reference.installed for reference in references):
@@ -18,9 +34,14 @@ def missing_for_deep_encoders() -> str:
     return _sentence([references[-1].module], "the whole DeepEncoder is not compared")
 
 
-def missing_for_encoder(mapping: LayoutMapping) -> str:
-    """What is not compared, or compared less directly, for want of the library of the source's layout."""
-    own, general = REFERENCES.get(mapping.name), REFERENCES[f"{mapping.family}-hf"]
+def _missing_for_encoder(mapping: LayoutMapping, has_own: bool) -> str:
+    """What is not compared, or compared less directly, for want of the library of a layout.
+
+    Args:
+        mapping: The layout.
+        has_own: Whether its own library can load the tensors.
+    """
+    own, general = REFERENCES.get(mapping.name) if has_own else None, REFERENCES[f"{mapping.family}-hf"]
     best = own or general
     if best.installed:
         return ""
