@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import models
@@ -180,12 +181,10 @@ def test_mapping_list_and_show(tmp_path: Path) -> None:
 
 def test_version_and_completion(tmp_path: Path) -> None:
     assert run_installed("--version", cwd=tmp_path).stdout == f"dsocr-convert {converter.__version__}\n"
-    done = run_installed(
-        cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS="dsocr-convert in", COMP_CWORD="1"
-    )
+    complete = partial(run_installed, cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash")
+    done = complete(COMP_WORDS="dsocr-convert in", COMP_CWORD="1")
     assert "inspect" in done.stdout.split()
-    words = "dsocr-convert mapping show clip-t"
-    done = run_installed(cwd=tmp_path, _DSOCR_CONVERT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
+    done = complete(COMP_WORDS="dsocr-convert mapping show clip-t", COMP_CWORD="3")
     assert done.stdout.split() == ["clip-timm"]
 
 

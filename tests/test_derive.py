@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 import safetensors.torch
 import test_oracles as oracles
 import torch
-from command import run
+from command import run, run_installed
 from inventories import inventories, sparse
 from test_oracles import LAYOUTS, State, check_equal
 
@@ -464,8 +462,8 @@ def test_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
     """Also in a process that hashes strings otherwise."""
     state, hub = flax_clip()
     found = derived(state, hub, tmp_path)
-    code = "from converter.api.derive import derive; derive('source.pth', 'target.safetensors', out='other.yaml', name='my')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "1"}, check=True)
+    given = ("source.pth", "target.safetensors", "-o", "other.yaml", "--name", "my")
+    run_installed("mapping", "derive", *given, cwd=tmp_path, PYTHONHASHSEED="1")
     assert (tmp_path / "other.yaml").read_text() == found.text
 
 
@@ -473,16 +471,15 @@ def test_the_command(tmp_path: Path) -> None:
     state, hub = interleaved_sam()
     torch.save(state, tmp_path / "source.pth")
     saved(hub, tmp_path / "target.safetensors")
-    done = run(
-        "mapping", "derive", "source.pth", "target.safetensors", "-o", "new.yaml", "--name", "sam-new", cwd=tmp_path
-    )
+    derive_from = partial(run, "mapping", "derive", "source.pth", "target.safetensors", cwd=tmp_path)
+    done = derive_from("-o", "new.yaml", "--name", "sam-new")
     assert (done.returncode, done.stdout) == (0, "new.yaml\n")
     assert "sam-new: matched 51 of 51 tensors of target.safetensors with 13 rules" in done.stderr
     assert "51 matched by values" in done.stderr
-    done = run("mapping", "derive", "source.pth", "target.safetensors", "-o", "new.yaml", cwd=tmp_path)
+    done = derive_from("-o", "new.yaml")
     assert done.returncode == 4 and "exists already" in done.stderr
     saved({**hub, "pos_embed": hub["pos_embed"] + 1}, tmp_path / "target.safetensors")
-    done = run("mapping", "derive", "source.pth", "target.safetensors", "--json", cwd=tmp_path)
+    done = derive_from("--json")
     assert done.returncode == 3 and json.loads(done.stdout)["unmatched"] == ["pos_embed"]
     assert "no match for 1 tensor of target.safetensors; use --partial" in done.stderr
     assert len(done.stderr.splitlines()) <= 12
