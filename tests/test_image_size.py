@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 
 import models
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 import converter
+from converter.checkpoint.open import open_checkpoint
 from converter.encoders import SamEncoder
 from converter.errors import MappingError, UsageError
+from converter.tensors.lazy_tensor import cast, is_resampled, lazy_read, resampled
 
 State = dict[str, torch.Tensor]
 WINDOWED = [layer for layer in range(models.DEPTH) if layer not in models.GLOBAL_BLOCKS]
@@ -96,3 +99,12 @@ def test_windows_as_large_as_the_image(tmp_path: Path) -> None:
 def test_sizes_that_are_refused(image_size: int, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--image-size {image_size}"):
         converted(tmp_path, image_size)
+
+
+def test_resampling_is_found_under_a_cast(tmp_path: Path) -> None:
+    """A verification resamples on the CPU, as the conversion did."""
+    torch.save({"positions": torch.zeros(1, 4, 4, 8)}, tmp_path / "positions.pth")
+    with closing(open_checkpoint(str(tmp_path / "positions.pth"))) as opened:
+        positions = lazy_read(opened.contents["positions"])
+    assert is_resampled(cast(resampled(positions, "grid", 6), "bfloat16"))
+    assert not is_resampled(cast(positions, "bfloat16"))

@@ -18,6 +18,7 @@ from converter.cli.verify import app
 from converter.errors import UsageError
 from converter.verification.families import FAMILIES
 from converter.verification.outputs import compare
+from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import segment_anything_sam
 
 POSITIONS, BIAS = "image_encoder.pos_embed", "image_encoder.blocks.0.mlp.lin2.bias"
@@ -127,14 +128,48 @@ def test_noise_in_float64_too_is_inconclusive(tmp_path: Path) -> None:
 
 
 def test_our_own_code_is_no_reference() -> None:
-    family, image = FAMILIES["sam"], torch.randn(1, 3, 64, 64)
+    tested, other, image = sam_and_reference()
+    own = replace(sam_and_reference()[0], label="another name 1.0")
+    check = compare(tested, own, image, torch.float32).check
+    assert check.verdict == "inconclusive" and "our own code" in check.detail
+    assert compare(tested, other, image, torch.float32).check.verdict == "passed"
+
+
+def sam_and_reference() -> tuple[ProbedEncoder, ProbedEncoder, torch.Tensor]:
+    """A SAM of ours, the same in segment-anything, and pixels."""
+    family = FAMILIES["sam"]
     state = {name.removeprefix("image_encoder."): value for name, value in models.sam_meta().state_dict().items()}
     state = {name: value for name, value in state.items() if name.startswith(("blocks", "neck", "patch", "pos"))}
-    encoders = [family.probed(family.load(state)) for _ in range(2)]
-    check = compare(encoders[0], replace(encoders[1], label="another name 1.0"), image, torch.float32).check
-    assert check.verdict == "inconclusive" and "our own code" in check.detail
-    other = segment_anything_sam(family.config_from({name: value.shape for name, value in state.items()}), state)
-    assert compare(encoders[0], other, image, torch.float32).check.verdict == "passed"
+    reference = segment_anything_sam(family.config_from({name: value.shape for name, value in state.items()}), state)
+    return (
+        family.probed(family.load(state)),
+        reference,
+        torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    )
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_errors_near_the_tolerance_are_compared_in_float64(wrong: bool) -> None:
+    """Layers can amplify rounding errors to more than the tolerance; a mistake of that size is a mistake in float64."""
+    tested, reference, image = sam_and_reference()
+    block = tested.model.get_submodule("blocks.0")
+
+    def round_more(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        return output * (1 + 4e-6 * noise) if wrong or output.dtype is torch.float32 else output
+
+    block.register_forward_hook(round_more)
+    found = compare(tested, reference, image, torch.float32)
+    assert "near the tolerance" in found.note
+    assert found.check.verdict == ("failed" if wrong else "passed")
+
+
+def test_a_comparison_keeps_the_weights() -> None:
+    """Those of a following comparison in float64 are not rounded."""
+    for encoder in (encoders := sam_and_reference())[:2]:
+        before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+        compare(*encoders, torch.bfloat16)
+        assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())
 
 
 # Requirements -----------------------------------------------------------------------------------------------------

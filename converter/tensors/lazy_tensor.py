@@ -160,6 +160,18 @@ def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
             yield from source_tensors(base)
 
 
+def is_resampled(value: LazyTensor) -> bool:
+    """Whether a lazy tensor interpolates."""
+    match value:
+        case Resample():
+            return True
+        case Concat(parts=parts):
+            return any(map(is_resampled, parts))
+        case Slice(base=base) | View(base=base) | Transpose(base=base) | Cast(base=base):
+            return is_resampled(base)
+    return False
+
+
 def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
     """Return the number of finite values that became infinite or NaN in each tensor that was cast and evaluated."""
     # A cast is the last operation.

@@ -17,7 +17,7 @@ from converter.output.upload import Uploader
 from converter.plan.assumptions import Assumptions, differences
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
-from converter.tensors.lazy_tensor import Resample
+from converter.tensors.lazy_tensor import is_resampled
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification import pictures, structure
 from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks, strongest
@@ -240,7 +240,7 @@ def _upload_source(origin: Origin, upload: Uploader) -> tuple[State, State]:
     own = {name: load(tensor) for name, tensor in origin.own.items()}
     canonical = {
         # Resampled on a GPU, positions would be rounded otherwise than in the file.
-        name: upload(evaluate(value, origin.read)) if isinstance(value, Resample) else evaluate(value, load)
+        name: upload(evaluate(value, origin.read)) if is_resampled(value) else evaluate(value, load)
         for name, value in origin.reference_plan.outputs.items()
     }
     return own, canonical
