@@ -190,7 +190,20 @@ def test_an_encoder_is_verified_with_two_sources(whole: Path, folder: Path, tmp_
     name = "model.vision_model.transformer.layers.1.layer_norm2.weight"
     wrong = verify(changed(whole, tmp_path / "x.safetensors", add_one(name)), sources, sizes=SIZES, device="cpu")
     failed = [check for check in wrong.checks if check.verdict == "failed"]
-    assert failed[0].name == name and all(check.name.startswith("clip: ") for check in failed[1:]) and failed[1:]
+    # CLIP by itself, and CLIP on SAM's features: both encoders run together.
+    _, clip, both = found.reference.split(" + ")
+    assert [check.name.partition(" at ")[0] for check in failed] == [name, f"clip: {clip}", both]
+    assert "layers.1.layer_norm2.weight differs from the source" in failed[-1].detail
+
+
+def test_encoders_that_do_not_fit_together(whole: Path, tmp_path: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.sam_model.net_3.weight"
+        tensors[name] = torch.cat([tensors[name]] * 2)
+
+    found = verify(changed(whole, tmp_path / "x.safetensors", widen), sizes=SIZES, device="cpu")
+    (check,) = (check for check in found.checks if check.verdict == "failed")
+    assert check.group == "structure" and "must end in CLIP's" in check.detail
 
 
 def test_an_encoder_of_another_compressor_is_not(whole: Path, folder: Path) -> None:

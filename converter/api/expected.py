@@ -1,64 +1,193 @@
-"""What `encoder` should have written, for `verify`: planned again from its sources."""
+"""What a conversion should have written, for `verify`: planned again from its sources."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from converter.assembly.insert import plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
 from converter.checkpoint.open import Checkpoint
-from converter.errors import LayoutError, UsageError
+from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
+from converter.layouts.detect import detect_layouts
+from converter.layouts.template import any_match
+from converter.options import ConvertOptions
 from converter.plan.plan import Plan, sort_outputs
+from converter.plan.planner import ResolvedPlan, plan_to_canonical, resolve_to_canonical
+from converter.plan.route import complete_from, retarget
+from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import LazyTensor
-from converter.verification.inputs import (
-    Converted,
-    Expected,
-    Origin,
-    check_not_itself,
-    infer_dtype,
-    join_readers,
-    own_tensors,
-    source_tensors_of,
-)
+from converter.tensors.lazy_tensor import LazyTensor, grid_size_of, source_tensors
+from converter.tensors.tensor_info import TensorInfo
+from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, own_tensors
+from converter.verification.reference_readers import Reader, open_independently
 
 # The first of the tensors that --with-projector adds.
 _PROJECTOR = "projector.layers.weight"
 
 
-def expected_encoder(
+def plan_expected(
+    target: Converted,
+    sources: Mapping[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
+    options: ConvertOptions,
+    on_progress: OnProgress,
+) -> Expected:
+    """Plan a conversion again, with the options that the converted file shows.
+
+    Args:
+        target: The converted file.
+        sources: Checkpoints by role: source, or the family, and fill-from; for a whole DeepEncoder source, or the
+            families and compressor, and into.
+        open_file: Opens a checkpoint.
+        options: The family, and the mapping, the state dict and the prefix of the conversion.
+        on_progress: Called as tensors are fetched from a hub.
+
+    Raises:
+        DsocrError: A source is missing or of another kind, or is the converted file itself; as in `convert`.
+    """
+    whole, family = len(target.encoders) > 1, target.family
+    roles = ("source", *registry.families(), "compressor", "into") if whole else ("source", family, "fill-from")
+    for role in sources.keys() - set(roles):
+        raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
+    if not whole:
+        return _expected_encoder(target, sources, open_file, options, on_progress)
+    for option in ("mapping", "state_dict"):
+        if getattr(options, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')}: not for a whole DeepEncoder", "leave the option out")
+    return _expected_deep_encoder(target, sources, open_file, options.prefix, on_progress)
+
+
+def _expected_encoder(
+    target: Converted,
+    sources: Mapping[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
+    options: ConvertOptions,
+    on_progress: OnProgress,
+) -> Expected:
+    """Plan the conversion of one encoder again."""
+    name = sources.get("source", sources.get(options.family))
+    if name is None:
+        raise UsageError("--source fill-from=: the source itself is missing", "add --source CHECKPOINT")
+    encoder, source = target.encoders[0], open_file(name)
+    donor = open_file(sources["fill-from"]) if "fill-from" in sources else None
+    checkpoints = [each for each in (source, donor) if each]
+    _check_not_itself(target, checkpoints)
+    detected, plan = resolve_to_canonical(source, options)
+    options = replace(options, image_size=_infer_image_size(plan, encoder))
+    resolved = ResolvedPlan(detected, plan_to_canonical(source, detected, options))
+    known = resolved if options.mapping is None else _known_layout(source, resolved, options)
+    donor_plan = None
+    if donor is not None:
+        donor_plan = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
+    written = _written(resolved.plan, encoder, donor_plan, target)
+    dtype = _infer_dtype(written.outputs, target.tensors)
+    converted = _finished(resolved.plan, donor_plan, dtype)
+    reference = converted if known is resolved or known is None else _finished(known.plan, donor_plan, dtype)
+    own = own_tensors((known or resolved).detected) if options.image_size is None else {}
+    needed = [*_source_tensors_of(written.outputs), *_source_tensors_of(reference.outputs), *own.values()]
+    read = _join_readers(checkpoints, needed, on_progress)
+    return Expected(
+        name=source.name,
+        outputs=sort_outputs(written.outputs, dtype),
+        rules=written.rules,
+        origins={options.family: Origin(converted, reference if known else None, own, read)},
+        read=read,
+        not_compared=_not_compared(encoder, resolved.plan, written, target),
+    )
+
+
+def _infer_image_size(plan: Plan, encoder: ConvertedEncoder) -> int | None:
+    """`--image-size` of the conversion; None if positions were not resampled."""
+    for spec in plan.target.tensors:
+        tensor = encoder.tensors.get(spec.name.text) if spec.positions else None
+        if tensor is None or tensor.shape == plan.outputs[spec.name.text].shape:
+            continue
+        # Other shapes cannot be resampled positions; they fail the comparison of bytes.
+        if grid_size := grid_size_of(spec.positions, tensor.shape):
+            return grid_size * plan.sizes.get("patch", plan.target.sizes["patch"])
+    return None
+
+
+def _written(plan: Plan, encoder: ConvertedEncoder, donor: Plan | None, target: Converted) -> Plan:
+    """The plan with the names and the layout of the converted file; tensors that no source has are left out."""
+    if encoder.layout.is_canonical:
+        written = _finished(plan, donor, "keep")
+    else:
+        mapping = encoder.layout.mapping
+        outside = [template for rule in mapping.other_rules for template in rule.sources]
+        others = [name for name in target.tensors if not name.startswith(encoder.prefix)]
+        full_model = any(any_match(outside, name) for name in others)
+        written = retarget(plan, mapping, donor, full_model, "keep", target.source.name, partial=True)
+    first = encoder.layout.mapping.signature.prefixes[0]
+    names = {
+        name: encoder.prefix + name.removeprefix(first) if name.startswith(first) else name for name in written.outputs
+    }
+    return replace(
+        written,
+        outputs={names[name]: value for name, value in written.outputs.items()},
+        rules={names[name]: rule for name, rule in written.rules.items()},
+    )
+
+
+def _finished(plan: Plan, donor: Plan | None, dtype: str) -> Plan:
+    """The plan to canonical names in a type, completed by a donor."""
+    if donor is not None:
+        return complete_from(plan, donor, dtype)
+    return replace(plan, outputs=sort_outputs(plan.outputs, dtype))
+
+
+def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertOptions) -> ResolvedPlan | None:
+    """The plan by a known layout that fits the tensors that the user's mapping converts; None if none fits.
+
+    Detection gets all tensors, then those alone that the mapping uses: it may drop what no layout knows.
+    """
+    used = set(_source_tensors_of(converted.plan.outputs))
+    state_dict = converted.detected.state_dict
+    some = {name: tensor for name, tensor in state_dict.tensors.items() if tensor in used}
+    for candidate in (state_dict, state_dict._replace(tensors=some)):
+        try:
+            for detected in detect_layouts(source, registry.layouts(options.family), [candidate]):
+                plan = plan_to_canonical(source, detected, replace(options, mapping=None))
+                if 2 * len(used.intersection(_source_tensors_of(plan.outputs))) > len(used):
+                    return ResolvedPlan(detected, plan)
+        except (LayoutError, MappingError):
+            continue
+    return None
+
+
+def _not_compared(encoder: ConvertedEncoder, plan: Plan, written: Plan, target: Converted) -> tuple[str, ...]:
+    """The file's tensors that the source lacks and may lack, so that another checkpoint supplied them."""
+    canonical = registry.canonical(encoder.family)
+    values = [
+        value
+        for name, value in {**encoder.tensors, **encoder.extra_tensors}.items()
+        if name in plan.missing or canonical.extra_reason(name) is not None
+    ]
+    keys = [tensor.key for value in values for tensor in source_tensors(value)]
+    return tuple(key for key in keys if key in target.tensors and key not in written.outputs)
+
+
+def _expected_deep_encoder(
     target: Converted,
     sources: Mapping[str, str | Path],
     open_file: Callable[[str | Path], Checkpoint],
     encoder_prefix: str | None,
     on_progress: OnProgress,
 ) -> Expected:
-    """Plan the assembly of a whole DeepEncoder again, with the options that the converted file shows.
-
-    Args:
-        target: The converted file.
-        sources: Checkpoints by role: source; or sam, clip and compressor; into.
-        open_file: Opens a checkpoint.
-        encoder_prefix: The prefix of the encoders' names in the sources (--prefix), or None.
-        on_progress: Called as tensors are fetched from a hub.
-
-    Raises:
-        LayoutError: A checkpoint is of another kind, or there is no compressor.
-        UsageError: The checkpoint of an encoder is missing, or is the converted file itself.
-    """
+    """Plan the assembly of a whole DeepEncoder again; `encoder_prefix` is that of the encoders in the sources."""
     first = target.encoders[0]
     prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
     with_projector = prefix + _PROJECTOR in target.tensors and "into" not in sources
     parts = _parts(sources, open_file, with_projector, encoder_prefix)
     # The host may be the file itself: its own encoder is not compared with itself.
-    check_not_itself(target, parts.sources)
+    _check_not_itself(target, parts.sources)
     names, outputs, checkpoints = _outputs(parts, prefix, target, sources, open_file)
     own = {family: own_tensors(resolved.detected) for family, resolved in parts.plans.items()}
-    needed = [*source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
-    read = join_readers(checkpoints, needed, on_progress)
+    needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
+    read = _join_readers(checkpoints, needed, on_progress)
     values = {name: outputs[names[name]] if name in names else value for name, value in parts.tensors.items()}
     plans = {family: _with_outputs(resolved.plan, values) for family, resolved in parts.plans.items()}
     return Expected(
@@ -110,13 +239,13 @@ def _outputs(
     if "into" in sources:
         host = Path(sources["into"])
         insertion = plan_insertion(host, open_file, parts.tensors, parts.constants, "keep")
-        dtype = infer_dtype(insertion.replaced, {name: target.tensors[name] for name in insertion.replaced})
+        dtype = _infer_dtype(insertion.replaced, {name: target.tensors[name] for name in insertion.replaced})
         if dtype != "keep":
             insertion = plan_insertion(host, open_file, parts.tensors, parts.constants, dtype)
         return insertion.keys, insertion.tensors, [*parts.sources, insertion.host]
     names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
     outputs = {new: parts.tensors[name] for name, new in names.items()}
-    return names, sort_outputs(outputs, infer_dtype(outputs, target.tensors)), parts.sources
+    return names, sort_outputs(outputs, _infer_dtype(outputs, target.tensors)), parts.sources
 
 
 def _with_outputs(plan: Plan, values: Mapping[str, LazyTensor]) -> Plan:
@@ -124,3 +253,39 @@ def _with_outputs(plan: Plan, values: Mapping[str, LazyTensor]) -> Plan:
     prefix = registry.encoder_prefix(plan.mapping.family)
     outputs = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
     return replace(plan, outputs=outputs)
+
+
+def _check_not_itself(target: Converted, sources: Iterable[Checkpoint]) -> None:
+    """UsageError if a source is the converted file, which equals itself whatever it holds."""
+    written = {file.identity for file in target.source.files} - {None}
+    for source in sources:
+        if written & {file.identity for file in source.files}:
+            message = f"--source {source.name}: is the converted file itself"
+            raise UsageError(message, "specify the checkpoint that it was converted from")
+
+
+def _source_tensors_of(outputs: Mapping[str, LazyTensor]) -> list[TensorInfo]:
+    """The tensors of checkpoints that outputs are made of."""
+    return [tensor for value in outputs.values() for tensor in source_tensors(value)]
+
+
+def _join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
+    """A reader of the tensors of several checkpoints.
+
+    Args:
+        sources: The opened checkpoints.
+        needed: The tensors to fetch from those on a hub.
+        on_progress: Called as they are fetched.
+    """
+    readers: dict[SourceFile, Reader] = {}
+    for source in sources:
+        own = [tensor for tensor in needed if tensor.storage.file in source.files]
+        readers |= dict.fromkeys(source.files, open_independently(source, own, on_progress))
+    return lambda tensor: readers[tensor.storage.file](tensor)
+
+
+def _infer_dtype(outputs: Mapping[str, LazyTensor], tensors: Mapping[str, TensorInfo]) -> str:
+    """`--dtype` of the conversion: the one floating-point type of the file, if it is not the sources'."""
+    actual = {tensor.dtype.name for tensor in tensors.values() if tensor.dtype.is_float}
+    kept = {value.dtype.name for value in outputs.values() if value.dtype.is_float}
+    return next(iter(actual)) if len(actual) == 1 and actual != kept else "keep"

@@ -14,29 +14,28 @@ from typing import Any
 import torch
 
 from converter import __version__
-from converter.api.expected import expected_encoder
+from converter.api.expected import plan_expected
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
-from converter.layouts import registry
 from converter.options import ConvertOptions, HubOptions, check_choices
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
+from converter.verification.controls import strongest
 from converter.verification.inputs import (
     Converted,
-    ConvertedEncoder,
     Expected,
     open_any_layout,
     open_converted,
-    open_expected,
 )
+from converter.verification.pictures import draw as draw_features
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.requirements import missing_requirements
-from converter.verification.result import PARTS, SKIPPED, Check, Verification
-from converter.verification.runs import RunOptions, RunResults, run_encoder
+from converter.verification.result import PARTS, PASSED, SKIPPED, Check, Verification
+from converter.verification.runs import RunOptions, run_encoders
 from converter.verification.structure import check_structure
-from converter.verification.weights import check_bytes, differing_tensors
+from converter.verification.weights import check_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Pixels along a side at which DeepSeek-OCR runs. On a CPU the smallest one takes a minute.
@@ -94,37 +93,31 @@ def verify(
     Raises:
         DsocrError: A file cannot be read, or there is no such device.
     """
-    check_choices(dtype=(dtype, DTYPES))
     if unknown := [part for part in require if part not in PARTS]:
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
-    # Nothing is run on the device with --fast.
-    where, hub = _device("cpu" if fast else device), HubOptions(**hub_options)
-    chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
-    page = load(Path(image)) if image is not None else None
-    options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
+    run_options = _run_options(device, dtype, sizes, fast, image, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
-    checkpoints: list[Checkpoint] = []
+    hub, checkpoints = HubOptions(**hub_options), list[Checkpoint]()
     with ExitStack() as stack:
 
-        def open_(name: str | Path) -> Checkpoint:
+        def open_file(name: str | Path) -> Checkpoint:
             checkpoints.append(stack.enter_context(closing(open_checkpoint(name, hub))))
             return checkpoints[-1]
 
-        opened = open_(converted)
-        if recorded is not None and not recorded.canonical and not sources:
-            check_hub_options(hub, checkpoints)
-            result = _verify_record(open_any_layout(opened, on_progress), recorded, on_progress)
-        else:
-            target, expected = open_converted(opened, on_progress), None
-            if sources:
-                family = target.encoders[0].family
-                convert_options = ConvertOptions(family, mapping=mapping, state_dict=state_dict, prefix=prefix)
-                expected = _expected(target, sources, open_, convert_options, on_progress)
-            for notice in missing_requirements(target, expected) if expected and not fast else ():
+        opened, expected = open_file(converted), None
+        only_record = recorded if recorded and not recorded.canonical and not sources else None
+        target = (open_any_layout if only_record else open_converted)(opened, on_progress)
+        if sources:
+            options = ConvertOptions(target.encoders[0].family, mapping=mapping, state_dict=state_dict, prefix=prefix)
+            expected = plan_expected(target, sources, open_file, options, on_progress)
+            for notice in () if fast else missing_requirements(target, expected):
                 on_notice(notice)
-            check_hub_options(hub, checkpoints)
-            result = _verify(target, expected, recorded, options)
+        check_hub_options(hub, checkpoints)
+        if only_record:
+            result = _verify_record(target, only_record, on_progress)
+        else:
+            result = _verify(target, expected, recorded, run_options)
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
         result,
@@ -133,6 +126,23 @@ def verify(
         environment=tools,
         required=tuple(require),
     )
+
+
+def _run_options(
+    device: str,
+    dtype: str,
+    sizes: Sequence[int] | None,
+    fast: bool,
+    image: str | Path | None,
+    draw: bool,
+    on_progress: OnProgress,
+) -> RunOptions:
+    """How the encoders are run; nothing is run on the device with `fast`."""
+    check_choices(dtype=(dtype, DTYPES))
+    where = _device("cpu" if fast else device)
+    chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
+    page = load(Path(image)) if image is not None else None
+    return RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
 
 
 def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -> Verification:
@@ -151,31 +161,6 @@ def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -
     )
 
 
-def _expected(
-    target: Converted,
-    sources: Mapping[str, str | Path],
-    open_: Callable[[str | Path], Checkpoint],
-    options: ConvertOptions,
-    on_progress: OnProgress,
-) -> Expected:
-    """What the conversion of the sources should have written."""
-    family = target.family
-    whole = len(target.encoders) > 1
-    roles = ("source", *registry.families(), "compressor", "into") if whole else ("source", family, "fill-from")
-    for role in sources.keys() - set(roles):
-        raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
-    if whole:
-        for option in ("mapping", "state_dict"):
-            if getattr(options, option) is not None:
-                raise UsageError(f"--{option.replace('_', '-')}: not for a whole DeepEncoder", "leave the option out")
-        return expected_encoder(target, sources, open_, options.prefix, on_progress)
-    name = sources.get("source", sources.get(family))
-    if name is None:
-        raise UsageError("--source fill-from=: the source itself is missing", "add --source CHECKPOINT")
-    donor = open_(sources["fill-from"]) if "fill-from" in sources else None
-    return open_expected(target, open_(name), donor, options, on_progress)
-
-
 def _verify(target: Converted, source: Expected | None, record: Record | None, options: RunOptions) -> Verification:
     """Make all checks of a file."""
     seconds: dict[str, float] = {}
@@ -190,42 +175,31 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
         with _timed(seconds, "record"):
             checks += check_record(record, target, options.on_progress)
     with _timed(seconds, "outputs" if options.sizes else "loading"):
-        results = [_run(encoder, target, source, checks, options) for encoder in target.encoders]
+        runs = list(run_encoders(target, source, checks, options))
     origins = source.origins.values() if source else []
     own_mappings = [Path(each.plan.mapping.location.file).name for each in origins if each.known is None]
     outputs = source.outputs if source else {}
     return Verification(
         converted=target.source.name,
         family=target.family,
-        checks=[*checks, *(check for each in results for check in each.checks)],
+        checks=[*checks, *(run.check for run in runs)],
         mapping=" + ".join(each.plan.mapping.name for each in origins),
-        reference=" + ".join(each.reference for each in results if each.reference),
+        reference=" + ".join(dict.fromkeys(run.reference for run in runs if run.reference)),
         device=_device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
-        traces=[trace for each in results for trace in each.traces],
-        notes=[*(_NOT_CHECKED.format(name) for name in own_mappings), *(n for each in results for n in each.notes)],
-        controls=[control for each in results for control in each.controls],
+        traces=[run.trace for run in runs if run.trace],
+        notes=[*(_NOT_CHECKED.format(name) for name in own_mappings), *(run.note for run in runs if run.note)],
+        # A comparison that shows nothing would not have shown a mistake either.
+        controls=strongest(control for run in runs if run.check.verdict == PASSED for control in run.controls),
         qualifiers={"bytes": f"by {', '.join(own_mappings)}"} if own_mappings else {},
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
-        pictures=[picture for each in results for picture in each.pictures],
-    )
-
-
-def _run(
-    encoder: ConvertedEncoder, target: Converted, source: Expected | None, checks: Sequence[Check], options: RunOptions
-) -> RunResults:
-    """Run one encoder of the file; of several, the family precedes the names of its checks."""
-    origin = source.origins[encoder.family] if source else None
-    results = run_encoder(encoder, target.read, origin, differing_tensors(encoder, checks), options)
-    if len(target.encoders) == 1:
-        return results
-    prefix = f"{encoder.family}: "
-    return replace(
-        results,
-        checks=[replace(check, name=prefix + check.name) for check in results.checks],
-        traces=[replace(trace, name=prefix + trace.name) for trace in results.traces],
-        pictures=[replace(picture, run=prefix + picture.run) for picture in results.pictures],
+        pictures=[
+            picture
+            for run in runs
+            if options.draw and run.features
+            for picture in draw_features(run.check.name, *run.features)
+        ],
     )
 
 

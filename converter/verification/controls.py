@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from converter.encoders.functional import quick_gelu
 from converter.verification.deep_encoder import OUTPUT, sam_features
-from converter.verification.families import Family
+from converter.verification.families import FAMILIES, Family
 from converter.verification.outputs import Features, MistakenFeatures
 from converter.verification.result import Control
 
@@ -190,6 +190,17 @@ def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iter
             yield MistakenFeatures(name, f"{family.blocks}.{index}", mistaken(before))
 
 
+def mistakes_in_deep_encoder(family: Family, model: nn.Module, features: Features) -> Iterator[MistakenFeatures]:
+    """Make the mistakes of `mistakes_at_entry` in the part of a DeepEncoder.
+
+    Args:
+        family: The family of the part.
+        model: The DeepEncoder.
+        features: The features at every probe.
+    """
+    return mistakes_at_entry(family, model.get_submodule(family.prefix[:-1]), family.prefix, features)
+
+
 def mistakes_at_entry(family: Family, encoder: Any, prefix: str, features: Features) -> Iterator[MistakenFeatures]:
     """Make each mistake between the patch convolution and the first block.
 
@@ -214,16 +225,12 @@ def _changed(module: nn.Module, neighbour: nn.Module, change: Change) -> Any:
     return changed
 
 
-def strongest(controls: Iterable[Control], prefix: str) -> list[Control]:
-    """The largest error of each mistake and probe in several runs, as one run that shows it is enough.
-
-    Args:
-        controls: The controls of all runs.
-        prefix: Prefix of the encoder's probes in a DeepEncoder, which is removed.
-    """
+def strongest(controls: Iterable[Control]) -> list[Control]:
+    """The largest error of each mistake and probe in several runs, as one run that shows it is enough."""
     found: dict[tuple[str, str], Control] = {}
     for control in controls:
-        control = replace(control, block=control.block.removeprefix(prefix))
+        for family in FAMILIES.values():
+            control = replace(control, block=control.block.removeprefix(family.prefix))
         best = found.setdefault((control.mistake, control.block), control)
         if control.effect / control.tolerance > best.effect / best.tolerance:
             found[control.mistake, control.block] = control

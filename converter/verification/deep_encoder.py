@@ -1,4 +1,4 @@
-"""The whole DeepEncoder with the converted encoder in it, at DeepSeek-OCR's sizes, and its reference.
+"""The whole DeepEncoder with the converted encoders in it, at DeepSeek-OCR's sizes, and its reference.
 
 Positions are resampled at every size but the trained one, so only here does a wrong resampling show. What the converted
 file lacks is seeded, and the same in the reference: transformers' own DeepEncoder, or one assembled from its SAM and
@@ -8,6 +8,7 @@ CLIP where it has none.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,19 +35,23 @@ _SAM, _CLIP = FAMILIES["sam"], FAMILIES["clip"]
 OUTPUT = "concatenation"
 
 
-def build_deep_encoder(family: Family, encoder: Any, device: torch.device) -> ProbedEncoder:
-    """A DeepEncoder with the converted encoder as one of its two parts.
+def build_deep_encoder(encoders: Mapping[Family, Any], device: torch.device) -> ProbedEncoder:
+    """A DeepEncoder with the converted encoders as its parts; a part that is not converted is seeded.
 
     Args:
-        family: The encoder's family.
-        encoder: The converted encoder.
+        encoders: The converted encoders by family; the last family decides the class of the DeepEncoder.
         device: Where the DeepEncoder is built.
+
+    Raises:
+        ValueError: The sizes of the encoders do not fit.
     """
     with device, SkipInitialization():
-        model = family.deep_encoder(encoder.config).eval()
+        configs = {family.name: encoder.config for family, encoder in encoders.items()}
+        model = list(encoders)[-1].deep_encoder(configs).eval()
     _seed(model, device)
-    # Not strict: SAM may come without the compressor.
-    model.get_submodule(family.prefix[:-1]).load_state_dict(encoder.state_dict(), strict=False)
+    for family, encoder in encoders.items():
+        # Not strict: SAM may come without the compressor.
+        model.get_submodule(family.prefix[:-1]).load_state_dict(encoder.state_dict(), strict=False)
     parts = {part: getattr(model, part.prefix[:-1], None) for part in FAMILIES.values()}
     probes = [probe for part, module in parts.items() if module for probe in part.own_probes(module, part.prefix)]
     return ProbedEncoder(type(model).__name__, model, probes, model, OUTPUT)

@@ -33,7 +33,8 @@ class Family:
     name: str
     encoder: type[nn.Module]  # The module class, built from a config; its state_dict has the canonical names
     config_from: Callable[..., Any]
-    deep_encoder: Callable[[Any], nn.Module]  # Builds a whole DeepEncoder that an encoder of a config fits into
+    # Builds a DeepEncoder from the configs of encoders by family: of this one, and of those before it
+    deep_encoder: Callable[[Mapping[str, Any]], nn.Module]
     patches: str  # Module and probe: the patch convolution
     entry: str  # Probe: the input of the first block
     blocks: str  # Module and prefix of probes: the list of blocks
@@ -113,27 +114,37 @@ def _clip_patches(config: ClipConfig) -> dict[str, tuple[int, ...]]:
     return {} if config.patch_convolution else {"embeddings.patch_embedding.weight": shape}
 
 
-def _around_sam(sam: SamConfig) -> DeepEncoder:
+def _around_sam(configs: Mapping[str, Any]) -> DeepEncoder:
     """CLIP has DeepSeek-OCR's own sizes next to SAM-base, and the same proportions next to others."""
+    sam: SamConfig = configs["sam"]
     compressor = sam.compressor or (2 * sam.neck, 4 * sam.neck)
     width = compressor[1]
     clip = ClipConfig(width=width, depth=2 * sam.depth, heads=max(width // 64, 1), mlp=4 * width)
     return DeepEncoder(dataclasses.replace(sam, compressor=compressor), clip)
 
 
-def _around_clip(clip: ClipConfig) -> DeepEncoder:
-    """SAM has DeepSeek-OCR's own sizes next to CLIP-L, and the same proportions next to others."""
+def _around_clip(configs: Mapping[str, Any]) -> DeepEncoder:
+    """SAM may lack the compressor; without a SAM, it has DeepSeek-OCR's own sizes next to CLIP-L.
+
+    Next to others it has the same proportions.
+    """
+    clip: ClipConfig = configs["clip"]
+    sam: SamConfig = configs.get("sam") or _next_to(clip)
+    compressor = sam.compressor or (2 * sam.neck, clip.width)
+    return DeepEncoder(dataclasses.replace(sam, compressor=compressor), clip)
+
+
+def _next_to(clip: ClipConfig) -> SamConfig:
     heads, depth, neck = max(3 * clip.width // 256, 1), -(-clip.depth // 2), max(clip.width // 4, 1)
-    sam = SamConfig(
+    return SamConfig(
         width=64 * heads,
         depth=depth,
         heads=heads,
         mlp=256 * heads,
         global_blocks=tuple(range(2, depth, 3)),
         neck=neck,
-        compressor=(2 * neck, clip.width),
+        compressor=None,
     )
-    return DeepEncoder(sam, clip)
 
 
 _ALL = (

@@ -57,12 +57,12 @@ def compare_config(
     return [Check(group, "config", PASSED, f"{names} as in {place}")] if stated else []
 
 
-def function_notes(converted: ConvertedEncoder, origin: Origin | None) -> list[str]:
-    """Return a sentence on what the source computes otherwise than the DeepEncoder, if it does."""
+def function_note(converted: ConvertedEncoder, origin: Origin | None) -> str:
+    """Return a sentence on what the source computes otherwise than the DeepEncoder; empty if nothing."""
     if origin is None or not converted.in_deep_encoder:
-        return []
+        return ""
     theirs, ours = describe_differences(origin.reference_plan.assumptions)
-    return [f"the source computes with {theirs}, the DeepEncoder with {ours}"] if theirs else []
+    return f"the source computes with {theirs}, the DeepEncoder with {ours}" if theirs else ""
 
 
 def check_function(check: Check, assumptions: Assumptions) -> Check:

@@ -1,10 +1,9 @@
-"""Runs of the converted encoder: by itself at its trained size, then in the whole DeepEncoder at every size."""
+"""Runs of the converted encoders: each by itself at its trained size, then all in the DeepEncoder at every size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from converter.layouts.spec import Rule
 from converter.output.names import shorten
 from converter.output.upload import Uploader
 from converter.plan.assumptions import Assumptions, differences
@@ -20,19 +20,20 @@ from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import is_resampled
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification import pictures, structure
-from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks, strongest
+from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks, mistakes_in_deep_encoder
 from converter.verification.deep_encoder import (
     build_deep_encoder,
     build_deep_encoder_reference,
     with_optional_tensors,
 )
 from converter.verification.families import FAMILIES, Family, State
-from converter.verification.functions import check_config, check_function, function_notes, tested_assumptions
-from converter.verification.inputs import ConvertedEncoder, Origin
+from converter.verification.functions import check_config, check_function, function_note, tested_assumptions
+from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
 from converter.verification.reference_readers import Reader
-from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Control, Picture, Trace
+from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check
+from converter.verification.weights import differing_tensors
 
 # A block of SAM has fourteen tensors: too many to list.
 _NAMES_SHOWN = 4
@@ -51,115 +52,96 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class RunResults:
-    """The results of all runs of one encoder, as fields of `Verification`."""
-
-    checks: Sequence[Check]
-    traces: Sequence[Trace] = ()
-    pictures: Sequence[Picture] = ()
-    reference: str = ""
-    notes: Sequence[str] = ()
-    controls: Sequence[Control] = ()
-
-
-@dataclass(frozen=True)
 class Tested:
-    """A converted encoder, loaded."""
+    """A converted encoder, loaded, and its source's tensors."""
 
+    family: Family
     converted: ConvertedEncoder
+    origin: Origin | None
     encoder: Any  # Our own encoder with its tensors
-    own: State  # The file's tensors by the names of its layout
     assumptions: Assumptions  # What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values
+    own: State  # The file's tensors by the names of its layout, for its library; none for the DeepEncoder
+    source_own: State  # The source's tensors by the names of its layout
+    source: State  # The source's tensors by canonical names; none without a source
 
 
-def run_encoder(
-    converted: ConvertedEncoder, read: Reader, origin: Origin | None, differing: Sequence[str], options: RunOptions
-) -> RunResults:
-    """Load a converted encoder, run it and compare its features.
+def run_encoders(
+    target: Converted, expected: Expected | None, checks: Sequence[Check], options: RunOptions
+) -> Iterator[Comparison]:
+    """Load the converted encoders, run each by itself and then all in the DeepEncoder, and compare their features.
 
     Args:
-        converted: The encoder in the converted file.
-        read: Reads the file's tensors.
-        origin: Its source, if one was specified.
-        differing: Its tensors that differ from the source, by canonical names.
+        target: The converted file.
+        expected: What should have been written, if a source was specified.
+        checks: The checks of the file's bytes.
         options: How the encoders are run.
     """
-    family = FAMILIES[converted.family]
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
+    loaded: list[Tested] = []
+    for converted in target.encoders:
+        origin = expected.origins[converted.family] if expected else None
+        tested, comparisons = _load(converted, target.read, origin, options, upload)
+        if tested:
+            loaded.append(tested)
+            comparisons += _explained(_compare_alone(tested, options), [tested], checks)
+        prefix = f"{converted.family}: " if len(target.encoders) > 1 else ""
+        yield from (_named(prefix, comparison) for comparison in comparisons)
+    if loaded and loaded[0].converted.in_deep_encoder:
+        yield from _explained(_compare_in_deep_encoder(loaded, options), loaded, checks)
+
+
+def _load(
+    converted: ConvertedEncoder, read: Reader, origin: Origin | None, options: RunOptions, upload: Uploader
+) -> tuple[Tested | None, list[Comparison]]:
+    """Load an encoder; None if it cannot be run, and its checks with the reason."""
+    family = FAMILIES[converted.family]
     state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
     assumptions = tested_assumptions(converted, origin)
     loads, encoder = structure.check_loads(family, state, assumptions)
-    checks, notes = [*check_config(converted, origin), loads], function_notes(converted, origin)
+    comparisons = [Comparison(check) for check in check_config(converted, origin)]
+    comparisons.append(Comparison(loads, note=function_note(converted, origin)))
     obstacle = "--fast" if not options.sizes else "it does not load" if encoder is None else ""
     if origin and not obstacle:
         wrong = structure.check_sizes(family, encoder, origin.plan.outputs, assumptions)
-        checks += wrong
+        comparisons += map(Comparison, wrong)
         obstacle = "the source's encoder has other sizes" if wrong else ""
     if obstacle:
-        return RunResults([*checks, Check(GROUP, "encoder", SKIPPED, f"not run: {obstacle}")], notes=notes)
+        return None, [*comparisons, Comparison(Check(GROUP, "encoder", SKIPPED, f"not run: {obstacle}"))]
     # Our own encoder runs in the DeepEncoder, the library of the layout otherwise.
     own = {} if converted.in_deep_encoder else {name: upload(read(each)) for name, each in converted.own.items()}
-    comparisons = list(_compare_all(family, Tested(converted, encoder, own, assumptions), origin, options, upload))
-    if origin:
-        comparisons = [
-            replace(each, check=_limited(_explain_failure(each.check, family, origin, differing), origin))
-            for each in comparisons
-        ]
-    return _results(family, checks, notes, comparisons, options.draw)
+    sources = _upload_source(origin, upload) if origin else ({}, {})
+    return Tested(family, converted, origin, encoder, assumptions, own, *sources), comparisons
 
 
-def _results(
-    family: Family, checks: Sequence[Check], notes: Sequence[str], comparisons: Sequence[Comparison], draw: bool
-) -> RunResults:
-    """Collect the results of all comparisons after the checks and notes of the encoder itself."""
-    # A comparison that shows nothing would not have shown a mistake either.
-    shown = [each for each in comparisons if each.check.verdict == PASSED]
-    return RunResults(
-        checks=[*checks, *(each.check for each in comparisons)],
-        traces=[each.trace for each in comparisons if each.trace],
-        pictures=[
-            picture
-            for each in comparisons
-            if draw and each.features
-            for picture in pictures.draw(each.check.name, *each.features)
-        ],
-        controls=strongest((control for each in shown for control in each.controls), family.prefix),
-        reference=next((each.reference for each in comparisons if each.reference), ""),
-        notes=[*notes, *(each.note for each in comparisons if each.note)],
-    )
+def _named(prefix: str, comparison: Comparison) -> Comparison:
+    """A comparison with a prefix of its name."""
+    trace = comparison.trace and replace(comparison.trace, name=prefix + comparison.trace.name)
+    return replace(comparison, check=replace(comparison.check, name=prefix + comparison.check.name), trace=trace)
 
 
-def _compare_all(
-    family: Family, tested: Tested, origin: Origin | None, options: RunOptions, upload: Uploader
-) -> Iterator[Comparison]:
-    """Compare the encoder by itself, then in the DeepEncoder if it is made for it."""
-    canonical: State = {}
-    if origin is not None:
-        own, canonical = _upload_source(origin, upload)
-        try:
-            yield from _compare_alone(family, tested, origin, own, canonical, options)
-        except ModuleNotFoundError as error:
-            yield _not_compared(type(tested.encoder).__name__, error)
-    if tested.converted.in_deep_encoder:
-        yield from _compare_in_deep_encoder(family, tested.encoder, canonical, options)
-
-
-def _compare_in_deep_encoder(
-    family: Family, encoder: Any, canonical: State, options: RunOptions
-) -> Iterator[Comparison]:
-    """Compare the encoder in the DeepEncoder at every size; without a source, check the tokens alone."""
+def _compare_in_deep_encoder(tested: Sequence[Tested], options: RunOptions) -> Iterator[Comparison]:
+    """Compare the encoders in the DeepEncoder at every size; without a source, check the tokens alone."""
     options.on_progress("outputs", 1, len(options.sizes) + 1)
-    whole, reference = build_deep_encoder(family, encoder, options.device), None
-    part = whole.model.get_submodule(family.prefix[:-1])
-    make_mistakes = partial(mistakes_at_entry, family, part, family.prefix)
-    if canonical:
-        state = {**whole.model.state_dict(), **{family.prefix + name: value for name, value in canonical.items()}}
+    try:
+        whole = build_deep_encoder({each.family: each.encoder for each in tested}, options.device)
+    except ValueError as error:
+        yield Comparison(Check(structure.GROUP, "DeepEncoder", FAILED, str(error)))
+        return
+    reference = None
+    if all(each.source for each in tested):
+        canonical = {each.family.prefix + name: value for each in tested for name, value in each.source.items()}
         try:
+            state = {**whole.model.state_dict(), **canonical}
             reference = build_deep_encoder_reference(whole.model, state, options.device)
         except ModuleNotFoundError as error:
             yield _not_compared(whole.label, error)
             return
+
+    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
+        for each in tested:
+            yield from mistakes_in_deep_encoder(each.family, whole.model, features)
+
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
         if reference is None:
@@ -169,22 +151,32 @@ def _compare_in_deep_encoder(
         options.on_progress("outputs", done, len(options.sizes) + 1)
 
 
-def _compare_alone(
-    family: Family, tested: Tested, origin: Origin, own: State, canonical: State, options: RunOptions
-) -> Iterator[Comparison]:
-    """Compare the encoder at its trained size with the source's own implementation.
+def _compare_alone(tested: Tested, options: RunOptions) -> Iterator[Comparison]:
+    """Compare an encoder at its trained size with the source's own implementation."""
+    try:
+        if tested.origin:
+            yield from _compare_with_source(tested, tested.origin, options)
+    except ModuleNotFoundError as error:
+        yield _not_compared(type(tested.encoder).__name__, error)
+
+
+def _compare_with_source(tested: Tested, origin: Origin, options: RunOptions) -> Iterator[Comparison]:
+    """Compare an encoder with its reference.
 
     The reference of a DeepEncoder's part computes with the DeepEncoder's activation, heads and epsilon, which shows
     that the weights are right. Where the source computes with others, one more comparison shows how far outputs move.
     """
+    family, plan = tested.family, origin.reference_plan
     encoder: Any
-    encoder, canonical = with_optional_tensors(family, tested.encoder, canonical, tested.assumptions)
-    plan, own = origin.reference_plan, _as_converted(own, origin)
-    config, tests = family.config(canonical, plan.assumptions), family.probed(encoder)
-    if not tested.converted.in_deep_encoder:
+    encoder, canonical = with_optional_tensors(family, tested.encoder, tested.source, tested.assumptions)
+    configs, tests = [family.config(canonical, plan.assumptions)], family.probed(encoder)
+    if tested.converted.in_deep_encoder:
+        configs = [encoder.config, *(configs if differences(plan.assumptions) else [])]
+    else:
         with options.device:
             tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
     tests.model.to(options.device)
+    own, pixels = _as_converted(tested.source_own, origin), _pixels(options, encoder.config.image_size)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         # Mistakes are made in copies of its blocks, whichever implementation ran.
@@ -192,26 +184,32 @@ def _compare_alone(
         yield from mistakes_at_entry(family, encoder, "", features)
         yield from mistakes_in_blocks(family, encoder, features)
 
-    def compare_with(config: Any) -> Comparison:
+    for config in configs:
         # Built where it runs: some libraries' initialisation takes seconds on a processor.
         with options.device:
             reference = build_reference(plan.mapping, config, own, canonical)
         reference.model.to(options.device)
-        return compare(tests, reference, _pixels(options, encoder.config.image_size), options.precision, make_mistakes)
-
-    if tested.converted.in_deep_encoder:
-        yield compare_with(encoder.config)
-        if differences(plan.assumptions):
-            yield Comparison(check_function(compare_with(config).check, plan.assumptions))
-    else:
-        comparison = compare_with(config)
-        detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
-        yield replace(comparison, check=replace(comparison.check, detail=detail))
+        comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
+        if not tested.converted.in_deep_encoder:
+            detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
+            comparison = replace(comparison, check=replace(comparison.check, detail=detail))
+        if config is not configs[0]:
+            comparison = Comparison(check_function(comparison.check, plan.assumptions))
+        yield comparison
 
 
-def _limited(check: Check, origin: Origin) -> Check:
+def _explained(
+    comparisons: Iterable[Comparison], tested: Sequence[Tested], checks: Sequence[Check]
+) -> Iterator[Comparison]:
+    """Comparisons with the causes of failures, and inconclusive where the user's mapping loaded the reference too."""
+    for comparison in comparisons:
+        check = _explain_failure(comparison.check, tested, checks)
+        yield replace(comparison, check=_limited(check, tested[0].origin))
+
+
+def _limited(check: Check, origin: Origin | None) -> Check:
     """A passed comparison shows nothing of the user's mapping if the reference was loaded by it."""
-    if origin.known or check.verdict != PASSED:
+    if origin is None or origin.known or check.verdict != PASSED:
         return check
     name = Path(origin.plan.mapping.location.file).name
     return replace(check, verdict=INCONCLUSIVE, detail=f"{check.detail}; the reference was loaded by {name} too")
@@ -255,17 +253,23 @@ def _as_converted(own: State, origin: Origin) -> State:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _explain_failure(check: Check, family: Family, origin: Origin, differing: Sequence[str]) -> Check:
+def _explain_failure(check: Check, tested: Sequence[Tested], checks: Sequence[Check]) -> Check:
     """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
-    plan = origin.plan
-    used = family.tensors_at(check.tensors[0], plan.outputs) if check.verdict == FAILED and check.tensors else []
+    if check.verdict != FAILED or not check.tensors:
+        return check
+    used, wrong, rules = list[str](), list[str](), dict[str, Rule]()
+    for each in tested:
+        plan, differing = each.origin.plan if each.origin else None, differing_tensors(each.converted, checks)
+        names = each.family.tensors_at(check.tensors[0], plan.outputs) if plan else []
+        used += names
+        wrong += [name for name in names if name in differing]
+        rules |= {name: plan.rules[name] for name in names if plan and name in plan.rules}
     if not used:
         return check
-    wrong = [name for name in used if name in differing]
     if wrong:
         cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:
         cause = f"the tensors used there match the source: {shorten(used, _NAMES_SHOWN)}"
-    locations = sorted({plan.rules[name].location for name in wrong or used if name in plan.rules})
+    locations = sorted({rules[name].location for name in wrong or used if name in rules})
     detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}".removesuffix("; made by ")
     return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])
