@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import re
 import struct
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,25 @@ from converter.tensors.dtypes import BY_NAME
 
 # Name -> element type and shape.
 Inventory = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def owlvit_name(name: str) -> str:
+    """Return transformers' name for a tensor of OWL-ViT by its name in CLIP."""
+    return name.replace("pre_layrnorm", "pre_layernorm")
+
+
+def mmpretrain_name(name: str) -> str:
+    """Return the name of a tensor in mmpretrain's ViTSAM, by its name in segment-anything or timm."""
+    for pattern, replacement in (
+        (r"^blocks\.", "layers."),
+        (r"\.norm([12])\.", r".ln\1."),
+        (r"mlp\.(lin|fc)1", "ffn.layers.0.0"),
+        (r"mlp\.(lin|fc)2", "ffn.layers.1"),
+        (r"^patch_embed\.proj\.", "patch_embed.projection."),
+        (r"^neck\.", "channel_reduction."),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @cache
@@ -39,6 +59,9 @@ def inventories() -> dict[str, Inventory]:
     second = {key: value for key, value in found["deepseek-ocr"].items() if not key.startswith("model.vision_model.")}
     dtype, (_, *others) = second[compressor]
     found["deepseek-ocr-2"] = {**second, compressor: (dtype, (896, *others))}
+    # The names of these libraries for the same sizes.
+    found["owlvit"] = {f"owlvit.{owlvit_name(key)}": value for key, value in found["clip-hf-current"].items()}
+    found["mmpretrain"] = {f"backbone.{mmpretrain_name(key)}": value for key, value in found["sam-timm"].items()}
     return found
 
 

@@ -6,6 +6,7 @@ under which exchanged tensors would compare equal.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.metadata
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from inventories import mmpretrain_name
 
 from converter.encoders import ClipConfig, SamConfig
 
@@ -117,6 +119,24 @@ def sam_timm() -> torch.nn.Module:
 
 
 @functools.cache
+def sam_mmpretrain() -> torch.nn.Module:
+    """segment-anything's encoder, which computes what mmpretrain's ViTSAM does, with names from the latter's source."""
+
+    def save(module: torch.nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+        for name in [*state]:
+            state[mmpretrain_name(name)] = state.pop(name)
+
+    def load(module: torch.nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+        for name, _parameter in module.named_parameters():
+            state[name] = state.pop(mmpretrain_name(name))
+
+    encoder: Any = copy.deepcopy(sam_meta().image_encoder)
+    encoder.register_state_dict_post_hook(save)
+    encoder.register_load_state_dict_pre_hook(load)
+    return encoder  # type: ignore[no-any-return]
+
+
+@functools.cache
 def got_ocr2_hf() -> torch.nn.Module:
     module = "transformers.models.got_ocr2"
     config = newer("GotOcr2VisionConfig", f"{module}.configuration_got_ocr2")
@@ -141,6 +161,15 @@ def clip_hf() -> torch.nn.Module:
     return randomised(
         CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
     )
+
+
+@functools.cache
+def owlvit() -> torch.nn.Module:
+    from transformers import OwlViTConfig, OwlViTForObjectDetection
+
+    sizes: Any = clip_hf().config
+    config = OwlViTConfig(text_config=sizes.text_config.to_dict(), vision_config=sizes.vision_config.to_dict())
+    return randomised(OwlViTForObjectDetection(config))
 
 
 @functools.cache

@@ -101,7 +101,7 @@ def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
     telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
     tensors = telling | described({f"image_encoder.unheard.of.{i}.y": (1,) for i in range(9)})
     with pytest.raises(LayoutError) as caught:
-        detect_layout(source(tensors), "sam", registry.layouts("sam"), None)
+        detect_layout(source(tensors), registry.layouts("sam"), ConvertOptions("sam"))
     message = str(caught.value)
     for words in ("sam-meta has no rule for 'unheard.of.0.y'", "the checkpoint has no tensor for"):
         assert words in message

@@ -14,6 +14,7 @@ from converter.layouts import registry
 from converter.layouts.detect import detect_layout
 from converter.layouts.parse import parse_mapping
 from converter.layouts.spec import LayoutSpec
+from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import lazy_read
@@ -290,6 +291,7 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("sam-hf-bin", "sam"): "sam-hf",
     ("sam-hf-safetensors", "sam"): "sam-hf",
     ("sam-timm", "sam"): "sam-timm",
+    ("mmpretrain", "sam"): "sam-mmpretrain",
     ("got-ocr2-hf-vision", "sam"): "sam-got-ocr2-hf",
     ("got-ocr2", "sam"): "sam-got-ocr2",
     ("deepseek-ocr", "sam"): "sam-deepseek-ocr",
@@ -302,6 +304,7 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("clip-open_clip", "clip"): "clip-openai",
     ("clip-timm", "clip"): "clip-timm",
     ("clip-timm-336", "clip"): "clip-timm",
+    ("owlvit", "clip"): "clip-owlvit",
     ("deepseek-ocr", "clip"): "clip-deepseek-ocr",
     ("unlimited-ocr-hf-vision", "clip"): "clip-unlimited-ocr-hf",
 }
@@ -351,7 +354,7 @@ def test_the_record_has_the_files_own_names(checkpoint: str, wrapper: str, tmp_p
 def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of what a conversion would write."""
     opened = open_checkpoint(str(sparse(folder / "model.safetensors", inventories()[checkpoint])))
-    known = detect_layout(opened, family, registry.layouts(family), None)
+    known = detect_layout(opened, registry.layouts(family), ConvertOptions(family))
     tensors = {name: lazy_read(tensor) for name, tensor in known.tensors.items()}
     plan = make_plan(known.match.layout.mapping, known.match.prefix, registry.canonical(family), tensors, checkpoint)
     return {name: value.shape for name, value in plan.outputs.items()}

@@ -13,6 +13,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from inventories import mmpretrain_name
 
 import converter
 from converter.errors import LayoutError, MappingError
@@ -88,6 +89,12 @@ def sam_timm() -> tuple[State, State]:
     return state, renamed(state, (r"mlp\.fc", "mlp.lin"))
 
 
+def sam_mmpretrain() -> tuple[State, State]:
+    _, expected = sam_meta()
+    named = {f"backbone.{mmpretrain_name(name)}": tensor for name, tensor in expected.items()}
+    return {**named, "head.fc.weight": torch.ones(2)}, expected
+
+
 def got_ocr2_hf() -> tuple[State, State]:
     state = models.got_ocr2_hf().state_dict()
     return state, renamed(state, *HF_TO_META)
@@ -123,6 +130,14 @@ def clip_hf_old() -> tuple[State, State]:
 def clip_hf_vision() -> tuple[State, State]:
     state = models.clip_hf_vision().state_dict()
     return state, with_positions(without(fused(state), "post_layernorm"))
+
+
+def clip_owlvit() -> tuple[State, State]:
+    state = models.owlvit().state_dict()
+    inside = {
+        name.replace("pre_layernorm", "pre_layrnorm"): t for name, t in only(state, "owlvit.vision_model.").items()
+    }
+    return state, with_positions(without(fused(inside), "post_layernorm"))
 
 
 OPENAI = (
@@ -187,6 +202,7 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[], tuple[State, State]]]] = {
     "sam-meta": ("sam", "sam-meta", sam_meta),
     "sam-hf": ("sam", "sam-hf", sam_hf),
     "sam-timm": ("sam", "sam-timm", sam_timm),
+    "sam-mmpretrain": ("sam", "sam-mmpretrain", sam_mmpretrain),
     "sam-got-ocr2": ("sam", "sam-got-ocr2", got_ocr2_sam),
     "sam-got-ocr2-hf": ("sam", "sam-got-ocr2-hf", got_ocr2_hf),
     "sam-deepseek-ocr": ("sam", "sam-deepseek-ocr", deepseek_sam),
@@ -195,6 +211,7 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[], tuple[State, State]]]] = {
     "clip-hf with position_ids": ("clip", "clip-hf", clip_hf_old),
     "clip-hf without prefix": ("clip", "clip-hf", clip_hf_vision),
     "clip-openai": ("clip", "clip-openai", open_clip),
+    "clip-owlvit": ("clip", "clip-owlvit", clip_owlvit),
     "clip-timm": ("clip", "clip-timm", clip_timm),
     "clip-deepseek-ocr": ("clip", "clip-deepseek-ocr", deepseek_clip),
     "clip-unlimited-ocr-hf": ("clip", "clip-unlimited-ocr-hf", unlimited_clip),

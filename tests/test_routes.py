@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import models
 import pytest
@@ -40,6 +40,13 @@ SAM_SIZES, CLIP_SIZES = models.sam_sizes(), models.clip_sizes()
 
 def sam_vision() -> nn.Module:
     return models.newer("SamVisionModel")(models.sam_hf().config.vision_config)
+
+
+def owlvit_vision() -> nn.Module:
+    from transformers import OwlViTVisionModel
+
+    config: Any = models.owlvit().config
+    return OwlViTVisionModel(config.vision_config)
 
 
 def timm_clip() -> nn.Module:
@@ -81,6 +88,7 @@ SAM: dict[str, Program] = {
     "sam-meta": Program(lambda: models.sam_meta().image_encoder, {"neck": "neck"}, "image_encoder."),
     "sam-hf": Program(sam_vision, {"neck": "vision_encoder.neck"}),
     "sam-timm": Program(models.sam_timm, {"neck": "neck"}),
+    "sam-mmpretrain": Program(models.sam_mmpretrain, {"neck": "neck"}, "backbone."),
     "sam-got-ocr2": Program(own_sam, {"neck": "neck", "compressed": "net_3"}, "model.vision_tower_high.", COMPRESSOR),
     "sam-got-ocr2-hf": Program(models.got_ocr2_hf, {"neck": "neck"}, "vision_tower."),
     "sam-deepseek-ocr": Program(own_sam, {"neck": "neck", "compressed": "net_3"}, "model.sam_model.", COMPRESSOR),
@@ -101,6 +109,12 @@ CLIP: dict[str, Program] = {
         {"blocks": f"transformer.resblocks.{models.CLIP_DEPTH - 1}", "normed": "ln_post"},
         "visual.",
         ("conv1.weight", "ln_post.weight", "ln_post.bias", "proj"),
+    ),
+    "clip-owlvit": Program(
+        owlvit_vision,
+        {"blocks": f"vision_model.{HF_BLOCKS}", "normed": "vision_model.post_layernorm"},
+        "owlvit.",
+        tuple(f"vision_model.{name}" for name in (*PATCH, *POST)),
     ),
     "clip-timm": Program(
         timm_clip,

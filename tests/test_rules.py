@@ -147,6 +147,7 @@ SHIPPED = {
     "clip-deepseek-ocr": ["deepseek-ocr"],
     "clip-hf": ["clip-hf", "clip-hf-current", "clip-hf-vision-336"],
     "clip-openai": ["clip-openai", "clip-open_clip"],
+    "clip-owlvit": ["owlvit"],
     "clip-timm": ["clip-timm", "clip-timm-336"],
     "clip-unlimited-ocr-hf": ["unlimited-ocr-hf-vision"],
     "sam-deepseek-ocr": ["deepseek-ocr", "deepseek-ocr-2"],
@@ -154,6 +155,7 @@ SHIPPED = {
     "sam-got-ocr2-hf": ["got-ocr2-hf-vision"],
     "sam-hf": ["sam-hf-bin", "sam-hf-safetensors"],
     "sam-meta": ["sam-meta", "sam-meta-vit-h"],
+    "sam-mmpretrain": ["mmpretrain"],
     "sam-timm": ["sam-timm"],
     "sam-unlimited-ocr-hf": ["unlimited-ocr-hf-vision"],
 }
