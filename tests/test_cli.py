@@ -176,7 +176,7 @@ def test_mapping_list_and_show(tmp_path: Path) -> None:
     for line in listed.splitlines():
         shown = run("mapping", "show", line.split()[0], cwd=tmp_path).stdout if "timm" in line else ""
         assert not shown or f"layout: {line.split()[0]}" in shown
-    assert len(listed.splitlines()) == 14
+    assert len(listed.splitlines()) == 16
 
 
 def test_version_and_completion(tmp_path: Path) -> None:

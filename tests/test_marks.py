@@ -55,10 +55,33 @@ def adapter() -> State:
 def siglip() -> State:
     import transformers
 
-    config = transformers.SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
-    )
-    return dict(transformers.SiglipVisionModel(config).state_dict())
+    return dict(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES)).state_dict())
+
+
+SIZES = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def blip2() -> State:
+    import transformers
+
+    return dict(transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**SIZES)).state_dict())
+
+
+def x_clip() -> State:
+    import transformers
+
+    mit = {"mit_hidden_size": 8, "mit_intermediate_size": 8, "mit_num_attention_heads": 1, "num_frames": 1}
+    return dict(transformers.XCLIPVisionModel(transformers.XCLIPVisionConfig(**SIZES, **mit)).state_dict())
+
+
+def perception_encoder() -> State:
+    import timm
+
+    model = timm.create_model("vit_pe_core_tiny_patch16_384", embed_dim=64, depth=1, num_heads=1, img_size=32)
+    return {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def text_tower() -> State:
@@ -126,6 +149,23 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "Swin": (names("layers.0.blocks.0.attn.relative_position_bias_table"), "Swin", "CLIP"),
     "Qwen-VL": (names("visual.blocks.0.attn.qkv.weight", "visual.merger.ln_q.weight"), "Qwen-VL", "CLIP"),
     "ViT": (names("vit.encoder.layer.0.attention.attention.query.weight"), "DeiT", "CLIP"),
+    "EfficientSAM": (
+        names("image_encoder.blocks.0.attn.qkv.weight", "image_encoder.neck.0.weight", "image_encoder.patch_embed.w"),
+        "EfficientSAM", "SAM",
+    ),
+    "ViTDet": (names("backbone.net.blocks.0.attn.rel_pos_h", "backbone.simfp_2.0.weight"), "ViTDet", "SAM"),
+    "SAM's decoder": (names("mask_decoder.iou_token.weight", "prompt_encoder.w"), "mask decoder", "SAM"),
+    "BLIP-2": (blip2, "BLIP", "CLIP"),
+    "InternViT in transformers": (names("model.vision_tower.encoder.layer.0.lambda_1"), "layer scales", "CLIP"),
+    "mPLUG-Owl": (names("vision_model.encoder.layers.0.self_attn.query_key_value.weight"), "mPLUG-Owl", "CLIP"),
+    "CogVLM": (names("model.vision.patch_embedding.cls_embedding"), "CogVLM", "CLIP"),
+    "Florence-2": (
+        names("vision_tower.blocks.0.0.channel_block.channel_attn.fn.qkv.weight"), "Florence-2", "CLIP"
+    ),
+    "MobileCLIP": (names("image_encoder.model.network.0.0.token_mixer.mixer.rbr_skip.weight"), "MobileCLIP", "CLIP"),
+    "X-CLIP": (x_clip, "X-CLIP", "CLIP"),
+    "Perception Encoder": (perception_encoder, "Perception Encoder", "CLIP"),
+    "Qwen-VL, the first": (names("transformer.visual.transformer.resblocks.0.attn.in_proj.weight"), "Qwen-VL", "CLIP"),
     "an optimizer": (names("blocks.0.attn.qkv.weight.exp_avg"), "optimizer", "weights"),
 }  # fmt: skip
 
@@ -148,6 +188,40 @@ def test_quantised_weights_outside_the_encoder_do_not_matter(tmp_path: Path) -> 
     save(state, tmp_path / "weights.safetensors")
     record = converter.convert(tmp_path / "weights.safetensors", "clip", out=tmp_path / "out.safetensors")
     assert record.dropped["lm.lora_A.weight"]
+
+
+def test_the_other_family_is_named_beside_weights_of_other_models(tmp_path: Path) -> None:
+    """Stable Diffusion with an image encoder, a quantised language model, a pooling of CoCa: CLIP, and no SAM."""
+    visual = {name: t for name, t in models.open_clip().state_dict().items() if name.startswith("visual.")}
+    coca = {"visual.attn_pool.query": W, "visual.attn_pool.attn.in_proj_weight": W, "text_decoder.ln.weight": W}
+    others = {
+        "conditioner.embedders.0.open_clip.model.": {"model.diffusion_model.out.weight": W},
+        "model.vision_tower.": {"model.layers.0.mlp.up_proj.qweight": W, "model.layers.0.mlp.up_proj.qzeros": W},
+        "": coca,
+    }
+    for prefix, other in others.items():
+        path, out = tmp_path / "weights.safetensors", tmp_path / "out.safetensors"
+        save({**{prefix + name: tensor for name, tensor in visual.items()}, **other}, path)
+        assert set(other) <= set(converter.convert(path, "clip", out=out, force=True).dropped)
+        with pytest.raises(DsocrError, match="is a CLIP checkpoint, not SAM"):
+            converter.convert(path, "sam", out=out)
+
+
+def test_learned_prompts_inside_the_encoder_are_refused(tmp_path: Path) -> None:
+    visual = {
+        n.removeprefix("visual."): t for n, t in models.open_clip().state_dict().items() if n.startswith("visual.")
+    }
+    save(
+        {f"image_encoder.{name}": tensor for name, tensor in {**visual, "VPT": W}.items()}, tmp_path / "in.safetensors"
+    )
+    with pytest.raises(DsocrError, match=r"no rule claims 'VPT'\nthe DeepEncoder has no such modules"):
+        converter.convert(tmp_path / "in.safetensors", "clip", out=tmp_path / "out.safetensors")
+
+
+def test_a_file_without_an_encoder_gets_no_plain_advice_to_write_a_mapping(tmp_path: Path) -> None:
+    save({"prompt_learner.ctx": W, "mm_projector.0.weight": W.clone()}, tmp_path / "weights.safetensors")
+    with pytest.raises(DsocrError, match=r"first names: .*\nif a vision encoder of SAM or CLIP is among them"):
+        converter.convert(tmp_path / "weights.safetensors", "clip", out=tmp_path / "out.safetensors")
 
 
 def test_the_other_family_is_named_only_without_a_trace_of_this_one(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], lis
         names.reverse()
     remarks: list[str] = []
     configs = [(name, _read(checkpoint, name, remarks)) for name in names]
+    remarks += filter(None, (_other_architecture(name, config) for name, config in configs))
     return [list(_sections(name, "", _transformers_form(config))) for name, config in configs if config], remarks
 
 
@@ -138,6 +139,14 @@ def _transformers_form(config: Json) -> Json:
     if isinstance(open_clip, dict) and isinstance(open_clip.get("vision_cfg"), dict):
         return {"vision_config": _open_clip_vision(open_clip), "text_config": _open_clip_text(open_clip)}
     return _timm(config) if isinstance(config.get("architecture"), str) else config
+
+
+def _other_architecture(name: str, config: Json) -> str:
+    """Return a warning for timm's config of another model, whose tensors may have the names of CLIP; empty if none."""
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or re.search("_clip_|samvit", architecture):
+        return ""
+    return f"warning: {name}: the architecture {architecture[:100]!r} may compute something else than CLIP"
 
 
 def _open_clip_vision(model: Json) -> Json:

@@ -12,7 +12,7 @@ from converter.checkpoint.state_dict import StateDict, unwrapped_names
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
-from converter.layouts.marks import Mark, find_mark
+from converter.layouts.marks import Mark, find_architecture, find_mark
 from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of
 from converter.layouts.shapes import Sizes, format_shape, match_shape
 from converter.layouts.spec import LayoutMapping, LayoutSpec
@@ -23,6 +23,8 @@ from converter.tensors.tensor_info import TensorInfo
 _MAX_TENSORS_COMPARED = 10_000
 # Prefixes that are tried for each layout.
 _MAX_PREFIXES = 8
+# Of names and rules that must fit, for a layout without a tensor of its signature: fewer fit by chance.
+_MIN_SHARE = 0.1
 # Of a message: names of one kind, and lines.
 _MAX_ITEMS = 3
 _MAX_LINES = 9
@@ -44,11 +46,14 @@ def no_layout_error(
     """
     largest = max(candidates, key=lambda entry: len(entry.tensors))
     tensors = unwrapped_names(largest.tensors, source.name)
-    if mark := find_mark(tensors):
-        return mark_error(source, mark)
     others = _other_encoders(tensors, family)
-    rest = {name: tensor for name, tensor in tensors.items() if not any(_covers(match, name) for match in others)}
-    if others and not _has_trace(rest, layouts):
+    found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in found}
+    is_absent = bool(others) and not _has_trace(rest, layouts)
+    # Adapters and quantised weights of a language model are no reason where the family is absent.
+    if mark := (find_architecture(tensors) or find_mark(found)) if is_absent else find_mark(tensors):
+        return mark_error(source, mark)
+    if is_absent:
         return LayoutError(
             f"{source.name}: is a {others[0].layout.family.upper()} checkpoint, not {family.upper()}",
             f"run: dsocr-convert {others[0].layout.family} ...",
@@ -128,7 +133,7 @@ def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping])
             share = num_claimed / max(len(inside), 1) * num_used_rules / len(mapping.rules)
             known = sum(prefix + key in tensors for key in mapping.signature.tensors) / len(mapping.signature.tensors)
             score = (known, prefix in mapping.signature.prefixes, share)
-            if share and score > best_score:
+            if (known or share > _MIN_SHARE) and score > best_score:
                 unmatched = [rule.text for rule in claims.unmatched_rules(mapping.rules)]
                 best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
     return best
@@ -164,4 +169,5 @@ def _first(items: list[str]) -> list[str]:
 def _next_step(near: _Nearest | None) -> str:
     if near is not None and near.unmatched and not near.unclaimed:
         return "the encoder is not whole: convert a checkpoint that has these tensors"
-    return "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)"
+    mapping = "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)"
+    return mapping if near is not None else f"if a vision encoder of SAM or CLIP is among them: {mapping}"

@@ -41,9 +41,9 @@ class _Rule(NamedTuple):
     absent: tuple[str, ...] = ()
 
 
-# Modules that change what an encoder computes. They are refused wherever they are.
+# Modules that change what an encoder computes, or that CLIP does not have. They are refused wherever they are.
 _ADAPTER = re.compile(
-    r"(?i)(^|[._])(lora|linear_[ab]_|dora|ia3|vera|loha|lokr|hada_w|adapter|prompt_generator|side_adapter)"
+    r"(?i)(^|[._])(lora|linear_[ab]_|dora|ia3|vera|loha|lokr|hada_w|adapter|attn_pool|vpt|prompt_(generator|embedding|token))"
 )
 _ADAPTERS = (
     _Rule("holds LoRA adapters that are not merged", _MERGE, (r"(?i)lora_?(a|b|down|up|magnitude|embedding)",)),
@@ -82,11 +82,44 @@ _ARCHITECTURES = (
     _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"vision_encoder\.backbone\.blocks\.0\.",)),
     _Rule("is MobileSAM (a TinyViT encoder)", _OTHER, (r"(^|\.)(patch_embed\.seq\.0|blocks\.0\.conv1)\.c\.",)),
     _Rule("is EfficientSAM or EdgeSAM", _OTHER, (r"image_encoder\.(stage|fuse_stage|input_stem|neck\.0\.0\.)",)),
+    _Rule(
+        "is a ViT with SAM's neck and no relative positions, as EfficientSAM is",
+        _OTHER,
+        (r"(^|\.)blocks\.0\.attn\.qkv\.weight$", r"(^|\.)neck\.0\.weight$"),
+        (r"\.rel_pos_[hw]$",),
+    ),
+    _Rule(
+        "is a ViTDet, which has the layers of SAM and another neck",
+        _OTHER,
+        (r"(^|\.)blocks\.\d+\.attn\.rel_pos_[hw]$",),
+        (r"(^|\.)neck\.\d",),
+    ),
+    _Rule(
+        "is the mask decoder of a SAM, without its image encoder",
+        "convert a checkpoint of the whole SAM",
+        (r"(^|\.)mask_decoder\.",),
+        (r"patch_embed\.|encoder\.(blocks|layers|trunk)\.|backbone\.",),
+    ),
     _Rule("is a ResNet CLIP (RN50 and its kind)", _OTHER, (r"(^|\.)layer1\.0\.conv1\.weight", r"(^|\.)attnpool\.")),
     _Rule(
         "is EVA-CLIP, which has another transformer than CLIP",
         _OTHER,
         (r"(^|\.)blocks\.0\.(attn\.(q_bias|q_proj\.weight|inner_attn_ln)|mlp\.w1\.)",),
+    ),
+    _Rule(
+        "is BLIP or BLIP-2, whose encoder has no norm before its transformer",
+        _OTHER,
+        (r"(^|\.)encoder\.layers\.0\.self_attn\.projection\.weight$",),
+    ),
+    _Rule("is mPLUG-Owl, whose encoder is not CLIP's", _OTHER, (r"encoder\.layers\.0\.self_attn\.query_key_value\.",)),
+    _Rule("is CogVLM, whose encoder is an EVA-CLIP", _OTHER, (r"(^|\.)vision\.patch_embedding\.cls_embedding$",)),
+    _Rule("is Florence-2 (a DaViT encoder)", _OTHER, (r"\.channel_block\.channel_attn\.",)),
+    _Rule("is MobileCLIP (a FastViT encoder)", _OTHER, (r"(^|\.)network\.\d+\.\d+\.token_mixer\.",)),
+    _Rule("is X-CLIP, whose layers attend across frames", _OTHER, (r"\.message_attn\.",)),
+    _Rule(
+        "is a Perception Encoder, which rotates positions in its attention",
+        _OTHER,
+        (r"(^|\.)attn_pool\.(probe|latent)$", r"(^|\.)(ln_pre|norm_pre)\."),
     ),
     _Rule(
         "is SigLIP, which has no class token and no norm before its transformer",
@@ -98,6 +131,7 @@ _ARCHITECTURES = (
         "is Stable Diffusion, which holds CLIP's text tower alone",
         _OTHER,
         (r"^(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.",),
+        (r"(^|\.)(visual|vision_model)\.",),
     ),
     _Rule(
         "is a text tower alone, without the vision encoder",
@@ -110,7 +144,11 @@ _ARCHITECTURES = (
         "its SAM converts: dsocr-convert sam ...",
         (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
     ),
-    _Rule("is a ViT with layer scales (DINOv2, InternViT)", _OTHER, (r"(^|\.)(ls1(\.gamma)?|layer_scale1\.lambda1)$",)),
+    _Rule(
+        "is a ViT with layer scales (DINOv2, InternViT)",
+        _OTHER,
+        (r"(^|\.)(ls1(\.gamma)?|layer_scale1\.lambda1|lambda_1|gamma_1)$",),
+    ),
     _Rule("is SAM 3 (a Perception Encoder)", _OTHER, (r"(^|\.)detector\.backbone\.vision_backbone\.",)),
     _Rule("is a RepViT, as in RepViT-SAM", _OTHER, (r"(^|\.)features\.\d+\.token_mixer\.",)),
     _Rule("is a YOLO, as FastSAM is", _OTHER, (r"(^|\.)dfl\.conv\.weight$",)),
@@ -121,7 +159,11 @@ _ARCHITECTURES = (
         _OTHER,
         (r"\.relative_position_bias_table$",),
     ),
-    _Rule("has the vision encoder of Qwen-VL", _OTHER, (r"(^|\.)visual\.merger\.",)),
+    _Rule(
+        "has the vision encoder of Qwen-VL",
+        _OTHER,
+        (r"(^|\.)visual\.(merger|transformer\.resblocks\.0\.attn\.in_proj)\.",),
+    ),
     _Rule(
         "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer",
         _OTHER,
@@ -133,10 +175,12 @@ _ARCHITECTURES = (
 
 def find_mark(tensors: Tensors) -> Mark | None:
     """Return what tensors show that no layout describes, or None."""
-    for check in _CHECKS:
-        if mark := check(tensors):
-            return mark
-    return None
+    return next((mark for check in _CHECKS if (mark := check(tensors))), None)
+
+
+def find_architecture(tensors: Tensors) -> Mark | None:
+    """Return which other architecture tensors show, or None."""
+    return next((mark for rule in _ARCHITECTURES if (mark := _by_names(rule)(tensors))), None)
 
 
 def find_adapters(names: Iterable[str]) -> list[str]:
@@ -186,7 +230,9 @@ def _channels_last(tensors: Tensors) -> Mark | None:
     found = [
         name
         for name, tensor in tensors.items()
-        if name.endswith(names) and len(tensor.shape) == 4 and tensor.shape[3] == 3 and tensor.shape[1] != 3
+        if name.endswith(names)
+        and len(tensor.shape) == 4
+        and tensor.shape[3] == 3 != tensor.shape[1] == tensor.shape[2]
     ]
     if not found:
         return None
