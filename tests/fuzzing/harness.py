@@ -12,7 +12,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -125,9 +124,8 @@ def main() -> None:
     atheris.Fuzz()
 
 
-@cache
 def _limit_memory() -> None:
-    """Limit the growth of the process, from the first input on: imports are done by then."""
+    """Limit the growth of the process during one input. The fuzzer itself grows, too, as it keeps inputs."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
 
