@@ -61,6 +61,24 @@ def test_names_of_training_states_are_no_gadgets() -> None:
         assert not is_gadget(module, attribute), name
 
 
+@pytest.mark.parametrize(
+    ("opcodes", "refused"),
+    [
+        # A method of an object is called; the test of training states has methods that are not.
+        (b"cx\nY\n)RX\3\0\0\0run\x86R)R", "builtins.getattr"),
+        (b"cx\nos\nX\6\0\0\0system\x86R", "builtins.getattr, x.os.system"),
+        (b"ctorch\nhub\nX\4\0\0\0load\x86R", "builtins.getattr, torch.hub.load"),
+        (b"cx\nY\nX\x09\0\0\0os.system\x86R", "builtins.getattr"),
+        (b"X\1\0\0\0xX\6\0\0\0format\x86R", "builtins.getattr"),
+        (b")R", "builtins.getattr"),
+    ],
+)
+def test_getattr_leads_to_no_gadget(opcodes: bytes, refused: str) -> None:
+    with pytest.raises(ContainerError) as caught:
+        unpickle(b"\x80\2cbuiltins\ngetattr\n" + opcodes + b".", "test", TorchGlobals())
+    assert f"the pickle refers to {refused}, which no checkpoint needs" in str(caught.value)
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_gadgets_of_unknown_names_are_inert(form: str, tmp_path: Path) -> None:
     """The defence is not the table: all gadgets that it misses are placeholders, and the tensors are the same."""

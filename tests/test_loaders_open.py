@@ -79,6 +79,13 @@ UNKNOWN = {
     "ONNX without a producer": (b"\x08\x0a\x3a\x90\x02" + bytes(50), "ONNX"),
     "ggml": ((0x67676D6C).to_bytes(4, "little") + bytes(50), "ggml"),
     **{f"pickle of protocol {n}": (pickle.dumps({"a": 1}, n), "pickle.load") for n in range(6)},
+    **{
+        f"pickle of arrays in protocol {number}": (
+            pickle.dumps({"model": {"a": numpy.ones(2)}}, number),
+            r"numpy arrays.*\n.*torch.save\(\{k: torch.as_tensor",
+        )
+        for number in range(6)
+    },
     "pickle of an object in protocol 0": (pickle.dumps(io.StringIO, 0), "not one that torch.save wrote"),
     "json": (json.dumps({"weight_map": {}}).encode(), "JSON"),
     "json list": (b"[1]", "JSON"),

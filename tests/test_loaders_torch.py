@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders_oracle import DTYPES, assert_same, opened, rewrite, to_torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from converter.errors import ContainerError
 from converter.tensors.tensor_info import FileContents, TensorInfo
@@ -367,6 +368,24 @@ class Tagged(torch.Tensor):
     """A subclass of another package."""
 
 
+def convert_to_tensor(array: Any) -> Any:
+    """TensorFlow's function of this name makes tensors of pickles."""
+
+
+class TensorFlowTensor:
+    def __reduce__(self) -> Any:
+        return convert_to_tensor, (numpy.ones(4),)
+
+
+class JaxArray:
+    def __reduce__(self) -> Any:
+        return _reconstruct_array, (*numpy.zeros((2, 3)).__reduce__(), {"weak_type": False})
+
+
+def _reconstruct_array(*_: Any) -> Any:
+    """jax's function of this name makes its arrays."""
+
+
 FOREIGN: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace(lr=1),
     "types.SimpleNamespace": types.SimpleNamespace(lr=[1]),
@@ -421,6 +440,14 @@ def test_plain_values_are_no_foreign_objects(form: str, tmp_path: Path) -> None:
         (torch.zeros(2)._neg_view(), "conjugated or negated view", (2,)),
         (torch.zeros(2).as_subclass(Tagged), f"tensor of {__name__}.Tagged", (2,)),
         (numpy.zeros((2, 3)), "numpy array", (2, 3)),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "nested", ()),
+        (
+            TwoTensor(torch.ones(2), torch.ones(2)),
+            "wrapper tensor of torch.testing._internal.two_tensor.TwoTensor",
+            (2,),
+        ),
+        (JaxArray(), "numpy array", (2, 3)),
+        (TensorFlowTensor(), f"object of {__name__}.convert_to_tensor", (4,)),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -429,6 +456,13 @@ def test_tensors_that_cannot_be_read_are_named(form: str, value: Any, kind: str,
     odd = opened(path, CONTAINERS[form])["odd"]
     assert (odd.key, odd.dtype.name, odd.shape, odd.nbytes) == ("odd", kind, shape, 0)
     assert not odd.dtype.is_float
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_large_state_dicts_of_arrays_are_named(form: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "x", {"model": {"a": numpy.zeros(17 << 20, "u1")}}, form)
+    with pytest.raises(ContainerError, match=r"16777216.*\n.*it holds numpy arrays.*torch.load.*torch.as_tensor"):
+        opened(path, CONTAINERS[form])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -458,6 +492,12 @@ def test_whole_modules_are_read_as_state_dicts(form: str, tmp_path: Path) -> Non
     for found in (alone, inside):
         assert found.keys() == expected.keys()
         assert_same({name: found[name] for name in expected}, dict(expected))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_of_a_module_are_no_plain_tensors(tmp_path: Path) -> None:
+    net = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 3)), {nn.Linear})
+    assert opened(saved(tmp_path / "x", net), "torch zip")["0._packed_params._packed_params"].dtype.name == "quantized"
 
 
 def test_lists_of_state_dicts_have_indices(tmp_path: Path) -> None:

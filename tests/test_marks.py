@@ -114,6 +114,15 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
         clip_with(weight__absmax=W, weight__quant_map=W), "bitsandbytes", "dequantise"
     ),
     "bitsandbytes, 8 bits": (clip_with(SCB=W), "bitsandbytes", "dequantise"),
+    "bitsandbytes, scales alone": (clip_with(weight__absmax=W), "bitsandbytes", "dequantise"),
+    "ExLlama": (clip_with(weight=None, q_weight=W.int(), q_scale=W.int()), "int32", "dequantise"),
+    "gpt-oss": (clip_with(weight=None, weight_blocks=W.byte(), weight_scales=W.byte()), "quantised", "dequantise"),
+    "EETQ": (clip_with(weight=W.char(), weight_scales=W), "with their scales", "dequantise"),
+    "quanto": (clip_with(weight___data=W.char(), weight___scale=W), "with their scales", "dequantise"),
+    "float8 and a scale of some name": (
+        clip_with(weight=torch.ones(256, 64).to(torch.float8_e4m3fn), descale=W), "float8_e4m3fn", "dequantise"
+    ),
+    "ZeRO-3, one weight": (clip_with(weight=torch.ones(0)), "ZeRO-3", "zero_to_fp32"),
     "GPTQ": (clip_with(weight=None, qweight=W, qzeros=W, scales=W, g_idx=W), "GPTQ", "dequantise"),
     "AWQ": (clip_with(weight=None, qweight=W, qzeros=W, scales=W), "AWQ", "dequantise"),
     "PEFT's copies": (clip_with(weight=None, modules_to_save__default__weight=W), "PEFT", "merge"),

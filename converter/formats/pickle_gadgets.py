@@ -6,17 +6,21 @@ complete. What protects is that the reader imports and calls nothing, whatever t
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 _MAX_PARTS = 8
 
 # All names of these modules and of the modules in them.
 _MODULES = frozenset(
     name
     for line in """
-    os posix nt subprocess _posixsubprocess pty commands multiprocessing threading asyncio concurrent
-    importlib runpy pkgutil zipimport pip venv sys gc atexit marshal pickle _pickle shelve yaml
-    bdb pdb cProfile timeit doctest unittest pydoc codeop idlelib lib2to3 linecache
+    os posix nt subprocess _posixsubprocess pty commands popen2 multiprocessing threading asyncio concurrent _thread
+    thread importlib imp runpy pkgutil zipimport pip venv ensurepip sys gc atexit marshal pickle _pickle cPickle shelve
+    yaml bdb pdb cProfile timeit doctest unittest pydoc codeop idlelib lib2to3 linecache compileall py_compile
+    rlcompleter _aix_support _osx_support _pyrepl cgitb mailcap getpass tkinter
     ctypes _ctypes shutil tempfile sqlite3 zipfile tarfile distutils.file_util distutils.spawn
-    test.support socket ssl urllib http requests webbrowser smtplib ftplib
+    test.support socket ssl urllib.request urllib2 http httplib requests aiohttp xmlrpc webbrowser smtplib ftplib
+    imaplib poplib nntplib telnetlib socketserver SocketServer
     numpy.testing numpy.f2py
     torch.hub torch.jit torch.package torch.classes torch.ops torch.distributed.rpc torch.utils.bottleneck
     torch.utils.collect_env torch.utils.cpp_extension torch.utils._config_module torch.utils.data.datapipes.utils
@@ -25,7 +29,7 @@ _MODULES = frozenset(
     for name in line.split()
 )
 # Single names of modules that have harmless ones too.
-_BUILTINS = "eval exec compile open getattr setattr delattr globals locals vars __import__ map filter input"
+_BUILTINS = "eval exec compile open getattr setattr delattr globals locals vars __import__ map filter input breakpoint"
 _NAMES = frozenset(
     f"{module}.{name}"
     for module, names in {
@@ -46,13 +50,16 @@ _NAMES = frozenset(
         "site": "addpackage addsitedir",
         "signal": "signal",
         "collections": "_sys",
+        "platform": "popen _syscmd_ver _syscmd_file",
+        "urllib": "urlopen urlretrieve URLopener FancyURLopener",
+        "uuid": "_get_command_stdout",
         "logging": "FileHandler",
         "logging.config": "dictConfig fileConfig",
         "cloudpickle": "loads load",
         "dill": "loads load",
         "joblib": "load",
         "pandas": "read_pickle",
-        "numpy": "load memmap",
+        "numpy": "load memmap fromfile save savez savetxt loadtxt genfromtxt DataSource",
         "torch": "load save from_file",
         "torch.serialization": "load save",
         "torch.storage": "_load_from_bytes",
@@ -68,7 +75,8 @@ _NAMES = frozenset(
 
 def is_gadget(module: str, name: str) -> bool:
     """Return whether only a malicious pickle refers to `module.name`."""
+    full_name = f"{module}.{name}"
+    parts = full_name.split(".", _MAX_PARTS)
     # A dotted name may lead from a harmless module to another one, such as torch's `os.system`.
-    paths = [module.split(".", _MAX_PARTS), *([part] for part in name.split(".", _MAX_PARTS)[:-1])]
-    modules = (".".join(path[: end + 1]) for path in paths for end in range(len(path)))
-    return f"{module}.{name}" in _NAMES or any(path in _MODULES for path in modules)
+    modules = (*accumulate(parts[:-1], "{}.{}".format), *name.split(".", _MAX_PARTS)[:-1])
+    return full_name in _NAMES or any(path in _MODULES for path in modules)

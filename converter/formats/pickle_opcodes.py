@@ -5,6 +5,7 @@ The grammar is that of the standard library's `pickletools`. `pickle_reader` exe
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from converter.errors import ContainerError
 
 MAX_INT_BYTES = 1024
 MAX_INT_DIGITS = 2466  # the same number in decimal
+MAX_SHOWN_NAME = 200  # characters of the name of a global
 
 # The next step for a file whose weights another program wrote as something that is not read here.
 RESAVE = (
@@ -20,15 +22,40 @@ RESAVE = (
     'torch.save(torch.load(PATH, map_location="cpu", weights_only=False)["state_dict"], "weights.pth"), '
     "with .state_dict() in place of [...] where PATH holds a whole module"
 )
+# The same for a dict of numpy arrays, with `d` as the dict.
+_TRUSTED = "it holds numpy arrays; where you trust the file, save tensors, which runs code of the file:"
+_SAVE_ARRAYS = (
+    "d = d.get('model') or d.get('state_dict') or d; torch.save({k: torch.as_tensor(v) for k, v in d.items() "
+    "if hasattr(v, 'shape')}, 'weights.pth')"
+)
+RESAVE_ARRAYS = f"{_TRUSTED} d = torch.load(PATH, map_location='cpu', weights_only=False); {_SAVE_ARRAYS}"
+UNPICKLE_ARRAYS = f"{_TRUSTED} d = pickle.load(open(FILE, 'rb'), encoding='latin1'); {_SAVE_ARRAYS}"
 NEXT_STEP = f"nothing of it was executed\n{RESAVE}"
+# The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
+ARRAYS = rb"numpy(\._?core)?\.(multiarray|numeric)"
 HOSTILE = (
     "nothing of it was executed\n"
     "do not trust this file: pickle.load, and torch.load with weights_only=False, would run its code"
 )
 
 
+def resave_step(head: bytes) -> str:
+    """Return the next step for a pickle that is too large, from its first bytes."""
+    return RESAVE_ARRAYS if re.search(ARRAYS, head) else RESAVE
+
+
 class PickleError(ContainerError):
     """The pickle is damaged or refused at the current opcode. `unpickle` adds the position to the message."""
+
+
+def hostile_error(*names: str) -> PickleError:
+    """Return the error for a pickle that refers to functions by these full names."""
+    return PickleError(f"the pickle refers to {', '.join(names)}, which no checkpoint needs", HOSTILE)
+
+
+def full_name(module: str, name: str) -> str:
+    """Return a name for messages. `repr`: the name may contain control characters."""
+    return repr(f"{module}.{name}"[:MAX_SHOWN_NAME])[1:-1]
 
 
 # Takes the data and the position after the opcode. Returns the argument and the position after it. Raises IndexError or

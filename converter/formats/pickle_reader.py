@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import ARGUMENTS, HOSTILE, MEMORY, NEXT_STEP, RESAVE, PickleError
+from converter.formats.pickle_opcodes import ARGUMENTS, MEMORY, NEXT_STEP, RESAVE, PickleError, full_name, hostile_error
 from converter.formats.pickle_values import STRINGS, Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 
@@ -131,9 +131,7 @@ class _Machine:
         try:
             return self.globals[module, name]
         except KeyError:
-            # repr: the name may contain control characters.
-            full_name = repr(f"{module}.{name}"[:200])[1:-1]
-            raise PickleError(f"the pickle refers to {full_name}, which no checkpoint needs", HOSTILE) from None
+            raise hostile_error(full_name(module, name)) from None
 
     def call(self, function: Any, arguments: Any) -> None:
         """Call a function of the table and push its result; of a placeholder, push another one."""
@@ -264,7 +262,9 @@ def _extend_with(codes: str, kind: type, extend: Callable[[Any, list[Any]], None
     def handler(m: _Machine, count: int | None) -> None:
         items, target = m.pop(count), m.stack[-1]
         if type(target) is Placeholder:
-            target.content = target = kind() if target.content is None else target.content
+            # An object may have items of two kinds. Those of the second are ignored.
+            target.content = kind() if target.content is None else target.content
+            target = target.content if type(target.content) is kind else kind()
         if type(target) is not kind:
             raise PickleError(f"items for a {type(target).__name__}, which takes none", NEXT_STEP)
         extend(target, items)

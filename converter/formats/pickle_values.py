@@ -19,14 +19,14 @@ class Placeholder:
 
     Attributes:
         name: The full name of the class or function.
-        arguments: The arguments of the call that would create the object.
+        arguments: The arguments of the call that would create the object; None for a class or function.
         state: What `__setstate__` would get.
         content: The items of a subclass of dict, list or set; None for all others.
     """
 
     __slots__ = ("arguments", "content", "name", "state")
 
-    def __init__(self, name: str, arguments: tuple[Any, ...] = ()) -> None:
+    def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
         self.name = name
         self.arguments = arguments
         self.state: Any = None

@@ -8,7 +8,7 @@ from typing import Any
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import RESAVE
 from converter.formats.pickle_values import Placeholder
-from converter.formats.torch_pickle import StorageRef, TensorRecord, packed_record
+from converter.formats.torch_pickle import StorageRef, TensorRecord, packed_record, unreadable_record
 from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info
@@ -123,6 +123,8 @@ class Resolver:
         for name, tensor in [*parameters.items(), *buffers.items()]:
             if type(tensor) is TensorRecord and name not in unsaved:
                 yield self.checked_name(f"{prefix}{name}"), tensor
+        if "_packed_params" in module.state:  # a quantized layer's weight and bias
+            yield f"{prefix}_packed_params", unreadable_record("quantized")
         for name, child in modules.items():
             if _is_module(child) and type(name) is str:
                 yield from self._module(child, self.checked_name(f"{prefix}{name}."), depth + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import RESAVE
+from converter.formats.pickle_opcodes import resave_step
 from converter.formats.pickle_reader import MAX_PICKLE, Globals, TruncatedPickleError, unpickle
 from converter.formats.torch_contents import contents_of
 from converter.formats.torch_pickle import StorageRefs, TorchGlobals
@@ -74,7 +74,7 @@ class _Reader:
                 if length == MAX_PICKLE:
                     raise ContainerError(
                         f"{self._file.name}: the pickle at byte {start} is longer than {MAX_PICKLE} bytes",
-                        RESAVE,
+                        resave_step(data[:4096]),
                     ) from None
                 length *= 4
             else:

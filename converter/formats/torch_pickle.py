@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from converter.formats.pickle_gadgets import is_gadget
-from converter.formats.pickle_opcodes import NEXT_STEP, PickleError
+from converter.formats.pickle_opcodes import NEXT_STEP, PickleError, full_name, hostile_error
 from converter.formats.pickle_values import Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, IN_TORCH, DType, unreadable
@@ -19,8 +19,6 @@ from converter.tensors.tensor_info import contiguous_strides
 
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_INT = 2**63 - 1  # of torch's sizes, strides and offsets
-
-MAX_SHOWN_NAME = 200  # characters of the name of a global
 
 _UNTYPED = "UntypedStorage"
 
@@ -103,9 +101,9 @@ def _rebuild_v3(
 ) -> TensorRecord:
     """A tensor with an element type of its own, apart from that of its storage."""
     if type(dtype) is Placeholder:  # such as torch.int4
-        return _unreadable(dtype.name, shape)
+        return unreadable_record(dtype.name, shape)
     if metadata:
-        return _unreadable("conjugated or negated view", shape)
+        return unreadable_record("conjugated or negated view", shape)
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
         raise PickleError("a tensor without a storage, an element type or a shape", DAMAGED)
     if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
@@ -123,7 +121,7 @@ def _rebuild_v2(
     return _rebuild_v3(ref, offset, shape, strides, grad, hooks, dtype, metadata)
 
 
-def _unreadable(kind: str, shape: Any) -> TensorRecord:
+def unreadable_record(kind: str, shape: Any = None) -> TensorRecord:
     """A tensor of which only the shape is known, if that."""
     known = type(shape) is tuple and len(shape) <= MAX_DIMENSIONS and all(map(_is_int64, shape))
     sizes = shape if known and min(shape, default=0) >= 0 else ()
@@ -134,7 +132,7 @@ def _unreadable_by(kind: str, size_at: int) -> Callable[..., TensorRecord]:
     """A function whose argument number `size_at` is the shape."""
 
     def rebuild(*arguments: Any) -> TensorRecord:
-        return _unreadable(kind, arguments[size_at] if len(arguments) > size_at else None)
+        return unreadable_record(kind, arguments[size_at] if len(arguments) > size_at else None)
 
     return rebuild
 
@@ -142,54 +140,77 @@ def _unreadable_by(kind: str, size_at: int) -> Callable[..., TensorRecord]:
 def _rebuild_sparse(layout: Any, data: Any) -> TensorRecord:
     """A sparse tensor of (indices, values, shape, ...), or (rows, columns, values, shape)."""
     shapes = [item for item in data if type(item) is tuple]
-    return _unreadable("sparse", shapes[0] if shapes else None)
+    return unreadable_record("sparse", shapes[0] if shapes else None)
 
 
 def _rebuild_wrapper(class_: Any, dtype: Any, shape: Any, *_: Any) -> TensorRecord:
     """A tensor of a subclass that wraps other tensors, such as DTensor."""
-    return _unreadable(_tensor_class(class_), shape)
+    kind = _tensor_class(class_)
+    return unreadable_record(f"wrapper {kind}" if kind.startswith("tensor of ") else kind, shape)
 
 
 def _rebuild_from_type(function: Any, class_: Any, arguments: Any, state: Any = None) -> TensorRecord:
     """A tensor with attributes, or of a subclass."""
-    if function not in _REBUILD.values() or type(arguments) is not tuple or type(class_) is not Placeholder:
-        raise PickleError("a tensor that is not built by torch", NEXT_STEP)
+    if type(arguments) is not tuple or type(class_) is not Placeholder:
+        raise PickleError("a tensor without a class or arguments", DAMAGED)
+    if function not in _REBUILD.values():  # such as that of jagged tensors
+        return unreadable_record(_tensor_class(class_))
     tensor: TensorRecord = function(*arguments)
     if class_.name in _OWN_CLASSES or type(tensor) is not TensorRecord or tensor.ref is None:
         return tensor
-    return _unreadable(_tensor_class(class_), tensor.shape)
+    return unreadable_record(_tensor_class(class_), tensor.shape)
 
 
 def _tensor_class(class_: Any) -> str:
     name = class_.name if type(class_) is Placeholder else "a subclass"
-    return "DTensor" if name.endswith(".DTensor") else f"tensor of {name[:200]}"
+    _, _, last = name.rpartition(".")
+    return _TENSOR_CLASSES.get(last, f"tensor of {name}")
 
 
 def _rebuild_device_tensor(data: Any, dtype: Any, *_: Any) -> TensorRecord:
     """A tensor of an accelerator, saved from the CPU as a tensor or as a numpy array."""
     if type(data) is TensorRecord and data.dtype == dtype:
         return data
-    return _unreadable("tensor of an accelerator", array_shape(data))
+    return unreadable_record("tensor of an accelerator", array_shape(data))
 
 
 def array_shape(value: Any) -> Any:
-    """The shape of a numpy array; None for other values."""
-    if type(value) is not Placeholder or not value.name.startswith("numpy."):
+    """The shape of an array of numpy or jax; None for other values."""
+    if type(value) is not Placeholder or value.arguments is None:
         return None
-    if value.name.endswith(".multiarray._reconstruct") and type(value.state) is tuple:
-        return value.state[1] if len(value.state) == 5 else None  # version, shape, dtype, order, data
-    return value.arguments[2] if value.name.endswith("._frombuffer") and len(value.arguments) == 4 else None
+    state, count = value.state, len(value.arguments)
+    if value.name.endswith("._reconstruct_array") and count == 4:
+        state = value.arguments[2]
+    elif not value.name.startswith("numpy."):
+        return None
+    if value.name.endswith("._frombuffer") and count == 4:
+        return value.arguments[2]
+    return state[1] if type(state) is tuple and len(state) == 5 else None  # version, shape, dtype, order, data
 
 
 def packed_record(value: Any) -> TensorRecord | None:
-    """A numpy array, or a tuple of a tensor and more, as a tensor that cannot be read; None for other values.
+    """A numpy array, or a tuple or object made of a tensor or array, as a tensor that cannot be read.
 
-    A quantized layer has a tuple of its weight and its bias.
+    A quantized layer has a tuple of its weight and its bias. TensorFlow makes a tensor of an array.
+
+    Returns:
+        The tensor, or None for other values.
     """
-    if type(value) is tuple and value and type(value[0]) is TensorRecord:
-        return _unreadable("quantized" if value[0].dtype.name == "quantized" else "tuple of tensors", value[0].shape)
     shape = array_shape(value)
-    return _unreadable("numpy array", shape) if type(shape) is tuple and shape else None
+    if shape is not None:
+        return unreadable_record("numpy array", shape) if type(shape) is tuple and shape else None
+    if type(value) is tuple:
+        first, kind = value[:1], "tuple of tensors"
+    elif type(value) is Placeholder and value.arguments:
+        first, kind = value.arguments[:1], f"object of {value.name}"
+    else:
+        return None
+    for item in first:
+        if type(item) is TensorRecord:
+            return unreadable_record("quantized" if item.dtype.name == "quantized" else kind, item.shape)
+        if type(array_shape(item)) is tuple:
+            return unreadable_record(kind, array_shape(item))
+    return None
 
 
 def first_argument(value: Any, *_: Any) -> Any:
@@ -226,6 +247,8 @@ def _nothing(*_: Any) -> None:
 
 # Classes whose tensors have the values of plain ones.
 _OWN_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"})
+# Kinds of tensors that cannot be read, by the name of their class.
+_TENSOR_CLASSES = {"DTensor": "DTensor", "ShardedTensor": "ShardedTensor", "NestedTensor": "nested"}
 _REBUILD: dict[str, Callable[..., Any]] = {
     "_rebuild_tensor": _rebuild_v2,
     "_rebuild_tensor_v2": _rebuild_v2,
@@ -272,6 +295,28 @@ GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
+_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
+
+
+def _getattr(shown: str) -> Callable[..., Any]:
+    """`getattr` as pickles have it for nested classes, and for methods of objects. Calls of the latter are hostile."""
+
+    def refuse(*_: Any) -> Any:
+        raise hostile_error(shown)
+
+    def attribute(value: Any = None, name: Any = None, *default: Any) -> Any:
+        if type(value) is not Placeholder or type(name) is not str or not name.isidentifier() or default:
+            return refuse()
+        if value.arguments is not None:
+            return refuse
+        module, _, last = value.name.rpartition(".")
+        if is_gadget(module, f"{last}.{name}"):
+            raise hostile_error(shown, full_name(value.name, name))
+        return Placeholder(full_name(value.name, name))
+
+    return attribute
+
+
 class TorchGlobals(dict[tuple[str, str], Any]):
     """The globals of one file: those of the table, and a placeholder for each other one.
 
@@ -282,14 +327,17 @@ class TorchGlobals(dict[tuple[str, str], Any]):
     def __init__(self) -> None:
         super().__init__(GLOBALS)
         self.ignored: list[str] = []
+        self._suspects: list[str] = []
 
-    def __missing__(self, key: tuple[str, str]) -> Placeholder:
-        module, name = key
-        if is_gadget(module, name):
-            raise KeyError(key)
-        # repr: the name may contain control characters.
-        full_name = repr(f"{module}.{name}"[:MAX_SHOWN_NAME])[1:-1]
-        if full_name not in _OWN_CLASSES:
-            self.ignored.append(full_name)
-        self[key] = placeholder = Placeholder(full_name)
+    def __missing__(self, key: tuple[str, str]) -> Any:
+        shown = full_name(*key)
+        if key in _GETATTR:
+            self._suspects.append(shown)
+            self[key] = value = _getattr(shown)
+            return value
+        if is_gadget(*key):
+            raise hostile_error(*self._suspects, shown)
+        if shown not in _OWN_CLASSES:
+            self.ignored.append(shown)
+        self[key] = placeholder = Placeholder(shown)
         return placeholder

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import RESAVE
+from converter.formats.pickle_opcodes import resave_step
 from converter.formats.pickle_reader import MAX_PICKLE, unpickle
 from converter.formats.torch_contents import contents_of
 from converter.formats.torch_pickle import StorageRef, StorageRefs, TorchGlobals
@@ -68,7 +68,9 @@ class Archive:
         self.root = self.members.root
         self.where = f"{file.name}: data.pkl"
         self._check_version()
-        self.pickle = read_small(self.members[f"{self.root}/data.pkl"], MAX_PICKLE, RESAVE)
+        pickle = self.members[f"{self.root}/data.pkl"]
+        step = resave_step(file.read(pickle.offset, min(pickle.length, 4096))) if pickle.size > MAX_PICKLE else ""
+        self.pickle = read_small(pickle, MAX_PICKLE, step)
         self._big_endian = self._byteorder() == b"big"
 
     def _check_version(self) -> None:

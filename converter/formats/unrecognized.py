@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from converter.errors import ContainerError
+from converter.formats.pickle_opcodes import ARRAYS, UNPICKLE_ARRAYS
 from converter.formats.zip_directory import is_zip, read_directory
 from converter.storage.local_file import SourceFile
 
@@ -92,6 +93,7 @@ FORMATS = (
         rb"\x93NUMPY",
         suffixes=(".npy",),
     ),
+    Format("a pickle of numpy arrays, as detectron2 writes", UNPICKLE_ARRAYS, rb"[\x80(}\]c].*?" + ARRAYS),
     # Protocols from 2 on, 0, and 1.
     Format(
         "a pickle, but not one that torch.save wrote",

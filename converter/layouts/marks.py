@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from converter.tensors.dtypes import REMEDIES
+from converter.tensors.dtypes import remedy
 from converter.tensors.tensor_info import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -59,7 +59,7 @@ _ADAPTERS = (
     _Rule("holds LoHa or LoKr adapters that are not merged", _MERGE, (r"hada_w[12]|lokr_w[12]",)),
 )
 _QUANTISED = (
-    _Rule("holds weights that bitsandbytes quantised to 4 bits", _DEQUANTISE, (r"\.quant_(state|map)(\.|$)",)),
+    _Rule("holds weights that bitsandbytes quantised to 4 bits", _DEQUANTISE, (r"\.(quant_(state|map)|absmax)(\.|$)",)),
     _Rule("holds weights that bitsandbytes quantised to 8 bits", _DEQUANTISE, (r"\.(SCB|weight_format)$",)),
     _Rule("holds weights quantised by GPTQ", _DEQUANTISE, (r"\.qweight$", r"\.g_idx$")),
     _Rule("holds weights quantised by AWQ", _DEQUANTISE, (r"\.qweight$", r"\.qzeros$")),
@@ -74,7 +74,7 @@ _QUANTISED = (
     _Rule(
         "holds quantised weights (8-bit, such as float8) with their scales",
         _DEQUANTISE,
-        (r"(weight_scale(_inv)?|scale_(weight|input)|input_scale|scaled_fp8)$",),
+        (r"((weight|input)(_quantizer)?[._]*scales?(_inv|_2|_ub)?|scale_(weight|input)|scaled_fp8)$",),
     ),
 )
 _ARCHITECTURES = (
@@ -201,9 +201,9 @@ def _by_names(rule: _Rule) -> Callable[[Tensors], Mark | None]:
 
 
 def _not_gathered(tensors: Tensors) -> Mark | None:
-    """Weights of ZeRO-3: most of them have shape [0]."""
-    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
-    if not empty or len(empty) < len(tensors) / 4:
+    """Weights of ZeRO-3: they have shape [0], but for the smallest."""
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,) and name.endswith(("weight", "bias"))]
+    if not empty:
         return None
     return Mark(
         "was saved by DeepSpeed ZeRO-3 without gathering the weights, which are empty here",
@@ -213,15 +213,17 @@ def _not_gathered(tensors: Tensors) -> Mark | None:
     )
 
 
-def _integer_weights(tensors: Tensors) -> Mark | None:
-    """Matrices of bytes, whose scales are elsewhere."""
-    matrices = ("_proj.weight", "qkv.weight", "fc1.weight", "lin1.weight", "in_proj_weight", "c_fc.weight")
-    found = [
-        name for name, tensor in tensors.items() if tensor.dtype.name in ("int8", "uint8") and name.endswith(matrices)
-    ]
-    if not found:
-        return None
-    return Mark(f"holds quantised weights ({tensors[found[0]].dtype.name}) without their scales", _DEQUANTISE, found)
+# The linear layers of a transformer.
+_MATRIX = re.compile(r"(_proj|qkv|proj|fc[12]|lin[12]|c_fc|in_proj_weight|query|key|value|dense)(\.|$)")
+
+
+def _packed_weights(tensors: Tensors) -> Mark | None:
+    """Linear layers that hold integers, or 8-bit floats and a scale, of whatever quantisation."""
+    layers = {name: tensor.dtype.name for name, tensor in tensors.items() if tensor.shape and _MATRIX.search(name)}
+    found = [name for name, dtype in layers.items() if dtype.startswith(("int", "uint"))]
+    if not found and any("scale" in name.rpartition(".")[2] for name in layers):
+        found = [name for name, dtype in layers.items() if dtype.startswith("float8")]
+    return Mark(f"holds quantised weights ({layers[found[0]]})", _DEQUANTISE, found) if found else None
 
 
 def _channels_last(tensors: Tensors) -> Mark | None:
@@ -249,19 +251,13 @@ def _unreadable(tensors: Tensors) -> Mark | None:
     if not found:
         return None
     kind = tensors[found[0]].dtype.name
-    plain = f"torch.save({{k: {REMEDIES.get(kind, 't.clone()')} for k, t in STATE_DICT.items()}}, 'weights.pth')"
-    return Mark(
-        f"holds weights that are no plain tensors ({kind})",
-        f"where you trust the file, convert them: {plain}, with the state dict of torch.load(PATH, map_location='cpu', "
-        "weights_only=False), which runs code of the file",
-        found,
-    )
+    return Mark(f"holds weights that are no plain tensors ({kind})", remedy(kind), found)
 
 
 _CHECKS: tuple[Callable[[Tensors], Mark | None], ...] = (
     *map(_by_names, (*_ADAPTERS, *_QUANTISED)),
     _not_gathered,
-    _integer_weights,
+    _packed_weights,
     *map(_by_names, _ARCHITECTURES),
     _channels_last,
     _unreadable,

@@ -78,15 +78,39 @@ BY_STORAGE = {dtype.storage: dtype for dtype in IN_TORCH.values() if dtype.stora
 FLOAT32 = BY_NAME["float32"]
 INT64 = BY_NAME["int64"]
 
-# Tensors that are not plain bytes in the file, and how to make plain ones: a Python expression for the tensor `t`.
-REMEDIES = {
+# Tensors that are not plain bytes in the file, by the beginning of their kind, and how to make plain ones: a Python
+# expression for the tensor `t`, which leaves plain tensors as they are.
+_EXPRESSIONS = {
     "conjugated or negated view": "t.resolve_conj().resolve_neg()",
     "sparse": "t.to_dense()",
-    "quantized": "t.dequantize()",
-    "nested": "t.to_padded_tensor(0)",
-    "DTensor": "t.full_tensor()",
-    "numpy array": "torch.from_numpy(t)",
+    "quantized": "t.dequantize() if t.is_quantized else t",
+    "nested": "t.to_padded_tensor(0) if t.is_nested else t",
+    "DTensor": "t.full_tensor() if hasattr(t, 'full_tensor') else t",
+    "numpy array": "torch.as_tensor(t)",
+    "object of ": "torch.as_tensor(numpy.asarray(t))",
+    "tuple of ": "t[0] if isinstance(t, tuple) else t",
+    "wrapper tensor of ": "t if type(t) is torch.Tensor else t.dequantize()",
+    "tensor of ": "t.as_subclass(torch.Tensor)",
 }
+# The next step for those of which Python makes no plain ones.
+_STEPS = {
+    "meta": "the file holds no values of these tensors: convert one that does",
+    "ShardedTensor": "save a whole state dict in the training, of FSDP with StateDictType.FULL_STATE_DICT",
+    "torch.": "convert the original weights from before quantisation",
+}
+
+
+def remedy(kind: str) -> str:
+    """Return the next step for tensors of a kind that is not plain bytes in the file."""
+    for name, step in _STEPS.items():
+        if kind.startswith(name):
+            return step
+    expression = next((text for name, text in _EXPRESSIONS.items() if kind.startswith(name)), "t.clone()")
+    return (
+        f"where you trust the file, convert them: torch.save({{k: {expression} for k, t in STATE_DICT.items()}}, "
+        "'weights.pth'), with the state dict of torch.load(PATH, map_location='cpu', weights_only=False), which runs "
+        "code of the file"
+    )
 
 
 def unreadable(kind: str) -> DType:

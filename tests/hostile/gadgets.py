@@ -168,7 +168,11 @@ OTHERS = """
     torch._dynamo.guards.GuardBuilder.get torch._inductor.codecache.compile_file torch.package.PackageImporter
     torch.utils.cpp_extension.load_inline torch.distributed.rpc.init_rpc torch.multiprocessing.spawn
     torch.multiprocessing.reductions.rebuild_cuda_tensor
-    torch._C._from_dlpack
+    torch._C._from_dlpack builtins.breakpoint cPickle.loads imp.load_source popen2.popen2 thread.start_new_thread
+    ensurepip._run_pip _osx_support._read_output _aix_support._read_cmd_output _pyrepl.pager.pipe_pager cgitb.lookup
+    getpass.unix_getpass uuid._get_command_stdout platform.popen httplib.HTTPSConnection urllib2.urlopen
+    urllib.urlretrieve aiohttp.client.ClientSession xmlrpc.client.ServerProxy imaplib.IMAP4_stream telnetlib.Telnet
+    socketserver.TCPServer compileall.compile_dir py_compile.compile numpy.fromfile numpy.savetxt numpy.DataSource
     transformers.AutoModel.from_pretrained
 """
 
@@ -179,6 +183,7 @@ HARMLESS = """
     torch.UntypedStorage torch.storage.TypedStorage torch._utils._rebuild_wrapper_subclass argparse.Namespace
     types.SimpleNamespace functools.partial pathlib.PosixPath datetime.datetime logging.getLogger
     torch._dynamo.eval_frame.OptimizedModule code.models.Net signal.Signals distutils.version.LooseVersion
+    uuid.UUID urllib.parse.ParseResult
 """
 
 
