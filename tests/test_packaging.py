@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -123,3 +124,16 @@ def test_the_wheel_works_elsewhere(built: Path, tmp_path: Path) -> None:
     )
     where = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
     assert where.stdout.split()[0] == str(site / "converter" / "__init__.py")
+
+
+def test_a_checkout_on_the_path_works(tmp_path: Path) -> None:
+    """Without an installation there is no package of mapping files."""
+    for name in ("converter", "mappings"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]\n"
+        "import converter.layouts.registry as c; print(c.__file__, c.load('sam-hf').name)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == [str(tmp_path / "converter" / "layouts" / "registry.py"), "sam-hf"], done.stderr

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.errors import LayoutError, MappingError
 from converter.layouts.parse import parse_layout, parse_mapping, text_digest
@@ -14,15 +15,27 @@ from converter.layouts.yaml_tree import MAX_FILE_CHARS, parse
 from converter.storage.local_file import require_regular_file
 from converter.tensors.tensor_info import TensorInfo
 
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
 # The prefix of the names of canonical layouts. All other names begin with the family.
 _CANONICAL = "deepencoder-"
 _EXAMPLE = "for an example, run: dsocr-convert mapping show clip-hf"
 
 
 @cache
+def _folder() -> Traversable:
+    """The folder of mapping files: a part of the installed package, or next to the package in a checkout."""
+    try:
+        return files("converter.mappings")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "mappings"
+
+
+@cache
 def layout_names() -> tuple[str, ...]:
     """Return the names of all layouts that ship, canonical ones first."""
-    paths = (Path(file.name) for file in files("converter.mappings").iterdir())
+    paths = (Path(file.name) for file in _folder().iterdir())
     names = [path.stem for path in paths if path.suffix == ".yaml"]
     return tuple(sorted(names, key=lambda name: (not name.startswith(_CANONICAL), name)))
 
@@ -36,7 +49,7 @@ def text(name: str) -> str:
     """Return the YAML of a layout that ships; LayoutError for unknown names."""
     if name not in layout_names():
         raise LayoutError(f"unknown layout {name!r}", f"layouts: {', '.join(layout_names())}")
-    return (files("converter.mappings") / f"{name}.yaml").read_text(encoding="utf-8")
+    return _folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @cache
