@@ -13,9 +13,11 @@ import torch
 from hostile.contents import ODD_BITS, odd_values
 from memory import raw
 from rich.console import Console
+from typer.testing import CliRunner
 
 import converter
 from converter.api.verify import verify
+from converter.cli.convert import app
 from converter.reports import html, text
 from converter.verification.result import Verification
 
@@ -80,3 +82,26 @@ def test_constant_and_zero_tensors_are_different_warnings(tmp_path: Path) -> Non
     found = verified(state, tmp_path)
     assert [check.tensors for check in found.checks if check.name == "constant"] == [["neck.1.weight"]]
     assert not [check for check in found.checks if check.name == "zero"]
+
+
+def test_inspect_measures_values(tmp_path: Path) -> None:
+    """Real numbers of every type, in several pieces, also strided and empty."""
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{dtype}": torch.randn(7, 3, generator=generator).to(dtype) for dtype in ODD_BITS}
+    state |= {"long": torch.randn(300, 301, generator=generator), "ids": torch.arange(5), "flag": torch.tensor([True])}
+    state |= {"view": torch.randn(4, 6, generator=generator).T, "empty": torch.empty(0)}
+    state["complex"] = torch.ones(2, dtype=torch.complex64)
+    state["long"][:2, 0] = torch.tensor([torch.nan, torch.inf])
+    torch.save(state, tmp_path / "x.pth")
+    found = converter.inspect(tmp_path / "x.pth", values=True).to_json()["values"]
+    assert found.keys() == state.keys() - {"complex"}
+    assert found.pop("empty") == {"finite": 0, "non_finite": 0, "minimum": None, "maximum": None, "mean": 0.0}
+    for name, values in found.items():
+        numbers = state[name].double()
+        finite = numbers[numbers.isfinite()]
+        assert (values["finite"], values["non_finite"]) == (len(finite), numbers.numel() - len(finite))
+        assert (values["minimum"], values["maximum"]) == (finite.min(), finite.max())
+        assert values["mean"] == pytest.approx(float(finite.mean()), abs=1e-12)
+    assert not converter.inspect(tmp_path / "x.pth").values
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "x.pth"), "--values"]).stdout
+    assert "NaN or infinity in 1 tensor: long (2)" in shown and "NaN, inf" in shown.splitlines()[3]

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.checkpoint.state_dict import StateDict
@@ -21,7 +22,13 @@ from converter.output.names import fold, layer_indices
 from converter.output.record import ConversionRecord, count_dtypes, make_plan_record
 from converter.output.write import FORMATS, is_unchanged
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
+from converter.storage.progress import OnProgress, progress_counter
+from converter.tensors.dtypes import BY_NAME
+from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    from converter.comparison.values import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class Group:
         dtypes: The types of the tensors.
         shapes: The shapes of the tensors, most frequent first.
         nbytes: The size of all tensors in bytes.
+        values: The range of the values of all tensors; None if they were not read.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Group:
     dtypes: list[str]
     shapes: list[list[int]]
     nbytes: int
+    values: Values | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class Inspection:
         nbytes: The size of all tensors in bytes.
         dtypes: The number of tensors of each type.
         groups: The tensors, with repeated layers folded.
+        values: The range of the values of each tensor of real numbers; empty if they were not read.
         layouts: The layouts that match.
         nearest: If no layout matches, lines of text that say how the tensors differ from the nearest layout.
         ignored: Classes and functions in a pickle that were not imported; objects of them are ignored.
@@ -98,6 +108,7 @@ class Inspection:
     nbytes: int
     dtypes: dict[str, int]
     groups: list[Group]
+    values: dict[str, Values]
     layouts: list[MatchedLayout]
     nearest: list[str]
     ignored: list[str]
@@ -108,14 +119,24 @@ class Inspection:
 
 
 def inspect(
-    source: str | Path, *, state_dict: str | None = None, prefix: str | None = None, **hub_options: Any
+    source: str | Path,
+    *,
+    state_dict: str | None = None,
+    prefix: str | None = None,
+    values: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
 ) -> Inspection:
-    """Report what a checkpoint holds, which layouts it fits and what a conversion would do; reads no weights.
+    """Report what a checkpoint holds, which layouts it fits and what a conversion would do.
+
+    No weights are read, unless their values are requested.
 
     Args:
         source: A checkpoint, as in `convert`.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
         prefix: The prefix of the tensor names to report.
+        values: Read the weights, and report minimum, maximum, mean and the number of NaN and infinities.
+        on_progress: Called as weights are read.
         **hub_options: The fields of `converter.options.HubOptions`: revision, hub, download.
 
     Raises:
@@ -124,12 +145,25 @@ def inspect(
     options = HubOptions(**hub_options)
     with closing(open_checkpoint(source, options)) as opened:
         check_hub_options(options, [opened])
-        return _inspect(opened, state_dict, prefix)
+        state_dicts = select_state_dicts(opened, state_dict, prefix)
+        largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
+        found = _measure(opened, largest.tensors, on_progress) if values else {}
+        return _inspect(opened, state_dicts, largest, found)
 
 
-def _inspect(opened: Checkpoint, state_dict: str | None, prefix: str | None = None) -> Inspection:
-    state_dicts = select_state_dicts(opened, state_dict, prefix)
-    largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
+def _measure(opened: Checkpoint, tensors: Mapping[str, TensorInfo], on_progress: OnProgress) -> dict[str, Values]:
+    # Imports torch, which takes two seconds.
+    from converter.comparison.values import measure_values
+
+    readable = {name: tensor for name, tensor in tensors.items() if tensor.dtype.name in BY_NAME}
+    opened.prefetch(readable.values(), on_progress)
+    count = progress_counter(on_progress, "reading", sum(tensor.nbytes for tensor in readable.values()))
+    return measure_values({name: lazy_read(tensor) for name, tensor in readable.items()}, count)
+
+
+def _inspect(
+    opened: Checkpoint, state_dicts: list[StateDict], largest: StateDict, values: dict[str, Values]
+) -> Inspection:
     layouts = [layout for family in registry.families() for layout in _matched_layouts(opened, family, state_dicts)]
     mappings = [mapping for family in registry.families() for mapping in registry.mappings(family)]
     return Inspection(
@@ -140,7 +174,8 @@ def _inspect(opened: Checkpoint, state_dict: str | None, prefix: str | None = No
         num_tensors=len(largest.tensors),
         nbytes=sum(tensor.nbytes for tensor in largest.tensors.values()),
         dtypes=count_dtypes(tensor.dtype for tensor in largest.tensors.values()),
-        groups=group_layers(largest.tensors),
+        groups=group_layers(largest.tensors, values),
+        values=values,
         layouts=layouts,
         nearest=[] if layouts else nearest_layout(opened, largest, mappings),
         ignored=list(opened.ignored),
@@ -178,8 +213,8 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
     )
 
 
-def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
-    """Fold repeated layers into groups, in the order of the tensors."""
+def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values]) -> list[Group]:
+    """Fold repeated layers into groups, in the order of the tensors; `values` are of those that were read."""
     members: dict[tuple[str, int, int], list[str]] = {}
     for name, tensor in tensors.items():
         # Tensors with another number of dimensions, or with a literal `{}` in the name, are not layers of one kind.
@@ -188,6 +223,7 @@ def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
     for (pattern, _, _), names in members.items():
         grouped = [tensors[name] for name in names]
         shapes = Counter(tensor.shape for tensor in grouped)
+        measured = [values[name] for name in names if name in values]
         groups.append(
             Group(
                 name=pattern if len(names) > 1 else names[0],
@@ -196,6 +232,7 @@ def group_layers(tensors: Mapping[str, TensorInfo]) -> list[Group]:
                 dtypes=sorted({tensor.dtype.name for tensor in grouped}),
                 shapes=[list(shape) for shape, _ in shapes.most_common()],
                 nbytes=sum(tensor.nbytes for tensor in grouped),
+                values=reduce(lambda a, b: a.plus(b), measured) if measured else None,
             )
         )
     return groups

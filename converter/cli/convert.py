@@ -23,6 +23,10 @@ FillFrom = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Take tensors that SOURCE lacks from this checkpoint.")
 ]
 
+Values = Annotated[
+    bool, typer.Option("--values", help="Read the weights, and show their minimum, maximum, mean, NaN and infinities.")
+]
+
 
 @app.command()
 @add_options(ConvertOptions, WriteOptions, HubOptions)
@@ -40,9 +44,10 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 
 @app.command()
 @add_options((ConvertOptions, ["state_dict", "prefix"]), HubOptions)
-def inspect(source: Source, json: Json = False, **options: Any) -> None:
-    """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights."""
-    inspection = converter.inspect(source, **options)
+def inspect(source: Source, values: Values = False, json: Json = False, **options: Any) -> None:
+    """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights by default."""
+    with console.Bar(values) as bar:
+        inspection = converter.inspect(source, values=values, on_progress=bar, **options)
     if json:
         console.result_json(inspection.to_json())
     else:

@@ -13,6 +13,8 @@ from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column, as tensor names in a file may have megabytes.
 _MAX_COLUMN_WIDTH = 100
+# Columns of the values of tensors.
+_VALUES = ("minimum", "mean", "maximum", "NaN, inf")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -98,6 +100,9 @@ def inspection(result: Inspection) -> Iterable[str]:
         yield f"not imported or run, objects of them ignored: {', '.join(result.ignored)}"
     yield ""
     yield from _table(result.groups)
+    if non_finite := [f"{name} ({each.non_finite})" for name, each in result.values.items() if each.non_finite]:
+        yield ""
+        yield f"NaN or infinity in {count(len(non_finite), 'tensor')}: {shorten(non_finite)}"
     for layout in result.layouts:
         yield ""
         yield from _matched_layout(layout)
@@ -113,16 +118,29 @@ def count(number: int, noun: str) -> str:
 
 
 def _table(groups: list[Group]) -> Iterable[str]:
-    rows = [("tensor", "layers", "type", "shape", "size")]
-    for group, partner in _paired(groups):
+    with_values = any(group.values for group in groups)
+    rows = [("tensor", "layers", "type", "shape", *(_VALUES if with_values else ()), "size")]
+    # A line has the values of one kind of tensors.
+    for group, partner in ((group, None) for group in groups) if with_values else _paired(groups):
         name, shapes, nbytes = group.name, _shapes(group), group.nbytes
         if partner is not None:
             name = f"{name.removesuffix('weight')}{{weight,bias}}"
             shapes, nbytes = f"{shapes}, {_shapes(partner)}", nbytes + partner.nbytes
-        rows.append((name, group.layers, "/".join(group.dtypes), shapes, size(nbytes)))
+        values = _values(group) if with_values else ()
+        rows.append((name, group.layers, "/".join(group.dtypes), shapes, *values, size(nbytes)))
     widths = [min(max(len(row[column]) for row in rows), _MAX_COLUMN_WIDTH) for column in range(4)]
     for row in rows:
-        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>9}"
+        left = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)]
+        yield "  ".join([*left, *(f"{cell:>9}" for cell in row[4:])])
+
+
+def _values(group: Group) -> tuple[str, ...]:
+    """Format the values of a group in the columns `_VALUES`; empty for tensors of other types."""
+    values = group.values
+    if values is None:
+        return ("",) * len(_VALUES)
+    numbers = (values.minimum, values.mean, values.maximum) if values.finite else ()
+    return *(f"{number:.3g}" for number in numbers), *[""] * (3 - len(numbers)), str(values.non_finite)
 
 
 def _paired(groups: list[Group]) -> Iterable[tuple[Group, Group | None]]:

@@ -28,20 +28,25 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
     """
     found: dict[str, Figures] = {}
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
-    with _one_thread(), left, right:
+    with one_thread(), left, right:
         for name, (a, b) in pairs.items():
             found[name] = Figures()
-            num_elements = math.prod(a.shape)
-            for start in range(0, num_elements, _MAX_ELEMENTS):
-                size = min(_MAX_ELEMENTS, num_elements - start)
-                part = _figures(_elements(left, a, size), _elements(right, b, size))
+            for size in piece_sizes(a):
+                part = _figures(elements(left, a, size), elements(right, b, size))
                 found[name] = found[name].plus(part)
                 count(size * a.dtype.itemsize)
     return found
 
 
+def piece_sizes(tensor: LazyTensor) -> Iterator[int]:
+    """Yield the number of elements of each piece of a tensor."""
+    num_elements = math.prod(tensor.shape)
+    for start in range(0, num_elements, _MAX_ELEMENTS):
+        yield min(_MAX_ELEMENTS, num_elements - start)
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let torch use one thread: on a busy machine, several take six times as long for such small pieces."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,7 +56,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
+def elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
+    """Read the next `count` elements of a stream, which are those of a tensor.
+
+    Args:
+        stream: The stream.
+        value: The tensor, for its type.
+        count: The number of elements.
+    """
     return torch.frombuffer(stream.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
 
 

@@ -32,6 +32,7 @@ from converter.formats import (
 from converter.formats import registry as formats_registry
 from converter.formats.torch_pickle import StorageRef
 from converter.layouts import registry
+from converter.layouts.detect import select_state_dicts
 from converter.layouts.registry import load_file
 from converter.options import ConvertOptions
 from converter.output.pretrained import LAYOUTS, config_files
@@ -89,7 +90,7 @@ def use(contents: Contents) -> None:
         if left >= 0:
             _read(tensor, copier)
     for found in state_dicts(contents):
-        inspect.group_layers(found.tensors)
+        inspect.group_layers(found.tensors, {})
         for _ in without_common_prefixes(unwrapped_names(found.tensors, "input"), "input"):
             pass
 
@@ -207,7 +208,8 @@ def plan(data: bytes) -> None:
         return
     opened = Checkpoint("input", (Memory(b""),), ("safetensors",), contents)
     with suppress(DsocrError):
-        inspect._inspect(opened, None).to_json()
+        candidates = select_state_dicts(opened, None)
+        inspect._inspect(opened, candidates, candidates[0], {}).to_json()
     options = _OPTIONS[len(data) % len(_OPTIONS)]
     found = resolve(opened, options, None)
     _use_plan(found.plan)
