@@ -62,6 +62,8 @@ def main() -> int:
 
 
 def run_all(only: list[str], jobs: int) -> Rows:
+    if jobs == 1:
+        return {(row["name"], row["family"]): row for row in run_part(only, 0, 1)}
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         parts = pool.starmap(run_part, [(only, index, jobs) for index in range(jobs)])
     return {(row["name"], row["family"]): row for part in parts for row in part}

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FUZZING = ROOT / "tests" / "fuzzing"
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fuzzing.targets import TARGETS  # noqa: E402 (from the tests)
+from fuzzing.seeds import write as write_seeds  # noqa: E402 (from the tests)
+from fuzzing.targets import TARGETS  # noqa: E402
 
 # Seconds for starting and for reading the seeds, in addition to --seconds.
 _GRACE = 120
@@ -56,17 +57,12 @@ def main() -> int:
     names = list(TARGETS) if "all" in args.target else args.target
     folder = args.folder.resolve()
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores; writing seeds ...", flush=True)
-    seeds(folder / "seeds")
+    write_seeds(folder / "seeds")
     results = run_all(names, folder, args.seconds, args.jobs, args.seed)
     print("\n".join(table(results)))
     if args.json:
         args.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
     return int(any(result.escape for result in results))
-
-
-def seeds(folder: Path) -> None:
-    """Write the seeds, one folder per target."""
-    subprocess.run([sys.executable, "-W", "ignore", FUZZING / "seeds.py", folder], check=True)
 
 
 def run_all(names: Sequence[str], folder: Path, seconds: int, jobs: int, seed: int) -> list[Result]:

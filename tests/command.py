@@ -16,12 +16,15 @@ from converter.cli import console
 
 
 def run(
-    *arguments: object, cwd: Path, program: str = "dsocr-convert", **environment: str
+    *arguments: object, cwd: Path, program: str = "dsocr-convert", merged: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder and in this process; return its exit code and what it printed."""
+    """Run a command in a folder and in this process; return its exit code and what it printed.
+
+    With `merged`, stdout has the lines of stderr too.
+    """
     app = import_module(f"converter.cli.{program.removeprefix('dsocr-')}").app
     command, out, err = [program, *map(str, arguments)], io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out if merged else err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", command)
         for name, value in environment.items():

@@ -16,7 +16,7 @@ from converter.errors import ContainerError, DsocrError
 from converter.formats.zip_directory import read_directory
 from converter.storage.local_file import LocalFile
 
-FLIPS = 300
+FLIPS = 120
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from converter.verification import controls
 from converter.verification.families import FAMILIES
 from converter.verification.result import Verification
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import correct
@@ -21,8 +21,6 @@ from converter.layouts import registry
 from converter.verification.deep_encoder import REFERENCES
 from converter.verification.families import FAMILIES
 from converter.verification.result import Verification
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +149,23 @@ def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path) -> None:
+def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process but for what the script itself starts; of the four checkpoints, one of each family."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    gpu, table = import_module("verify_on_gpu"), import_module("corruption_table")
+    monkeypatch.setattr(gpu, "CHECKPOINTS", gpu.CHECKPOINTS[1::2])
     only = "qkv-order-kqv,sam-eps,data-truncated,mapping-neck-norms,source-heads,config-epsilon"
-    command = [sys.executable, str(SCRIPTS / "verify_on_gpu.py"), str(tmp_path), "--tiny", "--device", "cpu"]
-    subprocess.run([*command, "--dtypes", "bfloat16", "--workers", "2", "--only", only], check=True)
+    options = ["--tiny", "--device", "cpu", "--dtypes", "bfloat16", "--workers", "2", "--only", only]
+    monkeypatch.setattr(sys, "argv", ["verify_on_gpu.py", str(tmp_path), *options])
+    assert gpu.main() == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["summary"]["ok"] and results["summary"]["verified"] == 4
+    assert results["summary"]["ok"] and results["summary"]["verified"] == 2
     assert results["summary"]["caught"] == 9
     assert results["summary"]["caught_by"] == {"structure": 2, "bytes": 3, "outputs": 6, "function": 1}
     assert {row["exit_code"] for row in results["verifications"]} == {0}
-    table = [sys.executable, str(SCRIPTS / "corruption_table.py"), "-o", str(tmp_path / "table.md"), "--jobs", "1"]
-    subprocess.run([*table, "--only", only, "--gpu", str(tmp_path / "results.json")], check=True)
+    options = ["-o", str(tmp_path / "table.md"), "--jobs", "1", "--only", only, "--gpu", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", ["corruption_table.py", *options])
+    assert table.main() == 0
     text = (tmp_path / "table.md").read_text()
     assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "9 runs, 9 caught" in text
 

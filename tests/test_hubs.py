@@ -34,6 +34,7 @@ from hubserver import Faults, HubServer, Repo, environment, hub_server
 from hypothesis import given
 from hypothesis import strategies as st
 
+import converter
 from converter.api.verify import verify
 from converter.errors import HubError, OutputError, UsageError
 from converter.hub import http_range, read_ahead, requests_http
@@ -167,12 +168,11 @@ def local(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Converts a local checkpoint, each once."""
     folder, outputs = tmp_path_factory.mktemp("local"), {}
 
-    def convert(family: str, name: str, *options: str) -> Path:
-        key = (family, name, *options)
+    def convert(family: str, name: str, **options: Any) -> Path:
+        key = (family, name, *options.items())
         if key not in outputs:
             outputs[key] = folder / str(len(outputs))
-            command = [BIN / "dsocr-convert", family, made / name, *options, "-o", outputs[key]]
-            subprocess.run([*map(str, command)], check=True, capture_output=True, timeout=60)
+            converter.convert(made / name, family, out=outputs[key], **options)
         return outputs[key]
 
     return convert
@@ -587,11 +587,13 @@ def test_verification(place: Place, local: Any, tmp_path: Path) -> None:
         ("clip", "org/clip.v1.0/script", "clip.pt"),
         ("clip", "org/clip.v1.0/sharded", "clip"),
     ]
-    for family, source, name in cases:
-        converted = local(family, name)
-        done = place.run(converted, "--source", source, "--fast", program="dsocr-verify")
-        assert (done.returncode, done.stdout) == (0, "partly verified (structure, bytes)\n"), done.stderr
-        place.check_left()
+    pairs = [(str(local(family, name)), source) for family, source, name in cases]
+    # In one process, as torch takes seconds to import.
+    done = place.script(
+        f"from converter.api.verify import verify\nfor pair in {pairs}: print(*verify(*pair, fast=True).done)"
+    )
+    assert done.splitlines() == ["structure bytes"] * len(cases)
+    place.check_left()
 
 
 def test_verification_of_a_zip_with_small_members_in_their_own_block(tmp_path: Path) -> None:
@@ -620,14 +622,27 @@ def test_verification_of_outputs(place: Place, local: Any) -> None:
 
 
 def test_other_outputs(place: Place, local: Any) -> None:
-    for source, name in (("org/sam", "model.safetensors"), ("org/sam/old/legacy.pth", "legacy.pth")):
-        remote_out = place.convert("sam", source, "--format", "pth")
-        assert remote_out.read_bytes() == local("sam", name, "--format", "pth").read_bytes()
-    same(place.convert("sam", "org/sam", "--dtype", "float16"), local("sam", "model.safetensors", "--dtype", "float16"))
-    same(
-        place.convert("clip", "org/clip.v1.0/sharded", "--image-size", "112"),
-        local("clip", "clip", "--image-size", "112"),
-    )
+    cases: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("sam", "org/sam", "model.safetensors", {"format": "pth"}),
+        ("sam", "org/sam/old/legacy.pth", "legacy.pth", {"format": "pth"}),
+        ("sam", "org/sam", "model.safetensors", {"dtype": "float16"}),
+        ("clip", "org/clip.v1.0/sharded", "clip", {"image_size": 112}),
+    ]
+    outputs = [str(place.work / str(number)) for number in range(len(cases))]
+    calls = [
+        (source, family, {**options, "out": out})
+        for (family, source, _, options), out in zip(cases, outputs, strict=True)
+    ]
+    # In one process, as torch takes seconds to import.
+    code = f"import converter\nfor source, family, options in {calls}: converter.convert(source, family, **options)"
+    place.script(code)
+    place.check_left(*map(str, range(len(cases))))
+    for (family, _, name, options), out in zip(cases, outputs, strict=True):
+        expected = local(family, name, **options)
+        if options.get("format") == "pth":
+            assert Path(out).read_bytes() == expected.read_bytes()
+        else:
+            same(Path(out), expected)
 
 
 # What a connection may do -------------------------------------------------------------------------------------------

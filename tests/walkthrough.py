@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from command import run
+
 BIN = Path(sys.executable).parent
+# A command that needs no shell.
+_OWN_PROGRAM = re.compile(r"dsocr-[\w\s.,:/=@-]+")
 
 
 class Step(NamedTuple):
@@ -77,9 +82,13 @@ def differs(step: Step, printed: str) -> str:
 
 def shell(command: str, folder: Path, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     """Run a command with our programs first in the path, and stderr merged into stdout."""
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     # Wide enough that no line is folded.
-    settings = {"PATH": path, "COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    settings = {"COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    if not environment and _OWN_PROGRAM.fullmatch(command):
+        # In this process, which has imported torch already.
+        program, *arguments = shlex.split(command)
+        return run(*arguments, cwd=folder, program=program, merged=True, **settings)
+    settings["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""Writes the seeds, the first inputs of fuzzing: seeds.py FOLDER writes FOLDER/<target>/<digest>.
+"""Writes the seeds, the first inputs of fuzzing.
 
 Seeds are tiny checkpoints that torch and safetensors write in every format, the built-in mappings, the tensor names of
 real checkpoints, and the hostile corpus.
@@ -10,15 +10,13 @@ import contextlib
 import hashlib
 import io
 import json
-import sys
 import tempfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import safetensors.torch
 import torch
@@ -164,21 +162,21 @@ def _pickles(data: bytes) -> list[bytes]:
     return []
 
 
-def main() -> None:
-    found = seeds()
-    for data in hostile():
+def write(folder: Path, corpus: bool = True) -> None:
+    """Write the seeds of each target to FOLDER/<target>/<digest>, with or without the hostile corpus."""
+    with warnings.catch_warnings():
+        # torch deprecates TorchScript.
+        warnings.simplefilter("ignore")
+        found, files = seeds(), list(hostile()) if corpus else []
+    for data in files:
         names = next(names for fits, names in _KINDS if fits(data))
         for name in names:
             found[name].append(data)
         found["pickle"] += _pickles(data)
     for name, inputs in found.items():
-        folder = Path(sys.argv[1], name)
-        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
         for data in inputs:
             if len(data) <= MAX_INPUT:
-                (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
-        print(f"{name}: {len(list(folder.iterdir()))} inputs")
-
-
-if __name__ == "__main__":
-    main()
+                (own / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+        print(f"{name}: {len(list(own.iterdir()))} inputs")
