@@ -72,14 +72,16 @@ class _Module(torch.nn.Module):
         self.register_buffer("extra", torch.ones(2, dtype=torch.float16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.inner(x)) * self.extra
+        result: torch.Tensor = self.norm(self.inner(x)) * self.extra
+        return result
 
 
 def scripted() -> list[bytes]:
     found = []
-    for module in (torch.jit.script(_Module().eval()), torch.jit.trace(_Module().eval(), torch.ones(1, 3))):
+    jit: Any = torch.jit  # its functions have no types
+    for module in (jit.script(_Module().eval()), jit.trace(_Module().eval(), torch.ones(1, 3))):
         buffer = io.BytesIO()
-        torch.jit.save(module, buffer)
+        jit.save(module, buffer)
         found.append(buffer.getvalue())
     return found
 
