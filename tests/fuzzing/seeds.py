@@ -31,7 +31,7 @@ MAX_INPUT = 64 << 10  # bytes
 Seeds = dict[str, list[bytes]]
 
 
-def states() -> list[dict[str, Any]]:
+def states() -> list[dict[Any, Any]]:
     """Small state dicts with all dtypes and kinds of strides."""
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     types = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
