@@ -13,7 +13,7 @@ from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkp
 from converter.options import split_options
 from converter.output.names import shorten
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
-from converter.output.record import ConversionRecord, make_plan_record
+from converter.output.record import ConversionRecord, Destination, make_plan_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, is_unchanged, make_output, write
 from converter.plan.plan import Plan
@@ -80,10 +80,8 @@ def convert(
             documents = config_files(
                 resolved.plan, convert_options.full_model, read_normalization(opened[0], resolved.plan.remarks)
             )
-        notes = _donor_note(resolved.plan, donor)
-        planned = make_plan_record(
-            opened, resolved, output=target, format=format, dtype=convert_options.dtype, notes=notes
-        )
+        destination = Destination(target, format, convert_options.dtype)
+        planned = make_plan_record(opened, resolved, destination, _donor_note(resolved.plan, donor))
         if documents is None and is_unchanged(opened[0], resolved.plan.outputs, format):
             return replace(planned, output=opened[0].name, unchanged=True)
         if dry_run:

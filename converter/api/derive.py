@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
-from converter.checkpoint.state_dict import largest_state_dict, unwrapped_names
+from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names
 from converter.derivation.comparison import Comparison, TensorMatch, plan_target
 from converter.derivation.mapping import Derived, build_mapping
 from converter.derivation.names import match_by_names
@@ -68,19 +68,11 @@ def derive(
         opened, *others = checkpoints = [stack.enter_context(closing(open_checkpoint(each, hub))) for each in names]
         check_hub_options(hub, checkpoints)
         check_not_source(path, checkpoints)
-        plans = [plan_target(other, family) for other in others]
-        canonical = plans[0].target if plans else registry.canonical(registry.load(str(target)).family)
-        expected = {key: value for plan in plans for key, value in (plan.outputs | plan.extra_tensors).items()}
         chosen = largest_state_dict(select_state_dicts(opened, state_dict, prefix), opened.name)
-        read = unwrapped_names({**chosen.tensors, **chosen.unselected}, opened.name)
-        tensors = {key: lazy_read(tensor) for key, tensor in read.items()}
-        selected = {key: tensors[key] for key, tensor in read.items() if tensor.key in chosen.tensors}
-        other_name = others[0].name if others else str(target)
-        comparison = Comparison(
-            name or path.stem, opened.name, tensors, selected, chosen.prefix, other_name, canonical, expected
-        )
+        comparison = _compare(name or path.stem, opened.name, chosen, others[0] if others else str(target), family)
         for other in others:
-            other.fetch((tensor for value in expected.values() for tensor in source_tensors(value)), on_progress)
+            expected = comparison.expected.values()
+            other.fetch((tensor for value in expected for tensor in source_tensors(value)), on_progress)
             opened.fetch(chosen.tensors.values(), on_progress)
         matches = _find_matches(comparison, on_progress)
         if state_dict is None:
@@ -91,6 +83,19 @@ def derive(
         with atomic_file(path, force) as fd:
             write_all(fd, memoryview(derived.text.encode()))
     return replace(derived, output=str(path), written=allow_partial or derived.complete)
+
+
+def _compare(layout: str, source: str, chosen: StateDict, target: Checkpoint | str, family: str) -> Comparison:
+    """Name the tensors of a state dict, and plan those of the target: a checkpoint, or the name of a layout."""
+    read = unwrapped_names({**chosen.tensors, **chosen.unselected}, source)
+    tensors = {key: lazy_read(tensor) for key, tensor in read.items()}
+    selected = {key: tensors[key] for key, tensor in read.items() if tensor.key in chosen.tensors}
+    if isinstance(target, str):
+        canonical, expected, name = registry.canonical(registry.load(target).family), {}, target
+    else:
+        plan = plan_target(target, family)
+        canonical, expected, name = plan.target, plan.outputs | plan.extra_tensors, target.name
+    return Comparison(layout, source, tensors, selected, chosen.prefix, name, canonical, expected)
 
 
 def _find_matches(comparison: Comparison, on_progress: OnProgress) -> list[TensorMatch]:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.assembly.insert import insertion_output, plan_insertion
-from converter.assembly.parts import MODEL_PREFIX, build_encoder, encoder_record, extract_encoder
+from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.options import DTYPES, HubOptions, check_choices
-from converter.output.record import ConversionRecord
+from converter.output.record import ConversionRecord, Destination
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
 from converter.plan.plan import sort_outputs
 from converter.storage.progress import OnProgress
-from converter.tensors.serialize import Outputs
 
 
 def encoder(
@@ -81,7 +80,7 @@ def encoder(
         if out is None:
             raise UsageError("--into: name the output with --output")
     format = format_for(None if into is not None else out, format)
-    target = Path(out or f"deepencoder.{format}")
+    destination = Destination(Path(out or f"deepencoder.{format}"), format, dtype)
     files, hub = RecordFiles(record), HubOptions(**hub_options)
     with ExitStack() as stack:
 
@@ -99,19 +98,15 @@ def encoder(
         check_hub_options(hub, parts.sources)
         if into is not None:
             insertion = plan_insertion(Path(into), open_, parts.tensors, parts.constants, dtype)
-            sources, names, outputs = [*parts.sources, insertion.host], insertion.keys, insertion.tensors
+            sources = [*parts.sources, insertion.host]
+            made = encoder_record(
+                parts, insertion.keys, insertion.tensors, destination, sources=sources, notes=insertion.notes
+            )
+            output = insertion_output(insertion)
         else:
-            insertion, sources = None, parts.sources
-            names = {name: add_prefix + name for name in parts.tensors if name not in parts.constants}
-            outputs = sort_outputs({new: parts.tensors[name] for name, new in names.items()}, dtype)
-        notes = insertion.notes if insertion else []
-        made = encoder_record(
-            parts, names, outputs, sources=sources, output=target, format=format, dtype=dtype, notes=notes
-        )
-        if dry_run:
-            return made
-        output = insertion_output(insertion) if insertion else _new_output(outputs, made)
-        return write(output, made, sources, files, force, on_progress)
+            sources = parts.sources
+            made, output = _new_output(parts, add_prefix, destination)
+        return made if dry_run else write(output, made, sources, files, force, on_progress)
 
 
 def _refuse(reason: str, **options: object) -> None:
@@ -121,7 +116,10 @@ def _refuse(reason: str, **options: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: {reason}")
 
 
-def _new_output(outputs: Outputs, record: ConversionRecord) -> Output:
-    """A file of the tensors; its metadata says whether the compressor is untrained."""
+def _new_output(parts: EncoderParts, prefix: str, destination: Destination) -> tuple[ConversionRecord, Output]:
+    """Plan a file of the encoder alone; its metadata says whether the compressor is untrained."""
+    names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
+    outputs = sort_outputs({new: parts.tensors[name] for name, new in names.items()}, destination.dtype)
+    record = encoder_record(parts, names, outputs, destination, sources=parts.sources)
     untrained = {"compressor": min(record.generated.values())} if record.generated else {}
-    return make_output(outputs, record, record.metadata() | untrained)
+    return record, make_output(outputs, record, record.metadata() | untrained)

@@ -93,12 +93,7 @@ def plan_insertion(
         formats = ", ".join(sorted(set(host.containers)))
         raise LayoutError(f"{host.name}: {formats}: --into supports only safetensors checkpoints")
     old = _encoder_of(host, encoder)
-    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*old, *constants}]
-    problems += [problem for name, tensor in old.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
-    if problems:
-        raise UsageError(
-            f"{host.name}: the encoder does not fit: {summary(problems)}", "use an encoder of the same sizes"
-        )
+    _check_fit(host, old, encoder, constants)
     replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in old.items()}
     folder = path if path.is_dir() else path.parent if is_index(path.name) else None
     other_files, notes = _other_files(folder, host) if folder else ([], [])
@@ -106,6 +101,17 @@ def plan_insertion(
     files = f" and {len(other_files)} other files" if folder else ""
     notes.insert(0, f"replaced {len(replaced)} tensors; kept {kept}{files} as they were")
     return Insertion(host, {name: tensor.key for name, tensor in old.items()}, replaced, folder, other_files, notes)
+
+
+def _check_fit(
+    host: Checkpoint, old: Mapping[str, TensorInfo], encoder: Mapping[str, LazyTensor], constants: Collection[str]
+) -> None:
+    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*old, *constants}]
+    problems += [problem for name, tensor in old.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
+    if problems:
+        raise UsageError(
+            f"{host.name}: the encoder does not fit: {summary(problems)}", "use an encoder of the same sizes"
+        )
 
 
 def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[str, TensorInfo]:

@@ -11,7 +11,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.options import ConvertOptions
-from converter.output.record import ConversionRecord, make_record
+from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
@@ -53,10 +53,7 @@ def encoder_record(
     parts: EncoderParts,
     names: Mapping[str, str],
     outputs: Mapping[str, LazyTensor],
-    *,
-    output: Path,
-    format: str,
-    dtype: str,
+    destination: Destination,
     sources: Sequence[Checkpoint],
     notes: Sequence[str] = (),
 ) -> ConversionRecord:
@@ -66,9 +63,7 @@ def encoder_record(
         parts: The encoder.
         names: The names of its tensors that are written, and their names in the output.
         outputs: All tensors of the output.
-        output: The path of the output.
-        format: safetensors or pth.
-        dtype: The requested type.
+        destination: Where they are written.
         sources: The checkpoints that are read, with the one that the encoder is inserted into.
         notes: Remarks for the user.
     """
@@ -83,10 +78,8 @@ def encoder_record(
         sources,
         parts.plans,
         outputs,
+        destination,
         target="deepencoder",
-        output=output,
-        format=format,
-        dtype=dtype,
         generated={new: parts.generated[name] for name, new in names.items() if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if name not in parts.tensors},
         dropped=parts.dropped | constants,

@@ -120,9 +120,6 @@ def sam_config_from(
     if rows != columns:
         raise LayoutError(f"pos_embed: {rows} rows and {columns} columns, expected a square")
     rel_pos = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
-    windows = {length for length, _ in rel_pos} - {2 * rows - 1}
-    if len(windows) > 1:
-        raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(windows)} offsets, expected windows of one size")
     head_width = rel_pos[0][1]
     if width % head_width:
         raise LayoutError(f"blocks.0.attn.rel_pos_h: heads of {head_width} channels, expected a divisor of {width}")
@@ -134,13 +131,21 @@ def sam_config_from(
         depth=len(rel_pos),
         heads=width // head_width,
         mlp=shape_of(shapes, "blocks.0.mlp.lin1.weight", 2)[0],
-        window=(windows.pop() + 1) // 2 if windows else SamConfig.window,
+        window=_window(rel_pos, rows),
         global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
         compressor=_compressor(shapes),
         activation=activation,
         epsilon=epsilon,
     )
+
+
+def _window(rel_pos: Sequence[tuple[int, ...]], rows: int) -> int:
+    """Return the window size of the blocks whose relative positions do not cover all rows of the image."""
+    windows = {length for length, _ in rel_pos} - {2 * rows - 1}
+    if len(windows) > 1:
+        raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(windows)} offsets, expected windows of one size")
+    return (windows.pop() + 1) // 2 if windows else SamConfig.window
 
 
 def _compressor(shapes: Shapes) -> tuple[int, int] | None:
@@ -170,9 +175,6 @@ def clip_config_from(
     """
     name = "embeddings.position_embedding.weight"
     num_positions, width = shape_of(shapes, name, 2)
-    grid = isqrt(num_positions - 1)
-    if not grid or grid**2 != num_positions - 1:
-        raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
     if width % head_width:
         raise LayoutError(f"{name}: {width} channels, expected a multiple of the heads' {head_width}")
     channels, patch = ClipConfig.channels, ClipConfig.patch
@@ -180,7 +182,7 @@ def clip_config_from(
     if convolution in shapes:
         _, channels, patch, _ = shape_of(shapes, convolution, 4)
     return ClipConfig(
-        image_size=grid * patch,
+        image_size=_grid(name, num_positions) * patch,
         patch=patch,
         channels=channels,
         width=width,
@@ -191,6 +193,14 @@ def clip_config_from(
         activation=activation,
         epsilon=epsilon,
     )
+
+
+def _grid(name: str, num_positions: int) -> int:
+    """Return the number of patches along a side of the image."""
+    grid = isqrt(num_positions - 1)
+    if not grid or grid**2 != num_positions - 1:
+        raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
+    return grid
 
 
 def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from converter import __version__
 from converter.checkpoint.open import Checkpoint
@@ -106,13 +106,21 @@ class ConversionRecord:
         return cast("dict[str, Any]", as_json(self))
 
 
+class Destination(NamedTuple):
+    """Where an output is written, and how."""
+
+    path: Path | None = None  # None for a plan that is not written
+    format: str = "safetensors"  # safetensors or pth
+    dtype: str = "keep"  # The requested type
+
+
+PLANNED = Destination()
+
+
 def make_plan_record(
     sources: Sequence[Checkpoint],
     resolved: ResolvedPlan,
-    *,
-    output: Path | None = None,
-    format: str = "safetensors",
-    dtype: str = "keep",
+    destination: Destination = PLANNED,
     notes: Sequence[str] = (),
 ) -> ConversionRecord:
     """Make the record of a plan for one family. Args: As in `make_record`."""
@@ -121,10 +129,8 @@ def make_plan_record(
         sources,
         {plan.mapping.family: resolved},
         plan.outputs,
+        destination,
         target=plan.layout,
-        output=output,
-        format=format,
-        dtype=dtype,
         generated=plan.generated,
         missing=plan.missing,
         dropped=plan.dropped,
@@ -136,11 +142,9 @@ def make_record(
     sources: Sequence[Checkpoint],
     plans: Mapping[str, ResolvedPlan],
     outputs: Mapping[str, LazyTensor],
+    destination: Destination,
     *,
     target: str,
-    output: Path | None,
-    format: str,
-    dtype: str,
     generated: Mapping[str, str],
     missing: Mapping[str, str],
     dropped: Mapping[str, str],
@@ -153,10 +157,8 @@ def make_record(
         sources: The checkpoints that are read, the main one first.
         plans: The plan of each family that is converted.
         outputs: All tensors of the output.
+        destination: Where they are written.
         target: The layout of the output.
-        output: The path of the output.
-        format: safetensors or pth.
-        dtype: The requested type.
         generated: Output tensors that no source has, and their content.
         missing: Tensors of the target that no source has, and why they may be missing.
         dropped: Source tensors that are left out, and why.
@@ -169,9 +171,9 @@ def make_record(
         sources=[_recorded_source(source, plans) for source in sources],
         family=next(iter(plans)) if len(plans) == 1 else "deepencoder",
         target=target,
-        output=str(output or ""),
-        format=format,
-        dtype=dtype,
+        output=str(destination.path or ""),
+        format=destination.format,
+        dtype=destination.dtype,
         num_tensors=len(outputs),
         nbytes=sum(map(nbytes, outputs.values())),
         dtypes=count_dtypes(value.dtype for value in outputs.values()),
@@ -183,7 +185,7 @@ def make_record(
         unusual=_by_family(plans, lambda plan: plan.unusual),
         assumptions=_by_family(plans, _used_assumptions),
         notes=[
-            *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, output)),
+            *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, destination.path)),
             *notes,
             *(note for source in sources for note in source.notes),
         ],
@@ -268,16 +270,16 @@ def record_document(
         on_progress: Called with the bytes of source files read.
     """
     index_of = {file: index for index, source in enumerate(sources) for file in source.files}
-    tensors = {
-        name: {
+
+    def describe(name: str, value: LazyTensor) -> dict[str, Any]:
+        return {
             "dtype": value.dtype.name,
             "shape": list(value.shape),
             "sha256": digests.hex(name),
             "from": [{"key": tensor.key, "source": index_of[tensor.storage.file]} for tensor in source_tensors(value)],
             **({"generated": record.generated[name]} if name in record.generated else {}),
         }
-        for name, value in outputs.items()
-    }
+
     return {
         "record": RECORD_FORMAT,
         "tools": _tools(outputs),
@@ -291,7 +293,7 @@ def record_document(
         "sources": _sources(record, sources, on_progress),
         "metadata": metadata,
         "nbytes": record.nbytes,
-        "tensors": tensors,
+        "tensors": {name: describe(name, value) for name, value in outputs.items()},
         "dropped": record.dropped,
         "missing": record.missing,
         "overflows": record.overflows,

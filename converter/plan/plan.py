@@ -87,12 +87,8 @@ def make_plan(
         MappingError: The tensors do not fit the mapping or the canonical layout.
         UsageError: The canonical layout does not allow this image size.
     """
-    is_outside = outside_encoder(mapping, prefix, target)
-    has_other_rules = bool(prefix and mapping.other_rules)
-    kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
     where = f"{source}: by {mapping.location.file}"
-    applied = apply(mapping.rules_for(prefix), kept, where, is_outside)
-    applied.dropped.update((name, mapping.drop_rest or OUTSIDE) for name in tensors if name not in kept)
+    applied = _apply_mapping(mapping, prefix, target, tensors, where)
     # By the names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
     plan = Plan(mapping, target, {}, dropped, layout=target.name)
@@ -110,6 +106,18 @@ def make_plan(
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
     }
     return plan
+
+
+def _apply_mapping(
+    mapping: LayoutMapping, prefix: str, target: CanonicalLayout, tensors: Mapping[str, LazyTensor], where: str
+) -> Applied:
+    """Apply the rules of a mapping to the tensors of the encoder, and drop those outside."""
+    is_outside = outside_encoder(mapping, prefix, target)
+    has_other_rules = bool(prefix and mapping.other_rules)
+    kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
+    applied = apply(mapping.rules_for(prefix), kept, where, is_outside)
+    applied.dropped.update((name, mapping.drop_rest or OUTSIDE) for name in tensors if name not in kept)
+    return applied
 
 
 def outside_encoder(mapping: LayoutMapping, prefix: str, target: CanonicalLayout) -> Callable[[str], bool]:

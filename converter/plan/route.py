@@ -40,10 +40,7 @@ def retarget(
     """
     rules = writing_rules(target, full_model)
     generated = {spec.name.text for spec in plan.target.tensors if spec.generate}
-    own = {name: value for name, value in {**plan.outputs, **plan.extra_tensors}.items() if name not in generated}
-    available = {**donor.outputs, **donor.extra_tensors, **own} if donor else own
-    claimed = {name for parts in claim(rules, available).groups.values() for name in parts.values()} - generated
-    values = {name: value for name, value in available.items() if name in claimed}
+    values = _claimed(rules, plan, donor, generated)
     # All optional: `missing_names` lists what is missing by name, which is clearer than the rules without a match.
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), values, f"{source}: to {target.name}")
     if not partial:
@@ -60,6 +57,14 @@ def retarget(
         assumptions=plan.assumptions,
         remarks=plan.remarks,
     )
+
+
+def _claimed(rules: tuple[Rule, ...], plan: Plan, donor: Plan | None, generated: set[str]) -> dict[str, LazyTensor]:
+    """Return the canonical tensors that rules convert, from the checkpoint or else from the donor."""
+    own = {name: value for name, value in {**plan.outputs, **plan.extra_tensors}.items() if name not in generated}
+    available = {**donor.outputs, **donor.extra_tensors, **own} if donor else own
+    claimed = {name for parts in claim(rules, available).groups.values() for name in parts.values()} - generated
+    return {name: value for name, value in available.items() if name in claimed}
 
 
 def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]:
