@@ -1,4 +1,4 @@
-"""Runs the programs as in a terminal."""
+"""Runs the programs as in a terminal, and imports the scripts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +41,10 @@ def run_installed(
     command = [Path(sys.executable).with_name(program), *map(str, arguments)]
     settings = {**os.environ, **environment}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=settings)
+
+
+def script(name: str) -> Any:
+    """Import a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+        return import_module(name)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import script
 
 from converter.storage import atomic_output
 
 # Tiny tensors run slower with more threads. Before torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def sam_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SAM-base at true size, as Meta saves it. Tests link it to a folder of theirs."""
+    folder = tmp_path_factory.mktemp("true-size")
+    yield script("make_checkpoints").make(folder, ["sam-b"])["sam-b"]
+    # Gigabytes that pytest would keep.
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["linux", "portable"])

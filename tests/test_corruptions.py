@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 
 import correct
 import corruptions
 import pytest
 import test_oracles
+from command import script
 from corruptions import ARCHITECTURE, FILE, FUNCTION, WEIGHTS, Corruption, Row, Subject
 
 import converter
@@ -146,13 +146,10 @@ def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_
 
 # The scripts ----------------------------------------------------------------------------------------------------------
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
 
 def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process but for what the script itself starts; of the four checkpoints, one of each family."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    gpu, table = import_module("verify_on_gpu"), import_module("corruption_table")
+    gpu, table = script("verify_on_gpu"), script("corruption_table")
     monkeypatch.setattr(gpu, "CHECKPOINTS", gpu.CHECKPOINTS[1::2])
     only = "qkv-order-kqv,sam-eps,data-truncated,mapping-neck-norms,source-heads,config-epsilon"
     options = ["--tiny", "--device", "cpu", "--dtypes", "bfloat16", "--workers", "2", "--only", only]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import functools
-import importlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import script
 from torch import Tensor, nn
 
 import converter
@@ -184,14 +184,6 @@ def test_resampled_positions_are_in_the_config(tmp_path: Path) -> None:
     assert loaded(CLIPVisionModel, tmp_path / "clip").config.image_size == 84
 
 
-def script(name: str) -> object:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -204,7 +196,7 @@ def test_sams_config_is_that_of_its_size(size: str, expected: dict[str, object])
     """What transformers fills in for a key that is not there must be what the file says, too."""
     from transformers import SamConfig, SamImageProcessor
 
-    names = script("make_checkpoints").inventory("sam-meta", size)  # type: ignore[attr-defined]
+    names = script("make_checkpoints").inventory("sam-meta", size)
     shapes = {name.removeprefix("image_encoder."): shape for name, (_, shape) in names.items()}
     document, preprocessor = sam_documents(shapes, assumed(registry.canonical("sam")), full_model=True)
     blocks = {"vit-b": [2, 5, 8, 11], "vit-l": [5, 11, 17, 23], "vit-h": [7, 15, 23, 31]}[size]
@@ -225,7 +217,7 @@ def test_sams_config_is_that_of_its_size(size: str, expected: dict[str, object])
 def test_clips_config_is_openais(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    names = script("make_checkpoints").inventory("clip-hf", "vit-l-14")  # type: ignore[attr-defined]
+    names = script("make_checkpoints").inventory("clip-hf", "vit-l-14")
     path = tmp_path / "clip.safetensors"
     header, end = {}, 0
     for name, (dtype, shape) in names.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command import script
 from fuzzing import seeds
 from fuzzing.targets import TARGETS
 
@@ -28,18 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def script() -> Any:
-    """scripts/fuzz.py as a module."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("fuzz")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_input_escapes(name: str, folder: Path) -> None:
-    result = script().fuzz(name, folder, SECONDS, seed=6)
+    result = script("fuzz").fuzz(name, folder, SECONDS, seed=6)
     assert not result.escape, (result, (folder / f"{name}.log").read_text(errors="replace")[-3000:])
     # The target ran and got past the first checks.
     assert result.executions > 20 and result.features > 10 and result.inputs > 1, result

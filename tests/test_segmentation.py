@@ -5,17 +5,15 @@ The picture, the widths and the decoder have their true sizes. More blocks would
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from command import script
 from PIL import Image
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -26,24 +24,14 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TOLERANCE = 3e-5
 
 
-def script(name: str) -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def walked(sam_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The script's own way: the converted folder, the picture, and every prompt with its answer."""
     walk, folder = script("segment_with_sam"), tmp_path_factory.mktemp("sam")
-    whole = script("make_checkpoints").make(folder, ["sam-b"])["sam-b"]
     # Blocks 0, 1 and 2 of 12; the last of them attends to the whole image.
     dropped = re.compile(r"image_encoder\.blocks\.([3-9]|1[01])\.")
     source = folder / "sam_3_blocks.pth"
-    torch.save({name: tensor for name, tensor in torch.load(whole).items() if not dropped.match(name)}, source)
-    whole.unlink()
+    torch.save({name: tensor for name, tensor in torch.load(sam_base).items() if not dropped.match(name)}, source)
     walk.convert(str(source), folder / "sam")
     picture = walk.draw_picture()
     segmenter = walk.Segmenter(folder / "sam", picture)
