@@ -6,13 +6,15 @@ import json
 from contextlib import closing
 from pathlib import Path, PurePath
 
+import models
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 
+import converter
 from converter.checkpoint.open import Checkpoint, open_checkpoint
-from converter.errors import ContainerError
+from converter.errors import ContainerError, SourceError
 
 A, B = {"a": torch.ones(2)}, {"b": torch.zeros(3)}
 
@@ -77,6 +79,34 @@ def test_shards(names: tuple[str, str], index: str, tmp_path: Path) -> None:
     assert sorted(checkpoint.contents) == ["a", "b"]
     assert [PurePath(file.name).name for file in checkpoint.files] == list(names)
     assert checkpoint.notes == (() if index else ("no index: read the 2 shards by their headers",))
+
+
+@pytest.mark.parametrize("index", ["", "model.safetensors.index.json"])
+def test_one_shard_is_read_alone(index: str, tmp_path: Path) -> None:
+    """Whole encoders in it convert, with a note; for all others the error says how to read all shards."""
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    state = {name: tensor.clone() for name, tensor in models.clip_hf_vision().state_dict().items()}
+    language = {"lm_head.weight": torch.ones(2)}
+    step = f"give {index} next to it" if index else "give its folder"
+    last = f"layers.{models.CLIP_DEPTH - 1}."
+    cuts = [state, {name: state[name] for name in list(state)[:9]}, {"norm.weight": torch.ones(2)}]
+    # Without the last layer, it is a CLIP of fewer layers: only the index shows that it is not whole.
+    cuts += [{name: tensor for name, tensor in state.items() if last not in name}] if index else []
+    for first in cuts:
+        second = {name: tensor for name, tensor in state.items() if name not in first} | language
+        for name, tensors in zip(names, (first, second), strict=True):
+            safetensors.torch.save_file(tensors, tmp_path / name)
+        if index:
+            listed = {name: shard for shard, held in zip(names, (first, second), strict=True) for name in held}
+            (tmp_path / index).write_text(json.dumps({"weight_map": listed}))
+        assert f"{names[0]}: one of 2 shards, read alone; for the whole, {step}" in opened(tmp_path / names[0]).notes
+        if first is state:
+            converter.convert(tmp_path / names[0], "clip", out=tmp_path / "out" / "x.pth", dry_run=True)
+            continue
+        with pytest.raises(SourceError) as caught:
+            converter.convert(tmp_path / names[0], "clip", dry_run=True)
+        assert caught.value.hint == f"the file is one of several shards: {step}"
+        converter.convert(tmp_path, "clip", dry_run=True)
 
 
 def test_a_set_of_one_shard(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def is_index(name: str) -> bool:
     return match is not None and format_of_name(match[1]) is None
 
 
+def count_shards(name: str) -> int:
+    """Return how many shards a checkpoint has, by the name of one of them; 1 for all other names."""
+    match = _SHARD.fullmatch(name)
+    return int(match[3]) if match else 1
+
+
 def is_checkpoint(name: str) -> bool:
     """Return whether a file name may be that of a checkpoint, and is not one that trainers write next to it."""
     return is_index(name) or (has_weight_suffix(name) and not any(fnmatch(name, pattern) for pattern in _BY_PRODUCTS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from converter.checkpoint.folder import (
     MAX_SHOWN,
     choose_checkpoint,
+    count_shards,
     has_weight_suffix,
     is_checkpoint,
     is_described,
@@ -36,6 +37,8 @@ class Located(NamedTuple):
     weight_map: dict[str, str] | None = None  # Shard names by tensor name, from the index; None without an index
     commit: str = ""  # The commit of the hub repository; empty for local files
     notes: tuple[str, ...] = ()  # Messages for the user about where the files were found
+    whole_step: str = ""  # How to read the whole checkpoint, if the file is one of several shards and read alone
+    in_other_shards: tuple[str, ...] = ()  # Names of the tensors in other shards, as far as an index lists them
     # Opens a config of the given name that describes the files; None if there is none
     open_config: Callable[[str], SourceFile | None] = lambda name: None
 
@@ -166,11 +169,27 @@ def _open_path(files: _Files, path: PurePath) -> Located:
     name = files.name(path)
     if not is_index(path.name):
         config = partial(_open_config, files, path, [path.name])
-        return Located(name, _open_all(files, path.parent, [path.name]), open_config=config)
+        located = Located(name, _open_all(files, path.parent, [path.name]), open_config=config)
+        return located if count_shards(path.name) == 1 else _one_shard(files, path, located)
     with closing(files.open(path)) as index:
         weight_map, shards = _read_index(index, name, lambda shard: files.exists(path.with_name(shard)))
     config = partial(_open_config, files, path, [path.name, *shards])
     return Located(name, _open_all(files, path.parent, shards), weight_map, open_config=config)
+
+
+def _one_shard(files: _Files, path: PurePath, located: Located) -> Located:
+    """Add to a shard that is read alone how to read the whole checkpoint."""
+    names, _ = files.entries(path.parent)
+    indexes = [name for name in names if is_index(name)]
+    step = f"give {printable(indexes[0])} next to it" if len(indexes) == 1 else "give its folder"
+    others: tuple[str, ...] = ()
+    if len(indexes) == 1:
+        with closing(files.open(path.with_name(indexes[0]))) as index, suppress(ContainerError):
+            weight_map = _weight_map(index, indexes[0])
+            others = tuple(name for name, shard in weight_map.items() if shard != path.name)
+    note = f"{printable(path.name)}: one of {count_shards(path.name)} shards, read alone; for the whole, {step}"
+    whole_step = f"the file is one of several shards: {step}"
+    return located._replace(whole_step=whole_step, in_other_shards=others, notes=(note,))
 
 
 def _open_config(files: _Files, weights: PurePath, used: Collection[str], name: str) -> SourceFile | None:

@@ -40,6 +40,8 @@ class Checkpoint:
         commit: The commit of the hub repository; empty for local files.
         notes: Messages for the user about the files.
         open_config: Opens a config of the given name that describes the files; None if there is none.
+        whole_step: How to read the whole checkpoint, if the file is one of several shards; else empty.
+        in_other_shards: Names of the tensors in the other shards, as far as an index lists them.
         ignored: Full names of the classes and functions in pickles that were not imported.
     """
 
@@ -51,6 +53,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     open_config: Callable[[str], SourceFile | None] = lambda name: None
     ignored: tuple[str, ...] = ()
+    whole_step: str = ""
+    in_other_shards: tuple[str, ...] = ()
 
     @property
     def remote(self) -> list[RemoteFile]:
@@ -110,7 +114,16 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
     ignored = tuple(dict.fromkeys(name for each in read for name in each.ignored))
     notes = (*located.notes, *dict.fromkeys(note for each in read for note in each.notes), *_ignored_note(ignored))
     return Checkpoint(
-        located.name, located.files, containers, contents, located.commit, notes, located.open_config, ignored
+        located.name,
+        located.files,
+        containers,
+        contents,
+        located.commit,
+        notes,
+        located.open_config,
+        ignored,
+        located.whole_step,
+        located.in_other_shards,
     )
 
 

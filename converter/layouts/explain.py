@@ -45,6 +45,9 @@ def no_layout_error(
         candidates: The state dicts of the checkpoint.
     """
     largest = max(candidates, key=lambda entry: len(entry.tensors))
+    what = f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"
+    if source.whole_step:
+        return LayoutError(what, source.whole_step)
     tensors = unwrapped_names(largest.tensors, source.name)
     others = _other_encoders(tensors, family)
     found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
@@ -58,7 +61,7 @@ def no_layout_error(
             f"{source.name}: is a {others[0].layout.family.upper()} checkpoint, not {family.upper()}",
             f"run: dsocr-convert {others[0].layout.family} ...",
         )
-    lines = [f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"]
+    lines = [what]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
     near = _nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
     return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))

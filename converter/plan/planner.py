@@ -12,11 +12,11 @@ from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_adapters, find_mark
-from converter.layouts.spec import LayoutSpec
+from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
-from converter.plan.plan import Plan, make_plan
+from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 
@@ -60,6 +60,7 @@ def plan_to_canonical(
     """
     mapping, prefix = detected.match.layout.mapping, detected.match.prefix
     canonical = registry.canonical(options.family)
+    _check_other_shards(opened, detected, canonical)
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
     try:
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
@@ -71,6 +72,15 @@ def plan_to_canonical(
     return plan
 
 
+def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout) -> None:
+    """Raise LayoutError if a shard that is read alone lacks tensors of the encoder, which may be whole layers."""
+    match = detected.match
+    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical)
+    for name in opened.in_other_shards:
+        if name.startswith(match.wrapper) and not is_outside(name.removeprefix(match.wrapper)):
+            raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.whole_step)
+
+
 def _misfit_error(
     opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, error: MappingError
 ) -> LayoutError | MappingError:
@@ -79,6 +89,8 @@ def _misfit_error(
         return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
     prefix, name = detected.match.prefix, detected.match.name
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
+    if opened.whole_step:
+        return MappingError(str(error), opened.whole_step)
     if mark := find_mark(encoder):
         return mark_error(opened, mark)
     if find_adapters(encoder):
