@@ -42,6 +42,7 @@ def opened(path: Path) -> Checkpoint:
 
 BY_PRODUCTS = [
     "training_args.bin", "optimizer.pt", "optimizer.bin", "optimizer_1.bin", "scheduler.pt", "lr_scheduler.pt",
+    "dataloader.pt", "optimizer-0.bin",
     "rng_state.pth", "rng_state_0.pth", "random_states_0.pt", "scaler.pt", "sampler.bin",
     "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
 ]  # fmt: skip
@@ -71,6 +72,7 @@ def test_endings_in_any_case(name: str, tmp_path: Path) -> None:
         (("a.safetensors", "b.safetensors"), "model.safetensors.index.json"),
         (("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"), "m.safetensors.index.fp16.json"),
         (("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"), "other.index.json"),
+        (("part1.safetensors", "part2.safetensors"), "other.index.json"),
     ],
 )
 def test_shards(names: tuple[str, str], index: str, tmp_path: Path) -> None:
@@ -79,6 +81,16 @@ def test_shards(names: tuple[str, str], index: str, tmp_path: Path) -> None:
     assert sorted(checkpoint.contents) == ["a", "b"]
     assert [PurePath(file.name).name for file in checkpoint.files] == list(names)
     assert checkpoint.notes == (() if index else ("no index: read the 2 shards by their headers",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_an_index_as_programs_on_windows_write_it_under_any_name(encoding: str, tmp_path: Path) -> None:
+    shards(tmp_path, "1.safetensors", "2.safetensors", index="model.safetensors.index.json")
+    text = (tmp_path / "model.safetensors.index.json").read_text().replace(",", ",\r\n")
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode(encoding))
+    assert sorted(opened(tmp_path).contents) == ["a", "b"]
+    (tmp_path / "renamed.json").write_text(text)
+    assert sorted(opened(tmp_path / "renamed.json").contents) == ["a", "b"]
 
 
 @pytest.mark.parametrize("index", ["", "model.safetensors.index.json"])
@@ -128,7 +140,8 @@ def test_a_set_of_one_shard(tmp_path: Path) -> None:
         (("flax_model.msgpack", "config.json"), r"flax_model\.msgpack is Flax.*\n.*from_flax"),
         (("model.onnx",), "model.onnx is an ONNX model"),
         (("checkpoint-10/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: checkpoint-10"),
-        (("zero_pp_rank_0_mp_rank_00_model_states.pt",), r"ZeRO-3.*\n.*zero_to_fp32"),
+        (("zero_pp_rank_0_mp_rank_00_model_states.pt",), r"ZeRO-3.*\n.*the folder above.*: python zero_to_fp32.py \. "),
+        (("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), r"model-parallel ranks.*\n.*give mp_rank_00_"),
     ],
 )  # fmt: skip
 def test_folders_without_a_checkpoint(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -141,7 +154,7 @@ def test_latest_is_followed(tmp_path: Path) -> None:
     put(tmp_path, "training_args.bin", "global_step5/mp_rank_00_model_states.pt")
     (tmp_path / "global_step10").mkdir()
     torch.save({"module": A}, tmp_path / "global_step10" / "mp_rank_00_model_states.pt")
-    (tmp_path / "latest").write_text("global_step10\n")
+    (tmp_path / "latest").write_bytes(b"\xef\xbb\xbfglobal_step10\r\n")
     assert opened(tmp_path).contents["module"].keys() == {"a"}
     # The weights that the trainer gathered are in the folder itself.
     safetensors.torch.save_file(B, tmp_path / "model.safetensors")

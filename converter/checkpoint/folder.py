@@ -11,7 +11,7 @@ from converter.errors import ContainerError, DsocrError, printable
 from converter.formats.unrecognized import format_of_name
 
 # The file to use in a folder is the first of these that exists, in the order of transformers and open_clip.
-_STANDARD_NAMES = (
+STANDARD_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -31,7 +31,7 @@ _SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..+)")
 _BY_PRODUCTS = (
     "training_args.*",
     "optimizer.*",
-    "optimizer_*",
+    "optimizer[_-]*",
     "optim.*",
     "*_optim_states.pt",
     "*scheduler.*",
@@ -40,6 +40,7 @@ _BY_PRODUCTS = (
     "*scaler.*",
     "sampler.*",
     "sampler_*",
+    "dataloader*",
 )
 _UNFINISHED = (".aria2", ".incomplete", ".crdownload", ".part", ".partial")
 # Checkpoints in several files that are read together: a pattern of one of their names, what it is, the next step.
@@ -52,7 +53,13 @@ _DISTRIBUTED = (
     (
         "*zero_pp_rank_*_model_states.pt",
         "a checkpoint of DeepSpeed ZeRO-3, which splits each tensor",
-        "gather it: python zero_to_fp32.py FOLDER NEW_FOLDER (DeepSpeed writes this script next to the checkpoint)",
+        "gather it, in the folder above, where DeepSpeed wrote this script: python zero_to_fp32.py . gathered",
+    ),
+    (
+        "mp_rank_01_model_states.pt",
+        "a checkpoint of several model-parallel ranks, which may split tensors",
+        "merge the ranks with the program that trained it; where it does not split the vision encoder, give "
+        "mp_rank_00_model_states.pt",
     ),
 )
 # Number of names in a message. Some repositories have hundreds of checkpoints.
@@ -105,7 +112,7 @@ def choose_checkpoint(
         error: The exception to raise if there is no checkpoint, or more than one candidate.
     """
     ordered = sorted(files)
-    for name in _STANDARD_NAMES:
+    for name in STANDARD_NAMES:
         if name in ordered:
             return [name]
     for pattern, kind, step in _DISTRIBUTED:
@@ -163,7 +170,7 @@ def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[
             return f"{where}: contains no checkpoint; {printable(name)} is {known.kind}", known.step
     by_products = [name for name in files if has_weight_suffix(name)]
     found = f"; {_listed(by_products)}: written by a trainer, without weights" if by_products else ""
-    hint = f"looked for {', '.join((*_STANDARD_NAMES[:4], *(f'*{suffix}' for suffix in WEIGHT_SUFFIXES)))}"
+    hint = f"looked for {', '.join((*STANDARD_NAMES[:4], *(f'*{suffix}' for suffix in WEIGHT_SUFFIXES)))}"
     if folders:
         hint += f"\nif it is in one of its folders, give that: {_listed(folders)}"
     return f"{where}: contains no checkpoint{found}", hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from converter.checkpoint.folder import (
     MAX_SHOWN,
+    STANDARD_NAMES,
     choose_checkpoint,
     count_shards,
     has_weight_suffix,
@@ -152,11 +154,12 @@ def _open_folder(files: _Files, folder: PurePath) -> Located:
     latest = folder / "latest"
     if "latest" in names and not any(map(is_checkpoint, names)):
         with closing(files.open(latest)) as file:
-            step = file.read(0, min(file.size, 256)).decode(errors="replace").strip()
+            step = file.read(0, min(file.size, 256)).decode("utf-8-sig", errors="replace").strip()
         if step in folders:
             config = partial(_open_config, files, latest, ())
             return _open_folder(files, folder / step)._replace(open_config=config)
-    chosen = choose_checkpoint(names, folders, files.name(folder), files.error)
+    listed = _shards_of_indexes(files, folder, names)
+    chosen = choose_checkpoint([name for name in names if name not in listed], folders, files.name(folder), files.error)
     if len(chosen) == 1:
         return _open_path(files, folder / chosen[0])
     note = f"no index: read the {len(chosen)} shards by their headers"
@@ -164,10 +167,24 @@ def _open_folder(files: _Files, folder: PurePath) -> Located:
     return Located(files.name(folder), _open_all(files, folder, chosen), notes=(note,), open_config=config)
 
 
+def _shards_of_indexes(files: _Files, folder: PurePath, names: Collection[str]) -> set[str]:
+    """Return the names of the shards in a folder that an index of an unusual name lists: they may have any names."""
+    if any(name in names for name in STANDARD_NAMES):
+        return set()
+    return {shard for name in names if is_index(name) for shard in _listed(files, folder / name).values()}
+
+
+def _listed(files: _Files, index: PurePath) -> dict[str, str]:
+    """Return the `weight_map` of an index; empty if it cannot be read."""
+    with closing(files.open(index)) as file, suppress(ContainerError):
+        return _weight_map(file, index.name)
+    return {}
+
+
 def _open_path(files: _Files, path: PurePath) -> Located:
     """Open the file at `path` or, if it is an index, the shards in its folder."""
     name = files.name(path)
-    if not is_index(path.name):
+    if not (is_index(path.name) or _looks_like_index(files, path)):
         config = partial(_open_config, files, path, [path.name])
         located = Located(name, _open_all(files, path.parent, [path.name]), open_config=config)
         return located if count_shards(path.name) == 1 else _one_shard(files, path, located)
@@ -177,16 +194,21 @@ def _open_path(files: _Files, path: PurePath) -> Located:
     return Located(name, _open_all(files, path.parent, shards), weight_map, open_config=config)
 
 
+def _looks_like_index(files: _Files, path: PurePath) -> bool:
+    """Return whether a JSON file of another name is an index."""
+    if path.suffix.lower() != ".json":
+        return False
+    with closing(files.open(path)) as file:
+        return b'"weight_map"' in file.read(0, min(file.size, 4096))
+
+
 def _one_shard(files: _Files, path: PurePath, located: Located) -> Located:
     """Add to a shard that is read alone how to read the whole checkpoint."""
     names, _ = files.entries(path.parent)
     indexes = [name for name in names if is_index(name)]
     step = f"give {printable(indexes[0])} next to it" if len(indexes) == 1 else "give its folder"
-    others: tuple[str, ...] = ()
-    if len(indexes) == 1:
-        with closing(files.open(path.with_name(indexes[0]))) as index, suppress(ContainerError):
-            weight_map = _weight_map(index, indexes[0])
-            others = tuple(name for name, shard in weight_map.items() if shard != path.name)
+    weight_map = _listed(files, path.with_name(indexes[0])) if len(indexes) == 1 else {}
+    others = tuple(name for name, shard in weight_map.items() if shard != path.name)
     note = f"{printable(path.name)}: one of {count_shards(path.name)} shards, read alone; for the whole, {step}"
     whole_step = f"the file is one of several shards: {step}"
     return located._replace(whole_step=whole_step, in_other_shards=others, notes=(note,))
@@ -283,9 +305,9 @@ def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
     if file.size > strict_json.MAX_BYTES:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
-        # Editors on Windows add the byte order mark.
-        text = file.read(0, file.size).removeprefix(b"\xef\xbb\xbf")
-        weight_map = strict_json.parse(text)["weight_map"]
+        # Programs on Windows add a byte order mark, or write UTF-16.
+        text = file.read(0, file.size)
+        weight_map = strict_json.parse(text.decode(json.detect_encoding(text)).encode())["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("a file name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
