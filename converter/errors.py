@@ -15,8 +15,10 @@ message as `repr` or `printable` writes them: they may hold control characters.
 
 from __future__ import annotations
 
-# Characters of a message, as tensor names in a file may have megabytes.
-MAX_MESSAGE = 3000
+from collections.abc import Sequence
+
+# Characters of a message and of a name in a list, as tensor names in a file may have megabytes.
+MAX_MESSAGE, _MAX_NAME = 3000, 200
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -34,6 +36,12 @@ def _escaped(char: str) -> str:
 def shortened(text: str, limit: int) -> str:
     """Cut the middle of a text of more than `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def first_names(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first names, long ones cut, and the number of others, such as `a, b, c and 4 more`."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..." for name in names[:shown]) + more
 
 
 class DsocrError(Exception):

@@ -10,8 +10,8 @@ from typing import Any
 
 from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
+from converter.errors import first_names
 from converter.options import split_options
-from converter.output.names import shorten
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
 from converter.output.record import ConversionRecord, Destination, make_plan_record
 from converter.output.record_files import RecordFiles
@@ -99,4 +99,4 @@ def _donor_note(plan: Plan, donor: Checkpoint | None) -> list[str]:
         for name, value in plan.outputs.items()
         if any(tensor.storage.file in donor.files for tensor in source_tensors(value))
     ]
-    return [f"from {donor.name}: {shorten(names)}" if names else f"--fill-from {donor.name} was not needed"]
+    return [f"from {donor.name}: {first_names(names)}" if names else f"--fill-from {donor.name} was not needed"]

@@ -19,7 +19,7 @@ from converter.checkpoint.folder import (
     is_described,
     is_index,
 )
-from converter.errors import ContainerError, DsocrError, HubError, UsageError, printable
+from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, printable
 from converter.formats import strict_json
 from converter.hub.address import is_address, looks_like_repository, open_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
@@ -282,8 +282,8 @@ def _locate_in(repository: Repository, path: str, download: bool) -> Located:
         return _open_path(files, posix)
     if path and not any(name.startswith(f"{path}/") for name in repository.files):
         candidates = sorted(name for name in repository.files if has_weight_suffix(name) or is_index(name))
-        shown = ", ".join(candidates[:MAX_SHOWN]) + (", ..." if len(candidates) > MAX_SHOWN else "")
-        raise HubError(f"{repository.name}: there is no file {path!r}", f"its checkpoints: {shown or 'none'}")
+        shown = first_names(candidates, MAX_SHOWN) or "none"
+        raise HubError(f"{repository.name}: there is no file {path!r}", f"its checkpoints: {shown}")
     return _open_folder(files, posix)
 
 

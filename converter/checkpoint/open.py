@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
-from converter.errors import ContainerError, UsageError
+from converter.errors import ContainerError, UsageError, first_names
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
@@ -21,9 +21,6 @@ from converter.tensors.tensor_info import Contents, FileContents, TensorInfo
 
 if TYPE_CHECKING:
     from converter.hub.remote_file import RemoteFile
-
-# Names of classes in a note.
-_MAX_SHOWN = 6
 
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
@@ -129,10 +126,7 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
 
 def _ignored_note(ignored: tuple[str, ...]) -> list[str]:
     """Return a note on the classes and functions in pickles, which `inspect` lists in full."""
-    if not ignored:
-        return []
-    more = f" and {len(ignored) - _MAX_SHOWN} more" if len(ignored) > _MAX_SHOWN else ""
-    return [f"not imported or run: {', '.join(ignored[:_MAX_SHOWN])}{more}; objects of them are ignored"]
+    return [f"not imported or run: {first_names(ignored, 6)}; objects of them are ignored"] if ignored else []
 
 
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:

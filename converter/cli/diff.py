@@ -20,8 +20,8 @@ from converter import reports
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
+from converter.errors import first_names
 from converter.options import HubOptions
-from converter.output.names import shorten
 from converter.storage.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -165,9 +165,9 @@ def names(difference: Difference) -> Iterable[str]:
 def _shorten(names: Sequence[str]) -> str:
     """Return the names, or if there are many, the modules that contain them."""
     if len(names) <= _MAX_NAMES:
-        return shorten(names)
+        return first_names(names)
     modules = Counter(name.partition(".")[0] for name in names)
-    return shorten([f"{module} ({number})" for module, number in modules.most_common()])
+    return first_names([f"{module} ({number})" for module, number in modules.most_common()])
 
 
 def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:

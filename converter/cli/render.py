@@ -8,7 +8,8 @@ from typing import Any
 
 from converter.api.inspect import Group, Inspection, MatchedLayout
 from converter.cli import console
-from converter.output.names import fold_key_map, group_by_reason, overflow_warning, shorten
+from converter.errors import first_names
+from converter.output.names import fold_key_map, group_by_reason, overflow_warning
 from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column, as tensor names in a file may have megabytes.
@@ -74,7 +75,7 @@ def remarks(record: ConversionRecord) -> Iterable[str]:
     for name, how in record.generated.items():
         yield f"  generated {name}: {how}"
     for reason, names in group_by_reason(record.dropped).items():
-        yield f"  dropped {shorten(names, shown=1)}: {reason}"
+        yield f"  dropped {first_names(names, shown=1)}: {reason}"
 
 
 def plan(record: ConversionRecord) -> Iterable[str]:
@@ -102,7 +103,7 @@ def inspection(result: Inspection) -> Iterable[str]:
     yield from _table(result.groups)
     if non_finite := [f"{name} ({each.non_finite})" for name, each in result.values.items() if each.non_finite]:
         yield ""
-        yield f"NaN or infinity in {count(len(non_finite), 'tensor')}: {shorten(non_finite)}"
+        yield f"NaN or infinity in {count(len(non_finite), 'tensor')}: {first_names(non_finite)}"
     for layout in result.layouts:
         yield ""
         yield from _matched_layout(layout)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from converter.errors import first_names
 from converter.tensors.dtypes import remedy
 from converter.tensors.tensor_info import TensorInfo
 
@@ -28,8 +29,7 @@ class Mark(NamedTuple):
     @property
     def text(self) -> str:
         """What the tensors are, with the first names."""
-        more = f" and {len(self.examples) - 2} more" if len(self.examples) > 2 else ""
-        return f"{self.what}: {', '.join(map(repr, self.examples[:2]))}{more}"
+        return f"{self.what}: {first_names([repr(name) for name in self.examples], 2)}"
 
 
 class _Rule(NamedTuple):

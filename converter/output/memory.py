@@ -1,20 +1,22 @@
-"""Output tensors in memory: memory-mapped if a file stores them unchanged, else read or computed."""
+"""Output tensors in memory, memory-mapped if a file stores them unchanged, else read or computed; uploads to a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from mmap import mmap
 
 import torch
 
 from converter.errors import UsageError
-from converter.output.upload import Uploader
 from converter.storage.byte_range import ByteRange, Segment, merge
 from converter.storage.local_file import LocalFile, SourceFile
 from converter.storage.range_set import RangeSet
 from converter.storage.stream import BUFFER, CrcChecker
 from converter.tensors.evaluate import as_bytes, evaluate, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
+
+_BUFFER_SIZE = 32 << 20  # bytes of pinned memory, twice
 
 
 class Loader:
@@ -96,3 +98,36 @@ def checked_device(name: str | torch.device) -> torch.device:
             f"device {name}: {str(error).splitlines()[0]}", "use cpu, or a device that torch finds"
         ) from error
     return device
+
+
+class Uploader:
+    """Copies tensors to a device; to a GPU through pinned memory.
+
+    A copy directly from a memory-mapped file takes four times as long: the driver waits for the disk.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        pinned = device.type == "cuda"
+        buffers = [torch.empty(_BUFFER_SIZE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * pinned)]
+        # An event for each buffer: recorded when its copy to the GPU is complete.
+        self._buffers = itertools.cycle([(buffer, torch.cuda.Event()) for buffer in buffers])  # type: ignore[no-untyped-call]
+        self._pinned = pinned
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self._pinned or tensor.device.type != "cpu":
+            return tensor.to(self._device)
+        result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        source, target = _bytes(tensor.contiguous()), _bytes(result)
+        for start in range(0, len(source), _BUFFER_SIZE):
+            part = source[start : start + _BUFFER_SIZE]
+            buffer, sent = next(self._buffers)
+            sent.synchronize()
+            buffer[: len(part)].copy_(part)
+            target[start : start + len(part)].copy_(buffer[: len(part)], non_blocking=True)
+            sent.record()
+        return result
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -6,27 +6,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from converter.errors import first_names
+
 _Key = TypeVar("_Key")
 # A part of a dotted name that is a number.
 _INDEX = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
-
-_MAX_SHOWN_CHARS = 200
-
-
-def shorten(names: Sequence[str], shown: int = 3) -> str:
-    """The first `shown` names, long ones cut, and the number of others, such as `a, b, c and 4 more`."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(_cut(name) for name in names[:shown]) + more
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _MAX_SHOWN_CHARS else f"{name[:_MAX_SHOWN_CHARS]}..."
 
 
 def overflow_warning(overflows: Mapping[str, int]) -> str:
     """Describe finite values that a cast made infinite or NaN, by the number in each tensor."""
     total, names = sum(overflows.values()), [f"{name} ({number})" for name, number in overflows.items()]
-    what = f"warning: the cast made {total} finite values infinite or NaN: {shorten(names)}"
+    what = f"warning: the cast made {total} finite values infinite or NaN: {first_names(names)}"
     return f"{what}; bfloat16 and float32 have a larger range"
 
 

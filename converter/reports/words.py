@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from converter.output.names import shorten
+from converter.errors import first_names
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, REQUIRED, SKIPPED, WARNING, Check, Verification
 
 GROUPS = {
@@ -79,7 +79,7 @@ def unmentioned_tensors(check: Check) -> str:
         for name in check.tensors
         if name != check.name and not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", check.detail)
     ]
-    return shorten(names) if check.verdict == FAILED else ""
+    return first_names(names) if check.verdict == FAILED else ""
 
 
 def durations(verification: Verification) -> str:

@@ -150,26 +150,22 @@ def is_arange(value: LazyTensor) -> bool:
 
 def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
     """Yield the checkpoint tensors that a lazy tensor reads, in order."""
-    match value:
-        case Read(tensor=tensor):
-            yield tensor
-        case Concat(parts=parts):
-            for part in parts:
-                yield from source_tensors(part)
-        case Slice(base=base) | View(base=base) | Transpose(base=base) | Cast(base=base) | Resample(base=base):
-            yield from source_tensors(base)
+    return (part.tensor for part in _expressions(value) if isinstance(part, Read))
 
 
 def is_resampled(value: LazyTensor) -> bool:
     """Whether a lazy tensor interpolates."""
-    match value:
-        case Resample():
-            return True
-        case Concat(parts=parts):
-            return any(map(is_resampled, parts))
-        case Slice(base=base) | View(base=base) | Transpose(base=base) | Cast(base=base):
-            return is_resampled(base)
-    return False
+    return any(isinstance(part, Resample) for part in _expressions(value))
+
+
+def _expressions(value: LazyTensor) -> Iterator[LazyTensor]:
+    """Yield a lazy tensor and all that it is made of."""
+    yield value
+    if isinstance(value, Concat):
+        for part in value.parts:
+            yield from _expressions(part)
+    elif not isinstance(value, Read | Generated):
+        yield from _expressions(value.base)
 
 
 def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:

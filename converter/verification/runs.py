@@ -11,9 +11,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from converter.errors import first_names
 from converter.layouts.spec import Rule
-from converter.output.names import shorten
-from converter.output.upload import Uploader
+from converter.output.memory import Uploader
 from converter.plan.assumptions import Assumptions, differences
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
@@ -267,9 +267,9 @@ def _explain_failure(check: Check, tested: Sequence[Tested], checks: Sequence[Ch
     if not used:
         return check
     if wrong:
-        cause = f"{shorten(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
+        cause = f"{first_names(wrong, _NAMES_SHOWN)} {'differs' if len(wrong) == 1 else 'differ'} from the source"
     else:
-        cause = f"the tensors used there match the source: {shorten(used, _NAMES_SHOWN)}"
+        cause = f"the tensors used there match the source: {first_names(used, _NAMES_SHOWN)}"
     locations = sorted({rules[name].location for name in wrong or used if name in rules})
     detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}".removesuffix("; made by ")
     return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])

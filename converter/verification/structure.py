@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from converter.errors import LayoutError, MappingError
+from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts import registry
-from converter.output.names import shorten
 from converter.plan.assumptions import Assumptions
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
@@ -111,11 +110,12 @@ def _check_values(target: Converted) -> list[Check]:
             (constant if lowest else zero).append(name)
     finite = Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(target.tensors)} tensors")
     if broken:
-        detail = f"NaN or infinity in {len(broken)} of {len(target.tensors)} tensors: {shorten(list(broken.values()))}"
+        names = first_names(list(broken.values()))
+        detail = f"NaN or infinity in {len(broken)} of {len(target.tensors)} tensors: {names}"
         finite = Check(GROUP, "finite", FAILED, detail, list(broken))
     note = "outputs cannot show whether such tensors are exchanged"
     return [finite] + [
-        Check(GROUP, name, WARNING, f"{kind}: {shorten(tensors)}; {note}", tensors)
+        Check(GROUP, name, WARNING, f"{kind}: {first_names(tensors)}; {note}", tensors)
         for name, kind, tensors in (("zero", "all zero", zero), ("constant", "constant", constant))
         if tensors
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converter.output.names import shorten
+from converter.errors import first_names
 from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import bit_view, evaluate
@@ -80,7 +80,7 @@ def _check_not_compared(source: Expected) -> list[Check]:
     names = list(source.not_compared)
     if not names:
         return []
-    detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {shorten(names)}"
+    detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {first_names(names)}"
     step = "give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
     return [Check(GROUP, "other sources", INCONCLUSIVE, f"{detail}; {step}", names)]
 
@@ -103,9 +103,9 @@ def _check_mapping(origin: Origin, known: Plan) -> Check:
         rule = plan.rules.get(differing[0])
         where = f", made by {rule.location}" if rule else ""
         what = f"the source has the layout {known.mapping.name}, of which {name} makes {len(differing)} wrong tensors"
-        return Check(GROUP, _MAPPING, FAILED, f"{what}: {shorten(differing)}{where}", differing)
+        return Check(GROUP, _MAPPING, FAILED, f"{what}: {first_names(differing)}{where}", differing)
     if alone:
-        return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {name} says what {shorten(alone)} is made of", alone)
+        return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {name} says what {first_names(alone)} is made of", alone)
     detail = f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
     return Check(GROUP, _MAPPING, PASSED, detail)
 
