@@ -506,15 +506,20 @@ _SAM_BIAS = sam._Attention._rel_pos_bias
 _REL_POS_EMBEDDINGS = sam._rel_pos_embeddings
 
 
-def bias_of_scaled_query(self: Any, q: Tensor, h: int, w: int) -> Tensor:
+def bias_of_scaled_query(self: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     return _SAM_BIAS(self, q * q.shape[-1] ** -0.5, h, w)
 
 
-def bias_swapped(self: Any, q: Tensor, h: int, w: int) -> Tensor:
+def no_bias(self: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    rows, columns = _SAM_BIAS(self, q, h, w)
+    return torch.zeros_like(rows), torch.zeros_like(columns)
+
+
+def bias_swapped(self: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     q = q.reshape(*q.shape[:2], h, w, -1)
     rows = torch.einsum("bnhwd,hkd->bnhwk", q, sam._rel_pos_embeddings(self.rel_pos_w, h)).flatten(2, 3)
     columns = torch.einsum("bnhwd,wkd->bnhwk", q, sam._rel_pos_embeddings(self.rel_pos_h, w)).flatten(2, 3)
-    return (rows[..., :, None] + columns[..., None, :]).flatten(3)
+    return rows, columns
 
 
 def nearest_offsets(table: Tensor, length: int) -> Tensor:
@@ -981,7 +986,7 @@ CATALOGUE: list[Corruption] = [
         "sam-no-relative",
         SAM,
         "relative positions not used",
-        replace(sam._Attention, "_rel_pos_bias", lambda self, q, h, w: None),
+        replace(sam._Attention, "_rel_pos_bias", no_bias),
         "{block}.0",
     ),
     _a(

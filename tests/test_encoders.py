@@ -25,6 +25,7 @@ from converter.encoders import (
     sam_config_from,
 )
 from converter.encoders.config import Shapes
+from converter.encoders.sam import attention_with_mask, attention_without_mask
 from converter.errors import LayoutError
 
 # Bars for the norm of the difference over that of the reference; seen are 2e-15 and 8e-8. FLOAT32 is for references
@@ -365,3 +366,28 @@ def test_wrong_use_is_told() -> None:
         for compressor in (None, (512, 896)):
             with pytest.raises(ValueError, match="must end in CLIP's 1024 channels"):
                 DeepEncoder(SamConfig(compressor=compressor))
+
+
+@pytest.mark.parametrize(("h", "w", "width"), [(4, 4, 64), (3, 5, 12), (1, 7, 80)])
+def test_attention_without_a_mask_is_the_same(h: int, w: int, width: int) -> None:
+    """A GPU takes the bias of global attention into the product of queries and keys: the same outputs and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, h * w, channels) for channels in (width, width, width, h, w)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    masked, product = attention_with_mask(*inputs), attention_without_mask(*inputs)
+    torch.testing.assert_close(product, masked, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(masked.shape, generator=generator, dtype=torch.float64)
+    expected, found = (torch.autograd.grad((weights * y).sum(), inputs) for y in (masked, product))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_global_attention_of_half_precision_without_a_mask() -> None:
+    """With a factor that is no power of two, bfloat16 loses no more than with a mask."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 64, channels, generator=generator) for channels in (80, 80, 80, 8, 8)]
+    exact = attention_with_mask(*(value.double() for value in inputs))
+    errors = [
+        (attend(*(value.bfloat16() for value in inputs)).double() - exact).norm()
+        for attend in (attention_with_mask, attention_without_mask)
+    ]
+    assert errors[1] < 1.1 * errors[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -79,7 +81,7 @@ class _Block(nn.Module):
         super().__init__()
         self.window = None if is_global else config.window
         self.norm1 = _layer_norm(config)
-        self.attn = _Attention(config, self.window or config.grid)
+        self.attn = _Attention(config, self.window)
         self.norm2 = _layer_norm(config)
         self.mlp = _Mlp(config)
 
@@ -103,8 +105,10 @@ class _Attention(nn.Module):
     the query minus that of the key, in patches.
     """
 
-    def __init__(self, config: SamConfig, size: int) -> None:
+    def __init__(self, config: SamConfig, window: int | None) -> None:
         super().__init__()
+        size = window or config.grid
+        self.is_global = window is None
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
@@ -114,22 +118,73 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x.flatten(1, 2)), self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._rel_pos_bias(q, h, w))
+        bias = self._rel_pos_bias(q, h, w)
+        # On a GPU the mask of a whole image takes most of the memory and much time. Within windows it is faster.
+        attend = attention_without_mask if self.is_global and x.device.type != "cpu" else attention_with_mask
+        y = attend(q, k, v, *bias)
         projected: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape))
         return projected
 
-    def _rel_pos_bias(self, q: Tensor, h: int, w: int) -> Tensor:
-        """Return the decomposed relative position bias q.R_h + q.R_w (B, heads, h*w, h*w), with q before scaling.
+    def _rel_pos_bias(self, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """Return the relative position bias of each query for the rows and for the columns of the keys.
 
         Args:
-            q: Queries (B, heads, h*w, D).
+            q: Queries (B, heads, h*w, D), before scaling.
             h: Number of rows of patches.
             w: Number of columns of patches.
+
+        Returns:
+            q.R_h (B, heads, h*w, h) and q.R_w (B, heads, h*w, w).
         """
         q = q.reshape(*q.shape[:2], h, w, -1)
         rows = torch.einsum("bnhwd,hkd->bnhwk", q, _rel_pos_embeddings(self.rel_pos_h, h)).flatten(2, 3)
         columns = torch.einsum("bnhwd,wkd->bnhwk", q, _rel_pos_embeddings(self.rel_pos_w, w)).flatten(2, 3)
-        return (rows[..., :, None] + columns[..., None, :]).flatten(3)
+        return rows, columns
+
+
+def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention with a bias for the row and the column of each key, as a mask of N x N elements for each head.
+
+    Args:
+        q: Queries (B, heads, N, D).
+        k: Keys, of the same shape.
+        v: Values, of the same shape.
+        rows: The bias of each query for keys in each of the h rows (B, heads, N, h), where N = h * w.
+        columns: The same for the w columns (B, heads, N, w).
+
+    Returns:
+        (B, heads, N, D).
+    """
+    mask = (rows[..., :, None] + columns[..., None, :]).flatten(3)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_without_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same as `attention_with_mask` with the bias as a part of the product of queries and keys.
+
+    A query gets its biases as h + w more channels. A key gets a one at its row and one at its column.
+
+    Args:
+        q: Queries (B, heads, N, D).
+        k: Keys, of the same shape.
+        v: Values, of the same shape.
+        rows: The bias of each query for keys in each of the h rows (B, heads, N, h), where N = h * w.
+        columns: The same for the w columns (B, heads, N, w).
+
+    Returns:
+        (B, heads, N, D).
+    """
+    h, w, scale = rows.shape[-1], columns.shape[-1], math.sqrt(q.shape[-1])
+    # The product is divided by the scale. Keys take its power of two, which every type holds, and queries the rest.
+    power = 2.0 ** math.floor(math.log2(scale))
+    bias = torch.cat((rows, columns), -1) * (scale / power)
+    ones = power * torch.eye(h + w, dtype=k.dtype, device=k.device)
+    positions = ones[:h].repeat_interleave(w, 0) + ones[h:].repeat(h, 1)
+    # Fast kernels take a multiple of eight channels.
+    added = -(q.shape[-1] + h + w) % 8
+    q = torch.cat((q, bias, bias.new_zeros(()).expand(*bias.shape[:-1], added)), -1)
+    k = torch.cat((k, F.pad(positions, (0, added)).expand(*k.shape[:-1], -1)), -1)
+    return F.scaled_dot_product_attention(q, k, v, scale=1 / scale)
 
 
 class _Mlp(nn.Module):
