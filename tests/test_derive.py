@@ -391,6 +391,17 @@ def test_tensors_left_over_outside_are_dropped_with_a_reason(tmp_path: Path) -> 
 # Targets, names and files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_types_that_no_encoder_has_are_left_out(tmp_path: Path) -> None:
+    _, _, make = LAYOUTS["sam-meta"]
+    state, expected = make()
+    odd = [torch.eye(2).to_sparse(), torch.ones(4, dtype=torch.complex128)[::2], torch.ones(2, device="meta")]
+    renamed = {f"net.{name}": tensor for name, tensor in state.items()}
+    found = derived({**renamed, **{f"odd.{i}": tensor for i, tensor in enumerate(odd)}}, expected, tmp_path)
+    check_converts(found, expected, tmp_path)
+    assert found.method == "values"
+
+
 def test_the_target_may_be_a_full_model(tmp_path: Path) -> None:
     """The text tower and the projections, which the DeepEncoder lacks, have rules too."""
     state, _ = oracles.open_clip()

@@ -232,6 +232,39 @@ def test_nan_equals_itself_alone(tmp_path: Path) -> None:
     assert change.differing == 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_cannot_be_read_are_not_equal(tmp_path: Path) -> None:
+    odd = {"s": torch.eye(2).to_sparse(), "q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
+    plain = {"x.weight": torch.ones(2)}
+    files: dict[str, dict[str, object]] = {
+        "a": {**plain, **odd},
+        "b": {**plain, **odd, "s": torch.eye(2)},
+        "c": {"x.weight": torch.zeros(2), **odd},
+        "d": {**plain, **{f"new_{name}": value for name, value in odd.items()}},
+    }
+    for name, value in files.items():
+        torch.save(value, tmp_path / f"{name}.pth")
+    same, dense, changed, renamed = (diff(tmp_path / "a.pth", tmp_path / f"{name}.pth") for name in "abcd")
+    for found, verdict in ((same, "not compared"), (dense, "not compared"), (changed, "different")):
+        assert found.uncompared == {"q": "quantized", "s": "sparse"} and found.verdict == verdict and not found.equal
+        assert "not compared: 2 tensors (quantized, sparse): q, s" in "\n".join(cli.names(found))
+    assert same.same == dense.same == ["x.weight"] and [change.name for change in changed.changed] == ["x.weight"]
+    assert sorted(renamed.removed) == ["q", "s"] and not renamed.renamed
+    done = run("diff", "a.pth", "a.pth", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "not compared\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2])
+def test_types_without_real_numbers_are_compared_by_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = [torch.full((16,), number, dtype=torch.uint8).view(dtype) for number in (1, 2)]
+    for name, value in zip("ab", values, strict=True):
+        torch.save({"x.weight": value}, tmp_path / f"{name}.pth")
+    found = diff(tmp_path / "a.pth", tmp_path / "b.pth")
+    assert [change.name for change in found.unmeasured] == ["x.weight"] and not found.moved and not found.reshaped
+    assert any("is not measured: 1 tensor: x.weight" in line for line in cli.names(found))
+    assert diff(tmp_path / "a.pth", tmp_path / "a.pth").equal
+
+
 def test_tensors_across_the_buffers_edges(tmp_path: Path) -> None:
     sizes = [BUFFER // 4 - 1, 3, 0, BUFFER // 2, 1, 7]
     before = {f"{i}.x": torch.full((size,), float(i)) for i, size in enumerate(sizes)}
@@ -323,7 +356,7 @@ def test_names_are_in_the_order_of_their_numbers() -> None:
 
 def moved(relative: float, count: int = 3) -> Difference:
     blocks = [Block(f"layers.{i}", 2, int(i > 0), relative * i, 0.1) for i in range(count)]
-    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks)
+    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks, {})
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

@@ -24,12 +24,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy
 import pytest
 import torch
+from command import run
 from loaders_oracle import assert_same, opened
 from torch import nn
 
+import converter
 from converter.tensors.tensor_info import FileContents
 
 
@@ -223,3 +226,16 @@ def test_weights_are_read_and_other_objects_named(name: str, form: str, tmp_path
     assert contents["epoch"] == 3
     for each in named:
         assert any(each in ignored for ignored in contents.ignored), (each, contents.ignored)
+
+
+def test_verification_reaches_into_lists(tmp_path: Path) -> None:
+    """A state dict of a list is compared with itself, not with another one of the list."""
+    first = dict(models.sam_meta().state_dict())
+    value = {"folds": [first, {name: tensor + 1 for name, tensor in first.items()}]}
+    torch.save(value, tmp_path / "folds.pth")
+    out = tmp_path / "out.safetensors"
+    converter.convert(tmp_path / "folds.pth", "sam", state_dict="folds.1", out=out)
+    for path, verdict in (("folds.1", "partly verified"), ("folds.0", "not verified")):
+        arguments = ("--source", "folds.pth", "--state-dict", path, "--fast")
+        done = run("out.safetensors", *arguments, cwd=tmp_path, program="dsocr-verify")
+        assert done.stdout.startswith(verdict) and done.returncode == (verdict == "not verified")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from functools import reduce
 from pathlib import Path
@@ -16,6 +16,7 @@ from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError
 from converter.options import HubOptions
 from converter.storage.progress import OnProgress, progress_counter
+from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
@@ -80,8 +81,10 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     aligned = align(*sides)
     a, b, notes = aligned.a, aligned.b, aligned.notes
     pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=natural_sort_key)}
-    same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     removed, added = _only_in_side(a, pairs, 0, notes), _only_in_side(b, pairs, 1, notes)
+    uncompared = {name: kinds for name, pair in pairs.items() if (kinds := _unreadable(pair))}
+    pairs = {name: pair for name, pair in pairs.items() if name not in uncompared}
+    same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     for side, named in zip(sides, (a, b), strict=True):
         side.opened.fetch([tensor for value in named.values() for tensor in source_tensors(value)], on_progress)
     unequal = _unequal(same_shape, on_progress)
@@ -101,7 +104,13 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         added=[name for name in added if name not in renamed.values()],
         renamed=renamed,
         blocks=_blocks(same_shape, unequal, figures),
+        uncompared=uncompared,
     )
+
+
+def _unreadable(values: Iterable[LazyTensor]) -> str:
+    """Return the kinds of the values that are not plain bytes in their files, such as "sparse"."""
+    return ", ".join(dict.fromkeys(value.dtype.name for value in values if not value.dtype.bits))
 
 
 def _only_in_side(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
@@ -131,7 +140,7 @@ def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
 
 def _renamed(removed: Named, added: Named) -> dict[str, str]:
     """Map names only in A to names only in B whose tensors are equal in every bit; equal ones are paired in order."""
-    kinds = [{(value.dtype, value.shape) for value in side.values()} for side in (removed, added)]
+    kinds = [{(value.dtype, value.shape) for value in side.values() if value.dtype.bits} for side in (removed, added)]
     shared = kinds[0] & kinds[1]
     before, after = (
         digests({name: value for name, value in side.items() if (value.dtype, value.shape) in shared})
@@ -148,7 +157,11 @@ def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> d
     # Imports torch, which takes two seconds: only if checkpoints differ.
     from converter.comparison.measure import measure
 
-    measured = {name: pair for name, pair in same_shape.items() if block_of(name) in moved}
+    measured = {
+        name: pair
+        for name, pair in same_shape.items()
+        if block_of(name) in moved and all(value.dtype.name in BY_NAME for value in pair)
+    }
     total = sum(nbytes(a) for a, _ in measured.values())
     return measure(measured, progress_counter(on_progress, "measuring", total))
 

@@ -57,7 +57,7 @@ class DiffOptions:
 
 @add_options(DiffOptions, HubOptions)
 def diff(a: A, b: B, **options: Any) -> None:
-    """Compare two checkpoints and show how far each block moved. The exit code is 1 if they differ.
+    """Compare two checkpoints and show how far each block moved. The exit code is 1 unless all are equal.
 
     Formats and layouts may differ: both are compared under the DeepEncoder's names if possible. For two revisions on a
     hub, write hf://org/name@REVISION.
@@ -74,7 +74,7 @@ def diff(a: A, b: B, **options: Any) -> None:
     if json:
         console.result_json(difference.to_json())
     else:
-        console.result("equal" if difference.equal else "different")
+        console.result(difference.verdict)
     raise typer.Exit(0 if difference.equal else 1)
 
 
@@ -144,7 +144,11 @@ def in_both(difference: Difference) -> str:
 
 
 def names(difference: Difference) -> Iterable[str]:
-    """List the names, types and shapes that differ."""
+    """List the names, types and shapes that differ, and what was not compared."""
+    if difference.uncompared:
+        kinds = ", ".join(dict.fromkeys(difference.uncompared.values()))
+        many = count(len(difference.uncompared), "tensor")
+        yield f"not compared: {many} ({kinds}): {_shorten(list(difference.uncompared))}"
     for side, names in (("A", difference.removed), ("B", difference.added)):
         if names:
             yield f"only in {side}: {count(len(names), 'tensor')}: {_shorten(names)}"
@@ -156,6 +160,9 @@ def names(difference: Difference) -> Iterable[str]:
             yield f"  and {len(pairs) - _MAX_TENSORS} more"
     for change in difference.reshaped:
         yield f"shape of {change.name}: {change.shapes[0]} in A, {change.shapes[1]} in B"
+    if difference.unmeasured:
+        shown = _shorten([change.name for change in difference.unmeasured])
+        yield f"not equal, by how much is not measured: {count(len(difference.unmeasured), 'tensor')}: {shown}"
     casts = [tuple(change.dtypes) for change in difference.changed if change.dtypes[0] != change.dtypes[1]]
     for cast, number in Counter(casts).items():
         same = sum(tuple(change.dtypes) == cast and change.differing == 0 for change in difference.changed)

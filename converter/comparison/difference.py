@@ -54,8 +54,8 @@ class Figures:
 class Change:
     """A tensor that differs between A and B.
 
-    The last four fields are None if the shapes differ. All but `differing` are NaN if only one of the two has a NaN at
-    some position.
+    The last four fields are None if the shapes differ, or for types without real numbers, such as complex64. All but
+    `differing` are NaN if only one of the two has a NaN at some position.
 
     Attributes:
         name: The name of the tensor.
@@ -107,6 +107,7 @@ class Difference:
         added: The tensors that only B has.
         renamed: The names in B of tensors that have the same bytes under another name in A.
         blocks: The layers and other modules.
+        uncompared: The tensors of both that were not compared, as they are not plain bytes in a file, with their kind.
     """
 
     a: str
@@ -121,21 +122,34 @@ class Difference:
     added: list[str]
     renamed: dict[str, str]
     blocks: list[Block]
+    uncompared: dict[str, str]
 
     @property
     def equal(self) -> bool:
-        """Whether A and B have the same tensors, equal in every bit."""
-        return not (self.changed or self.removed or self.added or self.renamed)
+        """Whether A and B have the same tensors, all compared and equal in every bit."""
+        return self.verdict == "equal"
+
+    @property
+    def verdict(self) -> str:
+        """Either "equal", "different", or "not compared" where no tensor differs but some were not compared."""
+        if self.changed or self.removed or self.added or self.renamed:
+            return "different"
+        return "not compared" if self.uncompared else "equal"
 
     @property
     def moved(self) -> list[Change]:
-        """The tensors that differ but have the same shape, largest relative difference first."""
+        """The tensors whose difference is known, largest relative difference first."""
         return sorted((change for change in self.changed if change.relative is not None), key=_furthest)
 
     @property
     def reshaped(self) -> list[Change]:
         """The tensors that have different shapes."""
-        return [change for change in self.changed if change.relative is None]
+        return [change for change in self.changed if change.shapes[0] != change.shapes[1]]
+
+    @property
+    def unmeasured(self) -> list[Change]:
+        """The tensors of the same shape whose bytes or types differ, but not by a number."""
+        return [each for each in self.changed if each.relative is None and each.shapes[0] == each.shapes[1]]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints; numbers that are not finite are null."""

@@ -17,6 +17,7 @@ from converter.derivation.comparison import Comparison, TensorMatch, Tensors, fi
 from converter.derivation.operations import find_operations, mix
 from converter.errors import LayoutError
 from converter.layouts.match import outermost
+from converter.tensors.dtypes import BY_NAME
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.ops import Fuse, Split
@@ -60,6 +61,8 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
 def _read(tensors: Tensors, on_bytes: Callable[[int], None], prefix: str | None = None) -> _Side:
     names: ByFingerprint = {}
     for name, value in tensors.items():
+        if value.dtype.name not in BY_NAME:  # such as sparse tensors, which no encoder has
+            continue
         names.setdefault(_fingerprint(bit_view(evaluate(value)), value), []).append(name)
         on_bytes(nbytes(value))
     return _Side(tensors, {key: outermost(equal, prefix) for key, equal in names.items()})
