@@ -5,6 +5,7 @@
     python scripts/bench.py hub         conversions from a hub on 127.0.0.1, against `curl` of as many bytes
     python scripts/bench.py verbs       diff against cmp, load against load_file, --to against plain conversion, derive
     python scripts/bench.py others      conversions against other programs that write the same tensors
+    python scripts/bench.py controls    verifications with negative controls, against those without
     python scripts/bench.py plots F D   draws FILE, which `convert --json FILE` wrote, into the folder D
 
 The two processes of a pair run one after the other, and the first of them alternates. Inputs are in the page cache.
@@ -44,7 +45,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 # Largest ratio to `cp`, on a tmpfs and on a disk.
 LIMITS = {"sam-b": 1.6, "clip-bin": 1.15, "clip-safetensors": 1.15, "sam-h": 1.10}
 MEMORY_LIMIT_MIB, DRY_RUN_LIMIT_SECONDS, BYTES_LIMIT = 48.0, 0.35, 1.01
-CURL_LIMIT, DIFF_LIMIT, DERIVE_LIMIT_SECONDS = 1.5, 2.5, 30.0
+CURL_LIMIT, DIFF_LIMIT, DERIVE_LIMIT_SECONDS, CONTROLS_LIMIT = 1.5, 2.5, 30.0, 1.2
 
 
 @dataclass(frozen=True)
@@ -533,6 +534,36 @@ def others(args: argparse.Namespace) -> None:
     print(machine(args.pairs), table(head, rows), sep="\n\n")
 
 
+# controls ----------------------------------------------------------------------------------------------------------
+
+WITHOUT_CONTROLS = """
+import os, sys
+# As dsocr-verify sets it before it imports torch.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from converter.cli.main import verify
+from converter.verification import controls
+controls.MISTAKES = dict.fromkeys(controls.MISTAKES, controls.Mistakes(blocks={}))
+sys.exit(verify())
+"""
+
+
+def controls(args: argparse.Namespace) -> None:
+    names, rows = chosen(args.only, {"sam-b": None, "clip-safetensors": None}), []
+    make_checkpoints(names)
+    with work_folder("disk") as folder:
+        for case in map(CASES.__getitem__, names):
+            source, out = WORK / case.path, folder / f"{case.family}.safetensors"
+            run([*args.command, case.family, source, "--quiet", "-o", out])
+            words: list[str | Path] = [out, "--source", source, "--device", "cpu", "--quiet"]
+            without = [sys.executable, "-c", WITHOUT_CONTROLS]
+            sides = [partial(run, [*command, *words]) for command in ([BIN / "dsocr-verify"], without)]
+            title = f"{case.title}, without controls"
+            ours, theirs = in_turns(args.pairs, title, *sides)
+            rows.append(verb_row(title, ours, theirs, CONTROLS_LIMIT))
+    head = ["verification, against", "seconds", "reference", "ratio (quartiles)", "limit"]
+    print(machine(args.pairs), table(head, rows), sep="\n\n")
+
+
 # plots -------------------------------------------------------------------------------------------------------------
 
 
@@ -595,6 +626,7 @@ def parse() -> argparse.Namespace:
     converts.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     command(verbs, 7).add_argument("--gpu", action="store_true", help="only loading onto a GPU")
     command(others, 5).add_argument("--transformers4", metavar="PYTHON", help="an environment with transformers 4")
+    command(controls, 5).add_argument("--only", metavar="CASES", help="sam-b,clip-safetensors")
     serves = commands.add_parser("serve", help=argparse.SUPPRESS)
     serves.set_defaults(function=lambda args: serve(args.only.split(",")))
     serves.add_argument("--only")

@@ -280,6 +280,20 @@ def test_a_deepencoder_of_another_function_is_partly_verified(gelu: Path, tmp_pa
     assert not verify(out, gelu, sizes=[64], require=["outputs"]).ok
 
 
+def test_a_value_that_cannot_be_used_leaves_outputs_open(gelu: Path, tmp_path: Path) -> None:
+    """The source computes with something, and nothing shows that it is what was assumed."""
+    (gelu / "config.json").write_text(json.dumps({**SIZES, "hidden_act": "mish", "num_attention_heads": 1}))
+    out = tmp_path / "out.safetensors"
+    record = converter.convert(gelu, "clip", out=out)
+    assert record.assumptions["activation"].origin.startswith("assumed, as config.json: hidden_act is 'mish'")
+    result = verified(out, gelu)
+    assert result.result == "partly verified (structure, bytes)"
+    assert "config.json: hidden_act is 'mish', which cannot be used" in result.not_checked[0].reason
+    (gelu / "config.json").write_text(json.dumps({**GELU, "hidden_size": 128}))
+    ignored = verified(out, gelu)
+    assert ignored.result == "verified" and "describes another encoder: width 128" in ignored.notes[0]
+
+
 def test_a_folder_that_carries_the_sources_values_is_verified(gelu: Path, tmp_path: Path) -> None:
     converter.convert(gelu, "clip", to="clip-hf", out=tmp_path / "out")
     assert verified(tmp_path / "out", gelu).result == "verified"

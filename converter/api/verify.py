@@ -188,7 +188,11 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
         device=_device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
         traces=[run.trace for run in runs if run.trace],
-        notes=[*(_NOT_CHECKED.format(name) for name in own_mappings), *(run.note for run in runs if run.note)],
+        notes=[
+            *(_NOT_CHECKED.format(name) for name in own_mappings),
+            *(remark.removeprefix("warning: ") for each in origins for remark in each.reference_plan.remarks),
+            *(run.note for run in runs if run.note),
+        ],
         # A comparison that shows nothing would not have shown a mistake either.
         controls=strongest(control for run in runs if run.check.verdict == PASSED for control in run.controls),
         qualifiers={"bytes": f"by {', '.join(own_mappings)}"} if own_mappings else {},

@@ -35,7 +35,13 @@ class Assumption(NamedTuple):
 
     value: Value  # The value that the source computes with
     expected: Value  # The DeepEncoder's value
-    origin: str = ASSUMED  # The config and the key that state the value; or "assumed", and then it is the DeepEncoder's
+    # The config and the key that state the value; or "assumed", with the reason, and then it is the DeepEncoder's
+    origin: str = ASSUMED
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether a config states the value."""
+        return not self.origin.startswith(ASSUMED)
 
 
 Assumptions = Mapping[str, Assumption]
@@ -59,9 +65,15 @@ def read_assumptions(
         ]
     assumptions = assumed(target)
     for name, assumption in assumptions.items():
-        found = [fact for section in encoders for fact in [_read(section, name, remarks)] if fact]
+        facts = [fact for section in encoders for fact in [_read(section, name)] if fact]
+        found = [(value, where) for value, where, _ in facts if value is not None]
+        unusable = [f"{where} is {shown}" for value, where, shown in facts if value is None]
         if found:
             assumptions[name] = Assumption(found[0][0], assumption.expected, found[0][1])
+        elif unusable:
+            assumptions[name] = assumption._replace(origin=f"{ASSUMED}, as {unusable[0]}, which cannot be used")
+        fact = name.rpartition(".")[2].replace("_", " ")
+        remarks += [f"warning: {what}, which cannot be used: {fact} is assumed" for what in unusable]
         remarks += [
             f"{where} says {value}, {found[0][1]} says {found[0][0]}: the latter is used"
             for value, where in found[1:]
@@ -135,13 +147,12 @@ def _has_sizes(values: Mapping[str, Any], target: CanonicalLayout, sizes: Mappin
     )
 
 
-def _read(encoder: ConfigSection, name: str, remarks: list[str]) -> tuple[Value, str] | None:
-    """Return a value that a config states, and where; None if it does not.
+def _read(encoder: ConfigSection, name: str) -> tuple[Value | None, str, str] | None:
+    """Return a value that a config states (None if it cannot be used), where, and its text; None if it does not.
 
     Args:
         encoder: The encoder's object in the config; those of other parts are its siblings.
         name: The name of the assumption.
-        remarks: A remark about a value that cannot be used is added.
     """
     part, _, fact = name.rpartition(".")
     section = encoder.section(f"{part.removesuffix('_model')}_config") if part else encoder
@@ -151,13 +162,8 @@ def _read(encoder: ConfigSection, name: str, remarks: list[str]) -> tuple[Value,
     key, stated = first_value(section.values, keys)
     if not key:
         return None
-    value, location = read(stated, section.values), f"{section.location}{'.' if section.path else ': '}{key}"
-    if value is None:
-        remarks.append(
-            f"warning: {location} is {_shown(stated)}, which cannot be used: {fact.replace('_', ' ')} is assumed"
-        )
-        return None
-    return value, location
+    location = f"{section.location}{'.' if section.path else ': '}{key}"
+    return read(stated, section.values), location, _shown(stated)
 
 
 def _shown(value: object) -> str:

@@ -44,7 +44,7 @@ def compare_config(
         expected: What it should state.
         place: Where these values are from.
     """
-    stated = {name: each for name, each in assumptions.items() if each.origin != ASSUMED and name in expected}
+    stated = {name: each for name, each in assumptions.items() if each.is_stated and name in expected}
     wrong = [remark.removeprefix("warning: ") for remark in remarks if remark.startswith("warning: ")]
     wrong += [
         f"{each.origin} is {each.value}, in {place} {expected[name].value} ({expected[name].origin})"
@@ -79,5 +79,14 @@ def check_function(check: Check, assumptions: Assumptions) -> Check:
     return replace(check, name=name, verdict=verdict, detail=detail, tensors=[])
 
 
+def check_assumed(assumptions: Assumptions) -> list[Check]:
+    """Inconclusive checks of values that the source's config states in a form that cannot be used."""
+    return [
+        Check("outputs", f"source's {name.replace('_', ' ')}", INCONCLUSIVE, f"{each.value} is {each.origin}")
+        for name, each in assumptions.items()
+        if "." not in name and not each.is_stated and each.origin != ASSUMED
+    ]
+
+
 def _stated(converted: ConvertedEncoder) -> Assumptions:
-    return {name: each for name, each in converted.assumptions.items() if each.origin != ASSUMED}
+    return {name: each for name, each in converted.assumptions.items() if each.is_stated}

@@ -27,7 +27,13 @@ from converter.verification.deep_encoder import (
     with_optional_tensors,
 )
 from converter.verification.families import FAMILIES, Family, State
-from converter.verification.functions import check_config, check_function, function_note, tested_assumptions
+from converter.verification.functions import (
+    check_assumed,
+    check_config,
+    check_function,
+    function_note,
+    tested_assumptions,
+)
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
@@ -196,6 +202,7 @@ def _compare_with_source(tested: Tested, origin: Origin, options: RunOptions) ->
         if config is not configs[0]:
             comparison = Comparison(check_function(comparison.check, plan.assumptions))
         yield comparison
+    yield from map(Comparison, check_assumed(plan.assumptions))
 
 
 def _explained(
