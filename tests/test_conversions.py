@@ -174,9 +174,14 @@ def test_positions_that_are_no_square(tmp_path: Path) -> None:
 # Messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_tensors_in_place_of_a_path() -> None:
-    for call in (lambda: converter.convert(clip(), "clip"), lambda: converter.load(clip(), "clip")):  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match=r"a path or an address, not a dict\n.*torch\.save") as caught:
+def test_tensors_in_place_of_a_path(tmp_path: Path) -> None:
+    path = put(clip(), tmp_path / "a.safetensors")
+    for call in (
+        lambda: converter.convert(clip(), "clip"),  # type: ignore[arg-type]
+        lambda: converter.load(clip(), "clip"),  # type: ignore[arg-type]
+        lambda: converter.verify(path, clip(), fast=True),
+    ):
+        with pytest.raises(UsageError, match=r"a path or an address, not a (dict|Tensor)\n.*torch\.save") as caught:
             call()
         assert len(str(caught.value)) < 200
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converter.assembly.insert import plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
-from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.open import Checkpoint, check_name
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts
@@ -50,8 +50,10 @@ def plan_expected(
     """
     whole, family = len(target.encoders) > 1, target.family
     roles = ("source", *registry.families(), "compressor", "into") if whole else ("source", family, "fill-from")
-    for role in sources.keys() - set(roles):
-        raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
+    for role, name in sources.items():
+        check_name(name)
+        if role not in roles:
+            raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
     if not whole:
         return _expected_encoder(target, sources, open_file, options, on_progress)
     for option in ("mapping", "state_dict"):

@@ -92,11 +92,7 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         HubError: A hub fails or refuses.
         UsageError: SOURCE and `hub_options` contradict each other.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise UsageError(
-            f"a source is a path or an address, not a {type(name).__name__}",
-            "save tensors to a file first, with torch.save(tensors, PATH), and give its path",
-        )
+    check_name(name)
     located = locate(str(name), hub_options)
     with ExitStack() as stack:
         for file in located.files:
@@ -122,6 +118,15 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         located.whole_step,
         located.in_other_shards,
     )
+
+
+def check_name(name: object) -> None:
+    """Raise UsageError for a source that is no path and no address, such as a dict of tensors."""
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(
+            f"a source is a path or an address, not a {type(name).__name__}",
+            "save tensors to a file first, with torch.save(tensors, PATH), and give its path",
+        )
 
 
 def _ignored_note(ignored: tuple[str, ...]) -> list[str]:

@@ -112,16 +112,16 @@ def _torch_load(path: str, mapped: bool) -> Any:
         path: The file.
         mapped: Whether to map it into memory: not for compressed members, whose bytes torch takes for weights.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception:
-        # Other protocols than 2 and 3, or objects of other classes next to the weights.
-        with warnings.catch_warnings():
-            # torch looks for the source text of the classes of modules.
-            warnings.filterwarnings("ignore", "Couldn't retrieve source code")
-            return torch.load(
-                path, map_location="cpu", weights_only=False, mmap=mapped, pickle_module=restricted_pickle
-            )
+    load = functools.partial(torch.load, path, map_location="cpu", mmap=mapped)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        # torch looks for the source text of the classes of modules.
+        warnings.filterwarnings("ignore", "Couldn't retrieve source code")
+        try:
+            return load(weights_only=True)
+        except Exception:
+            # Other protocols than 2 and 3, or objects of other classes next to the weights.
+            return load(weights_only=False, pickle_module=restricted_pickle)
 
 
 def _at(contents: Any, path: str) -> Mapping[Any, Any]:
