@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatch
 from itertools import islice
+from pathlib import PurePath
 
 from converter.errors import ContainerError, DsocrError, printable
-from converter.formats.unrecognized import format_of_name
+from converter.formats.unrecognized import REPACK, format_of_name
 
 # The file to use in a folder is the first of these that exists, in the order of transformers and open_clip.
 STANDARD_NAMES = (
@@ -164,7 +165,9 @@ def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[
         return f"{where}: contains an unfinished download: {_listed(unfinished)}", "download the checkpoint again"
     if not files and not folders:
         return f"{where}: is an empty folder: contains no checkpoint", "the download was not finished: start it again"
-    for name in files:
+    if "data.pkl" in files and "data" in folders:
+        return f"{where}: an unpacked file of torch.save", REPACK
+    for name in (*files, *folders, PurePath(where).name):
         known = format_of_name(name)
         if known is not None:
             return f"{where}: contains no checkpoint; {printable(name)} is {known.kind}", known.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ _TEXT = rb"(?:\xef\xbb\xbf)?\s*"
 _ORIGINAL = "use the PyTorch or safetensors weights that it was made from"
 _FROM_NUMPY = "torch.save({{name: torch.from_numpy(array) for name, array in {}.items()}}, 'weights.pth')"
 _TRUSTED = "where you trust the file, as loading it may run code in it:"
+# What `zip` puts into an archive is read again if data.pkl is in one folder at the top.
+REPACK = "pack it again, from outside the folder that holds data.pkl: zip -0 -r weights.pth FOLDER"
+# Files in a zip archive that may be checkpoints. `unzip` takes other names for patterns.
+_WEIGHTS = re.compile(
+    r"(?!__MACOSX/|-)(?:[\w .,+=@~-]+/)*[\w.,+=@~][\w .,+=@~-]*\.(?:safetensors|pth|pth\.tar|pt|bin|ckpt)"
+)
 _TRANSFORMERS_4 = "transformers 4 converts it: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(NEW_FOLDER)"
 
 
@@ -36,6 +43,8 @@ class Format(NamedTuple):
     member: str = ""
     suffixes: tuple[str, ...] = ()
 
+
+_ZIP = "a zip archive, but not one that torch.save or torch.jit.save wrote"
 
 # The first match is used.
 FORMATS = (
@@ -66,7 +75,18 @@ FORMATS = (
         member=r"[^/]+/model\.json",
     ),
     Format("a Keras model", _ORIGINAL, member=r"model\.weights\.h5", suffixes=(".keras",)),
-    Format("a zip archive, but not one that torch.save or torch.jit.save wrote", "unpack it: unzip", rb"PK"),
+    Format(
+        "a CoreML model",
+        _ORIGINAL,
+        member=r"(.*/)?[^/]+\.mlpackage/Manifest\.json",
+        suffixes=(".mlpackage", ".mlmodel"),
+    ),
+    Format(
+        "a file of torch.save that was unpacked and zipped again in another way, which torch.load does not read either",
+        f"unpack it, and {REPACK}",
+        member=r"(.*/)?data\.pkl",
+    ),
+    Format(_ZIP, "unpack it: unzip FILE", rb"PK"),
     # Weights for other programs.
     Format(
         "an HDF5 file (Keras)",
@@ -84,7 +104,9 @@ FORMATS = (
     Format("an ExecuTorch program", _ORIGINAL, rb"....ET\d\d", suffixes=(".pte",)),
     Format("a TensorFlow SavedModel", _ORIGINAL, rb"\x08\x01\x12", suffixes=(".pb",)),
     # ir_version, then producer_name, or the next field that is there.
-    Format("an ONNX model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)),
+    Format(
+        "an ONNX or CoreML model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)
+    ),
     Format("a GGUF file (llama.cpp)", _ORIGINAL, rb"GGUF", suffixes=(".gguf",)),
     Format("a ggml file (before GGUF)", _ORIGINAL, rb"lmgg|fmgg|tjgg", suffixes=(".ggml",)),
     Format(
@@ -135,13 +157,24 @@ def _identify(file: SourceFile) -> tuple[str, str]:
     if not any(head):
         unfinished = f"the download or copy was not finished: {_RETRY}"
         return ("begins with zeros only" if head else "an empty file"), unfinished
-    known = _tar(head) or _known(head, list(read_directory(file)) if is_zip(file) else ())
+    members = list(read_directory(file)) if is_zip(file) else []
+    known = _tar(head) or _known(head, members)
     if known is not None:
-        return known.kind, known.step
+        return known.kind, (_unzip(members) if known.kind == _ZIP else "") or known.step
     words = b" ".join(head[:256].split())
     if words.isascii() and words.decode().isprintable():
         return f"text, not weights: {words[:40].decode()!r}", f"the download probably failed: {_RETRY}"
     return f"unknown format: it begins with {head[:8].hex(' ')}", "check that this is the right file"
+
+
+def _unzip(members: Iterable[str]) -> str:
+    """Return the command that takes a checkpoint out of a zip archive; empty if none or several are there."""
+    found = [name for name in members if _WEIGHTS.fullmatch(name)]
+    if len(found) != 1:
+        return f"unpack it with unzip FILE, and give one of {', '.join(found[:5])}" if found else ""
+    return (
+        f"take the checkpoint out: unzip -p FILE {shlex.quote(found[0])} > {shlex.quote(found[0].rpartition('/')[2])}"
+    )
 
 
 def _known(head: bytes, members: Iterable[str]) -> Format | None:

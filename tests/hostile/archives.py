@@ -382,7 +382,23 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         ("a directory of 60",),
     ),
     "no members": (lambda: ends(0, 0, 0), ("a zip archive, but not one that torch.save",)),
-    "the checkpoint within": (lambda: pack([member("sam.pth", saved(sam()))]), ("not one that torch.save", "unzip")),
+    "the checkpoint within": (
+        lambda: pack([member("a b/sam.pth", saved(sam())), member("__MACOSX/a b/sam.pth", b"")]),
+        ("not one that torch.save", "unzip -p FILE 'a b/sam.pth' > sam.pth"),
+    ),
+    "two checkpoints within": (
+        lambda: pack([member("a.pth", saved(sam())), member("b.safetensors", b"")]),
+        ("not one that torch.save", "unzip FILE, and give one of a.pth, b.safetensors"),
+    ),
+    "a checkpoint within, under the name of an option": (
+        lambda: pack([member("-d/sam.pth", saved(sam()))]),
+        ("not one that torch.save", "unpack it: unzip FILE"),
+    ),
+    "a root of two folders": (
+        lambda: pack([member(f"sam/{name}", data) for name, data in _checkpoint().items()]),
+        ("unpacked and zipped again", "zip -0 -r weights.pth FOLDER"),
+    ),
+    "CoreML": (lambda: pack([member("x.mlpackage/Manifest.json", b"{}")]), ("a CoreML model",)),
 }
 
 
