@@ -174,6 +174,16 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "MobileCLIP": (names("image_encoder.model.network.0.0.token_mixer.mixer.rbr_skip.weight"), "MobileCLIP", "CLIP"),
     "X-CLIP": (x_clip, "X-CLIP", "CLIP"),
     "Perception Encoder": (perception_encoder, "Perception Encoder", "CLIP"),
+    "Hiera": (names("blocks.0.attn.qkv.weight", "blocks.1.proj.weight", "pos_embed"), "Hiera", "SAM"),
+    "a plain ViT": (names("cls_token", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"), "DeiT", "CLIP"),
+    "ResNet": (names("conv1.weight", "layer1.0.conv1.weight"), "ResNet", "CLIP"),
+    "a VAE": (names("encoder.mid_block.attentions.0.to_q.weight"), "diffusion", "CLIP"),
+    "LLaVA without its tower": (
+        names("model.layers.0.mlp.gate_proj.weight", "model.mm_projector.0.weight", "model.image_newline"),
+        "language model", "mm_vision_tower",
+    ),
+    "BERT": (names("bert.encoder.layer.0.attention.self.query.weight"), "BERT", "CLIP"),
+    "T5": (names("encoder.block.0.layer.0.SelfAttention.q.weight"), "T5", "CLIP"),
     "Qwen-VL, the first": (names("transformer.visual.transformer.resblocks.0.attn.in_proj.weight"), "Qwen-VL", "CLIP"),
     "an optimizer": (names("blocks.0.attn.qkv.weight.exp_avg"), "optimizer", "weights"),
 }  # fmt: skip

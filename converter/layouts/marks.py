@@ -77,9 +77,17 @@ _QUANTISED = (
         (r"((weight|input)(_quantizer)?[._]*scales?(_inv|_2|_ub)?|scale_(weight|input)|scaled_fp8)$",),
     ),
 )
+_PLAIN_VIT = "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer"
+# Names that only vision transformers have.
+_VISION_TRANSFORMER = (r"class_embedding|cls_token|patch_embed",)
 _ARCHITECTURES = (
     _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"(^|\.)trunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem")),
     _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"vision_encoder\.backbone\.blocks\.0\.",)),
+    _Rule(
+        "is a Hiera, as SAM 2 has",
+        _OTHER,
+        (r"(^|\.)blocks\.0\.attn\.qkv\.weight$", r"(^|\.)blocks\.\d+\.proj\.weight$"),
+    ),
     _Rule("is MobileSAM (a TinyViT encoder)", _OTHER, (r"(^|\.)(patch_embed\.seq\.0|blocks\.0\.conv1)\.c\.",)),
     _Rule("is EfficientSAM or EdgeSAM", _OTHER, (r"image_encoder\.(stage|fuse_stage|input_stem|neck\.0\.0\.)",)),
     _Rule(
@@ -164,10 +172,26 @@ _ARCHITECTURES = (
         _OTHER,
         (r"(^|\.)visual\.(merger|transformer\.resblocks\.0\.attn\.in_proj)\.",),
     ),
+    _Rule(_PLAIN_VIT, _OTHER, (r"(^|\.)encoder\.layer\.0\.attention\.attention\.query\.weight$",)),
     _Rule(
-        "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer",
+        _PLAIN_VIT,
         _OTHER,
-        (r"(^|\.)encoder\.layer\.0\.attention\.attention\.query\.weight$",),
+        (r"(^|\.)cls_token$", r"(^|\.)blocks\.0\.attn\.qkv\.weight$"),
+        (r"(^|\.)norm_pre\.|\.rel_pos_[hw]$",),
+    ),
+    _Rule("is a ResNet", _OTHER, (r"(^|\.)layer1\.0\.conv1\.weight$",), _VISION_TRANSFORMER),
+    _Rule("is a diffusion model (UNet or VAE)", _OTHER, (r"(^|\.)mid_block\.attentions\.0\.",), _VISION_TRANSFORMER),
+    _Rule(
+        "is a language model without a vision encoder",
+        "convert the vision encoder, a checkpoint of its own: the model's config.json may name it (mm_vision_tower)",
+        (r"(^|\.)layers\.0\.mlp\.(gate|up|gate_up)_proj\.",),
+        _VISION_TRANSFORMER,
+    ),
+    _Rule(
+        "is a text encoder (BERT, T5)",
+        _OTHER,
+        (r"(^|\.)(layer\.0\.attention\.self\.query|block\.0\.layer\.0\.SelfAttention\.q)\.weight$",),
+        _VISION_TRANSFORMER,
     ),
     _Rule("holds the state of an optimizer", "convert the weights of that training", (r"\.exp_avg(_sq)?$",)),
 )
