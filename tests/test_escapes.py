@@ -99,7 +99,8 @@ def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -
 def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
     (mapping,) = (mapping for mapping in registry.mappings("sam") if mapping.name == "sam-meta")
     telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
-    tensors = telling | described({f"image_encoder.unheard.of.{i}.y": (1,) for i in range(9)})
+    others = [*(f"unheard.of.{i}.y" for i in range(9)), "blocks.0.attn.rel_pos_h"]
+    tensors = telling | described({f"image_encoder.{name}": (1,) for name in others})
     with pytest.raises(LayoutError) as caught:
         detect_layout(source(tensors), registry.layouts("sam"), ConvertOptions("sam"))
     message = str(caught.value)
