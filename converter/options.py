@@ -25,7 +25,7 @@ def _cli(help: str, *, metavar: str | None = None, type: Any = None) -> dict[str
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What to convert a checkpoint into.
+    """Options of a conversion.
 
     Attributes:
         family: The encoder to convert: sam or clip.

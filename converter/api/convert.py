@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.model_config import read_normalization
-from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.errors import first_names
 from converter.options import split_options
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
@@ -67,10 +66,7 @@ def convert(
     format = format_for(None if is_folder else out, format)
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
-    with ExitStack() as stack:
-        sources = [name for name in (source, fill_from) if name is not None]
-        opened = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
-        check_hub_options(hub_options, opened)
+    with open_checkpoints([source] if fill_from is None else [source, fill_from], hub_options) as opened:
         donor = opened[1] if fill_from is not None else None
         resolved = resolve(opened[0], convert_options, donor)
         documents = None

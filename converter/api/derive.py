@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names
 from converter.derivation.comparison import Comparison, TensorMatch, plan_target
 from converter.derivation.mapping import Derived, build_mapping
@@ -63,10 +62,8 @@ def derive(
     remove_stale(path)
     check_target(path, force, 0)
     by_names = str(target) in registry.layout_names() and not Path(target).exists()
-    with ExitStack() as stack:
-        names = [source] if by_names else [source, target]
-        opened, *others = checkpoints = [stack.enter_context(closing(open_checkpoint(each, hub))) for each in names]
-        check_hub_options(hub, checkpoints)
+    with open_checkpoints([source] if by_names else [source, target], hub) as checkpoints:
+        opened, *others = checkpoints
         check_not_source(path, checkpoints)
         chosen = largest_state_dict(select_state_dicts(opened, state_dict, prefix), opened.name)
         comparison = _compare(name or path.stem, opened.name, chosen, others[0] if others else str(target), family)

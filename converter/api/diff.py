@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, closing
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.open import Checkpoint, check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import state_dicts
 from converter.comparison.align import Named, Side, align, select_side
 from converter.comparison.difference import Block, Change, Difference, Figures, block_of, natural_sort_key
@@ -48,10 +47,7 @@ def diff(
         DsocrError: A checkpoint cannot be read, or a checksum does not match.
     """
     paths, prefixes = _pair("--state-dict", state_dict), _pair("--prefix", prefix)
-    hub = HubOptions(**hub_options)
-    with ExitStack() as stack:
-        left, right = (stack.enter_context(closing(open_checkpoint(name, hub))) for name in (a, b))
-        check_hub_options(hub, (left, right))
+    with open_checkpoints([a, b], HubOptions(**hub_options)) as [left, right]:
         if prefix is not None and "," not in prefix:
             prefixes = _where_it_occurs(prefix, left, right)
         sides = select_side(left, paths[0], prefixes[0]), select_side(right, paths[1], prefixes[1])

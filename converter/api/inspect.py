@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import DsocrError
 from converter.layouts import registry
@@ -142,9 +141,7 @@ def inspect(
     Raises:
         DsocrError: The source cannot be read or has no tensors. An unknown layout is not an error.
     """
-    options = HubOptions(**hub_options)
-    with closing(open_checkpoint(source, options)) as opened:
-        check_hub_options(options, [opened])
+    with open_checkpoints([source], HubOptions(**hub_options)) as [opened]:
         state_dicts = select_state_dicts(opened, state_dict, prefix)
         largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
         found = _measure(opened, largest.tensors, on_progress) if values else {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.open import check_hub_options, check_unchanged, open_checkpoint
+from converter.checkpoint.open import check_unchanged, open_checkpoints
 from converter.options import split_options
 from converter.output.names import overflow_warning
 from converter.output.record import function_warning
@@ -59,10 +58,7 @@ def load(
     from converter.output.memory import Loader, checked_device
 
     torch_device = checked_device(device)
-    with ExitStack() as stack:
-        sources = [name for name in (source, fill_from) if name is not None]
-        checkpoints = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in sources]
-        check_hub_options(hub_options, checkpoints)
+    with open_checkpoints([source] if fill_from is None else [source, fill_from], hub_options) as checkpoints:
         opened, donor = checkpoints[0], checkpoints[1] if fill_from is not None else None
         plan = resolve(opened, convert_options, donor).plan
         outputs = plan.outputs

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
@@ -127,6 +127,15 @@ def check_name(name: object) -> None:
             f"a source is a path or an address, not a {type(name).__name__}",
             "save tensors to a file first, with torch.save(tensors, PATH), and give its path",
         )
+
+
+@contextmanager
+def open_checkpoints(names: Sequence[str | Path], hub_options: HubOptions) -> Iterator[list[Checkpoint]]:
+    """Open all sources of a command, as `open_checkpoint` does; close them at the end of the block."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(closing(open_checkpoint(name, hub_options))) for name in names]
+        check_hub_options(hub_options, opened)
+        yield opened
 
 
 def _ignored_note(ignored: tuple[str, ...]) -> list[str]:

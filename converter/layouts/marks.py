@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What the tensors are, with the first names."""
+        """The description of the tensors, with the first names."""
         return f"{self.what}: {first_names([repr(name) for name in self.examples], 2)}"
 
 

@@ -1,4 +1,4 @@
-"""What no tensor shows, such as the activation and the heads: read from the source's config, or else assumed."""
+"""Assumptions that no tensor shows, such as the activation and the heads: read from the source's config, or else assumed."""
 
 from __future__ import annotations
 
