@@ -1,4 +1,4 @@
-"""Assumptions that no tensor shows, such as the activation and the heads: read from the source's config, or else assumed."""
+"""Assumptions on what no tensor shows, such as activation and heads: read from the source's config, or assumed."""
 
 from __future__ import annotations
 
