@@ -159,7 +159,7 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "Qwen-VL": (names("visual.blocks.0.attn.qkv.weight", "visual.merger.ln_q.weight"), "Qwen-VL", "CLIP"),
     "ViT": (names("vit.encoder.layer.0.attention.attention.query.weight"), "DeiT", "CLIP"),
     "EfficientSAM": (
-        names("image_encoder.blocks.0.attn.qkv.weight", "image_encoder.neck.0.weight", "image_encoder.patch_embed.w"),
+        names("image_encoder.blocks.0.mlp.fc1.weight", "image_encoder.neck.0.weight", "image_encoder.patch_embed.w"),
         "EfficientSAM", "SAM",
     ),
     "ViTDet": (names("backbone.net.blocks.0.attn.rel_pos_h", "backbone.simfp_2.0.weight"), "ViTDet", "SAM"),

@@ -93,7 +93,7 @@ _ARCHITECTURES = (
     _Rule(
         "is a ViT with SAM's neck and no relative positions, as EfficientSAM is",
         _OTHER,
-        (r"(^|\.)blocks\.0\.attn\.qkv\.weight$", r"(^|\.)neck\.0\.weight$"),
+        (r"(^|\.)blocks\.0\.mlp\.fc1\.weight$", r"(^|\.)neck\.0\.weight$"),
         (r"\.rel_pos_[hw]$",),
     ),
     _Rule(
