@@ -19,6 +19,7 @@ import models
 import pytest
 import torch
 import yaml
+from command import run
 from PIL import Image
 from rich.console import Console
 
@@ -529,20 +530,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("dsocr-verify")
-    return subprocess.run(
-        [program, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("name", "code"), [("good.safetensors", 0), ("bad.pth", 1)])
 def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 50), "#336699").save(tmp_path / "mine.png")
     options = ["--sizes", "128", "--device", "cpu", "--image", "mine.png", "--html", "r.html", "--junit", "r.xml"]
     arguments = [folder / name, "--source", folder / "clip.bin", *options, "--json", "--github"]
-    done = run(*arguments, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "s.md"))
+    done = run(*arguments, cwd=tmp_path, program="dsocr-verify", GITHUB_STEP_SUMMARY=str(tmp_path / "s.md"))
     assert done.returncode == code, done.stderr
     document = json.loads(done.stdout)
     faults = [check for check in document["checks"] if check["verdict"] == "failed"]
@@ -560,7 +553,7 @@ def test_every_report_of_one_run_agrees(name: str, code: int, folder: Path, tmp_
 
 
 def test_a_report_that_cannot_be_written_costs_no_verification(folder: Path, tmp_path: Path) -> None:
-    done = run(folder / "good.safetensors", "--fast", "--html", "none/r.html", cwd=tmp_path)
+    done = run(folder / "good.safetensors", "--fast", "--html", "none/r.html", cwd=tmp_path, program="dsocr-verify")
     assert (done.returncode, done.stdout) == (4, "") and "there is no folder none" in done.stderr
 
 
