@@ -77,6 +77,7 @@ REASONS = [
     Reason("torch", THEIRS, r"no member 'archive/data/", "member names in other letters"),
     Reason("torch", THEIRS, r"unknown format: it begins with", "another encoding of the magic number"),
     Reason("torch", THEIRS, r"a pickle, but not one that torch", "another encoding of the magic number"),
+    Reason("torch", THEIRS, r"pickle protocol \d+: 0 to 5", "a pickle protocol above 5"),
     Reason("torch", OURS, r"TorchScript archives", "TorchScript"),
     Reason(
         "torch",
@@ -91,12 +92,13 @@ REASONS = [
         "damaged members without weights",
     ),
     Reason("torch", OURS, r"required positional argument|not enough values to unpack", "ignored values are missing"),
+    Reason("torch", OURS, r"takes \d+ positional arguments but", "more arguments than torch's function has"),
     Reason("torch", OURS, r"has no attribute 'dtype'|Weights only load failed", "unsupported by weights_only"),
     Reason("safetensors", THEIRS, r"duplicate name", "a duplicate name"),
     Reason("safetensors", THEIRS, r"not described by dtype, shape and data_offsets", "additional fields"),
     Reason("safetensors", THEIRS, r"unknown format|begins with", "no brace at the beginning"),
     Reason("safetensors", THEIRS, r"__metadata__ is not an object", "metadata null"),
-    Reason("safetensors", OURS, r"KeyError: 'F\d_", "types that torch lacks"),
+    Reason("safetensors", OURS, r"KeyError: 'F\d", "types that torch lacks"),
     Reason("safetensors", OURS, r"hex escape", "lone surrogates"),
     Reason("safetensors", OURS, r"floating point `-0.0`", "-0 as an integer"),
 ]
