@@ -88,7 +88,7 @@ REASONS = [
     Reason(
         "torch",
         OURS,
-        r"PytorchStreamReader failed|Couldn't parse the version|hasRecord",
+        r"PytorchStreamReader failed|Couldn't parse the version|hasRecord|record size .* does not match",
         "damaged members without weights",
     ),
     Reason("torch", OURS, r"required positional argument|not enough values to unpack", "ignored values are missing"),
