@@ -29,11 +29,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200, help="conversions to verify (default %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="default %(default)s")
     parser.add_argument("--size", choices=["tiny", "small", "true"], default="tiny", help="default %(default)s")
+    parser.add_argument("--statistics", default="", help="of all weights, such as trained (default: drawn)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: drawn)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
-    options = {"device": args.device} | ({"dtype": args.dtype} if args.dtype else {})
+    options = {"device": args.device, "statistics": args.statistics} | ({"dtype": args.dtype} if args.dtype else {})
     verify = functools.partial(verify_one, size=args.size, options=options)
     results = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:

@@ -191,18 +191,21 @@ class Result(NamedTuple):
     ratio: float
 
 
-def run(number: int, folder: Path, size: str = "tiny", **options: Any) -> tuple[Result, Verification]:
+def run(
+    number: int, folder: Path, size: str = "tiny", statistics: str = "", **options: Any
+) -> tuple[Result, Verification]:
     """Verify a correct conversion.
 
     Args:
         number: The seed of layout, sizes, weights, file type and precision.
         folder: Where the files are written.
         size: A key of SIZES.
+        statistics: A key of STATISTICS; drawn if empty.
         options: Options of `verify` instead of the drawn ones, such as `device` and `dtype`.
     """
     draw = random.Random(number)
     layout = list(test_oracles.LAYOUTS)[number % len(test_oracles.LAYOUTS)]
-    statistics = list(STATISTICS)[number // len(test_oracles.LAYOUTS) % len(STATISTICS)]
+    statistics = statistics or list(STATISTICS)[number // len(test_oracles.LAYOUTS) % len(STATISTICS)]
     family, mapping, make = test_oracles.LAYOUTS[layout]
     with mock.patch.multiple(models, **SIZES[size].settings(draw)):
         _forget()
