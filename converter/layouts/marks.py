@@ -99,8 +99,7 @@ _ARCHITECTURES = (
     _Rule(
         "is a ViTDet, which has the layers of SAM and another neck",
         _OTHER,
-        (r"(^|\.)blocks\.\d+\.attn\.rel_pos_[hw]$",),
-        (r"(^|\.)neck\.\d",),
+        (r"(^|\.)blocks\.\d+\.attn\.rel_pos_[hw]$", r"(^|\.)simfp_\d|(^|\.)backbone\.net\."),
     ),
     _Rule(
         "is the mask decoder of a SAM, without its image encoder",

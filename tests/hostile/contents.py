@@ -192,7 +192,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(lambda: {"model": sam(), "ema": sam()}), ("2 state dicts that fit: model", "--state-dict model")
     ),
     "CLIP given as SAM": (_file(clip), ("is a CLIP checkpoint, not SAM", "dsocr-convert clip")),
-    "a language model": (_file(_language_model), ("no SAM layout fits its 14 tensors", "--mapping")),
+    "a language model": (_file(_language_model), ("is a language model", "convert the vision encoder")),
     "empty": (_file(dict), ("model.pth: contains no named tensors",)),
     "no tensors": (_file(lambda: {"epoch": 3, "state_dict": {}}), ("model.pth: contains no named tensors",)),
     "a list of tensors": (_file(lambda: list(sam().values())), ("model.pth",)),
@@ -259,7 +259,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
 
 CLIP_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "SAM given as CLIP": (_file(sam), ("is a SAM checkpoint, not CLIP", "dsocr-convert sam")),
-    "a language model given as CLIP": (_file(_language_model), ("no CLIP layout fits its 14 tensors",)),
+    "a language model given as CLIP": (_file(_language_model), ("is a language model without a vision encoder",)),
     "half converted": (_file(_half_fused), ("no CLIP layout fits", "qkv_proj")),
     "q without k and v": (
         _file(_without(clip, r"layers\.1\.self_attn\.[kv]_proj")),

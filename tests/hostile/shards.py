@@ -127,6 +127,7 @@ def legacy(state: State) -> bytes:
 
 BINS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 LEGAL: dict[str, Build] = {
+    "an index in UTF-16": index(json.dumps({"weight_map": weight_map()}).encode("utf-16")),
     "a folder": indexed(dict),
     "its index": changed(lambda folder: None, INDEX),
     "links as in the hub's cache": hub_cache,
@@ -278,7 +279,6 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "an index of nothing": (index(b""), (INDEX, NO_INDEX)),
     "an index of no JSON": (index(b"{'weight_map': {}}"), (INDEX, NO_INDEX, "line 1 column 2")),
-    "an index in UTF-16": (index(json.dumps({"weight_map": weight_map()}).encode("utf-16")), (INDEX, NO_INDEX)),
     "an index that is the weights": (index(lambda: save(sam())), (INDEX, NO_INDEX)),
     "an error page for an index": (index(b"<!doctype html>"), (INDEX, NO_INDEX)),
     "a deep index": (index(b'{"weight_map":' * 100_000), (INDEX, NO_INDEX, "deep")),
