@@ -8,14 +8,16 @@ from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names
-from converter.derivation.comparison import Comparison, TensorMatch, plan_target
+from converter.derivation.comparison import Comparison, TensorMatch
 from converter.derivation.mapping import Derived, build_mapping
 from converter.derivation.names import match_by_names
-from converter.errors import LayoutError
+from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
-from converter.layouts.detect import select_state_dicts
-from converter.options import HubOptions, check_choices
+from converter.layouts.detect import detect_layouts, select_state_dicts
+from converter.options import ConvertOptions, HubOptions, check_choices
 from converter.output.target import check_not_source, check_target
+from converter.plan.plan import Plan
+from converter.plan.planner import plan_to_canonical
 from converter.storage.atomic_output import atomic_file, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import lazy_read, nbytes, source_tensors
@@ -67,11 +69,7 @@ def derive(
         check_not_source(path, checkpoints)
         chosen = largest_state_dict(select_state_dicts(opened, state_dict, prefix), opened.name)
         comparison = _compare(name or path.stem, opened.name, chosen, others[0] if others else str(target), family)
-        for other in others:
-            expected = comparison.expected.values()
-            other.fetch((tensor for value in expected for tensor in source_tensors(value)), on_progress)
-            opened.fetch(chosen.tensors.values(), on_progress)
-        matches = _find_matches(comparison, on_progress)
+        matches = _match_values(comparison, checkpoints, on_progress) if others else match_by_names(comparison)
         if state_dict is None:
             _check_state_dicts(opened, chosen.path, matches)
         derived = build_mapping(comparison, matches)
@@ -90,20 +88,36 @@ def _compare(layout: str, source: str, chosen: StateDict, target: Checkpoint | s
     if isinstance(target, str):
         canonical, expected, name = registry.canonical(registry.load(target).family), {}, target
     else:
-        plan = plan_target(target, family)
+        plan = _plan_target(target, family)
         canonical, expected, name = plan.target, plan.outputs | plan.extra_tensors, target.name
     return Comparison(layout, source, tensors, selected, chosen.prefix, name, canonical, expected)
 
 
-def _find_matches(comparison: Comparison, on_progress: OnProgress) -> list[TensorMatch]:
-    """Return all matches; LayoutError if several tensors match equally well."""
-    if comparison.expected:
-        # Imported here, since comparing names does not need torch.
-        from converter.derivation.search import match_by_values
+def _plan_target(opened: Checkpoint, family: str) -> Plan:
+    """Return the plan to canonical names; an error unless the target contains one encoder, of `family` if given."""
+    state_dicts, families = select_state_dicts(opened, None), [family] if family else registry.families()
+    found = [found for name in families for found in detect_layouts(opened, registry.layouts(name), state_dicts)]
+    names = list(dict.fromkeys(detected.match.layout.family for detected in found))
+    if not found:
+        hint = "list the known layouts with: dsocr-convert mapping list"
+        raise LayoutError(f"{opened.name}: TARGET has no known layout", hint)
+    if len(names) > 1:
+        raise UsageError(f"{opened.name}: contains {' and '.join(names)}", "choose one with --family")
+    if len(found) > 1:
+        hint = f"convert one of them to a file: dsocr-convert {names[0]} with --prefix or --state-dict"
+        raise UsageError(f"{opened.name}: TARGET holds {len(found)} {names[0].upper()} encoders", hint)
+    return plan_to_canonical(opened, found[0], ConvertOptions(names[0]))
 
-        total = sum(map(nbytes, (*comparison.selected.values(), *comparison.expected.values())))
-        return match_by_values(comparison, progress_counter(on_progress, "reading", total))
-    return match_by_names(comparison)
+
+def _match_values(comparison: Comparison, checkpoints: list[Checkpoint], on_progress: OnProgress) -> list[TensorMatch]:
+    """Fetch the tensors of both checkpoints and match them by their values."""
+    # Imported here, since comparing names does not need torch.
+    from converter.derivation.search import match_by_values
+
+    for opened, tensors in zip(checkpoints, (comparison.selected, comparison.expected), strict=True):
+        opened.fetch((tensor for value in tensors.values() for tensor in source_tensors(value)), on_progress)
+    total = sum(map(nbytes, (*comparison.selected.values(), *comparison.expected.values())))
+    return match_by_values(comparison, progress_counter(on_progress, "reading", total))
 
 
 def _check_state_dicts(opened: Checkpoint, path: str, matches: list[TensorMatch]) -> None:
@@ -111,8 +125,7 @@ def _check_state_dicts(opened: Checkpoint, path: str, matches: list[TensorMatch]
     names = {name for match in matches for name in match.sources}
     for other in select_state_dicts(opened, None):
         if other.path != path and names and names <= unwrapped_names(other.tensors, opened.name).keys():
-            paths = [path or ".", other.path or "."]
             raise LayoutError(
-                f"{opened.name}: the state dicts {' and '.join(paths)} have the same names",
-                f"choose one, such as --state-dict {paths[0]}",
+                f"{opened.name}: the state dicts {path or '.'} and {other.path or '.'} have the same names",
+                f"choose one, such as --state-dict {path or '.'}",
             )

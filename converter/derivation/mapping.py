@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import PurePath
+from textwrap import wrap
 from typing import Any
 
-from converter.derivation.comparison import Comparison, TensorMatch, encoder_prefix, find_leftovers, find_missing
-from converter.derivation.rules import DerivedRule, Variables, generalise, list_parts
-from converter.derivation.write import drop_templates, rule_item, used_variables, yaml_text
+import yaml
+
+from converter.derivation.comparison import Comparison, TensorMatch
+from converter.derivation.rules import DerivedRule, Variables, common_start, generalise, words_variable
 from converter.errors import LayoutError, MappingError
 from converter.layouts.claims import summary
 from converter.layouts.match import match_layouts
 from converter.layouts.parse import parse_mapping
 from converter.layouts.shapes import Dim, Shape, Sizes, match_shape
-from converter.layouts.spec import CanonicalLayout
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import source_tensors
+from converter.tensors.ops import Deinterleave, Fuse, Op, Reshape, Split
+
+_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +77,23 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
     if not matches:
         hint = "same weights in one element type" if comparison.expected else "names of a known layout"
         raise LayoutError(f"{comparison.source}: nothing matches {comparison.target}", f"needed are the {hint}")
-    prefix = encoder_prefix(matches, comparison.canonical)
-    missing, leftovers = find_missing(comparison, matches), find_leftovers(comparison, matches)
+    used, missing = {name for match in matches for name in match.sources}, comparison.missing(matches)
+    unused = [name for name in comparison.tensors if name not in used]
+    spec = comparison.canonical.spec
+    names = [name for match in matches if any(map(spec, match.targets)) for name in match.sources]
+    prefix = "".join(f"{segment}." for segment in common_start([name.split(".")[:-1] for name in names]))
+    leftovers = _leftovers(comparison, [name.removeprefix(prefix) for name in names], unused, prefix)
     if leftovers and not missing:
         raise LayoutError(
             f"{comparison.source}: {len(leftovers)} tensors inside the matched modules have no counterpart in "
             f"{comparison.target}:\n{summary([f'  {name!r}' for name in leftovers])}",
             "merge adapters such as LoRA into the weights first; remove what the model does not need",
         )
-    method = "values" if comparison.expected else "names and shapes"
-    source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
-    header = f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {method}."
     fields = _fields(comparison, matches, prefix, leftovers)
-    text = yaml_text(header, fields)
+    method = "values" if comparison.expected else "names and shapes"
+    text = _yaml_text(fields, comparison, method)
     if not missing:
         _check(comparison, matches, text)
-    used = {name for match in matches for name in match.sources}
     return Derived(
         layout=comparison.layout,
         family=comparison.canonical.family,
@@ -95,16 +102,28 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
         method=method,
         num_matched=sum(len(match.targets) for match in matches),
         unmatched=missing,
-        dropped=[name for name in comparison.tensors if name not in used],
+        dropped=unused,
         num_rules=len(fields["rules"]) + len(fields.get("other_rules", ())),
         text=text,
     )
 
 
+def _leftovers(comparison: Comparison, matched: list[str], unused: list[str], prefix: str) -> list[str]:
+    """Return the unused names inside matched modules, such as LoRA factors and adapters.
+
+    A module is given by the first segment after the encoder's prefix. Tensors like those that the encoder generates,
+    such as the position indices of a second encoder, are not counted.
+    """
+    modules = tuple({f"{prefix}{tail.partition('.')[0]}." for tail in matched if "." in tail})
+    generated = {(value.dtype, value.shape) for value in comparison.generated.values()}
+    inside = [(name, comparison.tensors[name]) for name in unused if name.startswith(modules)]
+    return [name for name, value in inside if (value.dtype, value.shape) not in generated]
+
+
 def _fields(comparison: Comparison, matches: list[TensorMatch], prefix: str, leftovers: list[str]) -> dict[str, Any]:
     """Return the content of a mapping file. Leftovers are neither converted nor dropped."""
     variables: Variables = {"rest": "path"}
-    derived = [_rule(match, comparison.canonical, variables, prefix) for match in matches]
+    derived = [_rule(comparison, match, variables, prefix) for match in matches]
     inside = [rule for rule in derived if all(name.startswith(prefix) for name in rule.source_names)]
     outside = [rule for rule in derived if rule not in inside]
     names = [name for name in comparison.tensors if name not in leftovers]
@@ -113,12 +132,14 @@ def _fields(comparison: Comparison, matches: list[TensorMatch], prefix: str, lef
     reason = f"no tensor of {PurePath(comparison.target).name} has {compared}"
     rules = _items(inside, [name for name in names if name.startswith(prefix)], prefix, reason, variables)
     other_rules = _items(outside, others, "", reason, variables) if outside else []
+    used = set(re.findall(r"\{([a-z_0-9]+)", str([*rules, *other_rules])))
+    kinds = sorted(variables.items(), key=lambda item: item[1] != "int")
     family = comparison.canonical.family
     fields = {
         "layout": comparison.layout,
         "family": family,
         "description": f"the layout of {PurePath(comparison.source).name}"[:100],
-        "variables": used_variables([*rules, *other_rules], variables),
+        "variables": {name: kind if isinstance(kind, str) else list(kind) for name, kind in kinds if name in used},
         "prefix": prefix,
         "detect": _detect(comparison, matches, prefix),
         "rules": rules,
@@ -128,15 +149,67 @@ def _fields(comparison: Comparison, matches: list[TensorMatch], prefix: str, lef
     return {key: value for key, value in fields.items() if value}
 
 
+def _rule(comparison: Comparison, match: TensorMatch, variables: Variables, prefix: str) -> DerivedRule:
+    """Return the rule for one match, without templates but for its parts."""
+    action = "fuse" if len(match.sources) > 1 else "split" if len(match.targets) > 1 else "rename"
+    (source, sources), (target, targets) = (_list_parts(names, variables) for names in (match.sources, match.targets))
+    spec = comparison.canonical.spec(match.targets[0])
+    options = {
+        "parts": sources or targets,
+        "dim": next((op.dim for op in match.ops if isinstance(op, Fuse | Split)), 0),
+        "then": [_operation(op) for op in match.ops if not isinstance(op, Fuse | Split)],
+        # Other checkpoints in this layout may lack the tensors that the encoder does not require.
+        "optional": bool(spec.generate) if spec else ("on_read" if source.startswith(prefix) else True),
+    }
+    options = {key: value for key, value in options.items() if value}
+    return DerivedRule(action, source, target, frozenset(match.sources), frozenset(match.targets), options)
+
+
+def _list_parts(names: tuple[str, ...], variables: Variables) -> tuple[str, dict[str, list[str]]]:
+    """Return the template of names that differ in one word, and the words by its variable; none for a single name."""
+    if len(names) == 1:
+        return names[0], {}
+    rows = [re.split("([^a-zA-Z0-9]+)", name) for name in names]
+    head = len(common_start([row[:-1] for row in rows]))
+    tail = len(common_start([row[:head:-1] for row in rows]))
+    words = tuple("".join(row[head : len(row) - tail]) for row in rows)
+    if any("." in word or not word for word in words) or len(set(words)) < len(words):
+        raise MappingError(f"no rule can list names that differ in several words: {', '.join(names)}")
+    name, first = words_variable(words, variables), rows[0]
+    return "".join([*first[:head], f"{{{name}}}", *first[len(first) - tail :]]), {name: list(words)}
+
+
+def _operation(op: Op) -> dict[str, Any]:
+    match op:
+        case Reshape(before, after):
+            return {"reshape": {"from": list(before), "to": list(after)}}
+        case Deinterleave(num_heads, num_parts):
+            return {"deinterleave": {"heads": num_heads, "parts": num_parts}}
+    # The others have their key in lower case, and one list.
+    return {type(op).__name__.lower(): list(astuple(op)[0])}
+
+
 def _items(
     rules: list[DerivedRule], names: list[str], prefix: str, reason: str, variables: Variables
 ) -> list[dict[str, Any]]:
     """Return the items of a list of rules for names with a prefix: the merged rules, and a drop of all other names."""
     used = {name.removeprefix(prefix) for rule in rules for name in rule.source_names}
     unused = [tail for name in names if (tail := name.removeprefix(prefix)) not in used]
-    items = [rule_item(rule, prefix) for rule in generalise(rules, names, variables)]
-    dropped = {"drop": drop_templates(unused, used), "because": reason, "optional": True}
+    items = [rule.item(prefix) for rule in generalise(rules, names, variables)]
+    dropped = {"drop": _drop_templates(unused, used), "because": reason, "optional": True}
     return [*items, dropped] if unused else items
+
+
+def _drop_templates(names: list[str], used: set[str]) -> list[str]:
+    """Return templates for names to drop: the largest modules that have no used name, else the names themselves."""
+    modules = {module for name in used for module in _modules(name)}
+    dropped = (next((f"{m}{{rest}}" for m in _modules(name) if m not in modules), name) for name in names)
+    return list(dict.fromkeys(dropped))
+
+
+def _modules(name: str) -> list[str]:
+    """Return the modules that contain a tensor, from the outermost, such as `blocks.` and `blocks.0.`."""
+    return [name[: dot.end()] for dot in re.finditer(r"\.", name)]
 
 
 def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> None:
@@ -155,20 +228,16 @@ def _check(comparison: Comparison, matches: list[TensorMatch], text: str) -> Non
                 raise MappingError(f"{comparison.source}: the derived rules do not give {name!r}: this is a bug")
 
 
-def _rule(match: TensorMatch, canonical: CanonicalLayout, variables: Variables, prefix: str) -> DerivedRule:
-    action, source, target, parts = "rename", match.sources[0], match.targets[0], None
-    if len(match.sources) > 1 or len(match.targets) > 1:
-        action, names = ("fuse", match.sources) if len(match.sources) > 1 else ("split", match.targets)
-        listed = list_parts(names, variables)
-        if listed is None:
-            raise MappingError(f"no {action} rule can list names that differ in several words: {', '.join(names)}")
-        template, parts = listed
-        source, target = (template, target) if action == "fuse" else (source, template)
-    spec = canonical.spec(match.targets[0])
-    # Other checkpoints in this layout may lack the tensors that the encoder does not require.
-    optional = bool(spec.generate) if spec else ("on_read" if source.startswith(prefix) else True)
-    sources, targets = frozenset(match.sources), frozenset(match.targets)
-    return DerivedRule(action, source, target, sources, targets, match.ops, parts, optional)
+def _yaml_text(fields: Mapping[str, Any], comparison: Comparison, method: str) -> str:
+    """Return the text of a mapping file: a comment on its origin, then the fields in order."""
+    source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
+    comment = f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {method}."
+    # A file name may contain bytes that are not UTF-8.
+    lines = wrap(comment.encode(errors="backslashreplace").decode(), _WIDTH - 2)
+    text = yaml.safe_dump(dict(fields), sort_keys=False, default_flow_style=None, width=_WIDTH)
+    # Each of these top-level keys starts a section, with a blank line before it.
+    text = re.sub("^(?=(?:variables|prefix|detect|rules|other_rules|drop_rest):)", "\n", text, flags=re.MULTILINE)
+    return "".join(f"# {line}\n" for line in lines) + text
 
 
 def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> dict[str, list[int | str]]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
 
 import torch
 
-from converter.derivation.comparison import Comparison, TensorMatch, Tensors, find_missing
-from converter.derivation.operations import find_operations, mix
+from converter.derivation.comparison import Comparison, TensorMatch, Tensors
+from converter.derivation.operations import Ops, find_operations, mix
 from converter.errors import LayoutError
 from converter.layouts.match import outermost
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.evaluate import bit_view, evaluate
-from converter.tensors.lazy_tensor import LazyTensor, nbytes
+from converter.tensors.lazy_tensor import nbytes
 from converter.tensors.ops import Fuse, Split
 
 # For example, separate q, k and v for each of 21 heads.
@@ -32,13 +31,18 @@ Fingerprint = tuple[str, int, int]
 ByFingerprint = dict[Fingerprint, list[str]]
 
 
-@dataclass(slots=True, eq=False)
 class _Side:
     """The tensors of the source or of the target, their names by fingerprint, and the names that have a match."""
 
-    tensors: Tensors
-    names: ByFingerprint
-    matched: set[str] = field(default_factory=set)
+    def __init__(self, tensors: Tensors, on_bytes: Callable[[int], None], prefix: str | None = None) -> None:
+        self.tensors = tensors
+        self.matched: set[str] = set()
+        names: ByFingerprint = {}
+        for name, value in tensors.items():
+            if value.dtype.name in BY_NAME:  # unlike sparse tensors, which no encoder has
+                names.setdefault(_fingerprint(self.load(name), value.dtype.name), []).append(name)
+                on_bytes(nbytes(value))
+        self.names = {key: outermost(equal, prefix) for key, equal in names.items()}
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor and return its elements as integers in the same shape."""
@@ -50,28 +54,19 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
 
     `on_bytes` is called with the size of each tensor that was read, in bytes.
     """
-    search = _Search(_read(comparison.selected, on_bytes, comparison.prefix), _read(comparison.expected, on_bytes))
+    source, target = _Side(comparison.selected, on_bytes, comparison.prefix), _Side(comparison.expected, on_bytes)
+    search = _Search(source, target)
     search.match_single()
-    search.match_parts(search.target, search.source, search.fuse)
-    search.match_parts(search.source, search.target, search.split)
+    search.match_parts(target, source)
+    search.match_parts(source, target)
     _check_ties(comparison, search)
     return sorted(search.matches, key=lambda match: match.targets)
 
 
-def _read(tensors: Tensors, on_bytes: Callable[[int], None], prefix: str | None = None) -> _Side:
-    names: ByFingerprint = {}
-    for name, value in tensors.items():
-        if value.dtype.name not in BY_NAME:  # such as sparse tensors, which no encoder has
-            continue
-        names.setdefault(_fingerprint(bit_view(evaluate(value)), value), []).append(name)
-        on_bytes(nbytes(value))
-    return _Side(tensors, {key: outermost(equal, prefix) for key, equal in names.items()})
-
-
-def _fingerprint(tensor: torch.Tensor, value: LazyTensor) -> Fingerprint:
+def _fingerprint(tensor: torch.Tensor, dtype: str) -> Fingerprint:
     # A sum of the elements themselves would be the same for many tensors of similar 16-bit numbers.
     pieces = tensor.reshape(-1).chunk(1 + tensor.numel() // _NUM_HASHED)
-    return value.dtype.name, tensor.numel(), sum(int(mix(elements).sum()) for elements in pieces)
+    return dtype, tensor.numel(), sum(int(mix(elements).sum()) for elements in pieces)
 
 
 class _Search:
@@ -82,65 +77,64 @@ class _Search:
         self.matches: list[TensorMatch] = []
         self.candidates = {name: source.names.get(key, []) for key, names in target.names.items() for name in names}
 
-    def _add(self, match: TensorMatch) -> None:
-        self.matches.append(match)
-        self.source.matched.update(match.sources)
-        self.target.matched.update(match.targets)
+    def _add(self, sources: tuple[str, ...], targets: tuple[str, ...], ops: Ops | None) -> bool:
+        """Add a match, if operations were found; return whether they were."""
+        if ops is not None:
+            self.matches.append(TensorMatch(sources, targets, ops))
+            self.source.matched.update(sources)
+            self.target.matched.update(targets)
+        return ops is not None
 
     def match_single(self) -> None:
         """Match tensors with a fingerprint that is unique on both sides."""
         for key, targets in self.target.names.items():
-            if len(targets) == len(self.source.names.get(key, ())) == 1:
-                source, target = self.source.names[key][0], targets[0]
-                ops = find_operations(self.source.load(source), self.target.load(target))
-                if ops is not None:
-                    self._add(TensorMatch((source,), (target,), ops))
+            sources = self.source.names.get(key, [])
+            if len(targets) == len(sources) == 1:
+                ops = find_operations(self.source.load(sources[0]), self.target.load(targets[0]))
+                self._add((sources[0],), (targets[0],), ops)
 
-    def match_parts(self, wholes: _Side, parts: _Side, find: Callable[..., TensorMatch | None]) -> None:
+    def match_parts(self, wholes: _Side, parts: _Side) -> None:
         """Match the tensors of one side whose equal parts are tensors of the other, in any order."""
         pool = {key: names for key, names in parts.names.items() if key not in wholes.names}
         for key, names in wholes.names.items():
             for whole in names if key not in parts.names else ():
-                for dim, found in _equal_splits(wholes.load(whole), wholes.tensors[whole], pool):
+                tensor = wholes.load(whole)
+                for dim, found in _equal_splits(tensor, key[0], pool):
                     chosen = _unique_names(found, parts.matched) if len(names) == 1 else ()
-                    if chosen and (match := find(whole, chosen, dim)):
-                        self._add(match)
-                        break
-                    if all(found):
-                        self._add_candidates(wholes, names, found)
-
-    def _add_candidates(self, wholes: _Side, names: list[str], found: list[list[str]]) -> None:
-        """Remember which sources fit a target, for the message if there are several."""
-        if wholes is self.source:
-            self.candidates.update((target, names) for targets in found for target in targets)
-        else:
-            self.candidates.update((target, max(found, key=len)) for target in names)
-
-    def fuse(self, target: str, parts: tuple[str, ...], _: int) -> TensorMatch | None:
-        """Return the match of a target with the sources that it is fused from, or None."""
-        values, expected = [self.source.load(part) for part in parts], self.target.load(target)
-        for dim in range(values[0].dim() if len({value.shape for value in values}) == 1 else 0):
-            ops = find_operations(torch.cat(values, dim), expected)
-            if ops is not None:
-                return TensorMatch(parts, (target,), (Fuse(len(parts), dim), *ops))
-        return None
-
-    def split(self, source: str, targets: tuple[str, ...], dim: int) -> TensorMatch | None:
-        """Return the match of a source with the targets that it is split into along a dimension, or None."""
-        pairs = zip(self.source.load(source).chunk(len(targets), dim), targets, strict=True)
-        ops, *others = {find_operations(part, self.target.load(target)) for part, target in pairs}
-        return None if others or ops is None else TensorMatch((source,), targets, (Split(len(targets), dim), *ops))
+                    values = [parts.load(name) for name in chosen]
+                    if wholes is self.target:
+                        if chosen and self._add(chosen, (whole,), _fuse(values, tensor)):
+                            break
+                        candidates = dict.fromkeys(names, max(found, key=len))
+                    else:
+                        if chosen and self._add((whole,), chosen, _split(tensor, values, dim)):
+                            break
+                        candidates = dict.fromkeys(itertools.chain(*found), names)
+                    self.candidates.update(candidates if all(found) else {})
 
 
-def _equal_splits(
-    tensor: torch.Tensor, value: LazyTensor, pool: ByFingerprint
-) -> Iterator[tuple[int, list[list[str]]]]:
+def _fuse(parts: list[torch.Tensor], target: torch.Tensor) -> Ops | None:
+    """Return the operations that fuse parts into a target, or None."""
+    for dim in range(parts[0].dim() if len({part.shape for part in parts}) == 1 else 0):
+        ops = find_operations(torch.cat(parts, dim), target)
+        if ops is not None:
+            return (Fuse(len(parts), dim), *ops)
+    return None
+
+
+def _split(source: torch.Tensor, targets: list[torch.Tensor], dim: int) -> Ops | None:
+    """Return the operations that split a source along a dimension into targets, or None."""
+    ops, *others = set(map(find_operations, source.chunk(len(targets), dim), targets))
+    return None if others or ops is None else (Split(len(targets), dim), *ops)
+
+
+def _equal_splits(tensor: torch.Tensor, dtype: str, pool: ByFingerprint) -> Iterator[tuple[int, list[list[str]]]]:
     """Yield the ways to split a tensor equally: the dimension, and for each part the names with its fingerprint."""
-    sizes = sorted({size for dtype, size, _ in pool if size and dtype == value.dtype.name}, reverse=True)
+    sizes = sorted({size for name, size, _ in pool if size and name == dtype}, reverse=True)
     for size, dim in itertools.product(sizes, range(tensor.dim())):
         num_parts, remainder = divmod(tensor.numel(), size)
         if not remainder and 1 < num_parts <= _MAX_PARTS and tensor.shape[dim] % num_parts == 0:
-            yield dim, [pool.get(_fingerprint(part, value), []) for part in tensor.chunk(num_parts, dim)]
+            yield dim, [pool.get(_fingerprint(part, dtype), []) for part in tensor.chunk(num_parts, dim)]
 
 
 def _unique_names(parts: list[list[str]], matched: Container[str]) -> tuple[str, ...]:
@@ -151,7 +145,7 @@ def _unique_names(parts: list[list[str]], matched: Container[str]) -> tuple[str,
 
 def _check_ties(comparison: Comparison, search: _Search) -> None:
     """Raise LayoutError if several sources have the values of an unmatched target of the encoder."""
-    missing = [name for name in find_missing(comparison, search.matches) if comparison.canonical.spec(name)]
+    missing = [name for name in comparison.missing(search.matches) if comparison.canonical.spec(name)]
     ties = [name for name in missing if len(search.candidates[name]) > 1]
     if ties:
         names = search.candidates[ties[0]]
