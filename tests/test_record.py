@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ from typer.testing import CliRunner
 import converter
 from converter.api.verify import verify
 from converter.cli import convert as cli
+from converter.cli import render
 from converter.errors import ContainerError, OutputError, UsageError
 from converter.output.json_document import canonical_json
+from converter.output.record import RecordedSource
 from converter.verification.result import FAILED, PASSED
 
 
@@ -359,3 +362,26 @@ def test_the_command_writes_records(folder: Path, tmp_path: Path, monkeypatch: p
     assert (done.exit_code, done.stdout) == (0, "deepencoder-clip.safetensors\n")
     assert "record: c.json, README.md" in done.stderr
     assert document(tmp_path / "c.json")["tensors"]
+
+
+# How it is printed ------------------------------------------------------------------------------------------------
+
+
+def test_transfers_are_those_of_hub_sources(folder: Path) -> None:
+    """A local source counts neither in the total nor in the checks; a hub may give no commit."""
+
+    def source(name: str, container: str, nbytes: int) -> RecordedSource:
+        return RecordedSource(name, {f"{name}/file": nbytes}, [container], "", [])
+
+    sam, clip = source("hf://org/sam", "torch zip", 3000), source("ms://org/clip", "safetensors", 5000)
+    local = source("donor", "safetensors", 90_000)
+    record = converter.convert(folder / "sam.pth", "sam", dry_run=True)
+    assert not list(render.transfers(dataclasses.replace(record, sources=[local])))
+    fetched = {"hf://org/sam/file": 1500}
+    said = list(render.transfers(dataclasses.replace(record, sources=[sam, local], fetched=fetched)))
+    assert said[0] == "  fetched 1.5 kB of 3.0 kB, 50.0%"
+    assert len(said) == 2 and "torch zip: the CRC-32 of every tensor" in said[1]
+    fetched |= {"ms://org/clip/file": 2500}
+    said = list(render.transfers(dataclasses.replace(record, sources=[sam, clip], fetched=fetched)))
+    assert said[0] == "  fetched 4.0 kB of 8.0 kB, 50.0%"
+    assert len(said) == 3 and "safetensors has no checksums" in said[1] and "CRC-32" in said[2]

@@ -9,6 +9,7 @@ from typing import Any
 from converter.api.inspect import Group, Inspection, MatchedLayout
 from converter.cli import console
 from converter.errors import first_names
+from converter.formats import torch_zip, torchscript
 from converter.output.names import fold_key_map, group_by_reason, overflow_warning
 from converter.output.record import ConversionRecord, RecordedSource
 
@@ -17,6 +18,8 @@ _MAX_COLUMN_WIDTH = 100
 # Columns of the values of tensors.
 _VALUES = ("minimum", "mean", "maximum", "NaN, inf")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+# Containers that have a CRC-32 of every tensor.
+_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER)
 
 
 def size(nbytes: int) -> str:
@@ -26,7 +29,7 @@ def size(nbytes: int) -> str:
 
 
 def summary(record: ConversionRecord) -> Iterable[str]:
-    """Describe a conversion: sources, output, transfers, and tensors that need attention."""
+    """Describe a conversion: sources, output, notes, transfers, and what deviates from a whole DeepEncoder."""
     yield from map(_source, record.sources)
     dtypes = " and ".join(f"{number} {name}" for name, number in record.dtypes.items())
     if record.unchanged:
@@ -36,8 +39,9 @@ def summary(record: ConversionRecord) -> Iterable[str]:
     yield f"{verb} {record.output}: {record.num_tensors} tensors ({dtypes}), {size(record.nbytes)}"
     if record.overflows:
         yield f"  {overflow_warning(record.overflows)}"
+    yield from (f"  {note}" for note in record.notes)
     yield from transfers(record)
-    yield from remarks(record)
+    yield from deviations(record)
 
 
 def _source(source: RecordedSource) -> str:
@@ -53,19 +57,25 @@ def _source(source: RecordedSource) -> str:
 
 
 def transfers(record: ConversionRecord) -> Iterable[str]:
-    """Describe what was fetched from a hub, and how it was checked."""
-    yield from (f"  {note}" for note in record.notes)
-    if record.fetched:
-        total = sum(sum(source.files.values()) for source in record.sources)
-        fetched = sum(record.fetched.values())
-        yield f"  fetched {size(fetched)} of {size(total)}, {fetched / total:.1%}"
-        if any("safetensors" in source.containers for source in record.sources):
-            yield "  checked: sizes, ranges, ETags; safetensors has no checksums, the hub's SHA-256 is of whole files"
-        else:
-            yield "  checked: sizes, ranges, ETags, and the CRC-32 of every tensor"
+    """Describe what was fetched from a hub, and how it was checked; nothing for local sources."""
+    remote = [source for source in record.sources if source.files.keys() & record.fetched.keys()]
+    if not remote:
+        return
+    total = sum(sum(source.files.values()) for source in remote)
+    fetched = sum(record.fetched.values())
+    yield f"  fetched {size(fetched)} of {size(total)}, {fetched / total:.1%}"
+    for container in sorted({container for source in remote for container in source.containers}):
+        yield f"  checked: sizes, ranges, ETags; {_data_check(container)}"
 
 
-def remarks(record: ConversionRecord) -> Iterable[str]:
+def _data_check(container: str) -> str:
+    """Describe how the data of fetched tensors were checked."""
+    if container in _WITH_CRC:
+        return f"{container}: the CRC-32 of every tensor"
+    return f"{container} has no checksums: to check the data too, use --download"
+
+
+def deviations(record: ConversionRecord) -> Iterable[str]:
     """List unusual sizes, and tensors that are missing, generated or dropped."""
     if record.unusual:
         sizes = ", ".join(f"{name} {pair[0]} (not {pair[1]})" for name, pair in record.unusual.items())
@@ -173,7 +183,7 @@ def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
         yield "  converted already: nothing to do"
     else:
         yield f"  `dsocr-convert {record.family}` would write {record.num_tensors} tensors, {size(record.nbytes)}"
-        yield from remarks(record)
+        yield from deviations(record)
 
 
 def show_conversion(
