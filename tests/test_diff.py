@@ -316,14 +316,19 @@ def test_one_of_several_prefixes(state: State, tmp_path: Path) -> None:
     torch.save({**both, "tuned.lm_head.weight": torch.ones(2)}, tmp_path / "both.pth")
     torch.save(state, tmp_path / "plain.pth")
     files = (tmp_path / "both.pth", tmp_path / "plain.pth")
-    assert not diff(*files).equal and diff(*files, prefix=".").equal and diff(*files, prefix=".,").equal
+    assert (
+        not diff(*files).equal
+        and diff(*files, prefix=".").equal
+        and diff(*files, prefix=".,.").equal
+        and diff(*files, prefix="").equal is diff(*files).equal
+    )
     found = diff(*files, prefix="tuned.")
     assert len(found.changed) == len(state) - 1 and not found.added and not found.removed
     assert found.notes[0] == f"{files[0]}: only the encoder under the prefix tuned. is compared"
     assert diff(files[0], files[0], prefix="tuned").equal
     assert len(diff(files[0], files[0], prefix="tuned.,.").changed) == len(state) - 1
     assert diff(*files, prefix="tuned.transformer.layers.0.,transformer.layers.0.").names == []
-    for wrong in ("none.", "tuned.,none.", "a,b,c"):
+    for wrong in ("none.", "tuned.,none.", "a,b,c", "tuned.,", ",tuned.", ","):
         with pytest.raises(UsageError, match="--prefix"):
             diff(*files, prefix=wrong)
 

@@ -29,21 +29,27 @@ def diff(
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> Difference:
-    """Compare two checkpoints: names, types, shapes, values, and how far each block moved.
+    """Compare two checkpoints: names, types, shapes, values, and the relative L2 change of each layer.
 
-    Checkpoints of the same family are compared under its canonical names, others and other tensors under their own.
-    Memory does not grow with the checkpoints.
+    An encoder that both contain is compared under its canonical names; all other tensors under their names in the
+    files. Memory does not grow with the checkpoints.
 
     Args:
         a: A checkpoint: a file, a folder or an index, local or on a hub (`hf://org/name@revision`, `org/name`).
         b: Another checkpoint.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top); `A,B` for different ones.
-        prefix: The prefix of the encoders to compare (`.` for none), of the checkpoints that have it; `A,B` for
-            different ones.
-        on_progress: Called as bytes are compared, measured or fetched; when fetching, also from other threads.
+        prefix: Compare only the names with this prefix (`.` for no prefix). If one checkpoint has no such names, all
+            of its names are compared. `A,B` for different prefixes.
+        on_progress: Called with what is done, the bytes done and all bytes, as bytes are compared, measured or
+            fetched; when fetching, also from other threads.
         **hub_options: The fields of `converter.options.HubOptions`, for both checkpoints.
 
+    Returns:
+        The tensors that are the same, changed, renamed, or in one checkpoint only.
+
     Raises:
+        UsageError: A state dict or a prefix does not exist, or an option lacks a value before or after its comma.
+        LayoutError: A checkpoint has several state dicts of the same size.
         DsocrError: A checkpoint cannot be read, or a checksum does not match.
     """
     paths, prefixes = _pair("--state-dict", state_dict), _pair("--prefix", prefix)
@@ -57,13 +63,13 @@ def diff(
 
 
 def _pair(option: str, value: str | None) -> tuple[str | None, str | None]:
-    """Return A's and B's value of an option."""
-    if value is None:
-        return None, None
-    first, _, second = value.partition(",")
-    if "," in second:
-        raise UsageError(f"{option} {value}: expected one name, or A's and B's with a comma between")
-    return first, second or first
+    """Return A's and B's value of an option: the same without a comma."""
+    if value is None or "," not in value:
+        return value, value
+    halves = value.split(",")
+    if len(halves) != 2 or not all(halves):
+        raise UsageError(f"{option} {value}: expected one value for both checkpoints, or two with a comma between: A,B")
+    return halves[0], halves[1]
 
 
 def _where_it_occurs(prefix: str, *sides: Checkpoint) -> tuple[str | None, str | None]:
@@ -110,7 +116,14 @@ def _unreadable(values: Iterable[LazyTensor]) -> str:
 
 
 def _only_in_side(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
-    """Return the names that only one side has; add notes on second names of tensors that both sides have."""
+    """Return the names that only one side has, without second names of tensors that both sides have.
+
+    Args:
+        named: The tensors of the side.
+        pairs: The tensors that both sides have.
+        side: 0 for A, 1 for B.
+        notes: A note on each second name is appended.
+    """
     shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
     found = []
     for name in sorted(named.keys() - pairs.keys(), key=natural_sort_key):
@@ -146,9 +159,9 @@ def _renamed(removed: Named, added: Named) -> dict[str, str]:
 
 
 def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:
-    """Measure all tensors of each block that moved: its movement is relative to the norm of all of them."""
-    moved = {block_of(name) for name in unequal}
-    if not moved:
+    """Measure all tensors of each block that changed: its change is relative to the norm of all of them."""
+    changed = {block_of(name) for name in unequal}
+    if not changed:
         return {}
     # Imports torch, which takes two seconds: only if checkpoints differ.
     from converter.comparison.measure import measure
@@ -156,7 +169,7 @@ def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> d
     measured = {
         name: pair
         for name, pair in same_shape.items()
-        if block_of(name) in moved and all(value.dtype.name in BY_NAME for value in pair)
+        if block_of(name) in changed and all(value.dtype.name in BY_NAME for value in pair)
     }
     total = sum(nbytes(a) for a, _ in measured.values())
     return measure(measured, progress_counter(on_progress, "measuring", total))
@@ -173,7 +186,7 @@ def _blocks(same_shape: Pairs, unequal: set[str], figures: Mapping[str, Figures]
     members: dict[str, list[str]] = {}
     for name in same_shape:
         members.setdefault(block_of(name), []).append(name)
-    # Only floating-point tensors: position indices and counters do not move.
+    # Only floating-point tensors: position indices and counters are not trained.
     weights = {name: found for name, found in figures.items() if same_shape[name][0].dtype.is_float}
     return [_block(block, names, unequal, weights) for block, names in members.items()]
 
