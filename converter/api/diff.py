@@ -38,8 +38,8 @@ def diff(
         a: A checkpoint: a file, a folder or an index, local or on a hub (`hf://org/name@revision`, `org/name`).
         b: Another checkpoint.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top); `A,B` for different ones.
-        prefix: Compare only the names with this prefix (`.` for no prefix). If one checkpoint has no such names, all
-            of its names are compared. `A,B` for different prefixes.
+        prefix: The prefix of the encoder to compare (`.` for none); it is ignored for a checkpoint without such names
+            if the other one has some. `A,B` for different prefixes.
         on_progress: Called with what is done, the bytes done and all bytes, as bytes are compared, measured or
             fetched; when fetching, also from other threads.
         **hub_options: The fields of `converter.options.HubOptions`, for both checkpoints.
