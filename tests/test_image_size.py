@@ -77,7 +77,7 @@ def test_a_resampled_sam_is_verified(tmp_path: Path) -> None:
 
 
 def test_windows_as_large_as_the_image(tmp_path: Path) -> None:
-    """With equal lengths it does not show which layers have windows; of 3 layers nothing is known."""
+    """With equal lengths, layers cannot be told apart; of 3 layers nothing is known."""
     size = 2 * models.WINDOW - 1
     changed = {"image_encoder.pos_embed": torch.randn(1, models.WINDOW, models.WINDOW, models.WIDTH)}
     changed |= {
@@ -85,7 +85,7 @@ def test_windows_as_large_as_the_image(tmp_path: Path) -> None:
         for layer in range(models.DEPTH)
         for axis in "hw"
     }
-    with pytest.raises(MappingError, match="which of the 3 layers have windows"):
+    with pytest.raises(MappingError, match="the 3 layers cannot be told apart"):
         converted(tmp_path, 4 * models.PATCH, **changed)
     # Four layers, each of them global, as in SAM with four groups of layers.
     for name, tensor in models.sam_meta().state_dict().items():
@@ -93,6 +93,18 @@ def test_windows_as_large_as_the_image(tmp_path: Path) -> None:
             changed[name.replace(".0.", ".3.", 1)] = changed.get(name, tensor).clone()
     after = converted(tmp_path, 4 * models.PATCH, **changed)
     assert {len(after[f"blocks.{layer}.attn.rel_pos_h"]) for layer in range(4)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"), [("image_encoder.", "matches nothing: image_encoder.pos_embed"), ("", "missing .*'pos_embed'")]
+)
+def test_missing_positions_are_reported(prefix: str, words: str, tmp_path: Path) -> None:
+    """In Meta's names and in the DeepEncoder's, which are the same without a prefix."""
+    state = {name.replace("image_encoder.", prefix): tensor for name, tensor in models.sam_meta().state_dict().items()}
+    del state[f"{prefix}pos_embed"]
+    torch.save(state, tmp_path / "sam.pth")
+    with pytest.raises(MappingError, match=words):
+        converter.convert(tmp_path / "sam.pth", "sam", dry_run=True, image_size=6 * models.PATCH)
 
 
 @pytest.mark.parametrize("image_size", [17, 0, 9000])

@@ -21,7 +21,7 @@ def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, im
 
     Args:
         target: The canonical layout.
-        applied: The tensors by canonical names.
+        applied: The tensors by canonical names; modified in place.
         depth: The number of layers.
         image_size: The new height and width of images in pixels.
 
@@ -30,7 +30,7 @@ def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, im
 
     Raises:
         UsageError: The image size is not a multiple of the patch size, or there is nothing to resample.
-        MappingError: Positions are no square grid, or it does not show which layers have windows.
+        MappingError: Positions are no square grid, or layers with windows cannot be told from those without.
     """
     kinds = {spec.positions for spec in target.tensors if spec.positions}
     if not kinds:
@@ -39,16 +39,17 @@ def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, im
     if image_size < patch or image_size % patch:
         raise UsageError(f"--image-size {image_size}: not a multiple of the patch size, {patch}")
     absolute = next(_named(target, applied, kinds - {_RELATIVE}), None)
+    # Canonical layouts require absolute positions: the planner reports those that are missing.
     if absolute is None:
         return {}
     name, kind = absolute
-    before = grid_size_of(kind, applied.values[name].shape)
+    before, after = grid_size_of(kind, applied.values[name].shape), image_size // patch
     relative = [other for other, _ in _named(target, applied, {_RELATIVE})]
-    if before == image_size // patch:
+    if before == after:
         return {}
     for other in _global(applied, relative, before, depth, target.global_layers):
-        _resample(applied, other, _RELATIVE, image_size // patch)
-    _resample(applied, name, kind, image_size // patch)
+        _resample(applied, other, _RELATIVE, after)
+    _resample(applied, name, kind, after)
     return _remove_indices(target, applied)
 
 
@@ -69,8 +70,8 @@ def _global(applied: Applied, names: list[str], grid_size: int | None, depth: in
     # Windows are as large as the image.
     if not num_global or depth % num_global:
         raise MappingError(
-            f"--image-size: windows are as large as the image ({grid_size} patches), so it does not show which of the "
-            f"{depth} layers have windows",
+            f"--image-size: the {depth} layers cannot be told apart: windows and image are both {grid_size} x "
+            f"{grid_size} patches",
             "convert without --image-size: the DeepEncoder resamples at run time",
         )
     last = {str(layer) for layer in range(depth // num_global - 1, depth, depth // num_global)}
