@@ -126,7 +126,7 @@ MALFORMED: dict[str, tuple[str, str, int, str]] = {
     "unknown variable": ("keep: e,", "keep: 'e.{depth}',", 25, "the variable 'depth', which `variables` does not"),
     "open brace": ("keep: e,", "keep: 'e.{layer',", 25, "a brace that does not enclose a variable"),
     "offset": ("keep: e,", "keep: 'e.{rest+1}',", 25, "adds to 'rest', which is not an int"),
-    "ambiguous": ("keep: e,", "keep: 'e.{layer}{n}',", 25, "two variables with no letter or dot between"),
+    "ambiguous": ("keep: e,", "keep: 'e.{layer}{n}',", 25, "two variables with nothing but digits between"),
     "two paths": ("keep: e,", "keep: 'e.{name}_{n}',", 25, "a variable next to one of kind name or path"),
     "drop without because": ("    because: not needed\n", "", 19, "the key 'because' is missing"),
     "drop because blank": ("because: not needed", "because: ''", 20, "expected a reason in words"),

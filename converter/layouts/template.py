@@ -87,7 +87,7 @@ class Template:
             raise ValueError(f"{text!r} uses a variable twice")
         for between in self.parts[2:-2:2]:
             if not isinstance(between, str) or not between.strip("0123456789"):
-                raise ValueError(f"{text!r} has two variables with no letter or dot between them")
+                raise ValueError(f"{text!r} has two variables with nothing but digits between them")
         if sum(field.kind == "path" for field in self.fields) > 1:
             raise ValueError(f"{text!r} has two variables that span dots")
         for segment in self._segments():

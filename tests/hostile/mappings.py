@@ -148,12 +148,12 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
     "no heads": (_checked(_then("deinterleave: {heads: 0, parts: 3}")), ("m.yaml:21", "found 0")),
     "variables that touch": (
         _checked(_rules("keep: '{a}{b}'", variables="a: int, b: int")),
-        ("m.yaml:7", "two variables with no letter or dot between"),
+        ("m.yaml:7", "two variables with nothing but digits between"),
     ),
     "100 variables side by side": (
         _checked(_rules("keep: '" + "".join(f"{{v{i}}}" for i in range(100)) + "'",
                         variables=", ".join(f"v{i}: name" for i in range(100)))),
-        ("m.yaml:7", "two variables with no letter or dot between"),
+        ("m.yaml:7", "two variables with nothing but digits between"),
     ),
     "words that can be read in two ways": (
         _checked(_rules("keep: '{a}x{b}'", variables="a: [a, axa], b: [b, axb]")),
