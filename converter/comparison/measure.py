@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from converter.comparison.difference import Figures
-from converter.comparison.streams import Pairs, Stream
+from converter.comparison.streams import ByteReader, Pairs, Stream
 from converter.tensors.evaluate import bit_view, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor
 
@@ -29,10 +29,11 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
     found: dict[str, Figures] = {}
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
     with one_thread(), left, right:
+        readers = ByteReader(left), ByteReader(right)
         for name, (a, b) in pairs.items():
             found[name] = Figures()
             for size in piece_sizes(a):
-                part = _figures(elements(left, a, size), elements(right, b, size))
+                part = _figures(elements(readers[0], a, size), elements(readers[1], b, size))
                 found[name] = found[name].plus(part)
                 count(size * a.dtype.itemsize)
     return found
@@ -56,15 +57,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
-    """Read the next `count` elements of a stream, which are those of a tensor.
+def elements(reader: ByteReader, value: LazyTensor, count: int) -> torch.Tensor:
+    """Read the next `count` elements of a tensor.
 
     Args:
-        stream: The stream.
+        reader: Reads the bytes of the tensor.
         value: The tensor, for its type.
         count: The number of elements.
     """
-    return torch.frombuffer(stream.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
+    return torch.frombuffer(reader.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
 
 
 def _figures(a: torch.Tensor, b: torch.Tensor) -> Figures:

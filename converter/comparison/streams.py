@@ -25,7 +25,7 @@ class _StoppedError(Exception):
 
 
 class Stream:
-    """Reads the bytes of tensors, one after another, in a thread; checks CRC-32s if the file has any.
+    """The bytes of tensors, one after another, read in a thread, which checks CRC-32s if the file has any.
 
     All buffers but the last have the same size, so two streams of the same length stay aligned. An error in the thread
     is raised in the consumer.
@@ -38,8 +38,6 @@ class Stream:
         for _ in range(_NUM_BUFFERS):
             self._free.put(memoryview(bytearray(BUFFER)))
         self._thread = Thread(target=self._run, name="reader")
-        self._buffers = iter(self)
-        self._rest = memoryview(b"")
 
     def __enter__(self) -> Stream:
         self._thread.start()
@@ -56,16 +54,6 @@ class Stream:
                 raise full
             yield full
             self._free.put(memoryview(full.obj))
-
-    def take(self, count: int) -> bytearray:
-        """Read the next `count` bytes."""
-        taken = bytearray()
-        while len(taken) < count:
-            self._rest = self._rest or next(self._buffers)
-            part = self._rest[: count - len(taken)]
-            self._rest = self._rest[len(part) :]
-            taken += part
-        return taken
 
     def _run(self) -> None:
         try:
@@ -84,14 +72,38 @@ class Stream:
         return free
 
 
+class ByteReader:
+    """Reads a stream, of which nothing else has read, in pieces of any size."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._buffers = iter(stream)
+        self._rest = memoryview(b"")
+
+    def take(self, count: int) -> bytearray:
+        """Read the next `count` bytes."""
+        taken = bytearray()
+        while len(taken) < count:
+            self._rest = self._rest or next(self._buffers)
+            part = self._rest[: count - len(taken)]
+            self._rest = self._rest[len(part) :]
+            taken += part
+        return taken
+
+
 def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
-    """Return the names of the pairs whose bytes differ; the tensors of a pair must have the same type and shape."""
+    """Return the names of the pairs whose bytes differ.
+
+    Args:
+        pairs: The tensors by name; those of a pair have the same type and shape.
+        count: Called with the number of bytes of A that were compared.
+    """
     names, ends = list(pairs), list(accumulate(nbytes(a) for a, _ in pairs.values()))
     found: set[str] = set()
     offset = 0
     with Stream(a for a, _ in pairs.values()) as left, Stream(b for _, b in pairs.values()) as right:
         for a, b in zip(left, right, strict=True):
-            # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale bytes.
+            # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale
+            # bytes: they can only cause a needless look at the tensors, of which no stale byte is part.
             if a.obj != b.obj:
                 found.update(names[i] for i in _differing_indices(a, b, offset, ends))
             offset += len(a)
@@ -118,7 +130,7 @@ def _differing_indices(a: memoryview, b: memoryview, offset: int, ends: list[int
 
 
 def digests(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:
-    """Group the names of tensors by a digest of type, shape and bytes."""
+    """Return the names of the tensors with each digest of type, shape and bytes."""
     found: dict[bytes, list[str]] = {}
     for name, value in values.items():
         engine = blake2b(f"{value.dtype.name} {value.shape}".encode(), digest_size=32)

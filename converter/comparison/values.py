@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from converter.comparison.measure import elements, one_thread, piece_sizes
-from converter.comparison.streams import Stream
+from converter.comparison.streams import ByteReader, Stream
 from converter.tensors.lazy_tensor import LazyTensor
 
 
@@ -52,10 +52,11 @@ def measure_values(tensors: Mapping[str, LazyTensor], count: Callable[[int], Non
     """
     found: dict[str, Values] = {}
     with one_thread(), Stream(tensors.values()) as stream:
+        reader = ByteReader(stream)
         for name, tensor in tensors.items():
             found[name] = Values()
             for size in piece_sizes(tensor):
-                found[name] = found[name].plus(_values(elements(stream, tensor, size)))
+                found[name] = found[name].plus(_values(elements(reader, tensor, size)))
                 count(size * tensor.dtype.itemsize)
     return found
 
