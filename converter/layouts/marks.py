@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from converter.errors import first_names
@@ -17,6 +17,9 @@ _MERGE = (
 )
 _DEQUANTISE = "convert the original weights from before quantisation, or dequantise these and save 16 or 32 bits"
 _OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT): convert a checkpoint of one of these"
+
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Mark(NamedTuple):
@@ -198,12 +201,12 @@ _ARCHITECTURES = (
 
 def find_mark(tensors: Tensors) -> Mark | None:
     """Return what tensors show that no layout describes, or None."""
-    return next((mark for check in _CHECKS if (mark := check(tensors))), None)
+    return next(_marks(_CHECKS, tensors), None)
 
 
 def find_architecture(tensors: Tensors) -> Mark | None:
     """Return which other architecture tensors show, or None."""
-    return next((mark for rule in _ARCHITECTURES if (mark := _by_names(rule)(tensors))), None)
+    return next(_marks(_ARCHITECTURES, tensors), None)
 
 
 def find_adapters(names: Iterable[str]) -> list[str]:
@@ -211,16 +214,23 @@ def find_adapters(names: Iterable[str]) -> list[str]:
     return [name for name in names if _ADAPTER.search(name)]
 
 
-def _by_names(rule: _Rule) -> Callable[[Tensors], Mark | None]:
-    patterns, absent = ([re.compile(text) for text in texts] for texts in (rule.patterns, rule.absent))
+def _marks(checks: Iterable[_Rule | Callable[[Tensors], Mark | None]], tensors: Tensors) -> Iterator[Mark]:
+    # Names that differ in layer indices alone count once: there can be a hundred thousand. The lowest indices stay.
+    kinds: dict[str, str] = {}
+    for name in sorted(tensors, key=lambda name: (len(name), name)):
+        kinds.setdefault(_LAYER.sub("", name), name)
+    for check in checks:
+        mark = _by_names(check, tensors, kinds.values()) if isinstance(check, _Rule) else check(tensors)
+        if mark is not None:
+            yield mark
 
-    def check(tensors: Tensors) -> Mark | None:
-        hits = [[name for name in tensors if pattern.search(name)] for pattern in patterns]
-        if not all(hits) or any(pattern.search(name) for pattern in absent for name in tensors):
-            return None
-        return Mark(rule.what, rule.hint, hits[0])
 
-    return check
+def _by_names(rule: _Rule, tensors: Tensors, kinds: Iterable[str]) -> Mark | None:
+    if not all(any(re.search(pattern, name) for name in kinds) for pattern in rule.patterns):
+        return None
+    if any(re.search(pattern, name) for pattern in rule.absent for name in kinds):
+        return None
+    return Mark(rule.what, rule.hint, [name for name in tensors if re.search(rule.patterns[0], name)])
 
 
 def _not_gathered(tensors: Tensors) -> Mark | None:
@@ -277,11 +287,12 @@ def _unreadable(tensors: Tensors) -> Mark | None:
     return Mark(f"holds weights that are no plain tensors ({kind})", remedy(kind), found)
 
 
-_CHECKS: tuple[Callable[[Tensors], Mark | None], ...] = (
-    *map(_by_names, (*_ADAPTERS, *_QUANTISED)),
+_CHECKS: tuple[_Rule | Callable[[Tensors], Mark | None], ...] = (
+    *_ADAPTERS,
+    *_QUANTISED,
     _not_gathered,
     _packed_weights,
-    *map(_by_names, _ARCHITECTURES),
+    *_ARCHITECTURES,
     _channels_last,
     _unreadable,
 )
