@@ -125,6 +125,11 @@ def outside_encoder(mapping: LayoutMapping, prefix: str, target: CanonicalLayout
 
     Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those
     that change what an encoder computes.
+
+    Args:
+        mapping: The mapping of the source.
+        prefix: The prefix of the encoder's names; empty if there is none.
+        target: The canonical layout.
     """
     if prefix:
         return lambda name: not name.startswith(prefix)
