@@ -50,7 +50,7 @@ MANY = 100_000
 QUICK: dict[str, Callable[[], object]] = {
     "a name of a million segments": lambda: list(without_common_prefixes({"a." * 10**6 + "b": tensor("x")}, "x")),
     "a million wrappers": lambda: unwrapped_names({"module." * 10**6 + "b": tensor("x")}, "x"),
-    "a hundred thousand shapes": lambda: inspect.group_layers({f"x.{i}.y": tensor("x", i) for i in range(MANY)}),
+    "a hundred thousand shapes": lambda: inspect.group_layers({f"x.{i}.y": tensor("x", i) for i in range(MANY)}, {}),
 }
 
 
@@ -62,7 +62,7 @@ def test_time_does_not_grow_with_the_square_of_the_input(name: str) -> None:
 
 
 def test_shapes_of_a_group_come_with_the_most_frequent_first() -> None:
-    (group,) = inspect.group_layers(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}))
+    (group,) = inspect.group_layers(described({f"x.{i}.y": (shape,) for i, shape in enumerate((7, 2, 9, 2, 9))}), {})
     assert group.shapes == [[2], [9], [7]]
 
 
@@ -119,14 +119,14 @@ def test_indices_whose_number_nothing_tells() -> None:
 
 def test_numbers_of_a_group_lie_as_far_apart_as_they_like() -> None:
     """Once every number between the first and the last was made."""
-    (group,) = inspect.group_layers(described({"x.0.y": (1,), "x.999999999.y": (1,)}))
+    (group,) = inspect.group_layers(described({"x.0.y": (1,), "x.999999999.y": (1,)}), {})
     assert group.layers == "0 999999999"
     # Longer ones are no indices, and Python refuses to read the longest as numbers.
-    assert len(inspect.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}))) == 2
+    assert len(inspect.group_layers(described({"x.0.y": (1,), f"x.{'9' * 5000}.y": (1,)}), {})) == 2
 
 
 def test_names_with_literal_braces_are_not_layers() -> None:
-    groups = inspect.group_layers(described(dict.fromkeys(("x.0.y", "x.1.y", "x.{}.y"), (1,))))
+    groups = inspect.group_layers(described(dict.fromkeys(("x.0.y", "x.1.y", "x.{}.y"), (1,))), {})
     assert [(group.name, group.layers) for group in groups] == [("x.{}.y", "0..1"), ("x.{}.y", "")]
 
 

@@ -210,7 +210,7 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
     )
 
 
-def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values] = {}) -> list[Group]:
+def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values]) -> list[Group]:
     """Fold repeated layers into groups, in the order of the tensors; `values` are of those that were read."""
     members: dict[tuple[str, int, int], list[str]] = {}
     for name, tensor in tensors.items():
