@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from converter.api.inspect import Group, Inspection, MatchedLayout
 from converter.cli import console
 from converter.errors import first_names
 from converter.formats import torch_zip, torchscript
 from converter.output.names import fold_key_map, group_by_reason, overflow_warning
-from converter.output.record import ConversionRecord, RecordedSource
+
+if TYPE_CHECKING:
+    from converter.api.inspect import Group, Inspection, MatchedLayout
+    from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column, as tensor names in a file may have megabytes.
 _MAX_COLUMN_WIDTH = 100
