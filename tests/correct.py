@@ -1,6 +1,6 @@
 """Correct conversions of random layouts, sizes and weights, and the verification of each, which must not fail.
 
-Run by tests/test_corruptions.py on tiny encoders and by scripts/error_over_floor.py, which also takes true sizes.
+Run by tests/test_corruptions.py on tiny encoders and by scripts/error_over_tolerance.py, which also takes true sizes.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ SIZES = {
 
 
 class Result(NamedTuple):
-    """One verification. `ratio` is the largest error at any probe, in noise floors: above `outputs.MARGIN` fails."""
+    """One verification. `ratio` is the largest error at any probe, in tolerances: above one fails."""
 
     number: int
     layout: str
@@ -228,7 +228,7 @@ def run(
     found = verify(str(out), str(source), **chosen)
     assert found.mapping == mapping
     problems = [f"{check.name}: {check.detail}" for check in found.checks if check.verdict in (FAILED, SKIPPED)]
-    ratio = max(point.error / point.noise_floor for trace in found.traces for point in trace.points)
+    ratio = max(point.error / point.tolerance for trace in found.traces for point in trace.points)
     return Result(number, layout, statistics, chosen["dtype"], found.result, problems, ratio), found
 
 

@@ -169,7 +169,7 @@ def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path, monkeypatch: pytes
 
 # No false alarms ------------------------------------------------------------------------------------------------------
 
-# A conversion of every layout; scripts/error_over_floor.py runs hundreds.
+# A conversion of every layout; scripts/error_over_tolerance.py runs hundreds.
 _LAYOUTS = len(test_oracles.LAYOUTS)
 ROUNDS = [_LAYOUTS * (number % len(correct.STATISTICS)) + number for number in range(_LAYOUTS)]
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Verifies correct conversions of random layouts, sizes and weights, and prints the largest error over the noise floor.
+"""Verifies correct conversions of random layouts, sizes and weights, and prints the largest error over the tolerance.
 
 Layout, sizes, file type and precision follow from a seed. Weights have the statistics of untrained and of trained
-encoders: heavy tails, outlier channels, massive activations, sharp attention, large positions. The tolerance is three
-noise floors. Exit code 1 if a verification fails.
+encoders: heavy tails, outlier channels, massive activations, sharp attention, large positions. Exit code 1 if a
+verification fails.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def print_table(results: Iterable[Result]) -> None:
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.statistics, result.precision), []).append(result)
-    print("| weights | precision | runs | verified | partly verified | failed | largest error / noise floor |")
+    print("| weights | precision | runs | verified | partly verified | failed | largest error / tolerance |")
     print("|---|---|---|---|---|---|---|")
     for (statistics, precision), group in sorted(groups.items()):
         verified = sum(result.verdict == "verified" for result in group)
