@@ -48,7 +48,7 @@ def verified(state: dict[str, torch.Tensor], folder: Path) -> Verification:
 def views(found: Verification) -> list[str]:
     """The report as terminal text, HTML page and JSON."""
     terminal = io.StringIO()
-    text.show(found, Console(file=terminal, width=400))
+    text.print_report(found, Console(file=terminal, width=400))
     return [terminal.getvalue(), html.page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import converter
 from converter.api.verify import verify
 from converter.encoders import ClipEncoder, SamEncoder
-from converter.errors import ContainerError
+from converter.errors import ContainerError, LayoutError
 from converter.layouts import registry
 from converter.verification import restricted_pickle
 from converter.verification.families import FAMILIES, State
@@ -229,3 +229,12 @@ def test_the_restricted_unpickler_changes_no_function_of_the_process() -> None:
     stream = pickle.PROTO + b"\x02" + b"ctorch._utils\n_rebuild_tensor_v2\n" + b"}X\x01\x00\x00\x00aK\x01sb."
     with pytest.raises(pickle.UnpicklingError, match="a function or a class"):
         restricted_pickle.load(io.BytesIO(stream))
+
+
+def test_two_encoders_of_a_family_are_named(tmp_path: Path) -> None:
+    """Neither is chosen, and the error names both prefixes."""
+    state = models.sam_meta().state_dict()
+    both = {f"{side}.{name}": tensor.clone() for side in ("student", "teacher") for name, tensor in state.items()}
+    safetensors.torch.save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(LayoutError, match=r"(?s)student.*teacher"):
+        verify(tmp_path / "both.safetensors", fast=True)

@@ -212,7 +212,7 @@ def test_affected_tensors_are_mentioned_once() -> None:
 
 def shown(found: Verification, **options: object) -> str:
     file = io.StringIO()
-    text.show(found, Console(file=file, width=150, markup=False, **options))
+    text.print_report(found, Console(file=file, width=150, markup=False, **options))
     return file.getvalue()
 
 
@@ -238,7 +238,7 @@ def test_terminal_folds_many_failures_and_lists_affected_tensors() -> None:
 
 
 def test_terminal_writes_to_stderr_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    text.show(verification())
+    text.print_report(verification())
     out, err = capfd.readouterr()
     assert out == "" and "VERIFIED: 3 checks passed" in err
 
@@ -405,7 +405,9 @@ def test_html_folds_layers_and_gives_the_command() -> None:
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf, 1e-300, 1e300])
 def test_a_plot_keeps_every_mark_within_it(error: float) -> None:
     drawn = plot.error_plot(trace([error] * 13))
-    positions = [value for row in drawn.rows for value in (row.error, row.noise_floor, row.tolerance)]
+    positions = [
+        value for row in drawn.rows for value in (row.error_percent, row.noise_floor_percent, row.tolerance_percent)
+    ]
     assert len(drawn.rows) == 13 and all(0 <= value <= 100 for value in positions)
     assert drawn.ticks and all(0 < position < 100 for _, position in drawn.ticks)
 

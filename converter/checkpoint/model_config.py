@@ -18,13 +18,15 @@ from converter.formats import strict_json
 Json = dict[str, Any]
 
 _CONFIG, _OPEN_CLIP_CONFIG, _PREPROCESSOR = "config.json", "open_clip_config.json", "preprocessor_config.json"
-# The configs of language models with a vision tower have 50 kB.
+# The configs of language models with a vision tower have 50 kB, and three levels of objects.
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 6
+# Of open_clip's configs, most of which have 4. Larger ones would overflow.
 _MAX_MLP_RATIO = 1000
-# timm's checkpoints that were trained with quick_gelu, under architecture names that compute gelu.
+# The tags of timm's checkpoints that were trained with quick_gelu, though their architecture's name means gelu.
 _TIMM_QUICK_GELU = {"openai", "dfn2b", "dfn5b", "metaclip_400m", "metaclip_2pt5b"}
 
+# Sizes by model_type that transformers' configs leave out where they are the defaults.
 DEFAULT_SIZES = {
     "clip_vision_model": {"hidden_size": 768, "patch_size": 32},
     "sam_vision_model": {"hidden_size": 768, "patch_size": 16},
@@ -44,7 +46,7 @@ class ConfigSection(NamedTuple):
         """The file and the path, for messages."""
         return f"{self.file}: {self.path}" if self.path else self.file
 
-    def section(self, name: str) -> ConfigSection | None:
+    def sibling(self, name: str) -> ConfigSection | None:
         """Return the sibling object `name`, such as the text_config of a vision_config."""
         values = self.parent.get(name)
         path = f"{self.path.rpartition('.')[0]}.{name}".lstrip(".")
@@ -52,7 +54,11 @@ class ConfigSection(NamedTuple):
 
 
 def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], list[str]]:
-    """Return the objects in each config that describes a checkpoint, and remarks about files that cannot be used."""
+    """Read the configs beside a checkpoint.
+
+    Returns:
+        For each config, the objects in it, the whole config first; and remarks about files that cannot be used.
+    """
     names = [_CONFIG, _OPEN_CLIP_CONFIG]
     if PurePath(checkpoint.name).name.startswith("open_clip"):
         names.reverse()
@@ -142,11 +148,11 @@ def _transformers_form(config: Json) -> Json:
 
 
 def _other_architecture(name: str, config: Json) -> str:
-    """Return a warning for timm's config of another model, whose tensors may have the names of CLIP; empty if none."""
+    """Return a warning for timm's config of another model, which may have the same tensor names; empty if none."""
     architecture = config.get("architecture")
     if not isinstance(architecture, str) or re.search("_clip_|samvit", architecture):
         return ""
-    return f"warning: {name}: the architecture {architecture[:100]!r} may compute something else than CLIP"
+    return f"warning: {name}: the architecture {architecture[:100]!r} may compute something else than SAM or CLIP"
 
 
 def _open_clip_vision(model: Json) -> Json:

@@ -11,6 +11,7 @@ from converter.cli import console, mapping, render
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
 from converter.cli.options import PROGRAM, Json, Version, WriteOptions, add_options
+from converter.cli.run import run_conversion
 from converter.options import ConvertOptions, HubOptions
 
 app = typer.Typer(no_args_is_help=True, **PROGRAM)
@@ -32,14 +33,14 @@ Values = Annotated[
 @add_options(ConvertOptions, WriteOptions, HubOptions)
 def sam(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
-    render.show_conversion(converter.convert, source, "sam", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "sam", fill_from=fill_from, **options)
 
 
 @app.command()
 @add_options(ConvertOptions, WriteOptions, HubOptions)
 def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
-    render.show_conversion(converter.convert, source, "clip", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "clip", fill_from=fill_from, **options)
 
 
 @app.command()

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import converter
-from converter.cli import render
 from converter.cli.options import WriteOptions, add_options
+from converter.cli.run import run_conversion
 from converter.options import ConvertOptions, DtypeName, HubOptions
 
 Source = Annotated[
@@ -52,4 +52,4 @@ class EncoderOptions:
 @add_options(EncoderOptions, (ConvertOptions, ["prefix"]), WriteOptions, HubOptions)
 def encoder(source: Source = None, **options: Any) -> None:
     """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam, --clip and --compressor."""
-    render.show_conversion(converter.encoder, source, **options)
+    run_conversion(converter.encoder, source, **options)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from converter.cli import console
 from converter.errors import first_names
 from converter.formats import torch_zip, torchscript
 from converter.output.names import fold_key_map, group_by_reason, overflow_warning
@@ -186,35 +184,3 @@ def _matched_layout(layout: MatchedLayout) -> Iterable[str]:
     else:
         yield f"  `dsocr-convert {record.family}` would write {record.num_tensors} tensors, {size(record.nbytes)}"
         yield from deviations(record)
-
-
-def show_conversion(
-    convert: Callable[..., ConversionRecord],
-    *sources: str | None,
-    record: list[Path] | None,
-    json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
-    """Run a conversion and show its record: the result on stdout, the rest on stderr.
-
-    Args:
-        convert: `converter.convert` or `converter.encoder`.
-        sources: The positional arguments of `convert`.
-        record: Files for the conversion record or a model card.
-        json: Whether to print the record as JSON.
-        quiet: Whether to print only the result.
-        options: The other keyword arguments of `convert`.
-    """
-    with console.Bar(enabled=not quiet) as bar:
-        conversion = convert(*sources, record=record or (), on_progress=bar, **options)
-    if not quiet:
-        console.say(*summary(conversion))
-        if record and conversion.written:
-            console.say(f"record: {', '.join(map(str, record))}")
-    if json:
-        console.result_json(conversion.to_json())
-    elif conversion.written or conversion.unchanged:
-        console.result(conversion.output)
-    else:
-        console.result(*plan(conversion))

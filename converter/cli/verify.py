@@ -113,10 +113,10 @@ def _show(verification: Verification, report: ReportOptions) -> None:
     """Print a verification and write its reports."""
     from converter import reports
     from converter.reports.github import annotate
-    from converter.reports.text import show
+    from converter.reports.text import print_report
 
     if not report.quiet:
-        show(verification)
+        print_report(verification)
     command = shlex.join(["dsocr-verify", *sys.argv[1:]])
     reports.write_files(verification, html=report.html, junit=report.junit, command=command)
     if report.github:

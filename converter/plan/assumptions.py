@@ -155,7 +155,7 @@ def _read(encoder: ConfigSection, name: str) -> tuple[Value | None, str, str] | 
         name: The name of the assumption.
     """
     part, _, fact = name.rpartition(".")
-    section = encoder.section(f"{part.removesuffix('_model')}_config") if part else encoder
+    section = encoder.sibling(f"{part.removesuffix('_model')}_config") if part else encoder
     if section is None or fact not in _FACTS:
         return None
     keys, read = _FACTS[fact]

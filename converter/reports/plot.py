@@ -13,21 +13,21 @@ _TICKS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One probe, and the positions of its three values on a logarithmic scale."""
+    """One probe, and the positions of its three values on a logarithmic scale, in percent of the plot's width."""
 
     point: TracePoint
-    error: float
-    noise_floor: float
-    tolerance: float
+    error_percent: float
+    noise_floor_percent: float
+    tolerance_percent: float
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One trace: a row for each probe, and the powers of ten on the scale with their positions."""
+    """One trace: a row for each probe, and the scale."""
 
     name: str
     rows: list[Row]
-    ticks: list[tuple[int, float]]
+    ticks: list[tuple[int, float]]  # The exponents of powers of ten, and their positions in percent
 
     @property
     def diverging(self) -> list[TracePoint]:
@@ -51,7 +51,7 @@ def error_plot(trace: Trace) -> Plot:
 
 
 def _decades(values: Iterable[float]) -> tuple[int, int]:
-    """The powers of ten around all positive finite values, at least two apart."""
+    """The exponents of the powers of ten around all positive finite values, at least two apart."""
     powers = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
     low, high = math.floor(min(powers)), math.ceil(max(powers))
     return (low, high) if high - low > 1 else (low - 1, high + 1)

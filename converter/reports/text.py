@@ -31,13 +31,13 @@ from converter.verification.result import (
     Verification,
 )
 
-_STYLES = {PASSED: "green", FAILED: "bold red", WARNING: "yellow", SKIPPED: "dim", INCONCLUSIVE: "yellow"}
-_COLOURS = {VERIFIED: "green", PARTLY_VERIFIED: "yellow", NOT_VERIFIED: "red"}
-# Columns where stderr is no terminal: log viewers are wide, and 80 would fold every line.
+_CHECK_STYLES = {PASSED: "green", FAILED: "bold red", WARNING: "yellow", SKIPPED: "dim", INCONCLUSIVE: "yellow"}
+_VERDICT_COLOURS = {VERIFIED: "green", PARTLY_VERIFIED: "yellow", NOT_VERIFIED: "red"}
+# Columns where stderr is no terminal: log viewers are wide, and 80 would wrap every line.
 _LOG_WIDTH = 150
 
 
-def show(verification: Verification, console: Console | None = None) -> None:
+def print_report(verification: Verification, console: Console | None = None) -> None:
     """Print the table of checks, the inputs and the verdict."""
     if console is None:
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
@@ -46,14 +46,14 @@ def show(verification: Verification, console: Console | None = None) -> None:
     console.print(_table(verification))
     for name, value in _facts(verification).items():
         console.print(_text(f"{name + ':':<11}", "dim").append(printable(value)), soft_wrap=True)
-    console.print(_text(verdict_line(verification), f"bold {_COLOURS[verification.verdict]}"), soft_wrap=True)
+    console.print(_text(verdict_line(verification), f"bold {_VERDICT_COLOURS[verification.verdict]}"), soft_wrap=True)
     for line in verdict_lines(verification):
         console.print(_text(f"  {line}"), soft_wrap=True)
 
 
 def _table(verification: Verification) -> Table:
     # GitHub reads a line that begins with `::` as a command, and names come from files. So the table has a border, and
-    # no line is folded outside of it.
+    # no line is wrapped outside of it.
     table = Table(box=ROUNDED, header_style="bold", expand=True)
     table.add_column("group", no_wrap=True)
     table.add_column("check", overflow="fold", ratio=2)
@@ -77,7 +77,7 @@ def _detail(check: Check) -> Text:
 
 
 def _verdict(verdict: str) -> Text:
-    return _text(f"{SIGNS[verdict]} {verdict}", _STYLES[verdict])
+    return _text(f"{SIGNS[verdict]} {verdict}", _CHECK_STYLES[verdict])
 
 
 def _text(words: str, style: str = "") -> Text:

@@ -28,13 +28,13 @@ class ConvertedEncoder:
     family: str
     layout: LayoutSpec  # The layout of its names
     prefix: str  # The prefix of its names in the file
-    tensors: Mapping[str, LazyTensor]  # Its tensors by canonical names, made of the file's
+    tensors: Mapping[str, LazyTensor]  # Lazy tensors over the file's tensors, by canonical names
     # Tensors outside the encoder (CLIP's text tower) by canonical names
     extra_tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
     # The file's tensors by the names that the layout's own library loads
     own: Mapping[str, TensorInfo] = field(default_factory=dict)
     in_deep_encoder: bool = True  # Whether the file is made for the DeepEncoder, not for the layout's own library
-    # What no tensor shows, as the file's config states it; none for the DeepEncoder
+    # Activation, heads and epsilon, as the file's config states them; none for the DeepEncoder
     assumptions: Assumptions = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # On the file's config
     problem: str = ""  # Why the file does not fit the layout; empty if it does
@@ -59,8 +59,8 @@ class Converted:
 class Origin:
     """The source of one encoder, and its conversion to canonical names with the options that the file shows."""
 
-    plan: Plan  # The plan that the file was converted by: by the user's mapping if there is one
-    # The plan by a known layout that fits the source: the same without a user's mapping; None if none fits
+    plan: Plan  # The plan by the mapping that made the file, which is the user's if there is one
+    # The plan by a built-in layout that fits the source, or None. Without a user's mapping it equals `plan`
     known: Plan | None
     # The tensors that the known layout's own library loads; none if positions were resampled
     own: Mapping[str, TensorInfo]
@@ -86,12 +86,12 @@ class Expected:
 
 
 def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: ConvertedEncoder) -> Converted:
-    """A converted file of any layout.
+    """A converted file whose layout is not detected, with the encoders in it that are already known.
 
     Args:
         source: The opened file.
         on_progress: Called as tensors are fetched from a hub.
-        encoders: The encoders in it, where they are compared.
+        encoders: The known encoders; none if only the record is compared.
     """
     tensors = _largest_state_dict(source).tensors
     return Converted(source, encoders, tensors, open_independently(source, tensors.values(), on_progress))
@@ -103,14 +103,14 @@ def _largest_state_dict(source: Checkpoint) -> StateDict:
     try:
         return largest_state_dict(candidates, source.name)
     except LayoutError as error:
-        raise LayoutError(error.message, "convert one of them, and verify the output: it has only one") from None
+        raise LayoutError(error.message, "convert one of these state dicts, and verify the output") from None
 
 
 def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
     """The converted file: one encoder in a canonical or another layout, or a whole DeepEncoder.
 
     Raises:
-        LayoutError: The file has no known layout.
+        LayoutError: The file has no known layout, or two encoders of a family.
     """
     state_dict = _largest_state_dict(source)
     found = [
@@ -118,11 +118,20 @@ def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
         for family in registry.families()
         for detected in detect_layouts(source, registry.layouts(family), [state_dict])
     ]
-    if len({family for family, _ in found}) == len(found) and any(not _is_canonical(each) for _, each in found):
+    families = [family for family, _ in found]
+    for family in families:
+        if families.count(family) > 1:
+            prefixes = " and ".join(repr(_prefix_in_file(each)) for name, each in found if name == family)
+            raise LayoutError(
+                f"{source.name}: holds several {family} encoders, with the prefixes {prefixes}",
+                f"convert one of them with dsocr-convert {family} --prefix, and verify the output",
+            )
+    # A file with canonical names alone may lack tensors, so it goes by the number of known names below.
+    if any(not _is_canonical(each) for _, each in found):
         return open_any_layout(source, on_progress, *_encoders(source, dict(found)))
     counts = {family: registry.count_known(family, state_dict.tensors) for family in registry.families()}
     family = max(counts, key=lambda name: counts[name])
-    # A damaged conversion fits no layout at all.
+    # No layout is detected in a file that lacks tensors or has tensors of other shapes.
     if counts[family] > len(state_dict.tensors) / 2:
         tensors = {name: lazy_read(tensor) for name, tensor in state_dict.tensors.items()}
         return open_any_layout(source, on_progress, ConvertedEncoder(family, registry.canonical(family), "", tensors))
