@@ -77,6 +77,10 @@ class LayoutError(SourceError):
     """The tensors fit no known layout, fit several, or already have the target's layout."""
 
 
+class OtherFamilyError(LayoutError):
+    """A checkpoint holds an encoder of another family."""
+
+
 class MappingError(SourceError):
     """A mapping file is malformed, or its rules do not fit the checkpoint's tensors."""
 

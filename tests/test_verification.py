@@ -238,3 +238,27 @@ def test_two_encoders_of_a_family_are_named(tmp_path: Path) -> None:
     safetensors.torch.save_file(both, tmp_path / "both.safetensors")
     with pytest.raises(LayoutError, match=r"(?s)student.*teacher"):
         verify(tmp_path / "both.safetensors", fast=True)
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+def test_a_sparse_tensor_is_named(canonical: bool, tmp_path: Path) -> None:
+    """Its values are not read; in the DeepEncoder's layout the file is no conversion at all."""
+    state = dict((SamEncoder(models.sam_sizes()) if canonical else models.sam_meta()).state_dict())
+    name = f"{'' if canonical else 'image_encoder.'}blocks.0.mlp.lin1.weight"
+    state[name] = state[name].to_sparse()
+    torch.save(state, tmp_path / "sparse.pth")
+    if canonical:
+        with pytest.raises(LayoutError, match="sparse"):
+            verify(tmp_path / "sparse.pth", fast=True)
+    else:
+        found = verify(tmp_path / "sparse.pth", fast=True)
+        assert found.result == "not verified" and any("sparse" in check.detail for check in found.checks)
+
+
+def test_a_source_of_the_other_family_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file(models.clip_hf().state_dict(), tmp_path / "clip.safetensors")
+    torch.save(dict(models.sam_meta().state_dict()), tmp_path / "sam.pth")
+    converter.convert(tmp_path / "sam.pth", "sam", out=tmp_path / "out.safetensors")
+    with pytest.raises(LayoutError, match="is a CLIP checkpoint") as error:
+        verify(tmp_path / "out.safetensors", tmp_path / "clip.safetensors", fast=True)
+    assert "converted from" in error.value.hint

@@ -9,7 +9,7 @@ from pathlib import Path
 from converter.assembly.insert import plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_name
-from converter.errors import LayoutError, MappingError, UsageError
+from converter.errors import LayoutError, MappingError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts
 from converter.layouts.template import any_match
@@ -77,7 +77,11 @@ def _expected_encoder(
     donor = open_file(sources["fill-from"]) if "fill-from" in sources else None
     checkpoints = [each for each in (source, donor) if each]
     _check_not_itself(target, checkpoints)
-    detected, plan = resolve_to_canonical(source, options)
+    try:
+        detected, plan = resolve_to_canonical(source, options)
+    except OtherFamilyError as error:
+        hint = f"{target.source.name} holds {options.family.upper()}: specify the checkpoint that it was converted from"
+        raise LayoutError(error.message, hint) from None
     options = replace(options, image_size=_infer_image_size(plan, encoder))
     resolved = ResolvedPlan(detected, plan_to_canonical(source, detected, options))
     known = resolved if options.mapping is None else _known_layout(source, resolved, options)

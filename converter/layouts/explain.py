@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
-from converter.errors import LayoutError
+from converter.errors import LayoutError, OtherFamilyError
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
@@ -57,7 +57,7 @@ def no_layout_error(
     if mark := (find_architecture(tensors) or find_mark(found)) if is_absent else find_mark(tensors):
         return mark_error(source, mark)
     if is_absent:
-        return LayoutError(
+        return OtherFamilyError(
             f"{source.name}: is a {others[0].layout.family.upper()} checkpoint, not {family.upper()}",
             f"run: dsocr-convert {others[0].layout.family} ...",
         )
