@@ -28,7 +28,7 @@ class ConvertOptions:
     """Options of a conversion.
 
     Attributes:
-        family: The encoder to convert: sam or clip.
+        family: The encoder to convert: sam, clip or qwen2.
         to: The layout to write; empty for the family's canonical layout, deepencoder-<family>.
         full_model: Also convert SAM's prompt encoder and mask decoder, or CLIP's text tower.
         mapping: A mapping file to use instead of layout detection.

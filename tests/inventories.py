@@ -54,11 +54,21 @@ def inventories() -> dict[str, Inventory]:
     # OpenAI's own file is open_clip's plus three numbers.
     scalars = ("input_resolution", "context_length", "vocab_size")
     found["clip-openai"] = {**found["clip-open_clip"], **dict.fromkeys(scalars, ("int64", ()))}
-    # DeepSeek-OCR-2 has another second encoder and a narrower compressor.
-    compressor = "model.sam_model.net_3.weight"
-    second = {key: value for key, value in found["deepseek-ocr"].items() if not key.startswith("model.vision_model.")}
-    dtype, (_, *others) = second[compressor]
-    found["deepseek-ocr-2"] = {**second, compressor: (dtype, (896, *others))}
+    # DeepSeek-OCR-2 has the language model of the first version.
+    first = ("model.vision_model.", "model.image_newline")
+    second = {key: value for key, value in found["deepseek-ocr"].items() if not key.startswith(first)}
+    found["deepseek-ocr-2"] = {**second, **found["deepseek-ocr-2-vision"]}
+    qwen2 = "model.qwen2_model."
+    found["deepencoder-qwen2"] = {
+        key.removeprefix(qwen2): ("float32", shape)
+        for key, (_, shape) in found["deepseek-ocr-2-vision"].items()
+        if key.startswith(qwen2)
+    }
+    # SGLang's names have one `model.` less.
+    found["deepseek-ocr-2-sglang"] = {
+        key.removeprefix("model.").replace("qwen2_model.model.model.", "qwen2_model.model."): value
+        for key, value in found["deepseek-ocr-2-vision"].items()
+    }
     # The names of these libraries for the same sizes.
     found["owlvit"] = {f"owlvit.{owlvit_name(key)}": value for key, value in found["clip-hf-current"].items()}
     found["mmpretrain"] = {f"backbone.{mmpretrain_name(key)}": value for key, value in found["sam-timm"].items()}

@@ -1,7 +1,7 @@
 """Tiny models of the true architectures, built by the libraries that define the layouts, with random weights.
 
-Every parameter and float buffer is drawn at random: libraries start norms, biases and relative positions as constants,
-under which exchanged tensors would compare equal.
+Every parameter and float buffer that is saved is drawn at random: libraries start norms, biases and relative positions
+as constants, under which exchanged tensors would compare equal.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import pytest
 import torch
 from inventories import mmpretrain_name
 
-from converter.encoders import ClipConfig, SamConfig
+from converter.encoders import ClipConfig, Qwen2Config, SamConfig
 
 OLD_TRANSFORMERS = importlib.metadata.version("transformers") < "5"
 
 DEPTH, WIDTH, HEADS, MLP, GRID, PATCH, NECK = 3, 24, 2, 40, 4, 16, 16
 WINDOW, GLOBAL_BLOCKS = 2, (1,)
+QWEN2_DEPTH, QWEN2_WIDTH, QWEN2_HEADS, QWEN2_KEY_VALUE_HEADS, QWEN2_MLP = 3, 256, 4, 2, 48
 CLIP_DEPTH, CLIP_WIDTH, CLIP_HEADS, CLIP_MLP, CLIP_PATCH, CLIP_IMAGE = 3, 64, 2, 256, 14, 56
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
+    saved = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and name in saved:
             tensor.data = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
     return model
 
@@ -233,6 +235,34 @@ def unlimited_ocr_hf() -> torch.nn.Module:
     return randomised(model(configs.UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
 
 
+_QWEN2 = {
+    "hidden_size": QWEN2_WIDTH,
+    "intermediate_size": QWEN2_MLP,
+    "num_hidden_layers": QWEN2_DEPTH,
+    "num_attention_heads": QWEN2_HEADS,
+    "num_key_value_heads": QWEN2_KEY_VALUE_HEADS,
+}
+
+
+@functools.cache
+def qwen2_hf() -> torch.nn.Module:
+    from transformers import Qwen2Config as Config
+    from transformers import Qwen2ForCausalLM
+
+    return randomised(Qwen2ForCausalLM(Config(vocab_size=9, tie_word_embeddings=True, rope_theta=1e6, **_QWEN2)))
+
+
+@functools.cache
+def deepseek_ocr2_hf() -> torch.nn.Module:
+    module = "transformers.models.deepseek_ocr2"
+    model = newer("DeepseekOcr2VisionModel", f"{module}.modeling_deepseek_ocr2")
+    configs = importlib.import_module(f"{module}.configuration_deepseek_ocr2")
+    sam = _sam_config(configs.DeepseekOcr2SamVisionConfig, downsample_channels=[2 * NECK, QWEN2_WIDTH])
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    qwen2 = configs.DeepseekOcr2VisionEncoderConfig(rope_parameters=rope, **_QWEN2)
+    return randomised(model(configs.DeepseekOcr2VisionConfig(sam_config=sam, encoder_config=qwen2)))
+
+
 def sam_sizes() -> SamConfig:
     """The sizes of the SAMs here, for our own encoder, with a compressor that leads to the CLIPs'."""
     return SamConfig(
@@ -258,4 +288,15 @@ def clip_sizes() -> ClipConfig:
         depth=CLIP_DEPTH,
         heads=CLIP_HEADS,
         mlp=CLIP_MLP,
+    )
+
+
+def qwen2_sizes() -> Qwen2Config:
+    """The sizes of the Qwen2s here, for our own encoder."""
+    return Qwen2Config(
+        width=QWEN2_WIDTH,
+        depth=QWEN2_DEPTH,
+        heads=QWEN2_HEADS,
+        key_value_heads=QWEN2_KEY_VALUE_HEADS,
+        mlp=QWEN2_MLP,
     )

@@ -251,6 +251,29 @@ def test_every_assumption_of_a_canonical_layout_can_be_read() -> None:
             assert name.rpartition(".")[2] in assumptions._FACTS
 
 
+@pytest.mark.parametrize(
+    ("stated", "value"),
+    [
+        ({"rope_theta": 10000}, 1e4),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, None),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}}, None),
+        ({"rope_theta": True}, None),
+        ({}, 1e6),
+    ],
+)
+def test_rotary_positions(stated: dict[str, Any], value: float | None, tmp_path: Path) -> None:
+    state = models.qwen2_hf().model.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    sizes = {"hidden_size": models.QWEN2_WIDTH, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **stated}))
+    record = converter.convert(tmp_path, "qwen2", dry_run=True)
+    assert values(record) == ["gelu", 64, 1e-5]
+    theta = record.assumptions["rope_theta"]
+    assert theta.value == (value or 1e6)
+    assert theta.origin.startswith("assumed, as config.json: rope_") == (value is None)
+
+
 # Verification ------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from corruptions import State, Subject
 
+import converter
 from converter.api.verify import verify
 from converter.encoders import clip, sam
 from converter.verification import controls
@@ -140,6 +141,46 @@ def check_effect(clean: Verification, mistaken: Verification, mistake: str) -> N
     worst = max(points, key=lambda point: point.error / point.tolerance)
     assert (control.effect, control.tolerance) == pytest.approx((worst.error, worst.tolerance), rel=1e-3)
     assert control.seen and not worst.within_tolerance
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Verification]:
+    """transformers' Qwen2 with calm weights, its conversion, and the verification of it."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    state = models.qwen2_hf().model.state_dict()
+    safetensors.torch.save_file(corruptions.calm(state, 0), folder / "source.safetensors")
+    out = folder / "out.safetensors"
+    converter.convert(folder / "source.safetensors", "qwen2", out=out)
+    return folder / "source.safetensors", out, verify(out, folder / "source.safetensors", sizes=[128])
+
+
+def test_every_mistake_of_qwen2_is_seen(qwen2: tuple[Path, Path, Verification]) -> None:
+    *_, clean = qwen2
+    assert clean.verdict == "verified"
+    assert "Qwen2Model" in clean.reference and "DeepseekOcr2VisionModel" in clean.reference
+    first = {control.mistake for control in clean.controls if control.block == "model.model.layers.0" and control.seen}
+    assert first == controls.MISTAKES["qwen2"].blocks.keys()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "one", "other"),
+    [
+        ("k and v exchanged", "self_attn.k_proj", "self_attn.v_proj"),
+        ("gate and up exchanged", "mlp.gate_proj", "mlp.up_proj"),
+    ],
+)
+def test_a_mistake_in_a_file_of_qwen2(
+    mistake: str, one: str, other: str, qwen2: tuple[Path, Path, Verification], tmp_path: Path
+) -> None:
+    source, out, clean = qwen2
+    block = "model.model.layers.0."
+    names = {f"{block}{one}.": f"{block}{other}.", f"{block}{other}.": f"{block}{one}."}
+    state = {
+        next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name): tensor
+        for name, tensor in safetensors.torch.load_file(out).items()
+    }
+    safetensors.torch.save_file(state, tmp_path / "wrong.safetensors")
+    check_effect(clean, verify(tmp_path / "wrong.safetensors", source, sizes=[128]), mistake)
 
 
 def test_a_comparison_that_fails_has_none(subjects: dict[str, Subject]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -19,14 +20,19 @@ from converter.encoders import (
     ClipConfig,
     ClipEncoder,
     DeepEncoder,
+    DeepEncoderV2,
+    Qwen2Config,
+    Qwen2Encoder,
     SamConfig,
     SamEncoder,
     clip_config_from,
+    qwen2_config_from,
     sam_config_from,
 )
 from converter.encoders.config import Shapes
 from converter.encoders.sam import attention_with_mask, attention_without_mask
 from converter.errors import LayoutError
+from converter.verification.outputs import KeepFloat64
 
 # Bars for the norm of the difference over that of the reference; seen are 2e-15 and 8e-8. FLOAT32 is for references
 # that take a step or two in float32 though everything else is float64.
@@ -106,6 +112,14 @@ def chain_from(model: nn.Module, folder: Path) -> DeepEncoder:
     return encoder
 
 
+def second_from(model: nn.Module, folder: Path) -> DeepEncoderV2:
+    sam, state = sam_from(model, folder), converted(model, "qwen2", folder)
+    encoder = DeepEncoderV2(sam.config, qwen2_config_from(shapes(state)))
+    encoder.qwen2_model.load_state_dict(state)
+    encoder.sam_model = sam
+    return encoder.double().eval()
+
+
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
@@ -123,7 +137,7 @@ def check(found: Tensor, expected: Tensor, bar: float) -> None:
 # Names and sizes.
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sam", SamEncoder), ("clip", ClipEncoder)])
+@pytest.mark.parametrize(("family", "kind"), [("sam", SamEncoder), ("clip", ClipEncoder), ("qwen2", Qwen2Encoder)])
 def test_state_dict_is_deepseeks(family: str, kind: type[nn.Module]) -> None:
     with torch.device("meta"):
         module = kind()
@@ -138,12 +152,20 @@ def test_the_chain_has_the_names_of_the_released_checkpoint() -> None:
     # The one difference: DeepSeek published the checkpoint without this constant.
     del ours["vision_model.embeddings.position_ids"]
     assert ours == {name: shape for name, shape in theirs.items() if name.startswith(parts)}
+    with torch.device("meta"):
+        ours = shapes(DeepEncoderV2().state_dict())
+    theirs = shapes_of("deepseek-ocr-2", "model.")
+    assert ours == {name: shape for name, shape in theirs.items() if name.startswith(("sam_model.", "qwen2_model."))}
 
 
 def test_configs_from_shapes() -> None:
     sam, clip = shapes_of("deepencoder-sam"), shapes_of("deepencoder-clip")
     assert sam_config_from(sam) == SamConfig()
     assert clip_config_from(clip) == ClipConfig()
+    qwen2 = shapes_of("deepencoder-qwen2")
+    assert qwen2_config_from(qwen2) == Qwen2Config()
+    alone = {name: shape for name, shape in qwen2.items() if not name.startswith("query_")}
+    assert qwen2_config_from(alone) == Qwen2Config(queries=None)
     bare = {name: shape for name, shape in sam.items() if not name.startswith("net_")}
     assert sam_config_from(bare) == SamConfig(compressor=None)
     del clip["embeddings.patch_embedding.weight"]
@@ -193,6 +215,8 @@ BAD: dict[str, tuple[Read, str, str, tuple[int, ...] | None, str]] = {
     "no square": (clip_config_from, "clip", "embeddings.position_embedding.weight", (256, 1024), "256 positions"),
     "token alone": (clip_config_from, "clip", "embeddings.position_embedding.weight", (1, 1024), "1 positions"),
     "width": (clip_config_from, "clip", "embeddings.position_embedding.weight", (257, 1000), "1000 channels"),
+    "key_value": (qwen2_config_from, "qwen2", "model.model.layers.0.self_attn.k_proj.weight", (96, 896), "96 x 896"),
+    "one table": (qwen2_config_from, "qwen2", "query_1024.weight", None, "query_1024.weight: missing"),
     "mlp": (clip_config_from, "clip", "transformer.layers.0.mlp.fc1.weight", None, "fc1.weight: missing"),
 }
 
@@ -336,6 +360,35 @@ def test_the_bar_for_other_sizes_is_low_enough(monkeypatch: pytest.MonkeyPatch, 
     assert error(ours(pixels), expected) > 1000 * FLOAT32
 
 
+@pytest.mark.parametrize(("side", "tokens"), [(64, 144), (768, 144), (832, 256), (1024, 256)])
+@torch.no_grad()
+def test_the_second_version(side: int, tokens: int, tmp_path: Path) -> None:
+    """At both trained sizes, and at others, whose table of queries is the smaller one up to 144 image tokens."""
+    reference = calmed(models.deepseek_ocr2_hf())
+    ours, pixels = second_from(reference, tmp_path), noise(1, 3, side, side)
+    found = ours(pixels)
+    assert found.shape == (1, tokens, models.QWEN2_WIDTH) and ours.num_tokens(side) == tokens
+    with KeepFloat64():
+        check(found, hf_features(reference, pixels), FLOAT64)
+    check(found, hf_features(reference, pixels), FLOAT32)
+    # In half precision, too, norms and angles are in float32.
+    half = ours.bfloat16()(pixels.bfloat16())
+    assert half.dtype == torch.bfloat16 and error(half.double(), found) < 8 * torch.finfo(half.dtype).eps
+
+
+@torch.no_grad()
+def test_what_tokens_of_the_second_version_see() -> None:
+    """Image tokens see all image tokens and no query; a query all image tokens, and queries up to itself."""
+    encoder = Qwen2Encoder(replace(models.qwen2_sizes(), depth=1)).double()
+    tokens = noise(1, 9, models.QWEN2_WIDTH)
+    before = encoder.encode(tokens, 4)
+    for changed in range(9):
+        other = tokens.clone()
+        other[:, changed] += 1
+        sees = (encoder.encode(other, 4) != before).any(-1)[0].tolist()
+        assert sees == [changed < 4 or index >= changed for index in range(9)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_a_module_keeps_the_dtype_of_its_weights(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -363,6 +416,11 @@ def test_wrong_use_is_told() -> None:
         for encoder, given in ((bare, pixels), (clip, None)):
             with pytest.raises(ValueError, match="patch_embeds is required"):
                 encoder(given)
+        for qwen2, words in ((Qwen2Config(), "must end in Qwen2's 896"), (Qwen2Config(1024, queries=None), "queries")):
+            with pytest.raises(ValueError, match=words):
+                DeepEncoderV2(SamConfig(), qwen2)
+        with pytest.raises(ValueError, match="no tables of queries"):
+            Qwen2Encoder(Qwen2Config(depth=0, queries=None))(torch.empty(1, 896, 2, 2))
         for compressor in (None, (512, 896)):
             with pytest.raises(ValueError, match="must end in CLIP's 1024 channels"):
                 DeepEncoder(SamConfig(compressor=compressor))

@@ -32,10 +32,11 @@ def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
 
 
 def test_every_family_has_a_canonical_layout_and_mappings_to_it() -> None:
-    assert registry.families() == ("sam", "clip")
+    assert registry.families() == ("sam", "clip", "qwen2")
+    assert registry.first_version() == ["sam", "clip"]
     for family in registry.families():
         assert registry.canonical(family).name == f"deepencoder-{family}"
-        assert len(registry.mappings(family)) >= 5
+        assert len(registry.mappings(family)) >= 4
 
 
 GOOD = """\
@@ -307,14 +308,22 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("owlvit", "clip"): "clip-owlvit",
     ("deepseek-ocr", "clip"): "clip-deepseek-ocr",
     ("unlimited-ocr-hf-vision", "clip"): "clip-unlimited-ocr-hf",
+    ("deepseek-ocr-2-vision", "sam"): "sam-deepseek-ocr",
+    ("deepseek-ocr-2-sglang", "sam"): "sam-deepseek-ocr",
+    ("deepseek-ocr-2-hf-vision", "sam"): "sam-unlimited-ocr-hf",
+    ("deepseek-ocr-2", "qwen2"): "qwen2-deepseek-ocr2",
+    ("deepseek-ocr-2-vision", "qwen2"): "qwen2-deepseek-ocr2",
+    ("deepseek-ocr-2-sglang", "qwen2"): "qwen2-deepseek-ocr2-sglang",
+    ("deepseek-ocr-2-hf-vision", "qwen2"): "qwen2-deepseek-ocr2-hf",
+    ("qwen2-0.5b", "qwen2"): "qwen2-hf",
 }
 UNUSUAL = {
     "sam-meta-vit-h": {"depth": (32, 12), "width": (1280, 768), "mlp": (5120, 3072), "head": (80, 64)},
-    "deepseek-ocr-2": {"compressed": (896, 1024)},
     "clip-hf-vision-336": {"positions": (577, 257)},
     "clip-timm-336": {"positions": (577, 257)},
 }
-WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "deepseek-ocr-2", "unlimited-ocr-hf-vision"}
+SECOND = {"deepseek-ocr-2", "deepseek-ocr-2-vision", "deepseek-ocr-2-sglang", "deepseek-ocr-2-hf-vision"}
+WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "unlimited-ocr-hf-vision", *SECOND}
 
 
 def converted(checkpoint: str, family: str, folder: Path) -> ConversionRecord:
@@ -327,13 +336,16 @@ def test_every_checkpoint_is_known_and_becomes_all_of_the_target(checkpoint: str
     record = converted(checkpoint, family, tmp_path)
     assert record.mapping == CONVERTS[checkpoint, family]
     assert record.target == f"deepencoder-{family}"
-    assert record.unusual == UNUSUAL.get(checkpoint, {})
+    narrow = {"compressed": (896, 1024)} if checkpoint in SECOND and family == "sam" else {}
+    assert record.unusual == UNUSUAL.get(checkpoint, narrow)
     target = inventories()[f"deepencoder-{family}"]
     absent = set()
     if family == "sam" and checkpoint not in WITH_COMPRESSOR:
         absent = {"net_2.weight", "net_3.weight"}
     elif checkpoint == "unlimited-ocr-hf-vision" and family == "clip":
         absent = {"embeddings.patch_embedding.weight"}
+    elif checkpoint == "qwen2-0.5b":
+        absent = {"query_768.weight", "query_1024.weight"}
     assert set(record.missing) == absent
     if checkpoint != "sam-meta-vit-h":
         assert set(record.converted) == target.keys() - absent
@@ -364,6 +376,8 @@ def resolve(checkpoint: str, family: str, folder: Path) -> dict[str, tuple[int, 
 def test_every_checkpoint_becomes_the_targets_shapes(checkpoint: str, family: str, tmp_path: Path) -> None:
     shapes = resolve(checkpoint, family, tmp_path)
     target = inventories()[f"deepencoder-{family}"]
+    if checkpoint in SECOND and family == "sam":
+        assert shapes.pop("net_3.weight") == (896, 512, 3, 3)
     assert shapes == {name: shape for name, (_, shape) in target.items() if name in shapes}
 
 
@@ -381,18 +395,24 @@ def test_larger_models_keep_their_shapes(tmp_path: Path) -> None:
 REFUSED = [
     (checkpoint, family)
     for checkpoint in inventories()
-    for family in ("sam", "clip")
+    for family in registry.families()
     if (checkpoint, family) not in CONVERTS
 ]
 
 
 @pytest.mark.parametrize(("checkpoint", "family"), REFUSED)
 def test_every_other_checkpoint_is_refused_with_its_reason(checkpoint: str, family: str, tmp_path: Path) -> None:
-    other = {"sam": "clip", "clip": "sam"}[family]
     if checkpoint == f"deepencoder-{family}":
         assert converted(checkpoint, family, tmp_path).unchanged
         return
-    reason = f"is a {other.upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {other}"
+    kinds = [kind for kind in registry.families() if (checkpoint, kind) in CONVERTS or checkpoint.endswith(f"-{kind}")]
+    reason = f"is a {kinds[0].upper()} checkpoint, not {family.upper()}\nrun: dsocr-convert {kinds[0]}"
+    if checkpoint in {*SECOND, "deepencoder-qwen2"}:
+        reason = (
+            r"has a Qwen2 in the place of CLIP.*\nits encoders convert: dsocr-convert sam \.\.\., dsocr-convert qwen2"
+        )
+    elif checkpoint == "qwen2-0.5b":
+        reason = "is a language model without a vision encoder"
     with pytest.raises(LayoutError, match=reason):
         converted(checkpoint, family, tmp_path)
 

@@ -198,6 +198,43 @@ def deepseek_clip() -> tuple[State, State]:
     return inside("model.vision_model.", without(encoder, "embeddings.position_ids")), encoder
 
 
+def qwen2_hf() -> tuple[State, State]:
+    """With embeddings that are tied, and saved under both names."""
+    state = models.qwen2_hf().state_dict()
+    return state, renamed(without(state, "lm_head.", "model.embed_tokens."), (r"^", "model."))
+
+
+def qwen2_hf_model() -> tuple[State, State]:
+    """Without the head, and so without a prefix."""
+    state, expected = qwen2_hf()
+    return only(state, "model."), expected
+
+
+def deepseek_ocr2_hf() -> tuple[State, State]:
+    state = models.deepseek_ocr2_hf().state_dict()
+    names = (r"^vision_encoder\.", "model.model."), (r"_resolution\.", ".")
+    return state, renamed(without(state, "sam_encoder."), *names)
+
+
+def language_model(width: int) -> State:
+    """A layer of DeepSeek-OCR-2's language model: Qwen2's names, but no bias."""
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (width, width))
+    layer = {f"self_attn.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    mlp = {f"mlp.{name}_proj.weight": torch.randn(8, width) for name in ("gate", "up")}
+    norms = {"input_layernorm.weight": torch.randn(width), "mlp.down_proj.weight": torch.randn(width, 8)}
+    return {f"model.layers.0.{name}": tensor for name, tensor in {**layer, **mlp, **norms}.items()}
+
+
+def deepseek_ocr2() -> tuple[State, State]:
+    _, encoder = deepseek_ocr2_hf()
+    return {**inside("model.qwen2_model.", encoder), **language_model(models.QWEN2_WIDTH)}, encoder
+
+
+def deepseek_ocr2_sglang() -> tuple[State, State]:
+    _, encoder = deepseek_ocr2_hf()
+    return inside("qwen2_model.", renamed(encoder, (r"^model\.model\.", "model."))), encoder
+
+
 LAYOUTS: dict[str, tuple[str, str, Callable[[], tuple[State, State]]]] = {
     "sam-meta": ("sam", "sam-meta", sam_meta),
     "sam-hf": ("sam", "sam-hf", sam_hf),
@@ -215,6 +252,11 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[], tuple[State, State]]]] = {
     "clip-timm": ("clip", "clip-timm", clip_timm),
     "clip-deepseek-ocr": ("clip", "clip-deepseek-ocr", deepseek_clip),
     "clip-unlimited-ocr-hf": ("clip", "clip-unlimited-ocr-hf", unlimited_clip),
+    "qwen2-hf": ("qwen2", "qwen2-hf", qwen2_hf),
+    "qwen2-hf without prefix": ("qwen2", "qwen2-hf", qwen2_hf_model),
+    "qwen2-deepseek-ocr2": ("qwen2", "qwen2-deepseek-ocr2", deepseek_ocr2),
+    "qwen2-deepseek-ocr2-hf": ("qwen2", "qwen2-deepseek-ocr2-hf", deepseek_ocr2_hf),
+    "qwen2-deepseek-ocr2-sglang": ("qwen2", "qwen2-deepseek-ocr2-sglang", deepseek_ocr2_sglang),
 }
 
 

@@ -125,7 +125,7 @@ def test_the_table_is_what_the_tests_show(page: Path) -> None:
     """The cells of the tests that are in this suite; `scripts/compatibility.py` makes it of those that passed."""
     reads = {(layout, name) for _, layout, _ in test_oracles.LAYOUTS.values() for name in test_oracles.SAVERS}
     reads |= {("clip-openai", "TorchScript")}
-    reads |= {(f"deepencoder-{family}", name) for family in ("sam", "clip") for name in test_oracles.SAVERS}
+    reads |= {(f"deepencoder-{family}", name) for family in ("sam", "clip", "qwen2") for name in test_oracles.SAVERS}
     writes = {(layout, name) for layout in test_routes.PROGRAMS for name in ("safetensors", ".pth")}
     writes |= {(layout, "folder") for layout in test_folders.WRITTEN}
     cells = {("reads", *cell) for cell in reads} | {("writes", *cell) for cell in writes}

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import converter
 from converter.checkpoint.open import open_checkpoint
-from converter.encoders import ClipEncoder, SamEncoder
+from converter.encoders import ClipEncoder, Qwen2Encoder, SamEncoder
 from converter.errors import MappingError, UsageError
 from converter.options import ConvertOptions
 from converter.plan.planner import resolve
 from converter.tensors.lazy_tensor import byte_ranges
+from converter.verification.outputs import KeepFloat64
 
 State = dict[str, Tensor]
 
@@ -133,14 +134,72 @@ CLIP: dict[str, Program] = {
     ),
     "deepencoder-clip": Program(lambda: ClipEncoder(CLIP_SIZES), {"blocks": BLOCKS}, "", PATCH, patches=True),
 }
-PROGRAMS = {**SAM, **CLIP}
-HUB_EXTRAS = {"sam": COMPRESSOR, "clip": (*PATCH, *POST, "visual_projection.weight")}
+
+
+class SglangQwen2(Qwen2Encoder):
+    """Our own, which computes what SGLang's does, with names that have one `model.` less."""
+
+    def __init__(self) -> None:
+        super().__init__(models.qwen2_sizes())
+        self.model = self.model.model
+
+    def encode(self, x: Tensor, image_tokens: int | None = None) -> Tensor:
+        for layer in self.model.layers:
+            x = layer(x, image_tokens)
+        normed: Tensor = self.model.norm(x)
+        return normed
+
+
+def qwen2_model() -> nn.Module:
+    return models.qwen2_hf().model
+
+
+def deepseek_ocr2_qwen2() -> nn.Module:
+    """transformers' DeepSeek-OCR-2 without its SAM."""
+    model = copy.deepcopy(models.deepseek_ocr2_hf())
+    del model.sam_encoder
+    return model
+
+
+QUERIES = ("query_768.weight", "query_1024.weight")
+EMBEDDINGS = "embed_tokens.weight"
+QWEN2: dict[str, Program] = {
+    "qwen2-hf": Program(qwen2_model, {"normed": "norm"}, "model.", (EMBEDDINGS,)),
+    "qwen2-deepseek-ocr2": Program(
+        lambda: Qwen2Encoder(models.qwen2_sizes()), {"normed": "model.model.norm"}, "model.qwen2_model.", QUERIES
+    ),
+    "qwen2-deepseek-ocr2-hf": Program(
+        deepseek_ocr2_qwen2,
+        {"normed": "vision_encoder.norm"},
+        "model.vision_tower.",
+        ("query_768_resolution.weight", "query_1024_resolution.weight"),
+    ),
+    "qwen2-deepseek-ocr2-sglang": Program(SglangQwen2, {"normed": "model.norm"}, "qwen2_model.", QUERIES),
+    "deepencoder-qwen2": Program(
+        lambda: Qwen2Encoder(models.qwen2_sizes()), {"normed": "model.model.norm"}, "", QUERIES
+    ),
+}
+FAMILIES = {"sam": SAM, "clip": CLIP, "qwen2": QWEN2}
+PROGRAMS = {**SAM, **CLIP, **QWEN2}
+HUB_EXTRAS = {
+    "sam": COMPRESSOR,
+    "clip": (*PATCH, *POST, "visual_projection.weight"),
+    "qwen2": (*QUERIES, f"model.model.{EMBEDDINGS}"),
+}
 # The epsilon that the weights were trained with; libraries' classes have others for defaults.
-EPS = {"sam": 1e-6, "clip": 1e-5}
+EPS = {"sam": 1e-6, "clip": 1e-5, "qwen2": 1e-6}
+
+
+# The shapes of an encoder's input: images, or image tokens and as many queries.
+INPUTS = {
+    "sam": (1, 3, models.GRID * models.PATCH, models.GRID * models.PATCH),
+    "clip": (1, 3, models.CLIP_IMAGE, models.CLIP_IMAGE),
+    "qwen2": (1, 12, models.QWEN2_WIDTH),
+}
 
 
 def family_of(layout: str) -> str:
-    return "clip" if layout in CLIP else "sam"
+    return next(family for family, programs in FAMILIES.items() if layout in programs)
 
 
 @functools.cache
@@ -178,6 +237,24 @@ def convolved(layout: str, state: State, pixels: Tensor) -> Tensor | None:
     return nn.functional.conv2d(pixels, weight.double(), stride=models.CLIP_PATCH)
 
 
+def run_qwen2_model(model: Any, x: Tensor) -> None:
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    mask[: x.shape[1] // 2, : x.shape[1] // 2] = True
+    model(inputs_embeds=x, attention_mask=mask[None, None])
+
+
+def run_deepseek_ocr2(model: Any, x: Tensor) -> None:
+    model.vision_encoder(inputs_embeds=x, num_patches=x.shape[1] // 2)
+
+
+# How encoders run that take no image.
+RUNS: dict[str, Callable[[Any, Tensor], object]] = {
+    **dict.fromkeys(QWEN2, lambda model, x: model.encode(x)),
+    "qwen2-hf": run_qwen2_model,
+    "qwen2-deepseek-ocr2-hf": run_deepseek_ocr2,
+}
+
+
 def features(layout: str, state: State, pixels: Tensor, patches: Tensor | None) -> State:
     """What the watched modules put out, by kind; of a sequence, the class token for what follows the blocks."""
     model, found = strictly(layout, state), {}
@@ -185,14 +262,16 @@ def features(layout: str, state: State, pixels: Tensor, patches: Tensor | None) 
         model.get_submodule(name).register_forward_hook(
             lambda module, args, out, kind=kind: found.update({kind: out[0] if isinstance(out, tuple) else out})
         )
-    with torch.no_grad():
-        if layout == "clip-unlimited-ocr-hf":
+    with torch.no_grad(), KeepFloat64():
+        if run := RUNS.get(layout):
+            run(model, pixels)
+        elif layout == "clip-unlimited-ocr-hf":
             model(patches)
         elif PROGRAMS[layout].patches:
             model(None, patches)
         else:
             model(pixels)
-    if "normed" in found and found["normed"].ndim == 3:
+    if layout in CLIP and "normed" in found and found["normed"].ndim == 3:
         found["normed"] = found["normed"][:, 0]
     return found
 
@@ -201,7 +280,7 @@ def features(layout: str, state: State, pixels: Tensor, patches: Tensor | None) 
 
 
 def pairs() -> list[tuple[str, str]]:
-    found = [pair for family in (SAM, CLIP) for pair in itertools.product(family, repeat=2)]
+    found = [pair for family in FAMILIES.values() for pair in itertools.product(family, repeat=2)]
     return [(a, b) for a, b in found if not a == b == f"deepencoder-{family_of(a)}"]
 
 
@@ -212,8 +291,14 @@ def save(state: State, path: Path) -> Path:
 
 def donor(family: str, folder: Path) -> Path:
     """A checkpoint of other weights that has all that any layout's encoder has."""
-    layout = {"sam": "sam-deepseek-ocr", "clip": "clip-openai"}[family]
-    return save(weights(layout, seed=1), folder / "donor.pth")
+    layout = {"sam": "sam-deepseek-ocr", "clip": "clip-openai", "qwen2": "qwen2-deepseek-ocr2-sglang"}[family]
+    state = weights(layout, seed=1)
+    if family == "qwen2":
+        # No file has both queries and embeddings: those of the canonical names may.
+        state = {name.replace("qwen2_model.model.", "model.model."): t for name, t in state.items()}
+        state = {name.removeprefix("qwen2_model."): t for name, t in state.items()}
+        state[f"model.model.{EMBEDDINGS}"] = torch.randn(9, models.QWEN2_WIDTH)
+    return save(state, folder / "donor.pth")
 
 
 def lacking(source: str, target: str) -> list[str]:
@@ -221,6 +306,8 @@ def lacking(source: str, target: str) -> list[str]:
 
     def extras(layout: str) -> dict[str, str]:
         names = HUB_EXTRAS[family_of(layout)]
+        if layout == "qwen2-hf":
+            return {names[-1]: EMBEDDINGS}
         return dict(zip(names, PROGRAMS[layout].extras, strict=False))
 
     return [PROGRAMS[target].prefix + own for hub, own in extras(target).items() if hub not in extras(source)]
@@ -246,15 +333,13 @@ def test_every_layout_becomes_every_other(
     assert (record.mapping, record.target, record.missing) == (source, target, {})
     found = safetensors.torch.load_file(there)
 
-    side = {"sam": models.GRID * models.PATCH, "clip": models.CLIP_IMAGE}[family]
-    pixels, patches = torch.randn(1, 3, side, side, dtype=torch.float64), None
+    pixels, patches = torch.randn(INPUTS[family], dtype=torch.float64), None
     if family == "clip":
         made = [convolved(source, state, pixels), convolved(target, found, pixels)]
         patches = next((one for one in made if one is not None), torch.randn(1, models.CLIP_WIDTH, 4, 4).double())
     before, after = features(source, state, pixels, patches), features(target, found, pixels, patches)
     assert before.keys() & after.keys()
     for kind in before.keys() & after.keys():
-        # In float64, but for transformers' GOT-OCR2, which takes its softmax in float32.
         torch.testing.assert_close(after[kind], before[kind], rtol=1e-5, atol=1e-5)
 
     # And back: what the target has no place for comes from the source itself.
@@ -280,14 +365,14 @@ def test_every_layout_is_written_for_torch_load(
     for out in (tmp_path / "out.safetensors", tmp_path / "out.pth"):
         converter.convert(path, family, to=target, out=out)
     # A file that has the layout already is not written anew.
-    out = tmp_path / "out.pth" if converter.inspect(path).layouts[0].layout != target else path
-    found = torch.load(out, weights_only=True)
+    out = tmp_path / "out.pth"
+    found = torch.load(out if out.exists() else path, weights_only=True)
     same(found, safetensors.torch.load_file(tmp_path / "out.safetensors"))
     strictly(target, found)
 
 
 @pytest.mark.parametrize("container", SAVERS)
-@pytest.mark.parametrize("target", ["sam-meta", "clip-openai"])
+@pytest.mark.parametrize("target", ["sam-meta", "clip-openai", "qwen2-deepseek-ocr2"])
 def test_the_deepencoder_from_every_container(
     target: str, container: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -475,9 +560,13 @@ def got_ocr2() -> nn.Module:
         (models.sam_hf, ["sam-hf"]),
         (sam_vision, ["sam-hf"]),
         (models.got_ocr2_hf, ["sam-got-ocr2-hf"]),
-        (got_ocr2, ["sam-got-ocr2-hf"]),
+        # Its language model is a Qwen2.
+        (got_ocr2, ["sam-got-ocr2-hf", "qwen2-hf"]),
         # transformers renames its own tensors back as it saves them.
         (unlimited_vision, ["sam-deepseek-ocr", "clip-deepseek-ocr"]),
+        # But not those of DeepSeek-OCR-2's vision model alone.
+        (models.deepseek_ocr2_hf, ["sam-unlimited-ocr-hf", "qwen2-deepseek-ocr2-hf"]),
+        (models.qwen2_hf, ["qwen2-hf"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

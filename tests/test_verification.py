@@ -18,11 +18,13 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from corruptions import calm
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import converter
 from converter.api.verify import verify
-from converter.encoders import ClipEncoder, SamEncoder
+from converter.encoders import ClipEncoder, Qwen2Encoder, SamEncoder
 from converter.errors import ContainerError, LayoutError
 from converter.layouts import registry
 from converter.verification import restricted_pickle
@@ -75,7 +77,7 @@ def test_every_family_has_an_entry_and_a_reference() -> None:
     assert set(REFERENCES) <= set(registry.layout_names())
 
 
-@pytest.mark.parametrize("encoder", [SamEncoder, ClipEncoder])
+@pytest.mark.parametrize("encoder", [SamEncoder, ClipEncoder, Qwen2Encoder])
 def test_probes_are_modules_of_the_encoder(encoder: type[nn.Module]) -> None:
     family = next(family for family in FAMILIES.values() if family.encoder is encoder)
     with torch.device("meta"):
@@ -83,6 +85,50 @@ def test_probes_are_modules_of_the_encoder(encoder: type[nn.Module]) -> None:
     names = model.state_dict().keys()
     for probe in family.own_probes(model):
         assert family.tensors_at(probe.name, names), probe.name
+
+
+# The second version ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deepseek_ocr2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ocr2") / "source.safetensors"
+    save_file(calm(models.deepseek_ocr2_hf().state_dict(), 0), path)
+    return path
+
+
+@pytest.mark.parametrize("layout", registry.names_of_family("qwen2"))
+def test_qwen2_of_every_layout_is_verified(layout: str, deepseek_ocr2: Path, tmp_path: Path) -> None:
+    out, fill = tmp_path / "out.safetensors", tmp_path / "fill.safetensors"
+    save_file(calm(models.qwen2_hf().model.state_dict(), 1), fill)
+    converter.convert(deepseek_ocr2, "qwen2", to=layout, out=out, fill_from=fill)
+    result = verify(out, {"source": deepseek_ocr2, "fill-from": fill}, sizes=[128])
+    assert result.verdict == "verified" and "DeepseekOcr2VisionEncoder" in result.reference
+
+
+def whole(source: Path, folder: Path) -> State:
+    """The tensors of both encoders by DeepSeek-OCR-2's names."""
+    found: State = {}
+    for family, prefix in (("sam", "sam_model."), ("qwen2", "qwen2_model.")):
+        converter.convert(source, family, out=folder / "part.safetensors", force=True)
+        found |= {prefix + name: tensor for name, tensor in load_file(folder / "part.safetensors").items()}
+    return found
+
+
+def test_the_second_version_is_verified_at_its_sizes(deepseek_ocr2: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "whole.safetensors", whole(deepseek_ocr2, tmp_path)
+    save_file(state, out)
+    result = verify(out, deepseek_ocr2, device="cpu")
+    assert result.verdict == "verified" and "DeepseekOcr2VisionModel" in result.reference
+    assert result.checks[-1].name.endswith("at 768 x 768")
+    assert verify(out, sizes=[1024]).checks[-1].detail.startswith("tokens [1, 256, 256], all finite")
+    state["qwen2_model.query_768.weight"] = state["qwen2_model.query_768.weight"].flip(0)
+    save_file(state, out)
+    wrong = verify(out, {"sam": deepseek_ocr2, "qwen2": deepseek_ocr2}, device="cpu")
+    assert wrong.verdict == "not verified"
+    assert (
+        "qwen2_model.queries is the first" in wrong.checks[-1].detail and "query_768.weight" in wrong.checks[-1].detail
+    )
 
 
 # Legal files that torch.load(weights_only=True) does not read as it is called by default ------------------------------

@@ -39,7 +39,7 @@ def convert(
     Args:
         source: A file, a folder or an index, or a repository on a hub: `hf://org/name[@revision]`, `ms://org/name`,
             `org/name`.
-        family: "sam" or "clip".
+        family: "sam", "clip" or "qwen2".
         out: The output; `<layout>.<format>` in the current folder by default. With `to` sam-hf or clip-hf, a name
             without a suffix of weights is a folder for transformers' `from_pretrained`.
         fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +48,9 @@ def plan_expected(
     Raises:
         DsocrError: A source is missing or of another kind, or is the converted file itself; as in `convert`.
     """
-    whole, family = len(target.encoders) > 1, target.family
-    roles = ("source", *registry.families(), "compressor", "into") if whole else ("source", family, "fill-from")
+    families, family = [encoder.family for encoder in target.encoders], target.family
+    whole = len(families) > 1
+    roles = ("source", *families, "compressor", "into") if whole else ("source", family, "fill-from")
     for role, name in sources.items():
         check_name(name)
         if role not in roles:
@@ -187,7 +188,8 @@ def _expected_deep_encoder(
     first = target.encoders[0]
     prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
     with_projector = prefix + _PROJECTOR in target.tensors and "into" not in sources
-    parts = _parts(sources, open_file, with_projector, encoder_prefix)
+    families = [encoder.family for encoder in target.encoders]
+    parts = _parts(sources, open_file, with_projector, encoder_prefix, families)
     # The host may be the file itself: its own encoder is not compared with itself.
     _check_not_itself(target, parts.sources)
     names, outputs, checkpoints = _outputs(parts, prefix, target, sources, open_file)
@@ -215,17 +217,18 @@ def _parts(
     open_file: Callable[[str | Path], Checkpoint],
     with_projector: bool,
     prefix: str | None,
+    families: Sequence[str],
 ) -> EncoderParts:
     if "source" in sources:
-        return extract_encoder(open_file(sources["source"]), with_projector, prefix)
-    missing = [family for family in registry.families() if family not in sources]
+        return extract_encoder(open_file(sources["source"]), with_projector, prefix, families)
+    missing = [family for family in families if family not in sources]
     if missing:
         raise UsageError(
             f"--source: the file holds a whole DeepEncoder, and no source of its {missing[0].upper()} is given",
             "name a checkpoint that holds all of it, or "
-            + " ".join(f"--source {family}=CHECKPOINT" for family in registry.families()),
+            + " ".join(f"--source {family}=CHECKPOINT" for family in families),
         )
-    encoders = {family: sources[family] for family in registry.families()}
+    encoders = {family: sources[family] for family in families}
     try:
         return build_encoder(encoders, str(sources.get("compressor", "")), open_file, prefix)
     except LayoutError as error:

@@ -58,7 +58,7 @@ class MatchedLayout:
     """A layout that the tensors of a checkpoint match.
 
     Attributes:
-        family: "sam" or "clip".
+        family: "sam", "clip" or "qwen2".
         layout: The name of the layout.
         description: Which checkpoints have it.
         prefix: The prefix of the encoder's tensor names.

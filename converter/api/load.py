@@ -38,7 +38,7 @@ def load(
 
     Args:
         source: A checkpoint, as in `convert`; one in the DeepEncoder's layout is accepted too.
-        family: "sam" or "clip".
+        family: "sam", "clip" or "qwen2".
         fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
         dtype: As in `convert`, or a torch.dtype.
         device: The device of the tensors.

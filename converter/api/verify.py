@@ -22,6 +22,7 @@ from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.controls import strongest
+from converter.verification.families import FAMILIES
 from converter.verification.inputs import (
     Converted,
     Expected,
@@ -38,9 +39,6 @@ from converter.verification.structure import check_structure
 from converter.verification.weights import check_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Pixels along a side at which DeepSeek-OCR runs. On a CPU the smallest one takes a minute.
-SIZES = (512, 640, 1024, 1280)
-CPU_SIZES = (512,)
 
 _NOT_CHECKED = (
     "the mapping {} itself was not checked: no known layout fits the source. Compare features with those of the "
@@ -95,7 +93,7 @@ def verify(
     """
     if unknown := [part for part in require if part not in PARTS]:
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
-    run_options = _run_options(device, dtype, sizes, fast, image, draw, on_progress)
+    run_options = _run_options(device, dtype, fast, image, draw, on_progress)
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
     hub, checkpoints = HubOptions(**hub_options), list[Checkpoint]()
@@ -117,7 +115,8 @@ def verify(
         if only_record:
             result = _verify_record(target, only_record, on_progress)
         else:
-            result = _verify(target, expected, recorded, run_options)
+            chosen = () if fast else sizes or _default_sizes(target, run_options.device)
+            result = _verify(target, expected, recorded, replace(run_options, sizes=chosen))
     tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
         result,
@@ -131,18 +130,22 @@ def verify(
 def _run_options(
     device: str,
     dtype: str,
-    sizes: Sequence[int] | None,
     fast: bool,
     image: str | Path | None,
     draw: bool,
     on_progress: OnProgress,
 ) -> RunOptions:
-    """How the encoders are run; nothing is run on the device with `fast`."""
+    """How the encoders are run, but for the sizes; nothing is run on the device with `fast`."""
     check_choices(dtype=(dtype, DTYPES))
     where = _device("cpu" if fast else device)
-    chosen = () if fast else tuple(sizes or (SIZES if where.type == "cuda" else CPU_SIZES))
     page = load(Path(image)) if image is not None else None
-    return RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
+    return RunOptions(where, torch_dtype(dtype), (), page, draw, on_progress)
+
+
+def _default_sizes(target: Converted, device: torch.device) -> Sequence[int]:
+    """The sizes at which the last encoder's DeepEncoder runs; on a CPU, where it takes a minute, the first alone."""
+    sizes = FAMILIES[target.encoders[-1].family].sizes
+    return sizes if device.type == "cuda" else sizes[:1]
 
 
 def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -> Verification:

@@ -119,6 +119,8 @@ def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[s
     found: dict[str, TensorInfo] = {}
     for family in registry.families():
         encoder_prefix = registry.encoder_prefix(family)
+        if not any(name.startswith(encoder_prefix) for name in encoder):
+            continue
         detected, plan = resolve_to_canonical(opened, ConvertOptions(family))
         prefix = detected.match.prefix
         if not prefix.endswith(encoder_prefix):

@@ -132,18 +132,21 @@ def build_encoder(
     return EncoderParts(sources, plans, own | new, generated, _dropped(plans, own | new) | replaced)
 
 
-def extract_encoder(source: Checkpoint, with_projector: bool, prefix: str | None = None) -> EncoderParts:
+def extract_encoder(
+    source: Checkpoint, with_projector: bool, prefix: str | None = None, families: Sequence[str] = ()
+) -> EncoderParts:
     """Take both encoders out of a checkpoint.
 
     Args:
         source: The checkpoint.
         with_projector: Whether to take the projector too.
         prefix: The prefix of both encoders' names, or None.
+        families: Their families; those of DeepSeek-OCR by default.
 
     Raises:
         LayoutError: The checkpoint does not have both encoders.
     """
-    options = [ConvertOptions(family, prefix=prefix) for family in registry.families()]
+    options = [ConvertOptions(family, prefix=prefix) for family in families or registry.first_version()]
     try:
         plans = {option.family: resolve_to_canonical(source, option) for option in options}
     except LayoutError as error:

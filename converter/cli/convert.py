@@ -44,6 +44,13 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 
 
 @app.command()
+@add_options(ConvertOptions, WriteOptions, HubOptions)
+def qwen2(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
+    """Convert a Qwen2 checkpoint for DeepSeek-OCR-2: transformers', or the Qwen2 inside DeepSeek-OCR-2."""
+    render.show_conversion(converter.convert, source, "qwen2", fill_from=fill_from, **options)
+
+
+@app.command()
 @add_options((ConvertOptions, ["state_dict", "prefix"]), HubOptions)
 def inspect(source: Source, values: Values = False, json: Json = False, **options: Any) -> None:
     """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights by default."""
@@ -61,4 +68,4 @@ app.command()(diff)
 
 @app.callback()
 def program(version: Version = False) -> None:
-    """Convert SAM and CLIP checkpoints into DeepSeek-OCR's DeepEncoder."""
+    """Convert SAM, CLIP and Qwen2 checkpoints into DeepSeek-OCR's DeepEncoder."""

@@ -13,6 +13,9 @@ Parameters have the names and shapes of DeepSeek-OCR's own modules. DeepSeek's r
 `vision_model.embeddings.position_ids`. The defaults of SamConfig and ClipConfig are DeepSeek's sizes; `sam_config_from`
 and `clip_config_from` infer other sizes, such as SAM ViT-H, from the shapes of a checkpoint.
 
+`DeepEncoderV2` is DeepSeek-OCR-2's: `qwen2_model` in place of `vision_model`, and (B, 3, 1024, 1024) -> (B, 256, 896).
+No Qwen2 checkpoint contains query_768 and query_1024, its queries.
+
 In shapes, B is the batch size, C the number of channels, D the channels per head, H and W the image size in pixels, and
 h and w in patches. A module computes in the dtype and on the device of its weights. Only position embeddings are
 resampled in float32 or wider. New modules have torch's default weights, and zeros for position embeddings.
@@ -23,16 +26,42 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from converter.encoders.config import ClipConfig, SamConfig, clip_config_from, sam_config_from
+from converter.encoders.config import (
+    ClipConfig,
+    Qwen2Config,
+    SamConfig,
+    clip_config_from,
+    qwen2_config_from,
+    sam_config_from,
+)
 
 if TYPE_CHECKING:
     from converter.encoders.clip import ClipEncoder
-    from converter.encoders.deepencoder import DeepEncoder
+    from converter.encoders.deepencoder import DeepEncoder, DeepEncoderV2
+    from converter.encoders.qwen2 import Qwen2Encoder
     from converter.encoders.sam import SamEncoder
 
-__all__ = ["ClipConfig", "ClipEncoder", "DeepEncoder", "SamConfig", "SamEncoder", "clip_config_from", "sam_config_from"]
+__all__ = [
+    "ClipConfig",
+    "ClipEncoder",
+    "DeepEncoder",
+    "DeepEncoderV2",
+    "Qwen2Config",
+    "Qwen2Encoder",
+    "SamConfig",
+    "SamEncoder",
+    "clip_config_from",
+    "qwen2_config_from",
+    "sam_config_from",
+]
 
-_MODULES = {"ClipEncoder": "clip", "DeepEncoder": "deepencoder", "SamEncoder": "sam"}
+_MODULES = {
+    "ClipEncoder": "clip",
+    "DeepEncoder": "deepencoder",
+    "DeepEncoderV2": "deepencoder",
+    "Qwen2Encoder": "qwen2",
+    "SamEncoder": "sam",
+}
 
 
 def __getattr__(name: str) -> object:

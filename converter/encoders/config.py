@@ -99,6 +99,33 @@ class ClipConfig:
         return self.image_size // self.patch
 
 
+@dataclass(frozen=True)
+class Qwen2Config:
+    """Sizes of Qwen2 as an encoder. The defaults are those of DeepSeek-OCR-2 and of Qwen2-0.5B.
+
+    Attributes:
+        width: The embedding dimension.
+        depth: The number of layers.
+        heads: The number of attention heads.
+        key_value_heads: The number of heads of keys and values, each of which several heads of queries share.
+        mlp: The hidden dimension of the MLPs.
+        queries: The rows of query_768 and query_1024, or None for a Qwen2 without them.
+        activation: The activation of the MLPs, by transformers' name.
+        epsilon: The epsilon of the RMS norms.
+        rope_theta: The base of the frequencies of rotary positions.
+    """
+
+    width: int = 896
+    depth: int = 24
+    heads: int = 14
+    key_value_heads: int = 2
+    mlp: int = 4864
+    queries: tuple[int, int] | None = (144, 256)
+    activation: str = "silu"
+    epsilon: float = 1e-6
+    rope_theta: float = 1e6
+
+
 def sam_config_from(
     shapes: Shapes, activation: str = SamConfig.activation, epsilon: float = SamConfig.epsilon
 ) -> SamConfig:
@@ -193,6 +220,48 @@ def clip_config_from(
         activation=activation,
         epsilon=epsilon,
     )
+
+
+def qwen2_config_from(
+    shapes: Shapes,
+    head_width: int = 64,
+    activation: str = Qwen2Config.activation,
+    epsilon: float = Qwen2Config.epsilon,
+    rope_theta: float = Qwen2Config.rope_theta,
+) -> Qwen2Config:
+    """Infer the config of a Qwen2 encoder from the shapes of its tensors by DeepSeek-OCR-2's names.
+
+    Args:
+        shapes: The shapes of the tensors by name.
+        head_width: The channels per head, which no shape shows. Qwen2-0.5B has 64.
+        activation: The activation of the MLPs, which no shape shows.
+        epsilon: The epsilon of the RMS norms, which no shape shows.
+        rope_theta: The base of rotary positions, which no shape shows.
+
+    Raises:
+        LayoutError: A tensor is missing, or shapes contradict each other.
+    """
+    name = "model.model.layers.0.self_attn.k_proj.weight"
+    key_value, width = shape_of(shapes, name, 2)
+    if width % head_width or key_value % head_width or width % key_value or head_width % 2:
+        raise LayoutError(f"{name}: {key_value} x {width} channels do not fit heads of {head_width}")
+    return Qwen2Config(
+        width=width,
+        depth=_depth(shapes, "model.model.layers."),
+        heads=width // head_width,
+        key_value_heads=key_value // head_width,
+        mlp=shape_of(shapes, "model.model.layers.0.mlp.gate_proj.weight", 2)[0],
+        queries=_queries(shapes),
+        activation=activation,
+        epsilon=epsilon,
+        rope_theta=rope_theta,
+    )
+
+
+def _queries(shapes: Shapes) -> tuple[int, int] | None:
+    if "query_768.weight" not in shapes and "query_1024.weight" not in shapes:
+        return None
+    return shape_of(shapes, "query_768.weight", 2)[0], shape_of(shapes, "query_1024.weight", 2)[0]
 
 
 def _grid(name: str, num_positions: int) -> int:

@@ -1,4 +1,4 @@
-"""Functions that SAM and CLIP share: activations, splitting attention heads, and resampling position embeddings."""
+"""Functions that the encoders share: activations, splitting attention heads, and resampling position embeddings."""
 
 from __future__ import annotations
 

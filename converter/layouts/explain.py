@@ -111,11 +111,11 @@ def _covers(match: LayoutMatch, name: str) -> bool:
 
 
 def _has_trace(tensors: Mapping[str, TensorInfo], layouts: Sequence[LayoutSpec]) -> bool:
-    """Whether half of the tensors by which one of the layouts is detected are there, whatever their shapes."""
+    """Whether most of the tensors by which one of the layouts is detected are there, whatever their shapes."""
     for layout in layouts:
         keys = layout.signature.tensors
         counts = Counter(prefix for key in keys for prefix in prefixes_of(tensors, key))
-        if counts and max(counts.values()) >= len(keys) / 2:
+        if counts and max(counts.values()) > len(keys) / 2:
             return True
     return False
 

@@ -16,7 +16,7 @@ _MERGE = (
     "merge it into the weights first, in peft with model.merge_and_unload().save_pretrained(FOLDER), and convert that"
 )
 _DEQUANTISE = "convert the original weights from before quantisation, or dequantise these and save 16 or 32 bits"
-_OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT): convert a checkpoint of one of these"
+_OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT) or Qwen2: convert a checkpoint of one of these"
 
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -151,7 +151,7 @@ _ARCHITECTURES = (
     ),
     _Rule(
         "has a Qwen2 in the place of CLIP, as DeepSeek-OCR-2 has",
-        "its SAM converts: dsocr-convert sam ...",
+        "its encoders convert: dsocr-convert sam ..., dsocr-convert qwen2 ...",
         (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
     ),
     _Rule(

@@ -47,13 +47,14 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
     """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
 
     Layouts fit under any prefix. If one fits under a prefix of its own, those that only fit under others do not count.
-    At most MAX_PREFIXES prefixes are tried.
+    Nor does one that knows less of the names of the same tensors than another. At most MAX_PREFIXES prefixes are tried.
     """
     matches: dict[str, list[LayoutMatch]] = {}
     for layout in layouts:
         for prefix in islice(_fitting_prefixes(tensors, layout.signature), MAX_PREFIXES):
             matches.setdefault(prefix, []).append(_locate(layout, prefix))
     best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
+    best = [match for match in best if not any(_knows_more(other, match) for other in best)]
     own = [match for match in best if match.prefix in match.layout.signature.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
     return sorted(own or best, key=lambda match: order[match.evidence[0]])
@@ -114,6 +115,11 @@ def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> Layo
     if len(matches) == 1:
         return matches[0]
     return min(matches, key=lambda match: (_count_unknown(tensors, match), "" not in match.layout.signature.prefixes))
+
+
+def _knows_more(other: LayoutMatch, match: LayoutMatch) -> bool:
+    """Return whether both are of the same tensors, and more of their names is unknown to `match`."""
+    return len(other.wrapper) < len(match.wrapper) and not set(other.evidence).isdisjoint(match.evidence)
 
 
 def _count_unknown(tensors: Iterable[str], match: LayoutMatch) -> int:

@@ -72,6 +72,12 @@ def families() -> tuple[str, ...]:
     return tuple(layout.family for layout in sorted(found, key=lambda layout: (layout.encoder_order, layout.name)))
 
 
+def first_version() -> list[str]:
+    """Return the families of DeepSeek-OCR's encoder; those with the position of another are of later versions."""
+    by_position = {canonical(family).encoder_order: family for family in reversed(families())}
+    return [by_position[position] for position in sorted(by_position)]
+
+
 def encoder_prefix(family: str) -> str:
     """Return the prefix of a family's encoder in DeepSeek-OCR's model."""
     return canonical(family).encoder_prefix
@@ -117,8 +123,8 @@ def schema() -> str:
 
 
 def layouts_of(target: str) -> list[LayoutSpec]:
-    """Return the layouts of the target in a conversion record: all canonical layouts for `deepencoder`, else one."""
-    return [canonical(family) for family in families()] if target == "deepencoder" else [load(target)]
+    """Return the layouts of the target in a conversion record: those of both encoders for `deepencoder`, else one."""
+    return [canonical(family) for family in first_version()] if target == "deepencoder" else [load(target)]
 
 
 def layouts(family: str) -> list[LayoutSpec]:

@@ -170,6 +170,11 @@ class CanonicalLayout(LayoutSpec):
         """Return the specification of a tensor, or None if the layout has no tensor of that name."""
         return next((spec for spec in self.tensors if spec.name.match(name) is not None), None)
 
+    def is_optional(self, name: str) -> bool:
+        """Return whether the tensor of that name may be missing."""
+        spec = self.spec(name)
+        return spec is not None and bool(spec.optional)
+
     def extra_reason(self, name: str) -> str | None:
         """Return why the DeepEncoder has no tensor of that name, or None if the name is not among `extra_tensors`."""
         return next((reason for template, reason in self.extra_tensors if template.match(name) is not None), None)

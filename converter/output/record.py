@@ -35,7 +35,7 @@ RECORD_FORMAT = 1
 class RecordedMapping:
     """A layout that a checkpoint was detected as."""
 
-    family: str  # sam or clip
+    family: str  # sam, clip or qwen2
     name: str
     sha256: str  # The digest of the mapping file
     state_dict: str  # The path of the state dict in the file; empty for the top
@@ -59,7 +59,7 @@ class ConversionRecord:
 
     tool: str  # This program and its version
     sources: list[RecordedSource]  # The checkpoints that were read, the main one first
-    family: str  # sam or clip; deepencoder for both
+    family: str  # sam, clip or qwen2; deepencoder for both
     target: str  # The layout of the output
     output: str  # Its path
     format: str  # safetensors or pth

@@ -123,7 +123,8 @@ def _is_main(section: ConfigSection, target: CanonicalLayout) -> bool:
     """Return whether an object is that of an encoder, and of the only one in its config."""
     required = [name for name in _REQUIRED_SIZES if name in target.sizes]
     has_sizes = all(first_value(section.values, _SIZES[name])[0] for name in required)
-    return has_sizes and section.path in ("", "vision_config")
+    # The sizes of a model that has a vision encoder are those of its language model.
+    return has_sizes and section.path in ("", "vision_config") and "vision_config" not in section.values
 
 
 def _other_sizes(section: ConfigSection, sizes: Mapping[str, int]) -> str:
@@ -188,6 +189,15 @@ def _epsilon(value: Any, section: Mapping[str, Any]) -> float | None:
     return float(value) if isinstance(value, float) and math.isfinite(value) and 0 < value < 1 else None
 
 
+def _rope_theta(value: Any, section: Mapping[str, Any]) -> float | None:
+    """The base of rotary positions: a number, or in transformers' object of their parameters from 5 on."""
+    parameters: dict[str, Any] = value if isinstance(value, dict) else {"rope_theta": value}
+    theta, is_scaled = parameters.get("rope_theta"), parameters.get("rope_type", "default") != "default"
+    if is_scaled or section.get("rope_scaling") or isinstance(theta, bool) or not isinstance(theta, int | float):
+        return None
+    return float(theta) if 1 < theta < math.inf else None
+
+
 _HEADS = ("num_attention_heads", "heads")
 # The keys and the parser of each value by the name of its assumption. A parser returns None for unusable values.
 _FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Value | None]]] = {
@@ -195,4 +205,5 @@ _FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Valu
     "head_width": (_HEADS, _head_width),
     "heads": (_HEADS, _heads),
     "epsilon": (("layer_norm_eps", "rms_norm_eps"), _epsilon),
+    "rope_theta": (("rope_theta", "rope_parameters"), _rope_theta),
 }

@@ -54,6 +54,16 @@ def parameters_exchanged(first: str, second: str) -> Change:
     return change
 
 
+def modules_exchanged(first: str, second: str) -> Change:
+    """Exchange the parameters of two modules, which have the same shapes."""
+
+    def change(block: Any, neighbour: Any) -> None:
+        for name, _ in [*block.get_submodule(first).named_parameters()]:
+            parameters_exchanged(f"{first}.{name}", f"{second}.{name}")(block, neighbour)
+
+    return change
+
+
 def taken_from_neighbour(path: str) -> Change:
     """Replace a parameter by that of the neighbour block."""
 
@@ -87,8 +97,28 @@ def heads_changed(block: Any, neighbour: Any) -> None:
 def epsilon_exchanged(block: Any, neighbour: Any) -> None:
     """Use an epsilon of 1e-5 in norms that have 1e-6, and 1e-6 in all others."""
     for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
+        if hasattr(module, "eps"):
             module.eps = 1e-5 if module.eps < 5e-6 else 1e-6
+
+
+def head_width_changed(block: Any, neighbour: Any) -> None:
+    """Attend with twice as many heads of half the width."""
+    block.self_attn.head_width = max(block.self_attn.head_width // 2, 2)
+
+
+def rope_theta_changed(block: Any, neighbour: Any) -> None:
+    """Rotate positions with another base: that of Llama, or Qwen2's in place of it."""
+    block.self_attn.rope_theta = 1e6 if block.self_attn.rope_theta == 1e4 else 1e4
+
+
+def masked_as(image_tokens: Callable[[Tensor], int]) -> Change:
+    """Take another number of tokens for those of the image, which see each other."""
+
+    def change(block: Any, neighbour: Any) -> None:
+        forward = block.self_attn.forward
+        block.self_attn.forward = lambda x, _: forward(x, image_tokens(x))
+
+    return change
 
 
 def interpolated(**options: Any) -> Change:
@@ -164,6 +194,20 @@ MISTAKES = {
             "the class token's position at the end": first_row_last("embeddings.position_embedding.weight"),
             **_RESAMPLED,
         },
+    ),
+    "qwen2": Mistakes(
+        blocks={
+            "k and v exchanged": modules_exchanged("self_attn.k_proj", "self_attn.v_proj"),
+            "gate and up exchanged": modules_exchanged("mlp.gate_proj", "mlp.up_proj"),
+            "both norms exchanged": modules_exchanged("input_layernorm", "post_attention_layernorm"),
+            "a bias of the neighbour layer": taken_from_neighbour("self_attn.q_proj.bias"),
+            "another number of heads": head_width_changed,
+            "another base of rotary positions": rope_theta_changed,
+            "a causal mask for image tokens": masked_as(lambda x: 1),
+            "no mask for queries": masked_as(lambda x: x.shape[1]),
+            "quick_gelu in place of SiLU": activation_exchanged,
+            "another epsilon": epsilon_exchanged,
+        }
     ),
 }
 

@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from converter.encoders import DeepEncoder
+from converter.encoders import DeepEncoder, DeepEncoderV2
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.assumptions import Assumptions
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import (
     Reference,
+    keep_frequencies,
     label,
+    qwen2_sizes,
     to_layout,
     transformers_clip,
     transformers_sam,
@@ -30,8 +32,8 @@ from converter.verification.reference_models import (
 )
 from converter.verification.skip_init import SkipInitialization
 
-_SAM, _CLIP = FAMILIES["sam"], FAMILIES["clip"]
-# The probe of what a DeepEncoder returns: CLIP's channels next to SAM's.
+_SAM, _CLIP, _QWEN2 = FAMILIES["sam"], FAMILIES["clip"], FAMILIES["qwen2"]
+# The probe of what a DeepEncoder returns: in version 1, CLIP's channels next to SAM's.
 OUTPUT = "concatenation"
 
 
@@ -126,7 +128,29 @@ def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
         tensors |= to_layout(f"{family.name}-unlimited-ocr-hf", without_prefix(family.prefix, state))
     tensors.pop("model.vision_tower.vision_encoder.embeddings.position_ids", None)
     reference.load_state_dict(without_prefix("model.vision_tower.", tensors))
-    return _probed("UnlimitedOcrVisionModel", reference, reference.sam_encoder, reference.vision_encoder)
+    layers = reference.vision_encoder.encoder.layers
+    return _probed("UnlimitedOcrVisionModel", reference, reference.sam_encoder, _CLIP, layers)
+
+
+def deepseek_ocr2(model: DeepEncoderV2, state: State) -> ProbedEncoder:
+    """transformers' DeepseekOcr2VisionModel."""
+    from transformers.models.deepseek_ocr2 import configuration_deepseek_ocr2 as configuration
+    from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2VisionModel
+
+    sam = model.sam_model.config
+    sam_config = configuration.DeepseekOcr2SamVisionConfig(
+        **sam_vision_config(sam), downsample_channels=list(sam.compressor or ())
+    )
+    qwen2_config = configuration.DeepseekOcr2VisionEncoderConfig(**qwen2_sizes(model.qwen2_model.config))
+    reference = DeepseekOcr2VisionModel(
+        configuration.DeepseekOcr2VisionConfig(sam_config=sam_config, encoder_config=qwen2_config)
+    )
+    tensors = to_layout("sam-unlimited-ocr-hf", without_prefix(_SAM.prefix, state))
+    tensors |= to_layout("qwen2-deepseek-ocr2-hf", without_prefix(_QWEN2.prefix, state))
+    reference.load_state_dict(without_prefix("model.vision_tower.", tensors))
+    keep_frequencies(reference.vision_encoder.rotary_emb)
+    layers = reference.vision_encoder.layers
+    return _probed("DeepseekOcr2VisionModel", reference, reference.sam_encoder, _QWEN2, layers)
 
 
 def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
@@ -138,13 +162,13 @@ def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
     sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
     clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
     whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
-    return _probed("SamVisionEncoder and CLIPVisionModel, assembled", whole, sam, clip)
+    return _probed("SamVisionEncoder and CLIPVisionModel, assembled", whole, sam, _CLIP, clip.encoder.layers)
 
 
-def _probed(name: str, model: nn.Module, sam: Any, clip: Any) -> ProbedEncoder:
-    """A model with transformers' SAM and CLIP as its parts."""
+def _probed(name: str, model: nn.Module, sam: Any, family: Family, layers: nn.ModuleList) -> ProbedEncoder:
+    """A model with transformers' SAM and another encoder, of which `layers` are the blocks, as its parts."""
     probes = _SAM.probes(sam.layers, sam.patch_embed.projection, _SAM.prefix)
-    probes += _CLIP.probes(clip.encoder.layers, prefix=_CLIP.prefix)
+    probes += family.probes(layers, prefix=family.prefix)
     return ProbedEncoder(label("transformers", name), model, probes, model, OUTPUT)
 
 
@@ -198,5 +222,6 @@ REFERENCES: dict[type[nn.Module], tuple[Reference, ...]] = {
     DeepEncoder: (
         Reference("transformers.models.unlimited_ocr", unlimited_ocr),
         Reference("transformers", assembled),
-    )
+    ),
+    DeepEncoderV2: (Reference("transformers.models.deepseek_ocr2", deepseek_ocr2),),
 }

@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from converter.encoders import (
     ClipConfig,
     ClipEncoder,
     DeepEncoder,
+    DeepEncoderV2,
+    Qwen2Config,
+    Qwen2Encoder,
     SamConfig,
     SamEncoder,
     clip_config_from,
+    qwen2_config_from,
     sam_config_from,
 )
 from converter.layouts import registry
@@ -24,6 +29,13 @@ from converter.verification.probes import Probe, ProbedEncoder
 from converter.verification.skip_init import SkipInitialization
 
 State = Mapping[str, Tensor]
+# Pixels along a side -> the image (1, 3, side, side).
+DrawImage = Callable[[int], Tensor]
+
+
+def at_trained_size(config: Any, image: DrawImage) -> Tensor:
+    """The image at the size at which no positions are resampled."""
+    return image(config.image_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +47,15 @@ class Family:
     config_from: Callable[..., Any]
     # Builds a DeepEncoder from the configs of encoders by family: of this one, and of those before it
     deep_encoder: Callable[[Mapping[str, Any]], nn.Module]
-    patches: str  # Module and probe: the patch convolution
+    patches: str  # Module and probe: the patch convolution; empty if there is none
     entry: str  # Probe: the input of the first block
     blocks: str  # Module and prefix of probes: the list of blocks
     output: str = ""  # Probe: the features that `run` returns; empty if they are the last block's
-    run: str = "forward"  # Name of the method that computes the features to compare from pixels
+    run: str = "forward"  # Name of the method that computes the features to compare from the input
+    # Makes the input of an encoder by itself from its config and the image
+    input: Callable[[Any, DrawImage], Tensor] = at_trained_size
+    # Pixels along a side at which the DeepEncoder that ends in this encoder runs; the first on a CPU
+    sizes: tuple[int, ...] = (512, 640, 1024, 1280)
     # Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own
     used_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Tensors, with their shapes, that a source may lack because the DeepEncoder does not use them
@@ -100,7 +116,7 @@ class Family:
     def own_probes(self, encoder: nn.Module, prefix: str = "") -> list[Probe]:
         """The probes of our own encoder."""
         modules: dict[str, Any] = dict(encoder.named_modules())
-        return self.probes(modules[self.blocks], modules.get(self.patches), prefix)
+        return self.probes(modules[self.blocks], modules.get(self.patches) if self.patches else None, prefix)
 
     def probed(self, encoder: nn.Module) -> ProbedEncoder:
         """Our own encoder with its probes."""
@@ -128,14 +144,25 @@ def _around_clip(configs: Mapping[str, Any]) -> DeepEncoder:
 
     Next to others it has the same proportions.
     """
-    clip: ClipConfig = configs["clip"]
-    sam: SamConfig = configs.get("sam") or _next_to(clip)
-    compressor = sam.compressor or (2 * sam.neck, clip.width)
-    return DeepEncoder(dataclasses.replace(sam, compressor=compressor), clip)
+    return DeepEncoder(_before(configs["clip"], configs), configs["clip"])
 
 
-def _next_to(clip: ClipConfig) -> SamConfig:
-    heads, depth, neck = max(3 * clip.width // 256, 1), -(-clip.depth // 2), max(clip.width // 4, 1)
+def _around_qwen2(configs: Mapping[str, Any]) -> DeepEncoderV2:
+    """SAM as for CLIP. Qwen2 may lack the queries, which are as many as the image tokens of 768 and 1024 pixels."""
+    qwen2: Qwen2Config = configs["qwen2"]
+    queries = qwen2.queries or Qwen2Config.queries
+    return DeepEncoderV2(_before(qwen2, configs), dataclasses.replace(qwen2, queries=queries))
+
+
+def _before(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> SamConfig:
+    """SAM, with a compressor that leads to the next encoder."""
+    sam: SamConfig = configs.get("sam") or _next_to(config)
+    return dataclasses.replace(sam, compressor=sam.compressor or (2 * sam.neck, config.width))
+
+
+def _next_to(config: ClipConfig | Qwen2Config) -> SamConfig:
+    share = config.width / type(config).width
+    heads, depth, neck = max(int(12 * share), 1), -(-config.depth // 2), max(int(256 * share), 1)
     return SamConfig(
         width=64 * heads,
         depth=depth,
@@ -147,6 +174,13 @@ def _next_to(clip: ClipConfig) -> SamConfig:
     )
 
 
+def _tokens(config: Qwen2Config, image: DrawImage) -> Tensor:
+    """Seeded image tokens and queries (1, N, width), as many as at 768 pixels."""
+    return torch.randn(1, 288, config.width, generator=torch.Generator().manual_seed(0))
+
+
+# SAM's tensors after its blocks.
+_AFTER_BLOCKS = ("neck.", "net_2.", "net_3.")
 _ALL = (
     Family(
         name="sam",
@@ -161,7 +195,8 @@ _ALL = (
         # In the DeepEncoder, the input of CLIP's first block comes from the end of SAM.
         used_at={
             "pos_embed": ("pos_embed",),
-            "vision_model.pre_layrnorm": ("neck.", "net_2.", "net_3."),
+            "vision_model.pre_layrnorm": _AFTER_BLOCKS,
+            "qwen2_model.queries": _AFTER_BLOCKS,
         },
     ),
     Family(
@@ -174,6 +209,21 @@ _ALL = (
         blocks="transformer.layers",
         used_at={"pre_layrnorm": ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm.")},
         optional=_clip_patches,
+    ),
+    Family(
+        name="qwen2",
+        encoder=Qwen2Encoder,
+        config_from=qwen2_config_from,
+        deep_encoder=_around_qwen2,
+        patches="",
+        entry="queries",
+        blocks="model.model.layers",
+        output="model.model.norm",
+        # By itself, Qwen2 needs no table of queries, which no Qwen2 checkpoint holds.
+        run="encode",
+        input=_tokens,
+        sizes=(768, 1024),
+        used_at={"queries": ("query_",)},
     ),
 )
 FAMILIES = {family.name: family for family in _ALL}

@@ -110,12 +110,13 @@ def compare(
     Args:
         tested: The converted encoder.
         reference: Another implementation with the source's weights.
-        pixels: The image (1, 3, size, size).
+        pixels: The image (1, 3, size, size), or tokens (1, N, C) for an encoder that takes these.
         precision: The type to compute in. Float64 takes its place if a tolerance is above `TOLERANCE_LIMIT`, or if the
             errors are within `NEAR` tolerances.
         make_mistakes: Makes mistakes in the tested encoder, given its features.
     """
-    name, note = f"{reference.label} at {pixels.shape[-1]} x {pixels.shape[-1]}", ""
+    where = f"at {pixels.shape[-1]} x {pixels.shape[-1]}" if pixels.ndim == 4 else f"on {pixels.shape[1]} tokens"
+    name, note = f"{reference.label} {where}", ""
     originals = [(each.model, _lost_in(precision, each.model)) for each in (tested, reference)]
     with exact_float32():
         exact = _run_in(torch.float64, reference, pixels)
@@ -288,10 +289,10 @@ def check_tokens(tested: ProbedEncoder, pixels: Tensor, precision: torch.dtype) 
     size, model = pixels.shape[-1], cast(Any, tested.model)
     with torch.inference_mode():
         tokens = model.to(precision)(pixels.to(precision))
-    side = math.ceil(size / (4 * model.sam_model.config.patch))
+    expected = model.num_tokens(size)
     name = f"{tested.label} at {size} x {size}"
-    if tokens.shape[:2] != (1, side * side) or not bool(tokens.isfinite().all()):
-        return Check(GROUP, name, FAILED, f"tokens {list(tokens.shape)}: expected {side * side}, all finite", [name])
+    if tokens.shape[:2] != (1, expected) or not bool(tokens.isfinite().all()):
+        return Check(GROUP, name, FAILED, f"tokens {list(tokens.shape)}: expected {expected}, all finite", [name])
     detail = f"tokens {list(tokens.shape)}, all finite; without --source there is nothing to compare with"
     return Check(GROUP, name, INCONCLUSIVE, detail)
 

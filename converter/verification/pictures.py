@@ -103,12 +103,12 @@ def draw(run: str, pixels: Tensor, reference: Tensor, converted: Tensor) -> list
 
     Args:
         run: The name of the run.
-        pixels: The input (1, 3, H, W).
+        pixels: The input (1, 3, H, W); nothing is drawn of other inputs.
         reference: The reference's features.
         converted: The converted encoder's features.
     """
     before, after = grid(reference), grid(converted)
-    if before is None or after is None or before.shape != after.shape:
+    if pixels.ndim != 4 or before is None or after is None or before.shape != after.shape:
         return []
     image = _image((pixels[0].detach().float().cpu().permute(1, 2, 0) + 1) / 2)
     image = image.resize((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from converter.encoders import ClipConfig, SamConfig
+from converter.encoders import ClipConfig, Qwen2Config, SamConfig
 from converter.layouts import registry
 from converter.layouts.claims import claim
 from converter.layouts.spec import LayoutMapping
@@ -144,6 +146,71 @@ def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     return replace(encoder, run=model.forward_features)
 
 
+def transformers_qwen2(config: Qwen2Config, state: State) -> ProbedEncoder:
+    """transformers' Qwen2Model, with DeepSeek-OCR-2's mask in place of its own."""
+    from transformers import Qwen2Config as Config
+    from transformers import Qwen2Model
+
+    model = Qwen2Model(Config(vocab_size=1, rope_theta=config.rope_theta, **qwen2_sizes(config)))
+
+    def run(x: Tensor) -> Any:
+        return model(inputs_embeds=x, attention_mask=_mask(x), use_cache=False)
+
+    return _loaded_qwen2(model, state, run)
+
+
+def _mask(x: Tensor) -> Tensor:
+    """The mask (1, 1, N, N) to add for tokens (B, N, C), of which the first half are those of an image."""
+    total = x.shape[1]
+    sees = [[key <= query or max(query, key) < total // 2 for key in range(total)] for query in range(total)]
+    allowed = torch.tensor(sees, device=x.device)[None, None]
+    return torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
+
+
+def deepseek_ocr2_qwen2(config: Qwen2Config, state: State) -> ProbedEncoder:
+    """transformers' DeepseekOcr2VisionEncoder."""
+    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2VisionEncoderConfig
+    from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2VisionEncoder
+
+    model = DeepseekOcr2VisionEncoder(DeepseekOcr2VisionEncoderConfig(**qwen2_sizes(config)))
+    return _loaded_qwen2(model, state, lambda x: model(inputs_embeds=x, num_patches=x.shape[1] // 2))
+
+
+def qwen2_sizes(config: Qwen2Config) -> dict[str, Any]:
+    """The arguments of transformers' configs."""
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
+def _loaded_qwen2(model: Any, state: State, run: Callable[[Tensor], Any]) -> ProbedEncoder:
+    """A model of Qwen2's layers, with the tensors whose names end like theirs in any layout."""
+    # transformers' names of DeepSeek-OCR-2 have SAM under the same prefix.
+    own = {name: tensor for name, tensor in state.items() if "sam_encoder." not in name and "inv_freq" not in name}
+    found = {re.search(r"(?:^|\.)((?:layers|norm)\..+)$", name): tensor for name, tensor in own.items()}
+    tensors = {match[1]: tensor for match, tensor in found.items() if match}
+    keep_frequencies(model.rotary_emb)
+    loaded = _loaded("qwen2", "transformers", model, tensors, model.layers, None, ("embed_tokens.",))
+    return replace(loaded, run=run)
+
+
+def keep_frequencies(rotary: Any) -> None:
+    """Keep the frequencies of rotary positions in float32, as in `from_pretrained`, when a model is cast."""
+    exact = rotary.inv_freq.clone()
+
+    def restore(module: Any, args: Any) -> None:
+        module.inv_freq = exact.to(args[0].device, torch.promote_types(args[0].dtype, torch.float32))
+
+    rotary.register_forward_pre_hook(restore)
+
+
 # By layout. A family's `<family>-hf` is also used for layouts without a library of their own.
 REFERENCES = {
     "sam-hf": Reference("transformers", transformers_sam),
@@ -153,6 +220,11 @@ REFERENCES = {
     "clip-hf": Reference("transformers", transformers_clip),
     "clip-openai": Reference("open_clip", open_clip_clip),
     "clip-timm": Reference("timm", timm_clip),
+    "qwen2-hf": Reference("transformers", transformers_qwen2),
+    **dict.fromkeys(
+        ("qwen2-deepseek-ocr2", "qwen2-deepseek-ocr2-hf", "qwen2-deepseek-ocr2-sglang"),
+        Reference("transformers.models.deepseek_ocr2", deepseek_ocr2_qwen2),
+    ),
 }
 
 
@@ -251,7 +323,7 @@ def _loaded(
     model: nn.Module,
     state: State,
     blocks: Iterable[nn.Module],
-    patches: nn.Module,
+    patches: nn.Module | None,
     unused: tuple[str, ...] = (),
 ) -> ProbedEncoder:
     """A library's model with weights and probes. `state` may lack tensors under the prefixes `unused`.

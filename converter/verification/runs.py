@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def _compare_with_source(tested: Tested, origin: Origin, options: RunOptions) ->
         with options.device:
             tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
     tests.model.to(options.device)
-    own, pixels = _as_converted(tested.source_own, origin), _pixels(options, encoder.config.image_size)
+    own = _as_converted(tested.source_own, origin)
+    pixels = family.input(encoder.config, partial(_pixels, options)).to(options.device)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         # Mistakes are made in copies of its blocks, whichever implementation ran.

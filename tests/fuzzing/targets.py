@@ -172,7 +172,9 @@ def _known() -> dict[str, list[dict[str, TensorInfo]]]:
     """Tensors to apply mappings to: two layers of each real checkpoint, by family."""
     found: dict[str, list[dict[str, TensorInfo]]] = {family: [] for family in registry.families()}
     for name, text in inventories().items():
-        found["clip" if "clip" in name else "sam"].append(dict(_described(json.loads(text))))
+        found[next((family for family in registry.families() if family in name), "sam")].append(
+            dict(_described(json.loads(text)))
+        )
     return found
 
 
@@ -220,7 +222,7 @@ def plan(data: bytes) -> None:
 _OPTIONS = [
     *(ConvertOptions(family, dtype=dtype) for family in registry.families() for dtype in ("keep", "float16")),
     ConvertOptions("clip", image_size=336),
-    *(ConvertOptions(family, to=f"{family}-{of}") for family in registry.families() for of in ("hf", "timm")),
+    *(ConvertOptions(family, to=name) for family in registry.families() for name in registry.names_of_family(family)),
     *(ConvertOptions(family, to=f"{family}-hf", full_model=True) for family in registry.families()),
     ConvertOptions("sam", to="sam-meta"),
 ]
