@@ -235,7 +235,7 @@ def unlimited_ocr_hf() -> torch.nn.Module:
     return randomised(model(configs.UnlimitedOcrVisionConfig(sam_config=sam, encoder_config=clip)))
 
 
-_QWEN2 = {
+QWEN2 = {
     "hidden_size": QWEN2_WIDTH,
     "intermediate_size": QWEN2_MLP,
     "num_hidden_layers": QWEN2_DEPTH,
@@ -249,7 +249,7 @@ def qwen2_hf() -> torch.nn.Module:
     from transformers import Qwen2Config as Config
     from transformers import Qwen2ForCausalLM
 
-    return randomised(Qwen2ForCausalLM(Config(vocab_size=9, tie_word_embeddings=True, rope_theta=1e6, **_QWEN2)))
+    return randomised(Qwen2ForCausalLM(Config(vocab_size=9, tie_word_embeddings=True, rope_theta=1e6, **QWEN2)))
 
 
 @functools.cache
@@ -259,7 +259,7 @@ def deepseek_ocr2_hf() -> torch.nn.Module:
     configs = importlib.import_module(f"{module}.configuration_deepseek_ocr2")
     sam = _sam_config(configs.DeepseekOcr2SamVisionConfig, downsample_channels=[2 * NECK, QWEN2_WIDTH])
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    qwen2 = configs.DeepseekOcr2VisionEncoderConfig(rope_parameters=rope, **_QWEN2)
+    qwen2 = configs.DeepseekOcr2VisionEncoderConfig(rope_parameters=rope, **QWEN2)
     return randomised(model(configs.DeepseekOcr2VisionConfig(sam_config=sam, encoder_config=qwen2)))
 
 

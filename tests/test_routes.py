@@ -560,8 +560,8 @@ def got_ocr2() -> nn.Module:
         (models.sam_hf, ["sam-hf"]),
         (sam_vision, ["sam-hf"]),
         (models.got_ocr2_hf, ["sam-got-ocr2-hf"]),
-        # Its language model is a Qwen2.
-        (got_ocr2, ["sam-got-ocr2-hf", "qwen2-hf"]),
+        # Its language model is a Qwen2, which is no encoder.
+        (got_ocr2, ["sam-got-ocr2-hf"]),
         # transformers renames its own tensors back as it saves them.
         (unlimited_vision, ["sam-deepseek-ocr", "clip-deepseek-ocr"]),
         # But not those of DeepSeek-OCR-2's vision model alone.

@@ -167,6 +167,7 @@ def test_both_refuse_an_unknown_key(text: str, old: str, new: str) -> None:
         ("[3*width, 7, _]", "[]"),
         ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: a language model"),
         ("    because: not needed\n    optional: true", "    because: 1"),
+        ("prefix: model.", "prefix: model.\nlanguage_model: true"),
     ],
 )
 def test_both_accept_a_correct_file(old: str, new: str) -> None:

@@ -47,7 +47,7 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 @add_options(ConvertOptions, WriteOptions, HubOptions)
 def qwen2(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
     """Convert a Qwen2 checkpoint for DeepSeek-OCR-2: transformers', or the Qwen2 inside DeepSeek-OCR-2."""
-    render.show_conversion(converter.convert, source, "qwen2", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "qwen2", fill_from=fill_from, **options)
 
 
 @app.command()

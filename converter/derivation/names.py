@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from converter.derivation.comparison import Comparison, TensorMatch
 from converter.errors import LayoutError
@@ -22,6 +23,7 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
         # Not only where all are: an encoder with adapters is a copy too.
         for prefix in [prefix for prefix, count in counts.items() if 2 * count > len(keys)]:
             subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
+    subtrees = _without_parts(subtrees)
     chosen = outermost(subtrees, comparison.prefix)
     if len(chosen) > 1:
         listed = [prefix or "." for prefix in sorted(chosen)[:10]]
@@ -30,6 +32,18 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
             f"choose one, such as --prefix {listed[0]}",
         )
     return [match for prefix in chosen for match in subtrees[prefix]]
+
+
+def _without_parts(subtrees: Mapping[str, list[TensorMatch]]) -> dict[str, list[TensorMatch]]:
+    """Leave out subtrees that share tensors with one that has more of them: their layouts name parts of it."""
+    kept: dict[str, list[TensorMatch]] = {}
+    used: set[str] = set()
+    for prefix in sorted(subtrees, key=lambda prefix: (-len(subtrees[prefix]), len(prefix))):
+        sources = {name for match in subtrees[prefix] for name in match.sources}
+        if used.isdisjoint(sources):
+            kept[prefix] = subtrees[prefix]
+        used |= sources
+    return kept
 
 
 def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) -> list[TensorMatch]:

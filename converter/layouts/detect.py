@@ -11,7 +11,7 @@ from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_na
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts.claims import first_few
 from converter.layouts.explain import no_layout_error
-from converter.layouts.match import LayoutMatch, match_layouts, outermost
+from converter.layouts.match import LayoutMatch, match_layouts, outermost, without_language_models
 from converter.layouts.spec import LayoutSpec
 from converter.options import ConvertOptions
 from converter.tensors.tensor_info import TensorInfo
@@ -123,12 +123,18 @@ def detect_layouts(
     Returns:
         One item for each encoder that fits a layout.
     """
-    return [layout for candidate in candidates for layout in _detect(source, candidate, layouts)]
+    names = [name for candidate in candidates for name in candidate.tensors]
+    return [layout for candidate in candidates for layout in _detect(source, candidate, layouts, names)]
 
 
-def _detect(source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutSpec]) -> list[DetectedLayout]:
+def _detect(
+    source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutSpec], names: Sequence[str]
+) -> list[DetectedLayout]:
+    """Detect the layouts of a state dict; `names` are those of the whole checkpoint."""
     tensors = unwrapped_names(state_dict.tensors, source.name)
     matches = match_layouts(tensors, layouts)
+    if state_dict.prefix is None:
+        matches = without_language_models(matches, names)
     chosen = outermost((match.full_prefix for match in matches), state_dict.prefix)
     return [DetectedLayout(state_dict, tensors, match) for match in matches if match.full_prefix in chosen]
 

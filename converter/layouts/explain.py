@@ -13,7 +13,7 @@ from converter.errors import LayoutError, OtherFamilyError
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
-from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of
+from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of, without_language_models
 from converter.layouts.shapes import Sizes, format_shape, match_shape
 from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.layouts.template import any_match
@@ -49,6 +49,8 @@ def no_layout_error(
     if source.whole_step:
         return LayoutError(what, source.whole_step)
     tensors = unwrapped_names(largest.tensors, source.name)
+    if language_models := match_layouts(tensors, layouts):
+        return _language_model_error(source, language_models[0])
     others = _other_encoders(tensors, family)
     found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in found}
@@ -65,6 +67,15 @@ def no_layout_error(
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
     near = _nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
     return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))
+
+
+def _language_model_error(source: Checkpoint, match: LayoutMatch) -> LayoutError:
+    """Return the error for a layout that fits, but for the vision encoder in the checkpoint."""
+    prefix = match.full_prefix or "."
+    return LayoutError(
+        f"{source.name}: its {match.layout.family.upper()} ({prefix}) is the language model next to a vision encoder",
+        f"to convert the language model all the same, add --prefix {prefix}",
+    )
 
 
 def mark_error(source: Checkpoint, mark: Mark) -> LayoutError:
@@ -100,7 +111,7 @@ class _Nearest(NamedTuple):
 
 def _other_encoders(tensors: Mapping[str, TensorInfo], family: str) -> list[LayoutMatch]:
     others = (registry.layouts(other) for other in registry.families() if other != family)
-    return [match for layouts in others for match in match_layouts(tensors, layouts)]
+    return without_language_models((match for layouts in others for match in match_layouts(tensors, layouts)), tensors)
 
 
 def _covers(match: LayoutMatch, name: str) -> bool:

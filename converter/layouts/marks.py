@@ -83,6 +83,7 @@ _QUANTISED = (
 _PLAIN_VIT = "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer"
 # Names that only vision transformers have.
 _VISION_TRANSFORMER = (r"class_embedding|cls_token|patch_embed",)
+_VISION = re.compile(rf"{_VISION_TRANSFORMER[0]}|(^|\.)(visual|vision\w*)\.")
 _ARCHITECTURES = (
     _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"(^|\.)trunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem")),
     _Rule("is SAM 2 (a Hiera encoder)", _OTHER, (r"vision_encoder\.backbone\.blocks\.0\.",)),
@@ -207,6 +208,11 @@ def find_mark(tensors: Tensors) -> Mark | None:
 def find_architecture(tensors: Tensors) -> Mark | None:
     """Return which other architecture tensors show, or None."""
     return next(_marks(_ARCHITECTURES, tensors), None)
+
+
+def has_vision_encoder(names: Iterable[str]) -> bool:
+    """Return whether some names are those of a vision encoder, of whatever architecture."""
+    return any(_VISION.search(name) for name in names)
 
 
 def find_adapters(names: Iterable[str]) -> list[str]:

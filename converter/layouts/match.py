@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
+from converter.layouts.marks import has_vision_encoder
 from converter.layouts.shapes import Sizes, match_shape
 from converter.layouts.spec import LayoutSpec, Signature
 from converter.layouts.template import any_match
@@ -47,7 +48,8 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
     """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
 
     Layouts fit under any prefix. If one fits under a prefix of its own, those that only fit under others do not count.
-    Nor does one that knows less of the names of the same tensors than another. At most MAX_PREFIXES prefixes are tried.
+    Nor does one that knows less of the names of the same tensors than another, nor a language model next to an encoder
+    of its family. At most MAX_PREFIXES prefixes are tried.
     """
     matches: dict[str, list[LayoutMatch]] = {}
     for layout in layouts:
@@ -55,9 +57,18 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
             matches.setdefault(prefix, []).append(_locate(layout, prefix))
     best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
     best = [match for match in best if not any(_knows_more(other, match) for other in best)]
+    best = [match for match in best if not match.layout.is_language_model] or best
     own = [match for match in best if match.prefix in match.layout.signature.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
     return sorted(own or best, key=lambda match: order[match.evidence[0]])
+
+
+def without_language_models(matches: Iterable[LayoutMatch], names: Iterable[str]) -> list[LayoutMatch]:
+    """Leave out language models if `names` show a vision encoder: the model that holds both speaks by them."""
+    found = list(matches)
+    if any(match.layout.is_language_model for match in found) and has_vision_encoder(names):
+        return [match for match in found if not match.layout.is_language_model]
+    return found
 
 
 def outermost(names: Iterable[str], prefix: str | None) -> list[str]:

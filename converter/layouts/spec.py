@@ -81,6 +81,11 @@ class LayoutSpec:
         raise NotImplementedError
 
     @property
+    def is_language_model(self) -> bool:
+        """Whether it is the layout of a language model, not of an encoder."""
+        return False
+
+    @property
     def mapping(self) -> LayoutMapping:
         """The mapping from this layout to the family's canonical layout."""
         raise NotImplementedError
@@ -97,10 +102,16 @@ class LayoutMapping(LayoutSpec):
     rules: tuple[Rule, ...]  # The rules for names with the prefix. The prefix is removed before they are matched.
     other_rules: tuple[Rule, ...] = ()  # The rules for names without the prefix
     drop_rest: str = ""  # The reason to drop all names without the prefix; empty if they are not dropped
+    # Whether it is the layout of a language model, which next to a vision encoder is not converted
+    language_model: bool = False
 
     @property
     def is_canonical(self) -> bool:
         return False
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.language_model
 
     @property
     def mapping(self) -> LayoutMapping:
