@@ -36,6 +36,8 @@ class ConvertOptions:
         image_size: The side of images in pixels to resample the position embeddings for.
         state_dict: Which state dict of a file with several (model, ema; `.` for the top).
         prefix: The prefix of the encoder's tensor names in a checkpoint that holds several; `.` for none.
+        lora: A LoRA adapter of PEFT to merge into the weights: a file, a folder, or a repository on a hub.
+        adapter_name: Which adapter of a file with several.
 
     Raises:
         UsageError: A value is not allowed, or options contradict each other.
@@ -66,6 +68,13 @@ class ConvertOptions:
             "Where the encoder is in a checkpoint with several, such as student. (. for no prefix).", metavar="PREFIX"
         ),
     )
+    lora: str | Path | None = field(
+        default=None,
+        metadata=_cli("Merge this LoRA adapter of PEFT into the weights.", metavar="ADAPTER", type=str | None),
+    )
+    adapter_name: str | None = field(
+        default=None, metadata=_cli("Adapter of an --lora file with several.", metavar="NAME")
+    )
 
     def __post_init__(self) -> None:
         check_choices(dtype=(self.dtype, DTYPES))
@@ -73,6 +82,8 @@ class ConvertOptions:
             raise UsageError(f"--image-size {self.image_size}: expected 1 to {_MAX_IMAGE_SIZE} pixels")
         if self.full_model and self.layout == self.canonical:
             raise UsageError(f"--full-model: {self.layout} holds the encoder alone", "name another layout with --to")
+        if self.adapter_name is not None and self.lora is None:
+            raise UsageError("--adapter-name: is for --lora", "name the adapter's file or folder with --lora")
 
     @property
     def canonical(self) -> str:

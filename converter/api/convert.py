@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint.adapter import open_sources
 from converter.checkpoint.model_config import read_normalization
-from converter.checkpoint.open import Checkpoint, open_checkpoints
+from converter.checkpoint.open import Checkpoint
 from converter.errors import first_names
 from converter.options import split_options
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
@@ -50,7 +51,7 @@ def convert(
         on_progress: Called with what is done, and the bytes done and in total; from a hub, also from other threads,
             one at a time.
         **options: The fields of `converter.options.ConvertOptions` and `HubOptions`: to, full_model, mapping, dtype,
-            image_size, state_dict; revision, hub, download.
+            image_size, state_dict, prefix, lora, adapter_name; revision, hub, download.
 
     Returns:
         The conversion record. If `source` has the same names, types and format already, nothing is written, and
@@ -66,9 +67,8 @@ def convert(
     format = format_for(None if is_folder else out, format)
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
-    with open_checkpoints([source] if fill_from is None else [source, fill_from], hub_options) as opened:
-        donor = opened[1] if fill_from is not None else None
-        resolved = resolve(opened[0], convert_options, donor)
+    with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor, adapter):
+        resolved = resolve(checkpoint, convert_options, donor, adapter)
         documents = None
         if is_folder:
             check_folder_output(target, convert_options.layout, format)

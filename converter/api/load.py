@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.open import check_unchanged, open_checkpoints
+from converter.checkpoint.adapter import open_sources
+from converter.checkpoint.open import check_unchanged
 from converter.options import split_options
 from converter.output.names import overflow_warning
 from converter.output.record import function_warning
@@ -58,9 +59,8 @@ def load(
     from converter.output.memory import Loader, checked_device
 
     torch_device = checked_device(device)
-    with open_checkpoints([source] if fill_from is None else [source, fill_from], hub_options) as checkpoints:
-        opened, donor = checkpoints[0], checkpoints[1] if fill_from is not None else None
-        plan = resolve(opened, convert_options, donor).plan
+    with open_sources(source, fill_from, convert_options, hub_options) as (checkpoints, opened, donor, adapter):
+        plan = resolve(opened, convert_options, donor, adapter).plan
         outputs = plan.outputs
         for checkpoint in checkpoints:
             checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)

@@ -25,7 +25,7 @@ _INDEX = re.compile(r"(.+)\.index(\.[\w-]+)?\.json")
 # Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
 # such a file even where other checkpoints are in the folder.
 _DESCRIBED = re.compile(
-    r"(open_clip_)?(model|pytorch_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index(\.[\w-]+)?\.json)?"
+    r"(open_clip_)?(model|pytorch_model|adapter_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index(\.[\w-]+)?\.json)?"
 )
 _SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..+)")
 # Files that trainers write next to a checkpoint.

@@ -13,6 +13,7 @@ from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import OUTSIDE, Applied, apply
 from converter.plan.assumptions import Assumption
+from converter.plan.merge import MergedTensor
 from converter.plan.resample import resample_positions
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
 
@@ -39,6 +40,7 @@ class Plan:
         canonical_tensors: The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical.
         assumptions: What no tensor shows, from the checkpoint's config or assumed.
         remarks: Remarks for the user, such as on a config that cannot be used.
+        merged: What a LoRA adapter changes in the checkpoint, by its tensors' names.
     """
 
     mapping: LayoutMapping
@@ -55,6 +57,7 @@ class Plan:
     canonical_tensors: dict[str, LazyTensor] = field(default_factory=dict)
     assumptions: dict[str, Assumption] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    merged: dict[str, MergedTensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

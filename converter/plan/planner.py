@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from converter.checkpoint.adapter import Adapter
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
@@ -16,6 +17,7 @@ from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
+from converter.plan.merge import Merged, check_merged, match_adapter, merge
 from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
@@ -28,24 +30,31 @@ class ResolvedPlan(NamedTuple):
     plan: Plan
 
 
-def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
+def resolve_to_canonical(
+    opened: Checkpoint, options: ConvertOptions, dtype: str = "keep", adapter: Adapter | None = None
+) -> ResolvedPlan:
     """Detect a checkpoint's layout and plan its conversion to the canonical layout.
 
     Args:
         opened: The checkpoint.
         options: The family, mapping, state dict and image size to use.
         dtype: The dtype of floating-point outputs, or "keep".
+        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
         LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit the detected layout.
     """
     detected = detect_layout(opened, _layouts(options), options)
-    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
+    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype, adapter))
 
 
 def plan_to_canonical(
-    opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, dtype: str = "keep"
+    opened: Checkpoint,
+    detected: DetectedLayout,
+    options: ConvertOptions,
+    dtype: str = "keep",
+    adapter: Adapter | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint with a detected layout to the canonical layout.
 
@@ -54,14 +63,19 @@ def plan_to_canonical(
         detected: Its tensors and layout.
         options: The family and image size to use.
         dtype: The dtype of floating-point outputs, or "keep".
+        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
-        MappingError: The tensors do not fit the layout.
+        LayoutError: The encoder lacks a module of the adapter.
+        MappingError: The tensors do not fit the layout, or the adapter does not fit them.
     """
     mapping, prefix = detected.match.layout.mapping, detected.match.prefix
     canonical = registry.canonical(options.family)
     _check_other_shards(opened, detected, canonical)
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
+    merged = _match_adapter(adapter, opened, detected, canonical) if adapter else None
+    if adapter and merged:
+        tensors = merge(tensors, merged.under(detected.match.wrapper), adapter)
     try:
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
     except MappingError as error:
@@ -69,15 +83,31 @@ def plan_to_canonical(
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
     plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
     plan.remarks += remarks
+    if merged:
+        plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
     return plan
+
+
+def _match_adapter(
+    adapter: Adapter, opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout
+) -> Merged:
+    names = {**detected.state_dict.unselected, **detected.names}
+    is_outside = _outside_of(detected, canonical)
+    return match_adapter(adapter, names, detected.match.full_prefix, is_outside, opened.name)
+
+
+def _outside_of(detected: DetectedLayout, canonical: CanonicalLayout) -> Callable[[str], bool]:
+    """Return a function that says whether a tensor of the checkpoint is outside the encoder that was detected."""
+    match = detected.match
+    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical)
+    return lambda name: not name.startswith(match.wrapper) or is_outside(name.removeprefix(match.wrapper))
 
 
 def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout) -> None:
     """Raise LayoutError if a shard that is read alone lacks tensors of the encoder, which may be whole layers."""
-    match = detected.match
-    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical)
+    is_outside = _outside_of(detected, canonical)
     for name in opened.in_other_shards:
-        if name.startswith(match.wrapper) and not is_outside(name.removeprefix(match.wrapper)):
+        if not is_outside(name):
             raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.whole_step)
 
 
@@ -105,13 +135,16 @@ def _misfit_error(
     )
 
 
-def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> ResolvedPlan:
+def resolve(
+    opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None, adapter: Adapter | None = None
+) -> ResolvedPlan:
     """Plan the conversion of a checkpoint to the layout of the options.
 
     Args:
         opened: The checkpoint.
         options: The conversion options.
         donor: A checkpoint of the same sizes that supplies missing tensors (--fill-from), or None.
+        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
         LayoutError: The checkpoint has no known layout.
@@ -120,12 +153,17 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     """
     to_canonical = options.layout == options.canonical
     # Outputs are cast once, by the last step.
-    detected, plan = resolve_to_canonical(opened, options, dtype="keep" if donor or not to_canonical else options.dtype)
+    dtype = "keep" if donor or not to_canonical else options.dtype
+    detected, plan = resolve_to_canonical(opened, options, dtype, adapter)
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
-    if to_canonical:
-        return ResolvedPlan(detected, complete_from(plan, donor_plan, options.dtype) if donor_plan else plan)
-    target = registry.load(options.layout).mapping
-    return ResolvedPlan(detected, retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name))
+    if not to_canonical:
+        target = registry.load(options.layout).mapping
+        plan = retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name)
+    elif donor_plan:
+        plan = complete_from(plan, donor_plan, options.dtype)
+    if adapter:
+        check_merged(adapter, plan.outputs.values(), detected.match.evidence)
+    return ResolvedPlan(detected, plan)
 
 
 def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:

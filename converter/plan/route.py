@@ -56,6 +56,7 @@ def retarget(
         canonical_tensors=values,
         assumptions=plan.assumptions,
         remarks=plan.remarks,
+        merged=plan.merged,
     )
 
 

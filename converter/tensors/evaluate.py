@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 import torch
 
-from converter.tensors.lazy_tensor import Cast, Concat, Generated, LazyTensor, Read, Resample, Slice, Transpose, View
+from converter.tensors.lazy_tensor import (
+    AddProduct,
+    Cast,
+    Concat,
+    Generated,
+    LazyTensor,
+    Read,
+    Resample,
+    Slice,
+    Transpose,
+    View,
+)
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -82,10 +93,38 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             return result
         case Resample(base=base, kind=kind, grid_size=grid_size):
             return RESAMPLE[kind](evaluate(base, load), grid_size)
+        case AddProduct(base=base, a=a, b=b, scale=scale):
+            weight = evaluate(base, load)
+            exact = add_product(weight, evaluate(a, load), evaluate(b, load), scale)
+            result = exact.to(weight.dtype)
+            value.overflows[:] = [_count_overflows(exact, result)]
+            return result
         case Generated(make=make):
             data, dtype = bytearray(make()), torch_dtype(value.dtype.name)
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             return flat.reshape(value.shape)
+
+
+def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return weight + scale * b @ a in float32, or in float64 if the weight has that type.
+
+    The operations are those of peft's `merge_and_unload`, for the same bits: a product, a scale, a sum.
+
+    Args:
+        weight: [out, in], or [out, in, height, width].
+        a: [rank, in], or [rank, in, height, width].
+        b: [out, rank], or [out, rank, 1, 1].
+        scale: The factor of the product.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a, b = a.to(dtype), b.to(dtype)
+    if weight.dim() == 2:
+        product = b @ a
+    elif a.shape[2:] == (1, 1):
+        product = (b[:, :, 0, 0] @ a[:, :, 0, 0])[:, :, None, None]
+    else:
+        product = torch.nn.functional.conv2d(a.transpose(0, 1), b).transpose(0, 1)
+    return product.mul_(scale).add_(weight)
 
 
 def _count_overflows(before: torch.Tensor, after: torch.Tensor) -> int:

@@ -104,6 +104,25 @@ class Resample:
 
 
 @dataclass(frozen=True, slots=True)
+class AddProduct:
+    """The weights `base` + `scale` * `b` @ `a`, computed in float32 and rounded once; LoRA's sum.
+
+    Of convolutions, `a` is [rank, in, height, width] and `b` is [out, rank, 1, 1].
+
+    Attributes:
+        overflows: After evaluation, the number of finite values that became infinite or NaN.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    base: LazyTensor
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
+    overflows: list[int] = field(default_factory=list, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """A tensor that is not in a checkpoint; `make` returns its bytes, little-endian and row-major."""
 
@@ -112,7 +131,7 @@ class Generated:
     make: Callable[[], bytes]
 
 
-LazyTensor = Read | Concat | Slice | View | Transpose | Cast | Resample | Generated
+LazyTensor = Read | Concat | Slice | View | Transpose | Cast | Resample | AddProduct | Generated
 
 
 def nbytes(value: LazyTensor) -> int:
@@ -166,13 +185,18 @@ def _expressions(value: LazyTensor) -> Iterator[LazyTensor]:
             yield from _expressions(part)
     elif not isinstance(value, Read | Generated):
         yield from _expressions(value.base)
+    if isinstance(value, AddProduct):
+        yield from _expressions(value.a)
+        yield from _expressions(value.b)
 
 
 def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
-    """Return the number of finite values that became infinite or NaN in each tensor that was cast and evaluated."""
-    # A cast is the last operation.
-    casts = {name: sum(value.overflows) for name, value in outputs.items() if isinstance(value, Cast)}
-    return {name: number for name, number in casts.items() if number}
+    """Return the number of finite values that became infinite or NaN in each tensor that was computed."""
+    numbers = {
+        name: sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
+        for name, value in outputs.items()
+    }
+    return {name: number for name, number in numbers.items() if number}
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
@@ -236,6 +260,25 @@ def cast(base: LazyTensor, dtype: str) -> LazyTensor:
     if not base.dtype.is_float:
         raise ValueError(f"cannot cast {base.dtype.name} to {dtype}")
     return base if base.dtype.name == dtype else Cast(BY_NAME[dtype], base.shape, base)
+
+
+def add_product(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
+    """Add a product of two factors to weights.
+
+    Args:
+        base: The weights [out, in], or [out, in, height, width].
+        a: The factor [rank, in], or [rank, in, height, width].
+        b: The factor [out, rank], or [out, rank, 1, 1].
+        scale: The factor of the product.
+
+    Raises:
+        ValueError: The shapes do not fit, or the weights are not of 16, 32 or 64 bits.
+    """
+    if b.shape[2:] not in ((), (1, 1)) or (b.shape[0], *a.shape[1:]) != base.shape or a.shape[0] != b.shape[1]:
+        raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not fit the shape {list(base.shape)}")
+    if not base.dtype.is_float or base.dtype.bits < 16:
+        raise ValueError(f"cannot add to weights of the type {base.dtype.name}")
+    return AddProduct(base.dtype, base.shape, base, a, b, scale)
 
 
 def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:

@@ -1,0 +1,230 @@
+"""LoRA adapters of PEFT: the factors of each module, and tensors that were trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, AdapterConfig, read_adapter_config
+from converter.checkpoint.open import Checkpoint, open_checkpoint, open_checkpoints
+from converter.checkpoint.state_dict import largest_state_dict, state_dicts, unwrapped_names
+from converter.errors import LayoutError, UsageError, first_names
+from converter.options import ConvertOptions, HubOptions
+from converter.tensors.tensor_info import Contents, TensorInfo
+
+# The weights of an adapter in a folder, which may hold other checkpoints too.
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+# Segments of names: the factors of a module, with those of an embedding, and the layers that PEFT puts around it.
+_FACTORS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
+_SAVED, _ORIGINAL, _BASE = "modules_to_save", "original_module", "base_layer"
+
+
+class Factors(NamedTuple):
+    """The factors of one module: its weight becomes W + scale * B @ A."""
+
+    a: TensorInfo
+    b: TensorInfo
+    is_embedding: bool  # The sum is W + scale * (B @ A) transposed
+    rank: int
+    alpha: float
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        checkpoint: The files that it was read from.
+        config: Its config.
+        factors: The factors by the paths of modules, without PEFT's prefix.
+        whole: Tensors that replace those of the model, by their names there: modules_to_save and trained biases.
+    """
+
+    checkpoint: Checkpoint
+    config: AdapterConfig
+    factors: Mapping[str, Factors]
+    whole: Mapping[str, TensorInfo]
+
+
+class _Name(NamedTuple):
+    """A tensor name of PEFT."""
+
+    kind: str  # A or B, saved for a module that was trained whole, original for its copy from before, or empty
+    tensor: str  # The name of the tensor in the model; the path of the module for factors
+    adapter: str = ""  # The adapter's name in memory, such as `default`; empty in files that PEFT wrote
+    is_embedding: bool = False
+
+
+class Sources(NamedTuple):
+    """The open sources of a conversion."""
+
+    opened: list[Checkpoint]  # All of them
+    source: Checkpoint
+    donor: Checkpoint | None  # It supplies tensors that the source lacks
+    adapter: Adapter | None  # It is merged into the source
+
+
+@contextmanager
+def open_sources(
+    source: str | Path, fill_from: str | Path | None, options: ConvertOptions, hub_options: HubOptions
+) -> Iterator[Sources]:
+    """Open the sources of a conversion; close them at the end of the block.
+
+    Args:
+        source: The checkpoint to convert.
+        fill_from: The checkpoint that supplies missing tensors, or None.
+        options: The adapter to merge.
+        hub_options: How to read a hub.
+    """
+    names = [source] if fill_from is None else [source, fill_from]
+    with open_checkpoints(names, hub_options) as opened, ExitStack() as stack:
+        donor, adapter = opened[1] if fill_from is not None else None, None
+        first = opened[0]
+        if options.lora is not None:
+
+            def open_file(name: str | Path) -> Checkpoint:
+                return stack.enter_context(closing(open_checkpoint(name, hub_options)))
+
+            adapter, first = open_adapter(options.lora, options.adapter_name, first, open_file)
+            opened = opened if adapter.checkpoint in opened else [*opened, adapter.checkpoint]
+        yield Sources(opened, first, donor, adapter)
+
+
+def open_adapter(
+    name: str | Path, adapter_name: str | None, source: Checkpoint, open_file: Callable[[str | Path], Checkpoint]
+) -> tuple[Adapter, Checkpoint]:
+    """Open a LoRA adapter, and read its config and the names of its tensors.
+
+    Args:
+        name: A file, a folder, or a repository on a hub.
+        adapter_name: Which adapter of a file with several, or None.
+        source: The checkpoint to merge it into. It may be the same file: a state dict of a model with its adapter.
+        open_file: Opens a checkpoint.
+
+    Returns:
+        The adapter, and the checkpoint to merge it into.
+
+    Raises:
+        ContainerError: A file is missing or damaged.
+        LayoutError: It is no LoRA adapter, or one that is more than W + scale * B @ A.
+        UsageError: There are several adapters, or none of this name.
+    """
+    files = (Path(name) / file for file in _FILES)
+    opened = open_file(next((path for path in files if path.is_file()), name))
+    if opened.name != source.name:
+        return _read(opened, adapter_name, is_whole=False), source
+    return _read(source, adapter_name, is_whole=True), replace(source, contents=_unwrapped(source.contents))
+
+
+def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> Adapter:
+    """Read an adapter; if `is_whole`, from a state dict that also holds its model."""
+    config = read_adapter_config(checkpoint)
+    entries = state_dicts(checkpoint.contents)
+    if not entries:
+        raise LayoutError(f"{checkpoint.name}: contains no named tensors", f"give the folder that has {CONFIG}")
+    tensors = unwrapped_names(largest_state_dict(entries, checkpoint.name).tensors, checkpoint.name)
+    names = {key: _parse(key) for key in tensors}
+    chosen = _choose(names.values(), adapter_name, checkpoint.name)
+    names = {key: parsed for key, parsed in names.items() if parsed.adapter in ("", chosen)}
+    kinds = ("saved",) if is_whole else ("saved", "")
+    whole = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
+    return Adapter(checkpoint, config, _pairs(checkpoint.name, config, tensors, names), whole)
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    """Whether a state dict holds both a model and its adapter."""
+    return any(f".{_BASE}." in name for name in names)
+
+
+def _unwrapped(contents: Contents) -> Contents:
+    result: Contents = {}
+    for key, value in contents.items():
+        if isinstance(value, dict):
+            result[key] = _unwrapped(value)
+        elif not isinstance(value, TensorInfo):
+            result[key] = value
+        elif (parsed := _parse(key)).kind in ("", "original"):
+            result[parsed.tensor] = value
+    return result
+
+
+def _parse(key: str) -> _Name:
+    """Split a name of PEFT into its parts; names of tensors that were not wrapped stay as they are."""
+    segments = [segment for segment in key.removeprefix(_PREFIX).split(".") if segment != _BASE]
+    for index, segment in enumerate(segments):
+        before, after = segments[:index], segments[index + 1 :]
+        if segment in _FACTORS:
+            is_embedding = "embedding" in segment
+            adapter = [part for part in after if part != "weight"]
+            if after[-1:] == ["bias"] or len(adapter) > 1:
+                raise LayoutError(f"{key!r}: no factor of LoRA as PEFT names them", MERGE_IN_PEFT)
+            return _Name(_FACTORS[segment], ".".join(before), ".".join(adapter), is_embedding)
+        if segment == _SAVED and len(after) > 1:
+            return _Name("saved", ".".join([*before, *after[1:]]), after[0])
+        if segment == _ORIGINAL:
+            return _Name("original", ".".join([*before, *after]))
+        if segment.startswith("lora_"):
+            raise LayoutError(f"{key!r}: holds {segment}, which is more than the sum W + scale * B @ A", MERGE_IN_PEFT)
+    return _Name("", ".".join(segments))
+
+
+def _choose(names: Iterable[_Name], wanted: str | None, file: str) -> str:
+    """Return the name of the adapter to take; empty for the only one, without a name."""
+    found = list(dict.fromkeys(parsed.adapter for parsed in names if parsed.adapter))
+    if wanted is not None and wanted not in found:
+        raise UsageError(
+            f"--adapter-name {wanted}: not in {file}", f"it has: {first_names(found) or 'one, without a name'}"
+        )
+    if wanted is None and len(found) > 1:
+        raise UsageError(f"{file}: holds {len(found)} adapters: {first_names(found)}", f"--adapter-name {found[0]}")
+    return wanted or next(iter(found), "")
+
+
+def _pairs(
+    file: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], names: Mapping[str, _Name]
+) -> dict[str, Factors]:
+    """Return the factors by module; LayoutError for those that are no pair of the config's rank."""
+    halves: dict[str, dict[str, tuple[TensorInfo, bool]]] = {}
+    for key, parsed in names.items():
+        if parsed.kind in ("A", "B"):
+            halves.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key], parsed.is_embedding
+    if not halves and not any(parsed.kind == "saved" for parsed in names.values()):
+        raise LayoutError(
+            f"{file}: holds no factors of LoRA under PEFT's names (lora_A, lora_B)",
+            f"give the folder that PEFT wrote, with {CONFIG} and {_FILES[0]}",
+        )
+    problems = [problem for module, pair in halves.items() for problem in _problems(module, pair, config)]
+    if problems:
+        more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LayoutError(
+            f"{file}: " + "\n".join(problems[:5]) + more, f"save the adapter again, or correct its {CONFIG}"
+        )
+    return {
+        module: Factors(
+            pair["A"][0],
+            pair["B"][0],
+            pair["A"][1],
+            config.rank_of(module),
+            config.alpha_of(module),
+            config.scale(module),
+        )
+        for module, pair in halves.items()
+    }
+
+
+def _problems(module: str, pair: Mapping[str, tuple[TensorInfo, bool]], config: AdapterConfig) -> list[str]:
+    """Return why factors are no pair of the config's rank."""
+    if len(pair) == 1:
+        kind = next(iter(pair))
+        return [f"{module!r} has {kind} without {'B' if kind == 'A' else 'A'}"]
+    a, b, rank = pair["A"][0], pair["B"][0], config.rank_of(module)
+    if len(a.shape) not in (2, 4) or len(b.shape) != len(a.shape) or not a.dtype.is_float or not b.dtype.is_float:
+        return [f"{module!r} has factors A {a.dtype.name} {list(a.shape)} and B {b.dtype.name} {list(b.shape)}"]
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        return [f"{module!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {CONFIG} says rank {rank}"]
+    return []

@@ -1,0 +1,189 @@
+"""adapter_config.json of PEFT: ranks and scales of a LoRA adapter. It is not trusted, and never run as a pattern."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from converter.checkpoint.open import Checkpoint
+from converter.errors import ContainerError, LayoutError, first_names, printable
+from converter.formats import strict_json
+
+_Number = TypeVar("_Number", int, float)
+CONFIG = "adapter_config.json"
+MERGE_IN_PEFT = (
+    "merge it with peft, on the model that it was trained on: model.merge_and_unload().save_pretrained(FOLDER), and "
+    "convert FOLDER without --lora"
+)
+# A config that lists the modules of a large model has 50 kB.
+_MAX_BYTES = 1 << 20
+_MAX_RANK, _MAX_PATTERNS = 1 << 20, 10_000
+# Settings that make another sum of an adapter than W + scale * B @ A, and what they are called.
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "LoRA with a bias in B (lora_bias)",
+    "layer_replication": "LoRA on replicated layers (layer_replication)",
+    "target_parameters": "LoRA on parameters (target_parameters)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "alora_invocation_tokens": "aLoRA (alora_invocation_tokens)",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+# Initialisations that change the weights of the model too, which the adapter does not hold.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Keys of rank_pattern and alpha_pattern that are names, or ends of names; PEFT takes them for regular expressions.
+_PLAIN = re.compile(r"\^?([\w-]|\\?\.)+\$?")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of a LoRA adapter.
+
+    Attributes:
+        base_model: The model that it was trained on; empty if the config does not say.
+        rank: The rank of modules that `ranks` does not name.
+        alpha: The alpha of modules that `alphas` does not name.
+        ranks: Ranks by names of modules, or ends of them.
+        alphas: The alpha by names of modules, or ends of them.
+        rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
+    """
+
+    base_model: str
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    rslora: bool
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module."""
+        return _lookup(self.ranks, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module."""
+        return _lookup(self.alphas, module, self.alpha)
+
+    def scale(self, module: str) -> float:
+        """The factor of B @ A for a module."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
+    """Read the config next to the files of an adapter.
+
+    Raises:
+        ContainerError: There is none, or it is not one of PEFT.
+        LayoutError: It is that of another kind of adapter.
+    """
+    name = f"{checkpoint.name}: {CONFIG}"
+    config = read_raw(checkpoint)
+    if config is None:
+        raise ContainerError(
+            f"{checkpoint.name}: no {CONFIG} next to it, which has the scale of the adapter",
+            f"put the {CONFIG} of the training next to it, with its r and lora_alpha",
+        )
+    _check_kind(name, config)
+    try:
+        return AdapterConfig(
+            str(config.get("base_model_name_or_path") or ""),
+            _rank(config["r"]),
+            _number(config["lora_alpha"]),
+            {_plain(key): _rank(value) for key, value in _pattern(config, "rank_pattern").items()},
+            {_plain(key): _number(value) for key, value in _pattern(config, "alpha_pattern").items()},
+            _flag(config, "use_rslora"),
+        )
+    except KeyError as error:
+        raise ContainerError(f"{name}: lacks {error}", "take the file that PEFT wrote with the adapter") from error
+    except ValueError as error:
+        raise ContainerError(f"{name}: {error}", MERGE_IN_PEFT) from error
+
+
+def read_raw(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the JSON object of the config next to a checkpoint; None if there is no config.
+
+    Raises:
+        ContainerError: It is no JSON object, or too large.
+    """
+    file = checkpoint.open_config(CONFIG)
+    if file is None:
+        return None
+    with closing(file):
+        try:
+            if file.size > _MAX_BYTES:
+                raise ValueError(f"{file.size} bytes; the limit is {_MAX_BYTES}")
+            config = strict_json.parse(file.read(0, file.size))
+            if not isinstance(config, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            raise ContainerError(f"{file.name}: {error}", "take the file that PEFT wrote with the adapter") from error
+    return config
+
+
+def _check_kind(name: str, config: dict[str, Any]) -> None:
+    """LayoutError for adapters that are more than a product of two factors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise LayoutError(f"{name}: an adapter of the kind {printable(str(kind))[:50]}, not LoRA", MERGE_IN_PEFT)
+    variants = [what for setting, what in _VARIANTS.items() if config.get(setting)]
+    if variants:
+        raise LayoutError(f"{name}: {first_names(variants)}: more than the sum W + scale * B @ A", MERGE_IN_PEFT)
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise LayoutError(
+            f"{name}: trained from {start[:50]}, which changes the model's own weights too",
+            "save it with path_initial_model_for_weight_conversion, as peft's documentation of "
+            f"{start[:50]} shows; or {MERGE_IN_PEFT}",
+        )
+
+
+def _lookup(values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    """Return the value of the first name that is the module's, or the end of it; `^` allows the whole name alone."""
+    for name, value in values.items():
+        is_whole = name.startswith("^")
+        if module == name.removeprefix("^") or (not is_whole and module.endswith(f".{name}")):
+            return value
+    return default
+
+
+def _plain(key: str) -> str:
+    """Return a key of a pattern as a name, without the signs of regular expressions; ValueError for others."""
+    if not _PLAIN.fullmatch(key):
+        raise ValueError(
+            f"the pattern {printable(key)[:100]!r} is a regular expression, which is not run; "
+            "write a line for each module instead"
+        )
+    return key.replace("\\.", ".").removesuffix("$")
+
+
+def _pattern(config: dict[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict) or len(value) > _MAX_PATTERNS:
+        raise ValueError(f"{name} is not an object of at most {_MAX_PATTERNS} names")
+    return value
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value not in (None, True, False):
+        raise ValueError(f"{name} is neither true nor false")
+    return bool(value)
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= _MAX_RANK:
+        raise ValueError(f"the rank {str(value)[:50]!r} is not a positive number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise ValueError(f"the alpha {str(value)[:50]!r} is not a finite number")
+    return float(value)
