@@ -380,31 +380,40 @@ def without(state: State, *names: str) -> State:
     return {name: tensor for name, tensor in state.items() if name not in names}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda state: without(state, PATCHES), r"the checkpoint has no 'vision_model.embeddings.patch_embedding.wei"),
-        (lambda state: {**state, PATCHES: state[PATCHES][:, :, :7, :7].contiguous()}, r"has shape \[64, 3, 14, 14\]; "),
-        (lambda state: {n: t for n, t in state.items() if "sam_model" not in n}, r"is a CLIP checkpoint, not SAM"),
-    ],
-    ids=["lacks one", "another shape", "no SAM"],
-)
-def test_what_does_not_fit_is_refused(
-    change: Callable[[State], State], words: str, sources: Path, tmp_path: Path
-) -> None:
-    ocr = save(tmp_path / "ocr", change(deepseek_ocr()))
-    with pytest.raises((UsageError, LayoutError), match=words):
+def test_another_shape_is_refused(sources: Path, tmp_path: Path) -> None:
+    state = deepseek_ocr()
+    ocr = save(tmp_path / "ocr", {**state, PATCHES: state[PATCHES][:, :, :7, :7].contiguous()})
+    with pytest.raises(UsageError, match=r"has shape \[64, 3, 7, 7\]; the encoder's has \[64, 3, 14, 14\]"):
         encoder(sources / "ocr", into=ocr, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_that_lacks_a_tensor_is_refused(sources: Path, tmp_path: Path) -> None:
-    state = without({name: t for name, t in deepseek_ocr().items() if is_encoder(name)}, PATCHES)
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda state: without(state, PATCHES), f"left out {PATCHES.removeprefix('model.')}: the checkpoint has none"),
+        (lambda state: {n: t for n, t in state.items() if "sam_model" not in n}, "replaced 41 tensors; kept 11 and 3 "),
+    ],
+    ids=["a tensor", "SAM"],
+)
+def test_what_a_checkpoint_lacks_is_left_out(
+    change: Callable[[State], State], note: str, sources: Path, tmp_path: Path
+) -> None:
+    host = change(deepseek_ocr())
+    record = encoder(save(tmp_path / "new", deepseek_ocr(6)), into=save(tmp_path / "ocr", host), out=tmp_path / "out")
+    assert any(line.startswith(note) for line in record.notes)
+    theirs = deepseek_ocr(6)
+    assert_same(load(tmp_path / "out"), {n: theirs[n] if is_encoder(n) else tensor for n, tensor in host.items()})
+    unused = {name for name in theirs if is_encoder(name)} - host.keys()
+    assert {record.dropped[name].split(" has no ")[0] for name in unused} == {"the checkpoint of --into"}
+
+
+def test_what_an_encoder_lacks_is_kept(sources: Path, tmp_path: Path) -> None:
+    state = without({name: t for name, t in deepseek_ocr(6).items() if is_encoder(name)}, PATCHES)
     safetensors.torch.save_file(state, tmp_path / "part.safetensors")
-    record = encoder(tmp_path / "part.safetensors", out=tmp_path / "alone.safetensors")
-    assert "vision_model.embeddings.patch_embedding.weight" in record.missing
-    with pytest.raises(UsageError, match=r"nothing gives 'vision_model.embeddings.patch_embedding.weight', which the"):
-        encoder(tmp_path / "part.safetensors", into=sources / "ocr", out=tmp_path / "out")
+    record = encoder(tmp_path / "part.safetensors", into=sources / "ocr", out=tmp_path / "out")
+    assert f"kept {PATCHES}: the encoder has none" in record.notes
+    assert_same(load(tmp_path / "out"), {**deepseek_ocr(), **state})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -529,7 +538,7 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         ),
         (("ocr", *SAM), 2, "--sam: cannot be combined with SOURCE"),
         (("sam.pth",), 3, "to combine two checkpoints, name them with --sam and --clip"),
-        (("deepencoder", "--with-projector"), 3, "holds no model.projector.layers.weight, model.projector.layers.bias"),
+        (("deepencoder", "--with-projector"), 3, "holds no projector.layers.weight, projector.layers.bias"),
         (("ocr", "--into", "ocr"), 2, "--into: name the output with --output"),
         (("ocr", "--into", "ocr", "-o", "x", "--add-prefix", "a."), 2, "--add-prefix: cannot be combined with --into"),
         (("ocr", "--into", "ocr", "-o", "x", "--format", "pth"), 2, "--format: cannot be combined with --into"),

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from converter.assembly.host import extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
@@ -87,21 +88,29 @@ def encoder(
         def open_(name: str | Path) -> Checkpoint:
             return stack.enter_context(closing(open_checkpoint(name, hub)))
 
+        host = open_host(Path(into), open_) if into is not None else None
+        families = {family: name for family, name in (("sam", sam), ("clip", clip)) if name is not None}
         if source is not None:
-            _refuse("cannot be combined with SOURCE", sam=sam, clip=clip, compressor=compressor)
-            parts = extract_encoder(open_(source), with_projector, prefix)
-        elif sam is not None and clip is not None:
+            _refuse("cannot be combined with SOURCE", **families, compressor=compressor)
+            opened = open_(source)
+            if host is not None:
+                parts = extract_shared(opened, host, with_projector, prefix)
+            else:
+                parts = extract_encoder(opened, with_projector, prefix)
+        elif len(families) == 2 or (host is not None and families):
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            parts = build_encoder({"sam": sam, "clip": clip}, str(compressor or ""), open_, prefix)
+            if sam is None:
+                _refuse("needs --sam", compressor=compressor)
+            plans = host.resolve_all(families) if host is not None else None
+            parts = build_encoder(families, str(compressor or ""), open_, prefix, plans)
         else:
             raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
         check_hub_options(hub, parts.sources)
-        if into is not None:
-            insertion = plan_insertion(Path(into), open_, parts.tensors, parts.constants, dtype)
-            sources = [*parts.sources, insertion.host]
-            made = encoder_record(
-                parts, insertion.keys, insertion.tensors, destination, sources=sources, notes=insertion.notes
-            )
+        if host is not None:
+            insertion = plan_insertion(host, parts, dtype)
+            sources = [*parts.sources, host.checkpoint]
+            names = insertion.placement.names
+            made = encoder_record(parts, names, insertion.tensors, destination, sources=sources, notes=insertion.notes)
             output = insertion_output(insertion)
         else:
             sources = parts.sources
@@ -120,6 +129,7 @@ def _new_output(parts: EncoderParts, prefix: str, destination: Destination) -> t
     """Plan a file of the encoder alone; its metadata says whether the compressor is untrained."""
     names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
     outputs = sort_outputs({new: parts.tensors[name] for name, new in names.items()}, destination.dtype)
-    record = encoder_record(parts, names, outputs, destination, sources=parts.sources)
+    written = {name: [new] for name, new in names.items()}
+    record = encoder_record(parts, written, outputs, destination, sources=parts.sources)
     untrained = {"compressor": min(record.generated.values())} if record.generated else {}
     return record, make_output(outputs, record, record.metadata() | untrained)

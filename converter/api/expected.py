@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
-from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
+from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder, find_projector
 from converter.checkpoint.open import Checkpoint, check_name
 from converter.errors import LayoutError, MappingError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts
+from converter.layouts.spec import Rule
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.plan import Plan, sort_outputs
@@ -49,8 +51,8 @@ def plan_expected(
         DsocrError: A source is missing or of another kind, or is the converted file itself; as in `convert`.
     """
     families, family = [encoder.family for encoder in target.encoders], target.family
-    whole = len(families) > 1
-    roles = ("source", *families, "compressor", "into") if whole else ("source", family, "fill-from")
+    whole = len(families) > 1 or "into" in sources
+    roles = ("source", *families, "compressor", "into") if whole else ("source", family, "fill-from", "into")
     for role, name in sources.items():
         check_name(name)
         if role not in roles:
@@ -185,44 +187,102 @@ def _expected_deep_encoder(
     on_progress: OnProgress,
 ) -> Expected:
     """Plan the assembly of a whole DeepEncoder again; `encoder_prefix` is that of the encoders in the sources."""
+    families = [encoder.family for encoder in target.encoders]
+    if "into" in sources:
+        return _expected_insertion(target, sources, open_file, encoder_prefix, on_progress)
     first = target.encoders[0]
     prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
-    with_projector = prefix + _PROJECTOR in target.tensors and "into" not in sources
-    families = [encoder.family for encoder in target.encoders]
-    parts = _parts(sources, open_file, with_projector, encoder_prefix, families)
-    # The host may be the file itself: its own encoder is not compared with itself.
+    with_projector = prefix + _PROJECTOR in target.tensors
+    if "source" in sources:
+        parts = extract_encoder(open_file(sources["source"]), with_projector, encoder_prefix, families)
+    else:
+        parts = _built(sources, open_file, encoder_prefix, families)
     _check_not_itself(target, parts.sources)
-    names, outputs, checkpoints = _outputs(parts, prefix, target, sources, open_file)
-    own = {family: own_tensors(resolved.detected) for family, resolved in parts.plans.items()}
-    needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
-    read = _join_readers(checkpoints, needed, on_progress)
+    names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
+    outputs = {new: parts.tensors[name] for name, new in names.items()}
+    outputs = sort_outputs(outputs, _infer_dtype(outputs, target.tensors))
     values = {name: outputs[names[name]] if name in names else value for name, value in parts.tensors.items()}
     plans = {family: _with_outputs(resolved.plan, values) for family, resolved in parts.plans.items()}
+    rules = {
+        names[registry.encoder_prefix(family) + name]: rule
+        for family, plan in plans.items()
+        for name, rule in plan.rules.items()
+        if registry.encoder_prefix(family) + name in names
+    }
+    return _expected(parts, plans, outputs, rules, parts.sources, on_progress)
+
+
+def _expected(
+    parts: EncoderParts,
+    plans: Mapping[str, Plan],
+    outputs: Mapping[str, LazyTensor],
+    rules: Mapping[str, Rule],
+    sources: Sequence[Checkpoint],
+    on_progress: OnProgress,
+) -> Expected:
+    """What several checkpoints should have given; `plans` make the canonical tensors of the outputs."""
+    own = {family: own_tensors(resolved.detected) for family, resolved in parts.plans.items()}
+    needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
+    read = _join_readers(sources, needed, on_progress)
     return Expected(
-        name=", ".join(checkpoint.name for checkpoint in checkpoints),
+        name=", ".join(checkpoint.name for checkpoint in sources),
         outputs=outputs,
-        rules={
-            names[registry.encoder_prefix(family) + name]: rule
-            for family, plan in plans.items()
-            for name, rule in plan.rules.items()
-            if registry.encoder_prefix(family) + name in names
-        },
+        rules=rules,
         origins={family: Origin(plan, plan, own[family], read) for family, plan in plans.items()},
         read=read,
     )
 
 
-def _parts(
+def _expected_insertion(
+    target: Converted,
     sources: Mapping[str, str | Path],
     open_file: Callable[[str | Path], Checkpoint],
-    with_projector: bool,
+    encoder_prefix: str | None,
+    on_progress: OnProgress,
+) -> Expected:
+    """Plan the insertion of an encoder into a host again."""
+    host = open_host(Path(sources["into"]), open_file)
+    if "source" in sources:
+        source = open_file(sources["source"])
+        parts = extract_shared(source, host, False, encoder_prefix)
+        first = next(iter(parts.plans))
+        if any(find_projector(parts.plans[first]).values()) and _has_other_projector(target, host, first, on_progress):
+            parts = extract_shared(source, host, True, encoder_prefix)
+    else:
+        families = [family for family in host.families if family in sources]
+        parts = _built(sources, open_file, encoder_prefix, families, host.resolve_all(families))
+    # The host may be the file itself: its own encoder is not compared with itself.
+    _check_not_itself(target, parts.sources)
+    insertion = plan_insertion(host, parts, "keep")
+    dtype = _infer_dtype(insertion.replaced, {name: target.tensors[name] for name in insertion.replaced})
+    if dtype != "keep":
+        insertion = plan_insertion(host, parts, dtype)
+    plans = {
+        family: replace(resolved.plan, outputs=insertion.canonical_tensors(family))
+        for family, resolved in parts.plans.items()
+    }
+    checkpoints = [*parts.sources, host.checkpoint]
+    return _expected(parts, plans, insertion.tensors, insertion.placement.rules, checkpoints, on_progress)
+
+
+def _has_other_projector(target: Converted, host: Host, family: str, on_progress: OnProgress) -> bool:
+    """Whether the projector next to an encoder is not the host's: `--with-projector` of the insertion."""
+    old = [tensor for tensor in find_projector(host.resolve(family)).values() if tensor]
+    read = open_independently(host.checkpoint, old, on_progress)
+    shared = [tensor for tensor in old if tensor.key in target.tensors]
+    return any(not read(tensor).equal(target.read(target.tensors[tensor.key])) for tensor in shared)
+
+
+def _built(
+    sources: Mapping[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
     prefix: str | None,
     families: Sequence[str],
+    host: Mapping[str, ResolvedPlan] | None = None,
 ) -> EncoderParts:
-    if "source" in sources:
-        return extract_encoder(open_file(sources["source"]), with_projector, prefix, families)
+    """The encoders of several checkpoints; `host` has the plans of the one that they were inserted into."""
     missing = [family for family in families if family not in sources]
-    if missing:
+    if missing or not families:
         raise UsageError(
             f"--source: the file holds a whole DeepEncoder, and no source of its {missing[0].upper()} is given",
             "name a checkpoint that holds all of it, or "
@@ -230,31 +290,11 @@ def _parts(
         )
     encoders = {family: sources[family] for family in families}
     try:
-        return build_encoder(encoders, str(sources.get("compressor", "")), open_file, prefix)
+        return build_encoder(encoders, str(sources.get("compressor", "")), open_file, prefix, host)
     except LayoutError as error:
         if "compressor" in sources:
             raise
         raise LayoutError(error.message, "add --source compressor=CHECKPOINT, or compressor=random:SEED") from None
-
-
-def _outputs(
-    parts: EncoderParts,
-    prefix: str,
-    target: Converted,
-    sources: Mapping[str, str | Path],
-    open_file: Callable[[str | Path], Checkpoint],
-) -> tuple[Mapping[str, str], dict[str, LazyTensor], list[Checkpoint]]:
-    """The names of the encoder's tensors in the file, all tensors of the file, and the checkpoints."""
-    if "into" in sources:
-        host = Path(sources["into"])
-        insertion = plan_insertion(host, open_file, parts.tensors, parts.constants, "keep")
-        dtype = _infer_dtype(insertion.replaced, {name: target.tensors[name] for name in insertion.replaced})
-        if dtype != "keep":
-            insertion = plan_insertion(host, open_file, parts.tensors, parts.constants, dtype)
-        return insertion.keys, insertion.tensors, [*parts.sources, insertion.host]
-    names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
-    outputs = {new: parts.tensors[name] for name, new in names.items()}
-    return names, sort_outputs(outputs, _infer_dtype(outputs, target.tensors)), parts.sources
 
 
 def _with_outputs(plan: Plan, values: Mapping[str, LazyTensor]) -> Plan:

@@ -1,29 +1,28 @@
-"""Inserts an encoder into a copy of a DeepSeek-OCR checkpoint; everything else is copied byte for byte."""
+"""Inserts an encoder into a copy of a checkpoint; everything else is copied byte for byte."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converter.assembly.host import Host, Placement, place
+from converter.assembly.parts import EncoderParts
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
-from converter.errors import ContainerError, LayoutError, UsageError, printable
+from converter.errors import ContainerError, printable
 from converter.formats.safetensors import add_header_length
-from converter.layouts import registry
-from converter.layouts.claims import summary
-from converter.options import ConvertOptions
 from converter.output.write import Output
-from converter.plan.planner import resolve_to_canonical
+from converter.plan.plan import make_plan
 from converter.storage.atomic_output import new_file, write_all
-from converter.storage.local_file import SourceFile, exists
+from converter.storage.local_file import SourceFile
 from converter.storage.stream import BUFFER, OnBytes, OnData
-from converter.tensors.lazy_tensor import LazyTensor, Read, cast, lazy_read, nbytes
+from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, nbytes
 from converter.tensors.serialize import write_tensors
 from converter.tensors.tensor_info import TensorInfo
 
@@ -34,28 +33,32 @@ _ZEROS = bytes(BUFFER)
 class Insertion:
     """A planned copy of a checkpoint with another encoder."""
 
-    host: Checkpoint  # The checkpoint that is copied
-    # Names in DeepSeek-OCR's model, without `model.`, and the host's names of the replaced tensors
-    keys: dict[str, str]
-    replaced: dict[str, LazyTensor]  # The new tensors by the host's names
-    folder: Path | None  # The host's folder; None for a single file
+    host: Host  # The checkpoint that is copied
+    placement: Placement  # Where the encoder's tensors go
+    replaced: dict[str, LazyTensor]  # The new tensors by the host's names, in their types
     other_files: list[Path]  # The paths in the folder of other files that are copied
     notes: list[str]  # What is replaced, copied and left out
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
         """All tensors of the new checkpoint, in the order in which they are written."""
-        return {key: value for file in self.host.files for key, value in self.tensors_in(file).items()}
+        return {key: value for file in self.host.checkpoint.files for key, value in self.tensors_in(file).items()}
 
     def tensors_in(self, file: SourceFile) -> dict[str, LazyTensor]:
         """The tensors of one file by their offsets, which need not be the order of its header."""
         tensors = [
             value
-            for value in self.host.contents.values()
+            for value in self.host.checkpoint.contents.values()
             if isinstance(value, TensorInfo) and value.storage.file is file
         ]
         tensors.sort(key=lambda tensor: (tensor.storage.offset, tensor.storage.length))
         return {tensor.key: self.replaced.get(tensor.key) or lazy_read(tensor) for tensor in tensors}
+
+    def canonical_tensors(self, family: str) -> dict[str, LazyTensor]:
+        """The tensors of a family's encoder in the new checkpoint, by canonical names."""
+        detected, plan = self.host.resolve(family)
+        new = {name: self.replaced.get(tensor.key) or lazy_read(tensor) for name, tensor in detected.tensors.items()}
+        return make_plan(plan.mapping, detected.match.prefix, plan.target, new, self.host.name).outputs
 
     @property
     def nbytes(self) -> int:
@@ -63,86 +66,25 @@ class Insertion:
         return sum(map(nbytes, self.tensors.values()))
 
 
-def plan_insertion(
-    path: Path,
-    open_file: Callable[[Path], Checkpoint],
-    encoder: Mapping[str, LazyTensor],
-    constants: Collection[str],
-    dtype: str,
-) -> Insertion:
-    """Plan a copy of the checkpoint at `path` with the tensors of `encoder` in place of its own.
+def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
+    """Plan a copy of a checkpoint with another encoder in place of its own.
 
     Args:
-        path: A local DeepSeek-OCR checkpoint.
-        open_file: Opens a checkpoint.
-        encoder: New tensors by their names in DeepSeek-OCR's model.
-        constants: Names of tensors that the checkpoint may lack.
+        host: The checkpoint.
+        parts: The encoder.
         dtype: The type of the new tensors; keep for the checkpoint's types.
 
     Raises:
-        LayoutError: The checkpoint is not a DeepSeek-OCR, or not in safetensors.
-        UsageError: Names, shapes or types differ.
+        LayoutError: The checkpoint has several encoders of a family.
+        UsageError: Layers, shapes or types differ.
     """
-    if not exists(path):
-        raise UsageError(
-            f"--into {path}: no such file or folder",
-            "download the checkpoint first (`hf download`), and give its folder",
-        )
-    host = open_file(path)
-    if set(host.containers) != {"safetensors"}:
-        formats = ", ".join(sorted(set(host.containers)))
-        raise LayoutError(f"{host.name}: {formats}: --into supports only safetensors checkpoints")
-    old = _encoder_of(host, encoder)
-    _check_fit(host, old, encoder, constants)
-    replaced = {tensor.key: _cast(encoder[name], tensor, dtype) for name, tensor in old.items()}
-    folder = path if path.is_dir() else path.parent if is_index(path.name) else None
-    other_files, notes = _other_files(folder, host) if folder else ([], [])
-    kept = sum(isinstance(value, TensorInfo) for value in host.contents.values()) - len(replaced)
-    files = f" and {len(other_files)} other files" if folder else ""
-    notes.insert(0, f"replaced {len(replaced)} tensors; kept {kept}{files} as they were")
-    return Insertion(host, {name: tensor.key for name, tensor in old.items()}, replaced, folder, other_files, notes)
-
-
-def _check_fit(
-    host: Checkpoint, old: Mapping[str, TensorInfo], encoder: Mapping[str, LazyTensor], constants: Collection[str]
-) -> None:
-    problems = [f"the checkpoint has no {name!r}" for name in encoder if name not in {*old, *constants}]
-    problems += [problem for name, tensor in old.items() if (problem := _misfit(name, tensor, encoder.get(name)))]
-    if problems:
-        raise UsageError(
-            f"{host.name}: the encoder does not fit: {summary(problems)}", "use an encoder of the same sizes"
-        )
-
-
-def _encoder_of(opened: Checkpoint, encoder: Mapping[str, LazyTensor]) -> dict[str, TensorInfo]:
-    """Return the tensors to replace by their names in DeepSeek-OCR's model."""
-    found: dict[str, TensorInfo] = {}
-    for family in registry.families():
-        encoder_prefix = registry.encoder_prefix(family)
-        if not any(name.startswith(encoder_prefix) for name in encoder):
-            continue
-        detected, plan = resolve_to_canonical(opened, ConvertOptions(family))
-        prefix = detected.match.prefix
-        if not prefix.endswith(encoder_prefix):
-            what = f"its {family.upper()} has the layout {plan.mapping.name}"
-            raise LayoutError(f"{opened.name}: is not a DeepSeek-OCR: {what}")
-        found |= {
-            encoder_prefix + name: value.tensor for name, value in plan.outputs.items() if isinstance(value, Read)
-        }
-        outer = prefix.removesuffix(encoder_prefix)
-        # Those of the projector, which are nobody's family.
-        found |= {name: detected.tensors[outer + name] for name in encoder if outer + name in detected.tensors}
-    return found
-
-
-def _misfit(name: str, tensor: TensorInfo, new: LazyTensor | None) -> str:
-    if new is None:
-        return f"nothing gives {name!r}, which the checkpoint has"
-    if new.shape != tensor.shape:
-        return f"{name!r} has shape {list(new.shape)}; the checkpoint's has {list(tensor.shape)}"
-    if new.dtype != tensor.dtype and not (new.dtype.is_float and tensor.dtype.is_float):
-        return f"{name!r} is {new.dtype.name}; the checkpoint's is {tensor.dtype.name}"
-    return ""
+    placement = place(host, parts)
+    replaced = {key: _cast(value, placement.old[key], dtype) for key, value in placement.new.items()}
+    other_files, notes = _other_files(host.folder, host.checkpoint) if host.folder else ([], [])
+    kept = sum(isinstance(value, TensorInfo) for value in host.checkpoint.contents.values()) - len(replaced)
+    files = f" and {len(other_files)} other files" if host.folder else ""
+    counts = f"replaced {len(replaced)} tensors; kept {kept}{files} as they were"
+    return Insertion(host, placement, replaced, other_files, [counts, *placement.notes, *notes])
 
 
 def _cast(value: LazyTensor, tensor: TensorInfo, dtype: str) -> LazyTensor:
@@ -177,18 +119,18 @@ def _within(folder: Path, path: Path) -> bool:
 def insertion_output(insertion: Insertion) -> Output:
     """The copy as an output: a folder or a single file, with the metadata of the host."""
     # Disk blocks, not file sizes: holes in sparse files are kept.
-    stats = [Path(file.path).stat() for file in insertion.host.files]
+    stats = [Path(file.path).stat() for file in insertion.host.checkpoint.files]
     room = sum(512 * getattr(stat, "st_blocks", stat.st_size // 512 + 1) for stat in stats)
     room += sum(map(nbytes, insertion.replaced.values()))
-    folder = insertion.folder
+    folder = insertion.host.folder
     return Output(insertion.tensors, room, partial(_write, insertion), folder is not None, source_folder=folder)
 
 
 def _write(insertion: Insertion, target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
     if isinstance(target, int):
-        _write_shard(insertion, insertion.host.files[0], target, on_bytes, on_data)
+        _write_shard(insertion, insertion.host.checkpoint.files[0], target, on_bytes, on_data)
         return
-    for file in insertion.host.files:
+    for file in insertion.host.checkpoint.files:
         with new_file(target / Path(file.path).name) as fd:
             _write_shard(insertion, file, fd, on_bytes, on_data)
     for path in insertion.other_files:
@@ -198,8 +140,8 @@ def _write(insertion: Insertion, target: int | Path, on_bytes: OnBytes, on_data:
 
 
 def _write_other_file(insertion: Insertion, relative: Path, fd: int) -> None:
-    assert insertion.folder is not None
-    path = insertion.folder / relative
+    assert insertion.host.folder is not None
+    path = insertion.host.folder / relative
     try:
         source = path.open("rb")
     except OSError as error:

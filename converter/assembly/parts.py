@@ -8,24 +8,33 @@ from pathlib import Path
 
 from converter.assembly import compressor as nets
 from converter.checkpoint.open import Checkpoint
-from converter.errors import LayoutError
+from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
+from converter.tensors.tensor_info import TensorInfo
 
 # The prefix of the encoder in DeepSeek-OCR's checkpoint.
 MODEL_PREFIX = "model."
 _CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
-# The tensors between encoder and language model: DeepSeek's names (misspelling included) -> transformers' names.
-_PROJECTOR = {
-    "projector.layers.weight": "multi_modal_projector.weight",
-    "projector.layers.bias": "multi_modal_projector.bias",
-    "image_newline": "image_newline",
-    "view_seperator": "view_separator",
-}
+_NO_PLACE = "the checkpoint of --into has no such tensor"
+# The tensors between encoder and language model in DeepSeek-OCR, and in GOT-OCR2 and Vary: their own names (misspelling
+# included) -> transformers' names.
+_PROJECTORS = (
+    {
+        "projector.layers.weight": "multi_modal_projector.weight",
+        "projector.layers.bias": "multi_modal_projector.bias",
+        "image_newline": "image_newline",
+        "view_seperator": "view_separator",
+    },
+    {
+        "mm_projector_vary.weight": "multi_modal_projector.multimodal_projector.weight",
+        "mm_projector_vary.bias": "multi_modal_projector.multimodal_projector.bias",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,17 @@ class EncoderParts:
     tensors: dict[str, LazyTensor]  # Its tensors by their names in DeepSeek-OCR's model, without `model.`
     generated: dict[str, str]  # Tensors that no source has, and their content
     dropped: dict[str, str]  # Source tensors that are left out, and why
+
+    def encoder(self, family: str) -> dict[str, LazyTensor]:
+        """The tensors of one encoder by canonical names."""
+        prefix = registry.encoder_prefix(family)
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+    @property
+    def projector(self) -> dict[str, LazyTensor]:
+        """The tensors that belong to no encoder."""
+        prefixes = tuple(map(registry.encoder_prefix, self.plans))
+        return {name: value for name, value in self.tensors.items() if not name.startswith(prefixes)}
 
     @property
     def constants(self) -> set[str]:
@@ -51,7 +71,7 @@ class EncoderParts:
 
 def encoder_record(
     parts: EncoderParts,
-    names: Mapping[str, str],
+    names: Mapping[str, Sequence[str]],
     outputs: Mapping[str, LazyTensor],
     destination: Destination,
     sources: Sequence[Checkpoint],
@@ -61,7 +81,7 @@ def encoder_record(
 
     Args:
         parts: The encoder.
-        names: The names of its tensors that are written, and their names in the output.
+        names: The names of its tensors that are written, and the names in the output of each one or of its parts.
         outputs: All tensors of the output.
         destination: Where they are written.
         sources: The checkpoints that are read, with the one that the encoder is inserted into.
@@ -72,18 +92,23 @@ def encoder_record(
         for family, resolved in parts.plans.items()
         for name, reason in resolved.plan.missing.items()
     }
-    unwritten = [value for name, value in parts.tensors.items() if name not in names]
-    constants = {tensor.key: _CONSTANT for value in unwritten for tensor in source_tensors(value)}
+    unwritten = {
+        tensor.key: _CONSTANT if name in parts.constants else _NO_PLACE
+        for name, value in parts.tensors.items()
+        if name not in names
+        for tensor in source_tensors(value)
+    }
+    written = [(name, new) for name, several in names.items() for new in several]
     return make_record(
         sources,
         parts.plans,
         outputs,
         destination,
         target="deepencoder",
-        generated={new: parts.generated[name] for name, new in names.items() if name in parts.generated},
+        generated={new: parts.generated[name] for name, new in written if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if name not in parts.tensors},
-        dropped=parts.dropped | constants,
-        converted={new: outputs[new] for new in names.values()},
+        dropped=parts.dropped | unwritten,
+        converted={new: outputs[new] for _, new in written},
         notes=notes,
     )
 
@@ -93,6 +118,7 @@ def build_encoder(
     compressor: str,
     open_file: Callable[[str | Path], Checkpoint],
     prefix: str | None = None,
+    host: Mapping[str, ResolvedPlan] | None = None,
 ) -> EncoderParts:
     """Combine the encoders of several checkpoints and a compressor.
 
@@ -101,6 +127,7 @@ def build_encoder(
         compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of the first encoder.
         open_file: Opens a checkpoint; called once for each name.
         prefix: The prefix of the encoders' names in all checkpoints, or None.
+        host: The plans of the checkpoint that they are inserted into, which may keep its compressor; or None.
 
     Raises:
         LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
@@ -116,13 +143,14 @@ def build_encoder(
     new: dict[str, LazyTensor] = {}
     generated: dict[str, str] = {}
     if compressor.startswith("random:"):
-        new = _with_prefix(nets.FAMILY, _random_compressor(compressor, plans))
+        new = _with_prefix(nets.FAMILY, _random_compressor(compressor, plans, host))
         text = f"{compressor}: untrained, uniform within 1/sqrt({{}})"
         generated = {name: text.format(9 * net.shape[1]) for name, net in new.items()}
     elif compressor:
         sources.append(open_file(compressor))
         new = _with_prefix(nets.FAMILY, nets.find_compressor(sources[-1]))
-    _check_compressor(plans, own | new, compressor or sources[0].name)
+    if host is None:
+        _check_compressor(plans, own | new, compressor or sources[0].name)
     replaced = {
         tensor.key: f"--compressor {compressor} replaces it"
         for name in new
@@ -133,7 +161,11 @@ def build_encoder(
 
 
 def extract_encoder(
-    source: Checkpoint, with_projector: bool, prefix: str | None = None, families: Sequence[str] = ()
+    source: Checkpoint,
+    with_projector: bool,
+    prefix: str | None = None,
+    families: Sequence[str] = (),
+    partial: bool = False,
 ) -> EncoderParts:
     """Take both encoders out of a checkpoint.
 
@@ -142,6 +174,7 @@ def extract_encoder(
         with_projector: Whether to take the projector too.
         prefix: The prefix of both encoders' names, or None.
         families: Their families; those of DeepSeek-OCR by default.
+        partial: Whether one encoder is enough, and the compressor may be missing.
 
     Raises:
         LayoutError: The checkpoint does not have both encoders.
@@ -150,14 +183,17 @@ def extract_encoder(
     try:
         plans = {option.family: resolve_to_canonical(source, option) for option in options}
     except LayoutError as error:
+        if partial:
+            raise
         raise LayoutError(
             f"{error}",
             "SOURCE must hold both SAM and CLIP; to combine two checkpoints, name them with --sam and --clip",
         ) from None
     tensors = _own_tensors(plans)
-    _check_compressor(plans, tensors, source.name)
+    if not partial:
+        _check_compressor(plans, tensors, source.name)
     if with_projector:
-        tensors |= _projector(source, plans[nets.FAMILY])
+        tensors |= _projector(source, plans)
     other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
     dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
@@ -170,10 +206,17 @@ def _channels(plans: dict[str, ResolvedPlan]) -> tuple[int, int]:
     return first["neck"], second["width"]
 
 
-def _random_compressor(compressor: str, plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """An untrained compressor of the encoders' sizes, in the type of SAM's neck."""
-    dtype = plans[nets.FAMILY].plan.outputs["neck.2.weight"].dtype.name
-    return {name: cast(value, dtype) for name, value in nets.seeded(compressor, *_channels(plans)).items()}
+def _random_compressor(
+    compressor: str, plans: dict[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
+) -> dict[str, LazyTensor]:
+    """An untrained compressor of the host's size, or of the encoders' without a host, in the type of SAM's neck."""
+    plan = plans[nets.FAMILY].plan
+    dtype = plan.outputs["neck.2.weight"].dtype.name
+    own = host and host[nets.FAMILY].plan.sizes.get("compressed")
+    if host is not None and own is None:
+        raise UsageError(f"--compressor {compressor}: the checkpoint of --into has no compressor", "leave it out")
+    channels = (plan.sizes["neck"], own) if own else _channels(plans)
+    return {name: cast(value, dtype) for name, value in nets.seeded(compressor, *channels).items()}
 
 
 def _check_compressor(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor], origin: str) -> None:
@@ -190,11 +233,11 @@ def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> 
         read = (*detected.tensors.values(), *detected.outside.values())
         files = {tensor.key: tensor.storage.file for tensor in read}
         for key, reason in plan.dropped.items():
-            if reason != (plan.mapping.drop_rest or OUTSIDE):
+            if (files.get(key), key) in used:
+                continue
+            # The other family may have a better reason.
+            if key not in dropped or reason != (plan.mapping.drop_rest or OUTSIDE):
                 dropped[key] = reason
-            elif (files.get(key), key) not in used:
-                # The other family may have a better reason.
-                dropped.setdefault(key, reason)
     return dropped
 
 
@@ -211,12 +254,21 @@ def _with_prefix(family: str, tensors: Mapping[str, LazyTensor]) -> dict[str, La
     return {registry.encoder_prefix(family) + name: value for name, value in tensors.items()}
 
 
-def _projector(source: Checkpoint, sam: ResolvedPlan) -> dict[str, LazyTensor]:
-    """The tensors of `_PROJECTOR`; LayoutError names those that are missing."""
+def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
+    """Return the projector's tensors next to an encoder by their own names; None for those that are missing."""
     base = MODEL_PREFIX if sam.detected.match.prefix.startswith(MODEL_PREFIX) else ""
     tensors = sam.detected.tensors
-    found = {name: tensors.get(base + name) or tensors.get(base + other) for name, other in _PROJECTOR.items()}
-    missing = [base + name for name, tensor in found.items() if tensor is None]
+    found = [
+        {name: tensors.get(base + name) or tensors.get(base + other) for name, other in names.items()}
+        for names in _PROJECTORS
+    ]
+    return next((each for each in found if any(each.values())), found[0])
+
+
+def _projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+    """The tensors of the projector; LayoutError names those that are missing."""
+    found = find_projector(next(iter(plans.values())))
+    missing = [name for name, tensor in found.items() if tensor is None]
     if missing:
         raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
     return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}

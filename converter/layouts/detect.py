@@ -9,6 +9,7 @@ from functools import cached_property
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_names
 from converter.errors import LayoutError, UsageError, printable
+from converter.layouts import registry
 from converter.layouts.claims import first_few
 from converter.layouts.explain import no_layout_error
 from converter.layouts.match import LayoutMatch, match_layouts, outermost, without_language_models
@@ -125,6 +126,13 @@ def detect_layouts(
     """
     names = [name for candidate in candidates for name in candidate.tensors]
     return [layout for candidate in candidates for layout in _detect(source, candidate, layouts, names)]
+
+
+def detect_families(source: Checkpoint, prefix: str | None = None) -> dict[str, list[DetectedLayout]]:
+    """Return the encoders of a checkpoint by family, of those families that it has; `prefix` is that of their names."""
+    candidates = select_state_dicts(source, None, prefix)
+    found = {family: detect_layouts(source, registry.layouts(family), candidates) for family in registry.families()}
+    return {family: detected for family, detected in found.items() if detected}
 
 
 def _detect(

@@ -18,7 +18,7 @@ from converter.layouts import registry
 from converter.output.digests import TensorDigests
 from converter.output.json_document import as_json
 from converter.output.pretrained import is_folder_output
-from converter.plan.assumptions import Assumption, describe_differences
+from converter.plan.assumptions import Assumption, describe_differences, used_assumptions
 from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
@@ -183,23 +183,13 @@ def make_record(
         dropped=dict(dropped),
         sizes=_by_family(plans, lambda plan: plan.sizes),
         unusual=_by_family(plans, lambda plan: plan.unusual),
-        assumptions=_by_family(plans, _used_assumptions),
+        assumptions=_by_family(plans, lambda plan: used_assumptions(plan.assumptions, plan.canonical_tensors)),
         notes=[
             *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, destination.path)),
             *notes,
             *(note for source in sources for note in source.notes),
         ],
     )
-
-
-def _used_assumptions(plan: Plan) -> dict[str, Assumption]:
-    """The assumptions on the encoder, and on those parts of a full model that are converted."""
-    return {
-        name: assumption
-        for name, assumption in plan.assumptions.items()
-        for part in [name.rpartition(".")[0]]
-        if not part or any(tensor.startswith(f"{part}.") for tensor in plan.canonical_tensors)
-    }
 
 
 def _warnings(plan: Plan, target: str, output: Path | None) -> list[str]:

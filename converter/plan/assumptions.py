@@ -102,6 +102,12 @@ def differences(assumptions: Assumptions) -> dict[str, Assumption]:
     }
 
 
+def used_assumptions(assumptions: Assumptions, tensors: Iterable[str]) -> dict[str, Assumption]:
+    """Return the assumptions on the encoder, and on those parts of a full model of which there are tensors."""
+    parts = {name.partition(".")[0] for name in tensors}
+    return {name: each for name, each in assumptions.items() if "." not in name or name.partition(".")[0] in parts}
+
+
 def describe_differences(assumptions: Assumptions) -> tuple[str, str]:
     """Return the differing values in words: the source's, with their origin, and the DeepEncoder's; empty for none."""
     different = differences(assumptions)

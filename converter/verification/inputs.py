@@ -14,7 +14,7 @@ from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_mark
 from converter.layouts.spec import LayoutSpec, Rule
 from converter.options import ConvertOptions
-from converter.plan.assumptions import Assumptions
+from converter.plan.assumptions import Assumptions, used_assumptions
 from converter.plan.plan import Plan
 from converter.plan.planner import plan_to_canonical
 from converter.storage.progress import OnProgress
@@ -179,7 +179,8 @@ def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: b
     encoder = replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors)
     if encoder.in_deep_encoder:
         return encoder
-    return replace(encoder, assumptions=plan.assumptions, remarks=tuple(plan.remarks))
+    assumptions = used_assumptions(plan.assumptions, plan.extra_tensors)
+    return replace(encoder, assumptions=assumptions, remarks=tuple(plan.remarks))
 
 
 def own_tensors(detected: DetectedLayout) -> dict[str, TensorInfo]:

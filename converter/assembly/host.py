@@ -1,0 +1,223 @@
+"""Hosts: checkpoints that an encoder is inserted into, and which of their tensors it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from converter.assembly.parts import EncoderParts, extract_encoder, find_projector
+from converter.checkpoint.folder import is_index
+from converter.checkpoint.open import Checkpoint
+from converter.errors import LayoutError, UsageError, first_names, printable
+from converter.layouts import registry
+from converter.layouts.claims import summary
+from converter.layouts.detect import DetectedLayout, detect_families
+from converter.layouts.spec import Rule, invert
+from converter.layouts.template import any_match
+from converter.options import ConvertOptions
+from converter.plan.apply import apply
+from converter.plan.planner import ResolvedPlan, plan_to_canonical
+from converter.storage.local_file import exists
+from converter.tensors.lazy_tensor import LazyTensor, Read, source_tensors
+from converter.tensors.tensor_info import TensorInfo
+
+
+@dataclass(frozen=True)
+class Host:
+    """A checkpoint whose encoders are replaced."""
+
+    checkpoint: Checkpoint
+    folder: Path | None  # Its folder; None for a single file
+    families: dict[str, list[DetectedLayout]]  # Its encoders by family
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return self.checkpoint.name
+
+    def resolve(self, family: str) -> ResolvedPlan:
+        """Plan the conversion of the family's encoder to the canonical layout; LayoutError unless there is one."""
+        found = self.families.get(family, [])
+        if len(found) != 1:
+            prefixes = first_names([printable(each.match.full_prefix) or "." for each in found])
+            what = (
+                f"has {len(found)} {family.upper()} encoders, under the prefixes {prefixes}"
+                if found
+                else (f"has no {family.upper()}; it has {self.families_text}")
+            )
+            step = "insert into a checkpoint that holds one of them alone" if found else f"leave out --{family}"
+            raise LayoutError(f"--into {self.name}: {what}", step)
+        return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
+
+    def resolve_all(self, families: Iterable[str]) -> dict[str, ResolvedPlan]:
+        """The plan of each family."""
+        return {family: self.resolve(family) for family in families}
+
+    @property
+    def families_text(self) -> str:
+        """The families that it has, for messages."""
+        return " and ".join(family.upper() for family in self.families)
+
+
+def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
+    """Open a checkpoint, and find its encoders by the layouts that ship, under any prefix.
+
+    Raises:
+        LayoutError: The checkpoint is not in safetensors, or has no encoder of a known layout.
+        UsageError: There is no such file or folder.
+    """
+    if not exists(path):
+        raise UsageError(
+            f"--into {path}: no such file or folder",
+            "download the checkpoint first (`hf download`), and give its folder",
+        )
+    checkpoint = open_file(path)
+    if set(checkpoint.containers) != {"safetensors"}:
+        formats = ", ".join(sorted(set(checkpoint.containers)))
+        raise LayoutError(
+            f"{checkpoint.name}: {formats}: --into supports only safetensors checkpoints",
+            "save the model with save_pretrained, which writes safetensors, and insert into that",
+        )
+    families = detect_families(checkpoint)
+    if not families:
+        names = " or ".join(family.upper() for family in registry.families())
+        raise LayoutError(
+            f"--into {checkpoint.name}: has no {names} of a known layout",
+            f"see what it holds: dsocr-convert inspect {path}",
+        )
+    return Host(checkpoint, path if path.is_dir() else path.parent if is_index(path.name) else None, families)
+
+
+def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix: str | None) -> EncoderParts:
+    """Take those encoders out of a checkpoint whose families the host has too.
+
+    Args:
+        source: The checkpoint.
+        host: The host.
+        with_projector: Whether to take the projector too.
+        prefix: The prefix of the encoders' names in `source`, or None.
+
+    Raises:
+        LayoutError: There is none.
+    """
+    found = detect_families(source, prefix)
+    shared = [family for family in found if family in host.families]
+    # Where none is shared, the error of the host's first family says what the source is.
+    parts = extract_encoder(source, with_projector, prefix, shared or [*host.families][:1], partial=True)
+    reasons = {
+        tensor.key: f"the checkpoint of --into has no {family.upper()}"
+        for family, each in found.items()
+        if family not in shared
+        for detected in each
+        for name, tensor in detected.tensors.items()
+        if name.startswith(detected.match.prefix)
+    }
+    return replace(parts, dropped={key: reasons.get(key, reason) for key, reason in parts.dropped.items()})
+
+
+@dataclass
+class Placement:
+    """The tensors of a new encoder in a host; the lists are those of differences."""
+
+    new: dict[str, LazyTensor] = field(default_factory=dict)  # By the host's keys
+    old: dict[str, TensorInfo] = field(default_factory=dict)  # The host's own, some of which they replace
+    names: dict[str, list[str]] = field(default_factory=dict)  # The host's keys of each tensor of the encoder
+    rules: dict[str, Rule] = field(default_factory=dict)  # The rules that make them, by the host's keys
+    without_place: list[str] = field(default_factory=list)  # The encoder's tensors that the host lacks
+    kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What only one of the two has."""
+        lists = (
+            (self.without_place, "left out {}: the checkpoint has none"),
+            (self.kept, "kept {}: the encoder has none"),
+        )
+        notes = [text.format(first_names(names)) for names, text in lists if names]
+        own = all(_is_same(new, self.old[key]) for key, new in self.new.items())
+        return [*notes, "the encoder is the checkpoint's own: nothing changes"] if own else notes
+
+
+def place(host: Host, parts: EncoderParts) -> Placement:
+    """Convert an encoder to the host's layouts.
+
+    Raises:
+        UsageError: Layers, shapes or types differ.
+    """
+    placement = Placement()
+    for family, (detected, plan) in host.resolve_all(parts.plans).items():
+        _place_encoder(placement, family, ResolvedPlan(detected, plan), parts)
+    _place_projector(placement, host, parts)
+    placement.problems += [
+        problem for key, value in placement.new.items() if (problem := _misfit(placement.old[key], value))
+    ]
+    if placement.problems:
+        raise UsageError(
+            f"{host.name}: the encoder does not fit: {summary(placement.problems)}",
+            "use an encoder of the same sizes: --compressor takes another compressor, and dsocr-convert FAMILY "
+            "--image-size resamples positions",
+        )
+    others = [f"its {family.upper()}" for family in host.families if family not in parts.plans]
+    return replace(placement, kept=[*others, *placement.kept])
+
+
+def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts: EncoderParts) -> None:
+    (detected, plan), new = host, parts.plans[family].plan
+    mapping, prefix = detected.match.layout.mapping, registry.encoder_prefix(family)
+    if new.sizes["depth"] != plan.sizes["depth"]:
+        depths = f"{new.sizes['depth']} layers; the checkpoint's has {plan.sizes['depth']}"
+        placement.problems.append(f"the {family.upper()} has {depths}")
+    rules = invert(mapping.rules_for(detected.match.prefix))
+    inside = [template for rule in invert(mapping.rules) for template in rule.sources]
+    # What a layout has inside the encoder is replaced too, such as CLIP's last norm; its text tower is not.
+    extra = {name: value for name, value in plan.extra_tensors.items() if any_match(inside, name)}
+    values = parts.encoder(family) | {name: new.extra_tensors[name] for name in extra if name in new.extra_tensors}
+    names = {name: _targets(rules, name) for name in values}
+    claimed = {name: value for name, value in values.items() if names[name]}
+    applied = apply(tuple(rule._replace(optional=True) for rule in rules), claimed, detected.match.name)
+    own = {tensor.key: tensor for value in (plan.outputs | extra).values() for tensor in source_tensors(value)}
+    keys = {name: tensor.key for name, tensor in detected.tensors.items() if tensor.key in own}
+    for name, targets in names.items():
+        if found := [keys[target] for target in targets if target in keys]:
+            placement.names[prefix + name] = found
+        elif prefix + name not in parts.constants:
+            placement.without_place.append(prefix + name)
+    made = {keys[name]: name for name in applied.values if name in keys}
+    placement.new |= {key: applied.values[name] for key, name in made.items()}
+    placement.rules |= {key: applied.rules[name] for key, name in made.items()}
+    placement.old |= own
+    placement.kept += [key for key in own if key not in made]
+
+
+def _targets(rules: Iterable[Rule], name: str) -> list[str]:
+    """The names that rules make of one tensor."""
+    matches = ((rule, source.match(name)) for rule in rules for source in rule.sources)
+    return [target.fill(match) for rule, match in matches if match is not None for target in rule.targets]
+
+
+def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> None:
+    if not parts.projector:
+        return
+    found = find_projector(host.resolve(next(iter(parts.plans))))
+    for name, value in parts.projector.items():
+        if old := found.get(name):
+            placement.new[old.key], placement.old[old.key], placement.names[name] = value, old, [old.key]
+        else:
+            placement.without_place.append(name)
+
+
+def _misfit(old: TensorInfo, new: LazyTensor) -> str:
+    if new.shape != old.shape:
+        return f"{old.key!r} has shape {list(old.shape)}; the encoder's has {list(new.shape)}"
+    if new.dtype != old.dtype and not (new.dtype.is_float and old.dtype.is_float):
+        return f"{old.key!r} is {old.dtype.name}; the encoder's is {new.dtype.name}"
+    return ""
+
+
+def _is_same(new: LazyTensor, old: TensorInfo) -> bool:
+    """Whether both are the same tensor of the same file."""
+    if not isinstance(new, Read) or new.tensor.key != old.key:
+        return False
+    return new.tensor.storage.file.identity == old.storage.file.identity
