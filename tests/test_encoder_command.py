@@ -26,7 +26,7 @@ from converter.api.encoder import encoder
 from converter.api.verify import verify
 from converter.assembly.compressor import seeded
 from converter.encoders import DeepEncoder
-from converter.errors import DsocrError, LayoutError, OutputError, UsageError
+from converter.errors import DsocrError, OutputError, UsageError
 from converter.tensors.lazy_tensor import Generated
 
 State = dict[str, torch.Tensor]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,10 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from command import run
 from torch import nn
 
-import converter
 from converter.api.encoder import encoder
 from converter.api.verify import verify
-from converter.errors import DsocrError, LayoutError, UsageError
 
 State = dict[str, torch.Tensor]
 
