@@ -161,11 +161,3 @@ def test_latest_is_followed(tmp_path: Path) -> None:
     # The weights that the trainer gathered are in the folder itself.
     safetensors.torch.save_file(B, tmp_path / "model.safetensors")
     assert opened(tmp_path).contents.keys() == {"b"}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_distributed_checkpoints_are_named(tmp_path: Path) -> None:
-    torch.distributed.checkpoint.save(A, checkpoint_id=tmp_path, no_dist=True)
-    for source in (tmp_path, tmp_path / ".metadata", tmp_path / "__0_0.distcp"):
-        with pytest.raises(ContainerError, match=rf"DCP.*\n.*format_utils dcp_to_torch {tmp_path} weights\.pth"):
-            opened(source)

@@ -47,11 +47,6 @@ _UNFINISHED = (".aria2", ".incomplete", ".crdownload", ".part", ".partial")
 # Checkpoints in several files that are read together: a pattern of one of their names, what it is, the next step.
 _DISTRIBUTED = (
     (
-        "*.distcp",
-        "a checkpoint of torch.distributed.checkpoint (DCP)",
-        "make it one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth",
-    ),
-    (
         "*zero_pp_rank_*_model_states.pt",
         "a checkpoint of DeepSpeed ZeRO-3, which splits each tensor",
         "gather it, in the folder above, where DeepSpeed wrote this script: python zero_to_fp32.py . gathered",

@@ -21,6 +21,7 @@ from converter.checkpoint.folder import (
 )
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, printable
 from converter.formats import strict_json
+from converter.formats.torch_dcp import METADATA, SUFFIX
 from converter.hub.address import is_address, looks_like_repository, open_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
@@ -39,6 +40,7 @@ class Located(NamedTuple):
     weight_map: dict[str, str] | None = None  # Shard names by tensor name, from the index; None without an index
     commit: str = ""  # The commit of the hub repository; empty for local files
     notes: tuple[str, ...] = ()  # Messages for the user about where the files were found
+    is_dcp: bool = False  # Whether the files are `.metadata` and the *.distcp files of a DCP folder
     whole_step: str = ""  # How to read the whole checkpoint, if the file is one of several shards and read alone
     in_other_shards: tuple[str, ...] = ()  # Names of the tensors in other shards, as far as an index lists them
     # Opens a config of the given name that describes the files; None if there is none
@@ -143,7 +145,7 @@ class _HubFiles:
 
 
 def _locate_local(path: Path) -> Located:
-    if path.suffix == ".distcp" or path.name == ".metadata":
+    if path.suffix == SUFFIX or path.name == METADATA:
         path = path.parent
     return _open_folder(_LocalFiles(), path) if path.is_dir() else _open_path(_LocalFiles(), path)
 
@@ -158,6 +160,8 @@ def _open_folder(files: _Files, folder: PurePath) -> Located:
         if step in folders:
             config = partial(_open_config, files, latest, ())
             return _open_folder(files, folder / step)._replace(open_config=config)
+    if _is_dcp(names):
+        return _open_dcp(files, folder, names)
     listed = _shards_of_indexes(files, folder, names)
     chosen = choose_checkpoint([name for name in names if name not in listed], folders, files.name(folder), files.error)
     if len(chosen) == 1:
@@ -165,6 +169,29 @@ def _open_folder(files: _Files, folder: PurePath) -> Located:
     note = f"no index: read the {len(chosen)} shards by their headers"
     config = partial(_open_config, files, folder / chosen[0], chosen)
     return Located(files.name(folder), _open_all(files, folder, chosen), notes=(note,), open_config=config)
+
+
+def _is_dcp(names: Collection[str]) -> bool:
+    """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and none that is preferred."""
+    is_part = METADATA in names or any(name.endswith(SUFFIX) for name in names)
+    return is_part and not any(name in names for name in STANDARD_NAMES)
+
+
+def _open_dcp(files: _Files, folder: PurePath, names: Collection[str]) -> Located:
+    shown = files.name(folder)
+    if METADATA not in names:
+        if any(name.endswith(METADATA) for name in names):
+            what = "each rank wrote its own metadata, without the others (use_collectives=False)"
+            raise files.error(
+                f"{shown}: {what}", "load it on as many ranks, and save it again with use_collectives=True"
+            )
+        raise files.error(
+            f"{shown}: lacks {METADATA}, which torch.distributed.checkpoint writes last",
+            f"the save or the copy was not finished: `cp FOLDER/*` leaves {METADATA} out, `cp -r FOLDER` does not",
+        )
+    used = [METADATA, *sorted(name for name in names if name.endswith(SUFFIX))]
+    config = partial(_open_config, files, folder / METADATA, used)
+    return Located(shown, _open_all(files, folder, used), is_dcp=True, open_config=config)
 
 
 def _shards_of_indexes(files: _Files, folder: PurePath, names: Collection[str]) -> set[str]:

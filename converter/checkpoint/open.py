@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError, first_names
+from converter.formats import torch_dcp
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import Range, SourceFile
 from converter.storage.progress import OnProgress
+from converter.tensors.lazy_tensor import stored_parts
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class Checkpoint:
             return
         spans: dict[SourceFile, list[Range]] = {file: [] for file in remote}
         for tensor in tensors:
-            if tensor.storage.file in spans:
-                spans[tensor.storage.file].append(tensor.storage.span)
+            for part in stored_parts(tensor) if tensor.storage.file in spans else ():
+                spans[part.storage.file].append(part.storage.span)
         report = _fetch_reporter(remote, sum(file.size for file in self.files), on_progress)
         for file in remote:
             (file.fetch_all if keep else file.prefetch)(spans[file], report)
@@ -97,7 +99,7 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
     with ExitStack() as stack:
         for file in located.files:
             stack.callback(file.close)
-        opened = [open_file(file) for file in located.files]
+        opened = _open_files(located)
         containers = tuple(container for container, _ in opened)
         shards = [contents for _, contents in opened]
         is_single = len(shards) == 1 and located.weight_map is None
@@ -118,6 +120,15 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         located.whole_step,
         located.in_other_shards,
     )
+
+
+def _open_files(located: Located) -> list[tuple[str, Contents]]:
+    """Return the container and the contents of each file."""
+    if not located.is_dcp:
+        return [open_file(file) for file in located.files]
+    metadata, *others = located.files
+    contents = torch_dcp.load(metadata, {PurePath(file.name).name: file for file in others})
+    return [(torch_dcp.CONTAINER, contents), *((torch_dcp.CONTAINER, {}) for _ in others)]
 
 
 def check_name(name: object) -> None:

@@ -38,6 +38,7 @@ def unpickle(
     where: str,
     globals_: Globals | None = None,
     persistent_load: Callable[[Any], Any] | None = None,
+    max_memory: int = MAX_MEMORY,
 ) -> tuple[Any, int]:
     """Read one pickle.
 
@@ -46,6 +47,7 @@ def unpickle(
         where: Name of the pickle in messages.
         globals_: Values of the globals that the pickle may refer to.
         persistent_load: Converts a persistent id, a reference to data outside of the pickle.
+        max_memory: Bytes that its values may take, as estimated by opcode.
 
     Returns:
         The value, and the position after the pickle in `data`.
@@ -54,7 +56,7 @@ def unpickle(
         TruncatedPickleError: `data` ends inside of the pickle.
         ContainerError: The pickle is damaged, or refers to a global that is not in the table.
     """
-    machine = _Machine(data, globals_ or {}, persistent_load)
+    machine = _Machine(data, globals_ or {}, persistent_load, max_memory)
     try:
         return machine.run(), machine.pos + 1
     except PickleError as error:
@@ -75,10 +77,12 @@ _CONTAINERS = frozenset({list, tuple, dict, set, frozenset})
 class _Machine:
     """State of the pickle virtual machine: the stack, the stacks saved by MARK, and the memo."""
 
-    __slots__ = ("arguments", "data", "globals", "memo", "outer", "persistent_load", "pos", "stack")
+    __slots__ = ("arguments", "data", "globals", "max_memory", "memo", "outer", "persistent_load", "pos", "stack")
 
-    def __init__(self, data: bytes, globals_: Globals, persistent_load: Callable[[Any], Any] | None) -> None:
-        self.data, self.pos = data, 0
+    def __init__(
+        self, data: bytes, globals_: Globals, persistent_load: Callable[[Any], Any] | None, max_memory: int
+    ) -> None:
+        self.data, self.pos, self.max_memory = data, 0, max_memory
         self.globals, self.persistent_load = globals_, persistent_load
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
@@ -98,8 +102,8 @@ class _Machine:
             if opcode == _STOP:
                 return self.stack.pop()
             memory += MEMORY[opcode]
-            if memory > MAX_MEMORY:
-                raise PickleError(f"values of more than {MAX_MEMORY} bytes", RESAVE)
+            if memory > self.max_memory:
+                raise PickleError(f"values of more than {self.max_memory} bytes", RESAVE)
             _HANDLERS[opcode](self, argument)
 
     def count_arguments(self, arguments: int) -> None:

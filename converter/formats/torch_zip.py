@@ -15,20 +15,20 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from typing import IO
+from typing import IO, Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import resave_step
 from converter.formats.pickle_reader import MAX_PICKLE, unpickle
-from converter.formats.torch_contents import contents_of
-from converter.formats.torch_pickle import StorageRef, StorageRefs, TorchGlobals
+from converter.formats.torch_contents import Resolver, contents_of
+from converter.formats.torch_pickle import StorageRef, StorageRefs, TensorRecord, TorchGlobals
 from converter.formats.zip_directory import is_zip, read_directory, read_small
 from converter.storage.byte_range import DAMAGED, Segment, Storage
 from converter.storage.local_file import SourceFile
 from converter.storage.stream import Copier, OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import Outputs, segments_of
-from converter.tensors.tensor_info import Contents, contiguous_strides
+from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
 
 CONTAINER = "torch zip"
 
@@ -50,13 +50,21 @@ def can_read(file: SourceFile) -> bool:
 
 
 def load(file: SourceFile) -> Contents:
-    archive = Archive(file)
-    globals_ = TorchGlobals()
-    value, _ = unpickle(archive.pickle, archive.where, globals_, StorageRefs().load)
+    archive, globals_ = Archive(file), TorchGlobals()
+    value = archive.unpickled(globals_)
     contents = contents_of(file, value, archive.storage, globals_.ignored)
     if not archive.members.has_checksums:
         contents.notes = ("the file holds no checksums (CRC-32): damaged weights would not be noticed",)
     return contents
+
+
+def load_tensor(file: SourceFile, key: str) -> TensorInfo:
+    """Describe the tensor of a file that holds one tensor alone; it gets the name `key`."""
+    archive = Archive(file)
+    record = archive.unpickled(TorchGlobals())
+    if type(record) is not TensorRecord:
+        raise ContainerError(f"{file.name}: holds no tensor, but {key!r} is expected there", DAMAGED)
+    return Resolver(file, archive.storage).tensor(key, record)
 
 
 class Archive:
@@ -72,6 +80,10 @@ class Archive:
         step = resave_step(file.read(pickle.offset, min(pickle.length, 4096))) if pickle.size > MAX_PICKLE else ""
         self.pickle = read_small(pickle, MAX_PICKLE, step)
         self._big_endian = self._byteorder() == b"big"
+
+    def unpickled(self, globals_: TorchGlobals) -> Any:
+        """The saved object."""
+        return unpickle(self.pickle, self.where, globals_, StorageRefs().load)[0]
 
     def _check_version(self) -> None:
         """Refuse an archive that torch refuses. Files written by hand may lack the version, or a number in it."""

@@ -47,6 +47,8 @@ def bit_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def read_tensor(tensor: TensorInfo) -> torch.Tensor:
     """Read a tensor of a checkpoint into memory."""
+    if tensor.assemble is not None:
+        return evaluate(tensor.assemble())
     dtype = torch_dtype(tensor.dtype.name)
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)

@@ -172,6 +172,11 @@ def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
     return (part.tensor for part in _expressions(value) if isinstance(part, Read))
 
 
+def stored_parts(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """Yield the tensors that a tensor of a checkpoint is stored as: itself, or its parts."""
+    return source_tensors(lazy_read(tensor) if tensor.assemble is None else tensor.assemble())
+
+
 def is_resampled(value: LazyTensor) -> bool:
     """Whether a lazy tensor interpolates."""
     return any(isinstance(part, Resample) for part in _expressions(value))
@@ -322,6 +327,8 @@ def grid_size_of(kind: str, shape: tuple[int, ...]) -> int | None:
 def byte_ranges(value: LazyTensor) -> list[Segment] | None:
     """Return the segments that make up the tensor, in order, or None if the tensor must be computed."""
     match value:
+        case Read(tensor=tensor) if tensor.assemble is not None:
+            return byte_ranges(tensor.assemble())
         case Read(tensor=tensor):
             return [ByteRange(tensor.storage, tensor.byte_offset, tensor.nbytes)] if tensor.is_raw_contiguous else None
         case View(base=base):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
@@ -21,6 +21,8 @@ class TensorInfo(NamedTuple):
         storage: The bytes that the tensor views.
         byte_offset: The offset of the first element in the storage, in bytes.
         strides: The strides in elements.
+        assemble: For a tensor in several parts, returns it as a LazyTensor over them, each a tensor of its own.
+            `storage` is then only where the first part is.
     """
 
     key: str
@@ -29,6 +31,7 @@ class TensorInfo(NamedTuple):
     storage: Storage
     byte_offset: int
     strides: tuple[int, ...]
+    assemble: Callable[[], Any] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -16,7 +17,7 @@ from torch import Tensor
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import state_dicts
 from converter.errors import ContainerError, DsocrError, UsageError
-from converter.formats import registry
+from converter.formats import registry, torch_dcp
 from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
@@ -94,6 +95,8 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
         module = torch.jit.load(file.path, map_location="cpu")  # type: ignore[no-untyped-call]
         # By attribute: state_dict() leaves out the buffers of torch 1.4, which does not list them.
         return lambda path, key: operator.attrgetter(key)(module)
+    if container == torch_dcp.CONTAINER:
+        return _open_dcp(Path(file.path).parent)
     if container in ("torch zip", "torch legacy"):
         contents = _torch_load(file.path, mapped and container in _IN_PLACE)
         return lambda path, key: _at(contents, path)[key]
@@ -103,6 +106,30 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
         raise UsageError(message, "ask the package that provides the loader for one")
     tensors = loader.reference(file.path)
     return lambda path, key: tensors[key]
+
+
+@functools.cache
+def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
+    """A function that has torch's own planner gather one tensor of a DCP folder."""
+    # They take a second, and are not in every build of torch.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader: Any = FileSystemReader(folder)
+    with (folder / torch_dcp.METADATA).open("rb") as file:
+        metadata: Any = restricted_pickle.load_dcp_metadata(file)
+    reader.read_metadata = lambda: metadata
+
+    def read(path: str, key: str) -> Tensor:
+        name = f"{path}.{key}" if path else key
+        found = metadata.state_dict_metadata[name]
+        tensors = {name: torch.empty(found.size, dtype=found.properties.dtype)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(tensors, storage_reader=reader, no_dist=True)
+        return tensors[name]
+
+    return read
 
 
 def _torch_load(path: str, mapped: bool) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import pickle
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch._weights_only_unpickler import _get_allowed_globals
@@ -77,6 +78,10 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         super().__init__(*args, **options)
         self._table = _table()
 
+    def add(self, module: Any, names: Iterable[str]) -> None:
+        """Add classes of a module to the table."""
+        self._table |= {f"{module.__name__}.{name}": getattr(module, name) for name in names}
+
     def find_class(self, module: str, name: str) -> Any:
         """A global of torch's table, or a new class of placeholders."""
         # Protocols 0 to 2 use the names of Python 2.
@@ -97,3 +102,13 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
 def load(file: Any, **options: Any) -> Any:
     """Read the next pickle of a file."""
     return Unpickler(file, **options).load()
+
+
+def load_dcp_metadata(file: Any) -> Any:
+    """Read the `.metadata` of a folder of torch.distributed.checkpoint, with that module's own classes."""
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    reader = Unpickler(file)
+    reader.add(filesystem, ("_StorageInfo",))
+    reader.add(metadata, (*metadata.__all__, "_MEM_FORMAT_ENCODING"))
+    return reader.load()

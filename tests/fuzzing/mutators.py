@@ -198,6 +198,8 @@ _OPCODES = [
         ("torch._utils", "_rebuild_parameter"),
         ("torch._utils", "_rebuild_sparse_tensor"),
         ("_codecs", "encode"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
         ("__torch__.m", "M"),
     )),
 ]  # fmt: skip
@@ -303,6 +305,27 @@ def packed(members: Iterable[tuple[str, bytes, int]]) -> bytes:
             info.compress_type = method
             target.writestr(info, held)
     return buffer.getvalue()
+
+
+# ---- folders of torch.distributed.checkpoint
+
+
+def dcp_parts(data: bytes) -> tuple[bytes, bytes]:
+    """`.metadata`, whose length is in the first four bytes, and the file of chunks."""
+    end = 4 + int.from_bytes(data[:4], "little")
+    return data[4:end], data[end:]
+
+
+def dcp_input(metadata: bytes, chunks: bytes) -> bytes:
+    return len(metadata).to_bytes(4, "little") + metadata + chunks
+
+
+@_formed
+def dcp(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
+    metadata, chunks = dcp_parts(data)
+    if chance.random() < 0.9:
+        return dcp_input(pickle(metadata, most, chance, mutate), chunks)
+    return dcp_input(metadata, mutate(chunks or b"\0", len(chunks) + 8))
 
 
 # ---- text

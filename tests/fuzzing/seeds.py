@@ -24,7 +24,7 @@ import torch
 import converter
 from converter.layouts import registry
 from fuzzing import targets
-from fuzzing.mutators import members_of, packed
+from fuzzing.mutators import dcp_input, members_of, packed
 
 MAX_INPUT = 64 << 10  # bytes
 
@@ -106,6 +106,7 @@ def seeds() -> Seeds:
         "torch-zip": zips + [file for file in deflated if b"constants.pkl" not in file],
         "torch-legacy": legacy,
         "torchscript": scripts + [file for file in deflated if b"constants.pkl" in file],
+        "dcp": [_dcp(state) for state in states()],
         "container": [tables[0], zips[0], legacy[0], scripts[0], b"version https://git-lfs", b"<html>", b"\x1f\x8b"],
         "pickle": [data for file in zips for name, data, _ in members_of(file) if name.endswith("data.pkl")],
         "zip": [*zips[:2], *deflated, packed([("a/b", b"data", 0)])],
@@ -114,6 +115,28 @@ def seeds() -> Seeds:
         "index": [json.dumps(document).encode() for document in _indexes()],
         "record": _records(),
     }
+
+
+def _dcp(state: dict[Any, Any]) -> bytes:
+    """A folder of torch.distributed.checkpoint, in which two tensors of two rows are the parts of another one."""
+    from hostile import dcp
+
+    def joined(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["x"]
+        entry.chunks.append(dcp.block((2, 0), (2, 3)))
+        entry.size = dcp.size(4, 3)
+        index = dcp.MetadataIndex("rest", dcp.size(0, 0))
+        metadata.storage_data[dcp.MetadataIndex("x", dcp.size(2, 0))] = metadata.storage_data.pop(index)
+        del metadata.state_dict_metadata["rest"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        source = {str(key): value for key, value in state.items()}
+        dcp.write(
+            path, {"model": source, "x": torch.ones(2, 3), "rest": torch.ones(2, 3), "optim": {"y": torch.ones(1)}}
+        )
+        dcp.rewrite(path, path, joined)
+        return dcp_input(*((path / name).read_bytes() for name in (dcp.METADATA, dcp.FILE)))
 
 
 def _indexes() -> list[object]:
@@ -140,6 +163,8 @@ def hostile() -> Iterator[bytes]:
                 inside = Path(folder, "in")
                 inside.mkdir()
                 case.build(inside)
+                if all((inside / name).is_file() for name in (".metadata", "__0_0.distcp")):
+                    yield dcp_input(*((inside / name).read_bytes() for name in (".metadata", "__0_0.distcp")))
                 for file in sorted(inside.rglob("*")):
                     if file.is_file() and not file.is_symlink() and file.stat().st_size <= 16 * MAX_INPUT:
                         yield file.read_bytes()
@@ -147,6 +172,7 @@ def hostile() -> Iterator[bytes]:
 
 # The targets that a file of the corpus is a seed of.
 _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
+    (lambda data: data[4:5] == b"\x80" and b"torch.distributed.checkpoint" in data, ("dcp",)),
     (lambda data: data[8:9] == b"{", ("safetensors", "container")),
     (lambda data: data[:2] == b"PK" and b"constants.pkl" in data, ("torchscript", "zip")),
     (lambda data: data[:2] == b"PK", ("torch-zip", "zip")),

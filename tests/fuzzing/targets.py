@@ -23,6 +23,7 @@ from converter.formats import (
     pickle_reader,
     safetensors,
     torch_contents,
+    torch_dcp,
     torch_legacy,
     torch_pickle,
     torch_zip,
@@ -41,7 +42,7 @@ from converter.plan.planner import resolve
 from converter.storage.byte_range import Storage
 from converter.storage.stream import Copier
 from converter.tensors.dtypes import BY_NAME
-from converter.tensors.lazy_tensor import byte_ranges, lazy_read
+from converter.tensors.lazy_tensor import byte_ranges, lazy_read, stored_parts
 from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
 from fuzzing import mutators
 from fuzzing.mutators import Mutator
@@ -113,11 +114,14 @@ def check(tensor: TensorInfo) -> None:
 
 
 def _read(tensor: TensorInfo, copier: Copier) -> None:
-    segments = byte_ranges(lazy_read(tensor))
-    if segments is None:
-        assert len(tensor.storage.read()) == tensor.storage.size
-    else:
-        copier.copy(segments)
+    byte_ranges(lazy_read(tensor))
+    for part in stored_parts(tensor):
+        check(part)
+        segments = byte_ranges(lazy_read(part))
+        if segments is None:
+            assert len(part.storage.read()) == part.storage.size
+        else:
+            copier.copy(segments)
 
 
 # ---- the readers
@@ -136,6 +140,12 @@ def container(data: bytes) -> None:
     """A file of any format."""
     _, contents = formats_registry.open_file(Memory(data))
     use(contents)
+
+
+def dcp(data: bytes) -> None:
+    """A DCP folder, as `mutators.dcp_parts` splits the bytes."""
+    metadata, chunks = mutators.dcp_parts(data)
+    use(torch_dcp.load(Memory(metadata), {f"__{rank}_0.distcp": Memory(chunks) for rank in range(2)}))
 
 
 def pickle(data: bytes) -> None:
@@ -267,6 +277,7 @@ TARGETS: dict[str, Target] = {
     "torch-zip": Target(_loaded(torch_zip), mutators.archive),
     "torch-legacy": Target(_loaded(torch_legacy), mutators.pickle),
     "torchscript": Target(_loaded(torchscript), mutators.archive),
+    "dcp": Target(dcp, mutators.dcp),
     "container": Target(container),
     "pickle": Target(pickle, mutators.pickle),
     "zip": Target(zip_members, mutators.archive),
