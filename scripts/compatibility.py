@@ -27,7 +27,7 @@ READS = ("torch zip", "torch legacy", "TorchScript", "safetensors", "torch shard
 WRITES = ("safetensors", ".pth", "folder")
 # What only some layouts come in, or are written to: programs make no other.
 ELSEWHERE = {"TorchScript", "folder"}
-TESTS = ("tests/test_oracles.py", "tests/test_routes.py", "tests/test_folders.py")
+TESTS = ("tests/test_oracles.py", "tests/test_routes.py", "tests/test_folders.py", "tests/test_mlx.py")
 _MARKS = ("<!-- made by scripts/compatibility.py -->\n", "<!-- end -->\n")
 
 Cells = set[tuple[str, str, str]]

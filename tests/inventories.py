@@ -40,6 +40,32 @@ def mmpretrain_name(name: str) -> str:
     return name
 
 
+def mlx_name(name: str) -> str:
+    """Return mlx-vlm's name for a tensor of DeepSeek-OCR, DeepSeek-OCR-2 or GOT-OCR2; transformers' names stay."""
+    for pattern, replacement in (
+        (r"^model\.vision_tower_high\.neck\.(0|2)\.", lambda found: f"vision_tower.conv{int(found[1]) // 2 + 1}."),
+        (r"^model\.vision_tower_high\.neck\.(1|3)\.", lambda found: f"vision_tower.norm{int(found[1]) // 2 + 1}."),
+        (r"^model\.vision_tower_high\.", "vision_tower."),
+        (r"^model\.qwen2_model\.query_(\w+)\.weight$", r"vision_model.qwen2_encoder.query_\1"),
+        (r"^model\.qwen2_model\.model\.model\.", "vision_model.qwen2_encoder."),
+        (r"^model\.view_seperator$", "view_separator"),
+        (r"^model\.(sam_model|vision_model|projector|image_newline)", r"\1"),
+        (r"^(model\.(layers|embed_tokens|norm)\.|lm_head\.)", r"language_model.\1"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def is_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether MLX stores a tensor with its channels last."""
+    return len(shape) == 4 and name.endswith("weight")
+
+
+def mlx_entry(name: str, value: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    dtype, shape = value
+    return dtype, tuple(shape[dim] for dim in (0, 2, 3, 1)) if is_convolution(name, shape) else shape
+
+
 @cache
 def inventories() -> dict[str, Inventory]:
     """Every inventory by its checkpoint's name, and those that differ from another by a prefix alone."""
@@ -72,6 +98,9 @@ def inventories() -> dict[str, Inventory]:
     # The names of these libraries for the same sizes.
     found["owlvit"] = {f"owlvit.{owlvit_name(key)}": value for key, value in found["clip-hf-current"].items()}
     found["mmpretrain"] = {f"backbone.{mmpretrain_name(key)}": value for key, value in found["sam-timm"].items()}
+    # As MLX stores them.
+    for name in ("deepseek-ocr", "deepseek-ocr-2", "got-ocr2", "sam-hf-safetensors", "clip-hf-current"):
+        found[f"{name}-mlx"] = {mlx_name(key): mlx_entry(key, value) for key, value in found[name].items()}
     return found
 
 

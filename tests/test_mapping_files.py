@@ -316,14 +316,22 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("deepseek-ocr-2-sglang", "qwen2"): "qwen2-deepseek-ocr2-sglang",
     ("deepseek-ocr-2-hf-vision", "qwen2"): "qwen2-deepseek-ocr2-hf",
     ("qwen2-0.5b", "qwen2"): "qwen2-hf",
+    ("deepseek-ocr-mlx", "sam"): "sam-mlx",
+    ("deepseek-ocr-mlx", "clip"): "clip-mlx",
+    ("deepseek-ocr-2-mlx", "sam"): "sam-mlx",
+    ("deepseek-ocr-2-mlx", "qwen2"): "qwen2-mlx",
+    ("got-ocr2-mlx", "sam"): "sam-got-ocr2-mlx",
+    ("sam-hf-safetensors-mlx", "sam"): "sam-hf-mlx",
+    ("clip-hf-current-mlx", "clip"): "clip-hf-mlx",
 }
 UNUSUAL = {
     "sam-meta-vit-h": {"depth": (32, 12), "width": (1280, 768), "mlp": (5120, 3072), "head": (80, 64)},
     "clip-hf-vision-336": {"positions": (577, 257)},
     "clip-timm-336": {"positions": (577, 257)},
 }
-SECOND = {"deepseek-ocr-2", "deepseek-ocr-2-vision", "deepseek-ocr-2-sglang", "deepseek-ocr-2-hf-vision"}
-WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "unlimited-ocr-hf-vision", *SECOND}
+SECOND = {"deepseek-ocr-2", *(f"deepseek-ocr-2-{kind}" for kind in ("vision", "sglang", "hf-vision", "mlx"))}
+MLX = {"got-ocr2-mlx", "deepseek-ocr-mlx"}
+WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "unlimited-ocr-hf-vision", *MLX, *SECOND}
 
 
 def converted(checkpoint: str, family: str, folder: Path) -> ConversionRecord:

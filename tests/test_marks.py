@@ -97,8 +97,9 @@ def not_gathered() -> State:
 
 
 def channels_last() -> State:
-    name = "vision_model.embeddings.patch_embedding.weight"
-    return {**clip(), name: clip()[name].permute(0, 2, 3, 1).contiguous()}
+    """MLX's order under names that no layout of MLX has."""
+    state = models.open_clip().visual.state_dict()
+    return {**state, "conv1.weight": state["conv1.weight"].permute(0, 2, 3, 1)}
 
 
 MARKS: dict[str, tuple[Callable[[], State], str, str]] = {

@@ -17,6 +17,7 @@ from pathlib import Path
 import models
 import pytest
 import test_folders
+import test_mlx
 import test_oracles
 import test_routes
 import torch
@@ -128,6 +129,8 @@ def test_the_table_is_what_the_tests_show(page: Path) -> None:
     reads |= {(f"deepencoder-{family}", name) for family in ("sam", "clip", "qwen2") for name in test_oracles.SAVERS}
     writes = {(layout, name) for layout in test_routes.PROGRAMS for name in ("safetensors", ".pth")}
     writes |= {(layout, "folder") for layout in test_folders.WRITTEN}
+    reads |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
+    writes |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
     cells = {("reads", *cell) for cell in reads} | {("writes", *cell) for cell in writes}
     text = page.read_text(encoding="utf-8")
     assert text == compatibility.replaced(text, compatibility.table(cells, compatibility.PAGES[page.name]))

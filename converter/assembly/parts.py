@@ -10,6 +10,8 @@ from converter.assembly import compressor as nets
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
+from converter.layouts.explain import mark_error
+from converter.layouts.marks import find_half_transposed
 from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
@@ -190,6 +192,7 @@ def extract_encoder(
             "SOURCE must hold both SAM and CLIP; to combine two checkpoints, name them with --sam and --clip",
         ) from None
     tensors = _own_tensors(plans)
+    _check_order(source, tensors)
     if not partial:
         _check_compressor(plans, tensors, source.name)
     if with_projector:
@@ -198,6 +201,13 @@ def extract_encoder(
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
     dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
     return EncoderParts([source], plans, tensors, {}, dropped)
+
+
+def _check_order(source: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise LayoutError if one encoder's convolutions are stored as torch does, and the other's as MLX does."""
+    read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
+    if mark := find_half_transposed(read):
+        raise mark_error(source, mark)
 
 
 def _channels(plans: dict[str, ResolvedPlan]) -> tuple[int, int]:
@@ -271,4 +281,10 @@ def _projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[st
     missing = [name for name, tensor in found.items() if tensor is None]
     if missing:
         raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
+    for tensor in found.values():
+        if tensor is not None and not tensor.dtype.is_float:
+            raise LayoutError(
+                f"{source.name}: --with-projector: {tensor.key!r} is quantised ({tensor.dtype.name})",
+                "leave the option out, or take the projector from a checkpoint of 16 or 32 bits",
+            )
     return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}

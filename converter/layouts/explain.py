@@ -56,7 +56,8 @@ def no_layout_error(
     rest = {name: tensor for name, tensor in tensors.items() if name not in found}
     is_absent = bool(others) and not _has_trace(rest, layouts)
     # Adapters and quantised weights of a language model are no reason where the family is absent.
-    if mark := (find_architecture(tensors) or find_mark(found)) if is_absent else find_mark(tensors):
+    is_mlx = any(match.layout.is_channels_last for match in others)
+    if mark := (find_architecture(tensors) or find_mark(found, is_mlx)) if is_absent else find_mark(tensors, is_mlx):
         return mark_error(source, mark)
     if is_absent:
         return OtherFamilyError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from converter.errors import first_names
+from converter.layouts.shapes import shows_channels_last
 from converter.tensors.dtypes import remedy
 from converter.tensors.tensor_info import TensorInfo
 
@@ -17,7 +18,7 @@ _MERGE = (
 )
 _DEQUANTISE = "convert the original weights from before quantisation, or dequantise these and save 16 or 32 bits"
 _OTHER = "the DeepEncoder is SAM (ViT-B, ViT-L, ViT-H) and CLIP (ViT) or Qwen2: convert a checkpoint of one of these"
-
+_CHANNELS_LAST = "stores its convolutions channels last, as MLX does"
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -200,9 +201,13 @@ _ARCHITECTURES = (
 )
 
 
-def find_mark(tensors: Tensors) -> Mark | None:
-    """Return what tensors show that no layout describes, or None."""
-    return next(_marks(_CHECKS, tensors), None)
+def find_mark(tensors: Tensors, is_channels_last: bool = False) -> Mark | None:
+    """Return what tensors show that no layout describes, or None.
+
+    With `is_channels_last`, a layout describes convolutions as MLX stores them.
+    """
+    marks = _marks(_CHECKS, tensors)
+    return next((mark for mark in marks if not (is_channels_last and mark.what == _CHANNELS_LAST)), None)
 
 
 def find_architecture(tensors: Tensors) -> Mark | None:
@@ -265,23 +270,33 @@ def _packed_weights(tensors: Tensors) -> Mark | None:
     return Mark(f"holds quantised weights ({layers[found[0]]})", _DEQUANTISE, found) if found else None
 
 
-def _channels_last(tensors: Tensors) -> Mark | None:
-    """Convolutions of patches in MLX's order: [out, height, width, 3]."""
-    names = ("patch_embed.proj.weight", "patch_embedding.weight", "patch_embed.projection.weight", "conv1.weight")
-    found = [
-        name
-        for name, tensor in tensors.items()
-        if name.endswith(names)
-        and len(tensor.shape) == 4
-        and tensor.shape[3] == 3 != tensor.shape[1] == tensor.shape[2]
-    ]
-    if not found:
+def find_half_transposed(tensors: Tensors) -> Mark | None:
+    """Convolutions in both orders; the fewer of them are named first."""
+    first, last = _convolutions(tensors)
+    if not first or not last:
         return None
+    kinds = {"channels first, as torch does": first, "channels last, as MLX does": last}
+    fewer, more = sorted(kinds, key=lambda kind: len(kinds[kind]))
+    names = first_names([repr(name) for name in kinds[fewer]], 5)
     return Mark(
-        "stores its convolutions channels last, as MLX does",
-        "convert the checkpoint that it was made from, or put the axes back in a mapping (permute: [0, 3, 1, 2])",
-        found,
+        f"stores some convolutions {fewer} ({names}), and others {more}",
+        "convert the checkpoint that it was made from: which of these tensors are right does not show",
+        kinds[more],
     )
+
+
+def _channels_last(tensors: Tensors) -> Mark | None:
+    """Convolutions in MLX's order, [out, height, width, in]."""
+    _, last = _convolutions(tensors)
+    hint = "convert the checkpoint that it was made from, or put the axes back in a mapping (permute: [0, 3, 1, 2])"
+    return Mark(_CHANNELS_LAST, hint, last) if last else None
+
+
+def _convolutions(tensors: Tensors) -> tuple[list[str], list[str]]:
+    """Return the names in the file of convolutions with channels first and last, as far as shapes show it."""
+    weights = [tensor for name, tensor in tensors.items() if name.endswith("weight")]
+    shown = {tensor.key: shows_channels_last(tensor.shape) for tensor in weights}
+    return [name for name in shown if shown[name] is False], [name for name in shown if shown[name]]
 
 
 def _unreadable(tensors: Tensors) -> Mark | None:
@@ -299,6 +314,7 @@ _CHECKS: tuple[_Rule | Callable[[Tensors], Mark | None], ...] = (
     _not_gathered,
     _packed_weights,
     *_ARCHITECTURES,
+    find_half_transposed,
     _channels_last,
     _unreadable,
 )

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from converter.layouts.marks import has_vision_encoder
-from converter.layouts.shapes import Sizes, match_shape
+from converter.layouts.shapes import Sizes, match_shape, shows_channels_last
 from converter.layouts.spec import LayoutSpec, Signature
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
@@ -120,12 +120,34 @@ def _ends_with(prefix: str, own: str) -> bool:
 
 
 def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> LayoutMatch:
-    """Return the match with the longest prefix of its own, else the one with the fewest names that it does not know."""
+    """Return the match with the longest prefix of its own.
+
+    Of several, return the one with the fewest names that it does not know, and with the convolutions of the checkpoint.
+    """
     longest = max(len(match.prefix) for match in matches)
     matches = [match for match in matches if len(match.prefix) == longest]
     if len(matches) == 1:
         return matches[0]
-    return min(matches, key=lambda match: (_count_unknown(tensors, match), "" not in match.layout.signature.prefixes))
+    is_channels_last = _is_channels_last(tensors, matches[0].full_prefix)
+    return min(
+        matches,
+        key=lambda match: (
+            _count_unknown(tensors, match),
+            match.layout.is_channels_last != is_channels_last,
+            "" not in match.layout.signature.prefixes,
+        ),
+    )
+
+
+def _is_channels_last(tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
+    """Return whether convolutions are stored channels last.
+
+    The tensors with the prefix decide, or all others if no shape among these shows it.
+    """
+    shown = {name: shows_channels_last(tensor.shape) for name, tensor in tensors.items() if name.endswith("weight")}
+    votes = [(name, is_last) for name, is_last in shown.items() if is_last is not None]
+    own = [is_last for name, is_last in votes if name.startswith(prefix)] or [is_last for _, is_last in votes]
+    return 2 * sum(own) > len(own)
 
 
 def _knows_more(other: LayoutMatch, match: LayoutMatch) -> bool:

@@ -72,3 +72,13 @@ def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
 def concrete_shape(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
     """Return a shape as numbers; KeyError for a name without a known size."""
     return tuple(dim.factor if dim.name is None else dim.factor * sizes[dim.name] for dim in shape)
+
+
+def shows_channels_last(shape: tuple[int, ...]) -> bool | None:
+    """Return whether a convolution's weight is [out, side, side, in], as in MLX, and not [out, in, side, side].
+
+    None for other shapes, and for as many input channels as rows of the kernel, which fit both.
+    """
+    if len(shape) != 4 or (shape[1] == shape[2]) == (shape[2] == shape[3]):
+        return None
+    return shape[1] == shape[2]

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from converter.layouts.shapes import Shape
 from converter.layouts.template import Template
-from converter.tensors.ops import Op
+from converter.tensors.ops import Op, Permute
+
+# From [out, height, width, in] to [out, in, height, width].
+_CHANNELS_FIRST = Permute((0, 3, 1, 2))
 
 
 class Location(NamedTuple):
@@ -89,6 +92,11 @@ class LayoutSpec:
     def mapping(self) -> LayoutMapping:
         """The mapping from this layout to the family's canonical layout."""
         raise NotImplementedError
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether convolutions are stored as [out, height, width, in], as in MLX."""
+        return any(_CHANNELS_FIRST in rule.ops for rule in self.mapping.rules)
 
     def templates(self, prefix: str) -> list[Template]:
         """Return templates for all names that the layout can have, in a checkpoint whose names begin with `prefix`."""

@@ -121,7 +121,7 @@ def _misfit_error(
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
     if opened.whole_step:
         return MappingError(str(error), opened.whole_step)
-    if mark := find_mark(encoder):
+    if mark := find_mark(encoder, detected.match.layout.is_channels_last):
         return mark_error(opened, mark)
     if find_adapters(encoder):
         return MappingError(
