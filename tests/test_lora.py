@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import models
 import pytest
 import torch
 from lora import State, assert_merged, clip_loss, sam_loss, save_merged, save_model, train
+from safetensors.torch import save_file
 
 import converter
+from converter.errors import DsocrError
 
 # Warnings of peft and transformers about each other.
 pytestmark = [
@@ -19,6 +23,10 @@ pytestmark = [
 ]
 CLIP_ALL = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 SAM_ALL = ["qkv", "proj", "lin1", "lin2"]
+Q_PROJ = "base_model.model.vision_model.encoder.layers.0.self_attn.q_proj."
+QKV = "transformer.layers.0.self_attn.qkv_proj.weight"
+# Factors of a matrix [64, 64].
+A, B = torch.ones(2, 64), torch.ones(64, 2)
 
 
 def merged_and_expected(
@@ -83,3 +91,183 @@ def test_settings(config: dict[str, Any], tmp_path: Path) -> None:
     ours, expected, base = merged_and_expected(models.clip_hf(), clip_loss, "clip", tmp_path, **config)
     assert_merged(ours, expected)
     assert moved(ours, base)
+
+
+def adapter_folder(folder: Path, changes: dict[str, Any] | None = None, **factors: torch.Tensor) -> Path:
+    """A folder with an adapter of q_proj in layer 0 of CLIP, by PEFT's names, and changes of its config."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/base", **(changes or {})}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = factors or {Q_PROJ + "lora_A.weight": A, Q_PROJ + "lora_B.weight": B}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(models.clip_hf(), tmp_path_factory.mktemp("base") / "clip.safetensors")
+
+
+def refusal(base: Path, adapter: Path, family: str = "clip", **options: Any) -> str:
+    with pytest.raises(DsocrError) as caught:
+        converter.convert(base, family, lora=adapter, dry_run=True, **options)
+    assert caught.value.exit_code in (2, 3) and caught.value.hint
+    return str(caught.value)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "DoRA"),
+    "LoHa": ({"peft_type": "LOHA"}, "LOHA"),
+    "IA3": ({"peft_type": "IA3"}, "IA3"),
+    "no kind": ({"peft_type": None}, "None"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "target_parameters": ({"target_parameters": ["x.weight"]}, "target_parameters"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+    "rank": ({"r": 3}, "rank 3"),
+    "rank by pattern": ({"rank_pattern": {"q_proj": 5}}, "rank 5"),
+    "rank no number": ({"r": "8"}, "rank"),
+    "rank of zero": ({"r": 0}, "rank"),
+    "alpha not finite": ({"lora_alpha": 1e300}, "alpha"),
+    "regular expression": ({"alpha_pattern": {"(a+)+b": 3}}, "regular expression"),
+    "hanging expression": ({"rank_pattern": {"(.*a){30}": 3}}, "regular expression"),
+    "patterns no object": ({"rank_pattern": [1]}, "rank_pattern"),
+    "rslora no flag": ({"use_rslora": "yes"}, "use_rslora"),
+}
+
+
+@pytest.mark.parametrize(("config", "word"), REFUSED.values(), ids=REFUSED)
+def test_configs_that_are_refused(config: dict[str, Any], word: str, clip_base: Path, tmp_path: Path) -> None:
+    assert word in refusal(clip_base, adapter_folder(tmp_path / "adapter", config))
+
+
+def test_patterns_of_targets_are_not_run(clip_base: Path, tmp_path: Path) -> None:
+    config = {"target_modules": "(a+)+$" * 99, "exclude_modules": "(.*)*x", "layers_pattern": "(.*)*"}
+    adapter = adapter_folder(tmp_path / "adapter", config)
+    assert converter.convert(clip_base, "clip", lora=adapter, dry_run=True).merged
+
+
+FACTORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "A without B": ({"lora_A.weight": A}, "A without B"),
+    "B without A": ({"lora_B.weight": B}, "B without A"),
+    "ranks of A and B": ({"lora_A.weight": A, "lora_B.weight": torch.ones(64, 3)}, "[64, 3]"),
+    "a shape that does not fit": ({"lora_A.weight": torch.ones(2, 63), "lora_B.weight": B}, "[2, 63]"),
+    "integers": ({"lora_A.weight": A.long(), "lora_B.weight": B}, "int64"),
+    "not gathered": ({"lora_A.weight": torch.ones(0), "lora_B.weight": B}, "[0]"),
+    "a magnitude": (
+        {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": A}, "lora_magnitude_vector"
+    ),
+    "a bias of B": ({"lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": B}, "lora_B.bias"),
+    "two adapters": (
+        {f"lora_{half}.{name}.weight": tensor for half, tensor in (("A", A), ("B", B)) for name in ("one", "two")},
+        "--adapter-name one",
+    ),
+    "no factors": ({"hada_w1_a": A}, "no factors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("factors", "word"), FACTORS.values(), ids=FACTORS)
+def test_factors_that_are_refused(factors: dict[str, torch.Tensor], word: str, clip_base: Path, tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", **{Q_PROJ + name: tensor for name, tensor in factors.items()})
+    assert word in refusal(clip_base, adapter)
+
+
+def test_an_adapter_of_a_file_with_several_is_chosen_by_name(clip_base: Path, tmp_path: Path) -> None:
+    factors = {f"lora_{half}.{name}.weight": tensor for half, tensor in (("A", A), ("B", B)) for name in ("x", "y")}
+    adapter = adapter_folder(tmp_path / "adapter", **{Q_PROJ + name: tensor for name, tensor in factors.items()})
+    record = converter.convert(clip_base, "clip", lora=adapter, adapter_name="y", dry_run=True)
+    assert [key for key in record.converted[QKV] if "lora" in key] == [
+        f"{Q_PROJ}lora_A.y.weight", f"{Q_PROJ}lora_B.y.weight"
+    ]  # fmt: skip
+    assert "x, y" in refusal(clip_base, adapter, adapter_name="z")
+    with pytest.raises(DsocrError, match="--lora"):
+        converter.convert(clip_base, "clip", adapter_name="z")
+
+
+def named(module: str, width: int = 64) -> dict[str, torch.Tensor]:
+    factors = {"A": torch.ones(2, width), "B": torch.ones(width, 2)}
+    return {f"base_model.model.{module}.lora_{half}.weight": factor for half, factor in factors.items()}
+
+
+def test_an_adapter_of_other_modules_is_named(clip_base: Path, tmp_path: Path) -> None:
+    """The default of trainers: the vision tower is frozen."""
+    adapter = adapter_folder(tmp_path / "lm", **named("model.layers.0.self_attn.q_proj"))
+    assert "trains 1 modules, none of them in the encoder: model.layers.0.self_attn.q_proj" in refusal(
+        clip_base, adapter
+    )
+    text = adapter_folder(tmp_path / "text", **named("text_model.encoder.layers.0.self_attn.q_proj", width=32))
+    assert "none of them in the encoder" in refusal(clip_base, text)
+    save_file({"x": A}, adapter / "vit.safetensors")
+    assert "vit.safetensors" in refusal(clip_base, adapter)
+
+
+def test_a_module_that_the_encoder_lacks_is_named(clip_base: Path, tmp_path: Path) -> None:
+    module = "vision_model.encoder.layers.7.self_attn.q_proj"
+    error = refusal(clip_base, adapter_folder(tmp_path / "adapter", **named(module)))
+    assert module in error and "[64, 2]" in error and "org/base" in error
+
+
+def test_attention_of_torch_is_refused(tmp_path: Path) -> None:
+    base = save_model(models.open_clip(), tmp_path / "open_clip.safetensors")
+    adapter = adapter_folder(tmp_path / "adapter", **named("visual.transformer.resblocks.0.attn"))
+    assert "MultiheadAttention" in refusal(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "module"),
+    [
+        ("", "model.vision_model.encoder.layers.0.self_attn.q_proj"),
+        ("model.vision_tower.", "vision_model.encoder.layers.0.self_attn.q_proj"),
+        ("model.vision_tower.", "encoder.layers.0.self_attn.q_proj"),
+        ("", "encoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_model_inside_another(prefix: str, module: str, tmp_path: Path) -> None:
+    """The adapter was trained on a model around the source, or on a module of it."""
+    state = {prefix + name: tensor for name, tensor in models.clip_hf().state_dict().items() if "vision" in name}
+    save_file(state, tmp_path / "base.safetensors")
+    adapter = adapter_folder(tmp_path / "adapter", **named(module))
+    record = converter.convert(tmp_path / "base.safetensors", "clip", lora=adapter, dry_run=True)
+    assert list(record.merged) == [module] and any("were taken for" in note for note in record.notes)
+
+
+def test_a_tower_of_another_name_is_not_taken_for_the_encoder(tmp_path: Path) -> None:
+    state = {f"student.{name}": tensor for name, tensor in models.clip_hf().state_dict().items() if "vision" in name}
+    save_file(state, tmp_path / "base.safetensors")
+    adapter = adapter_folder(tmp_path / "adapter", **named("teacher.vision_model.encoder.layers.0.self_attn.q_proj"))
+    assert "none of them in the encoder" in refusal(tmp_path / "base.safetensors", adapter)
+
+
+def test_a_wrapped_checkpoint(tmp_path: Path) -> None:
+    """The state dict of a model with its adapter: `.base_layer.` next to the factors, in one file."""
+    trained = train(models.clip_hf(), clip_loss, target_modules=["q_proj", "fc1"], modules_to_save=["pre_layrnorm"])
+    torch.save(trained.state_dict(), tmp_path / "wrapped.pth")
+    with pytest.raises(DsocrError, match=r"(?s)not merged.*--lora .*wrapped.pth.*adapter_config.json"):
+        converter.convert(tmp_path / "wrapped.pth", "clip", dry_run=True)
+    assert "adapter_config.json" in refusal(tmp_path / "wrapped.pth", tmp_path / "wrapped.pth")
+    trained.peft_config["default"].save_pretrained(tmp_path)
+    ours = converter.load(tmp_path / "wrapped.pth", "clip", lora=tmp_path / "wrapped.pth")
+    assert_merged(ours, converter.load(save_merged(trained, tmp_path / "merged.safetensors"), "clip"))
+
+
+def test_an_adapter_given_as_the_source(clip_base: Path, tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", {"base_model_name_or_path": "org/base; rm x"})
+    with pytest.raises(DsocrError, match="is a LoRA adapter of org/base") as caught:
+        converter.convert(adapter, "clip", dry_run=True)
+    assert f"dsocr-convert clip 'org/base; rm x' --lora {adapter}" in caught.value.hint
+    nearest = converter.inspect(adapter).nearest
+    assert "LoRA adapter" in nearest[0] and "--lora" in nearest[1]
+    save_file({"x": A}, adapter / "vit.safetensors")
+    with pytest.raises(DsocrError, match=r"vit\.safetensors holds the trained vision encoder"):
+        converter.convert(adapter, "clip", dry_run=True)
+
+
+def test_the_record_lists_what_was_merged(clip_base: Path, tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", {"use_rslora": True})
+    converter.convert(clip_base, "clip", lora=adapter, out=tmp_path / "out.safetensors", record=tmp_path / "r.json")
+    document = json.loads((tmp_path / "r.json").read_text())
+    module = Q_PROJ.removeprefix("base_model.model.").rstrip(".")
+    assert document["merged"] == {module: {"tensor": f"{module}.weight", "rank": 2, "alpha": 4.0, "scale": 4 / 2**0.5}}
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert document["sources"][1]["files"][0]["sha256"] == digest
+    assert {"key": Q_PROJ + "lora_A.weight", "source": 1} in document["tensors"][QKV]["from"]

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, AdapterConfig, read_adapter_config
+from converter.checkpoint.folder import ADAPTER_NAMES
 from converter.checkpoint.open import Checkpoint, open_checkpoint, open_checkpoints
 from converter.checkpoint.state_dict import largest_state_dict, state_dicts, unwrapped_names
 from converter.errors import LayoutError, UsageError, first_names
 from converter.options import ConvertOptions, HubOptions
 from converter.tensors.tensor_info import Contents, TensorInfo
 
-# The weights of an adapter in a folder, which may hold other checkpoints too.
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 # Segments of names: the factors of a module, with those of an embedding, and the layers that PEFT puts around it.
 _FACTORS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
@@ -114,7 +113,7 @@ def open_adapter(
         LayoutError: It is no LoRA adapter, or one that is more than W + scale * B @ A.
         UsageError: There are several adapters, or none of this name.
     """
-    files = (Path(name) / file for file in _FILES)
+    files = (Path(name) / file for file in ADAPTER_NAMES)
     opened = open_file(next((path for path in files if path.is_file()), name))
     if opened.name != source.name:
         return _read(opened, adapter_name, is_whole=False), source
@@ -136,8 +135,13 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> A
     return Adapter(checkpoint, config, _pairs(checkpoint.name, config, tensors, names), whole)
 
 
+def factor_names(names: Iterable[str]) -> list[str]:
+    """Return the names that are those of factors in PEFT."""
+    return [name for name in names if not _FACTORS.keys().isdisjoint(name.split("."))]
+
+
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether a state dict holds both a model and its adapter."""
+    """Whether a state dict is that of a model with its adapter."""
     return any(f".{_BASE}." in name for name in names)
 
 
@@ -196,7 +200,7 @@ def _pairs(
     if not halves and not any(parsed.kind == "saved" for parsed in names.values()):
         raise LayoutError(
             f"{file}: holds no factors of LoRA under PEFT's names (lora_A, lora_B)",
-            f"give the folder that PEFT wrote, with {CONFIG} and {_FILES[0]}",
+            f"give the folder that PEFT wrote, with {CONFIG} and {ADAPTER_NAMES[0]}",
         )
     problems = [problem for module, pair in halves.items() for problem in _problems(module, pair, config)]
     if problems:

@@ -84,7 +84,7 @@ def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
         LayoutError: It is that of another kind of adapter.
     """
     name = f"{checkpoint.name}: {CONFIG}"
-    config = read_raw(checkpoint)
+    config = _read(checkpoint)
     if config is None:
         raise ContainerError(
             f"{checkpoint.name}: no {CONFIG} next to it, which has the scale of the adapter",
@@ -93,7 +93,7 @@ def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
     _check_kind(name, config)
     try:
         return AdapterConfig(
-            str(config.get("base_model_name_or_path") or ""),
+            _base_model(config),
             _rank(config["r"]),
             _number(config["lora_alpha"]),
             {_plain(key): _rank(value) for key, value in _pattern(config, "rank_pattern").items()},
@@ -106,7 +106,13 @@ def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
         raise ContainerError(f"{name}: {error}", MERGE_IN_PEFT) from error
 
 
-def read_raw(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def base_model_of(checkpoint: Checkpoint) -> str | None:
+    """Return the model that an adapter was trained on; empty if its config does not say, None without a config."""
+    config = _read(checkpoint)
+    return None if config is None else _base_model(config)
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return the JSON object of the config next to a checkpoint; None if there is no config.
 
     Raises:
@@ -125,6 +131,10 @@ def read_raw(checkpoint: Checkpoint) -> dict[str, Any] | None:
         except ValueError as error:
             raise ContainerError(f"{file.name}: {error}", "take the file that PEFT wrote with the adapter") from error
     return config
+
+
+def _base_model(config: dict[str, Any]) -> str:
+    return printable(str(config.get("base_model_name_or_path") or ""))[:200]
 
 
 def _check_kind(name: str, config: dict[str, Any]) -> None:

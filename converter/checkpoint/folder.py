@@ -20,6 +20,9 @@ STANDARD_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+# The LoRA adapter that PEFT writes, and the encoder and projector that ms-swift's lora_llm writes next to it.
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+SWIFT_ENCODER = "vit.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
 _INDEX = re.compile(r"(.+)\.index(\.[\w-]+)?\.json")
 # Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
@@ -119,7 +122,7 @@ def choose_checkpoint(
         raise error(*_nothing(ordered, sorted(folders), where))
     if len(candidates) > 1:
         shown = [printable(names[0]) if len(names) == 1 else _set_name(names[0]) for names in candidates]
-        raise error(f"{where}: contains several checkpoints: {_listed(shown)}", "give the path of one of them")
+        raise error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
     if missing := _missing_shards(candidates[0]):
         raise error(f"{where}: lacks shards: {_listed(missing)}", "download the rest of the checkpoint")
     return candidates[0]
@@ -135,6 +138,19 @@ def _candidates(files: Sequence[str]) -> list[list[str]]:
         match = _SHARD.fullmatch(name)
         sets.setdefault((match[1], len(match[2]), match[3], match[4]) if match else name, []).append(name)
     return indexes + [names for names in sets.values() if not (indexes and _SHARD.fullmatch(names[0]))]
+
+
+def _choice(files: Sequence[str], where: str) -> str:
+    """Return the next step for a folder with several checkpoints; trainers write some next to a LoRA adapter."""
+    adapters = [name for name in files if name in ADAPTER_NAMES]
+    if not adapters:
+        return "give the path of one of them"
+    if SWIFT_ENCODER in files:
+        return (
+            f"{SWIFT_ENCODER} holds the trained vision encoder (ms-swift): give {where}/{SWIFT_ENCODER}; "
+            f"{adapters[0]} is a LoRA adapter of the language model"
+        )
+    return f"give the path of one of them; {adapters[0]} is a LoRA adapter: --lora {where} merges it into its model"
 
 
 def _missing_shards(shards: Sequence[str]) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from converter.checkpoint.adapter import factor_names, is_wrapped
+from converter.checkpoint.adapter_config import CONFIG, base_model_of
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
-from converter.errors import LayoutError, OtherFamilyError
+from converter.errors import LayoutError, OtherFamilyError, printable
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
@@ -57,7 +60,11 @@ def no_layout_error(
     is_absent = bool(others) and not _has_trace(rest, layouts)
     # Adapters and quantised weights of a language model are no reason where the family is absent.
     is_mlx = any(match.layout.is_channels_last for match in others)
-    if mark := (find_architecture(tensors) or find_mark(found, is_mlx)) if is_absent else find_mark(tensors, is_mlx):
+    if is_absent:
+        mark = find_architecture(tensors) or find_mark(found, is_mlx)
+    else:
+        mark = find_source_mark(source, tensors, family, is_mlx)
+    if mark:
         return mark_error(source, mark)
     if is_absent:
         return OtherFamilyError(
@@ -79,6 +86,30 @@ def _language_model_error(source: Checkpoint, match: LayoutMatch) -> LayoutError
     )
 
 
+def find_source_mark(
+    source: Checkpoint, tensors: Mapping[str, TensorInfo], family: str, is_channels_last: bool = False
+) -> Mark | None:
+    """Return what tensors show that no layout describes, or None.
+
+    Args:
+        source: The checkpoint.
+        tensors: Its tensors, or those of one encoder.
+        family: The family, for the next step.
+        is_channels_last: Whether the layout stores convolutions channels last.
+    """
+    factors = factor_names(tensors)
+    base = base_model_of(source) if factors else None
+    merge = f"dsocr-convert {family} {{}} --lora {printable(source.name)}"
+    if factors and is_wrapped(tensors):
+        what = "holds LoRA adapters that are not merged, and the model that they belong to"
+        config = "" if base is not None else f", after putting the training's {CONFIG} next to it"
+        return Mark(what, f"merge them: {merge.format(printable(source.name))}{config}", factors)
+    if base is not None or (factors and len(factors) == len(tensors)):
+        what = f"is a LoRA adapter{f' of {base}' if base else ''}, without the weights of its model"
+        return Mark(what, f"merge it into them: {merge.format(shlex.quote(base) if base else 'MODEL')}", factors)
+    return find_mark(tensors, is_channels_last)
+
+
 def mark_error(source: Checkpoint, mark: Mark) -> LayoutError:
     """Return the error for weights with a mark."""
     return LayoutError(f"{source.name}: {mark.text}", mark.hint)
@@ -96,7 +127,7 @@ def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[Lay
         Lines of text.
     """
     tensors = unwrapped_names(state_dict.tensors, source.name)
-    if mark := find_mark(tensors):
+    if mark := find_source_mark(source, tensors, "|".join(registry.families())):
         return [mark.text, *mark.hint.split("\n")]
     return _describe(_nearest(tensors, mappings), tensors)
 

@@ -19,12 +19,14 @@ from converter.output.digests import TensorDigests
 from converter.output.json_document import as_json
 from converter.output.pretrained import is_folder_output
 from converter.plan.assumptions import Assumption, describe_differences, used_assumptions
+from converter.plan.merge import MergedTensor
 from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME, DType
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
+from converter.tensors.tensor_info import TensorInfo
 
 _T = TypeVar("_T")
 # The version of the JSON document's format.
@@ -54,6 +56,16 @@ class RecordedSource:
 
 
 @dataclass(frozen=True, slots=True)
+class MergedModule:
+    """A module of a LoRA adapter that was merged."""
+
+    tensor: str  # The source's tensor
+    rank: int | None = None  # None if the tensor was trained whole
+    alpha: float | None = None
+    scale: float | None = None  # The factor of B @ A
+
+
+@dataclass(frozen=True, slots=True)
 class ConversionRecord:
     """The record of one conversion."""
 
@@ -74,6 +86,7 @@ class ConversionRecord:
     sizes: dict[str, int]
     unusual: dict[str, tuple[int, int]]  # Sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's)
     assumptions: dict[str, Assumption]  # What no tensor shows, such as the activation
+    merged: dict[str, MergedModule] = field(default_factory=dict)  # Modules of a LoRA adapter, by their paths in it
     notes: list[str] = field(default_factory=list)  # Remarks for the user
     # Finite values that a cast made infinite or NaN, by output tensor
     overflows: dict[str, int] = field(default_factory=dict)
@@ -184,12 +197,21 @@ def make_record(
         sizes=_by_family(plans, lambda plan: plan.sizes),
         unusual=_by_family(plans, lambda plan: plan.unusual),
         assumptions=_by_family(plans, lambda plan: used_assumptions(plan.assumptions, plan.canonical_tensors)),
+        merged={
+            change.module: _merged_module(change) for each in plans.values() for change in each.plan.merged.values()
+        },
         notes=[
             *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, destination.path)),
             *notes,
             *(note for source in sources for note in source.notes),
         ],
     )
+
+
+def _merged_module(change: MergedTensor) -> MergedModule:
+    if isinstance(change.trained, TensorInfo):
+        return MergedModule(change.key)
+    return MergedModule(change.key, change.trained.rank, change.trained.alpha, change.trained.scale)
 
 
 def _warnings(plan: Plan, target: str, output: Path | None) -> list[str]:
@@ -284,6 +306,7 @@ def record_document(
         "metadata": metadata,
         "nbytes": record.nbytes,
         "tensors": {name: describe(name, value) for name, value in outputs.items()},
+        **({"merged": as_json(record.merged)} if record.merged else {}),
         "dropped": record.dropped,
         "missing": record.missing,
         "overflows": record.overflows,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from converter.checkpoint.adapter import Adapter, Factors
+from converter.checkpoint.adapter_config import MERGE_IN_PEFT
+from converter.checkpoint.folder import SWIFT_ENCODER
+from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts.claims import summary
 from converter.tensors.lazy_tensor import LazyTensor, add_product, cast, lazy_read, permuted, source_tensors
 from converter.tensors.tensor_info import TensorInfo
+
+# peft 0.21 adds the product for out_proj twice, in the training and in its merge.
+_ATTENTION = "is a torch.nn.MultiheadAttention, which peft does not merge as W + scale * B @ A"
 
 
 class MergedTensor(NamedTuple):
@@ -20,18 +26,21 @@ class MergedTensor(NamedTuple):
     module: str  # The module's path in the adapter; of a tensor that was trained whole, its name
     trained: Factors | TensorInfo
 
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The adapter's tensors."""
+        return (self.trained,) if isinstance(self.trained, TensorInfo) else (self.trained.a, self.trained.b)
+
 
 class Merged(NamedTuple):
     """An adapter that is matched with the tensors of a checkpoint.
 
     Attributes:
         tensors: What it changes, by the names of the tensors.
-        outside: Its modules that the checkpoint lacks, and that are not part of the encoder.
         notes: Remarks for the user.
     """
 
     tensors: dict[str, MergedTensor]
-    outside: list[str]
     notes: list[str]
 
     def under(self, prefix: str) -> dict[str, MergedTensor]:
@@ -56,16 +65,16 @@ def match_adapter(
     """
     targets = {f"{module}.weight": module for module in adapter.factors} | {name: name for name in adapter.whole}
     old, new = _prefixes(adapter, targets, names, prefix, is_outside, source)
-    merged = Merged({}, [], [])
+    merged = Merged({}, [])
     absent: list[str] = []
     for target, module in targets.items():
         name = new + target.removeprefix(old) if target.startswith(old) else ""
         if name in names:
             trained = adapter.factors.get(module) or adapter.whole[target]
             merged.tensors[name] = MergedTensor(names[name].key, module, trained)
-        elif not name or is_outside(name):
-            merged.outside.append(module)
-        else:
+        elif f"{name.removesuffix('weight')}in_proj_weight" in names and module in adapter.factors:
+            raise LayoutError(f"{adapter.checkpoint.name}: {module!r} {_ATTENTION}", MERGE_IN_PEFT)
+        elif name and not is_outside(name):
             absent.append(_absent(name, module, adapter))
     if absent:
         raise LayoutError(
@@ -105,23 +114,43 @@ def merge(
     return result
 
 
-def check_merged(adapter: Adapter, outputs: Iterable[LazyTensor], encoder: Iterable[str]) -> None:
-    """LayoutError if no output is made of an adapter's tensors.
+def used_changes(changes: Mapping[str, MergedTensor], outputs: Iterable[LazyTensor]) -> dict[str, MergedTensor]:
+    """Return those changes that outputs are made of."""
+    read = {tensor for value in outputs for tensor in source_tensors(value)}
+    return {name: change for name, change in changes.items() if not read.isdisjoint(change.tensors)}
+
+
+def merge_notes(adapter: Adapter, changes: Collection[MergedTensor], encoder: Sequence[str]) -> list[str]:
+    """Return notes on what was merged.
 
     Args:
         adapter: The adapter.
-        outputs: All tensors of the output.
+        changes: Those of its changes that the output is made of.
         encoder: Names of the encoder's tensors, of which the message shows some.
+
+    Raises:
+        LayoutError: There are none.
     """
-    own = {*adapter.whole.values(), *(tensor for pair in adapter.factors.values() for tensor in (pair.a, pair.b))}
-    if any(tensor in own for value in outputs for tensor in source_tensors(value)):
-        return
-    modules = [*adapter.factors, *adapter.whole]
-    raise LayoutError(
-        f"{adapter.checkpoint.name}: this adapter trains {len(modules)} modules, none of them in the encoder: "
-        f"{first_names(modules)}; the encoder's tensors are {first_names(list(encoder), 2)}",
-        "the encoder is that of the base model (trainers freeze it by default): convert it without --lora",
-    )
+    modules, name = [*adapter.factors, *adapter.whole], adapter.checkpoint.name
+    if not changes:
+        raise LayoutError(
+            f"{name}: this adapter trains {len(modules)} modules, none of them in the encoder: "
+            f"{first_names(modules)}; the encoder's tensors are {first_names(encoder, 2)}",
+            _frozen_step(adapter.checkpoint),
+        )
+    used = {change.module for change in changes}
+    others = [module for module in modules if module not in used]
+    rest = f"; not in the output: {len(others)} others, such as {others[0]}" if others else ""
+    return [f"merged {len(used)} modules of the adapter {name}{rest}"]
+
+
+def _frozen_step(checkpoint: Checkpoint) -> str:
+    """Return the next step for an adapter that trains nothing of the encoder."""
+    file = checkpoint.open_config(SWIFT_ENCODER)
+    if file is None:
+        return "the encoder is that of the base model (trainers freeze it by default): convert it without --lora"
+    file.close()
+    return f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
 
 
 def _merge(base: LazyTensor, trained: Factors | TensorInfo) -> LazyTensor:

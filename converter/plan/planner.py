@@ -11,13 +11,13 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
-from converter.layouts.explain import mark_error
-from converter.layouts.marks import find_adapters, find_mark
+from converter.layouts.explain import find_source_mark, mark_error
+from converter.layouts.marks import find_adapters
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
-from converter.plan.merge import Merged, check_merged, match_adapter, merge
+from converter.plan.merge import Merged, match_adapter, merge, merge_notes, used_changes
 from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
@@ -121,7 +121,7 @@ def _misfit_error(
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
     if opened.whole_step:
         return MappingError(str(error), opened.whole_step)
-    if mark := find_mark(encoder, detected.match.layout.is_channels_last):
+    if mark := find_source_mark(opened, encoder, options.family, detected.match.layout.is_channels_last):
         return mark_error(opened, mark)
     if find_adapters(encoder):
         return MappingError(
@@ -162,7 +162,8 @@ def resolve(
     elif donor_plan:
         plan = complete_from(plan, donor_plan, options.dtype)
     if adapter:
-        check_merged(adapter, plan.outputs.values(), detected.match.evidence)
+        plan.merged = used_changes(plan.merged, plan.outputs.values())
+        plan.remarks += merge_notes(adapter, plan.merged.values(), detected.match.evidence)
     return ResolvedPlan(detected, plan)
 
 
