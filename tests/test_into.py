@@ -15,8 +15,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import converter
 from converter.api.encoder import encoder
 from converter.api.verify import verify
+from converter.encoders import DeepEncoder
+from converter.errors import DsocrError, LayoutError, UsageError
 
 State = dict[str, torch.Tensor]
 
@@ -184,3 +187,208 @@ def test_it_is_verified(host: str, sources: Path, tmp_path: Path) -> None:
         state[name].view(-1)[0] += 1
         checks = verify(save(state, tmp_path / "changed"), given, fast=True).checks
         assert [check.name for check in checks if check.verdict == "failed"] == [name]
+
+
+# Hosts under their authors' names ---------------------------------------------------------------------------------
+
+
+def deep_encoder(seed: int) -> State:
+    """A DeepEncoder by its own names."""
+    state = models.randomised(DeepEncoder(models.sam_sizes(), models.clip_sizes()), seed).state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+
+
+def renamed(state: State, part: str, prefix: str) -> State:
+    return {prefix + name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+
+
+def got_authors(seed: int) -> State:
+    rest = {name: torch.randn(3, 3) + seed for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    projector = {f"model.mm_projector_vary.{name}": torch.randn(4) + seed for name in ("weight", "bias")}
+    return renamed(deep_encoder(seed), "sam_model.", "model.vision_tower_high.") | projector | rest
+
+
+def llava_authors(tower: str = "model.vision_tower.vision_tower.") -> State:
+    clip = models.clip_hf().state_dict()
+    return renamed(clip, "vision_model.", f"{tower}vision_model.") | {"model.mm_projector.0.weight": torch.ones(3, 3)}
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def verdicts(out: Path, host: Path, **sources: Path | str) -> set[str]:
+    verification = verify(out, {"into": host, **sources}, fast=True)
+    return {check.verdict for check in verification.checks if check.group in ("structure", "bytes")}
+
+
+@pytest.mark.parametrize("with_projector", [False, True])
+def test_got_ocr2_takes_sam_and_the_projector(with_projector: bool, tmp_path: Path) -> None:
+    host, source = save(got_authors(1), tmp_path / "host"), save(got_authors(2), tmp_path / "source")
+    record = insert(source, host, tmp_path / "out", with_projector=with_projector)
+    parts = ("vision_tower_high", "mm_projector_vary") if with_projector else ("vision_tower_high",)
+    new = {name: tensor for name, tensor in load(source).items() if any(part in name for part in parts)}
+    assert_same(load(tmp_path / "out"), load(host) | new)
+    assert {key for keys in record.converted.values() for key in keys} == set(new)
+    assert set(record.dropped) == load(source).keys() - new.keys()
+    assert verdicts(tmp_path / "out", host, source=source) == {"passed"}
+
+
+def test_the_projector_of_got_ocr2_by_transformers(sources: Path, tmp_path: Path) -> None:
+    """From the authors' names to transformers'."""
+    names = {
+        f"mm_projector_vary.{name}": f"multi_modal_projector.multimodal_projector.{name}" for name in ("weight", "bias")
+    }
+    before = load(sources / "got_ocr2")
+    projector = {name: torch.randn_like(before[other]) for name, other in names.items()}
+    state = got_authors(2) | {f"model.{name}": tensor for name, tensor in projector.items()}
+    insert(save(state, tmp_path / "source"), sources / "got_ocr2", tmp_path / "out", with_projector=True)
+    after = load(tmp_path / "out")
+    assert all(torch.equal(after[names[name]], tensor) for name, tensor in projector.items())
+    host_nets = [f"multi_modal_projector.conv_upsampler{i}.weight" for i in (1, 2)]
+    nets = [state[f"model.vision_tower_high.net_{i}.weight"] for i in (2, 3)]
+    assert all(torch.equal(after[name], net) for name, net in zip(host_nets, nets, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"compressor": "random:3"}, {"compressor": "other"}], ids=str)
+def test_sam_alone_and_its_compressor(options: dict[str, str], tmp_path: Path) -> None:
+    host, sam = save(got_authors(1), tmp_path / "host"), tmp_path / "sam.pth"
+    torch.save(models.sam_meta().state_dict(), sam)
+    other = save(deep_encoder(4), tmp_path / "other")
+    given = {"compressor": other if options["compressor"] == "other" else "random:3"} if options else {}
+    record = encoder(sam=sam, into=host, out=tmp_path / "out", **given)  # type: ignore[arg-type]
+    after, prefix = load(tmp_path / "out"), "model.vision_tower_high."
+    converter.convert(sam, "sam", out=tmp_path / "sam.safetensors")
+    expected = renamed(safetensors.torch.load_file(tmp_path / "sam.safetensors"), "", prefix)
+    nets = {name: after[name] for name in load(host) if ".net_" in name}
+    assert_same(after, load(host) | expected | nets)
+    if options.get("compressor") == "other":
+        assert torch.equal(nets[f"{prefix}net_3.weight"], load(other)["sam_model.net_3.weight"])
+    elif options:
+        assert set(record.generated) == set(nets)
+    else:
+        assert all(torch.equal(net, load(host)[name]) for name, net in nets.items())
+        assert f"kept {', '.join(nets)}: the encoder has none" in record.notes and record.missing == {}
+    assert verdicts(tmp_path / "out", host, sam=sam, **given) == {"passed"}
+
+
+@pytest.mark.parametrize("tower", ["model.vision_tower.vision_tower.", "model.vision_tower.", "encoder.clip."])
+def test_llava_takes_clip(tower: str, tmp_path: Path) -> None:
+    """Its q, k and v apart; with the last norm where the source has it."""
+    host = save(llava_authors(tower), tmp_path / "host")
+    new = {name: tensor + 1 for name, tensor in models.clip_hf().state_dict().items()}
+    record = encoder(clip=save(new, tmp_path / "clip"), into=host, out=tmp_path / "out")
+    vision = renamed(new, "vision_model.", f"{tower}vision_model.")
+    vision = {name: tensor for name, tensor in vision.items() if name in load(host)}
+    assert_same(load(tmp_path / "out"), load(host) | vision)
+    assert f"its CLIP: layout clip-hf, prefix {tower}vision_model." in record.notes
+    assert not any("post_layernorm" in name for name in record.dropped)
+    assert verdicts(tmp_path / "out", host, clip=tmp_path / "clip") == {"passed"}
+
+
+def test_vary_takes_both(tmp_path: Path) -> None:
+    host = save(got_authors(1) | llava_authors("model.vision_tower."), tmp_path / "host")
+    record = insert(save(deep_encoder(7), tmp_path / "source"), host, tmp_path / "out")
+    after, new = load(tmp_path / "out"), deep_encoder(7)
+    assert {name for name in after if not torch.equal(after[name], load(host)[name])} == {
+        name for name in after if "vision_tower" in name and "post_layernorm" not in name
+    }
+    qkv = [after[f"model.vision_tower.vision_model.encoder.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(torch.cat(qkv), new["vision_model.transformer.layers.1.self_attn.qkv_proj.weight"])
+    assert any("post_layernorm" in note and note.startswith("kept ") for note in record.notes)
+    assert verdicts(tmp_path / "out", host, source=tmp_path / "source") == {"passed"}
+
+
+def test_one_of_two_encoders(tmp_path: Path) -> None:
+    """A DeepSeek-OCR keeps its CLIP; the verification compares it with the host's."""
+    host = save(renamed(deep_encoder(1), "", "model."), tmp_path / "host")
+    record = insert(save(got_authors(2), tmp_path / "source"), host, tmp_path / "out")
+    new = renamed(deep_encoder(2), "sam_model.", "model.sam_model.")
+    assert_same(load(tmp_path / "out"), load(host) | new)
+    assert "kept its CLIP: the encoder has none" in record.notes
+    assert verdicts(tmp_path / "out", host, source=tmp_path / "source") == {"passed"}
+    state = load(tmp_path / "out")
+    state["model.vision_model.pre_layrnorm.bias"][0] += 1
+    assert "failed" in verdicts(save(state, tmp_path / "changed"), host, source=tmp_path / "source")
+
+
+def test_its_own_encoder(tmp_path: Path) -> None:
+    host = save(got_authors(1), tmp_path / "host")
+    record = insert(host, host, tmp_path / "out")
+    assert "the encoder is the checkpoint's own: nothing changes" in record.notes
+    assert_same(load(tmp_path / "out"), load(host))
+
+
+def two_encoders(state: State) -> State:
+    return renamed(state, "", "student.") | renamed(state, "", "teacher.")
+
+
+REFUSED: dict[str, tuple[Callable[[State], State], dict[str, str], int, str]] = {
+    "two encoders": (two_encoders, {}, 3, "has 2 SAM encoders, under the prefixes student.model.vision_tower_high., "),
+    "no encoder": (lambda state: renamed(state, "lm_head.", "lm_head."), {}, 3, "has no encoder of a known layout"),
+    "another family": (
+        lambda state: llava_authors(),
+        {"source": "got"},
+        3,
+        "has SAM, but the checkpoint of --into has",
+    ),
+    "no CLIP": (lambda state: state, {"clip": "clip"}, 3, "has no CLIP, but SAM\n  leave out --clip"),
+    "compressor alone": (lambda state: llava_authors(), {"clip": "clip", "compressor": "random:0"}, 2, "needs --sam"),
+    "no compressor": (
+        lambda state: (
+            renamed(state, "model.vision_tower_high.blocks.", "image_encoder.blocks.")
+            | renamed(state, "model.vision_tower_high.neck.", "image_encoder.neck.")
+            | renamed(state, "model.vision_tower_high.p", "image_encoder.p")
+        ),
+        {"sam": "got", "compressor": "random:0"},
+        2,
+        "the checkpoint of --into has no compressor",
+    ),
+    "fewer layers": (
+        lambda state: {name: tensor for name, tensor in state.items() if ".blocks.2." not in name},
+        {},
+        2,
+        "the SAM has 3 layers; the checkpoint's has 2",
+    ),
+    "a file's name": (lambda state: state, {"out": "x.safetensors"}, 2, "the copy of a folder is a folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_inserted(case: str, tmp_path: Path) -> None:
+    change, options, code, words = REFUSED[case]
+    host = save(change(got_authors(1)), tmp_path / "host")
+    save(got_authors(2), tmp_path / "got")
+    save(dict(models.clip_hf().state_dict()), tmp_path / "clip")
+    paths = {name: tmp_path / value if (tmp_path / value).exists() else value for name, value in options.items()}
+    if not paths.keys() & {"sam", "clip", "source"}:
+        paths["source"] = tmp_path / "got"
+    out = tmp_path / str(paths.pop("out", "out"))
+    with pytest.raises(DsocrError) as caught:
+        encoder(into=host, out=out, **paths)  # type: ignore[arg-type]
+    assert words in f"{caught.value}" and caught.value.exit_code == code
+    assert not out.exists()
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    """A training state in safetensors leaves its optimizer behind; torch's files are refused."""
+    host = save(got_authors(1), tmp_path / "host")
+    torch.save({"state": {0: torch.ones(3)}}, host / "optimizer.pt")
+    (host / "trainer_state.json").write_text("{}")
+    record = insert(host, host, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "trainer_state.json"}
+    assert "left out optimizer.pt: other weights, which may hold the old encoder" in record.notes
+    with pytest.raises(UsageError, match="the copy of a single file is a file"):
+        insert(host, host / "model.safetensors", tmp_path / "copy")
+    torch.save({"model": got_authors(1), "optimizer": {}}, tmp_path / "state.pt")
+    with pytest.raises(LayoutError, match="--into supports only safetensors") as caught:
+        insert(host, tmp_path / "state.pt", tmp_path / "copy")
+    assert "save_pretrained" in caught.value.hint
+
+
+def test_verification_names_the_missing_source(tmp_path: Path) -> None:
+    host = save(got_authors(1), tmp_path / "host")
+    insert(host, host, tmp_path / "out")
+    with pytest.raises(UsageError, match="the source of the encoder is missing"):
+        verify(tmp_path / "out", {"into": host}, fast=True)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from converter.assembly.host import extract_shared, open_host
+from converter.assembly.host import check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
@@ -42,21 +42,22 @@ def encoder(
 ) -> ConversionRecord:
     """Write one checkpoint with a whole DeepEncoder: SAM, compressor and CLIP.
 
-    The encoder is extracted from `source`, or built from `sam`, `clip` and `compressor`. With `into`, a copy of a
-    DeepSeek-OCR checkpoint is written with this encoder in place of its own.
+    The encoder is extracted from `source`, or built from `sam`, `clip` and `compressor`. With `into`, a copy of another
+    checkpoint is written with this encoder in place of its own, under its names; one of SAM and CLIP is then enough.
 
     Args:
-        source: A checkpoint with both encoders (DeepSeek-OCR, Unlimited-OCR).
+        source: A checkpoint with both encoders (DeepSeek-OCR, Unlimited-OCR); with `into`, with one that `into` has.
         sam: A checkpoint with SAM, in any layout.
         clip: A checkpoint with CLIP, in any layout.
         compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [CLIP's width, 2*neck, 3, 3]
             (DeepSeek-OCR, GOT-OCR2, Vary); or random:SEED, see `converter.assembly.compressor.seeded`. Not needed if
             `sam` has one.
         prefix: The prefix of the encoders' names in sources that hold several.
-        with_projector: Also extract the projector, image_newline and view_seperator from `source`.
+        with_projector: Also extract the projector, image_newline and view_seperator from `source`; from GOT-OCR2 and
+            Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
-        into: A local DeepSeek-OCR checkpoint, a folder or a file. Shards, index, order of names, types and all other
-            files are kept.
+        into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
+            folder or a file. Shards, index, order of names, types and all other files are kept.
         out: The output; `deepencoder.<format>` by default, required with `into`.
         dtype: keep, float32, float16 or bfloat16.
         format: safetensors or pth; by the suffix of `out` by default.
@@ -107,10 +108,13 @@ def encoder(
             raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
         check_hub_options(hub, parts.sources)
         if host is not None:
+            check_output_name(host, Path(out or ""))
             insertion = plan_insertion(host, parts, dtype)
             sources = [*parts.sources, host.checkpoint]
             names = insertion.placement.names
-            made = encoder_record(parts, names, insertion.tensors, destination, sources=sources, notes=insertion.notes)
+            made = encoder_record(
+                parts, names, insertion.tensors, destination, sources, notes=insertion.notes, inserted=True
+            )
             output = insertion_output(insertion)
         else:
             sources = parts.sources

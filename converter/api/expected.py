@@ -202,33 +202,34 @@ def _expected_deep_encoder(
     outputs = {new: parts.tensors[name] for name, new in names.items()}
     outputs = sort_outputs(outputs, _infer_dtype(outputs, target.tensors))
     values = {name: outputs[names[name]] if name in names else value for name, value in parts.tensors.items()}
-    plans = {family: _with_outputs(resolved.plan, values) for family, resolved in parts.plans.items()}
+    plans = {
+        family: ResolvedPlan(detected, _with_outputs(plan, values)) for family, (detected, plan) in parts.plans.items()
+    }
     rules = {
         names[registry.encoder_prefix(family) + name]: rule
-        for family, plan in plans.items()
-        for name, rule in plan.rules.items()
+        for family, resolved in plans.items()
+        for name, rule in resolved.plan.rules.items()
         if registry.encoder_prefix(family) + name in names
     }
-    return _expected(parts, plans, outputs, rules, parts.sources, on_progress)
+    return _expected(plans, outputs, rules, parts.sources, on_progress)
 
 
 def _expected(
-    parts: EncoderParts,
-    plans: Mapping[str, Plan],
+    plans: Mapping[str, ResolvedPlan],
     outputs: Mapping[str, LazyTensor],
     rules: Mapping[str, Rule],
     sources: Sequence[Checkpoint],
     on_progress: OnProgress,
 ) -> Expected:
     """What several checkpoints should have given; `plans` make the canonical tensors of the outputs."""
-    own = {family: own_tensors(resolved.detected) for family, resolved in parts.plans.items()}
+    own = {family: own_tensors(resolved.detected) for family, resolved in plans.items()}
     needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
     read = _join_readers(sources, needed, on_progress)
     return Expected(
         name=", ".join(checkpoint.name for checkpoint in sources),
         outputs=outputs,
         rules=rules,
-        origins={family: Origin(plan, plan, own[family], read) for family, plan in plans.items()},
+        origins={family: Origin(plan, plan, own[family], read) for family, (_, plan) in plans.items()},
         read=read,
     )
 
@@ -250,6 +251,8 @@ def _expected_insertion(
             parts = extract_shared(source, host, True, encoder_prefix)
     else:
         families = [family for family in host.families if family in sources]
+        if not families:
+            raise UsageError("--source into=: the source of the encoder is missing", "add --source CHECKPOINT")
         parts = _built(sources, open_file, encoder_prefix, families, host.resolve_all(families))
     # The host may be the file itself: its own encoder is not compared with itself.
     _check_not_itself(target, parts.sources)
@@ -257,12 +260,14 @@ def _expected_insertion(
     dtype = _infer_dtype(insertion.replaced, {name: target.tensors[name] for name in insertion.replaced})
     if dtype != "keep":
         insertion = plan_insertion(host, parts, dtype)
+    # An encoder that is not replaced is the host's.
+    plans = host.resolve_all(encoder.family for encoder in target.encoders) | parts.plans
     plans = {
-        family: replace(resolved.plan, outputs=insertion.canonical_tensors(family))
-        for family, resolved in parts.plans.items()
+        family: ResolvedPlan(detected, replace(plan, outputs=insertion.canonical_tensors(family)))
+        for family, (detected, plan) in plans.items()
     }
     checkpoints = [*parts.sources, host.checkpoint]
-    return _expected(parts, plans, insertion.tensors, insertion.placement.rules, checkpoints, on_progress)
+    return _expected(plans, insertion.tensors, insertion.placement.rules, checkpoints, on_progress)
 
 
 def _has_other_projector(target: Converted, host: Host, family: str, on_progress: OnProgress) -> bool:
@@ -282,7 +287,7 @@ def _built(
 ) -> EncoderParts:
     """The encoders of several checkpoints; `host` has the plans of the one that they were inserted into."""
     missing = [family for family in families if family not in sources]
-    if missing or not families:
+    if missing:
         raise UsageError(
             f"--source: the file holds a whole DeepEncoder, and no source of its {missing[0].upper()} is given",
             "name a checkpoint that holds all of it, or "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.assembly.parts import EncoderParts, extract_encoder, find_projector
-from converter.checkpoint.folder import is_index
+from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError, first_names, printable
 from converter.layouts import registry
@@ -38,26 +38,21 @@ class Host:
 
     def resolve(self, family: str) -> ResolvedPlan:
         """Plan the conversion of the family's encoder to the canonical layout; LayoutError unless there is one."""
-        found = self.families.get(family, [])
-        if len(found) != 1:
-            prefixes = first_names([printable(each.match.full_prefix) or "." for each in found])
-            what = (
-                f"has {len(found)} {family.upper()} encoders, under the prefixes {prefixes}"
-                if found
-                else (f"has no {family.upper()}; it has {self.families_text}")
+        found, name = self.families.get(family, []), family.upper()
+        if not found:
+            what = f"--into {self.name}: has no {name}, but {_text(self.families)}"
+            raise LayoutError(what, f"leave out --{family}")
+        if len(found) > 1:
+            prefixes = first_names([_place_of(each) for each in found])
+            raise LayoutError(
+                f"--into {self.name}: has {len(found)} {name} encoders, under the prefixes {prefixes}",
+                "insert into a checkpoint that holds one of them alone",
             )
-            step = "insert into a checkpoint that holds one of them alone" if found else f"leave out --{family}"
-            raise LayoutError(f"--into {self.name}: {what}", step)
         return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
 
     def resolve_all(self, families: Iterable[str]) -> dict[str, ResolvedPlan]:
-        """The plan of each family."""
+        """Plan the conversion of several encoders; see `resolve`."""
         return {family: self.resolve(family) for family in families}
-
-    @property
-    def families_text(self) -> str:
-        """The families that it has, for messages."""
-        return " and ".join(family.upper() for family in self.families)
 
 
 def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
@@ -81,12 +76,19 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
         )
     families = detect_families(checkpoint)
     if not families:
-        names = " or ".join(family.upper() for family in registry.families())
         raise LayoutError(
-            f"--into {checkpoint.name}: has no {names} of a known layout",
+            f"--into {checkpoint.name}: has no encoder of a known layout ({_text(registry.families())})",
             f"see what it holds: dsocr-convert inspect {path}",
         )
     return Host(checkpoint, path if path.is_dir() else path.parent if is_index(path.name) else None, families)
+
+
+def check_output_name(host: Host, out: Path) -> None:
+    """UsageError if a folder's copy has the name of a file, or a file's copy another name than `.safetensors`."""
+    if host.folder is None and out.suffix.lower() != ".safetensors":
+        raise UsageError(f"--output {out}: the copy of a single file is a file", "end its name in .safetensors")
+    if host.folder is not None and has_weight_suffix(out.name):
+        raise UsageError(f"--output {out}: the copy of a folder is a folder", "leave the suffix out")
 
 
 def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix: str | None) -> EncoderParts:
@@ -103,7 +105,12 @@ def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix:
     """
     found = detect_families(source, prefix)
     shared = [family for family in found if family in host.families]
-    # Where none is shared, the error of the host's first family says what the source is.
+    if found and not shared:
+        raise LayoutError(
+            f"{source.name}: has {_text(found)}, but the checkpoint of --into has {_text(host.families)}",
+            "give a checkpoint that has one of these",
+        )
+    # Where it has none at all, the error of the host's first family says what it is.
     parts = extract_encoder(source, with_projector, prefix, shared or [*host.families][:1], partial=True)
     reasons = {
         tensor.key: f"the checkpoint of --into has no {family.upper()}"
@@ -114,6 +121,14 @@ def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix:
         if name.startswith(detected.match.prefix)
     }
     return replace(parts, dropped={key: reasons.get(key, reason) for key, reason in parts.dropped.items()})
+
+
+def _text(families: Iterable[str]) -> str:
+    return ", ".join(family.upper() for family in families)
+
+
+def _place_of(detected: DetectedLayout) -> str:
+    return printable(detected.match.full_prefix) or "."
 
 
 @dataclass
@@ -127,16 +142,18 @@ class Placement:
     without_place: list[str] = field(default_factory=list)  # The encoder's tensors that the host lacks
     kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
     problems: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)  # Layout and prefix of each encoder in the host
 
     @property
     def notes(self) -> list[str]:
-        """What only one of the two has."""
+        """Where the encoder goes, and what only one of the two has."""
         lists = (
             (self.without_place, "left out {}: the checkpoint has none"),
             (self.kept, "kept {}: the encoder has none"),
         )
         notes = [text.format(first_names(names)) for names, text in lists if names]
         own = all(_is_same(new, self.old[key]) for key, new in self.new.items())
+        notes = [*self.places, *notes]
         return [*notes, "the encoder is the checkpoint's own: nothing changes"] if own else notes
 
 
@@ -165,6 +182,7 @@ def place(host: Host, parts: EncoderParts) -> Placement:
 
 def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts: EncoderParts) -> None:
     (detected, plan), new = host, parts.plans[family].plan
+    placement.places.append(f"its {family.upper()}: layout {detected.match.name}, prefix {_place_of(detected)}")
     mapping, prefix = detected.match.layout.mapping, registry.encoder_prefix(family)
     if new.sizes["depth"] != plan.sizes["depth"]:
         depths = f"{new.sizes['depth']} layers; the checkpoint's has {plan.sizes['depth']}"

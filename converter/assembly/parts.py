@@ -78,6 +78,7 @@ def encoder_record(
     destination: Destination,
     sources: Sequence[Checkpoint],
     notes: Sequence[str] = (),
+    inserted: bool = False,
 ) -> ConversionRecord:
     """Make the record of an encoder that is planned and not yet written.
 
@@ -88,6 +89,7 @@ def encoder_record(
         destination: Where they are written.
         sources: The checkpoints that are read, with the one that the encoder is inserted into.
         notes: Remarks for the user.
+        inserted: Whether it replaces another encoder, which keeps what this one lacks.
     """
     missing = {
         registry.encoder_prefix(family) + name: reason
@@ -101,6 +103,14 @@ def encoder_record(
         for tensor in source_tensors(value)
     }
     written = [(name, new) for name, several in names.items() for new in several]
+    # Such as CLIP's last norm, which only some hosts have.
+    extra = {
+        tensor.key
+        for family, resolved in parts.plans.items()
+        for name, value in _with_prefix(family, resolved.plan.extra_tensors).items()
+        if name in names
+        for tensor in source_tensors(value)
+    }
     return make_record(
         sources,
         parts.plans,
@@ -108,8 +118,8 @@ def encoder_record(
         destination,
         target="deepencoder",
         generated={new: parts.generated[name] for name, new in written if name in parts.generated},
-        missing={name: reason for name, reason in missing.items() if name not in parts.tensors},
-        dropped=parts.dropped | unwritten,
+        missing={name: reason for name, reason in missing.items() if not inserted and name not in parts.tensors},
+        dropped={key: reason for key, reason in (parts.dropped | unwritten).items() if key not in extra},
         converted={new: outputs[new] for _, new in written},
         notes=notes,
     )

@@ -1,4 +1,4 @@
-"""`dsocr-convert encoder`: writes a whole DeepEncoder, or puts one into a DeepSeek-OCR checkpoint."""
+"""`dsocr-convert encoder`: writes a whole DeepEncoder, or puts one into another checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EncoderOptions:
     )
     into: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="Write a copy of this DeepSeek-OCR with the encoder in it."),
+        typer.Option(metavar="CHECKPOINT", help="Write a copy of this checkpoint with the encoder in it."),
     ] = None
     dtype: Annotated[DtypeName, typer.Option(help="Cast the encoder; with --into, keep means CHECKPOINT's types.")] = (
         "keep"
