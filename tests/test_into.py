@@ -131,14 +131,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         host = case.host()
         host.save_pretrained(path / name)
         host.config.save_pretrained(path / f"{name}-memory")
-        # Cloned: some are tied.
-        save({key: tensor.clone() for key, tensor in host.state_dict().items()}, path / f"{name}-memory")
+        save(host.state_dict(), path / f"{name}-memory")
     return path
 
 
 def save(state: State, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    # Cloned: some are tied.
+    cloned = {name: tensor.clone() for name, tensor in state.items()}
+    safetensors.torch.save_file(cloned, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -210,7 +211,7 @@ def got_authors(seed: int) -> State:
 
 def llava_authors(tower: str = "model.vision_tower.vision_tower.") -> State:
     clip = models.clip_hf().state_dict()
-    return renamed(clip, "vision_model.", f"{tower}vision_model.") | {"model.mm_projector.0.weight": torch.ones(3, 3)}
+    return renamed(clip, "vision_model.", f"{tower}vision_model.") | {"model.mm_projector.0.weight": torch.randn(3, 3)}
 
 
 def assert_same(found: State, expected: State) -> None:
@@ -333,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[State], State], dict[str, str], int, str]] = 
         3,
         "has SAM, but the checkpoint of --into has",
     ),
-    "no CLIP": (lambda state: state, {"clip": "clip"}, 3, "has no CLIP, but SAM\n  leave out --clip"),
+    "no CLIP": (lambda state: state, {"clip": "clip"}, 3, "has no CLIP, but SAM\nleave out --clip"),
     "compressor alone": (lambda state: llava_authors(), {"clip": "clip", "compressor": "random:0"}, 2, "needs --sam"),
     "no compressor": (
         lambda state: (
