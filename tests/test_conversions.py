@@ -117,7 +117,7 @@ def test_names_of_torch_files(name: str, tmp_path: Path) -> None:
     assert zipfile.is_zipfile(tmp_path / name) and torch.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x.pkl", "x.gguf", "x.h5", "pth.1"])
+@pytest.mark.parametrize("name", ["x.tar", "x.pkl", "x.ggml", "x.h5", "pth.1"])
 def test_names_without_a_format(name: str) -> None:
     with pytest.raises(UsageError, match=r"implies no format\n.*--format"):
         format_for(name, None)

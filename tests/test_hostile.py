@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from hostile import archives, contents, dcp, mappings, pickles, records, shards, tensorfiles, torchscript
+from hostile import archives, contents, dcp, ggufs, mappings, pickles, records, shards, tensorfiles, torchscript
 from hostile.case import Accepted, Case, Refused, State, marker
 from hostile.program import Done, run
 from memory import raw
 
-MODULES = (archives, contents, dcp, mappings, pickles, records, shards, tensorfiles, torchscript)
+MODULES = (archives, contents, dcp, ggufs, mappings, pickles, records, shards, tensorfiles, torchscript)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 # The program takes 30 MiB and 0.2 s. Conversions that compute import torch: hundreds of MiB and seconds.

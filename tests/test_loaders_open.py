@@ -62,7 +62,6 @@ UNKNOWN = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
     "gzip": (gzip.compress(b"x"), "gzip"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "7z"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "numpy": (numpy_file(), "numpy"),
     "npz": (zipped("a.npy", "b/c.npy"), "numpy.load"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol, cast
 
 from converter.errors import ContainerError
-from converter.formats import safetensors, torch_legacy, torch_zip, torchscript, unrecognized
+from converter.formats import gguf, safetensors, torch_legacy, torch_zip, torchscript, unrecognized
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents
 
@@ -39,7 +39,7 @@ class Loader(Protocol):
         """
 
 
-BUILT_IN: tuple[Loader, ...] = (safetensors, torchscript, torch_zip, torch_legacy)
+BUILT_IN: tuple[Loader, ...] = (safetensors, gguf, torchscript, torch_zip, torch_legacy)
 
 
 def open_file(file: SourceFile) -> tuple[str, Contents]:

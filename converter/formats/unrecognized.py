@@ -107,7 +107,6 @@ FORMATS = (
     Format(
         "an ONNX or CoreML model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)
     ),
-    Format("a GGUF file (llama.cpp)", _ORIGINAL, rb"GGUF", suffixes=(".gguf",)),
     Format("a ggml file (before GGUF)", _ORIGINAL, rb"lmgg|fmgg|tjgg", suffixes=(".ggml",)),
     Format(
         "a numpy array (.npy)",

@@ -304,8 +304,9 @@ def _unreadable(tensors: Tensors) -> Mark | None:
     found = [name for name, tensor in tensors.items() if tensor.dtype.bits == 0]
     if not found:
         return None
-    kind = tensors[found[0]].dtype.name
-    return Mark(f"holds weights that are no plain tensors ({kind})", remedy(kind), found)
+    dtype = tensors[found[0]].dtype
+    what = "quantised weights" if dtype.block else "weights that are no plain tensors"
+    return Mark(f"holds {what} ({dtype.name})", remedy(dtype), found)
 
 
 _CHECKS: tuple[_Rule | Callable[[Tensors], Mark | None], ...] = (

@@ -13,12 +13,14 @@ class DType(NamedTuple):
         bits: Bits per element; 0 if the elements are not plain bytes in the file.
         code: The name in safetensors files; empty if the format lacks the type.
         storage: Torch's storage class, or None.
+        block: Elements and bytes of a block, of quantised types whose elements share scales; else None.
     """
 
     name: str
     bits: int
     code: str
     storage: str | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -32,6 +34,8 @@ class DType(NamedTuple):
 
     def nbytes(self, numel: int) -> int:
         """Bytes of `numel` elements."""
+        if self.block is not None:
+            return numel // self.block[0] * self.block[1]
         return numel * self.bits // 8
 
 
@@ -99,9 +103,17 @@ _STEPS = {
     "torch.": "convert the original weights from before quantisation",
 }
 
+_DEQUANTISE = (
+    "take the F16, BF16 or F32 file of the same model, or dequantise its tensors with the package gguf: "
+    "gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(FILE).tensors"
+)
 
-def remedy(kind: str) -> str:
-    """Return the next step for tensors of a kind that is not plain bytes in the file."""
+
+def remedy(dtype: DType) -> str:
+    """Return the next step for tensors of a type that is not plain bytes in the file."""
+    kind = dtype.name
+    if dtype.block is not None:
+        return _DEQUANTISE
     for name, step in _STEPS.items():
         if kind.startswith(name):
             return step
@@ -116,3 +128,14 @@ def remedy(kind: str) -> str:
 def unreadable(kind: str) -> DType:
     """The type of a tensor of which only the name and shape are known, such as "sparse"."""
     return DType(kind, 0, "")
+
+
+def quantised(name: str, elements: int, nbytes: int) -> DType:
+    """The type of tensors that are stored in blocks.
+
+    Args:
+        name: The name of the type.
+        elements: Elements of a block.
+        nbytes: Bytes of a block.
+    """
+    return DType(name, 0, "", block=(elements, nbytes))

@@ -27,7 +27,7 @@ from converter.verification import restricted_pickle
 # The attributes of a torch.nn.Module that hold its tensors.
 _MODULE = {"_parameters", "_buffers", "_modules"}
 # Containers that the library reads tensor by tensor; others are read whole.
-_IN_PLACE = ("safetensors", "torch zip")
+_IN_PLACE = ("safetensors", "torch zip", "GGUF")
 
 # Reads a tensor of a checkpoint.
 Reader = Callable[[TensorInfo], Tensor]
@@ -97,6 +97,9 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
         return lambda path, key: operator.attrgetter(key)(module)
     if container == torch_dcp.CONTAINER:
         return _open_dcp(Path(file.path).parent)
+    if container == "GGUF":
+        read = _gguf_reader(file.path)
+        return lambda path, key: read(key)
     if container in ("torch zip", "torch legacy"):
         contents = _torch_load(file.path, mapped and container in _IN_PLACE)
         return lambda path, key: _at(contents, path)[key]
@@ -128,6 +131,22 @@ def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(tensors, storage_reader=reader, no_dist=True)
         return tensors[name]
+
+    return read
+
+
+def _gguf_reader(path: str) -> Callable[[str], Tensor]:
+    """A function from the name of a tensor in a GGUF file to the tensor, mapped into memory."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(f"{path}: GGUF files are verified with the package gguf", "run: pip install gguf") from error
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "c").tensors}
+
+    def read(name: str) -> Tensor:
+        data, shape = torch.from_numpy(tensors[name].data), tensors[name].shape.tolist()
+        is_bfloat16 = tensors[name].tensor_type.name == "BF16"
+        return (data.view(torch.bfloat16) if is_bfloat16 else data).reshape(shape[::-1])
 
     return read
 

@@ -163,6 +163,66 @@ def _laid_out(header: dict[str, Any], body: bytes, most: int) -> bytes:
     return (body + bytes(end))[:end]
 
 
+# ---- GGUF
+
+
+@_formed
+def gguf(data: bytes, most: int, chance: Random, mutate: Mutate) -> bytes:
+    """The file with changed keys or descriptions of tensors, and valid counts."""
+    version, (keys, tensors), end = data[4:8], _gguf_entries(data), -len(data) % 32
+    for _ in range(chance.choice((1, 1, 2))):
+        entries = chance.choice([each for each in (keys, tensors) if each])
+        at, what = chance.randrange(len(entries)), chance.randrange(5)
+        if what == 0:
+            del entries[at]
+        elif what == 1:
+            entries.insert(chance.randint(0, len(entries)), chance.choice(entries))
+        elif what == 2:
+            entries[at] = mutate(entries[at], len(entries[at]) + 8)
+        else:
+            code = chance.choice("IQ")
+            number = struct.pack(f"<{code}", chance.choice(NUMBERS) % (1 << 8 * struct.calcsize(code)))
+            pos = chance.randrange(len(entries[at]))
+            entries[at] = entries[at][:pos] + number + entries[at][pos + len(number) :]
+    head = b"GGUF" + version + struct.pack("<QQ", len(tensors), len(keys)) + b"".join([*keys, *tensors])
+    return head + bytes(-len(head) % 32) + data[_gguf_end(data) :] + bytes(end)
+
+
+def _gguf_entries(data: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The keys with their values, and the descriptions of tensors."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    num_tensors, num_keys = struct.unpack_from("<QQ", data, 8)
+    pos, found = 24, ([], [])  # type: tuple[int, tuple[list[bytes], list[bytes]]]
+
+    def text(at: int) -> int:
+        return at + 8 + int.from_bytes(data[at : at + 8], "little")
+
+    for is_tensor in [False] * min(num_keys, most := len(data)) + [True] * min(num_tensors, most):
+        end = text(pos)
+        kind = int.from_bytes(data[end : end + 4], "little")
+        end += 4
+        if is_tensor:
+            end += 8 * kind + 12
+        elif kind == 9:
+            kind, count = struct.unpack_from("<IQ", data, end)
+            end += 12
+            for _ in range(min(count, most)):
+                end = text(end) if kind == 8 else end + sizes[kind]
+        else:
+            end = text(end) if kind == 8 else end + sizes[kind]
+        if end > most:
+            raise ValueError
+        found[is_tensor].append(data[pos:end])
+        pos = end
+    return found
+
+
+def _gguf_end(data: bytes) -> int:
+    """The offset of the tensors' data, with the usual alignment."""
+    length = 24 + sum(len(entry) for entries in _gguf_entries(data) for entry in entries)
+    return length + -length % 32
+
+
 # ---- pickles, also consecutive ones of the legacy format
 
 

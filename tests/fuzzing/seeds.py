@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from hostile import ggufs
 
 import converter
 from converter.layouts import registry
@@ -103,6 +104,7 @@ def seeds() -> Seeds:
     deflated = [packed([(name, data, 8) for name, data, _ in members_of(file)]) for file in (*zips[:3], *scripts)]
     return {
         "safetensors": tables,
+        "gguf": _ggufs([plain[0], plain[-1]]),
         "torch-zip": zips + [file for file in deflated if b"constants.pkl" not in file],
         "torch-legacy": legacy,
         "torchscript": scripts + [file for file in deflated if b"constants.pkl" in file],
@@ -137,6 +139,11 @@ def _dcp(state: dict[Any, Any]) -> bytes:
         )
         dcp.rewrite(path, path, joined)
         return dcp_input(*((path / name).read_bytes() for name in (dcp.METADATA, dcp.FILE)))
+
+
+def _ggufs(states: list[dict[Any, torch.Tensor]]) -> list[bytes]:
+    files = [ggufs.written(ggufs.described(state), ggufs.every_value()) for state in states]
+    return [*files, ggufs.written([ggufs.Described(b"x", (64, 2), 8, bytes(136))], version=2)]
 
 
 def _indexes() -> list[object]:
@@ -174,6 +181,7 @@ def hostile() -> Iterator[bytes]:
 _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
     (lambda data: data[4:5] == b"\x80" and b"torch.distributed.checkpoint" in data, ("dcp",)),
     (lambda data: data[8:9] == b"{", ("safetensors", "container")),
+    (lambda data: data[:4] == b"GGUF", ("gguf", "container")),
     (lambda data: data[:2] == b"PK" and b"constants.pkl" in data, ("torchscript", "zip")),
     (lambda data: data[:2] == b"PK", ("torch-zip", "zip")),
     (lambda data: data[:1] in (b"\x80", b"L"), ("torch-legacy", "container")),

@@ -20,6 +20,7 @@ from converter.checkpoint.open import Checkpoint, open_checkpoint
 from converter.checkpoint.state_dict import state_dicts, unwrapped_names, without_common_prefixes
 from converter.errors import DsocrError
 from converter.formats import (
+    gguf,
     pickle_reader,
     safetensors,
     torch_contents,
@@ -274,6 +275,7 @@ def record_file(path: Path) -> None:
 
 TARGETS: dict[str, Target] = {
     "safetensors": Target(_loaded(safetensors), mutators.safetensors),
+    "gguf": Target(_loaded(gguf), mutators.gguf),
     "torch-zip": Target(_loaded(torch_zip), mutators.archive),
     "torch-legacy": Target(_loaded(torch_legacy), mutators.pickle),
     "torchscript": Target(_loaded(torchscript), mutators.archive),

@@ -436,7 +436,6 @@ OTHER: dict[str, tuple[Callable[[], bytes], str]] = {
     "rar": (lambda: b"Rar!\x1a\7\1\0" + bytes(100), "a RAR archive"),
     "npz": (_npz, "an .npz archive of numpy arrays"),
     "numpy": (_npy, "a numpy array"),
-    "GGUF": (lambda: b"GGUF\3\0\0\0" + bytes(100), "a GGUF file"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
     "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "unknown format: it begins with 89 50 4e 47"),
     "an error page": (lambda: b"\xef\xbb\xbf\r\n<!DOCTYPE html><title>404</title>", "a web page"),

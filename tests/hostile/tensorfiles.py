@@ -327,6 +327,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
 }
 
+
+def saved(like: Callable[[], State]) -> Callable[[], bytes]:
+    return lambda: safetensors.torch.save(like())
+
+
 LENIENT = (
     "safetensors: a header of 90 MB",  # white space, over the limit
     "safetensors: no tensors",  # nothing to convert
@@ -350,7 +355,7 @@ UNKNOWN = ("no rule claims", "no SAM layout fits", "first names")
 CASES = [
     *(Case(f"safetensors: {name}", put(make), Accepted(sam)) for name, make in LEGAL.items()),
     *(
-        Case(f"safetensors: {dtype}", put(lambda like=like: safetensors.torch.save(like())), Accepted(like))
+        Case(f"safetensors: {dtype}", put(saved(like)), Accepted(like))
         for dtype, like in {
             **{
                 str(dtype): cast(dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn)

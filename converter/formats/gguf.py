@@ -1,0 +1,200 @@
+"""Reads and writes GGUF: a header with keys, values and descriptions of tensors, and the aligned bytes of the tensors.
+
+The format is documented at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. As llama.cpp, the reader refuses
+nested arrays, and tensors that do not follow each other in the order of the header. It also refuses bytes after the
+last tensor. Shapes are stored in reverse order.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+from converter.errors import ContainerError
+from converter.formats import strict_json
+from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.local_file import SourceFile
+from converter.tensors.dtypes import BY_NAME, DType, quantised
+from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
+
+CONTAINER = "GGUF"
+
+MAX_HEADER = strict_json.MAX_BYTES
+MAX_COUNT = 1 << 16  # of keys, and of tensors; models have a few thousand
+MAX_DIMENSIONS = 4
+_MAX_NAME = 65_535  # bytes of a key, as in the format's specification
+_MAX_SIZE = 1 << 63
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
+_WINDOW = 64 << 10  # bytes of the header that are read at a time
+
+# Types of values by their numbers in `struct`.
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _UINT32: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Element types of tensors by their numbers.
+_PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
+# Quantised types: name, elements of a block, bytes of a block.
+_QUANTISED = {
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}  # fmt: skip
+_DTYPES = {number: BY_NAME[name] for number, name in _PLAIN.items()}
+_DTYPES |= {number: quantised(*described) for number, described in _QUANTISED.items()}
+_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+
+# ---- reading
+
+
+def can_read(file: SourceFile) -> bool:
+    return file.size >= len(_MAGIC) and file.read(0, len(_MAGIC)) == _MAGIC
+
+
+def load(file: SourceFile) -> Contents:
+    header = _Header(file)
+    num_tensors, num_keys = _counts(header)
+    alignment = _read_keys(header, num_keys)
+    described = [_description(header) for _ in range(num_tensors)]
+    tensors: dict[str, TensorInfo] = {}
+    start = pos = _aligned(header.pos, alignment)
+    for name, dtype, shape, offset in described:
+        if name in tensors:
+            raise header.damaged(f"tensor {name!r} is there twice")
+        begin = _aligned(pos, alignment)
+        if start + offset != begin:
+            raise header.damaged(f"tensor {name!r} is at byte {offset} of the data; expected {begin - start}")
+        pos = begin + dtype.nbytes(math.prod(shape))
+        storage = Storage(file, (begin, pos), pos - begin, pos - begin, name)
+        tensors[name] = TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape))
+    if not tensors:
+        raise ContainerError(
+            f"{file.name}: a GGUF file without tensors",
+            "take the file with the weights: for the vision encoder of DeepSeek-OCR, its mmproj file",
+        )
+    if not pos <= file.size <= _aligned(pos, alignment):
+        problem = "truncated" if pos > file.size else "extra bytes at the end"
+        raise header.damaged(f"{problem}: expected {pos} bytes, found {file.size}")
+    return dict(tensors)
+
+
+class _Header:
+    """Reads the header in order, at most `MAX_HEADER` bytes of it, through a small window."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file, self.pos = file, 0
+        self._window, self._start = b"", 0
+
+    def damaged(self, why: str) -> ContainerError:
+        return ContainerError(f"{self.file.name}: damaged GGUF file: {why}", DAMAGED)
+
+    def skip(self, length: int) -> None:
+        self.pos += length
+        if self.pos > self.file.size:
+            raise self.damaged(f"truncated: its header exceeds its size of {self.file.size} bytes")
+        if self.pos > MAX_HEADER:
+            raise self.damaged(f"a header of more than {MAX_HEADER} bytes, the limit")
+
+    def read(self, length: int) -> bytes:
+        begin = self.pos
+        self.skip(length)
+        if not self._start <= begin <= self.pos <= self._start + len(self._window):
+            self._start = begin
+            self._window = self.file.read(begin, max(length, min(_WINDOW, self.file.size - begin)))
+        return self._window[begin - self._start : self.pos - self._start]
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack(f"<{code}", self.read(struct.calcsize(code)))
+        return int(value)
+
+    def text(self, limit: int) -> str:
+        length = self.number("Q")
+        if length > limit:
+            raise self.damaged(f"a name of {length} bytes; the limit is {limit}")
+        try:
+            return self.read(length).decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a name that is not UTF-8 ({error})") from None
+
+
+def _counts(header: _Header) -> tuple[int, int]:
+    """Check magic and version, and return the numbers of tensors and of keys."""
+    header.skip(len(_MAGIC))
+    version = header.number("I")
+    if version and not version & 0xFFFF:
+        raise ContainerError(
+            f"{header.file.name}: a big-endian GGUF file, for other processors",
+            "take the little-endian file, or convert it with the package gguf: gguf-convert-endian FILE little",
+        )
+    if version not in _VERSIONS:
+        raise ContainerError(
+            f"{header.file.name}: GGUF version {version}; supported are {' and '.join(map(str, _VERSIONS))}",
+            "convert the model again with a current llama.cpp",
+        )
+    counts = header.number("Q"), header.number("Q")
+    for count, what in zip(counts, ("tensors", "keys"), strict=True):
+        if count > MAX_COUNT:
+            raise header.damaged(f"{count} {what}; the limit is {MAX_COUNT}")
+    return counts
+
+
+def _read_keys(header: _Header, count: int) -> int:
+    """Read the keys, skip their values, and return the alignment of the tensors."""
+    keys: set[str] = set()
+    alignment = _ALIGNMENT
+    for _ in range(count):
+        key = header.text(_MAX_NAME)
+        if key in keys:
+            raise header.damaged(f"the key {key!r} is there twice")
+        keys.add(key)
+        kind = header.number("I")
+        if key != _ALIGNMENT_KEY:
+            _skip_value(header, key, kind)
+            continue
+        alignment = header.number("I") if kind == _UINT32 else 0
+        if not alignment or alignment & (alignment - 1):
+            raise header.damaged(f"{key} must be an unsigned 32-bit power of two")
+    return alignment
+
+
+def _skip_value(header: _Header, key: str, kind: int) -> None:
+    count = 1
+    if kind == _ARRAY:
+        kind, count = header.number("I"), header.number("Q")
+    if kind == _STRING:
+        for _ in range(count):
+            header.skip(header.number("Q"))
+    elif kind in _SCALARS:
+        header.skip(count * struct.calcsize(_SCALARS[kind]))
+    else:
+        what = "nested arrays" if kind == _ARRAY else f"the unknown type {kind}"
+        raise header.damaged(f"the key {key!r} has {what}")
+
+
+def _description(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
+    """Read the name, the type, the shape and the offset of a tensor."""
+    name = header.text(_MAX_NAME)
+    num_dimensions = header.number("I")
+    if num_dimensions > MAX_DIMENSIONS:
+        raise header.damaged(f"tensor {name!r} has {num_dimensions} dimensions; the limit is {MAX_DIMENSIONS}")
+    shape = tuple(reversed([header.number("Q") for _ in range(num_dimensions)]))
+    number = header.number("I")
+    if number not in _DTYPES:
+        raise ContainerError(
+            f"{header.file.name}: tensor {name!r} has the unknown type {number}",
+            f"supported are {', '.join(dtype.name for dtype in _DTYPES.values())}",
+        )
+    dtype = _DTYPES[number]
+    if math.prod(shape) >= _MAX_SIZE:
+        raise header.damaged(f"tensor {name!r} has the impossible shape {list(shape)}")
+    if dtype.block and (not shape or shape[-1] % dtype.block[0]):
+        raise header.damaged(f"tensor {name!r} of shape {list(shape)} does not fill blocks of {dtype.name}")
+    return name, dtype, shape, header.number("Q")
+
+
+def _aligned(pos: int, alignment: int) -> int:
+    return pos + -pos % alignment
