@@ -12,10 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 from inventories import is_convolution, mlx_name
+from test_docs import DOCS
+from test_docs import under as under_heading
+from walkthrough import check
 
 import converter
 from converter.encoders import ClipEncoder, Qwen2Encoder, SamEncoder
-from converter.errors import LayoutError, MappingError
+from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 
 State = dict[str, torch.Tensor]
@@ -156,14 +159,6 @@ def test_a_quantised_projector_is_refused_by_name(tmp_path: Path) -> None:
         converter.encoder(pack, out=tmp_path / "out.safetensors", with_projector=True)
 
 
-def test_the_projector_of_a_pack_gets_deepseeks_names(tmp_path: Path) -> None:
-    projector = {"projector.layers.weight": torch.randn(4, 8), "projector.layers.bias": torch.randn(4)}
-    projector |= {"image_newline": torch.randn(4), "view_seperator": torch.randn(4)}
-    state = deepseek() | under("model.", projector)
-    converter.encoder(save(to_mlx(state), tmp_path / "pack"), out=tmp_path / "out.safetensors", with_projector=True)
-    check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), state)
-
-
 # Tensors in torch's order in a pack whose other convolutions are MLX's, and what the message says of them.
 HALF: dict[str, tuple[str, ...]] = {
     "one of the neck": ("sam_model.neck.2.weight",),
@@ -208,3 +203,95 @@ def test_an_incomplete_pack_is_not_refused_for_its_order(tmp_path: Path) -> None
     del pack["sam_model.blocks.1.attn.qkv.bias"]
     with pytest.raises(MappingError, match=r"missing tensor 'blocks\.1\.attn\.qkv\.bias'"):
         converter.convert(save(pack, tmp_path / "pack.safetensors"), "sam", out=tmp_path / "out.safetensors")
+
+
+def projector() -> State:
+    tensors = {"projector.layers.weight": torch.randn(4, 8), "projector.layers.bias": torch.randn(4)}
+    return under("model.", tensors | {"image_newline": torch.randn(4), "view_seperator": torch.randn(4)})
+
+
+@pytest.mark.parametrize("out", ["pack.safetensors", "pack"])
+def test_an_encoder_is_written_as_a_pack(out: str, tmp_path: Path) -> None:
+    """Byte for byte what a transpose by hand gives, in a file or a folder, and back."""
+    source = save(deepseek(), tmp_path / "model.safetensors")
+    record = converter.encoder(source, to="mlx", out=tmp_path / out)
+    assert (record.target, record.family) == ("mlx", "deepencoder")
+    path = tmp_path / out / "model.safetensors" if out == "pack" else tmp_path / out
+    check_equal(safetensors.torch.load_file(path), to_mlx(deepseek()))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "mlx"
+    converter.encoder(tmp_path / out, out=tmp_path / "back.safetensors")
+    check_equal(safetensors.torch.load_file(tmp_path / "back.safetensors"), deepseek())
+
+
+def test_a_pack_has_the_projector_and_the_type_that_were_chosen(tmp_path: Path) -> None:
+    state = deepseek() | projector()
+    out = tmp_path / "pack.safetensors"
+    source = save(state, tmp_path / "model.safetensors")
+    converter.encoder(source, to="mlx", out=out, with_projector=True, dtype="bfloat16")
+    check_equal(safetensors.torch.load_file(out), {name: tensor.bfloat16() for name, tensor in to_mlx(state).items()})
+    converter.encoder(out, out=tmp_path / "back.safetensors", with_projector=True)
+    expected = {name: tensor.bfloat16() for name, tensor in state.items()}
+    check_equal(safetensors.torch.load_file(tmp_path / "back.safetensors"), expected)
+
+
+def test_a_written_pack_is_verified(tmp_path: Path) -> None:
+    """One convolution whose rows and columns are exchanged has the right shape, and is named."""
+    source, out = save(deepseek() | projector(), tmp_path / "model.safetensors"), tmp_path / "pack.safetensors"
+    converter.encoder(source, to="mlx", out=out, with_projector=True, record=tmp_path / "pack.json")
+    assert converter.verify(out, source, fast=True, record=tmp_path / "pack.json").ok
+    wrong = safetensors.torch.load_file(out)
+    wrong["sam_model.net_3.weight"] = wrong["sam_model.net_3.weight"].transpose(1, 2).contiguous()
+    check = next(
+        check
+        for check in converter.verify(save(wrong, tmp_path / "wrong.safetensors"), source, fast=True).checks
+        if check.group == "bytes" and check.verdict == "failed"
+    )
+    assert "sam_model.net_3.weight" in check.tensors
+
+
+def test_an_encoder_is_put_into_a_pack(tmp_path: Path) -> None:
+    """The quantised language model stays as it is."""
+    pack = save(quantised(4), tmp_path / "pack.safetensors")
+    new = {name: tensor + 1 for name, tensor in deepseek().items()}
+    source = save(new, tmp_path / "model.safetensors")
+    converter.encoder(source, into=pack, out=tmp_path / "out.safetensors")
+    expected = quantised(4) | {name: tensor.bfloat16() for name, tensor in to_mlx(new).items()}
+    check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected)
+
+
+ERRORS: dict[str, tuple[dict[str, str], str]] = {
+    "unknown": ({"to": "coreml"}, "to 'coreml': expected one of mlx"),
+    "prefix": ({"to": "mlx", "add_prefix": "a."}, "--add-prefix: cannot be combined with --to mlx"),
+    "pth": ({"to": "mlx", "out": "pack.pth"}, "--to mlx: is read from safetensors, not pth"),
+    "into": ({"to": "mlx", "into": "host", "out": "out"}, "--to: cannot be combined with --into"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_usage(case: str, tmp_path: Path) -> None:
+    options, message = ERRORS[case]
+    with pytest.raises(UsageError, match=message):
+        converter.encoder(tmp_path / "absent.safetensors", **options)
+
+
+def test_clip_without_its_patches_is_no_pack(tmp_path: Path) -> None:
+    state = deepseek()
+    source = save({name: state[name] for name in state if not name.endswith(PATCHES)}, tmp_path / "model.safetensors")
+    with pytest.raises(MappingError, match=f"lacks tensors of clip-mlx: {PATCHES}"):
+        converter.encoder(source, to="mlx", out=tmp_path / "pack.safetensors")
+
+
+def save_example(folder: Path) -> None:
+    """The checkpoints of docs/ports.md: DeepSeek-OCR, a pack of 4 bits of it, and what was trained from it."""
+    language = {"model.layers.0.mlp.up_proj.weight": torch.ones(8, 4), "lm_head.weight": torch.ones(8, 4)}
+    original = {name: tensor.bfloat16() for name, tensor in (deepseek() | projector() | language).items()}
+    trained = original | {name: tensor + 1 for name, tensor in original.items() if name.startswith("model.sam_model.")}
+    for name, state in {"DeepSeek-OCR": original, "DeepSeek-OCR-4bit": quantised(4), "trained": trained}.items():
+        (folder / name).mkdir()
+        save(state, folder / name / "model.safetensors")
+
+
+def test_the_page_of_ports(tmp_path: Path) -> None:
+    save_example(tmp_path)
+    check(under_heading(DOCS / "ports.md", "## MLX"), tmp_path)

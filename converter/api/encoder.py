@@ -8,16 +8,17 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.options import DTYPES, HubOptions, check_choices
+from converter.output.pretrained import is_folder_output
 from converter.output.record import ConversionRecord, Destination
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
-from converter.plan.plan import sort_outputs
 from converter.storage.progress import OnProgress
 
 
@@ -30,6 +31,7 @@ def encoder(
     prefix: str | None = None,
     with_projector: bool = False,
     add_prefix: str = MODEL_PREFIX,
+    to: str = "",
     into: str | Path | None = None,
     out: str | Path | None = None,
     dtype: str = "keep",
@@ -56,6 +58,7 @@ def encoder(
         with_projector: Also extract the projector, image_newline and view_seperator from `source`; from GOT-OCR2 and
             Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
+        to: "mlx" for the names and axes of mlx-vlm; DeepSeek-OCR's by default.
         into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
             folder or a file. Shards, index, order of names, types and all other files are kept.
         out: The output; `deepencoder.<format>` by default, required with `into`.
@@ -77,12 +80,17 @@ def encoder(
     check_choices(dtype=(dtype, DTYPES))
     if not re.fullmatch(r"([\w-]+\.)*", add_prefix):
         raise UsageError(f"--add-prefix {add_prefix!r}: expected names that each end in a dot, such as model.")
+    if to:
+        check_choices(to=(to, tuple(LAYOUTS)))
+        _refuse(f"cannot be combined with --to {to}", add_prefix=add_prefix != MODEL_PREFIX)
     if into is not None:
-        _refuse("cannot be combined with --into", format=format, add_prefix=add_prefix != MODEL_PREFIX)
+        _refuse("cannot be combined with --into", to=to, format=format, add_prefix=add_prefix != MODEL_PREFIX)
         if out is None:
             raise UsageError("--into: name the output with --output")
-    format = format_for(None if into is not None else out, format)
-    destination = Destination(Path(out or f"deepencoder.{format}"), format, dtype)
+    format = format_for(None if into is not None or _is_folder(out, to) else out, format)
+    if to and format != "safetensors":
+        raise UsageError(f"--to {to}: is read from safetensors, not {format}", "end --output in .safetensors")
+    destination = Destination(Path(out or f"{to or 'deepencoder'}.{format}"), format, dtype)
     files, hub = RecordFiles(record), HubOptions(**hub_options)
     with ExitStack() as stack:
 
@@ -118,7 +126,7 @@ def encoder(
             output = insertion_output(insertion)
         else:
             sources = parts.sources
-            made, output = _new_output(parts, add_prefix, destination)
+            made, output = _new_output(parts, to, add_prefix, destination)
         return made if dry_run else write(output, made, sources, files, force, on_progress)
 
 
@@ -129,11 +137,18 @@ def _refuse(reason: str, **options: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: {reason}")
 
 
-def _new_output(parts: EncoderParts, prefix: str, destination: Destination) -> tuple[ConversionRecord, Output]:
-    """Plan a file of the encoder alone; its metadata says whether the compressor is untrained."""
-    names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
-    outputs = sort_outputs({new: parts.tensors[name] for name, new in names.items()}, destination.dtype)
-    written = {name: [new] for name, new in names.items()}
-    record = encoder_record(parts, written, outputs, destination, sources=parts.sources)
+def _new_output(
+    parts: EncoderParts, layout: str, prefix: str, destination: Destination
+) -> tuple[ConversionRecord, Output]:
+    """Plan a file or folder of the encoder alone; its metadata says whether the compressor is untrained."""
+    outputs, names, _ = arrange(parts, layout, prefix, destination.dtype)
+    target = layout or "deepencoder"
+    record = encoder_record(parts, names, outputs, destination, sources=parts.sources, target=target)
     untrained = {"compressor": min(record.generated.values())} if record.generated else {}
-    return record, make_output(outputs, record, record.metadata() | untrained)
+    documents: dict[str, bytes] | None = {} if _is_folder(destination.path, layout) else None
+    return record, make_output(outputs, record, record.metadata() | untrained, documents)
+
+
+def _is_folder(out: str | Path | None, layout: str) -> bool:
+    """Whether the output is a folder: other programs load their layouts from one."""
+    return bool(layout) and out is not None and is_folder_output(Path(out), layout)

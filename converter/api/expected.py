@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder, find_projector
@@ -198,20 +199,14 @@ def _expected_deep_encoder(
     else:
         parts = _built(sources, open_file, encoder_prefix, families)
     _check_not_itself(target, parts.sources)
-    names = {name: prefix + name for name in parts.tensors if name not in parts.constants}
-    outputs = {new: parts.tensors[name] for name, new in names.items()}
-    outputs = sort_outputs(outputs, _infer_dtype(outputs, target.tensors))
-    values = {name: outputs[names[name]] if name in names else value for name, value in parts.tensors.items()}
+    layout = target.layout if target.layout in LAYOUTS else ""
+    arranged = arrange(parts, layout, prefix, "keep")
+    dtype = _infer_dtype(arranged.outputs, target.tensors)
+    outputs, values = sort_outputs(arranged.outputs, dtype), sort_outputs(parts.tensors, dtype)
     plans = {
         family: ResolvedPlan(detected, _with_outputs(plan, values)) for family, (detected, plan) in parts.plans.items()
     }
-    rules = {
-        names[registry.encoder_prefix(family) + name]: rule
-        for family, resolved in plans.items()
-        for name, rule in resolved.plan.rules.items()
-        if registry.encoder_prefix(family) + name in names
-    }
-    return _expected(plans, outputs, rules, parts.sources, on_progress)
+    return _expected(plans, outputs, arranged.rules, parts.sources, on_progress)
 
 
 def _expected(

@@ -18,6 +18,7 @@ from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.apply import apply
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
+from converter.plan.route import target_names
 from converter.storage.local_file import exists
 from converter.tensors.lazy_tensor import LazyTensor, Read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
@@ -192,7 +193,7 @@ def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts:
     # What a layout has inside the encoder is replaced too, such as CLIP's last norm; its text tower is not.
     extra = {name: value for name, value in plan.extra_tensors.items() if any_match(inside, name)}
     values = parts.encoder(family) | {name: new.extra_tensors[name] for name in extra if name in new.extra_tensors}
-    names = {name: _targets(rules, name) for name in values}
+    names = {name: target_names(rules, name) for name in values}
     claimed = {name: value for name, value in values.items() if names[name]}
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), claimed, detected.match.name)
     own = {tensor.key: tensor for value in (plan.outputs | extra).values() for tensor in source_tensors(value)}
@@ -207,12 +208,6 @@ def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts:
     placement.rules |= {key: applied.rules[name] for key, name in made.items()}
     placement.old |= own
     placement.kept += [key for key in own if key not in made]
-
-
-def _targets(rules: Iterable[Rule], name: str) -> list[str]:
-    """The names that rules make of one tensor."""
-    matches = ((rule, source.match(name)) for rule in rules for source in rule.sources)
-    return [target.fill(match) for rule, match in matches if match is not None for target in rule.targets]
 
 
 def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> None:

@@ -79,6 +79,7 @@ def encoder_record(
     sources: Sequence[Checkpoint],
     notes: Sequence[str] = (),
     inserted: bool = False,
+    target: str = "deepencoder",
 ) -> ConversionRecord:
     """Make the record of an encoder that is planned and not yet written.
 
@@ -90,6 +91,7 @@ def encoder_record(
         sources: The checkpoints that are read, with the one that the encoder is inserted into.
         notes: Remarks for the user.
         inserted: Whether it replaces another encoder, which keeps what this one lacks.
+        target: The layout of the output.
     """
     missing = {
         registry.encoder_prefix(family) + name: reason
@@ -116,7 +118,7 @@ def encoder_record(
         parts.plans,
         outputs,
         destination,
-        target="deepencoder",
+        target=target,
         generated={new: parts.generated[name] for name, new in written if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if not inserted and name not in parts.tensors},
         dropped={key: reason for key, reason in (parts.dropped | unwritten).items() if key not in extra},

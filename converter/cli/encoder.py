@@ -40,6 +40,9 @@ class EncoderOptions:
     add_prefix: Annotated[str, typer.Option(metavar="NAME.", help="Prefix of all tensor names in the output.")] = (
         "model."
     )
+    to: Annotated[
+        str, typer.Option(metavar="mlx", help="Write names and axes of mlx-vlm. [default: DeepSeek-OCR's]")
+    ] = ""
     into: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Write a copy of this checkpoint with the encoder in it."),

@@ -122,11 +122,6 @@ def schema() -> str:
     return (files("converter.layouts") / "mapping.schema.json").read_text(encoding="utf-8")
 
 
-def layouts_of(target: str) -> list[LayoutSpec]:
-    """Return the layouts of the target in a conversion record: those of both encoders for `deepencoder`, else one."""
-    return [canonical(family) for family in first_version()] if target == "deepencoder" else [load(target)]
-
-
 def layouts(family: str) -> list[LayoutSpec]:
     """Return all layouts of a family that ship, the canonical one first."""
     return [load(name) for name in names_of_family(family)]

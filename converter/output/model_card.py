@@ -13,7 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from converter.errors import printable
 from converter.hub.address import is_address, parse_address
-from converter.layouts import registry
 from converter.options import NO_HUB_OPTIONS
 from converter.output.json_document import canonical_json
 from converter.output.names import fold_key_map, fold_names, group_by_reason, overflow_warning
@@ -53,7 +52,7 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         library=next((library for end, library in _LIBRARIES.items() if record.target.endswith(end)), "pytorch"),
         tags=dict.fromkeys(("deepseek-ocr", record.family, record.target, "dsocr-convert")),
         content="A DeepEncoder" if family == "DEEPENCODER" else f"{family} in the layout `{record.target}`",
-        descriptions=[layout.description for layout in registry.layouts_of(record.target)],
+        descriptions=[layout.description for layout in record.layouts],
         tensors=list(_tensors(record, document["tensors"])),
         overflows=overflow_warning(record.overflows),
         left_out=list(_left_out(record)),

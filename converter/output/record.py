@@ -15,6 +15,7 @@ from converter import __version__
 from converter.checkpoint.open import Checkpoint
 from converter.hub.address import is_address
 from converter.layouts import registry
+from converter.layouts.spec import LayoutSpec
 from converter.output.digests import TensorDigests
 from converter.output.json_document import as_json
 from converter.output.pretrained import is_folder_output
@@ -99,11 +100,20 @@ class ConversionRecord:
         """The names of the layouts that the sources were detected as, joined with ` + `."""
         return " + ".join(mapping.name for source in self.sources for mapping in source.mappings)
 
+    @property
+    def layouts(self) -> list[LayoutSpec]:
+        """The layouts of the output: those of all encoders of a whole DeepEncoder, else one."""
+        if self.target in registry.layout_names():
+            return [registry.load(self.target)]
+        name = "deepencoder-{}" if self.target == "deepencoder" else f"{{}}-{self.target}"
+        found = {mapping.family for source in self.sources for mapping in source.mappings}
+        return [registry.load(name.format(family)) for family in registry.families() if family in found]
+
     def metadata(self) -> dict[str, str]:
         """The `__metadata__` of a safetensors file; it depends on neither time nor machine."""
         metadata = {
-            # transformers refuses files that do not name their framework.
-            "format": "pt",
+            # transformers refuses files that do not name their framework, and mlx-vlm reads from it who saved them.
+            "format": "mlx" if self.target.endswith("mlx") else "pt",
             "tool": self.tool,
             "layout": self.target,
             "mapping": self.mapping,
@@ -300,7 +310,7 @@ def record_document(
         "dtype": record.dtype,
         "target": {
             "name": record.target,
-            "sha256": {layout.name: layout.digest for layout in registry.layouts_of(record.target)},
+            "sha256": {layout.name: layout.digest for layout in record.layouts},
         },
         "sources": _sources(record, sources, on_progress),
         "metadata": metadata,

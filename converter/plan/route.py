@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from converter.errors import MappingError
@@ -158,3 +158,9 @@ def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
     if full_model:
         rules += tuple(rule._replace(optional=False) for rule in target.other_rules)
     return invert(rules)
+
+
+def target_names(rules: Iterable[Rule], name: str) -> list[str]:
+    """Return the names that rules make of one tensor."""
+    matches = ((rule, source.match(name)) for rule in rules for source in rule.sources)
+    return [target.fill(match) for rule, match in matches if match is not None for target in rule.targets]

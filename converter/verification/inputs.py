@@ -52,6 +52,14 @@ class Converted:
     read: Reader
 
     @property
+    def layout(self) -> str:
+        """The layout of its names; of several encoders the one that they share, such as mlx, or deepencoder."""
+        if len(self.encoders) == 1:
+            return self.encoders[0].layout.name
+        ends = {encoder.layout.name.removeprefix(f"{encoder.family}-") for encoder in self.encoders}
+        return ends.pop() if len(ends) == 1 and ends != {"deepseek-ocr"} else "deepencoder"
+
+    @property
     def family(self) -> str:
         """The family of its encoder; deepencoder for several."""
         return self.encoders[0].family if len(self.encoders) == 1 else "deepencoder"

@@ -33,10 +33,9 @@ def check_structure(target: Converted) -> list[Check]:
 def _check_claim(target: Converted) -> list[Check]:
     """A failed check if the file's header names another layout than its tensors have."""
     claimed = header_metadata(target.source).get("layout")
-    actual = target.encoders[0].layout.name if len(target.encoders) == 1 else target.family
-    if claimed in (None, actual):
+    if claimed in (None, target.layout):
         return []
-    detail = f"its header says {claimed}, but its tensors have the names of {actual}"
+    detail = f"its header says {claimed}, but its tensors have the names of {target.layout}"
     return [Check(GROUP, "claim", FAILED, detail, list(target.tensors))]
 
 
