@@ -15,6 +15,7 @@ message as `repr` or `printable` writes them: they may hold control characters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 # Characters of a message and of a name in a list, as tensor names in a file may have megabytes.
@@ -44,10 +45,23 @@ def first_names(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..." for name in names[:shown]) + more
 
 
+def natural_sort_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
 class DsocrError(Exception):
-    """Base of all errors that are not bugs; `exit_code` is the exit status of a command that raises it."""
+    """Base of all errors that are not bugs.
+
+    Attributes:
+        exit_code: The exit status of a command that raises it.
+        message: The file and the problem.
+        hint: What to do next.
+        choices: A source of the command, and the sources of which one can take its place.
+    """
 
     exit_code = 1
+    choices: tuple[str, Sequence[str]] = "", ()
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)

@@ -10,7 +10,6 @@ import models
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint
 
 import converter
 from converter.checkpoint.open import Checkpoint, open_checkpoint
@@ -141,7 +140,10 @@ def test_a_set_of_one_shard(tmp_path: Path) -> None:
         (("model.onnx",), "model.onnx is an ONNX or CoreML model"),
         (("x.mlpackage/Manifest.json",), "x.mlpackage is a CoreML model"),
         (("data.pkl", "version", "data/0"), r"an unpacked file of torch.save\n.*zip -0 -r weights.pth FOLDER"),
-        (("checkpoint-10/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: checkpoint-10"),
+        (("a/b/c/d/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: a"),
+        (("optimizer_0/x.pth", ".git/x.pth", "step_universal/x.pth"), "contains no checkpoint"),
+        (("model_world_size_2_rank_0.pt",), r"verl, which splits.*\n.*verl.model_merger merge .*--local_dir "),
+        (("shard-00001-model-00001-of-00001.safetensors",), r"HuggingFaceStorageWriter.*\n.*consolidate_safetensors"),
         (("zero_pp_rank_0_mp_rank_00_model_states.pt",), r"ZeRO-3.*\n.*the folder above.*: python zero_to_fp32.py \. "),
         (("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), r"model-parallel ranks.*\n.*give mp_rank_00_"),
     ],

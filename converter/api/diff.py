@@ -10,9 +10,9 @@ from typing import Any
 from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import state_dicts
 from converter.comparison.align import Named, Side, align, select_side
-from converter.comparison.difference import Block, Change, Difference, Figures, block_of, natural_sort_key
+from converter.comparison.difference import Block, Change, Difference, Figures, block_of
 from converter.comparison.streams import Pairs, differing, digests
-from converter.errors import UsageError
+from converter.errors import UsageError, natural_sort_key
 from converter.options import HubOptions
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME

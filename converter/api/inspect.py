@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from converter.checkpoint.file_kinds import FolderFiles, list_folder
 from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.checkpoint.state_dict import StateDict
 from converter.errors import DsocrError
@@ -97,6 +98,7 @@ class Inspection:
         layouts: The layouts that match.
         nearest: If no layout matches, lines of text that say how the tensors differ from the nearest layout.
         ignored: Classes and functions in a pickle that were not imported; objects of them are ignored.
+        folder: The files in the folder, if the source is one on this machine.
     """
 
     source: str
@@ -111,6 +113,7 @@ class Inspection:
     layouts: list[MatchedLayout]
     nearest: list[str]
     ignored: list[str]
+    folder: list[FolderFiles]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -145,7 +148,8 @@ def inspect(
         state_dicts = select_state_dicts(opened, state_dict, prefix)
         largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
         found = _measure(opened, largest.tensors, on_progress) if values else {}
-        return _inspect(opened, state_dicts, largest, found)
+        files = list_folder(Path(source), [file.path for file in opened.files]) if Path(source).is_dir() else []
+        return replace(_inspect(opened, state_dicts, largest, found), folder=files)
 
 
 def _measure(opened: Checkpoint, tensors: Mapping[str, TensorInfo], on_progress: OnProgress) -> dict[str, Values]:
@@ -176,6 +180,7 @@ def _inspect(
         layouts=layouts,
         nearest=[] if layouts else nearest_layout(opened, largest, mappings),
         ignored=list(opened.ignored),
+        folder=[],
     )
 
 

@@ -8,7 +8,9 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import PurePath
 
+from converter.checkpoint.file_kinds import is_by_product
 from converter.errors import ContainerError, DsocrError, printable
+from converter.formats.torch_dcp import METADATA, SUFFIX
 from converter.formats.unrecognized import REPACK, format_of_name
 
 # The file to use in a folder is the first of these that exists, in the order of transformers and open_clip.
@@ -31,24 +33,20 @@ _DESCRIBED = re.compile(
     r"(open_clip_)?(model|pytorch_model|adapter_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index(\.[\w-]+)?\.json)?"
 )
 _SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..+)")
-# Files that trainers write next to a checkpoint.
-_BY_PRODUCTS = (
-    "training_args.*",
-    "optimizer.*",
-    "optimizer[_-]*",
-    "optim.*",
-    "*_optim_states.pt",
-    "*scheduler.*",
-    "rng_state*",
-    "random_states*",
-    "*scaler.*",
-    "sampler.*",
-    "sampler_*",
-    "dataloader*",
-)
 _UNFINISHED = (".aria2", ".incomplete", ".crdownload", ".part", ".partial")
 # Checkpoints in several files that are read together: a pattern of one of their names, what it is, the next step.
 _DISTRIBUTED = (
+    (
+        "model_world_size_*_rank_*.pt",
+        "a checkpoint of verl, which splits each tensor",
+        "merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir merged",
+    ),
+    (
+        "shard-[0-9]*-model-[0-9]*-of-*.safetensors",
+        "shards of torch's HuggingFaceStorageWriter, which splits each tensor",
+        "join them with consolidate_safetensors_files_on_every_rank(FOLDER, NEW_FOLDER) of "
+        "torch.distributed.checkpoint._consolidate_hf_safetensors",
+    ),
     (
         "*zero_pp_rank_*_model_states.pt",
         "a checkpoint of DeepSpeed ZeRO-3, which splits each tensor",
@@ -84,7 +82,24 @@ def count_shards(name: str) -> int:
 
 def is_checkpoint(name: str) -> bool:
     """Return whether a file name may be that of a checkpoint, and is not one that trainers write next to it."""
-    return is_index(name) or (has_weight_suffix(name) and not any(fnmatch(name, pattern) for pattern in _BY_PRODUCTS))
+    return is_index(name) or (has_weight_suffix(name) and not is_by_product(name))
+
+
+def is_dcp(names: Iterable[str]) -> bool:
+    """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and none that is preferred."""
+    found = set(names)
+    is_part = METADATA in found or any(name.endswith(SUFFIX) for name in found)
+    return is_part and not found.intersection(STANDARD_NAMES)
+
+
+def holds_checkpoint(names: Collection[str]) -> bool:
+    """Return whether a folder has a checkpoint, or a part of one, by the names of its files."""
+    return is_dcp(names) or any(map(is_checkpoint, names))
+
+
+def is_searched(folder: str) -> bool:
+    """Return whether a folder of this name may hold a model: not states of an optimizer, or files of git."""
+    return not folder.startswith((".", "optim")) and not folder.endswith("_universal")
 
 
 def is_described(name: str, used: Collection[str], files: Iterable[str]) -> bool:
@@ -122,7 +137,9 @@ def choose_checkpoint(
         raise error(*_nothing(ordered, sorted(folders), where))
     if len(candidates) > 1:
         shown = [printable(names[0]) if len(names) == 1 else _set_name(names[0]) for names in candidates]
-        raise error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
+        several = error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
+        several.choices = where, [f"{where}/{names[0]}" for names in candidates if len(names) == 1]
+        raise several
     if missing := _missing_shards(candidates[0]):
         raise error(f"{where}: lacks shards: {_listed(missing)}", "download the rest of the checkpoint")
     return candidates[0]

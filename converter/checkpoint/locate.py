@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from converter.checkpoint.folder import (
     MAX_SHOWN,
@@ -15,20 +15,25 @@ from converter.checkpoint.folder import (
     choose_checkpoint,
     count_shards,
     has_weight_suffix,
-    is_checkpoint,
+    holds_checkpoint,
+    is_dcp,
     is_described,
     is_index,
+    is_searched,
 )
-from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, printable
+from converter.checkpoint.source_files import Files, HubFiles, LocalFiles
+from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, natural_sort_key, printable
 from converter.formats import strict_json
 from converter.formats.torch_dcp import METADATA, SUFFIX
 from converter.hub.address import is_address, looks_like_repository, open_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
-from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
+from converter.storage.local_file import SourceFile, exists
 
 if TYPE_CHECKING:
     from converter.hub.repository import Repository
 
+_MAX_LEVELS = 3  # that are searched below a folder without a checkpoint: runs/version_0/checkpoints
+_MAX_FOLDERS = 1000  # of one level
 _INDEX_STEP = "download it again from where its checkpoint was published"
 
 
@@ -76,92 +81,31 @@ def _looks_like_local_file(path: Path) -> bool:
     return is_file_name and (len(path.parts) == 2 or exists(path.parts[0]))
 
 
-class _Files(Protocol):
-    """The files of this machine, or of a repository on a hub."""
-
-    error: type[DsocrError]  # The exception for a folder without a checkpoint
-
-    def name(self, path: PurePath) -> str:
-        """Return the name of a path in messages."""
-
-    def exists(self, path: PurePath) -> bool:
-        """Return whether there is a file or a folder at `path`."""
-
-    def open(self, path: PurePath) -> SourceFile:
-        """Open a file."""
-
-    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
-        """Return the names of the files and of the folders in a folder."""
-
-
-class _LocalFiles:
-    """The files of this machine."""
-
-    error: type[DsocrError] = ContainerError
-
-    def name(self, path: PurePath) -> str:
-        return printable(str(path))
-
-    def exists(self, path: PurePath) -> bool:
-        return exists(Path(path))
-
-    def open(self, path: PurePath) -> SourceFile:
-        return LocalFile(Path(path))
-
-    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
-        try:
-            entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir()]
-        except OSError as error:
-            raise ContainerError(f"{self.name(folder)}: cannot be read: {error.strerror}", READ_HINT) from error
-        # `LocalFile` reports broken links and special files.
-        return [name for name, is_dir in entries if not is_dir], [name for name, is_dir in entries if is_dir]
-
-
-class _HubFiles:
-    """The files of a repository; those in the hub's cache are read from there."""
-
-    error: type[DsocrError] = HubError
-
-    def __init__(self, repository: Repository, download: bool) -> None:
-        self._repository, self._download = repository, download
-
-    def name(self, path: PurePath) -> str:
-        return f"{self._repository.name}/{path}".removesuffix("/.")
-
-    def exists(self, path: PurePath) -> bool:
-        return str(path) in self._repository.files
-
-    def open(self, path: PurePath) -> SourceFile:
-        from converter.hub.remote_file import RemoteFile
-
-        name = str(path)
-        local = self._repository.download(name) if self._download else self._repository.cached_file(name)
-        return LocalFile(local) if local is not None else RemoteFile(self._repository, name)
-
-    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
-        paths = [PurePosixPath(name) for name in self._repository.files]
-        parts = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
-        return [first for first, *rest in parts if not rest], sorted({first for first, *rest in parts if rest})
-
-
 def _locate_local(path: Path) -> Located:
     if path.suffix == SUFFIX or path.name == METADATA:
         path = path.parent
-    return _open_folder(_LocalFiles(), path) if path.is_dir() else _open_path(_LocalFiles(), path)
+    return _open_folder(LocalFiles(), path) if path.is_dir() else _open_path(LocalFiles(), path)
 
 
-def _open_folder(files: _Files, folder: PurePath) -> Located:
-    """Open the checkpoint in a folder, or in its folder that DeepSpeed's file `latest` names."""
+def _open_folder(files: Files, folder: PurePath) -> Located:
+    """Open the checkpoint in a folder, or in the one folder below it that has one."""
     names, folders = files.entries(folder)
-    latest = folder / "latest"
-    if "latest" in names and not any(map(is_checkpoint, names)):
-        with closing(files.open(latest)) as file:
-            step = file.read(0, min(file.size, 256)).decode("utf-8-sig", errors="replace").strip()
-        if step in folders:
-            config = partial(_open_config, files, latest, ())
-            return _open_folder(files, folder / step)._replace(open_config=config)
-    if _is_dcp(names):
+    if is_dcp(names):
         return _open_dcp(files, folder, names)
+    below = [] if holds_checkpoint(names) else _latest(files, folder, names, folders) or _below(files, folder, folders)
+    if len(below) > 1:
+        raise _several(files, folder, below)
+    if below:
+        try:
+            located = _open_folder(files, below[0])
+        except DsocrError as error:
+            error.choices = str(folder), error.choices[1]
+            raise
+        note = f"read from its folder {printable(str(below[0].relative_to(folder)))}"
+        return located._replace(
+            notes=(note, *located.notes),
+            open_config=lambda name: located.open_config(name) or _open_config(files, folder / "latest", (), name),
+        )
     listed = _shards_of_indexes(files, folder, names)
     chosen = choose_checkpoint([name for name in names if name not in listed], folders, files.name(folder), files.error)
     if len(chosen) == 1:
@@ -171,13 +115,41 @@ def _open_folder(files: _Files, folder: PurePath) -> Located:
     return Located(files.name(folder), _open_all(files, folder, chosen), notes=(note,), open_config=config)
 
 
-def _is_dcp(names: Collection[str]) -> bool:
-    """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and none that is preferred."""
-    is_part = METADATA in names or any(name.endswith(SUFFIX) for name in names)
-    return is_part and not any(name in names for name in STANDARD_NAMES)
+def _latest(files: Files, folder: PurePath, names: Collection[str], folders: Collection[str]) -> list[PurePath]:
+    """Return the folder that DeepSpeed's file `latest` names."""
+    if "latest" not in names:
+        return []
+    with closing(files.open(folder / "latest")) as file:
+        step = file.read(0, min(file.size, 256)).decode("utf-8-sig", errors="replace").strip()
+    return [folder / step] if step in folders else []
 
 
-def _open_dcp(files: _Files, folder: PurePath, names: Collection[str]) -> Located:
+def _below(files: Files, folder: PurePath, folders: Collection[str]) -> list[PurePath]:
+    """Return the folders below a folder that have a checkpoint, except those in one that has one."""
+
+    def is_step(names: Collection[str]) -> bool:
+        return "latest" in names or holds_checkpoint(names)
+
+    found, level = [], [folder / name for name in folders if is_searched(name)]
+    for _ in range(_MAX_LEVELS):
+        entries = [(each, *files.entries(each)) for each in level[:_MAX_FOLDERS]]
+        found += [each for each, names, _ in entries if is_step(names)]
+        level = [
+            each / name for each, names, inner in entries if not is_step(names) for name in inner if is_searched(name)
+        ]
+    return sorted(found, key=lambda path: natural_sort_key(str(path)))
+
+
+def _several(files: Files, folder: PurePath, below: Sequence[PurePath]) -> DsocrError:
+    """Return the error for several checkpoints below a folder, such as the steps of a training."""
+    shown = [printable(str(path.relative_to(folder))) for path in below]
+    message = f"{files.name(folder)}: has no checkpoint itself; {len(below)} of its folders have one: "
+    error = files.error(message + first_names(shown, MAX_SHOWN), "give the path of one of them")
+    error.choices = str(folder), list(map(str, below))
+    return error
+
+
+def _open_dcp(files: Files, folder: PurePath, names: Collection[str]) -> Located:
     shown = files.name(folder)
     if METADATA not in names:
         if any(name.endswith(METADATA) for name in names):
@@ -194,21 +166,21 @@ def _open_dcp(files: _Files, folder: PurePath, names: Collection[str]) -> Locate
     return Located(shown, _open_all(files, folder, used), is_dcp=True, open_config=config)
 
 
-def _shards_of_indexes(files: _Files, folder: PurePath, names: Collection[str]) -> set[str]:
+def _shards_of_indexes(files: Files, folder: PurePath, names: Collection[str]) -> set[str]:
     """Return the names of the shards in a folder that an index of an unusual name lists: they may have any names."""
     if any(name in names for name in STANDARD_NAMES):
         return set()
     return {shard for name in names if is_index(name) for shard in _listed(files, folder / name).values()}
 
 
-def _listed(files: _Files, index: PurePath) -> dict[str, str]:
+def _listed(files: Files, index: PurePath) -> dict[str, str]:
     """Return the `weight_map` of an index; empty if it cannot be read."""
     with closing(files.open(index)) as file, suppress(ContainerError):
         return _weight_map(file, index.name)
     return {}
 
 
-def _open_path(files: _Files, path: PurePath) -> Located:
+def _open_path(files: Files, path: PurePath) -> Located:
     """Open the file at `path` or, if it is an index, the shards in its folder."""
     name = files.name(path)
     if not (is_index(path.name) or _looks_like_index(files, path)):
@@ -221,7 +193,7 @@ def _open_path(files: _Files, path: PurePath) -> Located:
     return Located(name, _open_all(files, path.parent, shards), weight_map, open_config=config)
 
 
-def _looks_like_index(files: _Files, path: PurePath) -> bool:
+def _looks_like_index(files: Files, path: PurePath) -> bool:
     """Return whether a JSON file of another name is an index."""
     if path.suffix.lower() != ".json":
         return False
@@ -229,7 +201,7 @@ def _looks_like_index(files: _Files, path: PurePath) -> bool:
         return b'"weight_map"' in file.read(0, min(file.size, 4096))
 
 
-def _one_shard(files: _Files, path: PurePath, located: Located) -> Located:
+def _one_shard(files: Files, path: PurePath, located: Located) -> Located:
     """Add to a shard that is read alone how to read the whole checkpoint."""
     names, _ = files.entries(path.parent)
     indexes = [name for name in names if is_index(name)]
@@ -241,7 +213,7 @@ def _one_shard(files: _Files, path: PurePath, located: Located) -> Located:
     return located._replace(whole_step=whole_step, in_other_shards=others, notes=(note,))
 
 
-def _open_config(files: _Files, weights: PurePath, used: Collection[str], name: str) -> SourceFile | None:
+def _open_config(files: Files, weights: PurePath, used: Collection[str], name: str) -> SourceFile | None:
     """Open the config `name` next to a checkpoint, if it describes it.
 
     Args:
@@ -255,7 +227,7 @@ def _open_config(files: _Files, weights: PurePath, used: Collection[str], name: 
     return files.open(weights.with_name(name)) if is_there else None
 
 
-def _open_all(files: _Files, folder: PurePath, names: Iterable[str]) -> tuple[SourceFile, ...]:
+def _open_all(files: Files, folder: PurePath, names: Iterable[str]) -> tuple[SourceFile, ...]:
     with ExitStack() as stack:
         opened = []
         for name in names:
@@ -292,8 +264,13 @@ def _cache_note(files: Iterable[SourceFile], hub_options: HubOptions) -> list[st
 
 
 def _is_complete(path: Path) -> bool:
-    """Return whether a cache has a checkpoint at `path`, with all its shards."""
+    """Return whether a cache has a checkpoint at `path`, with all its shards.
+
+    The folders below do not count: the cache may lack the checkpoint of the folder itself.
+    """
     try:
+        if path.is_dir() and not holds_checkpoint(LocalFiles().entries(path)[0]):
+            return False
         located = _locate_local(path)
     except ContainerError:
         return False
@@ -304,7 +281,7 @@ def _is_complete(path: Path) -> bool:
 
 def _locate_in(repository: Repository, path: str, download: bool) -> Located:
     """Open the file `path` of a repository, or the checkpoint in the folder `path`; HubError if there is none."""
-    files, posix = _HubFiles(repository, download), PurePosixPath(path)
+    files, posix = HubFiles(repository, download), PurePosixPath(path)
     if files.exists(posix):
         return _open_path(files, posix)
     if path and not any(name.startswith(f"{path}/") for name in repository.files):

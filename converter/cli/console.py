@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import DsocrError, OutputError, printable, shortened
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 _BAR_DELAY = 0.5
 # Characters of a line on stderr, as tensor names in a file may have megabytes.
 _MAX_LINE_LENGTH = 1000
+# Commands that are printed for a choice of sources.
+_MAX_COMMANDS = 8
 
 
 def run(app: Callable[[], object]) -> int:
@@ -26,11 +30,22 @@ def run(app: Callable[[], object]) -> int:
         app()
     except DsocrError as error:
         first, *rest = str(error).split("\n")
-        say(f"error: {first}", *(f"  {line}" for line in rest))
+        say(f"error: {first}", *(f"  {line}" for line in [*rest, *_commands(*error.choices)]))
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _commands(source: str, choices: Sequence[str]) -> list[str]:
+    """Return the command of this program with each of the last choices in place of a source."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if source not in map(os.path.normpath, words):
+        return []
+    return [
+        shlex.join(choice if os.path.normpath(word) == source else word for word in words)
+        for choice in choices[-_MAX_COMMANDS:]
+    ]
 
 
 def say(*lines: str) -> None:

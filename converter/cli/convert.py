@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import converter
+from converter.checkpoint.file_kinds import list_folder
 from converter.cli import console, mapping, render
 from converter.cli.diff import diff
 from converter.cli.encoder import encoder
 from converter.cli.options import PROGRAM, Json, Version, WriteOptions, add_options
 from converter.cli.run import run_conversion
+from converter.errors import SourceError
 from converter.options import ConvertOptions, HubOptions
+from converter.output.json_document import as_json
 
 app = typer.Typer(no_args_is_help=True, **PROGRAM)
 app.add_typer(mapping.app, name="mapping")
@@ -54,8 +58,18 @@ def qwen2(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 @add_options((ConvertOptions, ["state_dict", "prefix"]), HubOptions)
 def inspect(source: Source, values: Values = False, json: Json = False, **options: Any) -> None:
     """Show the tensors of a checkpoint, its layout and what a conversion would write. Reads no weights by default."""
-    with console.Bar(values) as bar:
-        inspection = converter.inspect(source, values=values, on_progress=bar, **options)
+    try:
+        with console.Bar(values) as bar:
+            inspection = converter.inspect(source, values=values, on_progress=bar, **options)
+    except SourceError:
+        # What the files are helps to choose another one.
+        if Path(source).is_dir():
+            files = list_folder(Path(source))
+            if json:
+                console.result_json({"source": source, "folder": as_json(files)})
+            else:
+                console.result(*render.folder(files))
+        raise
     if json:
         console.result_json(inspection.to_json())
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from converter.errors import first_names
@@ -11,6 +11,7 @@ from converter.output.names import fold_key_map, group_by_reason, overflow_warni
 
 if TYPE_CHECKING:
     from converter.api.inspect import Group, Inspection, MatchedLayout
+    from converter.checkpoint.file_kinds import FolderFiles
     from converter.output.record import ConversionRecord, RecordedSource
 
 # Characters of a column, as tensor names in a file may have megabytes.
@@ -107,6 +108,9 @@ def inspection(result: Inspection) -> Iterable[str]:
         yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in result.state_dicts.items())
     dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
     yield f"{result.num_tensors} tensors, {size(result.nbytes)}: {dtypes}"
+    if result.folder:
+        yield ""
+        yield from folder(result.folder)
     if result.ignored:
         yield f"not imported or run, objects of them ignored: {', '.join(result.ignored)}"
     yield ""
@@ -121,6 +125,14 @@ def inspection(result: Inspection) -> Iterable[str]:
         yield ""
         yield "no known layout fits"
         yield from result.nearest
+
+
+def folder(files: Sequence[FolderFiles]) -> Iterable[str]:
+    """List the files of a folder, with what they are; those that are read are marked."""
+    rows = [(f"{each.name} (x {each.count})" if each.count > 1 else each.name, each) for each in files]
+    width = min(max((len(name) for name, _ in rows), default=0), _MAX_COLUMN_WIDTH)
+    for name, each in rows:
+        yield f"{'>' if each.is_read else ' '} {name:{width}}  {size(each.nbytes):>9}  {each.what}".rstrip()
 
 
 def count(number: int, noun: str) -> str:

@@ -168,8 +168,3 @@ def block_of(name: str) -> str:
     """
     layer = re.match(r"(?:.*?\.)?[0-9]+(?=\.[^.]+\.)", name)
     return layer[0] if layer else re.sub(r"(?:\.[0-9]+)?\.[^.]+$", "", name)
-
-
-def natural_sort_key(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

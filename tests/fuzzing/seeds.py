@@ -138,7 +138,7 @@ def _dcp(state: dict[Any, Any]) -> bytes:
             path, {"model": source, "x": torch.ones(2, 3), "rest": torch.ones(2, 3), "optim": {"y": torch.ones(1)}}
         )
         dcp.rewrite(path, path, joined)
-        return dcp_input(*((path / name).read_bytes() for name in (dcp.METADATA, dcp.FILE)))
+        return dcp_input((path / dcp.METADATA).read_bytes(), (path / dcp.FILE).read_bytes())
 
 
 def _ggufs(states: list[dict[Any, torch.Tensor]]) -> list[bytes]:
@@ -170,8 +170,6 @@ def hostile() -> Iterator[bytes]:
                 inside = Path(folder, "in")
                 inside.mkdir()
                 case.build(inside)
-                if all((inside / name).is_file() for name in (".metadata", "__0_0.distcp")):
-                    yield dcp_input(*((inside / name).read_bytes() for name in (".metadata", "__0_0.distcp")))
                 for file in sorted(inside.rglob("*")):
                     if file.is_file() and not file.is_symlink() and file.stat().st_size <= 16 * MAX_INPUT:
                         yield file.read_bytes()
@@ -179,7 +177,7 @@ def hostile() -> Iterator[bytes]:
 
 # The targets that a file of the corpus is a seed of.
 _KINDS: tuple[tuple[Callable[[bytes], bool], tuple[str, ...]], ...] = (
-    (lambda data: data[4:5] == b"\x80" and b"torch.distributed.checkpoint" in data, ("dcp",)),
+    (lambda data: data[:1] == b"\x80" and b"torch.distributed.checkpoint" in data, ("dcp", "container")),
     (lambda data: data[8:9] == b"{", ("safetensors", "container")),
     (lambda data: data[:4] == b"GGUF", ("gguf", "container")),
     (lambda data: data[:2] == b"PK" and b"constants.pkl" in data, ("torchscript", "zip")),
@@ -207,7 +205,8 @@ def write(folder: Path, corpus: bool = True) -> None:
     for data in files:
         names = next(names for fits, names in _KINDS if fits(data))
         for name in names:
-            found[name].append(data)
+            # Without the file of chunks, which is large in the corpus.
+            found[name].append(dcp_input(data, b"") if name == "dcp" else data)
         found["pickle"] += _pickles(data)
     for name, inputs in found.items():
         own = folder / name

@@ -1,0 +1,135 @@
+"""What the files in a folder of a training are, by their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from converter.errors import natural_sort_key, printable
+from converter.formats.unrecognized import format_of_name
+
+
+class FileKind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        patterns: Patterns of names, separated by spaces.
+        what: What such a file holds.
+        is_by_product: Whether trainers write it next to the weights under a name that weights could have.
+    """
+
+    patterns: str
+    what: str
+    is_by_product: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """Files of a folder whose names differ in numbers alone.
+
+    Attributes:
+        name: The path of the file in the folder; of several, with `*` for each number.
+        count: The number of files.
+        nbytes: The size of all files in bytes.
+        what: What they hold; empty if the name does not tell.
+        is_read: Whether the tensors that are reported are in them.
+    """
+
+    name: str
+    count: int
+    nbytes: int
+    what: str
+    is_read: bool
+
+
+_MAX_FILES = 10_000
+# The first match is used.
+KINDS = (
+    # By-products.
+    FileKind("training_args.*", "the arguments of the training", True),
+    FileKind("optimizer.* optimizer[_-]* optim.* optim_* *_optim_states.pt", "states of the optimizer", True),
+    FileKind("*scheduler.*", "the state of the learning rate's schedule", True),
+    FileKind("rng_state* random_states*", "states of random number generators", True),
+    FileKind("*scaler.*", "the state of the gradient scaler", True),
+    FileKind("sampler.* sampler_* dataloader*", "the position in the training data", True),
+    FileKind("extra_state_*", "states of schedule and random number generators (verl)", True),
+    # Parts of checkpoints.
+    FileKind(".metadata *.metadata", "the metadata of a DCP checkpoint"),
+    FileKind("*.distcp", "tensors of a DCP checkpoint"),
+    FileKind("*zero_pp_rank_*_model_states.pt", "a part of each tensor (DeepSpeed ZeRO-3)"),
+    FileKind("mp_rank_*_model_states.pt", "weights and training state (DeepSpeed)"),
+    FileKind("model_world_size_*_rank_*.pt", "a part of each tensor (verl)"),
+    FileKind("shard-[0-9]*-model-[0-9]*-of-*.safetensors", "a part of each tensor (HuggingFaceStorageWriter)"),
+    FileKind("adapter_model.safetensors adapter_model.bin", "a LoRA adapter"),
+    FileKind("vit.safetensors", "the vision encoder and projector next to an adapter (ms-swift)"),
+    FileKind("*.index.json *.index.*.json", "an index of shards"),
+    FileKind("*-[0-9]*-of-[0-9]*.*", "a shard of weights"),
+    FileKind("*.ckpt", "weights and training state (Lightning)"),
+    FileKind("*.safetensors *.pth *.pth.tar *.pt *.bin", "weights"),
+    # Settings.
+    FileKind("config.json open_clip_config.json", "the config of the model"),
+    FileKind("adapter_config.json", "the config of the adapter"),
+    FileKind("generation_config.json", "settings of text generation"),
+    FileKind("*processor_config.json", "settings of image processing"),
+    FileKind(
+        "tokenizer* vocab.json merges.txt special_tokens_map.json added_tokens.json chat_template*", "the tokenizer"
+    ),
+    FileKind("latest latest_* latest-*", "the name of the newest step"),
+    FileKind("zero_to_fp32.py", "DeepSpeed's script that gathers the weights"),
+    FileKind("trainer_state.json logging.jsonl args.json *.tfevents* metrics.csv hparams.yaml", "logs and settings"),
+    FileKind("*.py", "code"),
+    FileKind("README.md *.md", "text"),
+)
+
+
+def kind_of(name: str) -> FileKind | None:
+    """Return the kind of a file by its name; None for other names."""
+    lower = name.lower()
+    return next((kind for kind in KINDS if any(fnmatch(lower, each) for each in kind.patterns.split())), None)
+
+
+def list_folder(folder: Path, read: Collection[str] = ()) -> list[FolderFiles]:
+    """Describe the files in a folder of this machine and in its folders.
+
+    Args:
+        folder: The folder.
+        read: The paths of the files that are read.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in islice(_files_in(folder), _MAX_FILES):
+        groups.setdefault(re.sub(r"[0-9]+", "*", str(path.relative_to(folder))), []).append(path)
+    listed = [
+        FolderFiles(
+            printable(name if len(paths) > 1 else str(paths[0].relative_to(folder))),
+            len(paths),
+            sum(path.lstat().st_size for path in paths),
+            describe(paths[0].name),
+            any(str(path) in read for path in paths),
+        )
+        for name, paths in groups.items()
+    ]
+    return sorted(listed, key=lambda files: natural_sort_key(files.name))
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names)
+
+
+def is_by_product(name: str) -> bool:
+    """Return whether trainers write a file of this name next to the weights."""
+    kind = kind_of(name)
+    return kind is not None and kind.is_by_product
+
+
+def describe(name: str) -> str:
+    """Return what a file is by its name; empty if the name does not tell."""
+    kind, known = kind_of(name), format_of_name(name)
+    return kind.what if kind else known.kind if known else ""

@@ -1,0 +1,80 @@
+"""The files that a source is chosen from: those of this machine, or of a repository on a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from converter.errors import ContainerError, DsocrError, HubError, printable
+from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
+
+if TYPE_CHECKING:
+    from converter.hub.repository import Repository
+
+
+class Files(Protocol):
+    """The files of this machine, or of a repository on a hub."""
+
+    error: type[DsocrError]  # The exception for a folder without a checkpoint
+
+    def name(self, path: PurePath) -> str:
+        """Return the name of a path in messages."""
+
+    def exists(self, path: PurePath) -> bool:
+        """Return whether there is a file or a folder at `path`."""
+
+    def open(self, path: PurePath) -> SourceFile:
+        """Open a file."""
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        """Return the names of the files and of the folders in a folder."""
+
+
+class LocalFiles:
+    """The files of this machine."""
+
+    error: type[DsocrError] = ContainerError
+
+    def name(self, path: PurePath) -> str:
+        return printable(str(path))
+
+    def exists(self, path: PurePath) -> bool:
+        return exists(Path(path))
+
+    def open(self, path: PurePath) -> SourceFile:
+        return LocalFile(Path(path))
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        try:
+            entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir()]
+        except OSError as error:
+            raise ContainerError(f"{self.name(folder)}: cannot be read: {error.strerror}", READ_HINT) from error
+        # `LocalFile` reports broken links and special files.
+        return [name for name, is_dir in entries if not is_dir], [name for name, is_dir in entries if is_dir]
+
+
+class HubFiles:
+    """The files of a repository; those in the hub's cache are read from there."""
+
+    error: type[DsocrError] = HubError
+
+    def __init__(self, repository: Repository, download: bool) -> None:
+        self._repository, self._download = repository, download
+
+    def name(self, path: PurePath) -> str:
+        return f"{self._repository.name}/{path}".removesuffix("/.")
+
+    def exists(self, path: PurePath) -> bool:
+        return str(path) in self._repository.files
+
+    def open(self, path: PurePath) -> SourceFile:
+        from converter.hub.remote_file import RemoteFile
+
+        name = str(path)
+        local = self._repository.download(name) if self._download else self._repository.cached_file(name)
+        return LocalFile(local) if local is not None else RemoteFile(self._repository, name)
+
+    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        paths = [PurePosixPath(name) for name in self._repository.files]
+        parts = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
+        return [first for first, *rest in parts if not rest], sorted({first for first, *rest in parts if rest})
