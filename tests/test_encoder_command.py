@@ -24,9 +24,9 @@ from memory import raw
 import converter
 from converter.api.encoder import encoder
 from converter.api.verify import verify
-from converter.assembly.compressor import seeded
+from converter.assembly.additions import COMPRESSOR
 from converter.encoders import DeepEncoder
-from converter.errors import DsocrError, OutputError, UsageError
+from converter.errors import DsocrError, LayoutError, OutputError, UsageError
 from converter.tensors.lazy_tensor import Generated
 
 State = dict[str, torch.Tensor]
@@ -149,7 +149,7 @@ def test_prefix_format_and_type(prefix: str, sources: Path, tmp_path: Path) -> N
 
 
 def test_a_seeded_compressor_is_the_same_everywhere(sources: Path, tmp_path: Path) -> None:
-    """The definition in `seeded`, written a second time."""
+    """The definition in `additions`, written a second time."""
     found = put_together(sources, tmp_path / "out.safetensors")
     for name, fan_in in zip(NETS, (9 * models.NECK, 18 * models.NECK), strict=True):
         tensor, bound = found[f"model.sam_model.{name}"], 1 / math.sqrt(fan_in)
@@ -163,7 +163,8 @@ def test_a_seeded_compressor_is_the_same_everywhere(sources: Path, tmp_path: Pat
 
 
 def seeded_bytes(name: str) -> list[bytes]:
-    values = seeded(name, models.NECK, models.CLIP_WIDTH).values()
+    sizes = {"sam": {"neck": models.NECK}, "clip": {"width": models.CLIP_WIDTH}}
+    values = COMPRESSOR.seeded(name, COMPRESSOR.shapes(sizes)).values()
     return [value.make() for value in values if isinstance(value, Generated)]
 
 
@@ -271,7 +272,7 @@ def test_names_at_true_size(tmp_path: Path) -> None:
     }
     # 896 channels, not 1024.
     second = sparse(tmp_path / "deepseek-ocr-2.safetensors", found["deepseek-ocr-2"])
-    with pytest.raises(UsageError, match=r"net_3\.weight has shape \[896, .* a width of 1024"):
+    with pytest.raises(LayoutError, match=r"net_3\.weight has shape \[896, .* need \[1024, .* CLIP of width 1024"):
         encoder(sam=sam, clip=clip, compressor=second, dry_run=True)
 
 
@@ -521,12 +522,12 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
         ((*SAM, *CLIP, "--compressor", "two.pth"), 3, "holds 2 compressors: a.net_3.weight, b.net_3.weight"),
         (
             (*SAM, *CLIP, "--compressor", "neck.pth"),
-            2,
+            3,
             "has shape [16, 8, 3, 3], but these encoders need [32, 16, 3, 3]",
         ),
         (
             (*SAM, *CLIP, "--compressor", "wide.pth"),
-            2,
+            3,
             "has shape [65, 32, 3, 3], but these encoders need [64, 32, 3, 3]",
         ),
         ((*SAM, *CLIP, "--with-projector"), 2, "--with-projector: is for a SOURCE that holds both encoders"),

@@ -33,7 +33,7 @@ def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
 
 def test_every_family_has_a_canonical_layout_and_mappings_to_it() -> None:
     assert registry.families() == ("sam", "clip", "qwen2")
-    assert registry.first_version() == ["sam", "clip"]
+    assert registry.versions() == [["sam", "clip"], ["sam", "qwen2"]]
     for family in registry.families():
         assert registry.canonical(family).name == f"deepencoder-{family}"
         assert len(registry.mappings(family)) >= 4

@@ -14,6 +14,7 @@ from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
+from converter.layouts import registry
 from converter.options import DTYPES, HubOptions, check_choices
 from converter.output.pretrained import is_folder_output
 from converter.output.record import ConversionRecord, Destination
@@ -27,7 +28,9 @@ def encoder(
     *,
     sam: str | Path | None = None,
     clip: str | Path | None = None,
+    qwen2: str | Path | None = None,
     compressor: str | Path | None = None,
+    queries: str | Path | None = None,
     prefix: str | None = None,
     with_projector: bool = False,
     add_prefix: str = MODEL_PREFIX,
@@ -42,21 +45,26 @@ def encoder(
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> ConversionRecord:
-    """Write one checkpoint with a whole DeepEncoder: SAM, compressor and CLIP.
+    """Write one checkpoint with a whole DeepEncoder: SAM, compressor and CLIP, or SAM, compressor, Qwen2 and queries.
 
-    The encoder is extracted from `source`, or built from `sam`, `clip` and `compressor`. With `into`, a copy of another
-    checkpoint is written with this encoder in place of its own, under its names; one of SAM and CLIP is then enough.
+    The encoder is extracted from `source`, or built: DeepSeek-OCR's from `sam`, `clip` and `compressor`, that of
+    DeepSeek-OCR-2 from `sam`, `qwen2`, `compressor` and `queries`. With `into`, a copy of another checkpoint is written
+    with this encoder in place of its own, under its names; one of SAM, CLIP and Qwen2 is then enough.
 
     Args:
-        source: A checkpoint with both encoders (DeepSeek-OCR, Unlimited-OCR); with `into`, with one that `into` has.
+        source: A checkpoint with both encoders (DeepSeek-OCR, Unlimited-OCR, DeepSeek-OCR-2); with `into`, with one
+            that `into` has.
         sam: A checkpoint with SAM, in any layout.
         clip: A checkpoint with CLIP, in any layout.
-        compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [CLIP's width, 2*neck, 3, 3]
-            (DeepSeek-OCR, GOT-OCR2, Vary); or random:SEED, see `converter.assembly.compressor.seeded`. Not needed if
-            `sam` has one.
+        qwen2: A checkpoint with Qwen2, in any layout.
+        compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [width, 2*neck, 3, 3], where width is
+            that of CLIP or Qwen2 (DeepSeek-OCR, GOT-OCR2 and Vary for CLIP-L; DeepSeek-OCR-2 for Qwen2-0.5B); or
+            random:SEED, uniform as a new Conv2d, see `converter.assembly.additions`. Not needed if `sam` has one.
+        queries: A checkpoint with trained query_768 [144, width] and query_1024 [256, width] (DeepSeek-OCR-2); or
+            random:SEED, normal as a new Embedding. Not needed if `qwen2` has them.
         prefix: The prefix of the encoders' names in sources that hold several.
-        with_projector: Also extract the projector, image_newline and view_seperator from `source`; from GOT-OCR2 and
-            Vary, mm_projector_vary.
+        with_projector: Also extract the projector, view_seperator and, of DeepSeek-OCR, image_newline from `source`;
+            from GOT-OCR2 and Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
         to: "mlx" for the names and axes of mlx-vlm; DeepSeek-OCR's by default.
         into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
@@ -74,8 +82,8 @@ def encoder(
         The conversion record; with `into`, of the whole checkpoint.
 
     Raises:
-        UsageError: Options or sizes contradict each other.
-        LayoutError: A checkpoint is of another kind, or there is no compressor.
+        UsageError: Options contradict each other.
+        LayoutError: A checkpoint is of another kind; compressor or queries are missing, or of another size.
     """
     check_choices(dtype=(dtype, DTYPES))
     if not re.fullmatch(r"([\w-]+\.)*", add_prefix):
@@ -87,6 +95,15 @@ def encoder(
         _refuse("cannot be combined with --into", to=to, format=format, add_prefix=add_prefix != MODEL_PREFIX)
         if out is None:
             raise UsageError("--into: name the output with --output")
+    families = _given(sam=sam, clip=clip, qwen2=qwen2)
+    additions = _given(compressor=compressor, queries=queries)
+    if clip is not None:
+        _refuse("cannot be combined with --clip, which it takes the place of", qwen2=qwen2)
+        _refuse("is for Qwen2: cannot be combined with --clip", queries=queries)
+    if source is None and sam is None:
+        _refuse("needs --sam", compressor=compressor)
+    if source is None and qwen2 is None:
+        _refuse("needs --qwen2", queries=queries)
     format = format_for(None if into is not None or _is_folder(out, to) else out, format)
     if to and format != "safetensors":
         raise UsageError(f"--to {to}: is read from safetensors, not {format}", "end --output in .safetensors")
@@ -98,22 +115,22 @@ def encoder(
             return stack.enter_context(closing(open_checkpoint(name, hub)))
 
         host = open_host(Path(into), open_) if into is not None else None
-        families = {family: name for family, name in (("sam", sam), ("clip", clip)) if name is not None}
         if source is not None:
-            _refuse("cannot be combined with SOURCE", **families, compressor=compressor)
+            _refuse("cannot be combined with SOURCE", **families, **additions)
             opened = open_(source)
             if host is not None:
                 parts = extract_shared(opened, host, with_projector, prefix)
             else:
                 parts = extract_encoder(opened, with_projector, prefix)
-        elif len(families) == 2 or (host is not None and families):
+        elif list(families) in registry.versions() or (host is not None and families):
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            if sam is None:
-                _refuse("needs --sam", compressor=compressor)
             plans = host.resolve_all(families) if host is not None else None
-            parts = build_encoder(families, str(compressor or ""), open_, prefix, plans)
+            parts = build_encoder(families, additions, open_, prefix, plans)
         else:
-            raise UsageError("name a checkpoint that holds both encoders, or one for each, with --sam and --clip")
+            raise UsageError(
+                "name a checkpoint that holds both encoders, or one for each, with --sam and --clip, or --sam and "
+                "--qwen2"
+            )
         check_hub_options(hub, parts.sources)
         if host is not None:
             check_output_name(host, Path(out or ""))
@@ -130,6 +147,10 @@ def encoder(
         return made if dry_run else write(output, made, sources, files, force, on_progress)
 
 
+def _given(**options: str | Path | None) -> dict[str, str | Path]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _refuse(reason: str, **options: object) -> None:
     """UsageError for the first option that is set."""
     for name, value in options.items():
@@ -140,13 +161,12 @@ def _refuse(reason: str, **options: object) -> None:
 def _new_output(
     parts: EncoderParts, layout: str, prefix: str, destination: Destination
 ) -> tuple[ConversionRecord, Output]:
-    """Plan a file or folder of the encoder alone; its metadata says whether the compressor is untrained."""
+    """Plan a file or folder of the encoder alone; its metadata says what is untrained."""
     outputs, names, _ = arrange(parts, layout, prefix, destination.dtype)
     target = layout or "deepencoder"
     record = encoder_record(parts, names, outputs, destination, sources=parts.sources, target=target)
-    untrained = {"compressor": min(record.generated.values())} if record.generated else {}
     documents: dict[str, bytes] | None = {} if _is_folder(destination.path, layout) else None
-    return record, make_output(outputs, record, record.metadata() | untrained, documents)
+    return record, make_output(outputs, record, record.metadata() | parts.untrained, documents)
 
 
 def _is_folder(out: str | Path | None, layout: str) -> bool:

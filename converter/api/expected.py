@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from converter.assembly.additions import ADDITIONS
 from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
@@ -27,6 +28,7 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, own_tensors
 from converter.verification.reference_readers import Reader, open_independently
 
+_ADDITIONS = [addition.option for addition in ADDITIONS]
 # The first of the tensors that --with-projector adds.
 _PROJECTOR = "projector.layers.weight"
 
@@ -43,7 +45,7 @@ def plan_expected(
     Args:
         target: The converted file.
         sources: Checkpoints by role: source, or the family, and fill-from; for a whole DeepEncoder source, or the
-            families and compressor, and into.
+            families, compressor and queries, and into.
         open_file: Opens a checkpoint.
         options: The family, and the mapping, the state dict and the prefix of the conversion.
         on_progress: Called as tensors are fetched from a hub.
@@ -53,7 +55,7 @@ def plan_expected(
     """
     families, family = [encoder.family for encoder in target.encoders], target.family
     whole = len(families) > 1 or "into" in sources
-    roles = ("source", *families, "compressor", "into") if whole else ("source", family, "fill-from", "into")
+    roles = ("source", *families, *_ADDITIONS, "into") if whole else ("source", family, "fill-from", "into")
     for role, name in sources.items():
         check_name(name)
         if role not in roles:
@@ -290,11 +292,13 @@ def _built(
         )
     encoders = {family: sources[family] for family in families}
     try:
-        return build_encoder(encoders, str(sources.get("compressor", "")), open_file, prefix, host)
+        additions = {option: sources[option] for option in _ADDITIONS if option in sources}
+        return build_encoder(encoders, additions, open_file, prefix, host)
     except LayoutError as error:
-        if "compressor" in sources:
-            raise
-        raise LayoutError(error.message, "add --source compressor=CHECKPOINT, or compressor=random:SEED") from None
+        hint = error.hint
+        for option in _ADDITIONS:
+            hint = hint.replace(f"--{option} ", f"--source {option}=")
+        raise LayoutError(error.message, hint) from None
 
 
 def _with_outputs(plan: Plan, values: Mapping[str, LazyTensor]) -> Plan:

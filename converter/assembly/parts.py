@@ -1,4 +1,4 @@
-"""A whole DeepEncoder: built from its encoders and a compressor, or extracted from a DeepSeek-OCR checkpoint."""
+"""A whole DeepEncoder: built from its encoders and what joins them, or extracted from a DeepSeek-OCR checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.assembly import compressor as nets
+from converter.assembly.additions import ADDITIONS, SEED, Addition
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
+from converter.layouts.detect import detect_families
 from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_half_transposed
+from converter.layouts.shapes import Sizes
 from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
@@ -37,6 +39,8 @@ _PROJECTORS = (
         "mm_projector_vary.bias": "multi_modal_projector.multimodal_projector.bias",
     },
 )
+# Those of them that models lack, by the family of the last encoder.
+_ABSENT = {"qwen2": "image_newline"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class EncoderParts:
         """The tensors that belong to no encoder."""
         prefixes = tuple(map(registry.encoder_prefix, self.plans))
         return {name: value for name, value in self.tensors.items() if not name.startswith(prefixes)}
+
+    @property
+    def untrained(self) -> dict[str, str]:
+        """What the seeds generated, by the option that has the seed."""
+        return {
+            addition.option: min(texts)
+            for addition in ADDITIONS
+            if (texts := [self.generated[name] for name in _full_names(addition) if name in self.generated])
+        }
 
     @property
     def constants(self) -> set[str]:
@@ -129,23 +142,23 @@ def encoder_record(
 
 def build_encoder(
     names: Mapping[str, str | Path],
-    compressor: str,
+    additions: Mapping[str, str | Path],
     open_file: Callable[[str | Path], Checkpoint],
     prefix: str | None = None,
     host: Mapping[str, ResolvedPlan] | None = None,
 ) -> EncoderParts:
-    """Combine the encoders of several checkpoints and a compressor.
+    """Combine the encoders of several checkpoints and what joins them.
 
     Args:
-        names: The checkpoint of each family, in any layout. The first family's encoder is followed by the compressor.
-        compressor: A checkpoint with a trained compressor, random:SEED, or empty for that of the first encoder.
+        names: The checkpoint of each family, in any layout, in the order of the model.
+        additions: By option (compressor, queries) a checkpoint with trained ones, or random:SEED. Those that are left
+            out come with the encoders.
         open_file: Opens a checkpoint; called once for each name.
         prefix: The prefix of the encoders' names in all checkpoints, or None.
         host: The plans of the checkpoint that they are inserted into, which may keep its compressor; or None.
 
     Raises:
-        LayoutError: A checkpoint has no encoder of the family, or there is no compressor.
-        UsageError: Sizes differ.
+        LayoutError: A checkpoint has no encoder of the family, an addition is missing, or its sizes differ.
     """
     # Once, as its files identify the tensors that are used.
     opened = {str(name): open_file(name) for name in dict.fromkeys(names.values())}
@@ -153,25 +166,24 @@ def build_encoder(
         family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
         for family, name in names.items()
     }
-    sources, own = list(opened.values()), _own_tensors(plans)
-    new: dict[str, LazyTensor] = {}
-    generated: dict[str, str] = {}
-    if compressor.startswith("random:"):
-        new = _with_prefix(nets.FAMILY, _random_compressor(compressor, plans, host))
-        text = f"{compressor}: untrained, uniform within 1/sqrt({{}})"
-        generated = {name: text.format(9 * net.shape[1]) for name, net in new.items()}
-    elif compressor:
-        sources.append(open_file(compressor))
-        new = _with_prefix(nets.FAMILY, nets.find_compressor(sources[-1]))
-    if host is None:
-        _check_compressor(plans, own | new, compressor or sources[0].name)
-    replaced = {
-        tensor.key: f"--compressor {compressor} replaces it"
-        for name in new
-        if name in own
-        for tensor in source_tensors(own[name])
-    }
-    return EncoderParts(sources, plans, own | new, generated, _dropped(plans, own | new) | replaced)
+    own = tensors = _own_tensors(plans)
+    generated, replaced = dict[str, str](), dict[str, str]()
+    for addition in _additions(plans):
+        origin = str(additions.get(addition.option, ""))
+        if origin.startswith(SEED):
+            new = _seeded(addition, origin, plans, host)
+            generated |= {name: f"{origin}: untrained, {addition.distribution(new[name].shape)}" for name in new}
+        elif origin:
+            opened[origin] = opened.get(origin) or open_file(origin)
+            new = _with_prefix(addition.family, addition.find(opened[origin], _model(plans)))
+        else:
+            new = {}
+        tensors = tensors | new
+        replaced |= dict.fromkeys(_keys(own, new), f"--{addition.option} {origin} replaces it")
+        if host is None:
+            _check(addition, plans, tensors, origin or opened[str(names[addition.family])].name)
+    dropped = _dropped(plans, tensors) | replaced
+    return EncoderParts(list(opened.values()), plans, tensors, generated, dropped)
 
 
 def extract_encoder(
@@ -187,13 +199,14 @@ def extract_encoder(
         source: The checkpoint.
         with_projector: Whether to take the projector too.
         prefix: The prefix of both encoders' names, or None.
-        families: Their families; those of DeepSeek-OCR by default.
-        partial: Whether one encoder is enough, and the compressor may be missing.
+        families: Their families; by default those of the first version that the checkpoint has.
+        partial: Whether one encoder is enough, and compressor and queries may be missing.
 
     Raises:
         LayoutError: The checkpoint does not have both encoders.
     """
-    options = [ConvertOptions(family, prefix=prefix) for family in families or registry.first_version()]
+    families = families or _version_in(source, prefix)
+    options = [ConvertOptions(family, prefix=prefix) for family in families]
     try:
         plans = {option.family: resolve_to_canonical(source, option) for option in options}
     except LayoutError as error:
@@ -201,12 +214,13 @@ def extract_encoder(
             raise
         raise LayoutError(
             f"{error}",
-            "SOURCE must hold both SAM and CLIP; to combine two checkpoints, name them with --sam and --clip",
+            "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
+            "and --clip, or --sam and --qwen2",
         ) from None
     tensors = _own_tensors(plans)
     _check_order(source, tensors)
-    if not partial:
-        _check_compressor(plans, tensors, source.name)
+    for addition in _additions(plans) if not partial else ():
+        _check(addition, plans, tensors, source.name)
     if with_projector:
         tensors |= _projector(source, plans)
     other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
@@ -222,29 +236,59 @@ def _check_order(source: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:
         raise mark_error(source, mark)
 
 
-def _channels(plans: dict[str, ResolvedPlan]) -> tuple[int, int]:
-    """Return the numbers of channels that a compressor connects: SAM's neck and the next encoder's width."""
-    first, second = (resolved.plan.sizes for resolved in plans.values())
-    return first["neck"], second["width"]
+def _version_in(source: Checkpoint, prefix: str | None) -> list[str]:
+    """The families of the first version of which a checkpoint has all encoders, else those of the first version."""
+    found, versions = detect_families(source, prefix), registry.versions()
+    return next((families for families in versions if found.keys() >= set(families)), versions[0])
 
 
-def _random_compressor(
-    compressor: str, plans: dict[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
+def _additions(plans: Mapping[str, ResolvedPlan]) -> list[Addition]:
+    return [addition for addition in ADDITIONS if addition.family in plans]
+
+
+def _full_names(addition: Addition) -> list[str]:
+    return [registry.encoder_prefix(addition.family) + name for name in addition.names]
+
+
+def _model(plans: Mapping[str, ResolvedPlan]) -> str:
+    """A published model that has these encoders."""
+    return registry.canonical(list(plans)[-1]).model
+
+
+def _sizes(plans: Mapping[str, ResolvedPlan]) -> dict[str, Sizes]:
+    return {family: resolved.plan.sizes for family, resolved in plans.items()}
+
+
+def _seeded(
+    addition: Addition, seed: str, plans: Mapping[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
 ) -> dict[str, LazyTensor]:
-    """An untrained compressor of the host's size, or of the encoders' without a host, in the type of SAM's neck."""
-    plan = plans[nets.FAMILY].plan
-    dtype = plan.outputs["neck.2.weight"].dtype.name
-    own = host and host[nets.FAMILY].plan.sizes.get("compressed")
-    if host is not None and own is None:
-        raise UsageError(f"--compressor {compressor}: the checkpoint of --into has no compressor", "leave it out")
-    channels = (plan.sizes["neck"], own) if own else _channels(plans)
-    return {name: cast(value, dtype) for name, value in nets.seeded(compressor, *channels).items()}
+    """Untrained tensors of the host's sizes, or of the encoders' without a host, in the type of their encoder."""
+    dtype = plans[addition.family].plan.outputs[addition.typed_as].dtype.name
+    if host is None:
+        shapes = addition.shapes(_sizes(plans))
+    else:
+        own = host[addition.family].plan.outputs
+        if addition.names[0] not in own:
+            what = f"the checkpoint of --into has no {addition.noun}"
+            raise UsageError(f"--{addition.option} {seed}: {what}", "leave it out")
+        shapes = {name: own[name].shape for name in addition.names}
+    tensors = addition.seeded(seed, shapes)
+    return _with_prefix(addition.family, {name: cast(value, dtype) for name, value in tensors.items()})
 
 
-def _check_compressor(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor], origin: str) -> None:
-    prefix = registry.encoder_prefix(nets.FAMILY)
-    found = {name: tensors[prefix + name] for name in nets.NAMES if prefix + name in tensors}
-    nets.check_compressor(found, *_channels(plans), origin)
+def _keys(own: Mapping[str, LazyTensor], new: Mapping[str, LazyTensor]) -> list[str]:
+    """The source tensors of those of `own` that others replace."""
+    kept = [tensor for value in new.values() for tensor in source_tensors(value)]
+    replaced = [tensor for name in new if name in own for tensor in source_tensors(own[name])]
+    return [tensor.key for tensor in replaced if tensor not in kept]
+
+
+def _check(
+    addition: Addition, plans: Mapping[str, ResolvedPlan], tensors: Mapping[str, LazyTensor], origin: str
+) -> None:
+    full_names = zip(addition.names, _full_names(addition), strict=True)
+    found = {name: tensors[full] for name, full in full_names if full in tensors}
+    addition.check(found, _sizes(plans), origin, _model(plans))
 
 
 def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
@@ -290,7 +334,8 @@ def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
 def _projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
     """The tensors of the projector; LayoutError names those that are missing."""
     found = find_projector(next(iter(plans.values())))
-    missing = [name for name, tensor in found.items() if tensor is None]
+    absent = _ABSENT.get(list(plans)[-1])
+    missing = [name for name, tensor in found.items() if tensor is None and name != absent]
     if missing:
         raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
     for tensor in found.values():

@@ -14,7 +14,10 @@ from converter.cli.run import run_conversion
 from converter.options import ConvertOptions, DtypeName, HubOptions
 
 Source = Annotated[
-    str | None, typer.Argument(metavar="[SOURCE]", help="A checkpoint that holds both encoders, such as DeepSeek-OCR.")
+    str | None,
+    typer.Argument(
+        metavar="[SOURCE]", help="A checkpoint that holds both encoders, such as DeepSeek-OCR or DeepSeek-OCR-2."
+    ),
 ]
 
 
@@ -28,14 +31,23 @@ class EncoderOptions:
     clip: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Without SOURCE: a CLIP checkpoint of any layout.")
     ] = None
+    qwen2: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="In place of --clip: a Qwen2 checkpoint, for DeepSeek-OCR-2.")
+    ] = None
     compressor: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE|random:SEED", help="Checkpoint with trained net_2 and net_3 weights, or random:SEED."
         ),
     ] = None
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE|random:SEED", help="With --qwen2: checkpoint with trained queries, or random:SEED."
+        ),
+    ] = None
     with_projector: Annotated[
-        bool, typer.Option("--with-projector", help="Also take projector, image_newline and view_seperator.")
+        bool, typer.Option("--with-projector", help="Also take projector, view_seperator and any image_newline.")
     ] = False
     add_prefix: Annotated[str, typer.Option(metavar="NAME.", help="Prefix of all tensor names in the output.")] = (
         "model."
@@ -54,5 +66,5 @@ class EncoderOptions:
 
 @add_options(EncoderOptions, (ConvertOptions, ["prefix"]), WriteOptions, HubOptions)
 def encoder(source: Source = None, **options: Any) -> None:
-    """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam, --clip and --compressor."""
+    """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam and --clip, or --sam and --qwen2."""
     run_conversion(converter.encoder, source, **options)

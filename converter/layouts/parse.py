@@ -26,6 +26,7 @@ CANONICAL = (
     "assumptions",
     "encoder_prefix",
     "encoder_order",
+    "model",
     "tensors",
     "extra_tensors",
 )
@@ -84,6 +85,7 @@ def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
         ),
         encoder_prefix=fields["encoder_prefix"].as_str("a prefix"),
         encoder_order=fields["encoder_order"].as_int("the encoder's position in the model"),
+        model=fields["model"].as_str("a published model") if "model" in fields else "",
         global_layers=fields["global_layers"].as_int("a number of layers") if "global_layers" in fields else 0,
     )
 

@@ -72,10 +72,11 @@ def families() -> tuple[str, ...]:
     return tuple(layout.family for layout in sorted(found, key=lambda layout: (layout.encoder_order, layout.name)))
 
 
-def first_version() -> list[str]:
-    """Return the families of DeepSeek-OCR's encoder; those with the position of another are of later versions."""
-    by_position = {canonical(family).encoder_order: family for family in reversed(families())}
-    return [by_position[position] for position in sorted(by_position)]
+def versions() -> list[list[str]]:
+    """Return the families of the encoder of each version of DeepSeek-OCR, which differ in the last encoder."""
+    last = max(canonical(family).encoder_order for family in families())
+    first = [family for family in families() if canonical(family).encoder_order < last]
+    return [[*first, family] for family in families() if family not in first]
 
 
 def encoder_prefix(family: str) -> str:

@@ -163,6 +163,7 @@ class CanonicalLayout(LayoutSpec):
     extra_tensors: tuple[tuple[Template, str], ...]
     encoder_prefix: str  # The prefix of the encoder in DeepSeek-OCR's model
     encoder_order: int  # The position of the encoder in DeepSeek-OCR's model
+    model: str = ""  # A published model with this encoder, for messages
 
     @property
     def is_canonical(self) -> bool:

@@ -72,7 +72,7 @@ class ConversionRecord:
 
     tool: str  # This program and its version
     sources: list[RecordedSource]  # The checkpoints that were read, the main one first
-    family: str  # sam, clip or qwen2; deepencoder for both
+    family: str  # sam, clip or qwen2; deepencoder for several
     target: str  # The layout of the output
     output: str  # Its path
     format: str  # safetensors or pth
