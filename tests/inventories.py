@@ -66,6 +66,42 @@ def mlx_entry(name: str, value: tuple[str, tuple[int, ...]]) -> tuple[str, tuple
     return dtype, tuple(shape[dim] for dim in (0, 2, 3, 1)) if is_convolution(name, shape) else shape
 
 
+def mmproj_name(name: str) -> str:
+    """Return llama.cpp's name for a tensor of DeepSeek-OCR or DeepSeek-OCR-2; empty for the language model."""
+    for pattern, replacement in (
+        (r"^model\.sam_model\.pos_embed$", "v.sam.pos_embd.weight"),
+        (r"^model\.sam_model\.patch_embed\.proj\.", "v.sam.patch_embd."),
+        (r"^model\.sam_model\.blocks\.", "v.sam.blk."),
+        (r"^model\.sam_model\.", "v.sam."),
+        (r"^(v\.sam\.blk\.\d+\.)norm1\.", r"\1pre_ln."),
+        (r"^(v\.sam\.blk\.\d+\.)norm2\.", r"\1post_ln."),
+        (r"^(v\.sam\.blk\.\d+\.attn\.)rel_(pos_[hw])$", r"\1\2.weight"),
+        (r"^(v\.sam\.blk\.\d+\.attn\.)proj\.", r"\1out."),
+        (r"^model\.vision_model\.embeddings\.(class|patch|position)_embedding", r"v.\1_embd"),
+        (r"^model\.vision_model\.pre_layrnorm\.", "v.pre_ln."),
+        (r"^model\.vision_model\.transformer\.layers\.", "v.blk."),
+        (r"^model\.qwen2_model\.model\.model\.layers\.", "v.blk."),
+        (r"^model\.qwen2_model\.model\.model\.norm\.", "v.post_ln."),
+        (r"^model\.qwen2_model\.query_", "v.resample_query_"),
+        (r"^(v\.blk\.\d+\.)(layer_norm1|input_layernorm)\.", r"\1ln1."),
+        (r"^(v\.blk\.\d+\.)(layer_norm2|post_attention_layernorm)\.", r"\1ln2."),
+        (r"^(v\.blk\.\d+\.)self_attn\.(qkv|q|k|v)_proj\.", r"\1attn_\2."),
+        (r"^(v\.blk\.\d+\.)self_attn\.(out|o)_proj\.", r"\1attn_out."),
+        (r"^(v\.blk\.\d+\.)mlp\.(fc1|up_proj)\.", r"\1ffn_up."),
+        (r"^(v\.blk\.\d+\.)mlp\.(fc2|down_proj)\.", r"\1ffn_down."),
+        (r"^(v\.blk\.\d+\.)mlp\.gate_proj\.", r"\1ffn_gate."),
+        (r"^model\.projector\.layers\.", "mm.model.fc."),
+        (r"^model\.(image_newline|view_seperator)$", r"v.\1"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return "" if name.startswith(("model.", "lm_head.")) else name
+
+
+def mmproj_entry(name: str, value: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    dtype, shape = value
+    return dtype, (1, *shape) if name.endswith("view_seperator") else shape
+
+
 @cache
 def inventories() -> dict[str, Inventory]:
     """Every inventory by its checkpoint's name, and those that differ from another by a prefix alone."""
@@ -101,6 +137,11 @@ def inventories() -> dict[str, Inventory]:
     # As MLX stores them.
     for name in ("deepseek-ocr", "deepseek-ocr-2", "got-ocr2", "sam-hf-safetensors", "clip-hf-current"):
         found[f"{name}-mlx"] = {mlx_name(key): mlx_entry(key, value) for key, value in found[name].items()}
+    # As llama.cpp names them, without the language model.
+    for name in ("deepseek-ocr", "deepseek-ocr-2"):
+        found[f"{name}-mmproj"] = {
+            mmproj_name(key): mmproj_entry(key, value) for key, value in found[name].items() if mmproj_name(key)
+        }
     return found
 
 

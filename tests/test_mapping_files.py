@@ -321,6 +321,10 @@ CONVERTS: dict[tuple[str, str], str] = {
     ("deepseek-ocr-2-mlx", "sam"): "sam-mlx",
     ("deepseek-ocr-2-mlx", "qwen2"): "qwen2-mlx",
     ("got-ocr2-mlx", "sam"): "sam-got-ocr2-mlx",
+    ("deepseek-ocr-mmproj", "sam"): "sam-mmproj",
+    ("deepseek-ocr-mmproj", "clip"): "clip-mmproj",
+    ("deepseek-ocr-2-mmproj", "sam"): "sam-mmproj",
+    ("deepseek-ocr-2-mmproj", "qwen2"): "qwen2-mmproj",
     ("sam-hf-safetensors-mlx", "sam"): "sam-hf-mlx",
     ("clip-hf-current-mlx", "clip"): "clip-hf-mlx",
 }
@@ -329,9 +333,9 @@ UNUSUAL = {
     "clip-hf-vision-336": {"positions": (577, 257)},
     "clip-timm-336": {"positions": (577, 257)},
 }
-SECOND = {"deepseek-ocr-2", *(f"deepseek-ocr-2-{kind}" for kind in ("vision", "sglang", "hf-vision", "mlx"))}
-MLX = {"got-ocr2-mlx", "deepseek-ocr-mlx"}
-WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "unlimited-ocr-hf-vision", *MLX, *SECOND}
+SECOND = {"deepseek-ocr-2", *(f"deepseek-ocr-2-{kind}" for kind in ("vision", "sglang", "hf-vision", "mlx", "mmproj"))}
+PORTS = {"got-ocr2-mlx", "deepseek-ocr-mlx", "deepseek-ocr-mmproj"}
+WITH_COMPRESSOR = {"got-ocr2", "deepseek-ocr", "unlimited-ocr-hf-vision", *PORTS, *SECOND}
 
 
 def converted(checkpoint: str, family: str, folder: Path) -> ConversionRecord:

@@ -18,15 +18,15 @@ from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
-from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, reshaped, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
 # The prefix of the encoder in DeepSeek-OCR's checkpoint.
 MODEL_PREFIX = "model."
 _CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
 _NO_PLACE = "the checkpoint of --into has no such tensor"
-# The tensors between encoder and language model in DeepSeek-OCR, and in GOT-OCR2 and Vary: their own names (misspelling
-# included) -> transformers' names.
+# The tensors between encoder and language model in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp's DeepSeek-OCR:
+# their own names (misspelling included) -> transformers' or llama.cpp's names.
 _PROJECTORS = (
     {
         "projector.layers.weight": "multi_modal_projector.weight",
@@ -38,9 +38,17 @@ _PROJECTORS = (
         "mm_projector_vary.weight": "multi_modal_projector.multimodal_projector.weight",
         "mm_projector_vary.bias": "multi_modal_projector.multimodal_projector.bias",
     },
+    {
+        "projector.layers.weight": "mm.model.fc.weight",
+        "projector.layers.bias": "mm.model.fc.bias",
+        "image_newline": "v.image_newline",
+        "view_seperator": "v.view_seperator",
+    },
 )
 # Those of them that models lack, by the family of the last encoder.
 _ABSENT = {"qwen2": "image_newline"}
+# Vectors, which llama.cpp stores as a matrix of one row.
+_VECTORS = ("image_newline", "view_seperator")
 
 
 @dataclass(frozen=True)
@@ -344,4 +352,9 @@ def _projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[st
                 f"{source.name}: --with-projector: {tensor.key!r} is quantised ({tensor.dtype.name})",
                 "leave the option out, or take the projector from a checkpoint of 16 or 32 bits",
             )
-    return {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
+    read = {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
+    return {name: _vector(value) if name in _VECTORS else value for name, value in read.items()}
+
+
+def _vector(value: LazyTensor) -> LazyTensor:
+    return reshaped(value, value.shape[1:]) if len(value.shape) == 2 and value.shape[0] == 1 else value

@@ -154,7 +154,7 @@ _ARCHITECTURES = (
     _Rule(
         "has a Qwen2 in the place of CLIP, as DeepSeek-OCR-2 has",
         "its encoders convert: dsocr-convert sam ..., dsocr-convert qwen2 ...",
-        (r"(^|\.)qwen2_model\.|(^|\.)query_(768|1024)",),
+        (r"(^|\.)qwen2_model\.|(^|\.)(resample_)?query_(768|1024)",),
     ),
     _Rule(
         "is a ViT with layer scales (DINOv2, InternViT)",
@@ -294,7 +294,8 @@ def _channels_last(tensors: Tensors) -> Mark | None:
 
 def _convolutions(tensors: Tensors) -> tuple[list[str], list[str]]:
     """Return the names in the file of convolutions with channels first and last, as far as shapes show it."""
-    weights = [tensor for name, tensor in tensors.items() if name.endswith("weight")]
+    # llama.cpp's names of positions end so, too.
+    weights = [tensor for name, tensor in tensors.items() if name.endswith("weight") and "pos_embd" not in name]
     shown = {tensor.key: shows_channels_last(tensor.shape) for tensor in weights}
     return [name for name in shown if shown[name] is False], [name for name in shown if shown[name]]
 
