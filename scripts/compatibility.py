@@ -23,11 +23,17 @@ PAGES = {
     "README.md": ("layout", "from", "to"),
     "README.zh-CN.md": ("布局", "读", "写"),
 }
-READS = ("torch zip", "torch legacy", "TorchScript", "safetensors", "torch shards", "safetensors shards")
+READS = ("torch zip", "torch legacy", "TorchScript", "safetensors", "torch shards", "safetensors shards", "GGUF")
 WRITES = ("safetensors", ".pth", "folder")
 # What only some layouts come in, or are written to: programs make no other.
-ELSEWHERE = {"TorchScript", "folder"}
-TESTS = ("tests/test_oracles.py", "tests/test_routes.py", "tests/test_folders.py", "tests/test_mlx.py")
+ELSEWHERE = {"TorchScript", "GGUF", "folder"}
+TESTS = (
+    "tests/test_oracles.py",
+    "tests/test_routes.py",
+    "tests/test_folders.py",
+    "tests/test_mlx.py",
+    "tests/test_mmproj.py",
+)
 _MARKS = ("<!-- made by scripts/compatibility.py -->\n", "<!-- end -->\n")
 
 Cells = set[tuple[str, str, str]]

@@ -18,6 +18,7 @@ import models
 import pytest
 import test_folders
 import test_mlx
+import test_mmproj
 import test_oracles
 import test_routes
 import torch
@@ -132,6 +133,8 @@ def test_the_table_is_what_the_tests_show(page: Path) -> None:
     reads |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
     writes |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
     cells = {("reads", *cell) for cell in reads} | {("writes", *cell) for cell in writes}
+    reads |= {(layout, "GGUF") for layout in test_mmproj.LAYOUTS}
+    writes |= {(layout, "safetensors") for layout in test_mmproj.LAYOUTS}
     text = page.read_text(encoding="utf-8")
     assert text == compatibility.replaced(text, compatibility.table(cells, compatibility.PAGES[page.name]))
 
