@@ -11,10 +11,11 @@ import models
 import pytest
 import torch
 from lora import State, assert_merged, clip_loss, sam_loss, save_merged, save_model, train
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import converter
 from converter.errors import DsocrError
+from converter.verification import merging
 
 # Warnings of peft and transformers about each other.
 pytestmark = [
@@ -79,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "layers": {"target_modules": CLIP_ALL, "layers_to_transform": [1], "layers_pattern": "layers"},
     "fan_in_fan_out": {"target_modules": ["fc1", "q_proj"], "fan_in_fan_out": True},
+    "embedding in bfloat16": {"target_modules": ["position_embedding"], "dtype": torch.bfloat16},
     "embedding": {"target_modules": ["position_embedding", "out_proj"]},
     "modules_to_save": {"target_modules": ["v_proj"], "modules_to_save": ["patch_embedding", "pre_layrnorm"]},
     "bias": {"target_modules": ["fc2", "q_proj"], "bias": "lora_only"},
@@ -271,3 +273,98 @@ def test_the_record_lists_what_was_merged(clip_base: Path, tmp_path: Path) -> No
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert document["sources"][1]["files"][0]["sha256"] == digest
     assert {"key": Q_PROJ + "lora_A.weight", "source": 1} in document["tensors"][QKV]["from"]
+
+
+@pytest.fixture(scope="module")
+def trained_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a trained adapter, and the conversion of both."""
+    folder = tmp_path_factory.mktemp("trained")
+    trained = train(
+        models.clip_hf(),
+        clip_loss,
+        torch.bfloat16,
+        target_modules=["q_proj", "fc1", "position_embedding"],
+        modules_to_save=["pre_layrnorm"],
+        use_rslora=True,
+    )
+    trained.save_pretrained(folder / "adapter")
+    base = save_model(models.clip_hf(), folder / "base.safetensors", torch.bfloat16)
+    converter.convert(base, "clip", lora=folder / "adapter", out=folder / "out.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("library", ["peft", "torch"])
+def test_verification_proves_a_merge(library: str, trained_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library == "torch":
+        monkeypatch.setattr(merging, "_has_peft", lambda: False)
+    sources = {"source": trained_clip / "base.safetensors", "lora": trained_clip / "adapter"}
+    result = converter.verify(trained_clip / "out.safetensors", sources, device="cpu", sizes=[64])
+    assert result.result == "verified" and result.ok, result.checks
+    assert any(f"merged by {library}" in check.detail for check in result.checks)
+
+
+def test_verification_allows_other_roundings(trained_clip: Path, tmp_path: Path) -> None:
+    """On another processor, a few sums of 16 bits are rounded to the neighbour."""
+    state = load_file(trained_clip / "out.safetensors")
+    state[QKV].view(torch.int16)[0, 0] += 1
+    save_file(state, tmp_path / "out.safetensors")
+    sources = {"source": trained_clip / "base.safetensors", "lora": trained_clip / "adapter"}
+    assert converter.verify(tmp_path / "out.safetensors", sources, device="cpu", sizes=[64]).ok
+    state[QKV].view(torch.int16)[0, 0] += 2
+    save_file(state, tmp_path / "out.safetensors")
+    assert not converter.verify(tmp_path / "out.safetensors", sources, fast=True).ok
+
+
+def test_verification_finds_a_wrong_merge(trained_clip: Path, tmp_path: Path) -> None:
+    """Another scale, and a merge of only some modules."""
+    config = json.loads((trained_clip / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter").mkdir()
+    for name, changes in (("alpha", {"lora_alpha": 6.1}), ("rslora", {"use_rslora": False})):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        weights = tmp_path / "adapter" / "adapter_model.safetensors"
+        weights.write_bytes((trained_clip / "adapter" / "adapter_model.safetensors").read_bytes())
+        out = tmp_path / f"{name}.safetensors"
+        converter.convert(trained_clip / "base.safetensors", "clip", lora=tmp_path / "adapter", out=out)
+        sources = {"source": trained_clip / "base.safetensors", "lora": trained_clip / "adapter"}
+        result = converter.verify(out, sources, fast=True)
+        assert not result.ok and any(QKV in check.tensors for check in result.checks), name
+    assert not converter.verify(trained_clip / "out.safetensors", trained_clip / "base.safetensors", fast=True).ok
+
+
+def test_a_whole_encoder(tmp_path: Path) -> None:
+    """An adapter of a model that holds both encoders, and a language model."""
+    converter.convert(save_model(models.sam_hf(), tmp_path / "sam.safetensors"), "sam", out=tmp_path / "s.safetensors")
+    converter.convert(
+        save_model(models.clip_hf(), tmp_path / "clip.safetensors"), "clip", out=tmp_path / "c.safetensors"
+    )
+    whole = tmp_path / "whole.safetensors"
+    converter.encoder(sam=tmp_path / "s.safetensors", clip=tmp_path / "c.safetensors", compressor="random:1", out=whole)
+    modules = {
+        "model.sam_model.blocks.0.attn.proj": (models.WIDTH, models.WIDTH),
+        "model.vision_model.transformer.layers.1.mlp.fc1": (models.CLIP_MLP, models.CLIP_WIDTH),
+        "model.layers.0.self_attn.q_proj": (7, 7),
+    }
+    factors = {
+        f"base_model.model.{module}.lora_{half}.weight": torch.randn(shape)
+        for module, (rows, columns) in modules.items()
+        for half, shape in (("A", (2, columns)), ("B", (rows, 2)))
+    }
+    adapter, out = adapter_folder(tmp_path / "adapter", **factors), tmp_path / "out.safetensors"
+    record = converter.encoder(whole, lora=adapter, out=out)
+    assert list(record.merged) == list(modules)[:2]
+    assert any("1 others, such as model.layers.0" in note for note in record.notes)
+    before, after = load_file(whole), load_file(out)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {f"{module}.weight" for module in record.merged}
+    product = torch.einsum(
+        "or,ri->oi", *(factors[f"base_model.model.{next(iter(modules))}.lora_{x}.weight"] for x in "BA")
+    )
+    name = f"{next(iter(modules))}.weight"
+    torch.testing.assert_close(after[name], before[name] + 2 * product)
+    assert converter.verify(out, {"source": whole, "lora": adapter}, fast=True).ok
+    parts = {"sam": tmp_path / "s.safetensors", "clip": tmp_path / "c.safetensors"}
+    built = tmp_path / "built.safetensors"
+    converter.encoder(**parts, compressor="random:1", lora=adapter, out=built)
+    assert load_file(built).keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(built).items())
+    assert converter.verify(built, {**parts, "compressor": "random:1", "lora": adapter}, fast=True).ok

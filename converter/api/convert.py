@@ -67,8 +67,8 @@ def convert(
     format = format_for(None if is_folder else out, format)
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
-    with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor, adapter):
-        resolved = resolve(checkpoint, convert_options, donor, adapter)
+    with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor):
+        resolved = resolve(checkpoint, convert_options, donor)
         documents = None
         if is_folder:
             check_folder_output(target, convert_options.layout, format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
+from converter.checkpoint.adapter import lora_files, with_adapter
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.layouts import registry
@@ -20,6 +22,7 @@ from converter.output.pretrained import is_folder_output
 from converter.output.record import ConversionRecord, Destination
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
+from converter.plan.planner import note_merged
 from converter.storage.progress import OnProgress
 
 
@@ -32,6 +35,8 @@ def encoder(
     compressor: str | Path | None = None,
     queries: str | Path | None = None,
     prefix: str | None = None,
+    lora: str | Path | None = None,
+    adapter_name: str | None = None,
     with_projector: bool = False,
     add_prefix: str = MODEL_PREFIX,
     to: str = "",
@@ -63,6 +68,8 @@ def encoder(
         queries: A checkpoint with trained query_768 [144, width] and query_1024 [256, width] (DeepSeek-OCR-2); or
             random:SEED, normal as a new Embedding. Not needed if `qwen2` has them.
         prefix: The prefix of the encoders' names in sources that hold several.
+        lora: A LoRA adapter of PEFT to merge into the encoders, as in `convert`.
+        adapter_name: Which adapter of a file with several.
         with_projector: Also extract the projector, view_seperator and, of DeepSeek-OCR, image_newline from `source`;
             from GOT-OCR2 and Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
@@ -95,6 +102,8 @@ def encoder(
         _refuse("cannot be combined with --into", to=to, format=format, add_prefix=add_prefix != MODEL_PREFIX)
         if out is None:
             raise UsageError("--into: name the output with --output")
+    if lora is None:
+        _refuse("is for --lora", adapter_name=adapter_name)
     families = _given(sam=sam, clip=clip, qwen2=qwen2)
     additions = _given(compressor=compressor, queries=queries)
     if clip is not None:
@@ -114,10 +123,15 @@ def encoder(
         def open_(name: str | Path) -> Checkpoint:
             return stack.enter_context(closing(open_checkpoint(name, hub)))
 
+        adapters = [open_(path) for path in lora_files(lora)]
+
+        def open_source(name: str | Path) -> Checkpoint:
+            return with_adapter(open_(name), adapters[0], adapter_name) if adapters else open_(name)
+
         host = open_host(Path(into), open_) if into is not None else None
         if source is not None:
             _refuse("cannot be combined with SOURCE", **families, **additions)
-            opened = open_(source)
+            opened = open_source(source)
             if host is not None:
                 parts = extract_shared(opened, host, with_projector, prefix)
             else:
@@ -125,12 +139,15 @@ def encoder(
         elif list(families) in registry.versions() or (host is not None and families):
             _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
             plans = host.resolve_all(families) if host is not None else None
-            parts = build_encoder(families, additions, open_, prefix, plans)
+            parts = build_encoder(families, additions, open_source, prefix, plans)
         else:
             raise UsageError(
                 "name a checkpoint that holds both encoders, or one for each, with --sam and --clip, or --sam and "
                 "--qwen2"
             )
+        if adapter := parts.sources[0].adapter:
+            note_merged(adapter, list(parts.plans.values()), parts.tensors.values())
+        parts = replace(parts, sources=[*parts.sources, *adapters])
         check_hub_options(hub, parts.sources)
         if host is not None:
             check_output_name(host, Path(out or ""))

@@ -11,6 +11,8 @@ from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder, find_projector
+from converter.checkpoint.adapter import lora_files, with_adapter
+from converter.checkpoint.lora import Adapter
 from converter.checkpoint.open import Checkpoint, check_name
 from converter.errors import LayoutError, MappingError, OtherFamilyError, UsageError
 from converter.layouts import registry
@@ -26,6 +28,7 @@ from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import LazyTensor, grid_size_of, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, own_tensors
+from converter.verification.merging import merged_by_library
 from converter.verification.reference_readers import Reader, open_independently
 
 _ADDITIONS = [addition.option for addition in ADDITIONS]
@@ -45,9 +48,9 @@ def plan_expected(
     Args:
         target: The converted file.
         sources: Checkpoints by role: source, or the family, and fill-from; for a whole DeepEncoder source, or the
-            families, compressor and queries, and into.
+            families, compressor and queries, and into; lora in all cases.
         open_file: Opens a checkpoint.
-        options: The family, and the mapping, the state dict and the prefix of the conversion.
+        options: The family, and the mapping, state dict, prefix and adapter name of the conversion.
         on_progress: Called as tensors are fetched from a hub.
 
     Raises:
@@ -56,11 +59,34 @@ def plan_expected(
     families, family = [encoder.family for encoder in target.encoders], target.family
     whole = len(families) > 1 or "into" in sources
     roles = ("source", *families, *_ADDITIONS, "into") if whole else ("source", family, "fill-from", "into")
+    roles = (*roles, "lora")
     for role, name in sources.items():
         check_name(name)
         if role not in roles:
             raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
-    if not whole:
+    files = [open_file(path) for path in lora_files(sources.get("lora"))]
+    adapters: list[Adapter] = []
+
+    def open_source(name: str | Path) -> Checkpoint:
+        if not files:
+            return open_file(name)
+        opened = with_adapter(open_file(name), files[0], options.adapter_name)
+        adapters.extend(filter(None, [opened.adapter]))
+        return replace(opened, adapter=None)
+
+    expected = _expected_of(target, sources, open_source, options, on_progress)
+    return merged_by_library(target, expected, adapters[0], files[0], on_progress) if adapters else expected
+
+
+def _expected_of(
+    target: Converted,
+    sources: Mapping[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
+    options: ConvertOptions,
+    on_progress: OnProgress,
+) -> Expected:
+    """Plan a conversion again, without its LoRA adapter."""
+    if len(target.encoders) == 1 and "into" not in sources:
         return _expected_encoder(target, sources, open_file, options, on_progress)
     for option in ("mapping", "state_dict"):
         if getattr(options, option) is not None:
@@ -105,7 +131,7 @@ def _expected_encoder(
         name=source.name,
         outputs=sort_outputs(written.outputs, dtype),
         rules=written.rules,
-        origins={options.family: Origin(converted, reference if known else None, own, read)},
+        origins={options.family: Origin(converted, reference if known else None, own, read, detected)},
         read=read,
         not_compared=_not_compared(encoder, resolved.plan, written, target),
     )
@@ -226,7 +252,7 @@ def _expected(
         name=", ".join(checkpoint.name for checkpoint in sources),
         outputs=outputs,
         rules=rules,
-        origins={family: Origin(plan, plan, own[family], read) for family, (_, plan) in plans.items()},
+        origins={family: Origin(plan, plan, own[family], read, detected) for family, (detected, plan) in plans.items()},
         read=read,
     )
 

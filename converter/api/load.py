@@ -59,8 +59,8 @@ def load(
     from converter.output.memory import Loader, checked_device
 
     torch_device = checked_device(device)
-    with open_sources(source, fill_from, convert_options, hub_options) as (checkpoints, opened, donor, adapter):
-        plan = resolve(opened, convert_options, donor, adapter).plan
+    with open_sources(source, fill_from, convert_options, hub_options) as (checkpoints, opened, donor):
+        plan = resolve(opened, convert_options, donor).plan
         outputs = plan.outputs
         for checkpoint in checkpoints:
             checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)

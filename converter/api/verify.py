@@ -54,6 +54,7 @@ def verify(
     mapping: str | Path | None = None,
     state_dict: str | None = None,
     prefix: str | None = None,
+    adapter_name: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
     sizes: Sequence[int] | None = None,
@@ -72,11 +73,12 @@ def verify(
     Args:
         converted: A file that `convert` or `encoder` wrote.
         source: The checkpoint it was converted from. Several by what they supplied: sam, clip, compressor (also
-            random:SEED), fill-from, into; `source` for all else. Without it, bytes and outputs are not compared.
+            random:SEED), fill-from, into, lora; `source` for all else. Without it, bytes and outputs are not compared.
         record: The conversion record (.json) that was written with it.
         mapping: The mapping file that `convert` was given.
         state_dict: The state dict of the source that `convert` was given.
         prefix: The prefix of the encoders' names in the sources that `convert` or `encoder` was given.
+        adapter_name: The adapter of a LoRA file with several that the conversion was given.
         device: auto, cpu, cuda or cuda:N.
         dtype: The precision the encoders run in: float32, bfloat16 or float16.
         sizes: Pixels along a side at which the whole DeepEncoder runs.
@@ -107,7 +109,14 @@ def verify(
         only_record = recorded if recorded and not recorded.canonical and not sources else None
         target = (open_any_layout if only_record else open_converted)(opened, on_progress)
         if sources:
-            options = ConvertOptions(target.encoders[0].family, mapping=mapping, state_dict=state_dict, prefix=prefix)
+            options = ConvertOptions(
+                target.encoders[0].family,
+                mapping=mapping,
+                state_dict=state_dict,
+                prefix=prefix,
+                lora=sources.get("lora"),
+                adapter_name=adapter_name,
+            )
             expected = plan_expected(target, sources, open_file, options, on_progress)
             for notice in () if fast else missing_requirements(target, expected):
                 on_notice(notice)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, AdapterConfig, read_adapter_config
-from converter.checkpoint.folder import ADAPTER_NAMES
-from converter.checkpoint.open import Checkpoint, open_checkpoint, open_checkpoints
+from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, read_adapter_config
+from converter.checkpoint.folder import ADAPTER_NAMES, SWIFT_ENCODER
+from converter.checkpoint.lora import Adapter, AdapterConfig, Factors
+from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.checkpoint.state_dict import largest_state_dict, state_dicts, unwrapped_names
 from converter.errors import LayoutError, UsageError, first_names
 from converter.options import ConvertOptions, HubOptions
@@ -20,34 +21,6 @@ _PREFIX = "base_model.model."
 # Segments of names: the factors of a module, with those of an embedding, and the layers that PEFT puts around it.
 _FACTORS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _SAVED, _ORIGINAL, _BASE = "modules_to_save", "original_module", "base_layer"
-
-
-class Factors(NamedTuple):
-    """The factors of one module: its weight becomes W + scale * B @ A."""
-
-    a: TensorInfo
-    b: TensorInfo
-    is_embedding: bool  # The sum is W + scale * (B @ A) transposed
-    rank: int
-    alpha: float
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A LoRA adapter.
-
-    Attributes:
-        checkpoint: The files that it was read from.
-        config: Its config.
-        factors: The factors by the paths of modules, without PEFT's prefix.
-        whole: Tensors that replace those of the model, by their names there: modules_to_save and trained biases.
-    """
-
-    checkpoint: Checkpoint
-    config: AdapterConfig
-    factors: Mapping[str, Factors]
-    whole: Mapping[str, TensorInfo]
 
 
 class _Name(NamedTuple):
@@ -63,9 +36,8 @@ class Sources(NamedTuple):
     """The open sources of a conversion."""
 
     opened: list[Checkpoint]  # All of them
-    source: Checkpoint
+    source: Checkpoint  # The first, with the adapter that is merged into it
     donor: Checkpoint | None  # It supplies tensors that the source lacks
-    adapter: Adapter | None  # It is merged into the source
 
 
 @contextmanager
@@ -80,44 +52,38 @@ def open_sources(
         options: The adapter to merge.
         hub_options: How to read a hub.
     """
-    names = [source] if fill_from is None else [source, fill_from]
-    with open_checkpoints(names, hub_options) as opened, ExitStack() as stack:
-        donor, adapter = opened[1] if fill_from is not None else None, None
-        first = opened[0]
+    names = [source, *([fill_from] if fill_from is not None else []), *lora_files(options.lora)]
+    with open_checkpoints(names, hub_options) as opened:
+        donor, first = opened[1] if fill_from is not None else None, opened[0]
         if options.lora is not None:
-
-            def open_file(name: str | Path) -> Checkpoint:
-                return stack.enter_context(closing(open_checkpoint(name, hub_options)))
-
-            adapter, first = open_adapter(options.lora, options.adapter_name, first, open_file)
-            opened = opened if adapter.checkpoint in opened else [*opened, adapter.checkpoint]
-        yield Sources(opened, first, donor, adapter)
+            first = with_adapter(first, opened[-1], options.adapter_name)
+        yield Sources(opened, first, donor)
 
 
-def open_adapter(
-    name: str | Path, adapter_name: str | None, source: Checkpoint, open_file: Callable[[str | Path], Checkpoint]
-) -> tuple[Adapter, Checkpoint]:
-    """Open a LoRA adapter, and read its config and the names of its tensors.
+def lora_files(name: str | Path | None) -> list[str | Path]:
+    """Return what to open for an adapter: its weights in a folder, which may hold other checkpoints, or the name."""
+    if name is None:
+        return []
+    files = (Path(name) / file for file in ADAPTER_NAMES)
+    return [next((path for path in files if path.is_file()), name)]
+
+
+def with_adapter(source: Checkpoint, files: Checkpoint, adapter_name: str | None) -> Checkpoint:
+    """Return a checkpoint with an adapter that is merged into its encoders.
 
     Args:
-        name: A file, a folder, or a repository on a hub.
+        source: The checkpoint.
+        files: The adapter. It may be the same file: a state dict of a model with its adapter.
         adapter_name: Which adapter of a file with several, or None.
-        source: The checkpoint to merge it into. It may be the same file: a state dict of a model with its adapter.
-        open_file: Opens a checkpoint.
-
-    Returns:
-        The adapter, and the checkpoint to merge it into.
 
     Raises:
-        ContainerError: A file is missing or damaged.
+        ContainerError: The adapter has no config, or a wrong one.
         LayoutError: It is no LoRA adapter, or one that is more than W + scale * B @ A.
         UsageError: There are several adapters, or none of this name.
     """
-    files = (Path(name) / file for file in ADAPTER_NAMES)
-    opened = open_file(next((path for path in files if path.is_file()), name))
-    if opened.name != source.name:
-        return _read(opened, adapter_name, is_whole=False), source
-    return _read(source, adapter_name, is_whole=True), replace(source, contents=_unwrapped(source.contents))
+    is_same = files.name == source.name
+    contents = _unwrapped(source.contents) if is_same else source.contents
+    return replace(source, adapter=_read(files, adapter_name, is_same), contents=contents)
 
 
 def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> Adapter:
@@ -132,7 +98,11 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> A
     names = {key: parsed for key, parsed in names.items() if parsed.adapter in ("", chosen)}
     kinds = ("saved",) if is_whole else ("saved", "")
     whole = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
-    return Adapter(checkpoint, config, _pairs(checkpoint.name, config, tensors, names), whole)
+    factors = _pairs(checkpoint.name, config, tensors, names)
+    encoder = checkpoint.open_config(SWIFT_ENCODER)
+    if encoder is not None:
+        encoder.close()
+    return Adapter(checkpoint.name, config, factors, whole, encoder is not None)
 
 
 def factor_names(names: Iterable[str]) -> list[str]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from converter.checkpoint.lora import AdapterConfig
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, first_names, printable
 from converter.formats import strict_json
 
-_Number = TypeVar("_Number", int, float)
 CONFIG = "adapter_config.json"
 MERGE_IN_PEFT = (
     "merge it with peft, on the model that it was trained on: model.merge_and_unload().save_pretrained(FOLDER), and "
@@ -40,40 +37,6 @@ _VARIANTS = {
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys of rank_pattern and alpha_pattern that are names, or ends of names; PEFT takes them for regular expressions.
 _PLAIN = re.compile(r"\^?([\w-]|\\?\.)+\$?")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings of a LoRA adapter.
-
-    Attributes:
-        base_model: The model that it was trained on; empty if the config does not say.
-        rank: The rank of modules that `ranks` does not name.
-        alpha: The alpha of modules that `alphas` does not name.
-        ranks: Ranks by names of modules, or ends of them.
-        alphas: The alpha by names of modules, or ends of them.
-        rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
-    """
-
-    base_model: str
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    rslora: bool
-
-    def rank_of(self, module: str) -> int:
-        """The rank of a module."""
-        return _lookup(self.ranks, module, self.rank)
-
-    def alpha_of(self, module: str) -> float:
-        """The alpha of a module."""
-        return _lookup(self.alphas, module, self.alpha)
-
-    def scale(self, module: str) -> float:
-        """The factor of B @ A for a module."""
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
@@ -152,15 +115,6 @@ def _check_kind(name: str, config: dict[str, Any]) -> None:
             "save it with path_initial_model_for_weight_conversion, as peft's documentation of "
             f"{start[:50]} shows; or {MERGE_IN_PEFT}",
         )
-
-
-def _lookup(values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    """Return the value of the first name that is the module's, or the end of it; `^` allows the whole name alone."""
-    for name, value in values.items():
-        is_whole = name.startswith("^")
-        if module == name.removeprefix("^") or (not is_whole and module.endswith(f".{name}")):
-            return value
-    return default
 
 
 def _plain(key: str) -> str:

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
+from converter.checkpoint.lora import Adapter
 from converter.errors import ContainerError, UsageError, first_names
 from converter.formats import torch_dcp
 from converter.formats.registry import open_file
@@ -41,6 +42,7 @@ class Checkpoint:
         open_config: Opens a config of the given name that describes the files; None if there is none.
         whole_step: How to read the whole checkpoint, if the file is one of several shards; else empty.
         in_other_shards: Names of the tensors in the other shards, as far as an index lists them.
+        adapter: A LoRA adapter to merge into the tensors, or None.
         ignored: Full names of the classes and functions in pickles that were not imported.
     """
 
@@ -54,6 +56,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     whole_step: str = ""
     in_other_shards: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
     @property
     def remote(self) -> list[RemoteFile]:

@@ -64,7 +64,7 @@ class EncoderOptions:
     )
 
 
-@add_options(EncoderOptions, (ConvertOptions, ["prefix"]), WriteOptions, HubOptions)
+@add_options(EncoderOptions, (ConvertOptions, ["prefix", "lora", "adapter_name"]), WriteOptions, HubOptions)
 def encoder(source: Source = None, **options: Any) -> None:
     """Write a whole DeepEncoder: extracted from SOURCE, or assembled from --sam and --clip, or --sam and --qwen2."""
     run_conversion(converter.encoder, source, **options)

@@ -37,7 +37,7 @@ class VerifyOptions:
             "-s",
             metavar="[ROLE=]SOURCE",
             help="The checkpoint that it was converted from. Several with what they supplied: sam=, clip=, "
-            "compressor= (also random:SEED), fill-from=, into=.",
+            "compressor= (also random:SEED), fill-from=, into=, lora=.",
         ),
     ] = None
     record: Annotated[
@@ -81,7 +81,9 @@ class ReportOptions:
 
 
 @app.command()
-@add_options(VerifyOptions, (ConvertOptions, ["mapping", "state_dict", "prefix"]), HubOptions, ReportOptions)
+@add_options(
+    VerifyOptions, (ConvertOptions, ["mapping", "state_dict", "prefix", "adapter_name"]), HubOptions, ReportOptions
+)
 def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})

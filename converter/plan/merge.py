@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from converter.checkpoint.adapter import Adapter, Factors
 from converter.checkpoint.adapter_config import MERGE_IN_PEFT
 from converter.checkpoint.folder import SWIFT_ENCODER
-from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.lora import Adapter, Factors
 from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts.claims import summary
-from converter.tensors.lazy_tensor import LazyTensor, add_product, cast, lazy_read, permuted, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, add_product, cast, lazy_read, permuted
 from converter.tensors.tensor_info import TensorInfo
 
 # peft 0.21 adds the product for out_proj twice, in the training and in its merge.
@@ -73,12 +72,12 @@ def match_adapter(
             trained = adapter.factors.get(module) or adapter.whole[target]
             merged.tensors[name] = MergedTensor(names[name].key, module, trained)
         elif f"{name.removesuffix('weight')}in_proj_weight" in names and module in adapter.factors:
-            raise LayoutError(f"{adapter.checkpoint.name}: {module!r} {_ATTENTION}", MERGE_IN_PEFT)
+            raise LayoutError(f"{adapter.name}: {module!r} {_ATTENTION}", MERGE_IN_PEFT)
         elif name and not is_outside(name):
             absent.append(_absent(name, module, adapter))
     if absent:
         raise LayoutError(
-            f"{source}: lacks modules of the encoder that {adapter.checkpoint.name} trained: {summary(absent)}",
+            f"{source}: lacks modules of the encoder that {adapter.name} trained: {summary(absent)}",
             f"convert the model that the adapter was trained on{_named(adapter)}",
         )
     if merged.tensors and (old, new) != ("", ""):
@@ -108,15 +107,14 @@ def merge(
             problems.append(f"{change.module!r}: {error}, of {change.key!r}")
     if problems:
         raise MappingError(
-            f"{adapter.checkpoint.name}: {summary(problems)}",
+            f"{adapter.name}: {summary(problems)}",
             f"convert the model that the adapter was trained on{_named(adapter)}",
         )
     return result
 
 
-def used_changes(changes: Mapping[str, MergedTensor], outputs: Iterable[LazyTensor]) -> dict[str, MergedTensor]:
-    """Return those changes that outputs are made of."""
-    read = {tensor for value in outputs for tensor in source_tensors(value)}
+def used_changes(changes: Mapping[str, MergedTensor], read: Set[TensorInfo]) -> dict[str, MergedTensor]:
+    """Return those changes of which a tensor is read."""
     return {name: change for name, change in changes.items() if not read.isdisjoint(change.tensors)}
 
 
@@ -131,12 +129,12 @@ def merge_notes(adapter: Adapter, changes: Collection[MergedTensor], encoder: Se
     Raises:
         LayoutError: There are none.
     """
-    modules, name = [*adapter.factors, *adapter.whole], adapter.checkpoint.name
+    modules, name = [*adapter.factors, *adapter.whole], adapter.name
     if not changes:
         raise LayoutError(
             f"{name}: this adapter trains {len(modules)} modules, none of them in the encoder: "
             f"{first_names(modules)}; the encoder's tensors are {first_names(encoder, 2)}",
-            _frozen_step(adapter.checkpoint),
+            _frozen_step(adapter),
         )
     used = {change.module for change in changes}
     others = [module for module in modules if module not in used]
@@ -144,13 +142,11 @@ def merge_notes(adapter: Adapter, changes: Collection[MergedTensor], encoder: Se
     return [f"merged {len(used)} modules of the adapter {name}{rest}"]
 
 
-def _frozen_step(checkpoint: Checkpoint) -> str:
+def _frozen_step(adapter: Adapter) -> str:
     """Return the next step for an adapter that trains nothing of the encoder."""
-    file = checkpoint.open_config(SWIFT_ENCODER)
-    if file is None:
-        return "the encoder is that of the base model (trainers freeze it by default): convert it without --lora"
-    file.close()
-    return f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
+    if adapter.has_encoder:
+        return f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
+    return "the encoder is that of the base model (trainers freeze it by default): convert it without --lora"
 
 
 def _merge(base: LazyTensor, trained: Factors | TensorInfo) -> LazyTensor:
@@ -160,7 +156,7 @@ def _merge(base: LazyTensor, trained: Factors | TensorInfo) -> LazyTensor:
         return cast(lazy_read(trained), base.dtype.name)
     a, b = lazy_read(trained.a), lazy_read(trained.b)
     if trained.is_embedding and len(base.shape) == 2:
-        return permuted(add_product(permuted(base, (1, 0)), a, b, trained.scale), (1, 0))
+        return permuted(add_product(permuted(base, (1, 0)), a, b, trained.scale, rounds_product=True), (1, 0))
     return add_product(base, a, b, trained.scale)
 
 
@@ -187,7 +183,7 @@ def _prefixes(
     nested = [old for old in found if f".{prefix}".endswith(f".{old}") or f".{old}".endswith(f".{prefix}")]
     if len(nested) > 1:
         raise LayoutError(
-            f"{adapter.checkpoint.name}: trains several modules that fit the encoder of {source}: "
+            f"{adapter.name}: trains several modules that fit the encoder of {source}: "
             f"{first_names(list(map(repr, nested)))}",
             f"convert the model that the adapter was trained on{_named(adapter)}",
         )

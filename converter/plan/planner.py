@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.checkpoint.adapter import Adapter
+from converter.checkpoint.lora import Adapter
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
@@ -20,7 +20,7 @@ from converter.plan.assumptions import read_assumptions
 from converter.plan.merge import Merged, match_adapter, merge, merge_notes, used_changes
 from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 
 
 class ResolvedPlan(NamedTuple):
@@ -30,31 +30,24 @@ class ResolvedPlan(NamedTuple):
     plan: Plan
 
 
-def resolve_to_canonical(
-    opened: Checkpoint, options: ConvertOptions, dtype: str = "keep", adapter: Adapter | None = None
-) -> ResolvedPlan:
+def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
     """Detect a checkpoint's layout and plan its conversion to the canonical layout.
 
     Args:
         opened: The checkpoint.
         options: The family, mapping, state dict and image size to use.
         dtype: The dtype of floating-point outputs, or "keep".
-        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
         LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit the detected layout.
     """
     detected = detect_layout(opened, _layouts(options), options)
-    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype, adapter))
+    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
 
 
 def plan_to_canonical(
-    opened: Checkpoint,
-    detected: DetectedLayout,
-    options: ConvertOptions,
-    dtype: str = "keep",
-    adapter: Adapter | None = None,
+    opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, dtype: str = "keep"
 ) -> Plan:
     """Plan the conversion of a checkpoint with a detected layout to the canonical layout.
 
@@ -63,7 +56,6 @@ def plan_to_canonical(
         detected: Its tensors and layout.
         options: The family and image size to use.
         dtype: The dtype of floating-point outputs, or "keep".
-        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
@@ -73,9 +65,9 @@ def plan_to_canonical(
     canonical = registry.canonical(options.family)
     _check_other_shards(opened, detected, canonical)
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
-    merged = _match_adapter(adapter, opened, detected, canonical) if adapter else None
-    if adapter and merged:
-        tensors = merge(tensors, merged.under(detected.match.wrapper), adapter)
+    merged = match_encoder(opened.adapter, detected, options.family, opened.name) if opened.adapter else Merged({}, [])
+    if opened.adapter:
+        tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
     try:
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
     except MappingError as error:
@@ -83,17 +75,25 @@ def plan_to_canonical(
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
     plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
     plan.remarks += remarks
-    if merged:
-        plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
+    plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
     return plan
 
 
-def _match_adapter(
-    adapter: Adapter, opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout
-) -> Merged:
+def match_encoder(adapter: Adapter, detected: DetectedLayout, family: str, source: str) -> Merged:
+    """Match an adapter with the encoder that was detected in a checkpoint.
+
+    Args:
+        adapter: The adapter.
+        detected: The encoder.
+        family: Its family.
+        source: The checkpoint's name, for error messages.
+
+    Raises:
+        LayoutError: The encoder lacks a module of the adapter.
+    """
     names = {**detected.state_dict.unselected, **detected.names}
-    is_outside = _outside_of(detected, canonical)
-    return match_adapter(adapter, names, detected.match.full_prefix, is_outside, opened.name)
+    is_outside = _outside_of(detected, registry.canonical(family))
+    return match_adapter(adapter, names, detected.match.full_prefix, is_outside, source)
 
 
 def _outside_of(detected: DetectedLayout, canonical: CanonicalLayout) -> Callable[[str], bool]:
@@ -135,16 +135,13 @@ def _misfit_error(
     )
 
 
-def resolve(
-    opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None, adapter: Adapter | None = None
-) -> ResolvedPlan:
+def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> ResolvedPlan:
     """Plan the conversion of a checkpoint to the layout of the options.
 
     Args:
         opened: The checkpoint.
         options: The conversion options.
         donor: A checkpoint of the same sizes that supplies missing tensors (--fill-from), or None.
-        adapter: A LoRA adapter to merge into the checkpoint, or None.
 
     Raises:
         LayoutError: The checkpoint has no known layout.
@@ -154,17 +151,36 @@ def resolve(
     to_canonical = options.layout == options.canonical
     # Outputs are cast once, by the last step.
     dtype = "keep" if donor or not to_canonical else options.dtype
-    detected, plan = resolve_to_canonical(opened, options, dtype, adapter)
+    detected, plan = resolve_to_canonical(opened, options, dtype)
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
     if not to_canonical:
         target = registry.load(options.layout).mapping
         plan = retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name)
     elif donor_plan:
         plan = complete_from(plan, donor_plan, options.dtype)
-    if adapter:
-        plan.merged = used_changes(plan.merged, plan.outputs.values())
-        plan.remarks += merge_notes(adapter, plan.merged.values(), detected.match.evidence)
-    return ResolvedPlan(detected, plan)
+    resolved = ResolvedPlan(detected, plan)
+    if opened.adapter:
+        note_merged(opened.adapter, [resolved], plan.outputs.values())
+    return resolved
+
+
+def note_merged(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Iterable[LazyTensor]) -> None:
+    """Leave only what the outputs are made of in the lists of merged tensors, and add notes to the first plan.
+
+    Args:
+        adapter: The adapter.
+        resolved: The plans of all encoders.
+        outputs: The tensors of the output.
+
+    Raises:
+        LayoutError: Nothing of the adapter is in the output.
+    """
+    read = {tensor for value in outputs for tensor in source_tensors(value)}
+    for _, plan in resolved:
+        plan.merged = used_changes(plan.merged, read)
+    changes = [change for _, plan in resolved for change in plan.merged.values()]
+    evidence = [name for detected, _ in resolved for name in detected.match.evidence]
+    resolved[0].plan.remarks += merge_notes(adapter, changes, evidence)
 
 
 def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:

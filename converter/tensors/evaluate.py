@@ -95,9 +95,12 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             return result
         case Resample(base=base, kind=kind, grid_size=grid_size):
             return RESAMPLE[kind](evaluate(base, load), grid_size)
-        case AddProduct(base=base, a=a, b=b, scale=scale):
+        case AddProduct(base=base, a=a, b=b):
             weight = evaluate(base, load)
-            exact = add_product(weight, evaluate(a, load), evaluate(b, load), scale)
+            product = scaled_product(weight, evaluate(a, load), evaluate(b, load), value.scale)
+            if value.rounds_product:
+                product = product.to(weight.dtype).to(product.dtype)
+            exact = product.add_(weight)
             result = exact.to(weight.dtype)
             value.overflows[:] = [_count_overflows(exact, result)]
             return result
@@ -107,13 +110,13 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             return flat.reshape(value.shape)
 
 
-def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return weight + scale * b @ a in float32, or in float64 if the weight has that type.
+def scaled_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return scale * b @ a in float32, or in float64 if the weight has that type.
 
-    The operations are those of peft's `merge_and_unload`, for the same bits: a product, a scale, a sum.
+    The operations are those of peft's `merge_and_unload`, for the same bits: a product, then the scale.
 
     Args:
-        weight: [out, in], or [out, in, height, width].
+        weight: [out, in], or [out, in, height, width]; for its shape and type.
         a: [rank, in], or [rank, in, height, width].
         b: [out, rank], or [out, rank, 1, 1].
         scale: The factor of the product.
@@ -126,7 +129,7 @@ def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: f
         product = (b[:, :, 0, 0] @ a[:, :, 0, 0])[:, :, None, None]
     else:
         product = torch.nn.functional.conv2d(a.transpose(0, 1), b).transpose(0, 1)
-    return product.mul_(scale).add_(weight)
+    return product.mul_(scale)
 
 
 def _count_overflows(before: torch.Tensor, after: torch.Tensor) -> int:

@@ -110,6 +110,7 @@ class AddProduct:
     Of convolutions, `a` is [rank, in, height, width] and `b` is [out, rank, 1, 1].
 
     Attributes:
+        rounds_product: Whether the product is rounded before the sum too, as peft does for embeddings.
         overflows: After evaluation, the number of finite values that became infinite or NaN.
     """
 
@@ -119,6 +120,7 @@ class AddProduct:
     a: LazyTensor
     b: LazyTensor
     scale: float
+    rounds_product: bool = False
     overflows: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
@@ -267,7 +269,9 @@ def cast(base: LazyTensor, dtype: str) -> LazyTensor:
     return base if base.dtype.name == dtype else Cast(BY_NAME[dtype], base.shape, base)
 
 
-def add_product(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
+def add_product(
+    base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float, rounds_product: bool = False
+) -> LazyTensor:
     """Add a product of two factors to weights.
 
     Args:
@@ -275,6 +279,7 @@ def add_product(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
         a: The factor [rank, in], or [rank, in, height, width].
         b: The factor [out, rank], or [out, rank, 1, 1].
         scale: The factor of the product.
+        rounds_product: Whether to round the product to the type of the weights before the sum too.
 
     Raises:
         ValueError: The shapes do not fit, or the weights are not of 16, 32 or 64 bits.
@@ -283,7 +288,7 @@ def add_product(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
         raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not fit the shape {list(base.shape)}")
     if not base.dtype.is_float or base.dtype.bits < 16:
         raise ValueError(f"cannot add to weights of the type {base.dtype.name}")
-    return AddProduct(base.dtype, base.shape, base, a, b, scale)
+    return AddProduct(base.dtype, base.shape, base, a, b, scale, rounds_product)
 
 
 def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:

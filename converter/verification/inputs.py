@@ -75,6 +75,7 @@ class Origin:
     # The tensors that the known layout's own library loads; none if positions were resampled
     own: Mapping[str, TensorInfo]
     read: Reader  # Reads its tensors, and those that other sources supply
+    detected: DetectedLayout
 
     @property
     def reference_plan(self) -> Plan:
@@ -93,6 +94,9 @@ class Expected:
     read: Reader  # Reads the tensors of all sources
     # Tensors of the file that no source has, though another checkpoint may have supplied them
     not_compared: tuple[str, ...] = ()
+    # The sources' tensors into which `read` merges a LoRA adapter, and the library that computes it
+    merged: frozenset[TensorInfo] = frozenset()
+    merged_by: str = ""
 
 
 def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: ConvertedEncoder) -> Converted:

@@ -17,9 +17,10 @@ from torch import Tensor
 from converter.errors import first_names
 from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
-from converter.tensors.evaluate import bit_view, evaluate
+from converter.tensors.evaluate import bit_view, evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
+from converter.verification.merging import is_merge
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check
 
@@ -59,6 +60,8 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
     checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in wrong.items()]
     for done, (name, value) in enumerate(outputs.items(), 1):
         check = _compare(name, target.read(tensors[name]), value, load) if name in tensors else None
+        if check is not None and _is_close(target.read(tensors[name]), value, source):
+            check = None
         if check is not None:
             if len(checks) < _SEARCHED:
                 check = _with_true_name(check, target.read(tensors[name]), name, outputs, load)
@@ -67,12 +70,26 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
             checks.append(check)
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
-        cause = "converted from a different checkpoint, or with other options"
+        cause = "converted from a different checkpoint, or with other options, such as --lora (--source lora=ADAPTER)"
         detail = f"{len(checks)} of {len(outputs)} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "source", FAILED, detail, [source.name]))
-    detail = f"{len(outputs)} tensors equal their sources in every bit"
+    detail = f"{len(outputs)} tensors equal their sources in every bit{_merge_detail(source)}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
     return [*checks, *_check_not_compared(source), *_check_mappings(source)]
+
+
+def _is_close(actual: Tensor, value: LazyTensor, source: Expected) -> bool:
+    """Whether a tensor with merged parts is the library's merge but for single roundings."""
+    base = next((tensor.dtype.name for tensor in source_tensors(value) if tensor in source.merged), None)
+    if base is None or actual.shape != value.shape or actual.dtype != torch_dtype(value.dtype.name):
+        return False
+    return is_merge(actual, evaluate(value, source.read), base, source.merged_by)
+
+
+def _merge_detail(source: Expected) -> str:
+    """Describe how many tensors were compared with a merge."""
+    number = sum(not source.merged.isdisjoint(source_tensors(value)) for value in source.outputs.values())
+    return f", {number} of them with the adapter merged by {source.merged_by}, but for single roundings" * bool(number)
 
 
 def _check_not_compared(source: Expected) -> list[Check]:
