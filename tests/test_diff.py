@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from test_verify_views import CHROMIUM, Outline, browse
 import converter
 from converter.api.diff import diff
 from converter.cli import diff as cli
-from converter.comparison.difference import Block, Difference, block_of, natural_sort_key
+from converter.comparison.difference import Block, Difference, block_of
 from converter.comparison.measure import measure
 from converter.comparison.streams import BUFFER
-from converter.errors import ContainerError, LayoutError, UsageError
+from converter.comparison.summary import summarize
+from converter.errors import ContainerError, LayoutError, UsageError, natural_sort_key
 from converter.reports import movement
 
 State = dict[str, torch.Tensor]
@@ -347,6 +349,32 @@ def test_blocks(name: str, block: str) -> None:
     assert block_of(name) == block
 
 
+def test_one_sentence_says_what_a_training_changed(folder: Path, tmp_path: Path) -> None:
+    """Also of names that a training did not choose: with braces, and of blocks that became NaN."""
+    sam, clip = (torch.load(folder / f"{family}.pth", weights_only=True) for family in ("sam", "clip"))
+    base = {f"sam_model.{n.removeprefix('image_encoder.')}": v for n, v in sam.items()}
+    base |= {f"vision_model.{n.removeprefix('vision_model.')}": v for n, v in clip.items()}
+    base |= {"head.{0.}.x": torch.ones(2), "head.3.x": torch.ones(2)}
+
+    def summary(change: dict[str, torch.Tensor]) -> str:
+        safetensors.torch.save_file(base, tmp_path / "a.safetensors")
+        safetensors.torch.save_file({**base, **change}, tmp_path / "b.safetensors")
+        return summarize(diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+
+    same = "the SAM encoder is bit for bit A's; the CLIP encoder is bit for bit A's"
+    assert summary({}) == f"no block moved; {same}"
+    layers = {n: v * 1.5 for n, v in base.items() if re.match(r"vision_model.*layers\.[12]\.", n)}
+    tuned = summary(layers | {"head.{0.}.x": torch.full((2,), 2.0)})
+    blocks = "vision_model.transformer.layers.1..2 by 5.0e-01"
+    assert tuned.startswith(f"moved, relative to A: head.{{0.}} by 1.0e+00, {blocks}; not at all (frozen): ")
+    assert tuned.endswith("; the SAM encoder is bit for bit A's; the CLIP encoder is not A's")
+    assert "head by nan" in summary({"head.3.x": torch.full((2,), math.nan)})
+    run_ = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json", cwd=tmp_path)
+    first, document = run_.stderr.splitlines()[0], json.loads(run_.stdout)
+    assert first == document["summary"] and first.endswith(same)
+    assert document["encoders"] == {"sam": True, "clip": True}
+
+
 def test_names_are_in_the_order_of_their_numbers() -> None:
     names = ["a.10.b", "a.9.c", "a", "3.x", "a.9"]
     assert sorted(names, key=natural_sort_key) == ["3.x", "a", "a.9", "a.9.c", "a.10.b"]
@@ -357,7 +385,7 @@ def test_names_are_in_the_order_of_their_numbers() -> None:
 
 def moved(relative: float, count: int = 3) -> Difference:
     blocks = [Block(f"layers.{i}", 2, int(i > 0), relative * i, 0.1) for i in range(count)]
-    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks, {})
+    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks, {}, {})
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

@@ -93,6 +93,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     renamed = _renamed({name: a[name] for name in removed}, {name: b[name] for name in added})
     figures = _figures(same_shape, unequal, on_progress)
     differ = [name for name in pairs if name in unequal or name not in same_shape]
+    same = [name for name in same_shape if name not in unequal]
     return Difference(
         a=sides[0].opened.name,
         b=sides[1].opened.name,
@@ -100,13 +101,14 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         layouts=[[detected.match.name for detected in side.detected.values()] for side in sides],
         names=aligned.layouts,
         notes=notes,
-        same=[name for name in same_shape if name not in unequal],
+        same=same,
         changed=[_change(name, pairs[name], figures.get(name)) for name in differ],
         removed=[name for name in removed if name not in renamed],
         added=[name for name in added if name not in renamed.values()],
         renamed=renamed,
         blocks=_blocks(same_shape, unequal, figures),
         uncompared=uncompared,
+        encoders={family: names.issubset(same) for family, names in aligned.encoders.items()},
     )
 
 

@@ -18,7 +18,7 @@ from converter.layouts.detect import DetectedLayout, detect_layouts, select_stat
 from converter.layouts.explain import nearest_layout
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
-from converter.output.names import fold, layer_indices
+from converter.output.names import fold, format_indices, layer_indices
 from converter.output.record import ConversionRecord, count_dtypes, make_plan_record
 from converter.output.write import FORMATS, is_unchanged
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
@@ -243,11 +243,4 @@ def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values]
 def _format_layers(names: list[str]) -> str:
     """Format the layer indices of names that differ in nothing else, such as `0..23`."""
     columns = zip(*map(layer_indices, names), strict=True)
-    return ", ".join(_format_indices(sorted(set(column))) for column in columns)
-
-
-def _format_indices(numbers: list[int]) -> str:
-    """Format sorted, distinct numbers: a range if they have no gaps."""
-    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]}..{numbers[-1]}"
-    return " ".join(map(str, numbers))
+    return ", ".join(format_indices(sorted(set(column))) for column in columns)

@@ -20,6 +20,7 @@ from converter import reports
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
+from converter.comparison.summary import summarize
 from converter.errors import first_names
 from converter.options import HubOptions
 from converter.storage.progress import OnProgress
@@ -72,7 +73,7 @@ def diff(a: A, b: B, **options: Any) -> None:
     if html is not None:
         _write_page(html, difference)
     if json:
-        console.result_json(difference.to_json())
+        console.result_json({"summary": summarize(difference), **difference.to_json()})
     else:
         console.result(difference.verdict)
     raise typer.Exit(0 if difference.equal else 1)
@@ -81,7 +82,7 @@ def diff(a: A, b: B, **options: Any) -> None:
 def _write_page(path: Path, difference: Difference) -> None:
     from converter.reports.movement import page
 
-    facts = [in_both(difference), *names(difference)]
+    facts = [summarize(difference), in_both(difference), *names(difference)]
     reports.write(path, page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
 
 
@@ -115,6 +116,7 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         width: The number of columns of the terminal.
         use_unicode: Whether to draw bars with block characters instead of ASCII.
     """
+    yield summarize(difference)
     for side, name, kinds, layouts in zip(
         "AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True
     ):

@@ -38,6 +38,7 @@ class AlignedTensors:
     b: Named
     layouts: list[str]  # The layouts whose names are used; empty for the checkpoints' own names
     notes: list[str]  # Messages for the user
+    encoders: dict[str, set[str]]  # The names of the tensors of each encoder that both have, by family
 
 
 def select_side(opened: Checkpoint, path: str | None, prefix: str | None) -> Side:
@@ -76,14 +77,16 @@ def align(a: Side, b: Side) -> AlignedTensors:
             notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
             notes += _drop_generated(left, right)
-            return AlignedTensors(left.named, right.named, [f"deepencoder-{family}" for family in families], notes)
+            return AlignedTensors(
+                left.named, right.named, [f"deepencoder-{family}" for family in families], notes, left.encoders
+            )
     # max() returns the first of equals, which removes the shortest prefixes.
     pairs = product(_own(a), _own(b))
     (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
-    return AlignedTensors(_read(left_own), _read(right_own), [], notes)
+    return AlignedTensors(_read(left_own), _read(right_own), [], notes, {})
 
 
 def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
@@ -109,9 +112,10 @@ def _unread(side: Side) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _ByCanonicalName:
-    """Tensors by canonical names, and the names of those that no checkpoint has."""
+    """Tensors by canonical names, the names of each encoder's, and the names of those that no checkpoint has."""
 
     named: Named
+    encoders: dict[str, set[str]]
     generated: set[str]
 
 
@@ -119,18 +123,20 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
     """Return the tensors of some families under canonical names, and all others under their own names."""
     named: Named = {}
     generated: set[str] = set()
+    encoders = {}
     for family in families:
         plan = plan_to_canonical(side.opened, _only_layout(side.detected[family]), ConvertOptions(family))
         # Two families may have the same names.
         prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
+        encoders[family] = {prefix + name for name in plan.outputs if name not in plan.generated}
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
     for name, tensor in _comparable(side, families):
         if tensor.key not in taken:
             # The canonical layout may use this name for another tensor.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
-    return _ByCanonicalName(named, generated)
+    return _ByCanonicalName(named, encoders, generated)
 
 
 def _only_layout(detected: DetectedLayout) -> DetectedLayout:

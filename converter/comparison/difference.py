@@ -108,6 +108,7 @@ class Difference:
         renamed: The names in B of tensors that have the same bytes under another name in A.
         blocks: The layers and other modules.
         uncompared: The tensors of both that were not compared, as they are not plain bytes in a file, with their kind.
+        encoders: Whether the encoder of each family that both have is bit for bit the same.
     """
 
     a: str
@@ -123,6 +124,7 @@ class Difference:
     renamed: dict[str, str]
     blocks: list[Block]
     uncompared: dict[str, str]
+    encoders: dict[str, bool]
 
     @property
     def equal(self) -> bool:

@@ -30,6 +30,25 @@ def layer_indices(name: str) -> list[int]:
     return [int(index) for index in _INDEX.findall(name)]
 
 
+def format_indices(numbers: list[int]) -> str:
+    """Format sorted, distinct numbers: a range if they have no gaps."""
+    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}..{numbers[-1]}"
+    return " ".join(map(str, numbers))
+
+
+def fold_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by one for all that differ in layer indices alone, such as `blocks.0..11`."""
+    groups = _grouped(((fold(name), len(layer_indices(name))), name) for name in names)
+    return {_with_indices(members): members for members in groups.values()}
+
+
+def _with_indices(names: list[str]) -> str:
+    columns = zip(*map(layer_indices, names), strict=True)
+    indices = [format_indices(sorted(set(column))) for column in columns]
+    return _INDEX.sub(lambda _: indices.pop(0), names[0])
+
+
 def fold_names(names: Iterable[str]) -> list[str]:
     """The names with repeated layers folded into one entry, such as `blocks.{}.norm1.weight (x 12)`."""
     return [
