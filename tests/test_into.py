@@ -314,6 +314,32 @@ def test_one_of_two_encoders(tmp_path: Path) -> None:
     assert "failed" in verdicts(save(state, tmp_path / "changed"), host, source=tmp_path / "source")
 
 
+@pytest.mark.parametrize("host", ["deepseek_ocr2", "deepseek_ocr2-memory"])
+def test_qwen2_alone_and_its_queries(host: str, sources: Path, tmp_path: Path) -> None:
+    """From a language model, with untrained queries of the host's sizes; SAM and the projector stay."""
+    models.qwen2_hf().save_pretrained(tmp_path / "qwen2")
+    given: dict[str, Any] = {"qwen2": tmp_path / "qwen2", "queries": "random:0"}
+    record = encoder(into=sources / host, out=tmp_path / "out", **given)
+    before, after = load(sources / host), load(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(r"qwen2_model|vision_encoder|tower.query", name)}
+    assert len(record.generated) == 2 and all("query_" in name for name in record.generated)
+    assert "kept its SAM: the encoder has none" in record.notes
+    assert verdicts(tmp_path / "out", sources / host, **given) == {"passed"}
+
+
+def test_the_projector_of_version_2(sources: Path, tmp_path: Path) -> None:
+    """From transformers' names to the authors'; there is no image_newline."""
+    source = {name: tensor + 1 for name, tensor in load(sources / "deepseek_ocr2-memory").items()}
+    save(source, tmp_path / "source")
+    record = insert(tmp_path / "source", sources / "deepseek_ocr2", tmp_path / "out", with_projector=True)
+    after = load(tmp_path / "out")
+    assert torch.equal(after["model.projector.layers.weight"], source["model.multi_modal_projector.weight"])
+    assert torch.equal(after["model.view_seperator"], source["model.view_separator"])
+    assert not any(note.startswith(("left out", "kept ")) for note in record.notes)
+    assert verdicts(tmp_path / "out", sources / "deepseek_ocr2", source=tmp_path / "source") == {"passed"}
+
+
 def test_its_own_encoder(tmp_path: Path) -> None:
     host = save(got_authors(1), tmp_path / "host")
     record = insert(host, host, tmp_path / "out")
@@ -346,6 +372,13 @@ REFUSED: dict[str, tuple[Callable[[State], State], dict[str, str], int, str]] = 
         2,
         "the checkpoint of --into has no compressor",
     ),
+    "another version": (lambda state: state, {"source": "version2"}, 2, "net_3.weight' has shape [64, 32, 3, 3]; the "),
+    "queries without a place": (
+        lambda state: state,
+        {"qwen2": "version2", "queries": "random:0"},
+        3,
+        "has no QWEN2, but SAM",
+    ),
     "fewer layers": (
         lambda state: {name: tensor for name, tensor in state.items() if ".blocks.2." not in name},
         {},
@@ -362,8 +395,9 @@ def test_what_cannot_be_inserted(case: str, tmp_path: Path) -> None:
     host = save(change(got_authors(1)), tmp_path / "host")
     save(got_authors(2), tmp_path / "got")
     save(dict(models.clip_hf().state_dict()), tmp_path / "clip")
+    save(dict(models.deepseek_ocr2_hf().state_dict()), tmp_path / "version2")
     paths = {name: tmp_path / value if (tmp_path / value).exists() else value for name, value in options.items()}
-    if not paths.keys() & {"sam", "clip", "source"}:
+    if not paths.keys() & {"sam", "clip", "qwen2", "source"}:
         paths["source"] = tmp_path / "got"
     out = tmp_path / str(paths.pop("out", "out"))
     with pytest.raises(DsocrError) as caught:
