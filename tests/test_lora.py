@@ -14,6 +14,7 @@ from lora import State, assert_merged, clip_loss, sam_loss, save_merged, save_mo
 from safetensors.torch import load_file, save_file
 
 import converter
+from converter.cli.diff import table
 from converter.errors import DsocrError
 from converter.verification import merging
 
@@ -368,3 +369,18 @@ def test_a_whole_encoder(tmp_path: Path) -> None:
     assert load_file(built).keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(built).items())
     assert converter.verify(built, {**parts, "compressor": "random:1", "lora": adapter}, fast=True).ok
+
+
+def test_diff_shows_the_rank_of_what_moved(trained_clip: Path, clip_base: Path, tmp_path: Path) -> None:
+    """A fused matrix has the sum of its parts' ranks; that of a full fine-tune is not low."""
+    trained = train(models.clip_hf(), clip_loss, target_modules=r"vision_model.*(q_proj|v_proj|fc2)", r=3)
+    found = converter.diff(clip_base, save_merged(trained, tmp_path / "merged.safetensors"))
+    assert {change.name: change.rank for change in found.changed}[QKV] == 6 and found.low_ranks == [3, 3, 3, 6, 6, 6]
+    text = "\n".join(table(found, 100, True))
+    assert "low rank: B - A has rank 3 to 6 in 6 tensors, as after a merge of LoRA" in text
+    state = load_file(clip_base)
+    save_file({name: tensor + torch.randn(tensor.shape) * 1e-3 if tensor.is_floating_point() else tensor
+               for name, tensor in state.items()}, tmp_path / "tuned.safetensors")  # fmt: skip
+    assert not converter.diff(clip_base, tmp_path / "tuned.safetensors").low_ranks
+    base, out = trained_clip / "base.safetensors", trained_clip / "out.safetensors"
+    assert max(converter.diff(base, out).low_ranks) <= 4

@@ -181,7 +181,11 @@ def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | N
     dtypes, shapes = [value.dtype.name for value in pair], [list(value.shape) for value in pair]
     if figures is None:
         return Change(name, dtypes, shapes)
-    return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine)
+    # Imports torch, which measuring has imported.
+    from converter.comparison.rank import difference_rank
+
+    rank = difference_rank(*pair) if figures.gap else None
+    return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine, rank)
 
 
 def _blocks(same_shape: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:

@@ -160,6 +160,9 @@ def names(difference: Difference) -> Iterable[str]:
         yield from (f"  {pair}" for pair in pairs[:_MAX_TENSORS])
         if len(pairs) > _MAX_TENSORS:
             yield f"  and {len(pairs) - _MAX_TENSORS} more"
+    if ranks := difference.low_ranks:
+        shown = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        yield f"low rank: B - A has rank {shown} in {count(len(ranks), 'tensor')}, as after a merge of LoRA"
     for change in difference.reshaped:
         yield f"shape of {change.name}: {change.shapes[0]} in A, {change.shapes[1]} in B"
     if difference.unmeasured:
@@ -209,10 +212,12 @@ def _bar(length: float, use_unicode: bool) -> str:
 
 def _moved_tensors(moved: list[Change]) -> Iterable[str]:
     """List the tensors that moved furthest; names come last as they may be long."""
-    yield "  moved  largest    cosine    differing  tensor"
+    has_rank = any(change.rank is not None for change in moved)
+    yield f"  moved  largest    cosine    differing  {'rank  ' * has_rank}tensor"
     for change in moved[:_MAX_TENSORS]:
         numbers = f"{_number(change.relative):>7}  {_number(change.maximum):>7}  {change.cosine or 0.0:8.6f}"
-        yield f"{numbers}  {change.differing or 0:>11,}  {change.name}"
+        rank = f"{change.rank or '-':>4}  " if has_rank else ""
+        yield f"{numbers}  {change.differing or 0:>11,}  {rank}{change.name}"
     if len(moved) > _MAX_TENSORS:
         yield f"and {len(moved) - _MAX_TENSORS} more (--json lists all)"
 

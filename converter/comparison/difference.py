@@ -54,8 +54,8 @@ class Figures:
 class Change:
     """A tensor that differs between A and B.
 
-    The last four fields are None if the shapes differ, or for types without real numbers, such as complex64. All but
-    `differing` are NaN if only one of the two has a NaN at some position.
+    The fields from `differing` on are None if the shapes differ, or for types without real numbers, such as complex64.
+    All but `differing` are NaN if only one of the two has a NaN at some position.
 
     Attributes:
         name: The name of the tensor.
@@ -65,6 +65,7 @@ class Change:
         maximum: The largest absolute difference.
         relative: The norm of the difference, divided by the norm of A.
         cosine: The cosine of the angle between A and B.
+        rank: The rank of the difference of two matrices, without what rounding adds; None if it is not low.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Change:
     maximum: float | None = None
     relative: float | None = None
     cosine: float | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,11 @@ class Difference:
     def moved(self) -> list[Change]:
         """The tensors whose difference is known, largest relative difference first."""
         return sorted((change for change in self.changed if change.relative is not None), key=_furthest)
+
+    @property
+    def low_ranks(self) -> list[int]:
+        """The ranks of the differences that have a low one, lowest first."""
+        return sorted(change.rank for change in self.changed if change.rank is not None)
 
     @property
     def reshaped(self) -> list[Change]:
