@@ -422,6 +422,16 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert "save_pretrained" in caught.value.hint
 
 
+def test_a_copy_that_lost_a_tensor(tmp_path: Path) -> None:
+    host, source = save(got_authors(1), tmp_path / "host"), save(got_authors(2), tmp_path / "source")
+    insert(source, host, tmp_path / "out")
+    state = load(tmp_path / "out")
+    del state["model.mm_projector_vary.bias"], state["model.vision_tower_high.net_2.weight"]
+    verification = verify(save(state, tmp_path / "less"), {"into": host, "source": source}, fast=True)
+    missing = {check.name for check in verification.checks if "is missing, though" in check.detail}
+    assert missing == {"model.mm_projector_vary.bias", "model.vision_tower_high.net_2.weight"}
+
+
 def test_verification_names_the_missing_source(tmp_path: Path) -> None:
     host = save(got_authors(1), tmp_path / "host")
     insert(host, host, tmp_path / "out")

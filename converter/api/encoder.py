@@ -12,7 +12,7 @@ from typing import Any
 from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
-from converter.assembly.parts import MODEL_PREFIX, EncoderParts, build_encoder, encoder_record, extract_encoder
+from converter.assembly.parts import EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.adapter import lora_files, with_adapter
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
@@ -38,7 +38,7 @@ def encoder(
     lora: str | Path | None = None,
     adapter_name: str | None = None,
     with_projector: bool = False,
-    add_prefix: str = MODEL_PREFIX,
+    add_prefix: str = registry.MODEL_PREFIX,
     to: str = "",
     into: str | Path | None = None,
     out: str | Path | None = None,
@@ -97,9 +97,9 @@ def encoder(
         raise UsageError(f"--add-prefix {add_prefix!r}: expected names that each end in a dot, such as model.")
     if to:
         check_choices(to=(to, tuple(LAYOUTS)))
-        _refuse(f"cannot be combined with --to {to}", add_prefix=add_prefix != MODEL_PREFIX)
+        _refuse(f"cannot be combined with --to {to}", add_prefix=add_prefix != registry.MODEL_PREFIX)
     if into is not None:
-        _refuse("cannot be combined with --into", to=to, format=format, add_prefix=add_prefix != MODEL_PREFIX)
+        _refuse("cannot be combined with --into", to=to, format=format, add_prefix=add_prefix != registry.MODEL_PREFIX)
         if out is None:
             raise UsageError("--into: name the output with --output")
     if lora is None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converter.assembly.parts import EncoderParts, extract_encoder, find_projector
+from converter.assembly.parts import EncoderParts, extract_encoder
+from converter.assembly.projector import find_projector
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError, first_names, printable

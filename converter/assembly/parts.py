@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.assembly.additions import ADDITIONS, SEED, Addition
+from converter.assembly.projector import read_projector
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
@@ -18,37 +19,10 @@ from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
-from converter.tensors.lazy_tensor import LazyTensor, cast, lazy_read, reshaped, source_tensors
-from converter.tensors.tensor_info import TensorInfo
+from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors
 
-# The prefix of the encoder in DeepSeek-OCR's checkpoint.
-MODEL_PREFIX = "model."
 _CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
 _NO_PLACE = "the checkpoint of --into has no such tensor"
-# The tensors between encoder and language model in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp's DeepSeek-OCR:
-# their own names (misspelling included) -> transformers' or llama.cpp's names.
-_PROJECTORS = (
-    {
-        "projector.layers.weight": "multi_modal_projector.weight",
-        "projector.layers.bias": "multi_modal_projector.bias",
-        "image_newline": "image_newline",
-        "view_seperator": "view_separator",
-    },
-    {
-        "mm_projector_vary.weight": "multi_modal_projector.multimodal_projector.weight",
-        "mm_projector_vary.bias": "multi_modal_projector.multimodal_projector.bias",
-    },
-    {
-        "projector.layers.weight": "mm.model.fc.weight",
-        "projector.layers.bias": "mm.model.fc.bias",
-        "image_newline": "v.image_newline",
-        "view_seperator": "v.view_seperator",
-    },
-)
-# Those of them that models lack, by the family of the last encoder.
-_ABSENT = {"qwen2": "image_newline"}
-# Vectors, which llama.cpp stores as a matrix of one row.
-_VECTORS = ("image_newline", "view_seperator")
 
 
 @dataclass(frozen=True)
@@ -230,7 +204,7 @@ def extract_encoder(
     for addition in _additions(plans) if not partial else ():
         _check(addition, plans, tensors, source.name)
     if with_projector:
-        tensors |= _projector(source, plans)
+        tensors |= read_projector(source, plans)
     other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
     drop_rest = f"not part of the DeepEncoder (language model{'' if with_projector else ', projector'})"
     dropped = {key: drop_rest if reason in other_parts else reason for key, reason in _dropped(plans, tensors).items()}
@@ -326,35 +300,3 @@ def _own_tensors(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
 
 def _with_prefix(family: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return {registry.encoder_prefix(family) + name: value for name, value in tensors.items()}
-
-
-def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
-    """Return the projector's tensors next to an encoder by their own names; None for those that are missing."""
-    base = MODEL_PREFIX if sam.detected.match.prefix.startswith(MODEL_PREFIX) else ""
-    tensors = sam.detected.tensors
-    found = [
-        {name: tensors.get(base + name) or tensors.get(base + other) for name, other in names.items()}
-        for names in _PROJECTORS
-    ]
-    return next((each for each in found if any(each.values())), found[0])
-
-
-def _projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """The tensors of the projector; LayoutError names those that are missing."""
-    found = find_projector(next(iter(plans.values())))
-    absent = _ABSENT.get(list(plans)[-1])
-    missing = [name for name, tensor in found.items() if tensor is None and name != absent]
-    if missing:
-        raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
-    for tensor in found.values():
-        if tensor is not None and not tensor.dtype.is_float:
-            raise LayoutError(
-                f"{source.name}: --with-projector: {tensor.key!r} is quantised ({tensor.dtype.name})",
-                "leave the option out, or take the projector from a checkpoint of 16 or 32 bits",
-            )
-    read = {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
-    return {name: _vector(value) if name in _VECTORS else value for name, value in read.items()}
-
-
-def _vector(value: LazyTensor) -> LazyTensor:
-    return reshaped(value, value.shape[1:]) if len(value.shape) == 2 and value.shape[0] == 1 else value

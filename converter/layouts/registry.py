@@ -18,6 +18,8 @@ from converter.tensors.tensor_info import TensorInfo
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
+# The prefix of the encoder in DeepSeek-OCR's checkpoint.
+MODEL_PREFIX = "model."
 # The prefix of the names of canonical layouts. All other names begin with the family.
 _CANONICAL = "deepencoder-"
 _EXAMPLE = "for an example, run: dsocr-convert mapping show clip-hf"
