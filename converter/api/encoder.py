@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converter.assembly.arrange import LAYOUTS, arrange
-from converter.assembly.host import check_output_name, extract_shared, open_host
+from converter.assembly.host import Host, check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, encoder_record, extract_encoder
 from converter.checkpoint.adapter import lora_files, with_adapter
@@ -131,37 +131,44 @@ def encoder(
         host = open_host(Path(into), open_) if into is not None else None
         if source is not None:
             _refuse("cannot be combined with SOURCE", **families, **additions)
-            opened = open_source(source)
-            if host is not None:
-                parts = extract_shared(opened, host, with_projector, prefix)
-            else:
-                parts = extract_encoder(opened, with_projector, prefix)
-        elif list(families) in registry.versions() or (host is not None and families):
-            _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
-            plans = host.resolve_all(families) if host is not None else None
-            parts = build_encoder(families, additions, open_source, prefix, plans)
+            parts = _extracted(open_source(source), host, with_projector, prefix)
         else:
-            raise UsageError(
-                "name a checkpoint that holds both encoders, or one for each, with --sam and --clip, or --sam and "
-                "--qwen2"
-            )
+            _refuse("is for a SOURCE that holds both encoders", with_projector=with_projector)
+            parts = _built(families, additions, open_source, prefix, host)
         if adapter := parts.sources[0].adapter:
             note_merged(adapter, list(parts.plans.values()), parts.tensors.values())
         parts = replace(parts, sources=[*parts.sources, *adapters])
         check_hub_options(hub, parts.sources)
         if host is not None:
-            check_output_name(host, Path(out or ""))
-            insertion = plan_insertion(host, parts, dtype)
             sources = [*parts.sources, host.checkpoint]
-            names = insertion.placement.names
-            made = encoder_record(
-                parts, names, insertion.tensors, destination, sources, notes=insertion.notes, inserted=True
-            )
-            output = insertion_output(insertion)
+            made, output = _inserted(parts, host, sources, destination)
         else:
             sources = parts.sources
             made, output = _new_output(parts, to, add_prefix, destination)
         return made if dry_run else write(output, made, sources, files, force, on_progress)
+
+
+def _extracted(source: Checkpoint, host: Host | None, with_projector: bool, prefix: str | None) -> EncoderParts:
+    if host is not None:
+        return extract_shared(source, host, with_projector, prefix)
+    return extract_encoder(source, with_projector, prefix)
+
+
+def _built(
+    families: dict[str, str | Path],
+    additions: dict[str, str | Path],
+    open_file: Callable[[str | Path], Checkpoint],
+    prefix: str | None,
+    host: Host | None,
+) -> EncoderParts:
+    """Combine the encoders of several checkpoints; into a host, one is enough."""
+    if host is not None and families:
+        return build_encoder(families, additions, open_file, prefix, host.resolve_all(families))
+    if list(families) in registry.versions():
+        return build_encoder(families, additions, open_file, prefix)
+    raise UsageError(
+        "name a checkpoint that holds both encoders, or one for each, with --sam and --clip, or --sam and --qwen2"
+    )
 
 
 def _given(**options: str | Path | None) -> dict[str, str | Path]:
@@ -173,6 +180,17 @@ def _refuse(reason: str, **options: object) -> None:
     for name, value in options.items():
         if value:
             raise UsageError(f"--{name.replace('_', '-')}: {reason}")
+
+
+def _inserted(
+    parts: EncoderParts, host: Host, sources: Sequence[Checkpoint], destination: Destination
+) -> tuple[ConversionRecord, Output]:
+    """Plan a copy of the host with the encoder in it."""
+    check_output_name(host, Path(destination.path or ""))
+    insertion = plan_insertion(host, parts, destination.dtype)
+    names, notes = insertion.placement.names, insertion.notes
+    record = encoder_record(parts, names, insertion.tensors, destination, sources, notes=notes, inserted=True)
+    return record, insertion_output(insertion)
 
 
 def _new_output(
