@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+import walkthrough
+from hubserver import Repo, environment, hub_server
 from lora import State, assert_merged, clip_loss, sam_loss, save_merged, save_model, train
 from safetensors.torch import load_file, save_file
 
@@ -334,22 +337,13 @@ def test_verification_finds_a_wrong_merge(trained_clip: Path, tmp_path: Path) ->
 
 def test_a_whole_encoder(tmp_path: Path) -> None:
     """An adapter of a model that holds both encoders, and a language model."""
-    converter.convert(save_model(models.sam_hf(), tmp_path / "sam.safetensors"), "sam", out=tmp_path / "s.safetensors")
-    converter.convert(
-        save_model(models.clip_hf(), tmp_path / "clip.safetensors"), "clip", out=tmp_path / "c.safetensors"
-    )
-    whole = tmp_path / "whole.safetensors"
-    converter.encoder(sam=tmp_path / "s.safetensors", clip=tmp_path / "c.safetensors", compressor="random:1", out=whole)
+    whole = deepseek_ocr(tmp_path / "whole")
     modules = {
         "model.sam_model.blocks.0.attn.proj": (models.WIDTH, models.WIDTH),
         "model.vision_model.transformer.layers.1.mlp.fc1": (models.CLIP_MLP, models.CLIP_WIDTH),
         "model.layers.0.self_attn.q_proj": (7, 7),
     }
-    factors = {
-        f"base_model.model.{module}.lora_{half}.weight": torch.randn(shape)
-        for module, (rows, columns) in modules.items()
-        for half, shape in (("A", (2, columns)), ("B", (rows, 2)))
-    }
+    factors = factors_of(modules)
     adapter, out = adapter_folder(tmp_path / "adapter", **factors), tmp_path / "out.safetensors"
     record = converter.encoder(whole, lora=adapter, out=out)
     assert list(record.merged) == list(modules)[:2]
@@ -363,7 +357,7 @@ def test_a_whole_encoder(tmp_path: Path) -> None:
     name = f"{next(iter(modules))}.weight"
     torch.testing.assert_close(after[name], before[name] + 2 * product)
     assert converter.verify(out, {"source": whole, "lora": adapter}, fast=True).ok
-    parts = {"sam": tmp_path / "s.safetensors", "clip": tmp_path / "c.safetensors"}
+    parts = {family: tmp_path / f"whole-{family}.safetensors" for family in ("sam", "clip")}
     built = tmp_path / "built.safetensors"
     converter.encoder(**parts, compressor="random:1", lora=adapter, out=built)
     assert load_file(built).keys() == after.keys()
@@ -384,3 +378,66 @@ def test_diff_shows_the_rank_of_what_moved(trained_clip: Path, clip_base: Path, 
     assert not converter.diff(clip_base, tmp_path / "tuned.safetensors").low_ranks
     base, out = trained_clip / "base.safetensors", trained_clip / "out.safetensors"
     assert max(converter.diff(base, out).low_ranks) <= 4
+
+
+def test_the_page_on_fine_tuned_checkpoints(tmp_path: Path) -> None:
+    trained = train(models.clip_hf(), clip_loss, target_modules=r"vision_model.*(q_proj|v_proj|fc2)")
+    trained.save_pretrained(tmp_path / "clip-lora")
+    models.clip_hf().save_pretrained(tmp_path / "clip-base")
+    deepseek_ocr(tmp_path / "deepseek-ocr")
+    (tmp_path / "swift-output").mkdir()
+    language = {"model.layers.0.self_attn.q_proj": (7, 7)}
+    both = {
+        "model.sam_model.blocks.0.attn.proj": (models.WIDTH, models.WIDTH),
+        "model.vision_model.transformer.layers.1.mlp.fc1": (models.CLIP_MLP, models.CLIP_WIDTH),
+    }
+    adapter_folder(tmp_path / "swift-output" / "checkpoint-2", **factors_of({**both, **language}))
+    adapter_folder(tmp_path / "unsloth-language", **factors_of(language))
+    llm = adapter_folder(tmp_path / "swift-output" / "llm", **factors_of(language))
+    save_file(load_file(tmp_path / "deepseek-ocr" / "model.safetensors"), llm / "vit.safetensors")
+    page = Path(__file__).parent.parent / "docs" / "fine-tuned.md"
+    walkthrough.check(walkthrough.steps(page), tmp_path)
+
+
+def factors_of(modules: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Factors of rank 2 for linear layers of these sizes."""
+    return {
+        f"base_model.model.{module}.lora_{half}.weight": torch.randn(shape)
+        for module, (rows, columns) in modules.items()
+        for half, shape in (("A", (2, columns)), ("B", (rows, 2)))
+    }
+
+
+def deepseek_ocr(folder: Path) -> Path:
+    """A small DeepSeek-OCR: both encoders, and a module of the language model."""
+    folder.mkdir()
+    parts = {}
+    for family, model in (("sam", models.sam_hf()), ("clip", models.clip_hf())):
+        parts[family] = folder.with_name(f"{folder.name}-{family}.safetensors")
+        converter.convert(save_model(model, folder / "model.safetensors"), family, out=parts[family])
+    converter.encoder(**parts, compressor="random:1", out=folder / "model.safetensors", force=True)
+    state = {**load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight": torch.ones(7, 7)}
+    save_file(state, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def test_an_adapter_next_to_the_weights_is_noted(tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "both")
+    base = save_model(models.clip_hf(), folder / "model.safetensors")
+    notes = converter.convert(folder, "clip", dry_run=True).notes
+    assert any("adapter_model.safetensors next to it" in note and f"--lora {folder}" in note for note in notes)
+    assert converter.convert(base, "clip", lora=folder, dry_run=True).merged
+
+
+def test_an_adapter_on_a_hub(clip_base: Path, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "adapter")
+    files = {name: folder / name for name in ("adapter_model.safetensors", "adapter_config.json")}
+    command = f"dsocr-convert clip {clip_base} --lora org/lora -o hub.safetensors --record card.md --json"
+    with hub_server([Repo("org/lora", files)]) as server:
+        done = walkthrough.shell(f"{command} --quiet", tmp_path, environment(server, tmp_path / "caches"))
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["sources"][1]["commit"]
+    converter.convert(clip_base, "clip", lora=folder, out=tmp_path / "local.safetensors")
+    assert (tmp_path / "hub.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()
+    card = (tmp_path / "card.md").read_text()
+    assert "merged: 1 modules of rank 2, alpha 4" in card and "lora=hf://org/lora" in card

@@ -138,7 +138,8 @@ def choose_checkpoint(
     if len(candidates) > 1:
         shown = [printable(names[0]) if len(names) == 1 else _set_name(names[0]) for names in candidates]
         several = error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
-        several.choices = where, [f"{where}/{names[0]}" for names in candidates if len(names) == 1]
+        single = [names[0] for names in candidates if len(names) == 1 and names[0] not in ADAPTER_NAMES]
+        several.choices = where, [f"{where}/{name}" for name in single]
         raise several
     if missing := _missing_shards(candidates[0]):
         raise error(f"{where}: lacks shards: {_listed(missing)}", "download the rest of the checkpoint")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from converter.checkpoint.folder import (
+    ADAPTER_NAMES,
     MAX_SHOWN,
     STANDARD_NAMES,
     choose_checkpoint,
@@ -109,10 +110,17 @@ def _open_folder(files: Files, folder: PurePath) -> Located:
     listed = _shards_of_indexes(files, folder, names)
     chosen = choose_checkpoint([name for name in names if name not in listed], folders, files.name(folder), files.error)
     if len(chosen) == 1:
-        return _open_path(files, folder / chosen[0])
+        located = _open_path(files, folder / chosen[0])
+        return located._replace(notes=(*located.notes, *_adapter_note(files, folder, names, chosen)))
     note = f"no index: read the {len(chosen)} shards by their headers"
     config = partial(_open_config, files, folder / chosen[0], chosen)
     return Located(files.name(folder), _open_all(files, folder, chosen), notes=(note,), open_config=config)
+
+
+def _adapter_note(files: Files, folder: PurePath, names: Collection[str], chosen: Collection[str]) -> list[str]:
+    """Return a note on a LoRA adapter next to the checkpoint that was chosen in a folder."""
+    adapters = [name for name in ADAPTER_NAMES if name in names and name not in chosen]
+    return [f"{name} next to it, a LoRA adapter, is merged by --lora {files.name(folder)} alone" for name in adapters]
 
 
 def _latest(files: Files, folder: PurePath, names: Collection[str], folders: Collection[str]) -> list[PurePath]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -55,6 +56,7 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         descriptions=[layout.description for layout in record.layouts],
         tensors=list(_tensors(record, document["tensors"])),
         overflows=overflow_warning(record.overflows),
+        merged=list(_merged(record)),
         left_out=list(_left_out(record)),
         commands=list(_commands(record, name, record_files)),
     )
@@ -73,6 +75,15 @@ def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict
         }
 
 
+def _merged(record: ConversionRecord) -> Iterator[str]:
+    """What was merged into how many tensors: factors of a rank, or whole tensors."""
+    kinds = [
+        "trained whole" if module.rank is None else f"rank {module.rank}, alpha {module.alpha:g}"
+        for module in record.merged.values()
+    ]
+    yield from (f"{number} modules of {kind}" for kind, number in Counter(kinds).items())
+
+
 def _left_out(record: ConversionRecord) -> Iterator[dict[str, Any]]:
     """Rows of the table of tensors that were dropped or are missing."""
     for kind, reasons in (("left out", record.dropped), ("missing", record.missing)):
@@ -85,7 +96,8 @@ def _commands(record: ConversionRecord, name: str, record_files: Sequence[str]) 
     for file in record_files:
         yield shlex.join(["dsocr-verify", name, "--record", file])
     if record.target == f"deepencoder-{record.family}":
-        yield shlex.join(["dsocr-verify", name, "--source", *_pinned(record.sources[0])])
+        adapter = ["--source", f"lora={_pinned(record.sources[-1])[0]}"] if record.merged else []
+        yield shlex.join(["dsocr-verify", name, "--source", *_pinned(record.sources[0]), *adapter])
 
 
 def _pinned(source: RecordedSource) -> list[str]:
