@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.adapter import open_sources
 from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.sources import open_sources
 from converter.errors import first_names
 from converter.options import split_options
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output

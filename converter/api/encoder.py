@@ -13,8 +13,9 @@ from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import Host, check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.parts import EncoderParts, build_encoder, encoder_record, extract_encoder
-from converter.checkpoint.adapter import lora_files, with_adapter
+from converter.checkpoint.adapter import with_adapter
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
+from converter.checkpoint.sources import lora_files
 from converter.errors import UsageError
 from converter.layouts import registry
 from converter.options import DTYPES, HubOptions, check_choices

@@ -14,9 +14,10 @@ from converter.api.expected_whole import (
     plan_whole_encoder,
     source_tensors_of,
 )
-from converter.checkpoint.adapter import lora_files, with_adapter
+from converter.checkpoint.adapter import with_adapter
 from converter.checkpoint.lora import Adapter
 from converter.checkpoint.open import Checkpoint, check_name
+from converter.checkpoint.sources import lora_files
 from converter.errors import LayoutError, MappingError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.adapter import open_sources
 from converter.checkpoint.open import check_unchanged
+from converter.checkpoint.sources import open_sources
 from converter.options import split_options
 from converter.output.names import overflow_warning
 from converter.output.record import function_warning

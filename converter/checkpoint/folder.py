@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from converter.checkpoint.file_kinds import is_by_product
 from converter.errors import ContainerError, DsocrError, printable
-from converter.formats.torch_dcp import METADATA, SUFFIX
+from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.unrecognized import REPACK, format_of_name
 
 # The file to use in a folder is the first of these that exists, in the order of transformers and open_clip.

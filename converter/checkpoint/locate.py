@@ -25,7 +25,7 @@ from converter.checkpoint.folder import (
 from converter.checkpoint.source_files import Files, HubFiles, LocalFiles
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, natural_sort_key, printable
 from converter.formats import strict_json
-from converter.formats.torch_dcp import METADATA, SUFFIX
+from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.hub.address import is_address, looks_like_repository, open_repository, parse_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
 from converter.storage.local_file import SourceFile, exists

@@ -11,9 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from converter.checkpoint.locate import Located, locate
-from converter.checkpoint.lora import Adapter
 from converter.errors import ContainerError, UsageError, first_names
-from converter.formats import torch_dcp
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
@@ -23,6 +21,7 @@ from converter.tensors.lazy_tensor import stored_parts
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo
 
 if TYPE_CHECKING:
+    from converter.checkpoint.lora import Adapter
     from converter.hub.remote_file import RemoteFile
 
 _SHARDS_STEP = "download the checkpoint again, shards and index"
@@ -129,6 +128,8 @@ def _open_files(located: Located) -> list[tuple[str, Contents]]:
     """Return the container and the contents of each file."""
     if not located.is_dcp:
         return [open_file(file) for file in located.files]
+    from converter.formats import torch_dcp
+
     metadata, *others = located.files
     contents = torch_dcp.load(metadata, {PurePath(file.name).name: file for file in others})
     return [(torch_dcp.CONTAINER, contents), *((torch_dcp.CONTAINER, {}) for _ in others)]

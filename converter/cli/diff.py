@@ -20,7 +20,6 @@ from converter import reports
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
-from converter.comparison.summary import summarize
 from converter.errors import first_names
 from converter.options import HubOptions
 from converter.storage.progress import OnProgress
@@ -73,7 +72,7 @@ def diff(a: A, b: B, **options: Any) -> None:
     if html is not None:
         _write_page(html, difference)
     if json:
-        console.result_json({"summary": summarize(difference), **difference.to_json()})
+        console.result_json({"summary": _summary(difference), **difference.to_json()})
     else:
         console.result(difference.verdict)
     raise typer.Exit(0 if difference.equal else 1)
@@ -82,7 +81,7 @@ def diff(a: A, b: B, **options: Any) -> None:
 def _write_page(path: Path, difference: Difference) -> None:
     from converter.reports.movement import page
 
-    facts = [summarize(difference), in_both(difference), *names(difference)]
+    facts = [_summary(difference), in_both(difference), *names(difference)]
     reports.write(path, page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
 
 
@@ -116,7 +115,7 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         width: The number of columns of the terminal.
         use_unicode: Whether to draw bars with block characters instead of ASCII.
     """
-    yield summarize(difference)
+    yield _summary(difference)
     for side, name, kinds, layouts in zip(
         "AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True
     ):
@@ -135,6 +134,13 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         yield from _bars(difference.blocks, width, use_unicode)
         yield ""
         yield from _moved_tensors(difference.moved)
+
+
+def _summary(difference: Difference) -> str:
+    # Imported when it is needed, as all commands import this module.
+    from converter.comparison.summary import summarize
+
+    return summarize(difference)
 
 
 def in_both(difference: Difference) -> str:

@@ -6,10 +6,11 @@ A plug-in is a module that an entry point of the group `dsocr_convert.loaders` n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Protocol, cast
 
 from converter.errors import ContainerError
-from converter.formats import gguf, safetensors, torch_legacy, torch_zip, torchscript, unrecognized
+from converter.formats import unrecognized
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents
 
@@ -39,7 +40,8 @@ class Loader(Protocol):
         """
 
 
-BUILT_IN: tuple[Loader, ...] = (safetensors, gguf, torchscript, torch_zip, torch_legacy)
+# Modules of this package, in the order in which they are tried. Each is imported when it is reached.
+_BUILT_IN = ("safetensors", "torchscript", "torch_zip", "torch_legacy", "gguf")
 
 
 def open_file(file: SourceFile) -> tuple[str, Contents]:
@@ -81,5 +83,6 @@ def plugins() -> Iterator[Loader]:
 
 
 def _all_loaders() -> Iterator[Loader]:
-    yield from BUILT_IN
+    for name in _BUILT_IN:
+        yield cast(Loader, import_module(f"{__package__}.{name}"))
     yield from plugins()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
 from converter.formats import safetensors, torch_zip
+from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.pickle_reader import MAX_MEMORY, unpickle
 from converter.formats.pickle_values import Placeholder
 from converter.formats.torch_contents import MAX_DEPTH, MAX_NAME
@@ -28,8 +29,6 @@ from converter.tensors.lazy_tensor import LazyTensor, concatenated, lazy_read
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, contiguous_strides
 
 CONTAINER = "torch DCP"
-METADATA = ".metadata"
-SUFFIX = ".distcp"
 
 MAX_METADATA = 32 << 20  # bytes of `.metadata`; a chunk takes about 165
 MAX_RATIO = 32  # of the memory of its values, as the pickle reader estimates it, to its size; real ones have 27

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from converter import __version__
 from converter.checkpoint.open import Checkpoint
@@ -20,7 +20,6 @@ from converter.output.digests import TensorDigests
 from converter.output.json_document import as_json
 from converter.output.pretrained import is_folder_output
 from converter.plan.assumptions import Assumption, describe_differences, used_assumptions
-from converter.plan.merge import MergedTensor
 from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile, sha256_of
@@ -28,6 +27,9 @@ from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME, DType
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    from converter.plan.merge import MergedTensor
 
 _T = TypeVar("_T")
 # The version of the JSON document's format.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from converter.errors import MappingError
 from converter.layouts.claims import summary
@@ -13,9 +14,11 @@ from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import OUTSIDE, Applied, apply
 from converter.plan.assumptions import Assumption
-from converter.plan.merge import MergedTensor
 from converter.plan.resample import resample_positions
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
+
+if TYPE_CHECKING:
+    from converter.plan.merge import MergedTensor
 
 # One position per patch, and one for the class token.
 MAX_POSITIONS = MAX_GRID_SIZE**2 + 1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from converter.checkpoint.lora import Adapter
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
@@ -17,10 +16,13 @@ from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
 from converter.plan.assumptions import read_assumptions
-from converter.plan.merge import Merged, match_adapter, merge, merge_notes, used_changes
 from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
+
+if TYPE_CHECKING:
+    from converter.checkpoint.lora import Adapter
+    from converter.plan.merge import Merged
 
 
 class ResolvedPlan(NamedTuple):
@@ -65,8 +67,11 @@ def plan_to_canonical(
     canonical = registry.canonical(options.family)
     _check_other_shards(opened, detected, canonical)
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
-    merged = match_encoder(opened.adapter, detected, options.family, opened.name) if opened.adapter else Merged({}, [])
+    merged = None
     if opened.adapter:
+        from converter.plan.merge import merge
+
+        merged = match_encoder(opened.adapter, detected, options.family, opened.name)
         tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
     try:
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
@@ -75,7 +80,8 @@ def plan_to_canonical(
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
     plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
     plan.remarks += remarks
-    plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
+    if merged:
+        plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
     return plan
 
 
@@ -91,6 +97,8 @@ def match_encoder(adapter: Adapter, detected: DetectedLayout, family: str, sourc
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
     """
+    from converter.plan.merge import match_adapter
+
     names = {**detected.state_dict.unselected, **detected.names}
     is_outside = _outside_of(detected, registry.canonical(family))
     return match_adapter(adapter, names, detected.match.full_prefix, is_outside, source)
@@ -175,6 +183,8 @@ def note_merged(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Ite
     Raises:
         LayoutError: Nothing of the adapter is in the output.
     """
+    from converter.plan.merge import merge_notes, used_changes
+
     read = {tensor for value in outputs for tensor in source_tensors(value)}
     for _, plan in resolved:
         plan.merged = used_changes(plan.merged, read)

@@ -17,7 +17,7 @@ from torch import Tensor
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import state_dicts
 from converter.errors import ContainerError, DsocrError, UsageError
-from converter.formats import registry, torch_dcp
+from converter.formats import dcp_files, registry, torch_dcp
 from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
@@ -119,7 +119,7 @@ def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader: Any = FileSystemReader(folder)
-    with (folder / torch_dcp.METADATA).open("rb") as file:
+    with (folder / dcp_files.METADATA).open("rb") as file:
         metadata: Any = restricted_pickle.load_dcp_metadata(file)
     reader.read_metadata = lambda: metadata
 

@@ -1,0 +1,50 @@
+"""The sources of a conversion: the checkpoint, one that supplies missing tensors, and an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from converter.checkpoint.folder import ADAPTER_NAMES
+from converter.checkpoint.open import Checkpoint, open_checkpoints
+from converter.options import ConvertOptions, HubOptions
+
+
+class Sources(NamedTuple):
+    """The open sources of a conversion."""
+
+    opened: list[Checkpoint]  # All of them
+    source: Checkpoint  # The first, with the adapter that is merged into it
+    donor: Checkpoint | None  # It supplies tensors that the source lacks
+
+
+@contextmanager
+def open_sources(
+    source: str | Path, fill_from: str | Path | None, options: ConvertOptions, hub_options: HubOptions
+) -> Iterator[Sources]:
+    """Open the sources of a conversion; close them at the end of the block.
+
+    Args:
+        source: The checkpoint to convert.
+        fill_from: The checkpoint that supplies missing tensors, or None.
+        options: The adapter to merge.
+        hub_options: How to read a hub.
+    """
+    names = [source, *([fill_from] if fill_from is not None else []), *lora_files(options.lora)]
+    with open_checkpoints(names, hub_options) as opened:
+        donor, first = opened[1] if fill_from is not None else None, opened[0]
+        if options.lora is not None:
+            from converter.checkpoint.adapter import with_adapter
+
+            first = with_adapter(first, opened[-1], options.adapter_name)
+        yield Sources(opened, first, donor)
+
+
+def lora_files(name: str | Path | None) -> list[str | Path]:
+    """Return what to open for an adapter: its weights in a folder, which may hold other checkpoints, or the name."""
+    if name is None:
+        return []
+    files = (Path(name) / file for file in ADAPTER_NAMES)
+    return [next((path for path in files if path.is_file()), name)]

@@ -1,0 +1,4 @@
+"""Names of the files in a folder of torch.distributed.checkpoint (DCP)."""
+
+METADATA = ".metadata"
+SUFFIX = ".distcp"
