@@ -5,6 +5,7 @@
     python scripts/bench.py hub         conversions from a hub on 127.0.0.1, against `curl` of as many bytes
     python scripts/bench.py verbs       diff against cmp, load against load_file, --to against plain conversion, derive
     python scripts/bench.py others      conversions against other programs that write the same tensors
+    python scripts/bench.py lora        conversions that merge an adapter, against `cp` of their output
     python scripts/bench.py controls    verifications with negative controls, against those without
     python scripts/bench.py plots F D   draws FILE, which `convert --json FILE` wrote, into the folder D
 
@@ -564,6 +565,48 @@ def controls(args: argparse.Namespace) -> None:
     print(machine(args.pairs), table(head, rows), sep="\n\n")
 
 
+# lora --------------------------------------------------------------------------------------------------------------
+
+# An adapter of rank 64 on all linear layers of the vision encoder of a checkpoint.
+MAKE_ADAPTER = """
+import json, re, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from converter.checkpoint.open import open_checkpoint
+source, folder = sys.argv[1], Path(sys.argv[2])
+linear = re.compile(r"(image_encoder|vision_model)\\..*(qkv|proj|lin[12]|[qkv]_proj|out_proj|fc[12])\\.weight")
+factors = {}
+for name, tensor in open_checkpoint(source).contents.items():
+    if linear.fullmatch(name) and len(tensor.shape) == 2:
+        for half, shape in (("A", (64, tensor.shape[1])), ("B", (tensor.shape[0], 64))):
+            factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight"] = torch.randn(shape) / 100
+folder.mkdir()
+save_file(factors, folder / "adapter_model.safetensors")
+(folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 64, "lora_alpha": 64}))
+"""
+
+
+def lora(args: argparse.Namespace) -> None:
+    """Merge an adapter of rank 64 on all linear layers."""
+    names, rows = chosen(args.only, {"sam-b": None, "clip-safetensors": None}), []
+    make_checkpoints(names)
+    with work_folder("tmpfs") as folder:
+        for case in map(CASES.__getitem__, names):
+            source, adapter = Path(shutil.copy(WORK / case.path, folder)), folder / f"{case.family}-lora"
+            run([sys.executable, "-c", MAKE_ADAPTER, source, adapter])
+            output, reference = folder / "output.safetensors", folder / "reference.safetensors"
+            words = [*args.command, case.family, source, "--lora", adapter, "-o", output, "--quiet", "--force"]
+            run(words)
+            output.rename(reference)
+            ours, copies = in_turns(args.pairs, case.title, partial(run, words), partial(copy, reference, output))
+            size = f"{(adapter / 'adapter_model.safetensors').stat().st_size / 1e6:.0f} MB"
+            row = [case.title, size, f"{median(ours):.2f}", f"{median(copies):.2f}"]
+            rows.append([*row, spread(ratios(ours, copies)), f"{peak(ours):.0f}"])
+    head = ["base", "adapter", "seconds", "cp", "times cp (quartiles)", "peak MiB"]
+    print(machine(args.pairs), table(head, rows), sep="\n\n")
+
+
 # plots -------------------------------------------------------------------------------------------------------------
 
 
@@ -626,7 +669,8 @@ def parse() -> argparse.Namespace:
     converts.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     command(verbs, 7).add_argument("--gpu", action="store_true", help="only loading onto a GPU")
     command(others, 5).add_argument("--transformers4", metavar="PYTHON", help="an environment with transformers 4")
-    command(controls, 5).add_argument("--only", metavar="CASES", help="sam-b,clip-safetensors")
+    for function in (lora, controls):
+        command(function, 5).add_argument("--only", metavar="CASES", help="sam-b,clip-safetensors")
     serves = commands.add_parser("serve", help=argparse.SUPPRESS)
     serves.set_defaults(function=lambda args: serve(args.only.split(",")))
     serves.add_argument("--only")
