@@ -190,6 +190,24 @@ def test_an_adapter_of_a_file_with_several_is_chosen_by_name(clip_base: Path, tm
         converter.convert(clip_base, "clip", adapter_name="z")
 
 
+def test_adapters_in_folders_of_their_names(clip_base: Path, tmp_path: Path) -> None:
+    """As PEFT saves several."""
+    for name in ("one", "two"):
+        (tmp_path / "adapters").mkdir(exist_ok=True)
+        adapter_folder(tmp_path / "adapters" / name)
+    assert "one, two" in refusal(clip_base, tmp_path / "adapters")
+    record = converter.convert(clip_base, "clip", lora=tmp_path / "adapters", adapter_name="two", dry_run=True)
+    assert record.merged and "two" in record.sources[1].name
+
+
+def test_what_is_no_lora_adapter(clip_base: Path, tmp_path: Path) -> None:
+    """The weights of a model; as SOURCE, adapters of other kinds are named too."""
+    assert "holds no factors of LoRA" in refusal(clip_base, clip_base)
+    dora = adapter_folder(tmp_path / "dora", {"use_dora": True})
+    with pytest.raises(DsocrError, match=r"(?s)DoRA.*merge_and_unload"):
+        converter.convert(dora, "clip", dry_run=True)
+
+
 def named(module: str, width: int = 64) -> dict[str, torch.Tensor]:
     factors = {"A": torch.ones(2, width), "B": torch.ones(width, 2)}
     return {f"base_model.model.{module}.lora_{half}.weight": factor for half, factor in factors.items()}

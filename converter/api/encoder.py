@@ -124,7 +124,7 @@ def encoder(
         def open_(name: str | Path) -> Checkpoint:
             return stack.enter_context(closing(open_checkpoint(name, hub)))
 
-        adapters = [open_(path) for path in lora_files(lora)]
+        adapters = [open_(path) for path in lora_files(lora, adapter_name)]
 
         def open_source(name: str | Path) -> Checkpoint:
             return with_adapter(open_(name), adapters[0], adapter_name) if adapters else open_(name)

@@ -60,7 +60,7 @@ def plan_expected(
         check_name(name)
         if role not in roles:
             raise UsageError(f"--source {role}=: not for a file of {family}", f"expected {', '.join(roles)}")
-    files = [open_file(path) for path in lora_files(sources.get("lora"))]
+    files = [open_file(path) for path in lora_files(sources.get("lora"), options.adapter_name)]
     adapters: list[Adapter] = []
 
     def open_source(name: str | Path) -> Checkpoint:

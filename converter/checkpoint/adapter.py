@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import PurePath
 from typing import NamedTuple
 
-from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, read_adapter_config
+from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, base_model_of, read_adapter_config
 from converter.checkpoint.folder import ADAPTER_NAMES, SWIFT_ENCODER
 from converter.checkpoint.lora import Adapter, AdapterConfig, Factors
 from converter.checkpoint.open import Checkpoint
@@ -49,11 +50,11 @@ def with_adapter(source: Checkpoint, files: Checkpoint, adapter_name: str | None
 
 def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> Adapter:
     """Read an adapter; if `is_whole`, from a state dict that also holds its model."""
-    config = read_adapter_config(checkpoint)
     entries = state_dicts(checkpoint.contents)
-    if not entries:
-        raise LayoutError(f"{checkpoint.name}: contains no named tensors", f"give the folder that has {CONFIG}")
-    tensors = unwrapped_names(largest_state_dict(entries, checkpoint.name).tensors, checkpoint.name)
+    tensors = unwrapped_names(largest_state_dict(entries, checkpoint.name).tensors, checkpoint.name) if entries else {}
+    if not factor_names(tensors) and base_model_of(checkpoint) is None:
+        raise _no_factors(checkpoint.name)
+    config = read_adapter_config(checkpoint)
     names = {key: _parse(key) for key in tensors}
     chosen = _choose(names.values(), adapter_name, checkpoint.name)
     names = {key: parsed for key, parsed in names.items() if parsed.adapter in ("", chosen)}
@@ -111,6 +112,8 @@ def _parse(key: str) -> _Name:
 def _choose(names: Iterable[_Name], wanted: str | None, file: str) -> str:
     """Return the name of the adapter to take; empty for the only one, without a name."""
     found = list(dict.fromkeys(parsed.adapter for parsed in names if parsed.adapter))
+    if not found and wanted == PurePath(file).parent.name:
+        return ""  # PEFT saves each adapter in a folder of its name.
     if wanted is not None and wanted not in found:
         raise UsageError(
             f"--adapter-name {wanted}: not in {file}", f"it has: {first_names(found) or 'one, without a name'}"
@@ -129,10 +132,7 @@ def _pairs(
         if parsed.kind in ("A", "B"):
             halves.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key], parsed.is_embedding
     if not halves and not any(parsed.kind == "saved" for parsed in names.values()):
-        raise LayoutError(
-            f"{file}: holds no factors of LoRA under PEFT's names (lora_A, lora_B)",
-            f"give the folder that PEFT wrote, with {CONFIG} and {ADAPTER_NAMES[0]}",
-        )
+        raise _no_factors(file)
     problems = [problem for module, pair in halves.items() for problem in _problems(module, pair, config)]
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -150,6 +150,13 @@ def _pairs(
         )
         for module, pair in halves.items()
     }
+
+
+def _no_factors(file: str) -> LayoutError:
+    return LayoutError(
+        f"{file}: holds no factors of LoRA under PEFT's names (lora_A, lora_B)",
+        f"give the folder that PEFT wrote, with {CONFIG} and {ADAPTER_NAMES[0]}",
+    )
 
 
 def _problems(module: str, pair: Mapping[str, tuple[TensorInfo, bool]], config: AdapterConfig) -> list[str]:

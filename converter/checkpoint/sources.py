@@ -32,7 +32,7 @@ def open_sources(
         options: The adapter to merge.
         hub_options: How to read a hub.
     """
-    names = [source, *([fill_from] if fill_from is not None else []), *lora_files(options.lora)]
+    names = [source, *([fill_from] if fill_from is not None else []), *lora_files(options.lora, options.adapter_name)]
     with open_checkpoints(names, hub_options) as opened:
         donor, first = opened[1] if fill_from is not None else None, opened[0]
         if options.lora is not None:
@@ -42,9 +42,13 @@ def open_sources(
         yield Sources(opened, first, donor)
 
 
-def lora_files(name: str | Path | None) -> list[str | Path]:
-    """Return what to open for an adapter: its weights in a folder, which may hold other checkpoints, or the name."""
+def lora_files(name: str | Path | None, adapter_name: str | None) -> list[str | Path]:
+    """Return what to open for an adapter: its weights in a folder, which may hold other checkpoints, or the name.
+
+    PEFT saves several adapters in folders of their names.
+    """
     if name is None:
         return []
-    files = (Path(name) / file for file in ADAPTER_NAMES)
+    folders = [Path(name) / adapter_name] if adapter_name else []
+    files = (folder / file for folder in (*folders, Path(name)) for file in ADAPTER_NAMES)
     return [next((path for path in files if path.is_file()), name)]

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from converter.checkpoint.adapter import factor_names, is_wrapped
-from converter.checkpoint.adapter_config import CONFIG, base_model_of
+from converter.checkpoint.adapter_config import CONFIG, base_model_of, read_adapter_config
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
-from converter.errors import LayoutError, OtherFamilyError, printable
+from converter.errors import LayoutError, OtherFamilyError, SourceError, printable
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
@@ -104,6 +104,11 @@ def find_source_mark(
         what = "holds LoRA adapters that are not merged, and the model that they belong to"
         config = "" if base is not None else f", after putting the training's {CONFIG} next to it"
         return Mark(what, f"merge them: {merge.format(printable(source.name))}{config}", factors)
+    if base is not None:
+        try:
+            read_adapter_config(source)
+        except SourceError as error:
+            return Mark(error.message.removeprefix(f"{source.name}: "), error.hint, factors)
     if base is not None or (factors and len(factors) == len(tensors)):
         what = f"is a LoRA adapter{f' of {base}' if base else ''}, without the weights of its model"
         return Mark(what, f"merge it into them: {merge.format(shlex.quote(base) if base else 'MODEL')}", factors)
