@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -347,6 +348,51 @@ def test_its_own_encoder(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "out"), load(host))
 
 
+def test_another_activation_is_a_warning(tmp_path: Path) -> None:
+    """Of the source's config and the host's, not of the DeepEncoder."""
+    host, source = (
+        save(llava_authors(), tmp_path / "host"),
+        save(dict(models.clip_hf().state_dict()), tmp_path / "clip"),
+    )
+    vision = models.clip_hf().config.vision_config.to_dict() | {"num_attention_heads": models.CLIP_WIDTH // 64}
+    activations = {host: "gelu", source: "quick_gelu"}
+    for folder, activation in activations.items():
+        config = {"model_type": "clip", "vision_config": vision | {"hidden_act": activation}}
+        (folder / "config.json").write_text(json.dumps(config))
+    for reverse in (False, True):
+        record = encoder(clip=source, into=host, out=tmp_path / f"out{reverse}")
+        warnings = [note for note in record.notes if note.startswith("warning: the source computes with activation")]
+        assert len(warnings) == (not reverse) and record.target == "clip-hf"
+        assert reverse or warnings[0].endswith("the checkpoint of --into with activation gelu: change its config")
+        (source / "config.json").write_bytes((host / "config.json").read_bytes())
+
+
+@pytest.mark.parametrize("host", ["got_ocr2", "llava"])
+def test_outputs_are_compared(host: str, sources: Path, tmp_path: Path) -> None:
+    source = sources / CASES[host].source
+    insert(source, sources / host, tmp_path / "out")
+    assert verify(tmp_path / "out", {"source": source, "into": sources / host}).verdict == "verified"
+
+
+def test_a_host_without_the_patch_embedding(sources: Path, tmp_path: Path) -> None:
+    """transformers' Unlimited-OCR, which never runs it."""
+    source = save(deep_encoder(3), tmp_path / "source")
+    record = insert(source, sources / "unlimited_ocr-memory", tmp_path / "out")
+    name = "vision_model.embeddings.patch_embedding.weight"
+    assert f"left out {name}: the checkpoint has none" in record.notes
+    assert record.dropped == {name: "the checkpoint of --into has no such tensor"}
+    assert len(load(tmp_path / "out")) == len(load(sources / "unlimited_ocr-memory"))
+
+
+def with_adapters(state: State) -> State:
+    return {name.replace("qkv.weight", "qkv.base_layer.weight"): tensor for name, tensor in state.items()} | {
+        name.replace("qkv.weight", f"qkv.lora_{factor}.default.weight"): torch.ones(2, 2)
+        for name in state
+        if name.endswith("qkv.weight")
+        for factor in "AB"
+    }
+
+
 def two_encoders(state: State) -> State:
     return renamed(state, "", "student.") | renamed(state, "", "teacher.")
 
@@ -354,6 +400,13 @@ def two_encoders(state: State) -> State:
 REFUSED: dict[str, tuple[Callable[[State], State], dict[str, str], int, str]] = {
     "two encoders": (two_encoders, {}, 3, "has 2 SAM encoders, under the prefixes student.model.vision_tower_high., "),
     "no encoder": (lambda state: renamed(state, "lm_head.", "lm_head."), {}, 3, "has no encoder of a known layout"),
+    "adapters": (with_adapters, {}, 3, "holds LoRA adapters that are not merged"),
+    "a gap": (
+        lambda state: {name: tensor for name, tensor in state.items() if "blocks.1.norm1.bias" not in name},
+        {},
+        3,
+        "missing tensor 'blocks.1.norm1.bias'\ninsert into a checkpoint whose encoder is whole and unchanged",
+    ),
     "another family": (
         lambda state: llava_authors(),
         {"source": "got"},

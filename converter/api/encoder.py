@@ -189,8 +189,16 @@ def _inserted(
     """Plan a copy of the host with the encoder in it."""
     check_output_name(host, Path(destination.path or ""))
     insertion = plan_insertion(host, parts, destination.dtype)
-    names, notes = insertion.placement.names, insertion.notes
-    record = encoder_record(parts, names, insertion.tensors, destination, sources, notes=notes, inserted=True)
+    record = encoder_record(
+        parts,
+        insertion.placement.names,
+        insertion.tensors,
+        destination,
+        sources,
+        notes=insertion.notes,
+        inserted=True,
+        target=" + ".join(insertion.placement.layouts),
+    )
     return record, insertion_output(insertion)
 
 

@@ -10,14 +10,17 @@ from converter.assembly.parts import EncoderParts, extract_encoder
 from converter.assembly.projector import find_projector
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
-from converter.errors import LayoutError, UsageError, first_names, printable
+from converter.checkpoint.state_dict import largest_state_dict, state_dicts
+from converter.errors import LayoutError, MappingError, UsageError, first_names, printable
 from converter.layouts import registry
 from converter.layouts.claims import summary
 from converter.layouts.detect import DetectedLayout, detect_families
+from converter.layouts.marks import find_mark
 from converter.layouts.spec import Rule, invert
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.apply import apply
+from converter.plan.assumptions import Assumptions, describe_differences
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.route import target_names
 from converter.storage.local_file import exists
@@ -50,7 +53,11 @@ class Host:
                 f"--into {self.name}: has {len(found)} {name} encoders, under the prefixes {prefixes}",
                 "insert into a checkpoint that holds one of them alone",
             )
-        return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
+        try:
+            return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
+        except MappingError as error:
+            step = self.checkpoint.whole_step or "insert into a checkpoint whose encoder is whole and unchanged"
+            raise MappingError(f"--into {error.message}", step) from error
 
     def resolve_all(self, families: Iterable[str]) -> dict[str, ResolvedPlan]:
         """Plan the conversion of several encoders; see `resolve`."""
@@ -78,10 +85,10 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
         )
     families = detect_families(checkpoint)
     if not families:
-        raise LayoutError(
-            f"--into {checkpoint.name}: has no encoder of a known layout ({_text(registry.families())})",
-            f"see what it holds: dsocr-convert inspect {path}",
-        )
+        what = f"--into {checkpoint.name}: has no encoder of a known layout ({_text(registry.families())})"
+        if mark := find_mark(largest_state_dict(state_dicts(checkpoint.contents), checkpoint.name).tensors):
+            raise LayoutError(f"{what}: {mark.text}", mark.hint)
+        raise LayoutError(what, f"see what it holds: dsocr-convert inspect {path}")
     return Host(checkpoint, path if path.is_dir() else path.parent if is_index(path.name) else None, families)
 
 
@@ -144,7 +151,8 @@ class Placement:
     without_place: list[str] = field(default_factory=list)  # The encoder's tensors that the host lacks
     kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
     problems: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)  # Layout and prefix of each encoder in the host
+    layouts: list[str] = field(default_factory=list)  # The names of the layouts of the host's encoders
+    remarks: list[str] = field(default_factory=list)  # Where they are, and what else they compute
 
     @property
     def notes(self) -> list[str]:
@@ -155,7 +163,7 @@ class Placement:
         )
         notes = [text.format(first_names(names)) for names, text in lists if names]
         own = all(_is_same(new, self.old[key]) for key, new in self.new.items())
-        notes = [*self.places, *notes]
+        notes = [*self.remarks, *notes]
         return [*notes, "the encoder is the checkpoint's own: nothing changes"] if own else notes
 
 
@@ -184,7 +192,9 @@ def place(host: Host, parts: EncoderParts) -> Placement:
 
 def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts: EncoderParts) -> None:
     (detected, plan), new = host, parts.plans[family].plan
-    placement.places.append(f"its {family.upper()}: layout {detected.match.name}, prefix {_place_of(detected)}")
+    placement.layouts.append(detected.match.name)
+    placement.remarks.append(f"its {family.upper()}: layout {detected.match.name}, prefix {_place_of(detected)}")
+    placement.remarks += _function_warning(new.assumptions, plan.assumptions)
     mapping, prefix = detected.match.layout.mapping, registry.encoder_prefix(family)
     if new.sizes["depth"] != plan.sizes["depth"]:
         depths = f"{new.sizes['depth']} layers; the checkpoint's has {plan.sizes['depth']}"
@@ -209,6 +219,14 @@ def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts:
     placement.rules |= {key: applied.rules[name] for key, name in made.items()}
     placement.old |= own
     placement.kept += [key for key in own if key not in made]
+
+
+def _function_warning(new: Assumptions, old: Assumptions) -> list[str]:
+    """A warning if the encoder computes another function than the one that it replaces."""
+    theirs, ours = describe_differences({name: each._replace(expected=old[name].value) for name, each in new.items()})
+    if not theirs:
+        return []
+    return [f"warning: the source computes with {theirs}, the checkpoint of --into with {ours}: change its config"]
 
 
 def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> None:

@@ -114,6 +114,7 @@ def encoder_record(
         outputs,
         destination,
         target=target,
+        has_config=inserted,
         generated={new: parts.generated[name] for name, new in written if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if not inserted and name not in parts.tensors},
         dropped={key: reason for key, reason in (parts.dropped | unwritten).items() if key not in extra},

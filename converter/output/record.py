@@ -75,7 +75,7 @@ class ConversionRecord:
     tool: str  # This program and its version
     sources: list[RecordedSource]  # The checkpoints that were read, the main one first
     family: str  # sam, clip or qwen2; deepencoder for several
-    target: str  # The layout of the output
+    target: str  # The layout of the output; of a copy of another checkpoint those of its encoders, joined with ` + `
     output: str  # Its path
     format: str  # safetensors or pth
     dtype: str  # The requested type; keep for no cast
@@ -105,8 +105,9 @@ class ConversionRecord:
     @property
     def layouts(self) -> list[LayoutSpec]:
         """The layouts of the output: those of all encoders of a whole DeepEncoder, else one."""
-        if self.target in registry.layout_names():
-            return [registry.load(self.target)]
+        names = self.target.split(" + ")
+        if set(names) <= set(registry.layout_names()):
+            return [registry.load(name) for name in names]
         name = "deepencoder-{}" if self.target == "deepencoder" else f"{{}}-{self.target}"
         found = {mapping.family for source in self.sources for mapping in source.mappings}
         return [registry.load(name.format(family)) for family in registry.families() if family in found]
@@ -175,6 +176,7 @@ def make_record(
     dropped: Mapping[str, str],
     converted: Mapping[str, LazyTensor] | None = None,
     notes: Sequence[str] = (),
+    has_config: bool = False,
 ) -> ConversionRecord:
     """Make the record of a conversion that is planned and not yet written.
 
@@ -189,7 +191,9 @@ def make_record(
         dropped: Source tensors that are left out, and why.
         converted: Those of `outputs` that are converted, if not all are.
         notes: Remarks for the user, before those of the sources.
+        has_config: Whether a config in the output states what its encoders compute.
     """
+    is_folder = destination.path is not None and is_folder_output(destination.path, target)
     converted = outputs if converted is None else converted
     return ConversionRecord(
         tool=f"dsocr-convert {__version__}",
@@ -213,7 +217,7 @@ def make_record(
             change.module: _merged_module(change) for each in plans.values() for change in each.plan.merged.values()
         },
         notes=[
-            *(note for resolved in plans.values() for note in _warnings(resolved.plan, target, destination.path)),
+            *(note for each in plans.values() for note in _warnings(each.plan, target, is_folder or has_config)),
             *notes,
             *(note for source in sources for note in source.notes),
         ],
@@ -226,10 +230,9 @@ def _merged_module(change: MergedTensor) -> MergedModule:
     return MergedModule(change.key, change.trained.rank, change.trained.alpha, change.trained.scale)
 
 
-def _warnings(plan: Plan, target: str, output: Path | None) -> list[str]:
+def _warnings(plan: Plan, target: str, has_config: bool) -> list[str]:
     """Remarks on a source's config, and a warning if the output has no config that states the source's function."""
-    is_folder = output is not None and is_folder_output(output, target)
-    return plan.remarks if is_folder else [*plan.remarks, *function_warning(plan, target)]
+    return plan.remarks if has_config else [*plan.remarks, *function_warning(plan, target)]
 
 
 def function_warning(plan: Plan, target: str) -> list[str]:
