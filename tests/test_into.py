@@ -346,6 +346,7 @@ def test_its_own_encoder(tmp_path: Path) -> None:
     record = insert(host, host, tmp_path / "out")
     assert "the encoder is the checkpoint's own: nothing changes" in record.notes
     assert_same(load(tmp_path / "out"), load(host))
+    assert not any("nothing changes" in note for note in insert(host, host, tmp_path / "half", dtype="float16").notes)
 
 
 def test_another_activation_is_a_warning(tmp_path: Path) -> None:

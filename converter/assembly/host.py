@@ -21,6 +21,7 @@ from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.apply import apply
 from converter.plan.assumptions import Assumptions, describe_differences
+from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.route import target_names
 from converter.storage.local_file import exists
@@ -161,10 +162,7 @@ class Placement:
             (self.without_place, "left out {}: the checkpoint has none"),
             (self.kept, "kept {}: the encoder has none"),
         )
-        notes = [text.format(first_names(names)) for names, text in lists if names]
-        own = all(_is_same(new, self.old[key]) for key, new in self.new.items())
-        notes = [*self.remarks, *notes]
-        return [*notes, "the encoder is the checkpoint's own: nothing changes"] if own else notes
+        return [*self.remarks, *(text.format(first_names(names)) for names, text in lists if names)]
 
 
 def place(host: Host, parts: EncoderParts) -> Placement:
@@ -174,8 +172,9 @@ def place(host: Host, parts: EncoderParts) -> Placement:
         UsageError: Layers, shapes or types differ.
     """
     placement = Placement()
-    for family, (detected, plan) in host.resolve_all(parts.plans).items():
-        _place_encoder(placement, family, ResolvedPlan(detected, plan), parts)
+    for family, resolved in host.resolve_all(parts.plans).items():
+        _describe(placement, resolved, parts.plans[family].plan)
+        _place_encoder(placement, resolved, parts)
     _place_projector(placement, host, parts)
     placement.problems += [
         problem for key, value in placement.new.items() if (problem := _misfit(placement.old[key], value))
@@ -190,20 +189,27 @@ def place(host: Host, parts: EncoderParts) -> Placement:
     return replace(placement, kept=[*others, *placement.kept])
 
 
-def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts: EncoderParts) -> None:
-    (detected, plan), new = host, parts.plans[family].plan
+def _describe(placement: Placement, host: ResolvedPlan, new: Plan) -> None:
+    """Say where an encoder of the host is, and whether the new one has its layers and computes the same."""
+    detected, plan = host
+    name, depth, other_depth = plan.mapping.family.upper(), plan.sizes["depth"], new.sizes["depth"]
     placement.layouts.append(detected.match.name)
-    placement.remarks.append(f"its {family.upper()}: layout {detected.match.name}, prefix {_place_of(detected)}")
+    placement.remarks.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
     placement.remarks += _function_warning(new.assumptions, plan.assumptions)
-    mapping, prefix = detected.match.layout.mapping, registry.encoder_prefix(family)
-    if new.sizes["depth"] != plan.sizes["depth"]:
-        depths = f"{new.sizes['depth']} layers; the checkpoint's has {plan.sizes['depth']}"
-        placement.problems.append(f"the {family.upper()} has {depths}")
+    if depth != other_depth:
+        placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
+
+
+def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts) -> None:
+    """Convert one encoder to the host's layout."""
+    detected, plan = host
+    family, mapping = plan.mapping.family, detected.match.layout.mapping
+    prefix, theirs = registry.encoder_prefix(family), parts.plans[family].plan.extra_tensors
     rules = invert(mapping.rules_for(detected.match.prefix))
     inside = [template for rule in invert(mapping.rules) for template in rule.sources]
     # What a layout has inside the encoder is replaced too, such as CLIP's last norm; its text tower is not.
     extra = {name: value for name, value in plan.extra_tensors.items() if any_match(inside, name)}
-    values = parts.encoder(family) | {name: new.extra_tensors[name] for name in extra if name in new.extra_tensors}
+    values = parts.encoder(family) | {name: theirs[name] for name in extra if name in theirs}
     names = {name: target_names(rules, name) for name in values}
     claimed = {name: value for name, value in values.items() if names[name]}
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), claimed, detected.match.name)
@@ -223,7 +229,8 @@ def _place_encoder(placement: Placement, family: str, host: ResolvedPlan, parts:
 
 def _function_warning(new: Assumptions, old: Assumptions) -> list[str]:
     """A warning if the encoder computes another function than the one that it replaces."""
-    theirs, ours = describe_differences({name: each._replace(expected=old[name].value) for name, each in new.items()})
+    shared = {name: each._replace(expected=old[name].value) for name, each in new.items() if name in old}
+    theirs, ours = describe_differences(shared)
     if not theirs:
         return []
     return [f"warning: the source computes with {theirs}, the checkpoint of --into with {ours}: change its config"]
@@ -248,8 +255,8 @@ def _misfit(old: TensorInfo, new: LazyTensor) -> str:
     return ""
 
 
-def _is_same(new: LazyTensor, old: TensorInfo) -> bool:
-    """Whether both are the same tensor of the same file."""
+def is_same(new: LazyTensor, old: TensorInfo) -> bool:
+    """Return whether both are the same tensor of the same file."""
     if not isinstance(new, Read) or new.tensor.key != old.key:
         return False
     return new.tensor.storage.file.identity == old.storage.file.identity

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converter.assembly.host import Host, Placement, place
+from converter.assembly.host import Host, Placement, is_same, place
 from converter.assembly.parts import EncoderParts
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
@@ -84,6 +84,8 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
     kept = sum(isinstance(value, TensorInfo) for value in host.checkpoint.contents.values()) - len(replaced)
     files = f" and {len(other_files)} other files" if host.folder else ""
     counts = f"replaced {len(replaced)} tensors; kept {kept}{files} as they were"
+    if all(is_same(value, placement.old[key]) for key, value in replaced.items()):
+        notes.append("the encoder is the checkpoint's own: nothing changes")
     return Insertion(host, placement, replaced, other_files, [counts, *placement.notes, *notes])
 
 
