@@ -14,6 +14,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from inventories import inventories, sparse
 from torch import nn
 
 import converter
@@ -383,6 +384,31 @@ def test_a_host_without_the_patch_embedding(sources: Path, tmp_path: Path) -> No
     assert f"left out {name}: the checkpoint has none" in record.notes
     assert record.dropped == {name: "the checkpoint of --into has no such tensor"}
     assert len(load(tmp_path / "out")) == len(load(sources / "unlimited_ocr-memory"))
+
+
+@pytest.mark.parametrize(
+    ("host", "prefix", "replaced"),
+    [
+        ("deepencoder-sam", "model.vision_tower_high.", 179),
+        ("got-ocr2-hf-vision", "vision_tower.", 177),
+        ("unlimited-ocr-hf-vision", "model.vision_tower.", 567),
+        ("clip-hf-vision-336", "model.vision_tower.vision_tower.vision_model.", 0),
+        ("deepseek-ocr-mlx", "", 472),
+    ],
+)
+def test_names_at_true_size(host: str, prefix: str, replaced: int, tmp_path: Path) -> None:
+    """DeepSeek-OCR's encoder into hosts of true names and sizes; at 336 pixels, CLIP has other positions."""
+    names = inventories()
+    (tmp_path / "host").mkdir()
+    source = sparse(tmp_path / "ocr.safetensors", names["deepseek-ocr"])
+    sparse(tmp_path / "host" / "model.safetensors", {prefix + name: tensor for name, tensor in names[host].items()})
+    if not replaced:
+        with pytest.raises(UsageError, match=r"has shape \[577, 1024\]; the encoder's has \[257, 1024\]"):
+            insert(source, tmp_path / "host", tmp_path / "out", dry_run=True)
+        return
+    record = insert(source, tmp_path / "host", tmp_path / "out", dry_run=True)
+    assert record.notes[0].startswith(f"replaced {replaced} tensors; ")
+    assert not any(note.startswith("kept ") for note in record.notes) and not (tmp_path / "out").exists()
 
 
 def with_adapters(state: State) -> State:
