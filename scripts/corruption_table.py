@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 TABLE = ROOT / "docs" / "verification" / "corruptions.md"
+# The families, and the kind of checkpoint that has more of the same family.
+FAMILIES = {"sam": ("SAM", "compressor"), "clip": ("CLIP", ""), "qwen2": ("Qwen2", "queries")}
 TITLES = {
     "weights": (
         "Wrong weights",
@@ -95,7 +97,7 @@ def document(rows: Rows, gpu: dict[str, Any] | None) -> Iterator[str]:
     yield ""
     yield (
         f"{len({name for name, _ in rows})} ways to get a conversion wrong (`tests/corruptions.py`), each applied to a "
-        f"correct conversion of SAM, of CLIP, or of both: {len(rows)} runs, {caught} caught. "
+        f"correct conversion of SAM, CLIP or Qwen2, or of several: {len(rows)} runs, {caught} caught. "
         "`scripts/corruption_table.py` writes this page. `tests/test_corruptions.py` repeats the runs, and checks that "
         "correct conversions of every layout and of random sizes pass."
     )
@@ -126,18 +128,24 @@ def machines(gpu: dict[str, Any] | None, true: Rows) -> Iterator[str]:
     import transformers
 
     yield (
-        f"Tiny: twelve layers of 48 (SAM) and 128 (CLIP) channels on a CPU, torch {torch.__version__}, "
+        f"Tiny: twelve layers of 48 (SAM) and 128 (CLIP) channels, and four of 256 (Qwen2), on a CPU, torch "
+        f"{torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}."
     )
     if gpu is not None:
         machine, not_run = gpu["environment"], len(gpu["corruptions"]["not_run"])
         caught = sum(bool(caught_by(row) or row.get("refused")) for row in true.values())
         yield (
-            f"True size: SAM-base and CLIP-L with seeded weights on one {machine.get('gpu', 'CPU')}, "
+            f"True size: {_encoders(true)} with seeded weights on one {machine.get('gpu', 'CPU')}, "
             f"torch {machine['libraries']['torch']}, transformers {machine['libraries']['transformers']}; "
             f"{len(true)} runs, {caught} caught" + (f", {not_run} not run for lack of time." if not_run else ".")
         )
     yield ""
+
+
+def _encoders(rows: Rows) -> str:
+    models = {"sam": "SAM-base", "clip": "CLIP-L", "qwen2": "Qwen2-0.5B"}
+    return ", ".join(model for family, model in models.items() if any(family == row for _, row in rows))
 
 
 def section(title: str, text: str, rows: Rows, true: Rows) -> Iterator[str]:
@@ -145,13 +153,14 @@ def section(title: str, text: str, rows: Rows, true: Rows) -> Iterator[str]:
     yield ""
     yield text
     yield ""
-    columns = ["SAM", "CLIP", *(["SAM, true size", "CLIP, true size"] if true else [])]
+    tables = [(rows, family, title) for family, (title, _) in FAMILIES.items()]
+    tables += [(true, family, f"{title}, true size") for family, (title, _) in FAMILIES.items() if _has(true, family)]
+    tables = [(table, family, title) for table, family, title in tables if _has(rows, family)]
+    columns = [title for _, _, title in tables]
     yield f"| name | mistake | {' | '.join(columns)} |"
     yield "|---" * (2 + len(columns)) + "|"
     for name in dict.fromkeys(sorted_names(rows)):
-        cells = [
-            cell(table, name, family) for table in ([rows, true] if true else [rows]) for family in ("sam", "clip")
-        ]
+        cells = [cell(table, name, family) for table, family, _ in tables]
         what = next(row["what"] for (other, _), row in rows.items() if other == name)
         yield f"| `{name}` | {what} | {' | '.join(cells)} |"
     yield ""
@@ -165,8 +174,12 @@ def sorted_names(rows: Rows) -> list[str]:
     return [corruption.name for corruption in corruptions.CATALOGUE if corruption.name in names]
 
 
+def _has(rows: Rows, family: str) -> bool:
+    return any(kind in (family, FAMILIES[family][1]) for _, kind in rows)
+
+
 def cell(rows: Rows, name: str, family: str) -> str:
-    row = rows.get((name, family)) or (rows.get((name, "compressor")) if family == "sam" else None)
+    row = rows.get((name, family)) or rows.get((name, FAMILIES[family][1]))
     if row is None:
         return ""
     if row.get("refused"):

@@ -29,7 +29,11 @@ import torch  # noqa: E402
 Shape = tuple[int, ...]
 Inventory = dict[str, tuple[str, Shape]]  # key -> torch's name of the dtype, shape
 
-DTYPES = {"float32": (torch.float32, "F32", 4), "int64": (torch.int64, "I64", 8)}
+DTYPES = {
+    "float32": (torch.float32, "F32", 4),
+    "bfloat16": (torch.bfloat16, "BF16", 2),
+    "int64": (torch.int64, "I64", 8),
+}
 
 
 # Layouts ----------------------------------------------------------------------------------------------------------
@@ -181,23 +185,56 @@ def _clip_hf(depth: int, width: int, patch: int) -> dict[str, Shape]:
     }
 
 
-# layout -> what makes its shapes of (depth, width, heads or patch), and the sizes it comes in
+def _qwen2_layers(depth: int, width: int, mlp: int) -> dict[str, Shape]:
+    """Layers with heads of 64 channels, of which two are of keys and values."""
+    shapes: dict[str, Shape] = {"norm.weight": (width,)}
+    for i in range(depth):
+        attention, layer = f"layers.{i}.self_attn", f"layers.{i}"
+        shapes |= _linear(f"{attention}.q_proj", width, width)
+        shapes |= _linear(f"{attention}.k_proj", 128, width) | _linear(f"{attention}.v_proj", 128, width)
+        shapes[f"{attention}.o_proj.weight"] = (width, width)
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (width, mlp)
+        shapes |= {f"{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return shapes
+
+
+def _qwen2(depth: int, width: int, mlp: int) -> dict[str, Shape]:
+    """Its embeddings are tied: there is no lm_head."""
+    layers = {f"model.{name}": shape for name, shape in _qwen2_layers(depth, width, mlp).items()}
+    return {"model.embed_tokens.weight": (151936, width), **layers}
+
+
+def _deepseek_ocr2(depth: int, width: int, mlp: int) -> dict[str, Shape]:
+    """The encoders, the compressor, the queries and the projector of DeepSeek-OCR-2, without its language model."""
+    sam = {**_sam_image_encoder(12, 768, 12), "net_2.weight": (512, 256, 3, 3), "net_3.weight": (width, 512, 3, 3)}
+    qwen2 = {f"model.model.{name}": shape for name, shape in _qwen2_layers(depth, width, mlp).items()}
+    qwen2 |= {"query_768.weight": (144, width), "query_1024.weight": (256, width)}
+    parts = {"sam_model": sam, "qwen2_model": qwen2, "projector": _linear("layers", 1280, width)}
+    shapes = {f"model.{part}.{name}": shape for part, tensors in parts.items() for name, shape in tensors.items()}
+    return {**shapes, "model.view_seperator": (1280,)}
+
+
+# layout -> what makes its shapes of (depth, width, heads, patch or MLP), and the sizes it comes in
 SAM_SIZES = {"vit-b": (12, 768, 12), "vit-l": (24, 1024, 16), "vit-h": (32, 1280, 16)}
 CLIP_SIZES = {"vit-l-14": (24, 1024, 14)}
+QWEN2_SIZES = {"0.5b": (24, 896, 4864)}
 LAYOUTS: dict[str, tuple[Callable[[int, int, int], dict[str, Shape]], dict[str, tuple[int, int, int]]]] = {
     "sam-meta": (_sam_meta, SAM_SIZES),
     "sam-hf-safetensors": (_sam_hf, SAM_SIZES),
     "sam-hf-bin": (_sam_hf_bin, SAM_SIZES),
     "clip-hf": (_clip_hf, CLIP_SIZES),
+    "qwen2-hf": (_qwen2, QWEN2_SIZES),
+    "deepseek-ocr-2": (_deepseek_ocr2, QWEN2_SIZES),
 }
 
 
 def inventory(layout: str, size: str) -> Inventory:
     """Every key of a layout at one size, with dtype and shape; a layer's keys are adjacent."""
     shapes, sizes = LAYOUTS[layout]
+    dtype = "bfloat16" if sizes is QWEN2_SIZES else "float32"
     return {
-        key: ("int64" if key.endswith("position_ids") else "float32", shape)
-        for key, shape in shapes(*sizes[size]).items()
+        key: ("int64" if key.endswith("position_ids") else dtype, shape) for key, shape in shapes(*sizes[size]).items()
     }
 
 
@@ -298,6 +335,8 @@ TARGETS = {
     "clip-sharded": Target(
         "clip-hf", "vit-l-14", "clip-vit-large-patch14-sharded/model.safetensors.index.json", write_sharded
     ),
+    "qwen2": Target("qwen2-hf", "0.5b", "Qwen2-0.5B/model.safetensors", write_safetensors),
+    "deepseek-ocr-2": Target("deepseek-ocr-2", "0.5b", "DeepSeek-OCR-2/model.safetensors", write_safetensors),
 }
 QUICKSTART = ["sam-b", "clip-bin", "clip-sharded"]
 

@@ -35,18 +35,22 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 SIZES = (512, 640, 1024, 1280)
+# Those of version 2, with one table of queries each.
+SIZES_V2 = (768, 1024)
 # The size of the DeepEncoder in the catalogue: not the trained one, so that positions are resampled.
 CORRUPTION_SIZES = (512,)
+# The kinds of checkpoints in the catalogue by family.
+KINDS = {"sam": ("sam", "compressor"), "clip": ("clip",), "qwen2": ("qwen2", "queries")}
 STAGES = ("verifications", "forward_share", "corruptions")
 MAX_SECONDS, MIN_FORWARD_SHARE = 20.0, 0.80
 LIBRARIES = ("torch", "transformers", "timm", "segment-anything", "open_clip_torch", "safetensors", "numpy")
 
 
 class Checkpoint(NamedTuple):
-    """One source: its name in make_checkpoints.py, its family, and its path."""
+    """One source: its name in make_checkpoints.py, the command that converts it, and its path."""
 
     name: str
-    family: str
+    family: str  # A family, or `encoder` for a whole DeepEncoder
     path: str
 
 
@@ -55,6 +59,8 @@ CHECKPOINTS = [
     Checkpoint("sam-hf-safetensors", "sam", "sam-vit-base/model.safetensors"),
     Checkpoint("clip-bin", "clip", "clip-vit-large-patch14/pytorch_model.bin"),
     Checkpoint("clip-safetensors", "clip", "clip-vit-large-patch14/model.safetensors"),
+    Checkpoint("qwen2", "qwen2", "Qwen2-0.5B/model.safetensors"),
+    Checkpoint("deepseek-ocr-2", "encoder", "DeepSeek-OCR-2/model.safetensors"),
 ]
 
 
@@ -186,7 +192,7 @@ def make_tiny(work: Path) -> None:
     for checkpoint in CHECKPOINTS:
         path = work / checkpoint.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = corruptions.calm(corruptions.tiny_model(checkpoint.family).state_dict(), 0)
+        state = corruptions.calm(corruptions.tiny_state(checkpoint.family), 0)
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(state, path)
         else:
@@ -194,11 +200,11 @@ def make_tiny(work: Path) -> None:
 
 
 def make_others(work: Path) -> None:
-    """Make another checkpoint of each family and layout: all weights negated, without the text tower."""
+    """Make another checkpoint of SAM and CLIP: all weights negated, without the text tower."""
     import safetensors.torch
 
     for checkpoint in CHECKPOINTS:
-        if checkpoint.path.endswith(".safetensors"):
+        if checkpoint.family in ("sam", "clip") and checkpoint.path.endswith(".safetensors"):
             state = safetensors.torch.load_file(work / checkpoint.path)
             parts = ("text_model.", "prompt_encoder.", "mask_decoder.")
             kept = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
@@ -251,7 +257,8 @@ def verify_cold(args: argparse.Namespace, checkpoint: Checkpoint, precision: str
     """Run `dsocr-verify` once, timed from the start of its process to its end."""
     command = [*program("verify"), str(converted(args.work, checkpoint)), "--source", str(args.work / checkpoint.path)]
     command += ["--device", args.device, "--dtype", precision, "--json", "--quiet"]
-    command += ["--sizes", "192" if args.tiny else ",".join(map(str, SIZES))]
+    sizes = SIZES if checkpoint.family in ("sam", "clip") else SIZES_V2
+    command += ["--sizes", "192" if args.tiny else ",".join(map(str, sizes))]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = round(time.monotonic() - start, 2)
@@ -363,8 +370,8 @@ def forward_share(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
 def corrupt_all(args: argparse.Namespace, end: float) -> dict[str, Any]:
     """Run the catalogue in several processes; each writes a line for each corruption and stops in time."""
     # Six take up to 60 GiB of the GPU's memory: attention over a whole image in float64, several times.
-    half = max((args.workers or min(len(os.sched_getaffinity(0)) // 2, 6)) // 2, 1)
-    parts = [f"{family}:{index}:{half}" for family in ("sam", "clip") for index in range(half)]
+    each = max((args.workers or min(len(os.sched_getaffinity(0)) // 2, 6)) // len(KINDS), 1)
+    parts = [f"{family}:{index}:{each}" for family in KINDS for index in range(each)]
     until = time.time() + end - time.monotonic()
     workers = []
     for part in parts:
@@ -403,7 +410,7 @@ def corruption_worker(args: argparse.Namespace) -> None:
 
     family, index, count = args.part.split(":")
     chosen = [name for name in args.only.split(",") if name]
-    kinds = ("clip",) if family == "clip" else ("sam", "compressor")
+    kinds = KINDS[family]
     cases = [(c, kind) for c, kind in corruptions.cases() if kind in kinds and (not chosen or c.name in chosen)]
     # Wrong encoders first: only their outputs on a GPU show them.
     cases.sort(key=lambda case: case[0].kind != corruptions.ARCHITECTURE)
@@ -434,6 +441,9 @@ def worker_subjects(args: argparse.Namespace, family: str, folder: Path) -> dict
     import corruptions
 
     paths = {checkpoint.name: args.work / checkpoint.path for checkpoint in CHECKPOINTS}
+    if family == "qwen2":
+        sizes = ((128,), (832,)) if args.tiny else ((768,), (1024,))
+        return corruptions.qwen2_subjects(paths["deepseek-ocr-2"], folder, sizes)
     source, foreign = paths["sam-hf-safetensors"], paths["clip-safetensors"]
     if family == "clip":
         source, foreign = foreign, source

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import converter
 from converter.api.verify import verify
-from converter.encoders import SamConfig, clip, deepencoder, functional, sam
+from converter.encoders import Qwen2Config, SamConfig, clip, deepencoder, functional, qwen2, sam
 from converter.errors import DsocrError
 from converter.layouts import registry
 from converter.tensors.evaluate import byte_swapped
@@ -101,8 +101,9 @@ def edit(part: str, how: Callable[[Tensor], Tensor], *params: str, layer: int = 
 
     def change(state: State, names: Names) -> None:
         for param in params or ("weight",):
-            name = names.at(layer, part, param) if part in Names._fields[1:7] else getattr(names, part, part)
-            name = f"{name}.weight" if part == "patch" else name
+            name = names.at(layer, part, param)
+            if name not in state:
+                name = f"{names.patch}.weight" if part == "patch" else getattr(names, part, part)
             state[name] = how(state[name])
 
     return change
@@ -1215,11 +1216,235 @@ def _in_configs() -> list[Corruption]:
 CATALOGUE += _in_configs()
 
 
+# Qwen2, the second encoder of DeepSeek-OCR-2 --------------------------------------------------------------------------
+
+# The same conversion at a size at which query_768 is used, and at one at which query_1024 is.
+QWEN2, LARGE = ("qwen2",), ("queries",)
+_ATTEND, _ROTATION, _QUERIES = qwen2.attend, qwen2._rotation, qwen2.Qwen2Encoder.queries
+SMALL_TABLE, LARGE_TABLE = "query_768.weight", "query_1024.weight"
+
+
+def pair(first: str, second: str) -> Change:
+    """Exchange the parameters of two modules of a layer."""
+
+    def change(state: State, names: Names) -> None:
+        for param in ("weight", "bias"):
+            if names.at(1, first, param) in state:
+                swap((1, first, param), (1, second, param))(state, names)
+
+    return change
+
+
+def heads_of(part: str, how: Callable[[Tensor], Tensor]) -> Change:
+    """Change the order of the channels of a projection, seen as (heads, 64, ...)."""
+
+    def change(state: State, names: Names) -> None:
+        for param in ("weight", "bias"):
+            name = names.at(1, part, param)
+            state[name] = (
+                how(state[name].reshape(-1, 64, *state[name].shape[1:])).reshape(state[name].shape).contiguous()
+            )
+
+    return change
+
+
+def pairs_of_channels(heads: Tensor) -> Tensor:
+    """Rotated channels next to each other, as Meta's Llama has them."""
+    return heads.reshape(len(heads), 2, 32, *heads.shape[2:]).transpose(1, 2)
+
+
+def table(name: str, how: Callable[[State], Tensor]) -> Change:
+    def change(state: State, names: Names) -> None:
+        state[name] = how(state).contiguous()
+
+    return change
+
+
+def attention(how: Callable[..., Tensor]) -> Patch:
+    return replace(qwen2, "attend", how)
+
+
+def with_mask(allowed: Callable[[Tensor, Tensor, int], Tensor]) -> Patch:
+    """Attention with another mask: of a query at i (a column), a key at j (a row), and the number of image tokens."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        at = torch.arange(q.shape[2], device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(at[:, None], at[None], n))
+
+    return attention(attend)
+
+
+def other_groups(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+    """Heads of queries share those of keys and values in turn, and not one after another."""
+    heads = k.shape[1] // 2
+    k, v = (x[:, ::heads].repeat(1, heads, 1, 1) for x in (k, v))
+    return _ATTEND(q, k, v, n)
+
+
+def restarted(x: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    cos, sin = _ROTATION(x[:, : x.shape[1] // 2], head_width, theta)
+    return cos.repeat(2, 1), sin.repeat(2, 1)
+
+
+def late(x: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Positions from 1 for the queries alone."""
+    cos, sin = _ROTATION(torch.cat([x, x[:, :1]], 1), head_width, theta)
+    n = x.shape[1] // 2
+    return torch.cat([cos[:n], cos[n + 1 :]]), torch.cat([sin[:n], sin[n + 1 :]])
+
+
+def rotated_in_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1] // 2
+    even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[..., :half], sin[..., :half]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def rms_norm(epsilon: float, centre: float = 0.0) -> Patch:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        return (self.weight + centre) * normed  # type: ignore[no-any-return]
+
+    return replace(qwen2.RmsNorm, "forward", forward)
+
+
+def gated_by_up(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.gate_proj(x) * self.activation(self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def image_tokens_returned(self: Any, features: Tensor) -> Tensor:
+    images = features.flatten(2).transpose(1, 2)
+    queries = self.queries(images.shape[1]).expand(len(images), -1, -1)
+    return self.encode(torch.cat([images, queries], 1), images.shape[1])[:, : queries.shape[1]]  # type: ignore[no-any-return]
+
+
+def activation(how: Callable[[Tensor], Tensor]) -> Patch:
+    return lambda: mock.patch.dict(functional.ACTIVATIONS, {"silu": how})
+
+
+def by_column(state: State) -> Tensor:
+    square = state[LARGE_TABLE].reshape(16, 16, -1)
+    return square.transpose(0, 1).flatten(0, 1)
+
+
+def only_queries(i: Tensor, j: Tensor, n: int) -> Tensor:
+    return torch.where(i < n, j < n, (j >= n) & (j <= i))
+
+
+def _qwen2_weights() -> list[Corruption]:
+    q, k, v = (f"self_attn.{letter}_proj" for letter in "qkv")
+    gate, up = "mlp.gate_proj", "mlp.up_proj"
+    norms = ("input_layernorm", "post_attention_layernorm")
+    entries: list[tuple[str, str, Change]] = [
+        ("q-and-k", "one layer's q and k exchanged, which have other shapes", pair(q, k)),
+        ("k-and-v", "one layer's k and v exchanged", pair(k, v)),
+        ("gate-and-up", "one layer's gate and up exchanged", pair(gate, up)),
+        ("norms", "a layer's two norms exchanged", pair(*norms)),
+        ("k-groups", "k's heads in another order", heads_of(k, lambda heads: heads.flip(0))),
+        ("v-groups", "v's heads in another order", heads_of(v, lambda heads: heads.flip(0))),
+        (
+            "kv-groups",
+            "the heads of k and v in another order",
+            both(*(heads_of(x, lambda y: y.flip(0)) for x in (k, v))),
+        ),
+        ("q-groups", "q's heads in reverse order", heads_of(q, lambda heads: heads.flip(0))),
+        ("q-pairs", "q's rotated channels next to each other, as Meta has them", heads_of(q, pairs_of_channels)),
+        ("qk-pairs", "q's and k's channels so", both(*(heads_of(x, pairs_of_channels) for x in (q, k)))),
+        *((f"{x[-6]}-bias", f"{x[-6]}'s bias lost", edit(x, torch.zeros_like, "bias")) for x in (q, k, v)),
+        ("layers-shifted", "every layer holds the next one's tensors", move_layers(lambda i, depth: (i + 1) % depth)),
+        ("layers-reversed", "layers in reverse order", move_layers(lambda i, depth: depth - 1 - i)),
+        ("neighbours", "layers 0 and 1 exchanged", move_layers(_exchanged(0, 1))),
+        ("down-negated", "the MLP's last weight negated", edit("mlp.down_proj", torch.neg)),
+        ("out-transposed", "the output projection transposed", edit("self_attn.o_proj", transposed)),
+        ("norm-zero-centred", "a norm's weight stored minus 1, as Gemma has it", edit(norms[0], lambda x: x - 1)),
+        ("last-norm-lost", "the last norm left at its initial ones", edit("model.model.norm.weight", torch.ones_like)),
+        ("bfloat16", "a weight rounded to bfloat16", edit(up, _through(torch.bfloat16))),
+        ("small-reversed", "query_768 in reverse order", table(SMALL_TABLE, lambda s: s[SMALL_TABLE].flip(0))),
+        ("small-rolled", "query_768 off by one", table(SMALL_TABLE, lambda s: s[SMALL_TABLE].roll(1, 0))),
+        (
+            "small-of-large",
+            "query_768 is the first rows of query_1024",
+            table(SMALL_TABLE, lambda s: s[LARGE_TABLE][:144]),
+        ),
+        ("tables-exchanged", "query_768 and query_1024 exchanged", swap_names(SMALL_TABLE, LARGE_TABLE)),
+        ("small-stale", "query_768 from another checkpoint", table(SMALL_TABLE, lambda s: stale(s[SMALL_TABLE]))),
+    ]
+    found = [_w(f"qwen2-{name}", QWEN2, what, change) for name, what, change in entries]
+    for name, what, how in (
+        ("reversed", "query_1024 in reverse order", lambda s: s[LARGE_TABLE].flip(0)),
+        ("by-column", "query_1024 column by column", by_column),
+        (
+            "of-small",
+            "the first rows of query_1024 are query_768's",
+            lambda s: torch.cat([s[SMALL_TABLE], s[LARGE_TABLE][144:]]),
+        ),
+    ):
+        found.append(_w(f"qwen2-large-{name}", LARGE, what, table(LARGE_TABLE, how)))
+    return found
+
+
+def _qwen2_encoders() -> list[Corruption]:
+    block, output = "{block}.0", "model.model.norm"
+    entries: list[tuple[str, str, Patch, str]] = [
+        (
+            "rope-theta",
+            "rotary positions of base 1e4",
+            replace(qwen2, "_rotation", lambda x, width, theta: _ROTATION(x, width, 1e4)),
+            block,
+        ),
+        (
+            "rope-in-pairs",
+            "channels rotated in pairs, as Meta does",
+            replace(qwen2, "_rotated", rotated_in_pairs),
+            block,
+        ),
+        ("rope-lost", "no rotary positions", replace(qwen2, "_rotated", lambda x, cos, sin: x), block),
+        ("rope-restarted", "the queries' positions from 0", replace(qwen2, "_rotation", restarted), block),
+        ("rope-late", "the queries' positions one late", replace(qwen2, "_rotation", late), block),
+        ("causal", "a causal mask for image tokens too", with_mask(lambda i, j, n: j <= i), block),
+        ("open", "no mask for queries", with_mask(lambda i, j, n: (j < n) | (i >= n)), block),
+        ("no-mask", "no mask at all", with_mask(lambda i, j, n: i == i), block),
+        ("images-see-queries", "image tokens see all queries", with_mask(lambda i, j, n: (i < n) | (j <= i)), block),
+        ("blind-to-itself", "no query sees itself", with_mask(lambda i, j, n: (j < n) | (j < i)), block),
+        ("blind-to-images", "queries see no image token", with_mask(only_queries), block),
+        ("unscaled", "the softmax's scale left out", attention(lambda q, k, v, n: _ATTEND(q * 8, k, v, n)), block),
+        ("groups", "heads of keys and values shared in turn", attention(other_groups), block),
+        ("epsilon", "norms with an epsilon of 1e-5", rms_norm(1e-5), block),
+        ("gemma-norm", "norms that multiply by the weight plus 1", rms_norm(1e-6, 1.0), block),
+        ("gelu", "GELU for SiLU", activation(F.gelu), block),
+        ("quick-gelu", "quick_gelu for SiLU", activation(quick_gelu), block),
+        ("gate-of-up", "the activation on up, and not on gate", replace(qwen2._Mlp, "forward", gated_by_up), block),
+        (
+            "image-tokens",
+            "the image tokens' features returned",
+            replace(qwen2.Qwen2Encoder, "forward", image_tokens_returned),
+            "concatenation",
+        ),
+        (
+            "queries-reversed",
+            "queries read in reverse order",
+            replace(qwen2.Qwen2Encoder, "queries", lambda self, n: _QUERIES(self, n).flip(0)),
+            "queries",
+        ),
+        ("last-norm", "the last norm left out", replace(qwen2.Qwen2Encoder, "encode", without_last_norm), output),
+    ]
+    return [_a(f"qwen2-{name}", QWEN2, what, patch, tensor) for name, what, patch, tensor in entries]
+
+
+def without_last_norm(self: Any, x: Tensor, image_tokens: int | None = None) -> Tensor:
+    for layer in self.model.model.layers:
+        x = layer(x, image_tokens)
+    return x
+
+
+CATALOGUE += [*_qwen2_weights(), *_qwen2_encoders()]
+
+
 # Subjects: correct conversions ----------------------------------------------------------------------------------------
 
 
 class Subject(NamedTuple):
-    """A correct conversion: `kind` is a family or `compressor`; `others` are other sources."""
+    """A correct conversion: `kind` is a family, `compressor` or `queries`; `others` are other sources."""
 
     kind: str
     source: str
@@ -1230,12 +1455,16 @@ class Subject(NamedTuple):
 
     @property
     def family(self) -> str:
-        return "clip" if self.kind == "clip" else "sam"
+        return {"compressor": "sam", "queries": "qwen2"}.get(self.kind, self.kind)
 
 
 def names_of(state: State) -> Names:
     """The names of a converted checkpoint's parts."""
-    if "pos_embed" in state:
+    if SMALL_TABLE in state:
+        parts = ("self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "post_attention_layernorm", "mlp.gate_proj",
+                 "mlp.down_proj", SMALL_TABLE, "")  # fmt: skip
+        block, width, head = "model.model.layers", state[SMALL_TABLE].shape[1], 64
+    elif "pos_embed" in state:
         head = state["blocks.0.attn.rel_pos_h"].shape[1]
         parts = ("attn.qkv", "attn.proj", "norm1", "norm2", "mlp.lin1", "mlp.lin2", "pos_embed", "patch_embed.proj")
         block, width = "blocks", state["pos_embed"].shape[-1]
@@ -1302,7 +1531,10 @@ def tiny_subjects(folder: Path) -> dict[str, Subject]:
             path = folder / f"{kind}-{seed}.safetensors"
             safetensors.torch.save_file(calm(tiny_model(kind).state_dict(), seed), path)
             paths[kind, seed] = path
+    qwen2_source = folder / "qwen2-0.safetensors"
+    safetensors.torch.save_file(calm(tiny_qwen2(), 0), qwen2_source)
     found = {
+        **qwen2_subjects(qwen2_source, folder, ((128,), (832,))),
         "sam": subject("sam", paths["sam", 0], {"seed": paths["sam", 1], "family": paths["clip", 0]}, folder, (192,)),
         "clip": subject(
             "clip", paths["clip", 0], {"seed": paths["clip", 1], "family": paths["sam", 0]}, folder, (192,)
@@ -1311,10 +1543,42 @@ def tiny_subjects(folder: Path) -> dict[str, Subject]:
     return {**found, "compressor": with_compressor(found["sam"], folder)}
 
 
+def tiny_state(command: str) -> State:
+    """The tensors, with any values, of a checkpoint that a command of dsocr-convert takes."""
+    if command == "qwen2":
+        prefix = "model.qwen2_model.model."
+        return {n.removeprefix(prefix): tensor for n, tensor in tiny_qwen2().items() if n.startswith(prefix)}
+    return tiny_deepseek_ocr2() if command == "encoder" else tiny_model(command).state_dict()
+
+
+def tiny_qwen2() -> State:
+    """Four layers inside a DeepSeek-OCR-2, with its tables of queries."""
+    config = Qwen2Config(width=256, depth=4, heads=4, key_value_heads=2, mlp=96)
+    with torch.device("meta"):
+        state = qwen2.Qwen2Encoder(config).state_dict()
+    return {f"model.qwen2_model.{name}": torch.empty(tensor.shape) for name, tensor in state.items()}
+
+
+def tiny_deepseek_ocr2() -> State:
+    """Both encoders of a DeepSeek-OCR-2, by its names."""
+    config = SamConfig(
+        image_size=128, width=48, depth=12, heads=3, mlp=96, window=3, neck=32, compressor=(64, 256)
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = sam.SamEncoder(config).state_dict()
+    return {**{f"model.sam_model.{name}": torch.empty(tensor.shape) for name, tensor in state.items()}, **tiny_qwen2()}
+
+
+def qwen2_subjects(source: Path, folder: Path, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, Subject]:
+    """The conversion of a Qwen2 at sizes at which query_768 is used, and at some at which query_1024 is."""
+    small = subject("qwen2", source, {}, folder, sizes[0])
+    return {"qwen2": small, "queries": small._replace(kind="queries", sizes=sizes[1])}
+
+
 def subject(kind: str, source: Path, others: dict[str, Path], folder: Path, sizes: tuple[int, ...]) -> Subject:
     """The correct conversion of a source, for the catalogue to corrupt."""
     out = folder / f"correct-{kind}.safetensors"
-    converter.convert(str(source), "clip" if kind == "clip" else "sam", out=out, force=True)
+    converter.convert(str(source), "sam" if kind == "compressor" else kind, out=out, force=True)
     state = safetensors.torch.load_file(out)
     return Subject(kind, str(source), state, names_of(state), {name: str(path) for name, path in others.items()}, sizes)
 

@@ -31,12 +31,12 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
 def test_the_catalogue_is_large_enough() -> None:
     assert len({corruption.name for corruption in corruptions.CATALOGUE}) == len(corruptions.CATALOGUE) >= 150
     families = Counter(family for corruption in corruptions.CATALOGUE for family in corruption.families)
-    assert min(families["sam"], families["clip"]) >= 60
+    assert min(families["sam"], families["clip"]) >= 60 and families["qwen2"] >= 40
     for corruption in corruptions.CATALOGUE:
         assert (corruption.kind == ARCHITECTURE) == bool(corruption.patch) == bool(corruption.tensor), corruption.name
 
 
-@pytest.mark.parametrize("kind", ["sam", "clip", "compressor"])
+@pytest.mark.parametrize("kind", ["sam", "clip", "compressor", "qwen2", "queries"])
 def test_uncorrupted_they_pass(kind: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
     row, _ = corruptions.run(Corruption("none", (kind,), WEIGHTS, "nothing"), subjects[kind], tmp_path, device="cpu")
     assert row.ok and not any(row.caught.values()) and None not in row.caught.values()
@@ -148,23 +148,23 @@ def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_
 
 
 def test_the_script_for_a_gpu_on_tiny_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process but for what the script itself starts; of the four checkpoints, one of each family."""
+    """In this process but for what the script itself starts; of the six checkpoints, SAM, CLIP and version 2."""
     gpu, table = script("verify_on_gpu"), script("corruption_table")
     monkeypatch.setattr(gpu, "CHECKPOINTS", gpu.CHECKPOINTS[1::2])
-    only = "qkv-order-kqv,sam-eps,data-truncated,mapping-neck-norms,source-heads,config-epsilon"
+    only = "qkv-order-kqv,sam-eps,data-truncated,mapping-neck-norms,source-heads,config-epsilon,qwen2-open"
     options = ["--tiny", "--device", "cpu", "--dtypes", "bfloat16", "--workers", "2", "--only", only]
     monkeypatch.setattr(sys, "argv", ["verify_on_gpu.py", str(tmp_path), *options])
     assert gpu.main() == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["summary"]["ok"] and results["summary"]["verified"] == 2
-    assert results["summary"]["caught"] == 9
-    assert results["summary"]["caught_by"] == {"structure": 2, "bytes": 3, "outputs": 6, "function": 1}
+    assert results["summary"]["ok"] and results["summary"]["verified"] == 3
+    assert results["summary"]["caught"] == 10
+    assert results["summary"]["caught_by"] == {"structure": 2, "bytes": 3, "outputs": 7, "function": 1}
     assert {row["exit_code"] for row in results["verifications"]} == {0}
     options = ["-o", str(tmp_path / "table.md"), "--jobs", "1", "--only", only, "--gpu", str(tmp_path / "results.json")]
     monkeypatch.setattr(sys, "argv", ["corruption_table.py", *options])
     assert table.main() == 0
     text = (tmp_path / "table.md").read_text()
-    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "9 runs, 9 caught" in text
+    assert "| `sam-eps` | norms with an eps of 1e-5 | O " in text and "10 runs, 10 caught" in text
 
 
 # No false alarms ------------------------------------------------------------------------------------------------------
