@@ -1349,7 +1349,11 @@ def _qwen2_weights() -> list[Corruption]:
         ),
         ("q-groups", "q's heads in reverse order", heads_of(q, lambda heads: heads.flip(0))),
         ("q-pairs", "q's rotated channels next to each other, as Meta has them", heads_of(q, pairs_of_channels)),
-        ("qk-pairs", "q's and k's channels so", both(*(heads_of(x, pairs_of_channels) for x in (q, k)))),
+        (
+            "qk-pairs",
+            "q's and k's rotated channels next to each other",
+            both(*(heads_of(x, pairs_of_channels) for x in (q, k))),
+        ),
         *((f"{x[-6]}-bias", f"{x[-6]}'s bias lost", edit(x, torch.zeros_like, "bias")) for x in (q, k, v)),
         ("layers-shifted", "every layer holds the next one's tensors", move_layers(lambda i, depth: (i + 1) % depth)),
         ("layers-reversed", "layers in reverse order", move_layers(lambda i, depth: depth - 1 - i)),

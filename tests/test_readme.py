@@ -67,6 +67,7 @@ def tiny(tmp_path: Path) -> Path:
     _, clip = test_oracles.deepseek_clip()
     test_oracles.save_zip(models.sam_meta().state_dict(), tmp_path).rename(tmp_path / "sam_vit_b_01ec64.pth")
     models.clip_hf().save_pretrained(tmp_path / "clip-vit-large-patch14")
+    models.qwen2_hf().save_pretrained(tmp_path / "Qwen2-0.5B")
     (tmp_path / "DeepSeek-OCR").mkdir()
     # Its own CLIP has no position_ids.
     clip.pop("embeddings.position_ids")
@@ -91,7 +92,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_commands_run(tiny: Path) -> None:
     """Line after line, but for the full verification: the models are too small for the whole chain."""
     lines = [line for block in blocks(ENGLISH, "sh") for line in block.splitlines() if line.startswith("dsocr-")]
-    assert len(lines) == 13
+    assert len(lines) == 14
     for line in [lines[0], *lines[2:]]:
         done = walkthrough.shell(line.partition(" #")[0].strip(), tiny)
         assert done.returncode == 0, f"{line}\n{done.stdout}"

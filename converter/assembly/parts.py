@@ -149,6 +149,7 @@ def build_encoder(
         family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
         for family, name in names.items()
     }
+    _expect_sizes(plans)
     own = tensors = _own_tensors(plans)
     generated, replaced = dict[str, str](), dict[str, str]()
     for addition in _additions(plans):
@@ -200,6 +201,7 @@ def extract_encoder(
             "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
             "and --clip, or --sam and --qwen2",
         ) from None
+    _expect_sizes(plans)
     tensors = _own_tensors(plans)
     _check_order(source, tensors)
     for addition in _additions(plans) if not partial else ():
@@ -223,6 +225,16 @@ def _version_in(source: Checkpoint, prefix: str | None) -> list[str]:
     """The families of the first version of which a checkpoint has all encoders, else those of the first version."""
     found, versions = detect_families(source, prefix), registry.versions()
     return next((families for families in versions if found.keys() >= set(families)), versions[0])
+
+
+def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
+    """Mark as usual what the next encoder requires: a compressor of 896 channels in DeepSeek-OCR-2."""
+    usual = {family: dict(registry.canonical(family).sizes) for family in plans}
+    for addition in _additions(plans):
+        plan = plans[addition.family].plan
+        for name, size in addition.sizes(usual).items():
+            if plan.sizes.get(name) == size:
+                plan.unusual.pop(name, None)
 
 
 def _additions(plans: Mapping[str, ResolvedPlan]) -> list[Addition]:
