@@ -182,6 +182,16 @@ def test_trained_parts_of_another_checkpoint(holder: str, folder: Path, tmp_path
     assert len(record.sources) == 1 and not any("replaces" in reason for reason in record.dropped.values())
 
 
+def test_sam_under_another_name_of_its_layout(folder: Path, tmp_path: Path) -> None:
+    """transformers' names are those of Unlimited-OCR's SAM, and written as the other library's."""
+    out = tmp_path / "sam.safetensors"
+    record = converter.convert(folder / "ocr2.safetensors", "sam", to="sam-deepseek-ocr2-hf", out=out)
+    assert record.target == "sam-unlimited-ocr-hf"
+    expected = {f"model.vision_tower.{name}": tensor for name, tensor in vision().items() if name.startswith("sam_")}
+    assert_same(load_file(out), expected)
+    assert verify(out, folder / "ocr2-hf.safetensors", fast=True).ok
+
+
 def test_names_at_true_size(tmp_path: Path) -> None:
     found = inventories()
     for name in ("sam-meta", "qwen2-0.5b", "deepseek-ocr-2", "deepseek-ocr-2-hf-vision", "deepseek-ocr"):

@@ -168,6 +168,8 @@ def test_both_refuse_an_unknown_key(text: str, old: str, new: str) -> None:
         ("other_rules:\n  - {keep: e, optional: true}", "drop_rest: a language model"),
         ("    because: not needed\n    optional: true", "    because: 1"),
         ("prefix: model.", "prefix: model.\nlanguage_model: true"),
+        ("prefix: model.", "prefix: model.\naliases: other"),
+        ("prefix: model.", "prefix: model.\naliases: [other, third]"),
     ],
 )
 def test_both_accept_a_correct_file(old: str, new: str) -> None:

@@ -17,7 +17,7 @@ from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Resh
 
 # The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
 REQUIRED = ("layout", "family", "description", "detect")
-MAPPING = (*REQUIRED, "variables", "prefix", "rules", "other_rules", "drop_rest", "language_model")
+MAPPING = (*REQUIRED, "variables", "prefix", "rules", "other_rules", "drop_rest", "aliases", "language_model")
 CANONICAL = (
     *REQUIRED,
     "variables",
@@ -109,6 +109,7 @@ def _mapping(node: YamlNode, digest: str) -> LayoutMapping:
         rules=_rules(fields["rules"], variables),
         other_rules=_rules(fields["other_rules"], variables) if "other_rules" in fields else (),
         drop_rest=_reason(fields["drop_rest"]) if "drop_rest" in fields else "",
+        aliases=tuple(fields["aliases"].as_str_list("a name, or a list of names")) if "aliases" in fields else (),
         language_model="language_model" in fields and fields["language_model"].as_bool(),
     )
 

@@ -130,6 +130,13 @@ def layouts(family: str) -> list[LayoutSpec]:
     return [load(name) for name in names_of_family(family)]
 
 
+def find(family: str, name: str) -> LayoutSpec | None:
+    """Return the layout of a family with that name or alias, or None."""
+    if name in names_of_family(family):
+        return load(name)
+    return next((layout for layout in mappings(family) if name in layout.aliases), None)
+
+
 def mappings(family: str) -> list[LayoutMapping]:
     """Return the mappings of a family that ship."""
     return [spec.mapping for spec in layouts(family) if not spec.is_canonical]

@@ -110,6 +110,7 @@ class LayoutMapping(LayoutSpec):
     rules: tuple[Rule, ...]  # The rules for names with the prefix. The prefix is removed before they are matched.
     other_rules: tuple[Rule, ...] = ()  # The rules for names without the prefix
     drop_rest: str = ""  # The reason to drop all names without the prefix; empty if they are not dropped
+    aliases: tuple[str, ...] = ()  # Other names of the layout, as another model has it too
     # Whether it is the layout of a language model, which next to a vision encoder is not converted
     language_model: bool = False
 

@@ -162,7 +162,7 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     detected, plan = resolve_to_canonical(opened, options, dtype)
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
     if not to_canonical:
-        target = registry.load(options.layout).mapping
+        target = _target(options).mapping
         plan = retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name)
     elif donor_plan:
         plan = complete_from(plan, donor_plan, options.dtype)
@@ -218,6 +218,12 @@ def _layouts(options: ConvertOptions) -> Sequence[LayoutSpec]:
 def check_options(options: ConvertOptions) -> None:
     """UsageError for a family or a layout that does not exist."""
     check_choices(family=(options.family, registry.families()))
+    _target(options)
+
+
+def _target(options: ConvertOptions) -> LayoutSpec:
+    """The layout of the output."""
+    if found := registry.find(options.family, options.layout):
+        return found
     layouts = registry.names_of_family(options.family)
-    if options.layout not in layouts:
-        raise UsageError(f"--to {options.to}: no layout of {options.family.upper()}", f"layouts: {', '.join(layouts)}")
+    raise UsageError(f"--to {options.to}: no layout of {options.family.upper()}", f"layouts: {', '.join(layouts)}")
