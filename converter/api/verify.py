@@ -124,14 +124,13 @@ def verify(
         if only_record:
             result = _verify_record(target, only_record, on_progress)
         else:
-            chosen = () if fast else sizes or _default_sizes(target, run_options.device)
+            chosen = () if fast else sizes or default_sizes(target, run_options.device)
             result = _verify(target, expected, recorded, replace(run_options, sizes=chosen))
-    tools = {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return replace(
         result,
         converted=str(converted),
         source=", ".join(map(str, sources.values())),
-        environment=tools,
+        environment=tool_versions(),
         required=tuple(require),
     )
 
@@ -146,13 +145,13 @@ def _run_options(
 ) -> RunOptions:
     """How the encoders are run, but for the sizes; nothing is run on the device with `fast`."""
     check_choices(dtype=(dtype, DTYPES))
-    where = _device("cpu" if fast else device)
+    where = find_device("cpu" if fast else device)
     page = load(Path(image)) if image is not None else None
     return RunOptions(where, torch_dtype(dtype), (), page, draw, on_progress)
 
 
-def _default_sizes(target: Converted, device: torch.device) -> Sequence[int]:
-    """The sizes at which the last encoder's DeepEncoder runs; on a CPU, where it takes a minute, the first alone."""
+def default_sizes(target: Converted, device: torch.device) -> Sequence[int]:
+    """Return the sizes at which the DeepEncoder runs; on a CPU, where one takes a minute, the first alone."""
     sizes = FAMILIES[target.encoders[-1].family].sizes
     return sizes if device.type == "cuda" else sizes[:1]
 
@@ -197,7 +196,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
         checks=[*checks, *(run.check for run in runs)],
         mapping=" + ".join(each.plan.mapping.name for each in origins),
         reference=" + ".join(dict.fromkeys(run.reference for run in runs if run.reference)),
-        device=_device_name(options.device),
+        device=device_name(options.device),
         dtype=str(options.precision).removeprefix("torch."),
         traces=[run.trace for run in runs if run.trace],
         notes=[
@@ -226,7 +225,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - begin, 3)
 
 
-def _device(name: str) -> torch.device:
+def tool_versions() -> dict[str, str]:
+    """Return the versions that a verification reports."""
+    return {"dsocr-convert": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of --device; UsageError if there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
@@ -240,5 +245,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of threads of a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

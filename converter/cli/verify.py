@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
+# Options of verification that go with those on activations, and those that do not.
+_SHARED = ("image", "device", "revision", "hub", "download")
+_NOT_WITH_ACTIVATIONS = ("source", "record", "mapping", "state_dict", "prefix", "fast", "require")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class VerifyOptions:
         str | None,
         typer.Option(metavar="PART,...", help="Exit with 1 unless these are done: structure, bytes, outputs."),
     ] = None
+    save_activations: Annotated[
+        Path | None, typer.Option(metavar="FILE.safetensors", help="Only write the activations of the whole encoder.")
+    ] = None
+    activations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.safetensors", help="Only compare these activations of a port with the encoder's."),
+    ] = None
+    stages: Annotated[
+        str | None, typer.Option(metavar="PATTERN,...", help="With --save-activations: the stages to write.")
+    ] = None
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Input image for the encoders. [default: a drawn page]")
     ] = None
@@ -87,28 +100,58 @@ class ReportOptions:
 def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
+    saved, theirs, stages = (options.pop(name) for name in ("save_activations", "activations", "stages"))
+    _check_activations(saved, theirs, stages, options)
     sizes, require = _parse_sizes(options.pop("sizes")), options.pop("require")
     source = _parse_sources(options.pop("source") or [])
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here because they import torch, which --help and usage errors do not need.
     from converter import reports
+    from converter.api.activations import compare_activations, save_activations
     from converter.api.verify import verify as run
 
     reports.check_files(report.html, report.junit)
     with console.Bar(not report.quiet) as fetching, console.Bar(not report.quiet, "steps") as steps:
-        verification = run(
-            converted,
-            source,
-            sizes=sizes,
-            require=require.split(",") if require is not None else (),
-            draw=report.html is not None,
-            on_progress=lambda what, *counts: (fetching if what.startswith("fetching") else steps)(what, *counts),
-            on_notice=(lambda line: None) if report.quiet else console.say,
-            **options,
-        )
+
+        def on_progress(what: str, *counts: int) -> None:
+            (fetching if what.startswith("fetching") else steps)(what, *counts)
+
+        shared = {"on_progress": on_progress, **{name: options[name] for name in _SHARED}}
+        if saved is not None:
+            chosen = stages.split(",") if stages is not None else ()
+            console.result(str(save_activations(converted, saved, sizes=sizes, stages=chosen, **shared)))
+            return
+        if theirs is not None:
+            verification = compare_activations(converted, theirs, **shared)
+        else:
+            verification = run(
+                converted,
+                source,
+                sizes=sizes,
+                require=require.split(",") if require is not None else (),
+                draw=report.html is not None,
+                on_progress=on_progress,
+                on_notice=(lambda line: None) if report.quiet else console.say,
+                **options,
+            )
     _show(verification, report)
     raise typer.Exit(0 if verification.ok else 1)
+
+
+def _check_activations(saved: Path | None, theirs: Path | None, stages: str | None, options: dict[str, Any]) -> None:
+    """UsageError for options that do not go with the options on activations."""
+    if saved is None and (stages is not None or theirs is None):
+        if stages is not None:
+            raise UsageError("--stages: is for --save-activations", "add --save-activations FILE.safetensors")
+        return
+    if saved is not None and theirs is not None:
+        raise UsageError("--save-activations and --activations: choose one")
+    option = "--save-activations" if saved is not None else "--activations"
+    refused = _NOT_WITH_ACTIVATIONS if saved is not None else (*_NOT_WITH_ACTIVATIONS, "sizes")
+    for name in refused:
+        if options[name]:
+            raise UsageError(f"--{name.replace('_', '-')}: cannot be combined with {option}", "run two commands")
 
 
 def _show(verification: Verification, report: ReportOptions) -> None:

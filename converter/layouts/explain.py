@@ -182,12 +182,19 @@ def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping])
             num_claimed = sum(len(parts) for parts in claims.groups.values())
             # Both shares count: a mapping with a few general rules claims much by chance.
             share = num_claimed / max(len(inside), 1) * num_used_rules / len(mapping.rules)
-            known = sum(prefix + key in tensors for key in mapping.signature.tensors) / len(mapping.signature.tensors)
+            known = _share_of_signature(tensors, prefix, mapping)
             score = (known, prefix in mapping.signature.prefixes, share)
             if (known or share > _MIN_SHARE) and score > best_score:
                 unmatched = [rule.text for rule in claims.unmatched_rules(mapping.rules)]
                 best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
     return best
+
+
+def _share_of_signature(tensors: Mapping[str, TensorInfo], prefix: str, mapping: LayoutMapping) -> float:
+    """The share of the signature whose tensors are there; each shape must fit by itself."""
+    shapes = mapping.signature.tensors
+    found = [prefix + key in tensors and match_shape(shapes[key], tensors[prefix + key].shape, {}) for key in shapes]
+    return sum(found) / len(shapes)
 
 
 def _prefixes_to_try(tensors: Mapping[str, TensorInfo], mapping: LayoutMapping) -> list[str]:

@@ -119,7 +119,7 @@ def compare(
     name, note = f"{reference.label} {where}", ""
     originals = [(each.model, _lost_in(precision, each.model)) for each in (tested, reference)]
     with exact_float32():
-        exact = _run_in(torch.float64, reference, pixels)
+        exact = run_in(torch.float64, reference, pixels)
         run = _compare_in(precision, name, tested, reference, pixels, exact)
         if run.hides_mistakes:
             note = f"{name}: compared in float64, as the noise floor in {_name(precision)} is {run.noise:.2g}"
@@ -148,10 +148,10 @@ def _compare_in(
     if precision is torch.float64:
         rounded, changed, margin = exact, _run_perturbed(reference, pixels), MARGIN_FLOAT64
     else:
-        rounded = changed = _run_in(precision, reference, pixels)
+        rounded = changed = run_in(precision, reference, pixels)
         margin = MARGIN
     floors = _noise_floors(changed, exact, precision)
-    features = _run_in(precision, tested, pixels)
+    features = run_in(precision, tested, pixels)
     return _Run(features, rounded, floors, margin, *_judge(name, features, rounded, floors, margin))
 
 
@@ -160,12 +160,13 @@ def _control(make_mistakes: MakeMistakes, run: _Run) -> list[Control]:
     """Compare the features of each mistake with the reference's, like those of the tested encoder."""
     tolerances = {point.probe: point.tolerance for point in run.trace.points}
     return [
-        Control(each.mistake, each.probe, _distance(each.features, run.rounded[each.probe]), tolerances[each.probe])
+        Control(each.mistake, each.probe, distance(each.features, run.rounded[each.probe]), tolerances[each.probe])
         for each in make_mistakes(run.tested)
     ]
 
 
-def _run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Features:
+def run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Features:
+    """Run an encoder in a precision; its model keeps the weights rounded to it."""
     encoder.model.to(precision)
     with KeepFloat64():
         return record_features(encoder, pixels.to(precision))
@@ -215,13 +216,13 @@ def _run_perturbed(encoder: ProbedEncoder, pixels: Tensor) -> Features:
     for weight in encoder.model.to(torch.float64).parameters():
         noise = torch.randn(weight.shape, dtype=weight.dtype, device=weight.device, generator=generator)
         weight.data *= 1 + epsilon * noise
-    return _run_in(torch.float64, encoder, pixels)
+    return run_in(torch.float64, encoder, pixels)
 
 
 def _noise_floors(rounded: Features, exact: Features, precision: torch.dtype) -> dict[str, float]:
     """The noise floor of each probe; never below one rounding, even where the reference happens to round nothing."""
     epsilon = torch.finfo(precision).eps
-    return {probe: max(_distance(rounded[probe], exact[probe]), epsilon) for probe in rounded}
+    return {probe: max(distance(rounded[probe], exact[probe]), epsilon) for probe in rounded}
 
 
 def _judge(
@@ -243,7 +244,7 @@ def _judge(
             return Check(GROUP, name, FAILED, detail, [probe]), Trace(name)
     points = []
     for probe, floor in floors.items():
-        points.append(TracePoint(probe, _distance(tested[probe], rounded[probe]), floor, margin * floor))
+        points.append(TracePoint(probe, distance(tested[probe], rounded[probe]), floor, margin * floor))
     last, over = points[-1], [point.probe for point in points if not point.within_tolerance]
     detail = f"relative error {last.error:.2g}, tolerance {last.tolerance:.2g} ({margin:g} x noise floor)"
     figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
@@ -267,8 +268,8 @@ def _inconclusive(run: _Run, reference: ProbedEncoder) -> Check:
     return replace(check, verdict=INCONCLUSIVE, detail=f"{reason}; {check.detail}")
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The norm of the difference relative to the norm of `b`; infinite where either is not finite."""
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of `b`; infinite where either is not finite."""
     a, b = a.double(), b.double()
     value = float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
     return value if math.isfinite(value) else math.inf

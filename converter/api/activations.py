@@ -1,0 +1,201 @@
+"""Saves a DeepEncoder's activations, and compares those of another implementation with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from converter import __version__
+from converter.api.verify import default_sizes, device_name, find_device, tool_versions
+from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.errors import LayoutError, UsageError, first_names
+from converter.formats.safetensors import write_safetensors
+from converter.options import HubOptions
+from converter.output.target import check_target
+from converter.storage.atomic_output import atomic_file, output_errors
+from converter.storage.progress import OnProgress
+from converter.tensors.dtypes import FLOAT32
+from converter.tensors.evaluate import as_bytes, read_tensor
+from converter.tensors.lazy_tensor import Generated, LazyTensor
+from converter.tensors.tensor_info import TensorInfo
+from converter.verification.activation_check import check_weights, compare_stages
+from converter.verification.activations import CHANNELS_FIRST, StagedEncoder, image_pixels, load_staged_encoder
+from converter.verification.inputs import Converted, open_converted
+from converter.verification.outputs import GROUP, Features
+from converter.verification.pictures import load
+from converter.verification.record_check import header_metadata
+from converter.verification.result import FAILED, Check, Trace, Verification
+
+_MASK = "image tokens attend to all image tokens; query i attends to all image tokens and to queries up to i"
+
+
+def save_activations(
+    converted: str | Path,
+    out: str | Path,
+    *,
+    sizes: Sequence[int] | None = None,
+    stages: Sequence[str] = (),
+    image: str | Path | None = None,
+    device: str = "auto",
+    on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
+) -> Path:
+    """Write the activations of a whole DeepEncoder at named stages, in float32, to a safetensors file.
+
+    Args:
+        converted: A file with a whole DeepEncoder, under any names that `encoder` writes or reads.
+        out: The output; it must not exist.
+        sizes: Pixels along a side of the image; by default those of the model on a GPU, and the first of them on a CPU.
+        stages: Patterns such as `sam_model.blocks.*` of the stages to write; all by default.
+        image: An image file; a drawn page by default.
+        device: auto, cpu, cuda or cuda:N.
+        on_progress: Called with the stage, the work done and all work.
+        **hub_options: The fields of HubOptions.
+
+    Returns:
+        The path of the output.
+
+    Raises:
+        UsageError: A pattern matches no stage.
+        LayoutError: The file holds no whole DeepEncoder.
+        OutputError: The output exists, or cannot be written.
+    """
+    path, where = Path(out), find_device(device)
+    page = load(Path(image)) if image is not None else None
+    check_target(path, False, 0, "save-activations")
+    with _opened(converted, hub_options, on_progress) as target:
+        encoder = load_staged_encoder(target, where)
+        chosen = list(sizes or default_sizes(target, where))
+        outputs: dict[str, LazyTensor] = {}
+        for done, size in enumerate(chosen, 1):
+            found = encoder.activations(image_pixels(page, size).to(where), torch.float32)
+            outputs |= {f"{size}.{name}": _written(found[name]) for name in _selected(found, stages)}
+            on_progress("activations", done, len(chosen))
+        metadata = _metadata(encoder, chosen, str(Path(image).name) if image is not None else "")
+        with output_errors(path), atomic_file(path, False) as fd:
+            write_safetensors(fd, outputs, metadata, lambda count: None)
+    return path
+
+
+def compare_activations(
+    converted: str | Path,
+    activations: str | Path,
+    *,
+    image: str | Path | None = None,
+    device: str = "auto",
+    on_progress: OnProgress = lambda what, done, total: None,
+    **hub_options: Any,
+) -> Verification:
+    """Compare another implementation's activations with those of a whole DeepEncoder.
+
+    Args:
+        converted: A file with the whole DeepEncoder that the other implementation ran.
+        activations: A safetensors file with any of the stages that `save_activations` writes, under the same names.
+        image: The image file that it ran on; the drawn page by default.
+        device: auto, cpu, cuda or cuda:N.
+        on_progress: Called with the stage, the work done and all work.
+        **hub_options: The fields of HubOptions.
+
+    Returns:
+        A verification with a check of the outputs for each size. One that fails names the first stage that departs.
+
+    Raises:
+        LayoutError: The file holds no whole DeepEncoder, or the activations are in no safetensors file.
+    """
+    where = find_device(device)
+    page = load(Path(image)) if image is not None else None
+    with (
+        _opened(converted, hub_options, on_progress) as target,
+        closing(open_checkpoint(activations, HubOptions(**hub_options))) as theirs,
+    ):
+        if set(theirs.containers) != {"safetensors"}:
+            raise LayoutError(f"{theirs.name}: expected activations in a safetensors file", "see docs/activations.md")
+        encoder, metadata = load_staged_encoder(target, where), header_metadata(theirs)
+        checks, traces = [check_weights(encoder, metadata)], list[Trace]()
+        found = _by_size(theirs, encoder)
+        for done, (size, stages) in enumerate(found.items(), 1):
+            tensors = _channels_first({name: read_tensor(info) for name, info in stages.items()}, metadata)
+            check, trace = compare_stages(encoder, image_pixels(page, size).to(where), tensors)
+            checks.append(check)
+            traces += [trace] if trace is not None else []
+            on_progress("activations", done, len(found))
+    if not found:
+        names = first_names([*theirs.contents])
+        detail = f"no stage in common: {theirs.name} has {names}; a stage is 640.sam_model.neck"
+        checks.append(Check(GROUP, "activations", FAILED, detail))
+    known = {f"{size}.{stage}" for size, stages in found.items() for stage in stages}
+    unknown = [name for name in theirs.contents if name not in known]
+    return Verification(
+        converted=str(converted),
+        source=str(activations),
+        family=target.family,
+        checks=checks,
+        reference=f"{type(encoder.model).__name__} of dsocr-convert {__version__}",
+        device=device_name(where),
+        environment=tool_versions(),
+        traces=traces,
+        notes=[f"{first_names(unknown)}: no stages, not compared"] if unknown and found else [],
+    )
+
+
+def _by_size(theirs: Checkpoint, encoder: StagedEncoder) -> dict[int, dict[str, TensorInfo]]:
+    """The stages by size, smallest first, as far as their names are known."""
+    known, found = set(encoder.stages), dict[int, dict[str, TensorInfo]]()
+    for name, tensor in theirs.contents.items():
+        size, _, stage = name.partition(".")
+        if re.fullmatch("[1-9][0-9]{1,3}", size) and int(size) % 64 == 0 and stage in known:
+            found.setdefault(int(size), {})[stage] = cast(TensorInfo, tensor)
+    return dict(sorted(found.items()))
+
+
+def _channels_first(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors with the axes of ours; metadata names those whose channels are last."""
+    marked = metadata.get("channels_last", "").split(",")
+    return {
+        name: tensor.permute(0, 3, 1, 2)
+        if name in CHANNELS_FIRST and tensor.ndim == 4 and ("all" in marked or name in marked)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _selected(found: Features, patterns: Sequence[str]) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise UsageError(f"--stages {pattern}: matches no stage", f"stages: {', '.join(found)}")
+    return [name for name in found if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _written(tensor: torch.Tensor) -> LazyTensor:
+    return Generated(FLOAT32, tuple(tensor.shape), partial(_float32_bytes, tensor.float().cpu()))
+
+
+def _float32_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(as_bytes(tensor))
+
+
+def _metadata(encoder: StagedEncoder, sizes: Sequence[int], image: str) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "tool": f"dsocr-convert {__version__}",
+        "torch": str(torch.__version__),
+        "encoder": type(encoder.model).__name__,
+        "sizes": ",".join(map(str, sizes)),
+        "image": image or "a drawn page with seeded noise",
+        "normalisation": "mean 0.5, std 0.5",
+        **({"mask": _MASK} if hasattr(encoder.model, "qwen2_model") else {}),
+        **encoder.digests,
+    }
+
+
+@contextmanager
+def _opened(converted: str | Path, hub_options: dict[str, Any], on_progress: OnProgress) -> Iterator[Converted]:
+    with closing(open_checkpoint(converted, HubOptions(**hub_options))) as source:
+        yield open_converted(source, on_progress)

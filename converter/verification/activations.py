@@ -1,0 +1,138 @@
+"""Activations of a whole DeepEncoder at named stages, for comparison with other implementations of it.
+
+docs/activations.md lists the stages.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from converter.errors import LayoutError
+from converter.tensors.evaluate import as_bytes, evaluate
+from converter.verification import pictures
+from converter.verification.deep_encoder import build_deep_encoder
+from converter.verification.families import FAMILIES, Family
+from converter.verification.inputs import Converted
+from converter.verification.outputs import Features, exact_float32, run_in
+from converter.verification.probes import Probe, ProbedEncoder
+from converter.verification.structure import check_loads
+
+PIXELS, OUTPUT, PROJECTOR = "pixels", "output", "projector"
+# Stages of shape [1, channels, rows, columns]; those of a port may have their channels last.
+CHANNELS_FIRST = (PIXELS, *(f"sam_model.{name}" for name in ("patch_embed.proj", "neck", "net_2", "net_3")))
+# Modules whose output is a stage, besides the probes of their family.
+_STAGES = {"sam": ("neck", "net_2", "net_3"), "clip": ("embeddings",), "qwen2": ("model.model.norm",)}
+# The parts of the weights that have a digest of their own: blocks, and single modules.
+_PART = re.compile(r"(.*?\.(?:layers|blocks)\.\d+|[^.]+\.[^.]+)")
+
+
+@dataclass(frozen=True)
+class StagedEncoder:
+    """A DeepEncoder whose activations are recorded."""
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]  # The file's tensors by DeepSeek-OCR's names, without `model.`
+    projector: tuple[Tensor, Tensor] | None  # Weight and bias; None if the file has none
+
+    def activations(self, pixels: Tensor, precision: torch.dtype, model: nn.Module | None = None) -> Features:
+        """Return the activations at all stages, in the order of computation.
+
+        Args:
+            pixels: The image (1, 3, size, size).
+            precision: The type to compute in.
+            model: A changed copy of the model, which is cast to the type; None for the model itself.
+        """
+        model = copy.deepcopy(self.model) if model is None else model
+        encoder = ProbedEncoder("", model, _stages(model), model, OUTPUT)
+        with exact_float32():
+            found = {PIXELS: pixels, **run_in(precision, encoder, pixels)}
+            if self.projector is not None:
+                weight, bias = (tensor.to(found[OUTPUT]) for tensor in self.projector)
+                found[PROJECTOR] = nn.functional.linear(found[OUTPUT], weight, bias)
+        return found
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of all stages."""
+        projector = [PROJECTOR] if self.projector is not None else []
+        return [PIXELS, *(probe.name for probe in _stages(self.model)), OUTPUT, *projector]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights in float32: of all, and of each part, such as a block."""
+        total, parts = hashlib.sha256(), dict[str, Any]()
+        for name, tensor in sorted(self.weights.items()):
+            match = _PART.match(name)
+            data = name.encode() + bytes(as_bytes(tensor.float().cpu()))
+            for digest in (total, parts.setdefault(match[1] if match else name, hashlib.sha256())):
+                digest.update(data)
+        return {"weights": total.hexdigest(), **{f"weights.{name}": each.hexdigest() for name, each in parts.items()}}
+
+
+def load_staged_encoder(target: Converted, device: torch.device) -> StagedEncoder:
+    """Load the whole DeepEncoder of a file; LayoutError if it holds less, or does not load."""
+    if len(target.encoders) < 2:
+        raise LayoutError(
+            f"{target.source.name}: holds {target.family.upper()} alone: activations are those of a whole DeepEncoder",
+            "assemble one with: dsocr-convert encoder --sam ... --clip ...",
+        )
+    encoders: dict[Family, Any] = {}
+    weights: dict[str, Tensor] = {}
+    for converted in target.encoders:
+        family = FAMILIES[converted.family]
+        state = {name: _loaded(evaluate(value, target.read), device) for name, value in converted.tensors.items()}
+        check, encoder = check_loads(family, state, {})
+        if encoder is None:
+            raise LayoutError(f"{target.source.name}: {check.detail}", "see what is wrong: dsocr-verify FILE --fast")
+        encoders[family] = encoder
+        weights |= {family.prefix + name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    try:
+        model = build_deep_encoder(encoders, device).model
+    except ValueError as error:
+        raise LayoutError(f"{target.source.name}: {error}") from None
+    return StagedEncoder(model, weights, _projector(target, device))
+
+
+def image_pixels(image: Image | None, size: int) -> Tensor:
+    """Return an image as pixels (1, 3, size, size); the drawn page has seeded noise, so that blank patches differ."""
+    if image is not None:
+        return pictures.pixels(image, size)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
+    return pictures.pixels(pictures.page(size), size) + 0.02 * noise
+
+
+def _loaded(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _projector(target: Converted, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    found = [
+        next((tensor for name, tensor in target.tensors.items() if name.endswith(f"projector.layers.{kind}")), None)
+        for kind in ("weight", "bias")
+    ]
+    weight, bias = found
+    if weight is None or bias is None or not weight.dtype.is_float:
+        return None
+    return target.read(weight).to(device), target.read(bias).to(device)
+
+
+def _stages(model: nn.Module) -> list[Probe]:
+    """The probes of all stages."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    probes = list[Probe]()
+    for family in FAMILIES.values():
+        if part := modules.get(family.prefix[:-1]):
+            probes += family.own_probes(part, family.prefix)
+            names = [family.prefix + name for name in _STAGES[family.name]]
+            probes += [Probe(name, modules[name]) for name in names if name in modules]
+    return probes
