@@ -306,7 +306,7 @@ def test_the_commands(first: tuple[Path, Any, Path], tmp_path: Path) -> None:
     done = verify("--save-activations", out, "--sizes", "128", "--stages", "output", "--device", "cpu")
     assert (done.returncode, done.stdout.strip()) == (0, str(out))
     done = verify("--activations", out, "--device", "cpu", "--quiet")
-    assert (done.returncode, done.stdout.strip()) == (0, "partly verified (outputs)")
+    assert (done.returncode, done.stdout.strip()) == (0, "partly verified (activations)")
     for options, words in (
         (("--activations", out, "--source", "x"), "--source: cannot be combined with --activations"),
         (("--stages", "output"), "--stages: is for --save-activations"),

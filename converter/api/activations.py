@@ -28,10 +28,10 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.activation_check import check_weights, compare_stages
 from converter.verification.activations import CHANNELS_FIRST, StagedEncoder, image_pixels, load_staged_encoder
 from converter.verification.inputs import Converted, open_converted
-from converter.verification.outputs import GROUP, Features
+from converter.verification.outputs import Features
 from converter.verification.pictures import load
 from converter.verification.record_check import header_metadata
-from converter.verification.result import FAILED, Check, Trace, Verification
+from converter.verification.result import ACTIVATIONS, FAILED, Check, Trace, Verification
 
 _MASK = "image tokens attend to all image tokens; query i attends to all image tokens and to queries up to i"
 
@@ -104,7 +104,7 @@ def compare_activations(
         **hub_options: The fields of HubOptions.
 
     Returns:
-        A verification with a check of the outputs for each size. One that fails names the first stage that departs.
+        A verification with a check for each size. One that fails names the first stage that departs.
 
     Raises:
         LayoutError: The file holds no whole DeepEncoder, or the activations are in no safetensors file.
@@ -129,7 +129,7 @@ def compare_activations(
     if not found:
         names = first_names([*theirs.contents])
         detail = f"no stage in common: {theirs.name} has {names}; a stage is 640.sam_model.neck"
-        checks.append(Check(GROUP, "activations", FAILED, detail))
+        checks.append(Check(ACTIVATIONS, "stages", FAILED, detail))
     known = {f"{size}.{stage}" for size, stages in found.items() for stage in stages}
     unknown = [name for name in theirs.contents if name not in known]
     return Verification(
@@ -139,6 +139,7 @@ def compare_activations(
         checks=checks,
         reference=f"{type(encoder.model).__name__} of dsocr-convert {__version__}",
         device=device_name(where),
+        dtype="float64",
         environment=tool_versions(),
         traces=traces,
         notes=[f"{first_names(unknown)}: no stages, not compared"] if unknown and found else [],

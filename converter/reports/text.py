@@ -85,7 +85,8 @@ def _text(words: str, style: str = "") -> Text:
 
 
 def _facts(verification: Verification) -> dict[str, str]:
-    source = f"{verification.source} (layout {verification.mapping})" if verification.source else "none given"
+    layout = f" (layout {verification.mapping})" if verification.mapping else ""
+    source = f"{verification.source}{layout}" if verification.source else "none given"
     facts = {
         "converted": verification.converted,
         "source": source,

@@ -6,13 +6,24 @@ import re
 from collections.abc import Sequence
 
 from converter.errors import first_names
-from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, REQUIRED, SKIPPED, WARNING, Check, Verification
+from converter.verification.result import (
+    ACTIVATIONS,
+    FAILED,
+    INCONCLUSIVE,
+    PASSED,
+    REQUIRED,
+    SKIPPED,
+    WARNING,
+    Check,
+    Verification,
+)
 
 GROUPS = {
     "structure": "Names, shapes and types match the target layout, and no weight is NaN or infinite.",
     "record": "The file is the one that its conversion record describes: SHA-256 of every tensor.",
     "bytes": "Every tensor equals its source tensors bit by bit, as the formats' own libraries read them.",
     "outputs": "The converted encoder computes the same features as the source's own implementation.",
+    ACTIVATIONS: "The activations of a port are those of the encoder, but for rounding.",
     REQUIRED: "The parts that --require names were done.",
 }
 # Verdicts have a sign and a colour, so that either is enough.

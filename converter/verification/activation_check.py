@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from converter.errors import first_names
 from converter.verification.activations import PIXELS, StagedEncoder
 from converter.verification.families import FAMILIES
-from converter.verification.outputs import GROUP, MARGIN, TOLERANCE_LIMIT, Features, distance
+from converter.verification.outputs import MARGIN, TOLERANCE_LIMIT, Features, distance
 from converter.verification.port_mistakes import PIXEL_MISTAKES, USUAL, Mistake, known_mistakes, with_mistakes
-from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Trace, TracePoint
+from converter.verification.result import ACTIVATIONS, FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Trace, TracePoint
 
 # Errors are multiplied by this if a mistake explains most, and not all of them.
 _MOST = 0.1
@@ -43,14 +43,16 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
         pixels: The image (1, 3, size, size).
         theirs: The other implementation's activations by stage, channels first as ours.
     """
-    name = f"activations at {pixels.shape[-1]} x {pixels.shape[-1]}"
+    name = f"at {pixels.shape[-1]} x {pixels.shape[-1]}"
     exact = encoder.activations(pixels, torch.float64)
     for stage in theirs:
         if theirs[stage].dtype not in _FLOATS:
-            return Check(GROUP, name, FAILED, f"{stage} is {theirs[stage].dtype}, expected a float type", [stage]), None
+            return Check(
+                ACTIVATIONS, name, FAILED, f"{stage} is {theirs[stage].dtype}, expected a float type", [stage]
+            ), None
         if theirs[stage].shape != exact[stage].shape:
             shapes = f"{list(theirs[stage].shape)}, expected {list(exact[stage].shape)}"
-            return Check(GROUP, name, FAILED, f"{stage} has shape {shapes}", [stage]), None
+            return Check(ACTIVATIONS, name, FAILED, f"{stage} has shape {shapes}", [stage]), None
     compared = _compared(encoder, pixels, exact, theirs)
     trace = Trace(name, [each.point for each in compared])
     departing = [each for each in compared if each.departs]
@@ -59,12 +61,14 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
     if departing:
         detail = _departure(departing, compared)
         cause = _cause(encoder, pixels, exact, theirs, compared)
-        return Check(GROUP, name, FAILED, f"{detail}; {cause}", [last.probe], figures), trace
+        return Check(ACTIVATIONS, name, FAILED, f"{detail}; {cause}", [last.probe], figures), trace
     detail = f"{len(compared)} of {len(exact)} stages agree; {last.probe}: relative error {last.error:.2g}, tolerance "
     detail += f"{last.tolerance:.2g}"
     if any(each.point.tolerance > TOLERANCE_LIMIT for each in compared):
-        return Check(GROUP, name, INCONCLUSIVE, f"no mistake would show in this type: {detail}", [], figures), trace
-    return Check(GROUP, name, PASSED, detail, figures=figures), trace
+        return Check(
+            ACTIVATIONS, name, INCONCLUSIVE, f"no mistake would show in this type: {detail}", [], figures
+        ), trace
+    return Check(ACTIVATIONS, name, PASSED, detail, figures=figures), trace
 
 
 def _compared(encoder: StagedEncoder, pixels: Tensor, exact: Features, theirs: Mapping[str, Tensor]) -> list[_Compared]:
@@ -169,10 +173,10 @@ def _between(order: Sequence[str], compared: Sequence[_Compared], first: str) ->
 def check_weights(encoder: StagedEncoder, metadata: Mapping[str, str]) -> Check:
     """Compare the digests of the weights in a file's metadata with those of the encoder."""
     if "weights" not in metadata:
-        return Check(GROUP, "weights", SKIPPED, "the file names no digest of the weights (docs/activations.md)")
+        return Check(ACTIVATIONS, "weights", SKIPPED, "the file names no digest of the weights (docs/activations.md)")
     if metadata["weights"] == encoder.digests["weights"]:
-        return Check(GROUP, "weights", PASSED, "activations of the same weights")
+        return Check(ACTIVATIONS, "weights", PASSED, "activations of the same weights")
     other = [name for name, digest in encoder.digests.items() if metadata.get(name) not in (None, digest)]
     parts = [name.removeprefix("weights.") for name in other if name != "weights"]
     names = f", in {first_names(parts)}" if parts else ""
-    return Check(GROUP, "weights", FAILED, f"the activations are of other weights{names}", parts)
+    return Check(ACTIVATIONS, "weights", FAILED, f"the activations are of other weights{names}", parts)

@@ -15,7 +15,7 @@ DONE, NOT_CHECKED = "done", "not checked"
 # The parts of a verification, each a group of checks. `verified` means that all of them were done.
 PARTS = ("structure", "bytes", "outputs")
 # Other groups of checks, which no verdict needs.
-RECORD, REQUIRED = "record", "required"
+RECORD, ACTIVATIONS, REQUIRED = "record", "activations", "required"
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,14 @@ class Verification:
 
     @property
     def done(self) -> list[str]:
-        """What was done, such as `structure` and `bytes by mine.yaml`; with a record also `record`."""
-        passed = any(check.group == RECORD and check.verdict == PASSED for check in self.checks)
+        """What was done, such as `structure` and `bytes by mine.yaml`; also `record` or `activations`."""
         parts = [f"{part.name} {part.qualifier}".rstrip() for part in self.parts if part.state == DONE]
-        return [*parts, *([RECORD] if passed else [])]
+        return [*parts, *(group for group in (RECORD, ACTIVATIONS) if self._passed(group))]
+
+    def _passed(self, group: str) -> bool:
+        """Whether a check of a group passed, and none was inconclusive."""
+        verdicts = {check.verdict for check in self.checks if check.group == group}
+        return PASSED in verdicts and INCONCLUSIVE not in verdicts
 
     @property
     def verdict(self) -> str:
