@@ -211,17 +211,19 @@ def projector() -> State:
 
 
 @pytest.mark.parametrize("out", ["pack.safetensors", "pack"])
-def test_an_encoder_is_written_as_a_pack(out: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [deepseek, deepseek_2], ids=["version 1", "version 2"])
+def test_an_encoder_is_written_as_a_pack(make: Callable[[], State], out: str, tmp_path: Path) -> None:
     """Byte for byte what a transpose by hand gives, in a file or a folder, and back."""
-    source = save(deepseek(), tmp_path / "model.safetensors")
+    source = save(make(), tmp_path / "model.safetensors")
     record = converter.encoder(source, to="mlx", out=tmp_path / out)
     assert (record.target, record.family) == ("mlx", "deepencoder")
     path = tmp_path / out / "model.safetensors" if out == "pack" else tmp_path / out
-    check_equal(safetensors.torch.load_file(path), to_mlx(deepseek()))
+    check_equal(safetensors.torch.load_file(path), to_mlx(make()))
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "mlx"
     converter.encoder(tmp_path / out, out=tmp_path / "back.safetensors")
-    check_equal(safetensors.torch.load_file(tmp_path / "back.safetensors"), deepseek())
+    check_equal(safetensors.torch.load_file(tmp_path / "back.safetensors"), make())
+    assert converter.verify(tmp_path / out, source, fast=True).ok
 
 
 def test_a_pack_has_the_projector_and_the_type_that_were_chosen(tmp_path: Path) -> None:
