@@ -49,6 +49,8 @@ class FolderFiles:
 
 
 _MAX_FILES = 10_000
+# Not that of a type, such as bf16.
+_NUMBER = re.compile(r"(?<![0-9])(?<!bf)(?<!fp)[0-9]+")
 # The first match is used.
 KINDS = (
     # By-products.
@@ -81,7 +83,7 @@ KINDS = (
         "tokenizer* vocab.json merges.txt special_tokens_map.json added_tokens.json chat_template*", "the tokenizer"
     ),
     FileKind("latest latest_* latest-*", "the name of the newest step"),
-    FileKind("zero_to_fp32.py", "DeepSpeed's script that gathers the weights"),
+    FileKind("zero_to_*.py", "DeepSpeed's script that gathers the weights"),
     FileKind("trainer_state.json logging.jsonl args.json *.tfevents* metrics.csv hparams.yaml", "logs and settings"),
     FileKind("*.py", "code"),
     FileKind("README.md *.md", "text"),
@@ -103,7 +105,7 @@ def list_folder(folder: Path, read: Collection[str] = ()) -> list[FolderFiles]:
     """
     groups: dict[str, list[Path]] = {}
     for path in islice(_files_in(folder), _MAX_FILES):
-        groups.setdefault(re.sub(r"[0-9]+", "*", str(path.relative_to(folder))), []).append(path)
+        groups.setdefault(_NUMBER.sub("*", str(path.relative_to(folder))), []).append(path)
     listed = [
         FolderFiles(
             printable(name if len(paths) > 1 else str(paths[0].relative_to(folder))),

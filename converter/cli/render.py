@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from converter.errors import first_names
-from converter.formats import torch_zip, torchscript
-from converter.output.names import fold_key_map, group_by_reason, overflow_warning
+from converter.formats import torch_dcp, torch_zip, torchscript
+from converter.output.names import fold_key_map, fold_layers, group_by_reason, overflow_warning
 
 if TYPE_CHECKING:
     from converter.api.inspect import Group, Inspection, MatchedLayout
@@ -20,7 +20,7 @@ _MAX_COLUMN_WIDTH = 100
 _VALUES = ("minimum", "mean", "maximum", "NaN, inf")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 # Containers that have a CRC-32 of every tensor.
-_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER)
+_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER, torch_dcp.CONTAINER)
 
 
 def size(nbytes: int) -> str:
@@ -105,7 +105,12 @@ def inspection(result: Inspection) -> Iterable[str]:
     total = sum(result.files.values())
     yield f"{result.source}: {', '.join(result.containers)}, {count(len(result.files), 'file')}, {size(total)}"
     if len(result.state_dicts) > 1 or "." not in result.state_dicts:
-        yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in result.state_dicts.items())
+        # The states of an optimizer are a dict for each tensor.
+        found = {
+            name: sum(map(result.state_dicts.__getitem__, each))
+            for name, each in fold_layers(result.state_dicts).items()
+        }
+        yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in found.items())
     dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
     yield f"{result.num_tensors} tensors, {size(result.nbytes)}: {dtypes}"
     if result.folder:

@@ -56,6 +56,8 @@ def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnP
     containers = dict(zip(source.files, source.containers, strict=True))
     readers: dict[SourceFile, Callable[[str, str], Tensor]] = {}
     for file, container in containers.items():
+        if isinstance(file, RemoteFile) and container == torch_dcp.CONTAINER:
+            raise UsageError(f"{source.name}: torch reads {container} from a whole folder alone", "add --download")
         if isinstance(file, RemoteFile) and container not in _IN_PLACE:
             file.fetch_all([(0, file.size)])
         with _plain_errors(container, file):
