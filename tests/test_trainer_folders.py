@@ -6,10 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import safetensors.torch
 import torch
 from hostile.dcp import write
+from test_docs import DOCS, under
+from walkthrough import check
 
 import converter
 from converter.checkpoint.file_kinds import describe
@@ -146,6 +149,30 @@ def test_inspect_tells_what_the_files_are(
     assert convert() == 3
     listed = json.loads(capsys.readouterr().out)["folder"]
     assert {entry["name"] for entry in listed} >= {"scheduler.pt", "rng_state_*.pth"}
+
+
+def test_the_recipes_of_the_docs(tmp_path: Path) -> None:
+    """docs/fine-tuned.md, on a tiny CLIP."""
+    state = {name: tensor.clone() for name, tensor in models.clip_hf_vision().state_dict().items()}
+    tuned = {n: t * 1.01 if "layers.1." in n or "layers.2." in n else t for n, t in state.items()}
+    for name, tensors in {"base": state, "runs/checkpoint-100": state, "runs/checkpoint-200": tuned}.items():
+        safetensors.torch.save_file(tensors, put(tmp_path / name, *BY_PRODUCTS[: name != "base"]) / "model.safetensors")
+    write(tmp_path / "titan" / "step-10", tuned | {"optimizer": {"a": torch.ones(1), "b": torch.ones(1)}})
+    for name in ("zero", "zero3"):
+        put(tmp_path / name, "zero_to_fp32.py")
+        (tmp_path / name / "latest").write_text("global_step20")
+        (tmp_path / name / "config.json").write_text("{}")
+        put(tmp_path / name / "global_step20", *ZERO_1)
+    torch.save({"module": tuned}, tmp_path / "zero" / "global_step20" / "mp_rank_00_model_states.pt")
+    put(tmp_path / "zero3" / "global_step20", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    put(tmp_path / "verl" / "global_step_3" / "actor", "model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt")
+    logs = put(tmp_path / "lightning_logs" / "version_0" / "checkpoints")
+    for name in ("epoch=0-step=10.ckpt", "last.ckpt"):
+        torch.save({"state_dict": {f"model.{key}": tensor for key, tensor in tuned.items()}}, logs / name)
+    page = DOCS / "fine-tuned.md"
+    headings = ("## Which checkpoint is read", "## Trainer, ms-swift, unsloth", "## FSDP and torchtitan: DCP folders")
+    for heading in (*headings, "## DeepSpeed", "## verl", "## Lightning"):
+        check(under(page, heading), tmp_path)
 
 
 @pytest.mark.parametrize(
