@@ -30,6 +30,7 @@ import requests
 import safetensors
 import safetensors.torch
 import torch
+from hostile.dcp import write as write_dcp
 from hubserver import Faults, HubServer, Repo, environment, hub_server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.jit.save(script, path / "clip.pt")
     models.clip_hf().save_pretrained(path / "clip", max_shard_size="100KB")
+    write_dcp(path / "dcp", models.sam_meta().state_dict())
     return path
 
 
@@ -81,10 +83,12 @@ def repos(made: Path) -> list[Repo]:
     sam |= {"several/a.pth": b"a", "several/b.pth": b"b", "config.json": b"{}"}
     clip: dict[str, Path | bytes] = {f"sharded/{file.name}": file for file in (made / "clip").iterdir()}
     clip["script/clip.pt"] = made / "clip.pt"
+    titan: dict[str, Path | bytes] = {f"step-10/{file.name}": file for file in (made / "dcp").iterdir()}
     kept = {"model.safetensors": made / "model.safetensors"}
     return [
         Repo("org/sam", sam, tags=("v1", PR, ODD)),
         Repo("org/clip.v1.0", clip),
+        Repo("org/titan", titan),
         Repo("org/gated", kept, gated=True, token="good"),
         Repo("org/private", kept, private=True, token="good"),
         Repo("org/hf-only", kept, hubs=("hf",)),
@@ -1154,3 +1158,15 @@ def test_the_real_hubs(family: str, source: str, tmp_path: Path) -> None:
     assert sum(record["fetched"].values()) <= 1.02 * record["nbytes"] + (2 << 20)
     with safetensors.safe_open(tmp_path / "out", "pt") as opened:
         assert opened.metadata()["commit"] == record["sources"][0]["commit"]
+
+
+def test_a_dcp_folder_below_the_top_of_a_repository(made: Path, server: HubServer, tmp_path: Path) -> None:
+    place = Place(tmp_path, server)
+    found = safetensors.torch.load_file(place.convert("sam", "hf://org/titan"))
+    wanted = converter.load(made / "sam_vit_b.pth", "sam")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert "read from its folder step-10" in place.said and "torch DCP: the CRC-32 of every tensor" in place.said
+    done = place.run("out", "--source", "hf://org/titan", "--fast", program="dsocr-verify")
+    assert done.returncode == 2 and "add --download" in done.stderr
+    done = place.run("out", "--source", "hf://org/titan", "--fast", "--download", program="dsocr-verify")
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from converter.errors import first_names
-from converter.formats import torch_dcp, torch_zip, torchscript
+from converter.formats import dcp_files, torch_zip, torchscript
 from converter.output.names import fold_key_map, fold_layers, group_by_reason, overflow_warning
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _MAX_COLUMN_WIDTH = 100
 _VALUES = ("minimum", "mean", "maximum", "NaN, inf")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 # Containers that have a CRC-32 of every tensor.
-_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER, torch_dcp.CONTAINER)
+_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER, dcp_files.CONTAINER)
 
 
 def size(nbytes: int) -> str:

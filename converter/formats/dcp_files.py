@@ -1,4 +1,5 @@
-"""Names of the files in a folder of torch.distributed.checkpoint (DCP)."""
+"""Names of a folder of torch.distributed.checkpoint (DCP), which are needed without its reader."""
 
+CONTAINER = "torch DCP"
 METADATA = ".metadata"
 SUFFIX = ".distcp"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
 from converter.formats import safetensors, torch_zip
+from converter.formats.dcp_files import CONTAINER as CONTAINER
 from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.pickle_reader import MAX_MEMORY, unpickle
 from converter.formats.pickle_values import Placeholder
@@ -28,31 +29,20 @@ from converter.tensors.dtypes import DType, unreadable
 from converter.tensors.lazy_tensor import LazyTensor, concatenated, lazy_read
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, contiguous_strides
 
-CONTAINER = "torch DCP"
-
 MAX_METADATA = 32 << 20  # bytes of `.metadata`; a chunk takes about 165
 MAX_RATIO = 32  # of the memory of its values, as the pickle reader estimates it, to its size; real ones have 27
 
-_METADATA_MODULE, _SHARDED = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
-# The classes of `.metadata`. Objects of other classes are ignored.
-_CLASSES = {
-    **dict.fromkeys(
-        (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        _METADATA_MODULE,
-    ),
-    "_StorageInfo": "torch.distributed.checkpoint.filesystem",
-}
+_METADATA, _SHARDED = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
+# The classes of `.metadata` by module, and their names in messages. Objects of other classes are ignored.
 _GLOBALS = {
-    **{(module, name): name for name, module in _CLASSES.items()},
+    **{
+        (_METADATA, name): name
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+            *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        )
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "_StorageInfo",
     # Before torch 2.2.
     (_SHARDED, "TensorProperties"): "TensorProperties",
     (_SHARDED, "MEM_FORMAT_ENCODING"): "_MEM_FORMAT_ENCODING",
@@ -165,7 +155,7 @@ class _Reader:
             key, place = self._fields(index, "MetadataIndex"), self._fields(info, "_StorageInfo")
             name, offsets = key.get("fqn"), key.get("offset")
             if type(name) is not str or len(name) > MAX_NAME:
-                raise self._damaged("a name that is none")
+                raise self._damaged("an impossible name")
             yield (name, str(offsets and self._sizes(offsets, f"offsets of {name!r}"))), self._place(name, place)
 
     def _place(self, name: str, place: dict[Any, Any]) -> _Place:
@@ -190,7 +180,7 @@ class _Reader:
     def _path(self, name: Any, paths: Any) -> Sequence[Any]:
         """The keys of a tensor in the state dict that was saved."""
         if type(name) is not str or len(name) > MAX_NAME:
-            raise self._damaged("a name that is none")
+            raise self._damaged("an impossible name")
         path = paths.get(name, (name,)) if type(paths) is dict else (name,)
         if type(path) is not tuple or not 0 < len(path) <= MAX_DEPTH or {type(key) for key in path} - {str, int}:
             raise self._damaged(f"impossible keys of {name!r}")

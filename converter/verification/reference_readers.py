@@ -17,7 +17,7 @@ from torch import Tensor
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import state_dicts
 from converter.errors import ContainerError, DsocrError, UsageError
-from converter.formats import dcp_files, registry, torch_dcp
+from converter.formats import dcp_files, registry
 from converter.hub.remote_file import RemoteFile
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
@@ -56,7 +56,7 @@ def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnP
     containers = dict(zip(source.files, source.containers, strict=True))
     readers: dict[SourceFile, Callable[[str, str], Tensor]] = {}
     for file, container in containers.items():
-        if isinstance(file, RemoteFile) and container == torch_dcp.CONTAINER:
+        if isinstance(file, RemoteFile) and container == dcp_files.CONTAINER:
             raise UsageError(f"{source.name}: torch reads {container} from a whole folder alone", "add --download")
         if isinstance(file, RemoteFile) and container not in _IN_PLACE:
             file.fetch_all([(0, file.size)])
@@ -97,7 +97,7 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
         module = torch.jit.load(file.path, map_location="cpu")  # type: ignore[no-untyped-call]
         # By attribute: state_dict() leaves out the buffers of torch 1.4, which does not list them.
         return lambda path, key: operator.attrgetter(key)(module)
-    if container == torch_dcp.CONTAINER:
+    if container == dcp_files.CONTAINER:
         return _open_dcp(Path(file.path).parent)
     if container == "GGUF":
         read = _gguf_reader(file.path)

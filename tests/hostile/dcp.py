@@ -318,8 +318,8 @@ def refused() -> Iterator[tuple[str, Build, tuple[str, ...]]]:
         yield name, described(functools.partial(_planned, path)), (KEY, "keys of")
     yield "a tensor in a tensor", described(_in_tensor), (KEY,)
     yield "a cycle", described(_cyclic), ("expected an object of TensorStorageMetadata",)
-    yield "a long name", described(lambda m: m.state_dict_metadata.update({"x" * 20_000: 1})), ("a name that is none",)
-    yield "a name that is a number", described(lambda m: m.state_dict_metadata.update({7: 1})), ("a name that is none",)
+    yield "a long name", described(lambda m: m.state_dict_metadata.update({"x" * 20_000: 1})), ("an impossible name",)
+    yield "a name that is a number", described(lambda m: m.state_dict_metadata.update({7: 1})), ("an impossible name",)
     steers = "\x1b[2J\n::error::"
     yield "a name that steers terminals", described(lambda m: m.state_dict_metadata.update({steers: 1})), damaged
     yield "an optimizer alone", functools.partial(write, value={"optim": {"x": torch.ones(2)}}), ("an optimizer alone",)
