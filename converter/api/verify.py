@@ -72,8 +72,9 @@ def verify(
 
     Args:
         converted: A file that `convert` or `encoder` wrote.
-        source: The checkpoint it was converted from. Several by what they supplied: sam, clip, compressor (also
-            random:SEED), fill-from, into, lora; `source` for all else. Without it, bytes and outputs are not compared.
+        source: The checkpoint it was converted from. Several by what they supplied: sam, clip, qwen2, compressor
+            and queries (also random:SEED), fill-from, into, lora; `source` for all else. Without it, bytes and outputs
+            are not compared.
         record: The conversion record (.json) that was written with it.
         mapping: The mapping file that `convert` was given.
         state_dict: The state dict of the source that `convert` was given.

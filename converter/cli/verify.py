@@ -40,7 +40,7 @@ class VerifyOptions:
             "-s",
             metavar="[ROLE=]SOURCE",
             help="The checkpoint that it was converted from. Several with what they supplied: sam=, clip=, "
-            "compressor= (also random:SEED), fill-from=, into=, lora=.",
+            "qwen2=, compressor= and queries= (also random:SEED), fill-from=, into=, lora=.",
         ),
     ] = None
     record: Annotated[
