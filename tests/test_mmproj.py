@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import closing
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from hostile import ggufs
-from inventories import mmproj_name
+from inventories import inventories, mmproj_name, sparse
 from test_mlx import State, check_equal, deepseek, deepseek_2, save
 
 import converter
-from converter.errors import LayoutError
+from converter.assembly.arrange import arrange
+from converter.assembly.mmproj import make_header
+from converter.assembly.parts import extract_encoder
+from converter.checkpoint.open import open_checkpoint
+from converter.errors import DsocrError, LayoutError, UsageError
 from converter.layouts import registry
 
 PROJECTOR = (
@@ -101,3 +113,250 @@ def test_quantised_parts_are_refused_only_where_they_are_needed(tmp_path: Path) 
     converter.convert(tmp_path / "mmproj.gguf", "sam", out=tmp_path / "sam.safetensors")
     with pytest.raises(LayoutError, match=r"quantised weights \(Q8_0\).*attn_out.*\n.*dequantise"):
         converter.convert(tmp_path / "mmproj.gguf", "clip", out=tmp_path / "clip.safetensors")
+
+
+# ---- writing
+
+GGML = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# llama.cpp takes these from the names of folders and from a README.
+GUESSED = [f"general.{key}" for key in ["name", "basename", "version", "size_label", "license", "tags", "languages"]]
+HALF = [0.5, 0.5, 0.5]
+SAM_CONFIG = {"downsample_channels": [512, 1024], "heads": 12, "layers": 12, "width": 768}
+CLIP_CONFIG = {"heads": 16, "image_size": 224, "layers": 24, "patch_size": 14, "width": 1024}
+ARCHITECTURES = {"deepseek-ocr": "DeepseekOCRForCausalLM", "deepseek-ocr-2": "DeepseekOCR2ForCausalLM"}
+MODELS = {"deepseek-ocr": deepseek, "deepseek-ocr-2": deepseek_2}
+
+
+def config(model: str, **vision: Any) -> dict[str, Any]:
+    """The config of DeepSeek's checkpoint, as far as llama.cpp reads it, with other values in vision_config."""
+    second = {"clip-l-14-224": CLIP_CONFIG} if model == "deepseek-ocr" else {"qwen2-0-5b": {"dim": 896}}
+    vision = {"image_size": 1024, "mlp_ratio": 3.7362, "width": {**second, "sam_vit_b": SAM_CONFIG}} | vision
+    return {"architectures": [ARCHITECTURES[model]], "hidden_size": 32, "vision_config": vision}
+
+
+PROCESSOR = {"image_mean": HALF, "image_std": HALF}
+
+
+def folder(
+    path: Path,
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    configs: dict[str, Any] | None = None,
+) -> Path:
+    """A tiny checkpoint, with the configs of DeepSeek's."""
+    path.mkdir()
+    save(
+        {name: tensor.to(dtype) for name, tensor in with_projector(MODELS[model]()).items()}, path / "model.safetensors"
+    )
+    configs = {"config.json": config(model), "processor_config.json": PROCESSOR} if configs is None else configs
+    for name, content in configs.items():
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+def write(source: Path, out: Path, **options: Any) -> Path:
+    converter.encoder(source, with_projector=True, out=out, **options)
+    return out
+
+
+@cache
+def table(model: str) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a checkpoint of true size: tensors and keys."""
+    text = gzip.decompress((Path(__file__).parent / "data" / "mmproj.json.gz").read_bytes())
+    return dict(json.loads(text)[model])
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], str, bytes]]]:
+    """Keys with types and values, and tensors, as the package gguf reads them."""
+    reader = pytest.importorskip("gguf").GGUFReader(path)
+    keys = {
+        key: [field.types[0].name, field.contents()]
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.") and key not in GUESSED
+    }
+    return keys, {t.name: (t.shape.tolist(), t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("dtype", GGML)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_mmproj_has_llama_cpps_names_types_and_keys(model: str, dtype: str, tmp_path: Path) -> None:
+    out = write(folder(tmp_path / "in", model), tmp_path / "mmproj.gguf", dtype=dtype)
+    keys, tensors = read(out)
+    expected, column = table(model), 1 + list(GGML).index(dtype)
+    file_type = {"float32": 0, "float16": 1, "bfloat16": 32}[dtype]
+    small = {"general.file_type": ["UINT32", file_type], "clip.vision.projection_dim": ["UINT32", 32]}
+    assert keys == expected["keys"] | small
+    state = to_mmproj(with_projector(MODELS[model]()))
+    assert tensors.keys() == state.keys()
+    for name, (shape, kind, data) in tensors.items():
+        assert (kind, len(shape)) == (expected["tensors"][name][column], len(expected["tensors"][name][0])), name
+        value = state[name].to({ours: getattr(torch, torchs) for torchs, ours in GGML.items()}[kind])
+        assert shape == list(reversed(value.shape))
+        assert data == bytes(value.contiguous().flatten().view(torch.uint8).tolist()), name
+    assert converter.verify(out, tmp_path / "in", fast=True).ok
+
+
+@pytest.mark.parametrize("dtype", GGML)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_mmproj_of_true_size_has_the_tensors_of_the_table(model: str, dtype: str, tmp_path: Path) -> None:
+    source = sparse(tmp_path / "model.safetensors", inventories()[model])
+    with closing(open_checkpoint(source)) as opened:
+        parts = extract_encoder(opened, with_projector=True)
+        outputs = arrange(parts, "mmproj", "", dtype).outputs
+        keys = make_header(parts, dtype).keys
+    column = 1 + list(GGML).index(dtype)
+    assert {name: [list(value.shape[::-1]), GGML[value.dtype.name]] for name, value in outputs.items()} == {
+        name: [entry[0], entry[column]] for name, entry in table(model)["tensors"].items()
+    }
+    # Without a config, the values are DeepSeek's.
+    assert keys.keys() - {"general.file_type"} == table(model)["keys"].keys()
+    for key, (_, value) in table(model)["keys"].items():
+        assert keys[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_without_dtype_the_matrices_keep_their_type(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", "deepseek-ocr", dtype)
+    _, tensors = read(write(source, tmp_path / "mmproj.gguf"))
+    assert tensors["v.blk.0.attn_qkv.weight"][1] == kind
+    assert tensors["v.sam.patch_embd.weight"][1] == ("F16" if kind == "F16" else "F32")
+    # A file of llama.cpp keeps its own, too.
+    again = write(tmp_path / "mmproj.gguf", tmp_path / "again.gguf")
+    assert read(again)[1] == tensors
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "another mean in processor_config.json": (
+        {"processor_config.json": {"image_mean": [0.25, 0.5, 0.75], "image_std": [1, 1, 1]}},
+        {"clip.vision.image_mean": [0.25, 0.5, 0.75], "clip.vision.image_std": [1.0, 1.0, 1.0]},
+    ),
+    "one in an object": (
+        {"processor_config.json": {"image_processor": {"image_mean": [0.25] * 3, "image_std": HALF}}},
+        {"clip.vision.image_mean": [0.25] * 3},
+    ),
+    "one in preprocessor_config.json": (
+        {"preprocessor_config.json": {"image_mean": [0.25] * 3, "image_std": HALF}},
+        {"clip.vision.image_mean": [0.25] * 3},
+    ),
+    "in both files": (
+        {"preprocessor_config.json": {"image_mean": [0.75] * 3, "image_std": HALF}, "processor_config.json": PROCESSOR},
+        {"clip.vision.image_mean": HALF},
+    ),
+    "more image tokens": (
+        {"processor_config.json": {**PROCESSOR, "image_seq_length": 64}},
+        {"clip.vision.projector.scale_factor": 2},
+    ),
+    "Unlimited-OCR": (
+        {"config.json": {**config("deepseek-ocr"), "architectures": ["UnlimitedOCRForCausalLM"]}},
+        {"clip.vision.preproc_max_tiles": 32},
+    ),
+    "other sizes": (
+        {
+            "config.json": config(
+                "deepseek-ocr",
+                window_size=7,
+                layer_norm_eps=1e-5,
+                width={
+                    "clip-l-14-224": {"heads": 8, "image_size": 56, "layers": 3, "patch_size": 14, "width": 64},
+                    "sam_vit_b": {"heads": 2, "layers": 3, "width": 24},
+                },
+            )
+        },
+        {
+            "clip.vision.attention.head_count": 8, "clip.vision.feed_forward_length": 32,
+            "clip.vision.block_count": 3, "clip.vision.embedding_length": 64, "clip.vision.window_size": 7,
+            "clip.vision.attention.layer_norm_epsilon": 1e-5, "clip.vision.sam.head_count": 2,
+            "clip.vision.sam.block_count": 3, "clip.vision.sam.embedding_length": 24, "clip.vision.image_size": 56,
+        },
+    ),
+    "no config": (
+        {},
+        {"clip.vision.block_count": 3, "clip.vision.attention.head_count": 16, "clip.vision.image_mean": HALF},
+    ),
+    "values that are no sizes": (
+        {"config.json": {"vision_config": {"image_size": -1, "patch_size": 2**40, "width": [1], "heads": True}}},
+        {"clip.vision.image_size": 224, "clip.vision.patch_size": 14, "clip.vision.attention.head_count": 16},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_come_from_the_configs(name: str, tmp_path: Path) -> None:
+    configs, values = CONFIGS[name]
+    source = folder(tmp_path / "in", "deepseek-ocr", configs=configs)
+    record = converter.encoder(source, with_projector=True, out=tmp_path / "mmproj.gguf")
+    keys, _ = read(tmp_path / "mmproj.gguf")
+    assert {key: keys[key][1] for key in values} == {
+        key: pytest.approx(value) if isinstance(value, float) else value for key, value in values.items()
+    }
+    # The record says which file states a value.
+    changed = {key for key in values if record.assumptions.get(key) and name not in ("no config", "in both files")}
+    stated = {key for key in changed if record.assumptions[key].value != record.assumptions[key].expected}
+    assert all(record.assumptions[key].origin in configs for key in stated)
+    assert any(note.startswith("llama.cpp's header: ") for note in record.notes)
+
+
+def test_overflow_of_float16_is_counted(tmp_path: Path) -> None:
+    state = with_projector(deepseek())
+    state["model.vision_model.transformer.layers.0.mlp.fc1.weight"][0, :3] = 1e6
+    state["model.vision_model.transformer.layers.0.mlp.fc1.bias"][:3] = 1e6
+    save(state, tmp_path / "model.safetensors")
+    record = converter.encoder(
+        tmp_path / "model.safetensors", with_projector=True, out=tmp_path / "mmproj.gguf", dtype="float16"
+    )
+    assert record.overflows == {"v.blk.0.ffn_up.weight": 3}
+
+
+def test_what_is_not_written(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "in", "deepseek-ocr"), tmp_path / "mmproj.gguf"
+    bare = save(deepseek(), tmp_path / "bare.safetensors")
+
+    def refused(run: Callable[..., object], *arguments: object, **options: object) -> DsocrError:
+        with pytest.raises((UsageError, LayoutError)) as caught:
+            run(*arguments, out=out, **options)
+        return caught.value
+
+    without = refused(converter.encoder, source)
+    assert "includes the projector" in without.message and "--with-projector" in without.hint
+    lacking = refused(converter.encoder, bare, with_projector=True)
+    assert "holds no projector.layers.weight" in lacking.message and "deepseek-ai/DeepSeek-OCR" in lacking.hint
+    assert "encoder SOURCE --with-projector" in refused(converter.convert, source, "sam").hint
+    assert (
+        "--output in .gguf" in refused(converter.encoder, source, with_projector=True, to="mmproj", format="pth").hint
+    )
+    assert "--output in .safetensors" in refused(converter.encoder, source, with_projector=True, to="mlx").hint
+    assert not out.exists()
+
+
+def test_a_damaged_mmproj_is_not_verified(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", "deepseek-ocr", torch.bfloat16)
+    record = tmp_path / "record.json"
+    out = write(source, tmp_path / "mmproj.gguf", record=record)
+    assert converter.verify(out, source, record=record, fast=True).ok
+    with closing(open_checkpoint(out)) as opened:
+        offset = opened.contents["v.blk.0.attn_qkv.weight"].storage.offset
+    data = bytearray(out.read_bytes())
+    data[offset] ^= 1
+    out.write_bytes(data)
+    for options in ({"record": record}, {}):
+        failed = [
+            check for check in converter.verify(out, source, fast=True, **options).checks if check.verdict == "failed"
+        ]
+        assert failed and all("attn_qkv" in str(check) for check in failed)
+
+
+ORACLE = os.environ.get("CONVERT_HF_TO_GGUF") or shutil.which("convert-hf-to-gguf")
+
+
+@pytest.mark.skipif(not ORACLE, reason="llama.cpp's converter is not installed (convert-hf-to-gguf)")
+@pytest.mark.parametrize("dtype", GGML)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_byte_and_key_is_llama_cpps(model: str, dtype: str, tmp_path: Path) -> None:
+    """Lines of its conversion/deepseek.py that name DSPARK constants have to be removed: its gguf lacks them."""
+    source = folder(tmp_path / "in", model, torch.bfloat16)
+    kind = GGML[dtype].lower()
+    command = [ORACLE, source, "--mmproj", "--outtype", kind, "--outfile", tmp_path / "theirs.gguf"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    ours, theirs = read(write(source, tmp_path / "ours.gguf", dtype=dtype)), read(tmp_path / "theirs.gguf")
+    assert ours[0] == theirs[0]
+    assert ours[1] == theirs[1]

@@ -10,7 +10,7 @@ from typing import Any
 from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.sources import open_sources
-from converter.errors import first_names
+from converter.errors import UsageError, first_names
 from converter.options import split_options
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
 from converter.output.record import ConversionRecord, Destination, make_plan_record
@@ -65,6 +65,11 @@ def convert(
     check_options(convert_options)
     is_folder = out is not None and is_folder_output(Path(out), convert_options.layout)
     format = format_for(None if is_folder else out, format)
+    if format == "gguf":
+        raise UsageError(
+            "GGUF is written for llama.cpp, which reads whole encoders with a projector",
+            "run: dsocr-convert encoder SOURCE --with-projector -o mmproj.gguf",
+        )
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
     with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor):

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.assembly.arrange import LAYOUTS, arrange
+from converter.assembly.arrange import FORMATS, LAYOUTS, arrange
 from converter.assembly.host import Host, check_output_name, extract_shared, open_host
 from converter.assembly.insert import insertion_output, plan_insertion
+from converter.assembly.mmproj import NO_HEADER, make_header, matrix_dtype
 from converter.assembly.parts import EncoderParts, build_encoder, encoder_record, extract_encoder
+from converter.assembly.projector import WITHOUT_PROJECTOR
 from converter.checkpoint.adapter import with_adapter
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.checkpoint.sources import lora_files
@@ -74,12 +76,13 @@ def encoder(
         with_projector: Also extract the projector, view_seperator and, of DeepSeek-OCR, image_newline from `source`;
             from GOT-OCR2 and Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
-        to: "mlx" for the names and axes of mlx-vlm; DeepSeek-OCR's by default.
+        to: "mlx" for the names and axes of mlx-vlm, "mmproj" for llama.cpp's names, types and header; by default
+            DeepSeek-OCR's, or mmproj in the format gguf.
         into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
             folder or a file. Shards, index, order of names, types and all other files are kept.
         out: The output; `deepencoder.<format>` by default, required with `into`.
-        dtype: keep, float32, float16 or bfloat16.
-        format: safetensors or pth; by the suffix of `out` by default.
+        dtype: keep, float32, float16 or bfloat16; of an mmproj, the type of its matrices.
+        format: safetensors, pth or gguf; by the suffix of `out` by default.
         force: Replace an existing output.
         dry_run: Plan, and write nothing.
         record: Files for the conversion record (.json) or a model card (.md).
@@ -114,9 +117,11 @@ def encoder(
         _refuse("needs --sam", compressor=compressor)
     if source is None and qwen2 is None:
         _refuse("needs --qwen2", queries=queries)
-    format = format_for(None if into is not None or _is_folder(out, to) else out, format)
-    if to and format != "safetensors":
-        raise UsageError(f"--to {to}: is read from safetensors, not {format}", "end --output in .safetensors")
+    implied = FORMATS.get(to) if out is None else None
+    format = format_for(None if into is not None or _is_folder(out, to) else out, format or implied)
+    to = to or ("mmproj" if format == "gguf" else "")
+    if to:
+        _check_layout(to, format, with_projector)
     destination = Destination(Path(out or f"{to or 'deepencoder'}.{format}"), format, dtype)
     files, hub = RecordFiles(record), HubOptions(**hub_options)
     with ExitStack() as stack:
@@ -147,6 +152,18 @@ def encoder(
             sources = parts.sources
             made, output = _new_output(parts, to, add_prefix, destination)
         return made if dry_run else write(output, made, sources, files, force, on_progress)
+
+
+def _check_layout(layout: str, format: str, with_projector: bool) -> None:
+    """UsageError for a format or a part that another program does not read."""
+    if format != FORMATS[layout]:
+        raise UsageError(
+            f"--to {layout}: is read from {FORMATS[layout]}, not {format}", f"end --output in .{FORMATS[layout]}"
+        )
+    if layout == "mmproj" and not with_projector:
+        raise UsageError(
+            "llama.cpp's mmproj (GGUF) includes the projector", f"add --with-projector; {WITHOUT_PROJECTOR}"
+        )
 
 
 def _extracted(source: Checkpoint, host: Host | None, with_projector: bool, prefix: str | None) -> EncoderParts:
@@ -207,10 +224,13 @@ def _new_output(
 ) -> tuple[ConversionRecord, Output]:
     """Plan a file or folder of the encoder alone; its metadata says what is untrained."""
     outputs, names, _ = arrange(parts, layout, prefix, destination.dtype)
-    target = layout or "deepencoder"
-    record = encoder_record(parts, names, outputs, destination, sources=parts.sources, target=target)
+    target, header = layout or "deepencoder", NO_HEADER
+    if layout == "mmproj":
+        header = make_header(parts, matrix_dtype(outputs))
+    record = encoder_record(parts, names, outputs, destination, parts.sources, header.remarks, target=target)
+    record = replace(record, assumptions=record.assumptions | header.origins)
     documents: dict[str, bytes] | None = {} if _is_folder(destination.path, layout) else None
-    return record, make_output(outputs, record, record.metadata() | parts.untrained, documents)
+    return record, make_output(outputs, record, record.metadata() | parts.untrained, documents, keys=header.keys)
 
 
 def _is_folder(out: str | Path | None, layout: str) -> bool:

@@ -10,17 +10,18 @@ from converter.assembly.additions import ADDITIONS
 from converter.assembly.arrange import LAYOUTS, arrange
 from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
+from converter.assembly.mmproj import matrix_dtype
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
-from converter.assembly.projector import find_projector
+from converter.assembly.projector import LLAMA_CPP, find_projector
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.layouts.spec import Rule
-from converter.plan.plan import Plan, sort_outputs
+from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import LazyTensor, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, Expected, Origin, own_tensors
 from converter.verification.reference_readers import Reader, open_independently
@@ -55,7 +56,7 @@ def plan_whole_encoder(
         return _expected_insertion(target, sources, open_file, encoder_prefix, on_progress)
     first = target.encoders[0]
     prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
-    with_projector = prefix + _PROJECTOR in target.tensors
+    with_projector = not {prefix + _PROJECTOR, LLAMA_CPP[_PROJECTOR]}.isdisjoint(target.tensors)
     if "source" in sources:
         parts = extract_encoder(open_file(sources["source"]), with_projector, encoder_prefix, families)
     else:
@@ -63,12 +64,19 @@ def plan_whole_encoder(
     check_not_itself(target, parts.sources)
     layout = target.layout if target.layout in LAYOUTS else ""
     arranged = arrange(parts, layout, prefix, "keep")
-    dtype = infer_dtype(arranged.outputs, target.tensors)
-    outputs, values = sort_outputs(arranged.outputs, dtype), sort_outputs(parts.tensors, dtype)
+    is_mmproj = layout == "mmproj"
+    dtype = matrix_dtype(target.tensors) if is_mmproj else infer_dtype(arranged.outputs, target.tensors)
+    outputs = arrange(parts, layout, prefix, dtype).outputs
+    values = {name: _like(value, outputs, arranged.names.get(name)) for name, value in parts.tensors.items()}
     plans = {
         family: ResolvedPlan(detected, _with_outputs(plan, values)) for family, (detected, plan) in parts.plans.items()
     }
     return _expected(plans, outputs, arranged.rules, parts.sources, on_progress)
+
+
+def _like(value: LazyTensor, outputs: Mapping[str, LazyTensor], names: Sequence[str] | None) -> LazyTensor:
+    """A tensor of the encoder in the type in which it is written."""
+    return cast(value, outputs[names[0]].dtype.name) if names and value.dtype.is_float else value
 
 
 def _expected(

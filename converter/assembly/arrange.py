@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from converter.assembly.mmproj import as_stored, typed
 from converter.assembly.parts import EncoderParts
+from converter.assembly.projector import LLAMA_CPP
 from converter.layouts import registry
 from converter.layouts.spec import Rule
 from converter.plan.plan import sort_outputs
@@ -14,7 +16,9 @@ from converter.tensors.lazy_tensor import LazyTensor
 
 # The other programs. The layouts are those of the families, such as sam-mlx; the names are those of the projector's
 # tensors that differ from DeepSeek's.
-LAYOUTS = {"mlx": {"view_seperator": "view_separator"}}
+LAYOUTS = {"mlx": {"view_seperator": "view_separator"}, "mmproj": LLAMA_CPP}
+# The formats of their files.
+FORMATS = {"mlx": "safetensors", "mmproj": "gguf"}
 
 
 class Arranged(NamedTuple):
@@ -38,6 +42,8 @@ def arrange(parts: EncoderParts, layout: str, prefix: str, dtype: str) -> Arrang
         MappingError: The encoder lacks tensors of the layout.
     """
     arranged = _in_layout(parts, layout) if layout else _under_prefix(parts, prefix)
+    if layout == "mmproj":
+        return arranged._replace(outputs=typed(arranged.outputs, dtype))
     return arranged._replace(outputs=sort_outputs(arranged.outputs, dtype))
 
 
@@ -70,6 +76,7 @@ def _in_layout(parts: EncoderParts, layout: str) -> Arranged:
             if new and name in made.canonical_tensors
         )
     names = {name: LAYOUTS[layout].get(name, name) for name in parts.projector}
-    arranged.outputs.update((new, parts.projector[name]) for name, new in names.items())
+    shaped = as_stored(parts.projector) if layout == "mmproj" else parts.projector
+    arranged.outputs.update((new, shaped[name]) for name, new in names.items())
     arranged.names.update((name, [new]) for name, new in names.items())
     return arranged

@@ -11,7 +11,18 @@ from converter.plan.planner import ResolvedPlan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, reshaped
 from converter.tensors.tensor_info import TensorInfo
 
-# The tensors between encoder and language model in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp's DeepSeek-OCR:
+WITHOUT_PROJECTOR = (
+    "where an encoder has no projector, as llama.cpp needs: put it into a checkpoint that has one, such as "
+    "deepseek-ai/DeepSeek-OCR, with --into, and take both from that"
+)
+# The tensors between encoder and language model in DeepSeek-OCR, and their names in llama.cpp's mmproj.
+LLAMA_CPP = {
+    "projector.layers.weight": "mm.model.fc.weight",
+    "projector.layers.bias": "mm.model.fc.bias",
+    "image_newline": "v.image_newline",
+    "view_seperator": "v.view_seperator",
+}
+# Such tensors in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp's DeepSeek-OCR:
 # their own names (misspelling included) -> transformers' or llama.cpp's names.
 _PROJECTORS = (
     {
@@ -24,12 +35,7 @@ _PROJECTORS = (
         "mm_projector_vary.weight": "multi_modal_projector.multimodal_projector.weight",
         "mm_projector_vary.bias": "multi_modal_projector.multimodal_projector.bias",
     },
-    {
-        "projector.layers.weight": "mm.model.fc.weight",
-        "projector.layers.bias": "mm.model.fc.bias",
-        "image_newline": "v.image_newline",
-        "view_seperator": "v.view_seperator",
-    },
+    LLAMA_CPP,
 )
 # Those of them that models lack, by the family of the last encoder.
 _ABSENT = {"qwen2": "image_newline"}
@@ -54,7 +60,10 @@ def read_projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dic
     absent = _ABSENT.get(list(plans)[-1])
     missing = [name for name, tensor in found.items() if tensor is None and name != absent]
     if missing:
-        raise LayoutError(f"{source.name}: --with-projector: holds no {', '.join(missing)}", "leave the option out")
+        raise LayoutError(
+            f"{source.name}: --with-projector: holds no {', '.join(missing)}",
+            f"leave the option out; {WITHOUT_PROJECTOR}",
+        )
     for tensor in found.values():
         if tensor is not None and not tensor.dtype.is_float:
             raise LayoutError(

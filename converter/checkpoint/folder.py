@@ -25,7 +25,7 @@ STANDARD_NAMES = (
 # The LoRA adapter that PEFT writes, and the encoder and projector that ms-swift's lora_llm writes next to it.
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 SWIFT_ENCODER = "vit.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".gguf")
 _INDEX = re.compile(r"(.+)\.index(\.[\w-]+)?\.json")
 # Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
 # such a file even where other checkpoints are in the folder.
@@ -92,6 +92,11 @@ def is_dcp(names: Iterable[str]) -> bool:
     return is_part and not found.intersection(STANDARD_NAMES)
 
 
+def _is_port(name: str) -> bool:
+    """Return whether a file is one of llama.cpp, which is made of other weights: those are preferred."""
+    return name.lower().endswith(".gguf")
+
+
 def holds_checkpoint(names: Collection[str]) -> bool:
     """Return whether a folder has a checkpoint, or a part of one, by the names of its files."""
     return is_dcp(names) or any(map(is_checkpoint, names))
@@ -110,7 +115,7 @@ def is_described(name: str, used: Collection[str], files: Iterable[str]) -> bool
         used: The names of all its files.
         files: The names of all files in the folder.
     """
-    others = [other for other in files if is_checkpoint(other) and other not in used]
+    others = [other for other in files if is_checkpoint(other) and not _is_port(other) and other not in used]
     return not others or _DESCRIBED.fullmatch(name) is not None
 
 
@@ -132,7 +137,7 @@ def choose_checkpoint(
     for pattern, kind, step in _DISTRIBUTED:
         if any(fnmatch(name, pattern) for name in ordered):
             raise error(f"{where}: {kind}", step.replace("FOLDER", where, 1))
-    candidates = _candidates(ordered)
+    candidates = _candidates([name for name in ordered if not _is_port(name)]) or _candidates(ordered)
     if not candidates:
         raise error(*_nothing(ordered, sorted(folders), where))
     if len(candidates) > 1:

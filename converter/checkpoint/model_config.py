@@ -63,7 +63,7 @@ def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], lis
     if PurePath(checkpoint.name).name.startswith("open_clip"):
         names.reverse()
     remarks: list[str] = []
-    configs = [(name, _read(checkpoint, name, remarks)) for name in names]
+    configs = [(name, read_config(checkpoint, name, remarks)) for name in names]
     remarks += filter(None, (_other_architecture(name, config) for name, config in configs))
     return [list(_sections(name, "", _transformers_form(config))) for name, config in configs if config], remarks
 
@@ -81,15 +81,15 @@ def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
         (_CONFIG, "pretrained_cfg", ""),
     ]
     for file, key, prefix in candidates:
-        config = _read(checkpoint, file, remarks)
-        values = _object(config, key) if key else config
+        config = read_config(checkpoint, file, remarks)
+        values = object_at(config, key) if key else config
         found = {f"image_{name}": values.get(prefix + name) for name in ("mean", "std")}
-        if all(_are_channels(channels) for channels in found.values()):
+        if all(are_channels(channels) for channels in found.values()):
             return found
     return {}
 
 
-def _are_channels(values: object) -> bool:
+def are_channels(values: object) -> bool:
     """Return whether values are three numbers from 0 to 1."""
     return (
         isinstance(values, list)
@@ -103,8 +103,14 @@ def first_value(values: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, An
     return next(((key, values[key]) for key in keys if values.get(key) is not None), ("", None))
 
 
-def _read(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
-    """Parse a config; empty if there is none or it cannot be used."""
+def read_config(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
+    """Parse a config; empty if there is none or it cannot be used.
+
+    Args:
+        checkpoint: The checkpoint.
+        name: The name of the file beside it.
+        remarks: A remark about a file that cannot be used is added.
+    """
     try:
         file = checkpoint.open_config(name)
         if file is None:
@@ -156,14 +162,14 @@ def _other_architecture(name: str, config: Json) -> str:
 
 
 def _open_clip_vision(model: Json) -> Json:
-    tower = _object(model, "vision_cfg")
+    tower = object_at(model, "vision_cfg")
     width, head_width = tower.get("width", 768), tower.get("head_width", 64)
     heads = width // head_width if are_counts(width, head_width) else None
     return {"patch_size": tower.get("patch_size", 16), **_open_clip_tower(model, tower, width, heads)}
 
 
 def _open_clip_text(model: Json) -> Json:
-    tower = _object(model, "text_cfg")
+    tower = object_at(model, "text_cfg")
     return _open_clip_tower(model, tower, tower.get("width", 512), tower.get("heads", 8))
 
 
@@ -176,7 +182,7 @@ def _open_clip_tower(model: Json, tower: Json, width: Any, heads: Any) -> Json:
         width: The tower's width.
         heads: The tower's number of heads.
     """
-    ratio, is_tanh = tower.get("mlp_ratio", 4.0), _object(tower, "act_kwargs").get("approximate") == "tanh"
+    ratio, is_tanh = tower.get("mlp_ratio", 4.0), object_at(tower, "act_kwargs").get("approximate") == "tanh"
     has_mlp = are_counts(width) and isinstance(ratio, int | float) and 0 < ratio <= _MAX_MLP_RATIO
     return {
         "hidden_size": width,
@@ -184,18 +190,18 @@ def _open_clip_tower(model: Json, tower: Json, width: Any, heads: Any) -> Json:
         "num_hidden_layers": tower.get("layers", 12),
         "num_attention_heads": heads,
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu_pytorch_tanh" if is_tanh else "gelu",
-        "layer_norm_eps": _object(tower, "norm_kwargs").get("eps", 1e-5),
+        "layer_norm_eps": object_at(tower, "norm_kwargs").get("eps", 1e-5),
     }
 
 
 def _timm(config: Json) -> Json:
     """Return the config of timm's vision transformers of CLIP; empty for other architectures."""
     architecture, width = config["architecture"], config.get("num_features", 0)
-    arguments = _object(config, "model_args")
+    arguments = object_at(config, "model_args")
     patch = re.match(r"vit_[a-z0-9]+_patch([0-9]{1,3})(_plus)?_clip_", architecture)
     if patch is None:
         return {}
-    is_quick = "quickgelu" in architecture or _object(config, "pretrained_cfg").get("tag") in _TIMM_QUICK_GELU
+    is_quick = "quickgelu" in architecture or object_at(config, "pretrained_cfg").get("tag") in _TIMM_QUICK_GELU
     return {
         "hidden_size": width,
         "patch_size": int(patch[1]),
@@ -206,7 +212,7 @@ def _timm(config: Json) -> Json:
     }
 
 
-def _object(config: Json, key: str) -> Json:
+def object_at(config: Mapping[str, Any], key: str) -> Json:
     """Return the object at a key; empty if there is none."""
     value = config.get(key)
     return value if isinstance(value, dict) else {}

@@ -53,7 +53,7 @@ class EncoderOptions:
         "model."
     )
     to: Annotated[
-        str, typer.Option(metavar="mlx", help="Write names and axes of mlx-vlm. [default: DeepSeek-OCR's]")
+        str, typer.Option(metavar="mlx|mmproj", help="Write for mlx-vlm or llama.cpp. [default: DeepSeek-OCR's names]")
     ] = ""
     into: Annotated[
         Path | None,

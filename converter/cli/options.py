@@ -48,8 +48,8 @@ class WriteOptions:
         ),
     ] = None
     format: Annotated[
-        Literal["safetensors", "pth"] | None,
-        typer.Option(help="Format to write; pth is for torch.load. [default: by the output's suffix]"),
+        Literal["safetensors", "pth", "gguf"] | None,
+        typer.Option(help="Format; pth is for torch.load, gguf for llama.cpp. [default: by the output's suffix]"),
     ] = None
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Mapping
+from itertools import cycle
 
 from converter.errors import ContainerError
 from converter.formats import strict_json
 from converter.storage.byte_range import DAMAGED, Storage
 from converter.storage.local_file import SourceFile
+from converter.storage.stream import OnBytes, OnData
 from converter.tensors.dtypes import BY_NAME, DType, quantised
+from converter.tensors.lazy_tensor import Generated, LazyTensor, nbytes
+from converter.tensors.serialize import Outputs, write_tensors
 from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
 
 CONTAINER = "GGUF"
@@ -30,8 +35,8 @@ _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 _WINDOW = 64 << 10  # bytes of the header that are read at a time
 
 # Types of values by their numbers in `struct`.
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _UINT32: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _UINT32: "I", 5: "i", _FLOAT32: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 # Element types of tensors by their numbers.
 _PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
 # Quantised types: name, elements of a block, bytes of a block.
@@ -198,3 +203,88 @@ def _description(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
 
 def _aligned(pos: int, alignment: int) -> int:
     return pos + -pos % alignment
+
+
+# ---- writing
+
+# What a key may have: a text, a flag, an unsigned integer of 32 bits, a float of 32 bits, or a list of those.
+Value = str | bool | int | float | list[float]
+
+
+def write_gguf(
+    fd: int, outputs: Outputs, keys: Mapping[str, Value], on_bytes: OnBytes, on_data: OnData | None = None
+) -> None:
+    """Write a GGUF file, version 3.
+
+    Args:
+        fd: Descriptor of the file, open for writing.
+        outputs: The tensors by name, in the order in which they are written.
+        keys: The keys and values of the header.
+        on_bytes: Called with the number of bytes of tensor data that were written.
+        on_data: Called with each chunk of tensor data, in order.
+
+    Raises:
+        ContainerError: A source file is damaged.
+        OSError: The file cannot be written.
+    """
+    header = _header_of(outputs, keys)
+    padding = [-nbytes(value) % _ALIGNMENT for value in outputs.values()]
+    parts = [part for value, size in zip(outputs.values(), padding, strict=True) for part in (value, _zeros(size))]
+    forward = _SkipPadding(on_data, map(nbytes, parts)) if on_data is not None else None
+    write_tensors(fd, header + bytes(-len(header) % _ALIGNMENT), parts, on_bytes, forward)
+
+
+def _zeros(size: int) -> LazyTensor:
+    return Generated(BY_NAME["uint8"], (size,), lambda: bytes(size))
+
+
+class _SkipPadding:
+    """Passes on the data of tensors, without the padding after each.
+
+    Args:
+        on_data: Receives the data.
+        sizes: The sizes of a tensor, its padding, the next tensor, and so on.
+    """
+
+    def __init__(self, on_data: OnData, sizes: Iterable[int]) -> None:
+        self._on_data, self._parts = on_data, zip(sizes, cycle((True, False)), strict=False)
+        self._left, self._is_tensor = 0, False
+
+    def __call__(self, data: memoryview) -> None:
+        while data:
+            while not self._left:
+                self._left, self._is_tensor = next(self._parts)
+            part, data = data[: self._left], data[self._left :]
+            self._left -= len(part)
+            if self._is_tensor:
+                self._on_data(part)
+
+
+def _header_of(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:
+    parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(outputs), len(keys))]
+    for key, value in keys.items():
+        kind, data = _encoded(value)
+        parts += [_text(key), struct.pack("<I", kind), data]
+    offset = 0
+    for name, tensor in outputs.items():
+        shape = tensor.shape[::-1]
+        parts += [_text(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
+        parts.append(struct.pack("<IQ", _NUMBERS[tensor.dtype], offset))
+        offset = _aligned(offset + nbytes(tensor), _ALIGNMENT)
+    return b"".join(parts)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encoded(value: Value) -> tuple[int, bytes]:
+    """Return the type of a value, and its bytes."""
+    if isinstance(value, str):
+        return _STRING, _text(value)
+    if isinstance(value, list):
+        return _ARRAY, struct.pack(f"<IQ{len(value)}f", _FLOAT32, len(value), *value)
+    if isinstance(value, bool):
+        return _BOOL, struct.pack("<?", value)
+    return (_UINT32, struct.pack("<I", value)) if isinstance(value, int) else (_FLOAT32, struct.pack("<f", value))

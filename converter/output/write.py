@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from converter.checkpoint.folder import WEIGHT_SUFFIXES, has_weight_suffix
 from converter.checkpoint.open import Checkpoint, check_unchanged
@@ -25,8 +25,11 @@ from converter.storage.stream import OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, Read, count_overflows, source_tensors
 from converter.tensors.serialize import Outputs
 
+if TYPE_CHECKING:
+    from converter.formats.gguf import Value
+
 # The formats that are written, and the names of their containers where they are read.
-_CONTAINERS = {"safetensors": "safetensors", "pth": "torch zip"}
+_CONTAINERS = {"safetensors": "safetensors", "pth": "torch zip", "gguf": "GGUF"}
 FORMATS = tuple(_CONTAINERS)
 
 
@@ -55,7 +58,7 @@ def format_for(out: str | Path | None, format: str | None) -> str:
         return format
     name = Path(out or "").name.lower()
     if has_weight_suffix(name):
-        return "safetensors" if name.endswith(".safetensors") else "pth"
+        return next((format for format in FORMATS if name.endswith(f".{format}")), "pth")
     if suffix := Path(name).suffix:
         raise UsageError(
             f"--output {out}: the suffix {suffix} implies no format",
@@ -85,6 +88,7 @@ def make_output(
     metadata: dict[str, str],
     documents: Mapping[str, bytes] | None = None,
     mapping: str | Path | None = None,
+    keys: Mapping[str, Value] | None = None,
 ) -> Output:
     """Return an output in the format that the record names.
 
@@ -94,12 +98,18 @@ def make_output(
         metadata: Metadata for the header of a safetensors file.
         documents: Other files of a from_pretrained folder; None for a single file.
         mapping: The mapping file, which the output must not replace.
+        keys: Keys and values for the header of a GGUF file.
     """
 
     def fill(target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
         with nullcontext(target) if isinstance(target, int) else open_pretrained_folder(target, documents or {}) as fd:
             if record.format == "pth":
                 write_pth(fd, tensors, on_bytes, on_data)
+            elif record.format == "gguf":
+                # Few outputs need it.
+                from converter.formats.gguf import write_gguf
+
+                write_gguf(fd, tensors, keys or {}, on_bytes, on_data)
             else:
                 write_safetensors(fd, tensors, metadata, on_bytes, on_data)
 
