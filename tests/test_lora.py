@@ -13,7 +13,7 @@ import pytest
 import torch
 import walkthrough
 from hubserver import Repo, environment, hub_server
-from lora import State, assert_merged, clip_loss, sam_loss, save_merged, save_model, train
+from lora import State, assert_merged, clip_loss, qwen2_loss, sam_loss, save_merged, save_model, train
 from safetensors.torch import load_file, save_file
 from test_docs import DOCS, under
 
@@ -73,6 +73,16 @@ def test_all_linear_layers_and_the_patch_convolution_of_sam(dtype: torch.dtype, 
     assert {"attn.qkv.weight", "mlp.lin1.weight", "neck.0.weight", "neck.2.weight", "patch_embed.proj.weight"} <= moved(
         ours, base
     )
+
+
+def test_qwen2(tmp_path: Path) -> None:
+    """Its projections stay apart."""
+    targets = ["q_proj", "k_proj", "down_proj"]
+    ours, expected, base = merged_and_expected(
+        models.qwen2_hf(), qwen2_loss, "qwen2", tmp_path, torch.bfloat16, target_modules=targets
+    )
+    assert_merged(ours, expected)
+    assert moved(ours, base) == {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.down_proj.weight"}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -376,6 +386,12 @@ def test_a_whole_encoder(tmp_path: Path) -> None:
     name = f"{next(iter(modules))}.weight"
     torch.testing.assert_close(after[name], before[name] + 2 * product)
     assert converter.verify(out, {"source": whole, "lora": adapter}, fast=True).ok
+    merged = tmp_path / "merged"
+    converter.encoder(whole, into=whole.parent, lora=adapter, out=merged)
+    inserted = load_file(merged / "model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], inserted[name])} == changed
+    assert all(torch.equal(inserted[name], after[name]) for name in changed)
+    assert converter.verify(merged, {"source": whole, "into": whole.parent, "lora": adapter}, fast=True).ok
     parts = {family: tmp_path / f"whole-{family}.safetensors" for family in ("sam", "clip")}
     built = tmp_path / "built.safetensors"
     converter.encoder(**parts, compressor="random:1", lora=adapter, out=built)
