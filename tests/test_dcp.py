@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,3 +213,19 @@ def test_a_config_next_to_the_files_is_read(folders: Path, tmp_path: Path) -> No
     rewrite(folders / "rows", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert open_checkpoint(tmp_path).open_config("config.json") is not None
+
+
+def test_the_step_for_shards_of_the_hugging_face_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that the error gives joins them."""
+    writer = pytest.importorskip("torch.distributed.checkpoint.hf_storage").HuggingFaceStorageWriter
+    pytest.importorskip("torch.distributed.checkpoint._consolidate_hf_safetensors")
+    # torch joins tensors without dimensions to zeros.
+    saved = {name: tensor.contiguous() for name, tensor in state().items() if tensor.dim()}
+    save(dict(saved), storage_writer=writer(str(tmp_path / "shards"), save_distributed=True), no_dist=True)
+    with pytest.raises(ContainerError, match="shards of torch's HuggingFaceStorageWriter") as caught:
+        open_checkpoint(tmp_path / "shards")
+    *_, code = shlex.split(caught.value.hint)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = read(open_checkpoint(tmp_path / "joined"))
+    assert {name: raw(tensor) for (name,), tensor in found.items()} == {n: raw(t) for n, t in saved.items()}

@@ -61,6 +61,7 @@ KINDS = (
     FileKind("*scaler.*", "the state of the gradient scaler", True),
     FileKind("sampler.* sampler_* dataloader*", "the position in the training data", True),
     FileKind("extra_state_*", "states of schedule and random number generators (verl)", True),
+    FileKind("recipe_state*", "states of optimizer and data (torchtune)", True),
     # Parts of checkpoints.
     FileKind(".metadata *.metadata", "the metadata of a DCP checkpoint"),
     FileKind("*.distcp", "tensors of a DCP checkpoint"),

@@ -39,13 +39,16 @@ _DISTRIBUTED = (
     (
         "model_world_size_*_rank_*.pt",
         "a checkpoint of verl, which splits each tensor",
-        "merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir merged",
+        "merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir merged\n"
+        "or give FOLDER/huggingface, if it has weights",
     ),
     (
         "shard-[0-9]*-model-[0-9]*-of-*.safetensors",
         "shards of torch's HuggingFaceStorageWriter, which splits each tensor",
-        "join them with consolidate_safetensors_files_on_every_rank(FOLDER, NEW_FOLDER) of "
-        "torch.distributed.checkpoint._consolidate_hf_safetensors",
+        'join them: python -c "import glob, os, safetensors; '
+        "import torch.distributed.checkpoint._consolidate_hf_safetensors as c; os.makedirs('joined'); "
+        "c.consolidate_safetensors_files('FOLDER', 'joined', {k: 1 for f in glob.glob('FOLDER/*.safetensors') "
+        "for k in safetensors.safe_open(f, 'pt').keys()})\"",
     ),
     (
         "*zero_pp_rank_*_model_states.pt",
@@ -136,7 +139,7 @@ def choose_checkpoint(
             return [name]
     for pattern, kind, step in _DISTRIBUTED:
         if any(fnmatch(name, pattern) for name in ordered):
-            raise error(f"{where}: {kind}", step.replace("FOLDER", where, 1))
+            raise error(f"{where}: {kind}", step.replace("FOLDER", where))
     candidates = _candidates([name for name in ordered if not _is_port(name)]) or _candidates(ordered)
     if not candidates:
         raise error(*_nothing(ordered, sorted(folders), where))
