@@ -18,7 +18,10 @@ import safetensors.torch
 import torch
 from hostile import ggufs
 from inventories import inventories, mmproj_name, sparse
+from test_docs import DOCS
+from test_docs import under as under_heading
 from test_mlx import State, check_equal, deepseek, deepseek_2, save
+from walkthrough import check
 
 import converter
 from converter.assembly.arrange import arrange
@@ -360,3 +363,9 @@ def test_every_byte_and_key_is_llama_cpps(model: str, dtype: str, tmp_path: Path
     ours, theirs = read(write(source, tmp_path / "ours.gguf", dtype=dtype)), read(tmp_path / "theirs.gguf")
     assert ours[0] == theirs[0]
     assert ours[1] == theirs[1]
+
+
+def test_the_page_of_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    folder(tmp_path / "DeepSeek-OCR", "deepseek-ocr", torch.bfloat16)
+    check(under_heading(DOCS / "ports.md", "## llama.cpp"), tmp_path)
