@@ -17,7 +17,7 @@ from converter.api.verify import verify
 from converter.cli.verify import app
 from converter.errors import UsageError
 from converter.verification.families import FAMILIES
-from converter.verification.outputs import compare
+from converter.verification.outputs import KeepFloat64, compare
 from converter.verification.probes import ProbedEncoder
 from converter.verification.reference_models import segment_anything_sam
 
@@ -170,6 +170,14 @@ def test_a_comparison_keeps_the_weights() -> None:
         before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
         compare(*encoders, torch.bfloat16)
         assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())
+
+
+def test_a_product_with_positions_stays_in_float64() -> None:
+    """Rotary embeddings of transformers 5.17 multiply frequencies by positions, both cast to float32."""
+    frequencies, positions = torch.rand(1, 4, 1, dtype=torch.float64), torch.arange(3)[None, None, :]
+    with KeepFloat64():
+        product = frequencies.float() @ positions.float()
+    assert torch.equal(product, frequencies @ positions.double())
 
 
 # Requirements -----------------------------------------------------------------------------------------------------

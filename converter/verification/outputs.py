@@ -204,9 +204,16 @@ class KeepFloat64(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:
                 return args[0]
-            args = [torch.float64 if value is torch.float32 else value for value in args]
+            args = [_widened(value) for value in args]
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    """A dtype or a tensor of float32 as float64: products of both types are errors."""
+    if value is torch.float32:
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.dtype is torch.float32 else value
 
 
 def _run_perturbed(encoder: ProbedEncoder, pixels: Tensor) -> Features:
