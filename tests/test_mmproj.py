@@ -97,6 +97,8 @@ def test_an_encoder_is_taken_out_of_an_mmproj(tmp_path: Path) -> None:
     record = converter.encoder(file, out=tmp_path / "out.safetensors", with_projector=True)
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), state)
     assert record.mapping == "sam-mmproj + clip-mmproj" and not record.dropped
+    assert converter.diff(file, tmp_path / "out.safetensors").equal
+    assert converter.diff(tmp_path / "out.safetensors", file).equal
 
 
 def test_inspect_finds_both_encoders(tmp_path: Path) -> None:

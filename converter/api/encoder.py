@@ -14,7 +14,6 @@ from converter.assembly.host import Host, check_output_name, extract_shared, ope
 from converter.assembly.insert import insertion_output, plan_insertion
 from converter.assembly.mmproj import NO_HEADER, make_header, matrix_dtype
 from converter.assembly.parts import EncoderParts, build_encoder, encoder_record, extract_encoder
-from converter.assembly.projector import WITHOUT_PROJECTOR
 from converter.checkpoint.adapter import with_adapter
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.checkpoint.sources import lora_files
@@ -26,6 +25,7 @@ from converter.output.record import ConversionRecord, Destination
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
 from converter.plan.planner import note_merged
+from converter.plan.projector import WITHOUT_PROJECTOR
 from converter.storage.progress import OnProgress
 
 

@@ -12,13 +12,13 @@ from converter.assembly.host import Host, extract_shared, open_host
 from converter.assembly.insert import plan_insertion
 from converter.assembly.mmproj import matrix_dtype
 from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
-from converter.assembly.projector import LLAMA_CPP, find_projector
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.layouts.spec import Rule
 from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan
+from converter.plan.projector import LLAMA_CPP, find_projector
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
 from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors

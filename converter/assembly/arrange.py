@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from converter.assembly.mmproj import as_stored, typed
 from converter.assembly.parts import EncoderParts
-from converter.assembly.projector import LLAMA_CPP
 from converter.layouts import registry
 from converter.layouts.spec import Rule
 from converter.plan.plan import sort_outputs
+from converter.plan.projector import LLAMA_CPP
 from converter.plan.route import retarget, target_names, writing_rules
 from converter.tensors.lazy_tensor import LazyTensor
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.assembly.parts import EncoderParts, extract_encoder
-from converter.assembly.projector import find_projector
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import largest_state_dict, state_dicts
@@ -23,6 +22,7 @@ from converter.plan.apply import apply
 from converter.plan.assumptions import Assumptions, describe_differences
 from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
+from converter.plan.projector import find_projector
 from converter.plan.route import target_names
 from converter.storage.local_file import exists
 from converter.tensors.lazy_tensor import LazyTensor, Read, source_tensors

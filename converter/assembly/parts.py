@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.assembly.additions import ADDITIONS, SEED, Addition
-from converter.assembly.projector import read_projector
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
@@ -19,6 +18,7 @@ from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
+from converter.plan.projector import read_projector
 from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors
 
 _CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"

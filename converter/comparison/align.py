@@ -14,7 +14,8 @@ from converter.layouts.detect import DetectedLayout, detect_layouts, select_stat
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.plan import outside_encoder
-from converter.plan.planner import plan_to_canonical
+from converter.plan.planner import ResolvedPlan, plan_to_canonical
+from converter.plan.projector import as_vector, find_projector
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
@@ -76,6 +77,7 @@ def align(a: Side, b: Side) -> AlignedTensors:
         except MappingError as error:
             notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
+            _rename_projector(left, right)
             notes += _drop_generated(left, right)
             return AlignedTensors(
                 left.named, right.named, [f"deepencoder-{family}" for family in families], notes, left.encoders
@@ -117,12 +119,14 @@ class _ByCanonicalName:
     named: Named
     encoders: dict[str, set[str]]
     generated: set[str]
+    projector: dict[str, str]  # The names in `named` of the projector's tensors, by DeepSeek's
 
 
 def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
     """Return the tensors of some families under canonical names, and all others under their own names."""
     named: Named = {}
     generated: set[str] = set()
+    projector: dict[str, TensorInfo | None] = {}
     encoders = {}
     for family in families:
         plan = plan_to_canonical(side.opened, _only_layout(side.detected[family]), ConvertOptions(family))
@@ -130,13 +134,27 @@ def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
         prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
         named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
+        projector = projector or find_projector(ResolvedPlan(side.detected[family], plan))
         encoders[family] = {prefix + name for name in plan.outputs if name not in plan.generated}
     taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
     for name, tensor in _comparable(side, families):
         if tensor.key not in taken:
             # The canonical layout may use this name for another tensor.
             named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
-    return _ByCanonicalName(named, encoders, generated)
+    names = {tensor.key: name for name, value in named.items() for tensor in source_tensors(value)}
+    own = {name: names[tensor.key] for name, tensor in projector.items() if tensor and tensor.key in names}
+    return _ByCanonicalName(named, encoders, generated, own)
+
+
+def _rename_projector(a: _ByCanonicalName, b: _ByCanonicalName) -> None:
+    """Give the projector's tensors A's names, and the shape of a vector to a matrix of one row, as llama.cpp has."""
+    for own in a.projector.keys() & b.projector.keys():
+        name, other = a.projector[own], b.projector[own]
+        first, second = as_vector(a.named[name]), as_vector(b.named[other])
+        # Quantised ones are packed.
+        if name not in b.named and first.shape == second.shape:
+            a.named[name], b.named[name] = first, second
+            del b.named[other]
 
 
 def _only_layout(detected: DetectedLayout) -> DetectedLayout:

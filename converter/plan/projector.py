@@ -71,8 +71,9 @@ def read_projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dic
                 "leave the option out, or take the projector from a checkpoint of 16 or 32 bits",
             )
     read = {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
-    return {name: _vector(value) if name in _VECTORS else value for name, value in read.items()}
+    return {name: as_vector(value) if name in _VECTORS else value for name, value in read.items()}
 
 
-def _vector(value: LazyTensor) -> LazyTensor:
+def as_vector(value: LazyTensor) -> LazyTensor:
+    """Return a matrix of one row as a vector, and other tensors as they are."""
     return reshaped(value, value.shape[1:]) if len(value.shape) == 2 and value.shape[0] == 1 else value
