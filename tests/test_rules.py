@@ -148,6 +148,7 @@ SHIPPED = {
     "clip-hf": ["clip-hf", "clip-hf-current", "clip-hf-vision-336"],
     "clip-hf-mlx": ["clip-hf-current-mlx"],
     "clip-mlx": ["deepseek-ocr-mlx"],
+    "clip-mmproj": ["deepseek-ocr-mmproj"],
     "clip-openai": ["clip-openai", "clip-open_clip"],
     "clip-owlvit": ["owlvit"],
     "clip-timm": ["clip-timm", "clip-timm-336"],
@@ -157,6 +158,7 @@ SHIPPED = {
     "qwen2-deepseek-ocr2-sglang": ["deepseek-ocr-2-sglang"],
     "qwen2-hf": ["qwen2-0.5b"],
     "qwen2-mlx": ["deepseek-ocr-2-mlx"],
+    "qwen2-mmproj": ["deepseek-ocr-2-mmproj"],
     "sam-deepseek-ocr": ["deepseek-ocr", "deepseek-ocr-2"],
     "sam-got-ocr2": ["got-ocr2"],
     "sam-got-ocr2-hf": ["got-ocr2-hf-vision"],
@@ -166,6 +168,7 @@ SHIPPED = {
     "sam-meta": ["sam-meta", "sam-meta-vit-h"],
     "sam-mlx": ["deepseek-ocr-mlx", "deepseek-ocr-2-mlx"],
     "sam-mmpretrain": ["mmpretrain"],
+    "sam-mmproj": ["deepseek-ocr-mmproj", "deepseek-ocr-2-mmproj"],
     "sam-timm": ["sam-timm"],
     "sam-unlimited-ocr-hf": ["unlimited-ocr-hf-vision"],
 }
