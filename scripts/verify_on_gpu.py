@@ -510,15 +510,15 @@ def document(results: dict[str, Any]) -> str:
 
 
 def verification_summary(result: dict[str, Any]) -> dict[str, Any]:
-    """One verification: what ran, and error, noise floor and tolerance of each comparison of outputs."""
-    keys = ("source", "dtype", "seconds", "verified", "reference", "device")
+    """One verification: what ran, and error and tolerance of each comparison of outputs."""
+    keys = ("source", "dtype", "seconds", "verified")
     checks = [check for check in result.get("checks", ()) if "noise_floor" in check["figures"]]
     traces = [trace for trace in result.get("traces", ()) if trace["points"]]
     runs = []
     for check, trace in zip(checks, traces, strict=True):
         # The largest error in noise floors, at any probe.
         worst = max((point["error"] or 0.0) / point["noise_floor"] for point in trace["points"])
-        figures = {name: float(f"{value:.3g}") for name, value in check["figures"].items()}
+        figures = {name: float(f"{check['figures'][name]:.2g}") for name in ("error", "tolerance")}
         runs.append({"name": check["name"], **figures, "most_noise_floors": round(worst, 2)})
     return {**{key: result.get(key) for key in keys}, "runs": runs}
 
@@ -532,7 +532,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, Any]:
         "caught_by": [group for group, caught in row.get("caught", {}).items() if caught],
         **({"refused": True} if row.get("refused") else {}),
         **({"error": True} if row.get("error") else {}),
-        **({"ratio": float(f"{ratio:.4g}") if isinstance(ratio, float) else ratio} if ratio is not None else {}),
+        **({"ratio": float(f"{ratio:.3g}") if isinstance(ratio, float) else ratio} if ratio is not None else {}),
     }
 
 

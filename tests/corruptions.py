@@ -1269,7 +1269,7 @@ def with_mask(allowed: Callable[[Tensor, Tensor, int], Tensor]) -> Patch:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
         at = torch.arange(q.shape[2], device=q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(at[:, None], at[None], n))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(at[:, None], at[None], n).contiguous())
 
     return attention(attend)
 
@@ -1362,7 +1362,7 @@ def _qwen2_weights() -> list[Corruption]:
         ("out-transposed", "the output projection transposed", edit("self_attn.o_proj", transposed)),
         ("norm-zero-centred", "a norm's weight stored minus 1, as Gemma has it", edit(norms[0], lambda x: x - 1)),
         ("last-norm-lost", "the last norm left at its initial ones", edit("model.model.norm.weight", torch.ones_like)),
-        ("bfloat16", "a weight rounded to bfloat16", edit(up, _through(torch.bfloat16))),
+        ("float8", "a weight rounded to float8 (e4m3)", edit(up, _through(torch.float8_e4m3fn))),
         ("small-reversed", "query_768 in reverse order", table(SMALL_TABLE, lambda s: s[SMALL_TABLE].flip(0))),
         ("small-rolled", "query_768 off by one", table(SMALL_TABLE, lambda s: s[SMALL_TABLE].roll(1, 0))),
         (

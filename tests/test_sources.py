@@ -217,7 +217,11 @@ def test_an_encoder_of_another_compressor_is_not(whole: Path, folder: Path) -> N
     [
         ({"sam": "sam.pth"}, UsageError, "--source clip=CHECKPOINT"),
         ({"sam": "sam.pth", "clip": "clip.pth"}, LayoutError, "--source compressor="),
-        ({"source": "sam.pth", "fill-from": "sam.pth"}, UsageError, "expected source, sam, clip, compressor, into"),
+        (
+            {"source": "sam.pth", "fill-from": "sam.pth"},
+            UsageError,
+            "expected source, sam, clip, compressor, queries, into",
+        ),
     ],
 )
 def test_what_is_missing_is_said(

@@ -64,7 +64,7 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
 
 
 def without_language_models(matches: Iterable[LayoutMatch], names: Iterable[str]) -> list[LayoutMatch]:
-    """Leave out language models if `names` show a vision encoder: the model that holds both speaks by them."""
+    """Leave out language models if `names` show a vision encoder: they are the language model of that checkpoint."""
     found = list(matches)
     if any(match.layout.is_language_model for match in found) and has_vision_encoder(names):
         return [match for match in found if not match.layout.is_language_model]
