@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from converter.layouts.parse_ops import parse_op, require
 from converter.layouts.shapes import Dim, Shape, parse_dim
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, Rule, Signature, TensorSpec
 from converter.layouts.template import MAX_WORD_CHARS, Kind, Template
 from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import POSITIONS
-from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
+from converter.tensors.ops import Fuse, Op, Split
 
 # The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
 REQUIRED = ("layout", "family", "description", "detect")
@@ -63,7 +63,7 @@ def parse_layout(node: YamlNode, digest: str) -> LayoutSpec:
 def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
     """Return the canonical layout that a file describes."""
     fields = node.as_dict("a canonical layout", CANONICAL)
-    _require(node, fields, *REQUIRED, "sizes", "encoder_prefix", "encoder_order", "tensors")
+    require(node, fields, *REQUIRED, "sizes", "encoder_prefix", "encoder_order", "tensors")
     variables = _variables(fields)
     extra_tensors = fields["extra_tensors"].as_dict("names and reasons") if "extra_tensors" in fields else {}
     assumptions = fields["assumptions"].as_dict("names and values") if "assumptions" in fields else {}
@@ -92,7 +92,7 @@ def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
 
 def _mapping(node: YamlNode, digest: str) -> LayoutMapping:
     fields = node.as_dict("a mapping file", MAPPING)
-    _require(node, fields, *REQUIRED, "rules")
+    require(node, fields, *REQUIRED, "rules")
     variables, signature = _variables(fields), _signature(fields)
     for name in ("other_rules", "drop_rest"):
         if name in fields and not any(signature.prefixes):
@@ -112,12 +112,6 @@ def _mapping(node: YamlNode, digest: str) -> LayoutMapping:
         aliases=tuple(fields["aliases"].as_str_list("a name, or a list of names")) if "aliases" in fields else (),
         language_model="language_model" in fields and fields["language_model"].as_bool(),
     )
-
-
-def _require(node: YamlNode, fields: dict[str, YamlNode], *names: str) -> None:
-    for name in names:
-        if name not in fields:
-            raise node.error(f"the key {name!r} is missing")
 
 
 def _line(node: YamlNode, what: str) -> str:
@@ -181,7 +175,7 @@ def _tensor(name: str, node: YamlNode, variables: dict[str, Kind]) -> TensorSpec
     if not node.is_map:
         return TensorSpec(template, _shape(node))
     fields = node.as_dict("a shape, or a mapping with `shape`", TENSOR)
-    _require(node, fields, "shape")
+    require(node, fields, "shape")
     dtype = fields["dtype"].as_str("an element type") if "dtype" in fields else ""
     if dtype and dtype not in BY_NAME:
         raise fields["dtype"].error(f"unknown element type {dtype!r}; expected one of {', '.join(BY_NAME)}")
@@ -216,7 +210,7 @@ def _rule(node: YamlNode, variables: dict[str, Kind]) -> Iterator[Rule]:
         raise node.error(f"expected a rule ({', '.join(ACTIONS)}), found {found}")
     needed, allowed = ACTIONS[action]
     fields = node.as_dict("a rule", (action, *needed, *allowed, "optional"))
-    _require(node, fields, *needed)
+    require(node, fields, *needed)
     optional, required_on_write = _optional(fields)
     if action == "drop":
         reason = _reason(fields["because"])
@@ -256,7 +250,7 @@ def _ops(fields: dict[str, YamlNode], sources: int, targets: int) -> tuple[Op, .
     """Return a Fuse or Split if there are several sources or targets, followed by the operations of `then`."""
     dim = fields["dim"].as_int("a dimension") if "dim" in fields else 0
     first = [Fuse(sources, dim)] if sources > 1 else [Split(targets, dim)] if targets > 1 else []
-    return (*first, *map(_op, fields["then"].as_list("a list of operations") if "then" in fields else ()))
+    return (*first, *map(parse_op, fields["then"].as_list("a list of operations") if "then" in fields else ()))
 
 
 def _reason(node: YamlNode) -> str:
@@ -289,66 +283,3 @@ def _same_variables(node: YamlNode, source: Template, target: Template) -> None:
     if before != after:
         names = ", ".join(sorted(before ^ after))
         raise node.error(f"{source.text!r} and {target.text!r} use different variables: {names}")
-
-
-def _op(node: YamlNode) -> Op:
-    fields = node.as_dict("an operation", OPS)
-    if len(fields) != 1:
-        raise node.error("expected one operation per item")
-    ((name, argument),) = fields.items()
-    return OPS[name](argument)
-
-
-def _order(node: YamlNode, what: str) -> tuple[int, ...]:
-    order = node.as_int_tuple(what)
-    if sorted(order) != list(range(len(order))):
-        raise node.error(f"expected each of 0 to {len(order) - 1} once, found {list(order)}")
-    return order
-
-
-def _reorder(node: YamlNode) -> Op:
-    order = _order(node, "the parts in their new order")
-    if len(order) < 2:
-        raise node.error("expected the numbers of two parts or more")
-    return Reorder(order)
-
-
-def _reshaped(node: YamlNode) -> Op:
-    fields = node.as_dict("{from: [...], to: [...]}", ("from", "to"))
-    _require(node, fields, "from", "to")
-    before, after = (fields[name].as_int_tuple("a shape in numbers") for name in ("from", "to"))
-    if math.prod(before) != math.prod(after):
-        raise node.error(f"{list(before)} and {list(after)} have different numbers of elements")
-    return Reshape(before, after)
-
-
-def _dims(node: YamlNode) -> tuple[int, ...]:
-    dims = node.as_int_tuple("a dimension, or a list of them")
-    if not dims or len(set(dims)) < len(dims):
-        raise node.error("expected different dimensions")
-    return dims
-
-
-def _deinterleave(node: YamlNode) -> Op:
-    fields = node.as_dict("{heads: N, parts: N}", ("heads", "parts"))
-    _require(node, fields, "heads", "parts")
-    return Deinterleave(
-        _positive(fields["heads"], "a number of heads"), _positive(fields["parts"], "a number of parts")
-    )
-
-
-def _positive(node: YamlNode, what: str) -> int:
-    number = node.as_int(what)
-    if not number:
-        raise node.error(f"expected {what}, found 0")
-    return number
-
-
-OPS: dict[str, Callable[[YamlNode], Op]] = {
-    "squeeze": lambda node: Squeeze(_dims(node)),
-    "unsqueeze": lambda node: Unsqueeze(_dims(node)),
-    "reshape": _reshaped,
-    "permute": lambda node: Permute(_order(node, "the dimensions in their new order")),
-    "deinterleave": _deinterleave,
-    "reorder": _reorder,
-}

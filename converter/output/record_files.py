@@ -9,7 +9,8 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import OutputError, UsageError
 from converter.output.digests import TensorDigests
 from converter.output.json_document import canonical_json
-from converter.output.record import ConversionRecord, record_document
+from converter.output.record import ConversionRecord
+from converter.output.record_document import record_document
 from converter.output.target import is_source
 from converter.storage.atomic_output import output_errors
 from converter.storage.progress import OnProgress
