@@ -1,4 +1,4 @@
-"""What a conversion should have written, for `verify`: planned again from its sources."""
+"""Expected output of a conversion, for `verify`: planned again from its sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `encoder` should have written, for `verify`: planned again from its sources."""
+"""Expected output of `encoder`, for `verify`: planned again from its sources."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _expected(
     sources: Sequence[Checkpoint],
     on_progress: OnProgress,
 ) -> Expected:
-    """What several checkpoints should have given; `plans` make the canonical tensors of the outputs."""
+    """Expected output of several checkpoints; `plans` make the canonical tensors of the outputs."""
     own = {family: own_tensors(resolved.detected) for family, resolved in plans.items()}
     needed = [*source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
     read = join_readers(sources, needed, on_progress)

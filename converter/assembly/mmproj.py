@@ -60,7 +60,7 @@ def matrix_dtype(outputs: Mapping[str, LazyTensor | TensorInfo]) -> str:
 
 
 class _Version(NamedTuple):
-    """What a version of the model has of its own."""
+    """The header values and names that belong to one version of the model."""
 
     projector: str  # llama.cpp's name of the projector
     section: str  # The object in config.json's `vision_config.width` that describes the second encoder

@@ -48,7 +48,7 @@ class EncoderParts:
 
     @property
     def untrained(self) -> dict[str, str]:
-        """What the seeds generated, by the option that has the seed."""
+        """The tensors that seeds generated, by the option that has the seed."""
         return {
             addition.option: min(texts)
             for addition in ADDITIONS

@@ -1,4 +1,4 @@
-"""What the files in a folder of a training are, by their names."""
+"""Kinds of files in the folder of a training, by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training changed, in one sentence."""
+"""Summary of the changes that a training made, in one sentence."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict
 
 
 def _merged(record: ConversionRecord) -> Iterator[str]:
-    """What was merged into how many tensors: factors of a rank, or whole tensors."""
+    """Yield the number of merged modules of each kind: of a rank and alpha, or trained as a whole."""
     kinds = [
         "trained whole" if module.rank is None else f"rank {module.rank}, alpha {module.alpha:g}"
         for module in record.merged.values()

@@ -19,7 +19,7 @@ _ATTENTION = "is a torch.nn.MultiheadAttention, which peft does not merge as W +
 
 
 class MergedTensor(NamedTuple):
-    """What an adapter changes in one tensor."""
+    """A change that an adapter makes to one tensor."""
 
     key: str  # The tensor's name in the source
     module: str  # The module's path in the adapter; of a tensor that was trained whole, its name
@@ -43,7 +43,7 @@ class Merged(NamedTuple):
     notes: list[str]
 
     def under(self, prefix: str) -> dict[str, MergedTensor]:
-        """What the adapter changes in tensors whose names begin with a prefix, by their names without it."""
+        """The changes of tensors whose names begin with a prefix, by their names without it."""
         return {name[len(prefix) :]: change for name, change in self.tensors.items() if name.startswith(prefix)}
 
 

@@ -85,7 +85,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the conversion should have written."""
+    """The expected output of the conversion."""
 
     name: str  # The names of the sources
     outputs: Mapping[str, LazyTensor]  # All tensors by the file's names

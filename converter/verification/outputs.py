@@ -47,7 +47,7 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MistakenFeatures:
-    """What a probe of the tested encoder would have recorded with a mistake in the encoder."""
+    """The features that a probe of the tested encoder would have recorded with a mistake in the encoder."""
 
     mistake: str
     probe: str
@@ -166,7 +166,13 @@ def _control(make_mistakes: MakeMistakes, run: _Run) -> list[Control]:
 
 
 def run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Features:
-    """Run an encoder in a precision; its model keeps the weights rounded to it."""
+    """Run an encoder in a precision; its model keeps the weights rounded to it.
+
+    Args:
+        precision: The type of weights and pixels.
+        encoder: The encoder and its probes.
+        pixels: Images (B, 3, H, W).
+    """
     encoder.model.to(precision)
     with KeepFloat64():
         return record_features(encoder, pixels.to(precision))
