@@ -26,6 +26,11 @@ class DetectedLayout:
     names: Mapping[str, TensorInfo]  # The tensors of the state dict by their names without wrappers
     match: LayoutMatch  # The layout and its prefix
 
+    @property
+    def all_names(self) -> dict[str, TensorInfo]:
+        """All tensors of the state dict, also those outside the prefix that the user chose."""
+        return {**self.state_dict.unselected, **self.names}
+
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors whose names begin with the match's wrapper, by their names without it."""

@@ -99,9 +99,8 @@ def match_encoder(adapter: Adapter, detected: DetectedLayout, family: str, sourc
     """
     from converter.plan.merge import match_adapter
 
-    names = {**detected.state_dict.unselected, **detected.names}
     is_outside = _outside_of(detected, registry.canonical(family))
-    return match_adapter(adapter, names, detected.match.full_prefix, is_outside, source)
+    return match_adapter(adapter, detected.all_names, detected.match.full_prefix, is_outside, source)
 
 
 def _outside_of(detected: DetectedLayout, canonical: CanonicalLayout) -> Callable[[str], bool]:

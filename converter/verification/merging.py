@@ -47,8 +47,7 @@ def merged_by_library(
     changes: dict[TensorInfo, Factors | TensorInfo] = {}
     for family, origin in expected.origins.items():
         detected = origin.detected
-        names = {**detected.state_dict.unselected, **detected.names}
-        merged = match_encoder(adapter, detected, family, expected.name)
+        names, merged = detected.all_names, match_encoder(adapter, detected, family, expected.name)
         changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
     read = _merging(expected.read, changes, adapter.config.rslora, files, on_progress)
     merged_tensors = frozenset(tensor for tensor, trained in changes.items() if isinstance(trained, Factors))
