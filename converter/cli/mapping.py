@@ -43,6 +43,7 @@ MappingFiles = Annotated[
 app = typer.Typer(
     help="List, show, check and derive the mapping files that describe layouts.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 

@@ -24,6 +24,9 @@ PROGRAM: dict[str, Any] = {
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A checkpoint: file, folder, sharded index, or org/name on a hub.")
+]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report to open in a browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the result.")]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from converter.errors import first_names
-from converter.formats import dcp_files, torch_zip, torchscript
 from converter.output.names import fold_key_map, fold_layers, group_by_reason, overflow_warning
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ _MAX_COLUMN_WIDTH = 100
 # Columns of the values of tensors.
 _VALUES = ("minimum", "mean", "maximum", "NaN, inf")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-# Containers that have a CRC-32 of every tensor.
-_WITH_CRC = (torch_zip.CONTAINER, torchscript.CONTAINER, dcp_files.CONTAINER)
 
 
 def size(nbytes: int) -> str:
@@ -71,7 +68,9 @@ def transfers(record: ConversionRecord) -> Iterable[str]:
 
 def _data_check(container: str) -> str:
     """Describe how the data of fetched tensors were checked."""
-    if container in _WITH_CRC:
+    from converter.formats import dcp_files, torch_zip, torchscript
+
+    if container in (torch_zip.CONTAINER, torchscript.CONTAINER, dcp_files.CONTAINER):
         return f"{container}: the CRC-32 of every tensor"
     return f"{container} has no checksums: to check the data too, use --download"
 
