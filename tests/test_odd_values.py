@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import models
@@ -105,3 +106,17 @@ def test_inspect_measures_values(tmp_path: Path) -> None:
     assert not converter.inspect(tmp_path / "x.pth").values
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "x.pth"), "--values"]).stdout
     assert "NaN or infinity in 1 tensor: long (2)" in shown and "NaN, inf" in shown.splitlines()[3]
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_bfloat16_is_widened_as_torch_does_but_without_torch(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = odd_values(torch.bfloat16, dict(models.sam_meta().state_dict()))
+    source, output = tmp_path / f"odd.{form}", tmp_path / "out.safetensors"
+    torch.save(state, source) if form == "pth" else safetensors.torch.save_file(state, source)
+    # An import of the module that computes with torch fails.
+    monkeypatch.setitem(sys.modules, "converter.tensors.evaluate", None)
+    converter.convert(source, "sam", out=output, dtype="float32")
+    for name, tensor in safetensors.torch.load_file(output).items():
+        assert raw(tensor) == raw(state[f"image_encoder.{name}"].float()), name

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from converter.storage.atomic_output import write_all
 from converter.storage.byte_range import Segment, merge
 from converter.storage.stream import BackgroundWriter, Copier, OnBytes, OnData, Write
-from converter.tensors.lazy_tensor import LazyTensor, byte_ranges
+from converter.tensors.lazy_tensor import Cast, LazyTensor, View, byte_ranges
 
 # Output tensors by name, in the order of the file.
 Outputs = dict[str, LazyTensor]
@@ -48,8 +48,25 @@ def segments_of(values: Iterable[LazyTensor]) -> Iterator[Segment | memoryview]:
             continue
         yield from merge(run)
         run = []
-        # Importing torch takes two seconds.
-        from converter.tensors.evaluate import tensor_bytes
-
-        yield tensor_bytes(value)
+        yield _computed(value)
     yield from merge(run)
+
+
+def _computed(value: LazyTensor) -> memoryview:
+    """Compute a tensor; without torch, which takes two seconds to import, where bfloat16 is widened to float32."""
+    if isinstance(value, View):
+        return _computed(value.base)
+    if isinstance(value, Cast) and (value.base.dtype.name, value.dtype.name) == ("bfloat16", "float32"):
+        ranges = byte_ranges(value.base)
+        if ranges is not None:
+            return _widened(b"".join(part if isinstance(part, bytes) else part.read_checked() for part in ranges))
+    from converter.tensors.evaluate import tensor_bytes
+
+    return tensor_bytes(value)
+
+
+def _widened(data: bytes) -> memoryview:
+    """Return bfloat16 elements as float32: two bytes of zero, then those of the bfloat16 (little-endian)."""
+    result = bytearray(2 * len(data))
+    result[2::4], result[3::4] = data[0::2], data[1::2]
+    return memoryview(result)
