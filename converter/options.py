@@ -1,14 +1,14 @@
 """Options that commands and API functions share.
 
-A field with metadata is a keyword of `converter.convert` and an option of the commands: a new option is a new field.
+A field made by `option` is a keyword of an API function and an option of its commands: a new option is a new field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from converter.errors import UsageError
 
@@ -18,9 +18,20 @@ DTYPES: tuple[str, ...] = get_args(DtypeName)
 _MAX_IMAGE_SIZE = 8192
 
 
-def _cli(help: str, *, metavar: str | None = None, type: Any = None) -> dict[str, Any]:
-    """Make the metadata of a field that is a command-line option too; `type` replaces the field's own type there."""
-    return {"help": help, "metavar": metavar, "type": type}
+_Options = TypeVar("_Options")
+
+
+def option(help: str, metavar: str | None = None, *names: str, default: Any = None, type: Any = None) -> Any:
+    """Make a field of a dataclass that is a command-line option too.
+
+    Args:
+        help: The help text of the option.
+        metavar: What the option's value is called in the help text.
+        names: The names of the option, if it is not only called as the field.
+        default: The default of both.
+        type: The type of the option's value, if it is another one than the field's.
+    """
+    return field(default=default, metadata={"help": help, "metavar": metavar, "names": names, "type": type})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +55,17 @@ class ConvertOptions:
     """
 
     family: str
-    to: str = field(
-        default="",
-        metadata=_cli("Layout to write, as in `mapping list`. [default: the DeepEncoder's]", metavar="LAYOUT"),
+    to: str = option("Layout to write, as in `mapping list`. [default: the DeepEncoder's]", "LAYOUT", default="")
+    full_model: bool = option("With --to: convert the full model, not only the vision encoder.", default=False)
+    mapping: str | Path | None = option("Use this mapping file; skip layout detection.", "FILE.yaml", type=Path | None)
+    dtype: str = option("Cast floating-point tensors.", default="keep", type=DtypeName)
+    image_size: int | None = option("Resample the position embeddings for this image size.", "PIXELS")
+    state_dict: str | None = option("State dict of a file with several (model, ema; . for the top).", "NAME")
+    prefix: str | None = option(
+        "Where the encoder is in a checkpoint with several, such as student. (. for no prefix).", "PREFIX"
     )
-    full_model: bool = field(
-        default=False, metadata=_cli("With --to: convert the full model, not only the vision encoder.")
-    )
-    mapping: str | Path | None = field(
-        default=None,
-        metadata=_cli("Use this mapping file; skip layout detection.", metavar="FILE.yaml", type=Path | None),
-    )
-    dtype: str = field(default="keep", metadata=_cli("Cast floating-point tensors.", type=DtypeName))
-    image_size: int | None = field(
-        default=None, metadata=_cli("Resample the position embeddings for this image size.", metavar="PIXELS")
-    )
-    state_dict: str | None = field(
-        default=None, metadata=_cli("State dict of a file with several (model, ema; . for the top).", metavar="NAME")
-    )
-    prefix: str | None = field(
-        default=None,
-        metadata=_cli(
-            "Where the encoder is in a checkpoint with several, such as student. (. for no prefix).", metavar="PREFIX"
-        ),
-    )
-    lora: str | Path | None = field(
-        default=None,
-        metadata=_cli("Merge this LoRA adapter of PEFT into the weights.", metavar="ADAPTER", type=str | None),
-    )
-    adapter_name: str | None = field(
-        default=None, metadata=_cli("Adapter of an --lora file with several.", metavar="NAME")
-    )
+    lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER", type=str | None)
+    adapter_name: str | None = option("Adapter of an --lora file with several.", "NAME")
 
     def __post_init__(self) -> None:
         check_choices(dtype=(self.dtype, DTYPES))
@@ -106,28 +97,28 @@ class HubOptions:
         download: Download whole files into the hub's cache instead of reading the needed bytes.
     """
 
-    revision: str | None = field(
-        default=None, metadata=_cli("Branch, tag or commit on a hub. [default: the main branch]", metavar="REV")
-    )
-    hub: str | None = field(
-        default=None,
-        metadata=_cli("The hub of org/name sources. [default: $DSOCR_HUB, or hf]", metavar="hf|modelscope"),
-    )
-    download: bool = field(default=False, metadata=_cli("Download whole files into the hub's cache."))
+    revision: str | None = option("Branch, tag or commit on a hub. [default: the main branch]", "REV")
+    hub: str | None = option("The hub of org/name sources. [default: $DSOCR_HUB, or hf]", "hf|modelscope")
+    download: bool = option("Download whole files into the hub's cache.", default=False)
 
 
 NO_HUB_OPTIONS = HubOptions()
 
 
-def split_options(family: str, options: Mapping[str, Any]) -> tuple[ConvertOptions, HubOptions]:
-    """Sort keyword arguments into the two classes of options; TypeError for an unknown one."""
-    names = [{item.name for item in fields(cls) if item.metadata} for cls in (ConvertOptions, HubOptions)]
-    unknown = sorted(options.keys() - names[0] - names[1])
-    if unknown:
-        expected = ", ".join(sorted(names[0] | names[1]))
+def split_options(options: Mapping[str, Any], cls: Callable[..., _Options], **own: Any) -> tuple[_Options, HubOptions]:
+    """Sort keyword arguments into a class of options and HubOptions; TypeError for an unknown one.
+
+    Args:
+        options: The keyword arguments.
+        cls: The class of options.
+        own: Other arguments of the class.
+    """
+    names, hub_names = ({item.name for item in fields(each) if item.metadata} for each in (cls, HubOptions))  # type: ignore[arg-type]
+    if unknown := sorted(options.keys() - names - hub_names):
+        expected = ", ".join(sorted(names | hub_names))
         raise TypeError(f"unknown option {', '.join(map(repr, unknown))}: expected {expected}")
-    convert, hub = ({name: value for name, value in options.items() if name in group} for group in names)
-    return ConvertOptions(family, **convert), HubOptions(**hub)
+    mine, hub = ({name: value for name, value in options.items() if name in group} for group in (names, hub_names))
+    return cls(**own, **mine), HubOptions(**hub)
 
 
 def check_choices(**choices: tuple[str, Sequence[str]]) -> None:

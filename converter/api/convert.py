@@ -11,7 +11,7 @@ from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.sources import open_sources
 from converter.errors import UsageError, first_names
-from converter.options import split_options
+from converter.options import ConvertOptions, split_options
 from converter.output.pretrained import check_folder_output, config_files, is_folder_output
 from converter.output.record import ConversionRecord, Destination, make_plan_record
 from converter.output.record_files import RecordFiles
@@ -61,7 +61,7 @@ def convert(
         DsocrError: The conversion is not possible. An existing output is unchanged.
         TypeError: An option is unknown.
     """
-    convert_options, hub_options = split_options(family, options)
+    convert_options, hub_options = split_options(options, ConvertOptions, family=family)
     check_options(convert_options)
     is_folder = out is not None and is_folder_output(Path(out), convert_options.layout)
     format = format_for(None if is_folder else out, format)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.open import check_unchanged
 from converter.checkpoint.sources import open_sources
-from converter.options import split_options
+from converter.options import ConvertOptions, split_options
 from converter.output.names import overflow_warning
 from converter.output.record import function_warning
 from converter.plan.planner import check_options, resolve
@@ -53,7 +53,8 @@ def load(
     Warns:
         UserWarning: A cast made finite values infinite, or the encoder computes another function than the source.
     """
-    convert_options, hub_options = split_options(family, {**options, "dtype": str(dtype).removeprefix("torch.")})
+    dtype = str(dtype).removeprefix("torch.")
+    convert_options, hub_options = split_options(options, ConvertOptions, family=family, dtype=dtype)
     check_options(convert_options)
     # Imports torch, which takes two seconds: after the options are checked.
     from converter.output.memory import Loader, checked_device

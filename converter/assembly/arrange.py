@@ -17,8 +17,6 @@ from converter.tensors.lazy_tensor import LazyTensor
 # The other programs. The layouts are those of the families, such as sam-mlx; the names are those of the projector's
 # tensors that differ from DeepSeek's.
 LAYOUTS = {"mlx": {"view_seperator": "view_separator"}, "mmproj": LLAMA_CPP}
-# The formats of their files.
-FORMATS = {"mlx": "safetensors", "mmproj": "gguf"}
 
 
 class Arranged(NamedTuple):

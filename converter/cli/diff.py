@@ -21,7 +21,7 @@ from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
 from converter.errors import first_names
-from converter.options import HubOptions
+from converter.options import HubOptions, option
 from converter.storage.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -40,16 +40,10 @@ B = Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, of any 
 class DiffOptions:
     """Options of the command."""
 
-    state_dict: Annotated[
-        str | None,
-        typer.Option(metavar="NAME[,NAME]", help="State dict of files with several; with a comma, A's and B's."),
-    ] = None
-    prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PREFIX[,PREFIX]", help="Prefix of the encoders to compare (. for none); with a comma, A's and B's."
-        ),
-    ] = None
+    state_dict: str | None = option("State dict of files with several; with a comma, A's and B's.", "NAME[,NAME]")
+    prefix: str | None = option(
+        "Prefix of the encoders to compare (. for none); with a comma, A's and B's.", "PREFIX[,PREFIX]"
+    )
     html: Html = None
     json: Json = False
     quiet: Quiet = False

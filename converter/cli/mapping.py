@@ -14,7 +14,7 @@ from converter.cli import console, render
 from converter.cli.options import Json, Quiet, add_options, complete_layout
 from converter.errors import SourceError, UsageError
 from converter.layouts import registry
-from converter.options import ConvertOptions, HubOptions
+from converter.options import ConvertOptions, HubOptions, option
 from converter.output.names import fold_names
 
 if TYPE_CHECKING:
@@ -102,17 +102,13 @@ def _check(file: Path) -> None:
 class DeriveOptions:
     """Options of the command: keyword arguments of `converter.derive`, and how to print the result."""
 
-    out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.yaml", help="Where to write the mapping file.")
-    ] = Path("my.yaml")
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the layout. [default: FILE]")] = ""
-    family: Annotated[str, typer.Option("--family", metavar="FAMILY", help="The encoder, if TARGET holds several.")] = (
-        ""
+    out: Path = option("Where to write the mapping file.", "FILE.yaml", "--output", "-o", default=Path("my.yaml"))
+    name: str = option("Name of the layout. [default: FILE]", "NAME", default="")
+    family: str = option("The encoder, if TARGET holds several.", "FAMILY", default="")
+    allow_partial: bool = option(
+        "Write the file even if tensors of TARGET have no match.", None, "--partial", default=False
     )
-    allow_partial: Annotated[
-        bool, typer.Option("--partial", help="Write the file even if tensors of TARGET have no match.")
-    ] = False
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False
+    force: bool = option("Replace an existing file.", None, "--force", "-f", default=False)
     json: Json = False
     quiet: Quiet = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -14,6 +14,7 @@ import typer
 from converter import __version__
 from converter.cli import console
 from converter.layouts import registry
+from converter.options import option
 
 # rich would style help texts and tracebacks.
 PROGRAM: dict[str, Any] = {
@@ -41,27 +42,20 @@ def complete_layout(incomplete: str) -> list[str]:
 class WriteOptions:
     """Options of all commands that write a checkpoint."""
 
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="File to write, or a folder for from_pretrained or with --into FOLDER. [default: LAYOUT.FORMAT]",
-        ),
-    ] = None
-    format: Annotated[
-        Literal["safetensors", "pth", "gguf"] | None,
-        typer.Option(help="Format; pth is for torch.load, gguf for llama.cpp. [default: by the output's suffix]"),
-    ] = None
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False
-    record: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE.json|FILE.md", help="Write the conversion record, or a model card; may be repeated."
-        ),
-    ] = None
+    out: Path | None = option(
+        "File to write, or a folder for from_pretrained or with --into FOLDER. [default: LAYOUT.FORMAT]",
+        "PATH",
+        "--output",
+        "-o",
+    )
+    format: Literal["safetensors", "pth", "gguf"] | None = option(
+        "Format; pth is for torch.load, gguf for llama.cpp. [default: by the output's suffix]"
+    )
+    force: bool = option("Replace an existing output.", None, "--force", "-f", default=False)
+    dry_run: bool = option("Print the plan; write nothing.", default=False)
+    record: list[Path] | None = option(
+        "Write the conversion record, or a model card; may be repeated.", "FILE.json|FILE.md"
+    )
     json: Json = False
     quiet: Quiet = False
 
@@ -70,14 +64,13 @@ def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Comma
     """Replace `**options` in the signature of a command by the fields of dataclasses.
 
     Args:
-        groups: Dataclasses whose fields are annotated for typer, or have metadata as in `converter.options`; with
-            names, only these fields.
+        groups: Dataclasses whose fields are made by `option`, or annotated for typer; with names, only these fields.
     """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [item for item in signature.parameters.values() if item.name != "options"]
-        added = [item for group in groups for item in _parameters(group)]
+        added = [item for group in groups for item in _parameters(*(group if isinstance(group, tuple) else (group,)))]
         parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own] + added
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -86,27 +79,25 @@ def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Comma
     return decorate
 
 
-def _parameters(group: type | tuple[type, Collection[str]]) -> Iterator[inspect.Parameter]:
-    cls, names = group if isinstance(group, tuple) else (group, None)
+def _parameters(cls: type, names: Collection[str] | None = None) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         annotation = hints[item.name]
         if item.metadata:
-            annotation = Annotated[item.metadata["type"] or annotation, _option(item.name, item.default, item.metadata)]
+            annotation = Annotated[item.metadata["type"] or annotation, _typer_option(item)]
         if hasattr(annotation, "__metadata__") and (names is None or item.name in names):
             yield inspect.Parameter(
                 item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation
             )
 
 
-def _option(name: str, default: object, metadata: Any) -> Any:
-    """Make typer's description of a field of `converter.options`."""
+def _typer_option(item: Field[Any]) -> Any:
     return typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=metadata["help"],
-        metavar=metadata["metavar"],
-        show_default=bool(default),
-        autocompletion=complete_layout if name == "to" else None,
+        *(item.metadata["names"] or [f"--{item.name.replace('_', '-')}"]),
+        help=item.metadata["help"],
+        metavar=item.metadata["metavar"],
+        show_default=bool(item.default),
+        autocompletion=complete_layout if item.metadata["metavar"] == "LAYOUT" else None,
     )
 
 

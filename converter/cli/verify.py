@@ -16,7 +16,7 @@ import typer
 from converter.cli import console
 from converter.cli.options import PROGRAM, Html, Json, Quiet, Version, add_options
 from converter.errors import UsageError
-from converter.options import ConvertOptions, HubOptions
+from converter.options import ConvertOptions, HubOptions, option
 
 if TYPE_CHECKING:
     from converter.verification.result import Verification
@@ -33,48 +33,27 @@ _NOT_WITH_ACTIVATIONS = ("source", "record", "mapping", "state_dict", "prefix", 
 class VerifyOptions:
     """Options of `converter.verify`."""
 
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source",
-            "-s",
-            metavar="[ROLE=]SOURCE",
-            help="The checkpoint that it was converted from. Several with what they supplied: sam=, clip=, "
-            "qwen2=, compressor= and queries= (also random:SEED), fill-from=, into=, lora=.",
-        ),
-    ] = None
-    record: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="The conversion record that was written with it.")
-    ] = None
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Device to run the encoders on.")] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision to run the encoders in.")
-    ] = "float32"
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PIXELS,...",
-            help="Image sizes for the whole DeepEncoder. [default: 512,640,1024,1280; on a CPU 512]",
-        ),
-    ] = None
-    fast: Annotated[bool, typer.Option("--fast", help="Check only structure and bytes; run nothing.")] = False
-    require: Annotated[
-        str | None,
-        typer.Option(metavar="PART,...", help="Exit with 1 unless these are done: structure, bytes, outputs."),
-    ] = None
-    save_activations: Annotated[
-        Path | None, typer.Option(metavar="FILE.safetensors", help="Only write the activations of the whole encoder.")
-    ] = None
-    activations: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.safetensors", help="Only compare these activations of a port with the encoder's."),
-    ] = None
-    stages: Annotated[
-        str | None, typer.Option(metavar="PATTERN,...", help="With --save-activations: the stages to write.")
-    ] = None
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Input image for the encoders. [default: a drawn page]")
-    ] = None
+    source: list[str] | None = option(
+        "The checkpoint that it was converted from. Several with what they supplied: sam=, clip=, qwen2=, compressor= "
+        "and queries= (also random:SEED), fill-from=, into=, lora=.",
+        "[ROLE=]SOURCE",
+        "--source",
+        "-s",
+    )
+    record: Path | None = option("The conversion record that was written with it.", "FILE.json")
+    device: str = option("Device to run the encoders on.", "auto|cpu|cuda[:N]", default="auto")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("Precision to run the encoders in.", default="float32")
+    sizes: str | None = option(
+        "Image sizes for the whole DeepEncoder. [default: 512,640,1024,1280; on a CPU 512]", "PIXELS,..."
+    )
+    fast: bool = option("Check only structure and bytes; run nothing.", default=False)
+    require: str | None = option("Exit with 1 unless these are done: structure, bytes, outputs.", "PART,...")
+    save_activations: Path | None = option("Only write the activations of the whole encoder.", "FILE.safetensors")
+    activations: Path | None = option(
+        "Only compare these activations of a port with the encoder's.", "FILE.safetensors"
+    )
+    stages: str | None = option("With --save-activations: the stages to write.", "PATTERN,...")
+    image: Path | None = option("Input image for the encoders. [default: a drawn page]", "FILE")
 
 
 @dataclass(frozen=True)
@@ -82,12 +61,8 @@ class ReportOptions:
     """How to report a verification."""
 
     html: Html = None
-    junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a JUnit report, one test case per check.")
-    ] = None
-    github: Annotated[
-        bool, typer.Option("--github", help="Annotate a GitHub Actions run and write its step summary.")
-    ] = False
+    junit: Path | None = option("Write a JUnit report, one test case per check.", "FILE")
+    github: bool = option("Annotate a GitHub Actions run and write its step summary.", default=False)
     json: Json = False
     quiet: Quiet = False
     version: Version = False
