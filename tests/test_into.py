@@ -517,3 +517,10 @@ def test_verification_names_the_missing_source(tmp_path: Path) -> None:
     insert(host, host, tmp_path / "out")
     with pytest.raises(UsageError, match="the source of the encoder is missing"):
         verify(tmp_path / "out", {"into": host}, fast=True)
+
+
+def test_verification_without_the_host_names_its_option(tmp_path: Path) -> None:
+    host = save(unlimited_ocr().state_dict(), tmp_path / "host")
+    insert(host, host, tmp_path / "out")
+    first = next(check for check in verify(tmp_path / "out", host, fast=True).checks if check.verdict == "failed")
+    assert "--source into=HOST" in first.detail

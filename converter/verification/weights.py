@@ -71,7 +71,9 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
         cause = "converted from a different checkpoint, or with other options, such as --lora (--source lora=ADAPTER)"
-        detail = f"{len(checks)} of {len(outputs)} tensors differ: {cause}"
+        if extra:
+            cause += " or --into (--source into=HOST)"
+        detail = f"{len(checks)} of {len(outputs.keys() | tensors.keys())} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "source", FAILED, detail, [source.name]))
     detail = f"{len(outputs)} tensors equal their sources in every bit{_merge_detail(source)}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
