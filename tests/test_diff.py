@@ -29,7 +29,7 @@ from converter.comparison.measure import measure
 from converter.comparison.streams import BUFFER
 from converter.comparison.summary import summarize
 from converter.errors import ContainerError, LayoutError, UsageError, natural_sort_key
-from converter.reports import movement
+from converter.reports import html
 
 State = dict[str, torch.Tensor]
 
@@ -402,7 +402,7 @@ def test_bars_fit_the_terminal(width: int, state: State, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("relative", [0.0, 1e-9, 0.03, 1.0, 7e12, math.inf, math.nan])
 def test_a_chart_keeps_every_bar_within_it(relative: float) -> None:
-    bars = movement.bars(moved(relative, 60).blocks)
+    bars = html.bars(moved(relative, 60).blocks)
     assert len(bars) == 60 and all(0 <= bar.width <= 100 for bar in bars)
 
 
@@ -417,7 +417,7 @@ def page(tmp_path: Path) -> tuple[str, Difference]:
     after[HOSTILE], after["new.weight"] = torch.full((3,), math.nan), torch.ones(1)
     found = compared(before, after, tmp_path)
     facts = [cli.in_both(found), *cli.names(found)]
-    return movement.page(found, facts, "dsocr-convert diff a b").decode(), found
+    return html.difference_page(found, facts, "dsocr-convert diff a b").decode(), found
 
 
 def test_the_page_is_well_formed_self_contained_and_passive(page: tuple[str, Difference]) -> None:

@@ -50,7 +50,7 @@ def views(found: Verification) -> list[str]:
     """The report as terminal text, HTML page and JSON."""
     terminal = io.StringIO()
     text.print_report(found, Console(file=terminal, width=400))
-    return [terminal.getvalue(), html.page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
+    return [terminal.getvalue(), html.verification_page(found, "dsocr-verify").decode(), json.dumps(found.to_json())]
 
 
 @pytest.mark.parametrize("dtype", ODD_BITS, ids=str)

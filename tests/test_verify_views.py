@@ -26,7 +26,7 @@ from rich.console import Console
 import converter
 from converter import reports
 from converter.errors import ContainerError, OutputError, printable
-from converter.reports import github, html, junit, plot, text, words
+from converter.reports import github, html, junit, text, words
 from converter.verification import pictures
 from converter.verification.result import (
     FAILED,
@@ -188,7 +188,7 @@ def test_a_required_part_is_an_error_in_every_report() -> None:
     assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.commands(found)
     suites = {suite.name: suite for suite in junitparser.JUnitXml.fromstring(junit.document(found))}
     assert (suites["dsocr-verify.required"].tests, suites["dsocr-verify.required"].failures) == (2, 1)
-    assert "not checked: no --source" in html.page(found).decode()
+    assert "not checked: no --source" in html.verification_page(found).decode()
     assert found.to_json()["unmet"] == ["bytes"]
 
 
@@ -198,7 +198,7 @@ def test_mistakes_that_no_output_shows_are_in_the_verdict() -> None:
     line = "outputs cannot show an exchanged q and k in this checkpoint"
     assert found.all_notes == ["a note", line] and found.done[1] == "bytes by mine.yaml"
     assert [control["seen"] for control in found.to_json()["controls"]] == [False, True]
-    page = html.page(found).decode()
+    page = html.verification_page(found).decode()
     assert page.count("? no") == 1 and page.count("✓ yes") == 1 and line in page and line in shown(found)
 
 
@@ -370,7 +370,7 @@ class Outline(HTMLParser):
 
 
 def test_html_is_well_formed_self_contained_and_passive(found: Verification) -> None:
-    text = html.page(found).decode()
+    text = html.verification_page(found).decode()
     outline = Outline(text)
     names = {tag for tag, _ in outline.tags}
     assert not names & {"script", "link", "iframe", "object", "embed", "form", "base"}
@@ -386,7 +386,7 @@ def test_html_is_well_formed_self_contained_and_passive(found: Verification) -> 
 
 
 def test_html_shows_every_probe_once(found: Verification) -> None:
-    outline = Outline(html.page(found).decode())
+    outline = Outline(html.verification_page(found).decode())
     marks = [str(a["class"]) for a in outline.find("span") if str(a.get("class")).startswith("error") and "style" in a]
     points = [point for trace in found.traces for point in trace.points]
     assert len(marks) == len(points)
@@ -395,16 +395,16 @@ def test_html_shows_every_probe_once(found: Verification) -> None:
 
 
 def test_html_folds_layers_and_gives_the_command() -> None:
-    text = html.page(verification(), "dsocr-verify a --source b").decode()
+    text = html.verification_page(verification(), "dsocr-verify a --source b").decode()
     assert "dsocr-verify a --source b" in text
     assert ">layers.{}.qkv.weight<" in text and ">h.{}.v<" in text and ">position_ids<" in text
     # No result shows all options: without a command line, none is shown.
-    assert "<pre>" not in html.page(verification()).decode()
+    assert "<pre>" not in html.verification_page(verification()).decode()
 
 
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf, 1e-300, 1e300])
 def test_a_plot_keeps_every_mark_within_it(error: float) -> None:
-    drawn = plot.error_plot(trace([error] * 13))
+    drawn = html.error_plot(trace([error] * 13))
     positions = [
         value for row in drawn.rows for value in (row.error_percent, row.noise_floor_percent, row.tolerance_percent)
     ]

@@ -73,10 +73,10 @@ def diff(a: A, b: B, **options: Any) -> None:
 
 
 def _write_page(path: Path, difference: Difference) -> None:
-    from converter.reports.movement import page
+    from converter.reports.html import difference_page
 
     facts = [_summary(difference), in_both(difference), *names(difference)]
-    reports.write(path, page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
+    reports.write(path, difference_page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
 
 
 def _bar_per_task(stack: ExitStack, enabled: bool) -> OnProgress:

@@ -37,7 +37,7 @@ def check_files(*paths: Path | None) -> None:
 
 
 def write_files(
-    verification: Verification, html: Path | None = None, junit: Path | None = None, command: str | None = None
+    verification: Verification, html: Path | None = None, junit: Path | None = None, command: str = ""
 ) -> None:
     """Write reports atomically, over existing ones.
 
@@ -48,9 +48,9 @@ def write_files(
         command: The command line to repeat the verification, shown on the page.
     """
     if html is not None:
-        from converter.reports.html import page
+        from converter.reports.html import verification_page
 
-        write(html, page(verification, command))
+        write(html, verification_page(verification, command))
     if junit is not None:
         from converter.reports.junit import document
 

@@ -7,33 +7,14 @@ import sys
 from pathlib import Path
 
 from converter.errors import OutputError, printable
-from converter.reports.words import (
-    SIGNS,
-    by_group,
-    detail_text,
-    durations,
-    unmentioned_tensors,
-    verdict_line,
-    verdict_lines,
-    with_verdict,
-)
-from converter.verification.result import (
-    FAILED,
-    INCONCLUSIVE,
-    NOT_VERIFIED,
-    PARTLY_VERIFIED,
-    SKIPPED,
-    VERIFIED,
-    WARNING,
-    Check,
-    Verification,
-)
+from converter.reports import words
+from converter.verification.result import FAILED, INCONCLUSIVE, SKIPPED, WARNING, Check, Verification
 
 # GitHub shows ten annotations of a kind for each step and drops the others silently.
 _ANNOTATIONS = 10
 _ROWS = 100
 _NOTICES = (WARNING, INCONCLUSIVE, SKIPPED)
-_SIGNS = {VERIFIED: "✅", PARTLY_VERIFIED: "⚠️", NOT_VERIFIED: "❌"}
+_SIGNS = {"verified": "✅", "partly verified": "⚠️", "not verified": "❌"}
 
 
 def annotate(verification: Verification) -> None:
@@ -55,18 +36,18 @@ def annotate(verification: Verification) -> None:
 def commands(verification: Verification) -> list[str]:
     """Workflow commands: an error for each failure and unmet requirement, notices for what was not checked."""
     failures = [check for check in verification.requirements if check.verdict == FAILED]
-    failures += with_verdict(verification, FAILED)
+    failures += words.with_verdict(verification, FAILED)
     shown = failures if len(failures) <= _ANNOTATIONS else failures[: _ANNOTATIONS - 1]
     lines = [_command("error", check) for check in shown]
     if len(shown) < len(failures):
         lines.append(f"::error title=dsocr-verify::and {len(failures) - len(shown)} more checks failed")
-    notices = [check for verdict in _NOTICES for check in with_verdict(verification, verdict)]
+    notices = [check for verdict in _NOTICES for check in words.with_verdict(verification, verdict)]
     return [*lines, *(_command("notice", check) for check in notices[:_ANNOTATIONS])]
 
 
 def _command(kind: str, check: Check) -> str:
     title = escape_property(f"dsocr-verify, {check.group}: {check.name}")
-    also = unmentioned_tensors(check)
+    also = words.unmentioned_tensors(check)
     detail = f"{check.detail}\nalso: {also}" if also else check.detail
     return f"::{kind} title={title}::{escape_data(detail)}"
 
@@ -83,20 +64,18 @@ def escape_property(text: str) -> str:
 
 def summary(verification: Verification) -> str:
     """A section of Markdown: the verdict, the inputs, and the checks as a table."""
-    sign = _SIGNS[verification.verdict]
-    inputs = [f"<code>{escape_markdown(verification.converted)}</code>"]
+    inputs = f"<code>{escape_markdown(verification.converted)}</code>"
     if verification.source:
         source, mapping = escape_markdown(verification.source), escape_markdown(verification.mapping)
-        inputs.append(f"converted from <code>{source}</code> ({mapping})")
+        inputs += f", converted from <code>{source}</code> ({mapping})"
     if verification.reference:
-        inputs.append(f"compared with {escape_markdown(verification.reference)}")
-    ran_on = escape_markdown(f"{verification.device}, {verification.dtype}; {durations(verification)}")
-    lines = [f"## {sign} {escape_markdown(verdict_line(verification))}", ""]
-    if open_points := verdict_lines(verification):
+        inputs += f", compared with {escape_markdown(verification.reference)}"
+    ran_on = escape_markdown(f"{verification.device}, {verification.dtype}; {words.durations(verification)}")
+    lines = [f"## {_SIGNS[verification.verdict]} {escape_markdown(words.verdict_line(verification))}", ""]
+    if open_points := words.verdict_lines(verification):
         lines += [*(f"- {escape_markdown(line)}" for line in open_points), ""]
-    lines += [", ".join(inputs), "", ran_on, ""]
-    lines += ["| group | check | verdict | detail |", "|---|---|---|---|"]
-    for group, checks in by_group(verification).items():
+    lines += [inputs, "", ran_on, "", "| group | check | verdict | detail |", "|---|---|---|---|"]
+    for group, checks in words.by_group(verification).items():
         lines += [_row(check) for check in checks[:_ROWS]]
         if len(checks) > _ROWS:
             lines.append(f"| {group} | | | and {len(checks) - _ROWS} more |")
@@ -104,9 +83,9 @@ def summary(verification: Verification) -> str:
 
 
 def _row(check: Check) -> str:
-    also = unmentioned_tensors(check)
-    detail = detail_text(check) + (f"; also {also}" if also else "")
-    cells = [check.group, check.name, f"{SIGNS[check.verdict]} {check.verdict}", detail]
+    also = words.unmentioned_tensors(check)
+    detail = words.detail_text(check) + (f"; also {also}" if also else "")
+    cells = [check.group, check.name, f"{words.SIGNS[check.verdict]} {check.verdict}", detail]
     return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 

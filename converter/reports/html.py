@@ -1,30 +1,29 @@
-"""The verification as one self-contained page: no script, no font, no image from elsewhere."""
+"""Self-contained pages of a verification and of a difference: no script, no font, no image from elsewhere."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from converter.comparison.difference import Block, Difference
 from converter.errors import printable
 from converter.output.names import fold_key_map
 from converter.reports import words
-from converter.reports.plot import error_plot
-from converter.verification.result import FAILED, NOT_VERIFIED, PARTLY_VERIFIED, VERIFIED, Picture, Verification
+from converter.verification.result import FAILED, Picture, Trace, TracePoint, Verification
 
-# The style of the verdict and its sign.
-_STYLES = {VERIFIED: ("passed", "✓"), PARTLY_VERIFIED: ("partly", "!"), NOT_VERIFIED: ("failed", "✗")}
+# The class of the verdict in the style sheet, and its sign.
+_STYLES = {"verified": ("passed", "✓"), "partly verified": ("partly", "!"), "not verified": ("failed", "✗")}
+_TICKS = 6
+# Tensors listed on the page of a difference; `--json` has all of them.
+_ROWS = 200
 
 
-def render(template: str, **values: Any) -> bytes:
-    """Render a template of this package to UTF-8.
-
-    Args:
-        template: The template's file name.
-        values: Variables of the template; all text in them is escaped.
-    """
+def _render(template: str, **values: Any) -> bytes:
+    """Render a template of this package to UTF-8; all text in the values is escaped."""
     environment = Environment(
         loader=PackageLoader("converter", "reports"),
         # Every text may come from a file.
@@ -42,9 +41,9 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and not hasattr(value, "__html__")
 
 
-def page(verification: Verification, command: str | None = None) -> bytes:
-    """The page as UTF-8; `command` is the command line to repeat it, if there was one."""
-    return render(
+def verification_page(verification: Verification, command: str = "") -> bytes:
+    """The page of a verification; `command` is the command line to repeat it, if there was one."""
+    return _render(
         "page.html",
         found=verification,
         verdict=words.verdict_line(verification),
@@ -55,7 +54,7 @@ def page(verification: Verification, command: str | None = None) -> bytes:
         plots=[error_plot(trace) for trace in verification.traces if trace.points],
         pictures=_by_run(verification.pictures),
         key_map=fold_key_map(verification.key_map),
-        command=command or "",
+        command=command,
     )
 
 
@@ -66,3 +65,83 @@ def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]
         url = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
         runs.setdefault(picture.run, []).append((picture, url))
     return runs
+
+
+class Row(NamedTuple):
+    """One probe, and the positions of its three values on a logarithmic scale, in percent of the plot's width."""
+
+    point: TracePoint
+    error_percent: float
+    noise_floor_percent: float
+    tolerance_percent: float
+
+
+class Plot(NamedTuple):
+    """One trace: a row for each probe, and the scale."""
+
+    name: str
+    rows: list[Row]
+    diverging: list[TracePoint]  # The points beyond their tolerance
+    ticks: list[tuple[int, float]]  # The exponents of powers of ten, and their positions in percent
+
+
+def error_plot(trace: Trace) -> Plot:
+    """The plot of a trace with at least one point; errors of zero are at the left edge, infinite ones at the right."""
+    low, high = _decades(value for p in trace.points for value in (p.error, p.noise_floor, p.tolerance))
+
+    def position(value: float) -> float:
+        if not math.isfinite(value):
+            return 100.0
+        share = (math.log10(value) - low) / (high - low) if value > 0 else 0.0
+        return round(100 * min(max(share, 0.0), 1.0), 1)
+
+    rows = [Row(p, position(p.error), position(p.noise_floor), position(p.tolerance)) for p in trace.points]
+    step = math.ceil((high - low) / _TICKS)
+    ticks = [(power, position(10.0**power)) for power in range(low + 1, high, step)]
+    return Plot(trace.name, rows, [point for point in trace.points if not point.within_tolerance], ticks)
+
+
+def _decades(values: Iterable[float]) -> tuple[int, int]:
+    """The exponents of the powers of ten around all positive finite values, at least two apart."""
+    powers = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
+    return (low, high) if high - low > 1 else (low - 1, high + 1)
+
+
+def difference_page(difference: Difference, facts: Sequence[str], command: str) -> bytes:
+    """The page of a difference: how far each block moved.
+
+    Args:
+        difference: The result of the comparison.
+        facts: Lines that say what differs.
+        command: The command line to repeat it.
+    """
+    return _render(
+        "movement.html",
+        difference=difference,
+        facts=facts,
+        bars=bars(difference.blocks) if difference.moved else [],
+        moved=difference.moved[:_ROWS],
+        rest=max(len(difference.moved) - _ROWS, 0),
+        lists={"Only in A": difference.removed, "Only in B": difference.added},
+        command=command,
+    )
+
+
+class Bar(NamedTuple):
+    """One block and the width of its bar in percent: full for the block that moved furthest or is not finite."""
+
+    block: Block
+    width: float
+    finite: bool
+
+
+def bars(blocks: Sequence[Block]) -> list[Bar]:
+    """A bar for each block."""
+    furthest = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0) or 1.0
+    return [
+        Bar(block, round(100 * block.relative / furthest, 1), True)
+        if math.isfinite(block.relative)
+        else Bar(block, 100.0, False)
+        for block in blocks
+    ]

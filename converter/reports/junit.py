@@ -11,17 +11,20 @@ from converter.verification.result import FAILED, INCONCLUSIVE, SKIPPED, WARNING
 
 # A check that could not have failed is no success either. JUnit has no word for it.
 _SKIPS = {SKIPPED: "", INCONCLUSIVE: "inconclusive: "}
+_PROPERTIES = ("converted", "source", "family", "mapping", "reference", "device", "dtype")
 
 
 def document(verification: Verification) -> bytes:
     """The XML document, in UTF-8."""
     root = Element("testsuites", name="dsocr-verify", time=f"{sum(verification.seconds.values()):g}")
     root.attrib.update(_counts([*verification.checks, *verification.requirements]))
+    facts = {"verdict": verification.result, "notes": "; ".join(verdict_lines(verification))}
+    facts |= {name: getattr(verification, name) for name in _PROPERTIES} | dict(verification.environment)
     for group, checks in by_group(verification).items():
         seconds = verification.seconds.get(group, 0.0)
         suite = SubElement(root, "testsuite", _counts(checks), name=f"dsocr-verify.{group}", time=f"{seconds:g}")
         properties = SubElement(suite, "properties")
-        for name, value in _properties(verification).items():
+        for name, value in facts.items():
             SubElement(properties, "property", name=name, value=printable(value))
         for check in checks:
             _add_case(suite, check)
@@ -41,19 +44,11 @@ def _add_case(suite: Element, check: Check) -> None:
     if check.verdict in _SKIPS:
         SubElement(case, "skipped", message=printable(f"{_SKIPS[check.verdict]}{check.detail}"))
         return
-    lines = [check.detail]
-    if check.verdict in (FAILED, WARNING):
-        lines += [f"affected: {name}" for name in check.tensors]
-    lines += [f"{name}: {value:.6g}" for name, value in check.figures.items()]
     if check.verdict == FAILED:
         element = SubElement(case, "failure", message=printable(check.detail), type=check.group)
     else:
         element = SubElement(case, "system-out")
+    affected = check.tensors if check.verdict in (FAILED, WARNING) else ()
+    figures = [f"{name}: {value:.6g}" for name, value in check.figures.items()]
     # XML cannot express most control characters.
-    element.text = printable("\n".join(lines), keep="\n")
-
-
-def _properties(verification: Verification) -> dict[str, str]:
-    names = ("converted", "source", "family", "mapping", "reference", "device", "dtype")
-    verdict = {"verdict": verification.result, "notes": "; ".join(verdict_lines(verification))}
-    return verdict | {name: getattr(verification, name) for name in names} | dict(verification.environment)
+    element.text = printable("\n".join([check.detail, *(f"affected: {name}" for name in affected), *figures]), "\n")

@@ -1,4 +1,4 @@
-"""Wording and order of checks, shared by all reports."""
+"""Wording, order and colours of checks, shared by all reports."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import re
 from collections.abc import Sequence
 
 from converter.errors import first_names
-from converter.verification.result import (
-    ACTIVATIONS,
-    FAILED,
-    INCONCLUSIVE,
-    PASSED,
-    REQUIRED,
-    SKIPPED,
-    WARNING,
-    Check,
-    Verification,
-)
+from converter.verification import result
+from converter.verification.result import FAILED, PASSED, Check, Verification
 
 GROUPS = {
     "structure": "Names, shapes and types match the target layout, and no weight is NaN or infinite.",
     "record": "The file is the one that its conversion record describes: SHA-256 of every tensor.",
     "bytes": "Every tensor equals its source tensors bit by bit, as the formats' own libraries read them.",
     "outputs": "The converted encoder computes the same features as the source's own implementation.",
-    ACTIVATIONS: "The activations of a port are those of the encoder, but for rounding.",
-    REQUIRED: "The parts that --require names were done.",
+    result.ACTIVATIONS: "The activations of a port are those of the encoder, but for rounding.",
+    result.REQUIRED: "The parts that --require names were done.",
 }
 # Verdicts have a sign and a colour, so that either is enough.
-SIGNS = {PASSED: "✓", FAILED: "✗", WARNING: "!", SKIPPED: "-", INCONCLUSIVE: "?"}
+SIGNS = {PASSED: "✓", FAILED: "✗", result.WARNING: "!", result.SKIPPED: "-", result.INCONCLUSIVE: "?"}
+COLOURS = {
+    PASSED: "green",
+    FAILED: "bold red",
+    result.WARNING: "yellow",
+    result.SKIPPED: "dim",
+    result.INCONCLUSIVE: "yellow",
+    result.VERIFIED: "bold green",
+    result.PARTLY_VERIFIED: "bold yellow",
+    result.NOT_VERIFIED: "bold red",
+}
 
 # A wrong source fails in every tensor: reports show this many failures of a group.
 _FAILURES_SHOWN = 12
@@ -54,10 +55,9 @@ def split_failures(checks: Sequence[Check]) -> tuple[list[Check], list[Check]]:
 
 def verdict_line(verification: Verification) -> str:
     """The verdict in one line: the first failure, or what was done."""
-    failures = with_verdict(verification, FAILED)
-    if failures:
-        return f"NOT VERIFIED: {_count(len(failures))} failed, first {failures[0].group}: {failures[0].name}"
-    passes = len(with_verdict(verification, PASSED))
+    if failures := with_verdict(verification, FAILED):
+        return f"NOT VERIFIED: {_count(failures)} failed, first {failures[0].group}: {failures[0].name}"
+    passes = with_verdict(verification, PASSED)
     if not passes:
         return "NOT VERIFIED: no check was made"
     verdict, _, done = verification.result.partition(" (")
@@ -73,8 +73,8 @@ def verdict_lines(verification: Verification) -> list[str]:
     ]
 
 
-def _count(number: int) -> str:
-    return f"{number} check{'s' if number != 1 else ''}"
+def _count(checks: Sequence[Check]) -> str:
+    return f"{len(checks)} check{'s' if len(checks) != 1 else ''}"
 
 
 def detail_text(check: Check) -> str:
