@@ -15,6 +15,8 @@ import struct
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from converter.tensors.dtypes import BY_NAME
 
 # Name -> element type and shape.
@@ -156,3 +158,11 @@ def sparse(path: Path, inventory: Inventory) -> Path:
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + end)
     return path
+
+
+def random_state(inventory: Inventory) -> dict[str, torch.Tensor]:
+    """Tensors of an inventory with random values, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.bfloat16) for name, (_, shape) in inventory.items()
+    }

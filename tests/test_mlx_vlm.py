@@ -1,10 +1,11 @@
 """What is written for MLX, in mlx-vlm's own classes: left unchanged by `sanitize`, loaded strictly, the same outputs.
 
-Skipped without mlx-vlm: python -m pip install mlx mlx-cpu; python -m pip install --no-deps mlx-vlm
+scripts/test installs mlx-vlm; without it, these tests are skipped.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from inventories import inventories, mmproj_name, random_state
 from torch import nn
 
 import converter
 from converter.encoders import ClipConfig, ClipEncoder, Qwen2Config, Qwen2Encoder, SamConfig, SamEncoder
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_vlm")
+sys.path.append(str(Path(sys.prefix) / "oracles" / "mlx-vlm"))
+mx = pytest.importorskip("mlx.core", reason="mlx-vlm is not installed: bash scripts/test does it")
+# Older releases of transformers lack what it imports.
+pytest.importorskip("mlx_vlm.models.deepseekocr", exc_type=ImportError)
 
 # mlx-vlm's classes fix the channels of the compressor, and CLIP's grid of 16 x 16 patches.
 WIDTH, DEPTH, HEADS = 64, 3, 2
@@ -165,13 +169,20 @@ def test_got_ocr2(tmp_path: Path) -> None:
     assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("size", ["tiny", pytest.param("true", marks=pytest.mark.true_size)])
 @pytest.mark.parametrize("number", [1, 2])
-def test_sanitize_gives_what_we_write(number: int, tmp_path: Path) -> None:
+def test_sanitize_gives_what_we_write(number: int, size: str, tmp_path: Path) -> None:
     from mlx_vlm.models.deepseekocr import deepseekocr
     from mlx_vlm.models.deepseekocr_2 import deepseekocr_2
 
-    source = save(version(number), tmp_path / "model.safetensors")
-    converter.encoder(source, to="mlx", out=tmp_path / "mlx.safetensors")
+    if size == "tiny":
+        source = save(version(number), tmp_path / "model.safetensors")
+    else:
+        inventory = inventories()["deepseek-ocr" if number == 1 else "deepseek-ocr-2"]
+        state = random_state({name: entry for name, entry in inventory.items() if mmproj_name(name)})
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+        source = tmp_path / "model.safetensors"
+    converter.encoder(source, to="mlx", out=tmp_path / "mlx.safetensors", with_projector=size == "true")
     model, second = (deepseekocr, clip()) if number == 1 else (deepseekocr_2, qwen2())
     theirs = second.sanitize(model.Model.sanitize(mx.load(str(source))))
     assert_unchanged(theirs, mx.load(str(tmp_path / "mlx.safetensors")))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache
@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from hostile import ggufs
-from inventories import inventories, mmproj_name, sparse
+from inventories import inventories, mmproj_name, random_state, sparse
 from test_docs import DOCS
 from test_docs import under as under_heading
 from test_mlx import State, check_equal, deepseek, deepseek_2, save
@@ -147,12 +147,12 @@ def folder(
     model: str,
     dtype: torch.dtype = torch.float32,
     configs: dict[str, Any] | None = None,
+    state: State | None = None,
 ) -> Path:
-    """A tiny checkpoint, with the configs of DeepSeek's."""
+    """A tiny checkpoint, or one of another state, with the configs of DeepSeek's."""
     path.mkdir()
-    save(
-        {name: tensor.to(dtype) for name, tensor in with_projector(MODELS[model]()).items()}, path / "model.safetensors"
-    )
+    state = state or with_projector(MODELS[model]())
+    save({name: tensor.to(dtype) for name, tensor in state.items()}, path / "model.safetensors")
     configs = {"config.json": config(model), "processor_config.json": PROCESSOR} if configs is None else configs
     for name, content in configs.items():
         (path / name).write_text(json.dumps(content))
@@ -350,21 +350,48 @@ def test_a_damaged_mmproj_is_not_verified(tmp_path: Path) -> None:
         assert failed and all("attn_qkv" in str(check) for check in failed)
 
 
-ORACLE = os.environ.get("CONVERT_HF_TO_GGUF") or shutil.which("convert-hf-to-gguf")
+# llama.cpp's converter, which scripts/test installs: each argument is a list of its own arguments, as JSON.
+ORACLE = Path(sys.prefix) / "oracles" / "llama.cpp"
+CONVERT = """
+import json, sys
+import convert_hf_to_gguf
+for sys.argv in map(json.loads, sys.argv[1:]):
+    convert_hf_to_gguf.main()
+"""
 
 
-@pytest.mark.skipif(not ORACLE, reason="llama.cpp's converter is not installed (convert-hf-to-gguf)")
-@pytest.mark.parametrize("dtype", GGML)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_byte_and_key_is_llama_cpps(model: str, dtype: str, tmp_path: Path) -> None:
-    """Lines of its conversion/deepseek.py that name DSPARK constants have to be removed: its gguf lacks them."""
-    source = folder(tmp_path / "in", model, torch.bfloat16)
-    kind = GGML[dtype].lower()
-    command = [ORACLE, source, "--mmproj", "--outtype", kind, "--outfile", tmp_path / "theirs.gguf"]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
-    ours, theirs = read(write(source, tmp_path / "ours.gguf", dtype=dtype)), read(tmp_path / "theirs.gguf")
-    assert ours[0] == theirs[0]
-    assert ours[1] == theirs[1]
+@pytest.mark.skipif(not (ORACLE / "installed").exists(), reason="bash scripts/test installs llama.cpp's converter")
+@pytest.mark.parametrize("size", ["tiny", pytest.param("true", marks=pytest.mark.true_size)])
+def test_every_byte_and_key_is_llama_cpps(size: str, tmp_path: Path) -> None:
+    """For both versions and all types; theirs in one process, as it imports torch."""
+    for model in MODELS:
+        if size == "tiny":
+            folder(tmp_path / model, model, torch.bfloat16)
+            continue
+        vision = {name: entry for name, entry in inventories()[model].items() if mmproj_name(name)}
+        configs = {"config.json": config(model) | {"hidden_size": 1280}, "processor_config.json": PROCESSOR}
+        folder(tmp_path / model, model, torch.bfloat16, configs, random_state(vision))
+    theirs = {(model, dtype): tmp_path / f"{model}.{dtype}.gguf" for model in MODELS for dtype in GGML}
+    runs = [
+        ["convert", str(tmp_path / model), "--mmproj", "--outtype", GGML[dtype].lower(), "--outfile", str(out)]
+        for (model, dtype), out in theirs.items()
+    ]
+    command = [sys.executable, "-c", CONVERT, *map(json.dumps, runs)]
+    # Its own release of gguf comes first.
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ORACLE)}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    for (model, dtype), path in theirs.items():
+        keys, tensors = read(write(tmp_path / model, tmp_path / "ours.gguf", dtype=dtype, force=True))
+        expected = read(path)
+        assert keys == expected[0], (model, dtype)
+        assert tensors.keys() == expected[1].keys(), (model, dtype)
+        for name, tensor in tensors.items():
+            # No comparison of gigabytes by pytest, which would print them.
+            assert (tensor == expected[1][name]) is True, (model, dtype, name)
+        if dtype != "float16":
+            back = tmp_path / "back.safetensors"
+            converter.encoder(path, with_projector=True, dtype="bfloat16", out=back, force=True)
+            assert converter.diff(back, tmp_path / model).equal
 
 
 def test_the_page_of_llama_cpp(tmp_path: Path) -> None:
