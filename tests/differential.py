@@ -28,7 +28,7 @@ from memory import copied, raw
 from memory_file import Memory
 
 from converter.errors import DsocrError
-from converter.formats.pickle_values import Placeholder
+from converter.formats.pickle_reader import Placeholder
 from converter.formats.registry import open_file
 from converter.formats.torch_contents import MAX_DEPTH
 from converter.tensors.evaluate import tensor_bytes

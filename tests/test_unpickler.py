@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import ContainerError
-from converter.formats.pickle_reader import MAX_MARKS, TruncatedPickleError, unpickle
-from converter.formats.pickle_values import Placeholder
+from converter.formats.pickle_reader import MAX_MARKS, Placeholder, TruncatedPickleError, unpickle
 from converter.formats.torch_pickle import GLOBALS, TorchGlobals, storage_ref
 
 SCALARS = st.one_of(

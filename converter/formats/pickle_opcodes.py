@@ -1,7 +1,4 @@
-"""Decodes the argument that follows each opcode of a pickle, protocols 0 to 5.
-
-The grammar is that of the standard library's `pickletools`. `pickle_reader` executes the opcodes.
-"""
+"""Decodes the arguments of pickle opcodes, protocols 0 to 5, by the grammar of the standard library's `pickletools`."""
 
 from __future__ import annotations
 
@@ -12,28 +9,28 @@ from typing import Any
 
 from converter.errors import ContainerError
 
-MAX_INT_BYTES = 1024
-MAX_INT_DIGITS = 2466  # the same number in decimal
-MAX_SHOWN_NAME = 200  # characters of the name of a global
+_MAX_INT_BYTES = 1024
+_MAX_INT_DIGITS = 2466  # the same number in decimal
+_MAX_SHOWN_NAME = 200  # characters of the name of a global
 
-# The next step for a file whose weights another program wrote as something that is not read here.
+# The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
+ARRAYS = rb"numpy(\._?core)?\.(multiarray|numeric)"
+
+# Next steps: for a file whose weights another program wrote as something that is not read here, for numpy arrays in
+# files of torch.save and of pickle.dump, for a pickle that is refused, and for one that is hostile.
 RESAVE = (
     "where you trust the file, save its weights alone, which runs code of the file: "
     'torch.save(torch.load(PATH, map_location="cpu", weights_only=False)["state_dict"], "weights.pth"), '
     "with .state_dict() in place of [...] where PATH holds a whole module"
 )
-# The same for a dict of numpy arrays, with `d` as the dict.
-_TRUSTED = "it holds numpy arrays; where you trust the file, save tensors, which runs code of the file:"
-_SAVE_ARRAYS = (
-    "d = d.get('model') or d.get('state_dict') or d; torch.save({k: torch.as_tensor(v) for k, v in d.items() "
-    "if hasattr(v, 'shape')}, 'weights.pth')"
+_RESAVE_ARRAYS = (
+    "it holds numpy arrays; where you trust the file, save tensors, which runs code of the file: d = {}; "
+    "d = d.get('model') or d.get('state_dict') or d; torch.save({{k: torch.as_tensor(v) for k, v in d.items() "
+    "if hasattr(v, 'shape')}}, 'weights.pth')"
 )
-RESAVE_ARRAYS = f"{_TRUSTED} d = torch.load(PATH, map_location='cpu', weights_only=False); {_SAVE_ARRAYS}"
-UNPICKLE_ARRAYS = f"{_TRUSTED} d = pickle.load(open(FILE, 'rb'), encoding='latin1'); {_SAVE_ARRAYS}"
+UNPICKLE_ARRAYS = _RESAVE_ARRAYS.format("pickle.load(open(FILE, 'rb'), encoding='latin1')")
 NEXT_STEP = f"nothing of it was executed\n{RESAVE}"
-# The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
-ARRAYS = rb"numpy(\._?core)?\.(multiarray|numeric)"
-HOSTILE = (
+_HOSTILE = (
     "nothing of it was executed\n"
     "do not trust this file: pickle.load, and torch.load with weights_only=False, would run its code"
 )
@@ -41,7 +38,8 @@ HOSTILE = (
 
 def resave_step(head: bytes) -> str:
     """Return the next step for a pickle that is too large, from its first bytes."""
-    return RESAVE_ARRAYS if re.search(ARRAYS, head) else RESAVE
+    load = "torch.load(PATH, map_location='cpu', weights_only=False)"
+    return _RESAVE_ARRAYS.format(load) if re.search(ARRAYS, head) else RESAVE
 
 
 class PickleError(ContainerError):
@@ -50,12 +48,12 @@ class PickleError(ContainerError):
 
 def hostile_error(*names: str) -> PickleError:
     """Return the error for a pickle that refers to functions by these full names."""
-    return PickleError(f"the pickle refers to {', '.join(names)}, which no checkpoint needs", HOSTILE)
+    return PickleError(f"the pickle refers to {', '.join(names)}, which no checkpoint needs", _HOSTILE)
 
 
 def full_name(module: str, name: str) -> str:
     """Return a name for messages. `repr`: the name may contain control characters."""
-    return repr(f"{module}.{name}"[:MAX_SHOWN_NAME])[1:-1]
+    return repr(f"{module}.{name}"[:_MAX_SHOWN_NAME])[1:-1]
 
 
 # Takes the data and the position after the opcode. Returns the argument and the position after it. Raises IndexError or
@@ -65,92 +63,62 @@ ArgumentReader = Callable[[bytes, int], tuple[Any, int]]
 
 def _constant(value: Any) -> ArgumentReader:
     """An opcode without an argument in the data; it always has this value."""
-
-    def read(data: bytes, pos: int) -> tuple[Any, int]:
-        return value, pos
-
-    return read
+    return lambda data, pos: (value, pos)
 
 
 def _byte(data: bytes, pos: int) -> tuple[int, int]:
     return data[pos], pos + 1
 
 
+def _protocol(data: bytes, pos: int) -> tuple[int, int]:
+    if data[pos] > 5:
+        raise PickleError(f"pickle protocol {data[pos]}: 0 to 5 are known", "save it again with pickle_protocol=2")
+    return data[pos], pos + 1
+
+
 def _number(format: str) -> ArgumentReader:
+    layout = struct.Struct(format)
+    return lambda data, pos: (layout.unpack_from(data, pos)[0], pos + layout.size)
+
+
+def _counted(format: str, convert: Callable[[bytes], Any] = bytes, limit: int | None = None) -> ArgumentReader:
+    """A value made of bytes, which their count precedes; an integer if the count has a limit."""
     layout = struct.Struct(format)
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
-        return layout.unpack_from(data, pos)[0], pos + layout.size
-
-    return read
-
-
-def _protocol(data: bytes, pos: int) -> tuple[int, int]:
-    version, end = _byte(data, pos)
-    if version > 5:
-        raise PickleError(f"pickle protocol {version}: 0 to 5 are known", "save it again with pickle_protocol=2")
-    return version, end
-
-
-def _take(data: bytes, pos: int, length: int) -> tuple[bytes, int]:
-    end = pos + length
-    if end > len(data):
-        raise IndexError
-    return data[pos:end], end
-
-
-def _bytes(format: str) -> ArgumentReader:
-    """Bytes, preceded by their count."""
-    length = _number(format)
-
-    def read(data: bytes, pos: int) -> tuple[bytes, int]:
-        count, pos = length(data, pos)
-        return _take(data, pos, count)
-
-    return read
-
-
-def _long(format: str) -> ArgumentReader:
-    """A little-endian signed integer, preceded by its count of bytes."""
-    length = _number(format)
-
-    def read(data: bytes, pos: int) -> tuple[int, int]:
-        count, pos = length(data, pos)
-        if not 0 <= count <= MAX_INT_BYTES:
+        (count,) = layout.unpack_from(data, pos)
+        start = pos + layout.size
+        if limit is not None and not 0 <= count <= limit:
             raise PickleError(f"an integer of {count} bytes", NEXT_STEP)
-        digits, pos = _take(data, pos, count)
-        return int.from_bytes(digits, "little", signed=True), pos
+        if start + count > len(data):
+            raise IndexError
+        return convert(data[start : start + count]), start + count
 
     return read
 
 
-def _line(data: bytes, pos: int) -> tuple[bytes, int]:
-    end = data.find(b"\n", pos)
-    if end < 0:
-        raise IndexError
-    return data[pos:end], end + 1
+def _line(convert: Callable[[bytes], Any]) -> ArgumentReader:
+    """A value made of the bytes up to the end of the line."""
+
+    def read(data: bytes, pos: int) -> tuple[Any, int]:
+        end = data.find(b"\n", pos)
+        if end < 0:
+            raise IndexError
+        return convert(data[pos:end]), end + 1
+
+    return read
 
 
 def _names(data: bytes, pos: int) -> tuple[tuple[str, str], int]:
     """A module and a name in it, one line each."""
-    line, pos = _line(data, pos)
-    module = str(line, "utf-8")
-    line, pos = _line(data, pos)
-    return (module, str(line, "utf-8")), pos
-
-
-def _converted(convert: Callable[[bytes], Any], encoded: ArgumentReader) -> ArgumentReader:
-    """A value converted from bytes."""
-
-    def read(data: bytes, pos: int) -> tuple[Any, int]:
-        raw, pos = encoded(data, pos)
-        return convert(raw), pos
-
-    return read
+    read = _line(bytes.decode)
+    module, pos = read(data, pos)
+    name, pos = read(data, pos)
+    return (module, name), pos
 
 
 def _decimal(text: bytes) -> int:
-    if len(text) > MAX_INT_DIGITS:
+    if len(text) > _MAX_INT_DIGITS:
         raise PickleError(f"an integer of {len(text)} digits", NEXT_STEP)
     return int(text)
 
@@ -164,6 +132,10 @@ def _decimal_long(text: bytes) -> int:
     return _decimal(text.removesuffix(b"L"))
 
 
+def _little_endian(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
 def _text(data: bytes) -> str:
     # Strings of Python 2 are bytes; torch decodes them as UTF-8, too.
     return str(data, "utf-8", "surrogatepass")
@@ -173,56 +145,41 @@ def _raw_unicode(data: bytes) -> str:
     return str(data, "raw-unicode-escape")
 
 
+# By opcodes. Those without an entry have no argument.
 _ARGUMENTS: dict[str, ArgumentReader] = {
     "\x80": _protocol,
     "\x95": _number("<Q"),  # length of a frame
-    "N": _constant(None),
     "\x88": _constant(True),
     "\x89": _constant(False),
     ")": _constant(()),
-    # Numbers.
-    "K": _byte,
+    # Numbers, and indices of the memo.
+    "Kqh": _byte,
     "M": _number("<H"),
     "J": _number("<i"),
-    "I": _converted(_decimal_or_bool, _line),
-    "L": _converted(_decimal_long, _line),
-    "\x8a": _long("<B"),
-    "\x8b": _long("<i"),
-    "F": _converted(float, _line),
+    "rj": _number("<I"),
     "G": _number(">d"),
+    "I": _line(_decimal_or_bool),
+    "L": _line(_decimal_long),
+    "F": _line(float),
+    "pg": _line(_decimal),
+    "\x8a": _counted("<B", _little_endian, _MAX_INT_BYTES),
+    "\x8b": _counted("<i", _little_endian, _MAX_INT_BYTES),
     # Strings and bytes.
-    "\x8c": _converted(_text, _bytes("<B")),
-    "X": _converted(_text, _bytes("<I")),
-    "\x8d": _converted(_text, _bytes("<Q")),
-    "U": _converted(_text, _bytes("<B")),
-    "T": _converted(_text, _bytes("<I")),
-    "V": _converted(_raw_unicode, _line),
-    "C": _bytes("<B"),
-    "B": _bytes("<I"),
-    "\x8e": _bytes("<Q"),
-    "\x96": _bytes("<Q"),
-    # Indices of the memo.
-    "q": _byte,
-    "r": _number("<I"),
-    "p": _converted(_decimal, _line),
-    "h": _byte,
-    "j": _number("<I"),
-    "g": _converted(_decimal, _line),
+    "\x8cU": _counted("<B", _text),
+    "XT": _counted("<I", _text),
+    "\x8d": _counted("<Q", _text),
+    "V": _line(_raw_unicode),
+    "C": _counted("<B"),
+    "B": _counted("<I"),
+    "\x8e\x96": _counted("<Q"),
     # Number of stack items for a container; None for all since the last MARK.
-    "]": _constant(0),
-    "}": _constant(0),
-    "\x85": _constant(1),
-    "\x86": _constant(2),
+    "]}\x8f": _constant(0),
+    "\x85a": _constant(1),
+    "\x86s": _constant(2),
     "\x87": _constant(3),
-    "a": _constant(1),
-    "s": _constant(2),
     # Globals.
-    "c": _names,
-    "i": _names,
+    "ci": _names,
 }
-
-# By opcode; unknown opcodes have no argument.
-ARGUMENTS = [_ARGUMENTS.get(chr(code), _constant(None)) for code in range(256)]
 
 # Bytes of memory that an opcode takes for its value and the reference to it. The smallest limits the time as well: no
 # pickle has more than four million opcodes.
@@ -234,4 +191,9 @@ _MEMORY: dict[str, int] = {
     "c\x93R\x81\x92io(Q": 128,
     "\x8f\x91": 256,
 }
+
+# By opcode.
+ARGUMENTS = [
+    next((read for codes, read in _ARGUMENTS.items() if chr(code) in codes), _constant(None)) for code in range(256)
+]
 MEMORY = [next((size for codes, size in _MEMORY.items() if chr(code) in codes), 16) for code in range(256)]

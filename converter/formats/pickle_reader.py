@@ -2,27 +2,70 @@
 
 Python's own Unpickler is not used. It imports globals by name, calls them, and allocates a memo of any size that the
 stream requests. Here a global outside the table is an error, or a placeholder if the table makes one: calls of it give
-further placeholders, and nothing is imported or run. The supported opcodes are those of protocols 0 to 5 that Python 3
-and torch write.
+further placeholders, and nothing is imported or run. The supported opcodes are those that Python 3 and torch write.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import ARGUMENTS, MEMORY, NEXT_STEP, RESAVE, PickleError, full_name, hostile_error
-from converter.formats.pickle_values import STRINGS, Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 
 # Limits of one pickle. Real checkpoints are far below each of them: a tensor takes 200 bytes of the pickle.
 MAX_PICKLE = 16 << 20  # bytes
 MAX_MEMORY = 64 << 20  # bytes of all values, estimated by opcode
 MAX_MARKS = 1000  # nested containers
-MAX_ARGUMENTS = 1_000_000  # items passed to all calls together: many calls may copy one list
+_MAX_ARGUMENTS = 1_000_000  # items passed to all calls together: many calls may copy one list
+_MAX_KEY_BITS = 64  # of an integer used as a key
+
+_STRINGS = frozenset({str, bytes})
+_SCALARS = frozenset({float, bool, type(None)}) | _STRINGS
+_UNHASHABLE = frozenset({list, dict, set})
+_CONTAINERS = _UNHASHABLE | {tuple, frozenset}
+
+
+class Placeholder:
+    """Stands for an object that is not created: an instance of a class, or a class or function itself.
+
+    It holds what the pickle gives to the object and does nothing with it. Two placeholders are never equal.
+
+    Attributes:
+        name: The full name of the class or function.
+        arguments: The arguments of the call that would create the object; None for a class or function.
+        state: What `__setstate__` would get.
+        content: The items of a subclass of dict, list or set; None for all others.
+    """
+
+    __slots__ = ("arguments", "content", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
+        self.content: Any = None
+
+
+def hashable(key: Any) -> Any:
+    """Return `key` if it is a scalar, else a placeholder for it; TypeError if Python cannot hash it either.
+
+    Other keys are unsafe to hash. Deep tuples overflow the C stack. Hashes of long integers and of tuples of numbers
+    can be predicted, and a dict of colliding keys takes hours to fill. Hashes of strings are randomized.
+    """
+    kind = type(key)
+    if kind in _SCALARS or kind is Placeholder or (kind is int and key.bit_length() <= _MAX_KEY_BITS):
+        return key
+    if kind in _UNHASHABLE:
+        raise TypeError
+    return Placeholder(kind.__name__, (key,))
+
+
+def safe_frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
+    """Return a frozenset of items that are safe to hash."""
+    return frozenset(map(hashable, items))
 
 
 class TruncatedPickleError(ContainerError):
@@ -71,11 +114,11 @@ def unpickle(
         ) from None
 
 
-_CONTAINERS = frozenset({list, tuple, dict, set, frozenset})
-
-
 class _Machine:
-    """State of the pickle virtual machine: the stack, the stacks saved by MARK, and the memo."""
+    """State of the pickle virtual machine: the stack, the stacks saved by MARK, and the memo.
+
+    A method without a docstring executes the opcodes of its entry in the table below, given their argument.
+    """
 
     __slots__ = ("arguments", "data", "globals", "max_memory", "memo", "outer", "persistent_load", "pos", "stack")
 
@@ -106,16 +149,18 @@ class _Machine:
                 raise PickleError(f"values of more than {self.max_memory} bytes", RESAVE)
             _HANDLERS[opcode](self, argument)
 
-    def count_arguments(self, arguments: int) -> None:
-        """Add to the number of arguments of all calls; PickleError beyond the limit."""
-        self.arguments += arguments
-        if self.arguments > MAX_ARGUMENTS:
-            raise PickleError(f"calls with more than {MAX_ARGUMENTS} arguments in total", NEXT_STEP)
+    def unknown(self, _: None) -> None:
+        raise PickleError(f"opcode 0x{self.data[self.pos]:02x}, which no checkpoint needs", NEXT_STEP)
+
+    # Values, stack and memo.
+
+    def skip(self, _: int) -> None:
+        """PROTO and FRAME: the argument has been checked and has no effect."""
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def pop(self, count: int | None = None) -> list[Any]:
+    def take(self, count: int | None = None) -> list[Any]:
         """Remove and return the last `count` values, or those pushed since the last MARK if it is None."""
         stack = self.stack
         if count is None:
@@ -127,6 +172,33 @@ class _Machine:
         items = stack[first:]
         del stack[first:]
         return items
+
+    def mark(self, _: None) -> None:
+        if len(self.outer) >= MAX_MARKS:
+            raise PickleError(f"nested more than {MAX_MARKS} deep", NEXT_STEP)
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def pop(self, _: None) -> None:
+        # POP on an empty stack removes the last mark.
+        self.take(1 if self.stack else None)
+
+    def pop_mark(self, _: None) -> None:
+        self.take()
+
+    def dup(self, _: None) -> None:
+        self.push(self.stack[-1])
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def memoize(self, _: None) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.push(self.memo[index])
+
+    # Globals and calls.
 
     def find_global(self, module: Any, name: Any) -> Any:
         """Look a global up in the table; nothing is imported."""
@@ -148,89 +220,71 @@ class _Machine:
             raise PickleError(f"a call of a {type(function).__name__}", NEXT_STEP)
         for argument in arguments:
             if type(argument) in _CONTAINERS:
-                self.count_arguments(len(argument))
-            elif type(argument) in STRINGS:
-                self.count_arguments(len(argument) >> 4)  # a copied byte takes a sixteenth of the memory of an item
+                self.arguments += len(argument)
+            elif type(argument) in _STRINGS:
+                self.arguments += len(argument) >> 4  # a copied byte takes a sixteenth of the memory of an item
+            if self.arguments > _MAX_ARGUMENTS:
+                raise PickleError(f"calls with more than {_MAX_ARGUMENTS} arguments in total", NEXT_STEP)
         self.stack.append(function(*arguments))
+
+    def global_(self, names: tuple[str, str]) -> None:
+        self.push(self.find_global(*names))
+
+    def stack_global(self, _: None) -> None:
+        self.push(self.find_global(*self.take(2)))
+
+    def reduce(self, _: None) -> None:
+        # The functions of the table do not distinguish cls(*arguments) from cls.__new__(cls, *arguments).
+        self.call(*self.take(2))
+
+    def newobj_ex(self, _: None) -> None:
+        function, arguments, keywords = self.take(3)
+        self.call(function, (arguments, keywords) if type(function) is Placeholder else arguments)
+
+    def inst(self, names: tuple[str, str]) -> None:
+        self.call(self.find_global(*names), tuple(self.take()))
+
+    def obj(self, _: None) -> None:
+        function, *arguments = self.take()
+        self.call(function, tuple(arguments))
+
+    def build(self, _: None) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Placeholder:
+            target.state = state
+        elif type(target) is not dict:
+            raise PickleError(f"state for a {type(target).__name__}, which takes none", NEXT_STEP)
+        # The state of a dict is the `_metadata` of a state dict: version numbers of modules, ignored.
+
+    def binpersid(self, _: None) -> None:
+        if self.persistent_load is None:
+            raise PickleError("a reference to data outside the pickle")
+        self.push(self.persistent_load(self.stack.pop()))
 
 
 # Executes an opcode, given the machine and the argument.
 _Handler = Callable[[_Machine, Any], None]
 
 
-def _unknown(m: _Machine, _: None) -> None:
-    raise PickleError(f"opcode 0x{m.data[m.pos]:02x}, which no checkpoint needs", NEXT_STEP)
+def _building(make: Callable[[list[Any]], Any]) -> _Handler:
+    """Return the handler of opcodes that pop values and push a container of them."""
+    return lambda machine, count: machine.push(make(machine.take(count)))
 
 
-_STOP = ord(".")
-_HANDLERS: list[_Handler] = [_unknown] * 256
+def _extending(kind: type, extend: Callable[[Any, list[Any]], None]) -> _Handler:
+    """Return the handler of opcodes that pop values and add them to the container below, of type `kind`."""
 
+    def handler(machine: _Machine, count: int | None) -> None:
+        items, target = machine.take(count), machine.stack[-1]
+        if type(target) is Placeholder:
+            # An object may have items of two kinds. Those of the second are ignored.
+            target.content = kind() if target.content is None else target.content
+            target = target.content if type(target.content) is kind else kind()
+        if type(target) is not kind:
+            raise PickleError(f"items for a {type(target).__name__}, which takes none", NEXT_STEP)
+        extend(target, items)
 
-def _opcode(codes: str) -> Callable[[_Handler], _Handler]:
-    def register(handler: _Handler) -> _Handler:
-        for code in codes:
-            _HANDLERS[ord(code)] = handler
-        return handler
-
-    return register
-
-
-# ---- values, stack and memo
-
-
-@_opcode("\x80\x95")
-def _skip(m: _Machine, _: int) -> None:
-    """PROTO and FRAME: the argument has been checked and has no effect."""
-
-
-@_opcode("N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e\x96")
-def _push(m: _Machine, value: Any) -> None:
-    m.stack.append(value)
-
-
-@_opcode("(")
-def _mark(m: _Machine, _: None) -> None:
-    if len(m.outer) >= MAX_MARKS:
-        raise PickleError(f"nested more than {MAX_MARKS} deep", NEXT_STEP)
-    m.outer.append(m.stack)
-    m.stack = []
-
-
-@_opcode("0")
-def _pop(m: _Machine, _: None) -> None:
-    # POP on an empty stack removes the last mark.
-    if m.stack:
-        m.stack.pop()
-    else:
-        m.pop()
-
-
-@_opcode("1")
-def _pop_mark(m: _Machine, _: None) -> None:
-    m.pop()
-
-
-@_opcode("2")
-def _dup(m: _Machine, _: None) -> None:
-    m.push(m.stack[-1])
-
-
-@_opcode("qrp")
-def _put(m: _Machine, index: int) -> None:
-    m.memo[index] = m.stack[-1]
-
-
-@_opcode("\x94")
-def _memoize(m: _Machine, _: None) -> None:
-    m.memo[len(m.memo)] = m.stack[-1]
-
-
-@_opcode("hjg")
-def _get(m: _Machine, index: int) -> None:
-    m.push(m.memo[index])
-
-
-# ---- containers
+    return handler
 
 
 def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
@@ -251,93 +305,34 @@ def _update(target: set[Any], items: list[Any]) -> None:
     target.update(map(hashable, items))
 
 
-def _build_with(codes: str, build: Callable[[list[Any]], Any]) -> None:
-    """Register opcodes that pop values and push a container of them."""
-
-    @_opcode(codes)
-    def handler(m: _Machine, count: int | None) -> None:
-        m.push(build(m.pop(count)))
-
-
-def _extend_with(codes: str, kind: type, extend: Callable[[Any, list[Any]], None]) -> None:
-    """Register opcodes that pop values and add them to the container below, of type `kind`."""
-
-    @_opcode(codes)
-    def handler(m: _Machine, count: int | None) -> None:
-        items, target = m.pop(count), m.stack[-1]
-        if type(target) is Placeholder:
-            # An object may have items of two kinds. Those of the second are ignored.
-            target.content = kind() if target.content is None else target.content
-            target = target.content if type(target.content) is kind else kind()
-        if type(target) is not kind:
-            raise PickleError(f"items for a {type(target).__name__}, which takes none", NEXT_STEP)
-        extend(target, items)
-
-
-_build_with("t\x85\x86\x87", tuple)
-_build_with("l]", list)
-_build_with("d}", _dict)
-_build_with("\x91", safe_frozenset)
-_extend_with("ae", list, list.extend)
-_extend_with("su", dict, _set_items)
-_extend_with("\x90", set, _update)
-
-
-@_opcode("\x8f")
-def _empty_set(m: _Machine, _: None) -> None:
-    m.push(set())
-
-
-# ---- globals and calls
-
-
-@_opcode("c")
-def _global(m: _Machine, names: tuple[str, str]) -> None:
-    m.push(m.find_global(*names))
-
-
-@_opcode("\x93")
-def _stack_global(m: _Machine, _: None) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.push(m.find_global(module, name))
-
-
-# REDUCE and NEWOBJ: the functions of the table do not distinguish cls(*arguments) from cls.__new__(cls, *arguments).
-@_opcode("R\x81")
-def _reduce(m: _Machine, _: None) -> None:
-    arguments, function = m.stack.pop(), m.stack.pop()
-    m.call(function, arguments)
-
-
-@_opcode("\x92")
-def _newobj_ex(m: _Machine, _: None) -> None:
-    keywords, arguments, function = m.stack.pop(), m.stack.pop(), m.stack.pop()
-    m.call(function, (arguments, keywords) if type(function) is Placeholder else arguments)
-
-
-@_opcode("i")
-def _inst(m: _Machine, names: tuple[str, str]) -> None:
-    m.call(m.find_global(*names), tuple(m.pop()))
-
-
-@_opcode("o")
-def _obj(m: _Machine, _: None) -> None:
-    function, *arguments = m.pop()
-    m.call(function, tuple(arguments))
-
-
-@_opcode("b")
-def _build(m: _Machine, _: None) -> None:
-    state, target = m.stack.pop(), m.stack[-1]
-    if type(target) is Placeholder:
-        target.state = state
-    elif type(target) is not dict:
-        raise PickleError(f"state for a {type(target).__name__}, which takes none", NEXT_STEP)
-    # The state of a dict is the `_metadata` of a state dict: version numbers of modules, ignored.
-
-
-@_opcode("Q")
-def _binpersid(m: _Machine, _: None) -> None:
-    if m.persistent_load is None:
-        raise PickleError("a reference to data outside the pickle")
-    m.push(m.persistent_load(m.stack.pop()))
+_STOP = ord(".")
+_BY_OPCODES: dict[str, _Handler] = {
+    "\x80\x95": _Machine.skip,
+    "N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e\x96": _Machine.push,
+    "(": _Machine.mark,
+    "0": _Machine.pop,
+    "1": _Machine.pop_mark,
+    "2": _Machine.dup,
+    "qrp": _Machine.put,
+    "\x94": _Machine.memoize,
+    "hjg": _Machine.get,
+    "t\x85\x86\x87": _building(tuple),
+    "l]": _building(list),
+    "d}": _building(_dict),
+    "\x8f": _building(set),  # always empty
+    "\x91": _building(safe_frozenset),
+    "ae": _extending(list, list.extend),
+    "su": _extending(dict, _set_items),
+    "\x90": _extending(set, _update),
+    "c": _Machine.global_,
+    "\x93": _Machine.stack_global,
+    "R\x81": _Machine.reduce,
+    "\x92": _Machine.newobj_ex,
+    "i": _Machine.inst,
+    "o": _Machine.obj,
+    "b": _Machine.build,
+    "Q": _Machine.binpersid,
+}
+_HANDLERS = [
+    next((run for codes, run in _BY_OPCODES.items() if chr(code) in codes), _Machine.unknown) for code in range(256)
+]

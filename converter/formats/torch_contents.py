@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import RESAVE
-from converter.formats.pickle_values import Placeholder
+from converter.formats.pickle_reader import Placeholder
 from converter.formats.torch_pickle import StorageRef, TensorRecord, packed_record, unreadable_record
 from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile

@@ -18,8 +18,7 @@ from converter.errors import ContainerError
 from converter.formats import safetensors, torch_zip
 from converter.formats.dcp_files import CONTAINER as CONTAINER
 from converter.formats.dcp_files import METADATA, SUFFIX
-from converter.formats.pickle_reader import MAX_MEMORY, unpickle
-from converter.formats.pickle_values import Placeholder
+from converter.formats.pickle_reader import MAX_MEMORY, Placeholder, unpickle
 from converter.formats.torch_contents import MAX_DEPTH, MAX_NAME
 from converter.formats.torch_pickle import MAX_DIMENSIONS, MAX_INT, TorchGlobals
 from converter.formats.zip_directory import is_zip

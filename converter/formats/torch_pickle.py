@@ -12,7 +12,7 @@ from typing import Any
 
 from converter.formats.pickle_gadgets import is_gadget
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError, full_name, hostile_error
-from converter.formats.pickle_values import Placeholder, hashable, safe_frozenset
+from converter.formats.pickle_reader import Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, IN_TORCH, DType, unreadable
 from converter.tensors.tensor_info import contiguous_strides

@@ -14,8 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_reader import unpickle
-from converter.formats.pickle_values import Placeholder
+from converter.formats.pickle_reader import Placeholder, unpickle
 from converter.formats.torch_contents import Resolver
 from converter.formats.torch_pickle import GLOBALS, StorageRefs, TensorRecord, first_argument
 from converter.formats.torch_zip import Archive

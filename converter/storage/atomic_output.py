@@ -21,10 +21,11 @@ from converter.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows, which also renames and removes no open file
+except ImportError:  # Windows, which also opens no folders, and renames and removes no open file
     fcntl = None  # type: ignore[assignment]
 
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+_STALE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 # What an error means here, and the next step.
 _MEANINGS = {
@@ -39,7 +40,7 @@ class AtomicOutput:
     """Files and folders that are committed together when the `with` block ends without an error.
 
     At every moment, each path is either the old one or the complete new one. They are renamed in the order in which
-    they were added, so that a run that is killed in between leaves the first path new and the second old.
+    they were added: a run that is killed in between leaves the first path new and the second old.
 
     Raises:
         OutputError: For an OSError in the block or the commit, and for an existing path if `force` is not set.
@@ -47,26 +48,25 @@ class AtomicOutput:
     """
 
     def __init__(self, force: bool) -> None:
-        """Replace existing files and folders if `force` is set."""
         self._force = force
         self._temporaries: list[_Temporary] = []
         self._stack = ExitStack()
 
     def file(self, path: Path) -> int:
         """Return the descriptor of a new file that will become `path`."""
-        return self._add(path, folder=False).fd
+        return self._add(path, is_folder=False).fd
 
     def folder(self, path: Path) -> Path:
         """Return a new folder that will become `path`."""
-        return self._add(path, folder=True).name
+        return self._add(path, is_folder=True).name
 
-    def _add(self, path: Path, folder: bool) -> _Temporary:
+    def _add(self, path: Path, is_folder: bool) -> _Temporary:
         remove_stale(path)
         temporary = _Temporary(path)
         self._temporaries.append(temporary)
         self._stack.callback(temporary.close)
         with output_errors(path):
-            temporary.create(folder)
+            temporary.create(is_folder)
         return temporary
 
     def __enter__(self) -> AtomicOutput:
@@ -103,14 +103,14 @@ class _Temporary:
     """The temporary file or folder of one output, open and locked until it is closed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, temporary_path(path)
-        self.fd = -1
+        self.path, self.name, self.fd = path, temporary_path(path), -1
         self._stat: os.stat_result | None = None
 
-    def create(self, folder: bool) -> None:
-        if folder:
+    def create(self, is_folder: bool) -> None:
+        if is_folder:
             self.name.mkdir()
-        self.fd = _open_locked(self.name, os.O_RDONLY if folder else _NEW_FILE)
+        if not is_folder or fcntl is not None:
+            self.fd = _open_locked(self.name, os.O_RDONLY if is_folder else _NEW_FILE)
         self._stat = os.fstat(self.fd) if self.fd >= 0 else self.name.lstat()
         self._check_ownership()
 
@@ -141,28 +141,22 @@ class _Temporary:
 
     def _replace_folder(self) -> None:
         replaced = self.path.lstat()
-        if _exchange(self.name, self.path):
-            # The temporary name is now that of the old folder.
-            self._stat = replaced
-            return
-        backup = Path(f"{self.name}.old")
-        self.path.rename(backup)
-        try:
+        if not _exchange(self.name, self.path):
+            self.path.rename(_backup_path(self.path))
             self.name.rename(self.path)
-        except BaseException:
-            backup.rename(self.path)
-            raise
-        with suppress(OSError):
-            _remove(backup)
+            _put_back(self.path)
+        # After an exchange, the temporary name is that of the old folder.
+        self._stat = replaced
 
     def close(self) -> None:
         """Remove the temporary file or folder if it belongs to this run, and release the lock."""
         if fcntl is None:
             self._release()
         try:
-            # A temporary file that cannot be removed now is removed by the next run.
+            # What cannot be removed or put back now is by the next run.
             with suppress(OSError):
                 self._check_ownership()
+                _put_back(self.path)
                 _remove(self.name)
         finally:
             self._release()
@@ -191,25 +185,32 @@ def remove_stale(path: Path) -> None:
         OutputError: Another run is writing `path`, or the system refuses.
     """
     temporary = temporary_path(path)
-    backup = Path(f"{temporary}.old")
     with output_errors(path):
         with suppress(FileNotFoundError, NotADirectoryError):
-            fd = _open_locked(temporary, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            fd = -1 if fcntl is None else _open_locked(temporary, _STALE)
             try:
                 _remove(temporary)
             finally:
                 _close(fd)
-        if os.path.lexists(backup):
-            _remove(backup) if os.path.lexists(path) else backup.rename(path)
+        _put_back(path)
+
+
+def _backup_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.part.old"
+
+
+def _put_back(path: Path) -> None:
+    """Give a replaced folder its name again, or remove it if the new one has the name."""
+    backup = _backup_path(path)
+    if os.path.lexists(backup):
+        _remove(backup) if os.path.lexists(path) else backup.rename(path)
 
 
 @contextmanager
 def output_errors(path: Path, hint: str = "") -> Iterator[None]:
     """Raise an OutputError that names `path` for an OSError in the block, or for a ValueError (a NUL in a name).
 
-    Args:
-        path: The file or folder that is written.
-        hint: The next step for the user; by default, one that fits the error.
+    Without `hint`, the next step is one that fits the error.
     """
     try:
         yield
@@ -238,13 +239,7 @@ def write_all(fd: int, data: memoryview) -> None:
 
 
 def _open_locked(path: Path, flags: int) -> int:
-    """Open a file or a folder, locked until it is closed; BlockingIOError where another run holds the lock.
-
-    Without locks (Windows), an existing path is not opened, and -1 is returned.
-    """
-    if fcntl is None and not flags & os.O_CREAT:
-        path.lstat()
-        return -1
+    """Open a file or a folder, locked until it is closed; BlockingIOError where another run holds the lock."""
     # Mode 0666 less the umask, as for any program's output; safetensors' own writer creates files for the owner alone.
     fd = os.open(path, flags, 0o666)
     try:
@@ -266,7 +261,6 @@ def _close(fd: int) -> None:
 
 def _sync_folder(folder: Path) -> None:
     if fcntl is None:
-        # Windows opens no folders.
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -280,9 +274,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it."""
+    """Remove a file, a link, or a folder with all that is in it, which another run may be removing too."""
     if path.is_dir() and not path.is_symlink():
-        # Another run may be removing it, too.
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

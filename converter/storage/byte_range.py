@@ -19,30 +19,23 @@ except ImportError:
 DAMAGED = "the file is damaged: download or copy it again"
 
 
-class Storage(NamedTuple):
-    """A run of bytes in a file that one or more tensors view.
+def damaged(message: str) -> ContainerError:
+    """Return the error for a file that contradicts itself."""
+    return ContainerError(message, DAMAGED)
 
-    Attributes:
-        file: The file.
-        span: The part of the file that holds the storage, and nothing else of interest.
-        length: Bytes in the file.
-        size: Bytes of data; differs from `length` only if the storage is compressed.
-        name: The name of the storage in the file.
-        crc32: The checksum that the file gives for it, if any.
-        deflated: Whether it is compressed (raw deflate).
-        big_endian: Whether the bytes of its elements are in big-endian order.
-        find: Returns the offset in the file, if only the header of a zip member has it.
-    """
+
+class Storage(NamedTuple):
+    """A run of bytes in a file that one or more tensors view."""
 
     file: SourceFile
-    span: Range
-    length: int
-    size: int
-    name: str
-    crc32: int | None = None
-    deflated: bool = False
-    big_endian: bool = False
-    find: Callable[[], int] | None = None
+    span: Range  # the part of the file that holds the storage, and nothing else of interest
+    length: int  # bytes in the file
+    size: int  # bytes of data; differs from `length` only if the storage is compressed
+    name: str  # the name of the storage in the file
+    crc32: int | None = None  # the checksum that the file gives for it, if any
+    deflated: bool = False  # whether it is compressed (raw deflate)
+    big_endian: bool = False  # whether the bytes of its elements are in big-endian order
+    find: Callable[[], int] | None = None  # returns the offset in the file, if only the header of a zip member has it
 
     @property
     def offset(self) -> int:
@@ -65,6 +58,9 @@ class ByteRange(NamedTuple):
     storage: Storage
     start: int
     length: int
+
+    def part(self, first: int, last: int) -> ByteRange:
+        return ByteRange(self.storage, self.start + first, last - first)
 
     def read(self) -> bytes:
         """Return the bytes; a checksum of the whole storage is not checked."""
@@ -94,10 +90,7 @@ def cut(segments: list[Segment], start: int, length: int) -> list[Segment]:
         size = len(segment) if isinstance(segment, bytes) else segment.length
         first, last = max(start, 0), min(start + length, size)
         if first < last:
-            if isinstance(segment, bytes):
-                result.append(segment[first:last])
-            else:
-                result.append(ByteRange(segment.storage, segment.start + first, last - first))
+            result.append(segment[first:last] if isinstance(segment, bytes) else segment.part(first, last))
         start -= size
     return result
 
@@ -106,39 +99,33 @@ def merge(segments: list[Segment]) -> list[Segment]:
     """Join neighbours: byte ranges that are adjacent in one storage, or in one file without checksums."""
     result: list[Segment] = []
     for segment in segments:
-        joined = _join(result[-1], segment) if result else None
-        if joined is None:
-            result.append(segment)
+        last = result[-1] if result else b""
+        if isinstance(segment, ByteRange) and isinstance(last, ByteRange) and _are_adjacent(last, segment):
+            result[-1] = last._replace(length=last.length + segment.length)
         else:
-            result[-1] = joined
+            result.append(segment)
     return result
 
 
-def _join(a: Segment, b: Segment) -> ByteRange | None:
-    if isinstance(a, bytes) or isinstance(b, bytes):
-        return None
-    if a.storage is b.storage and a.start + a.length == b.start:
-        return ByteRange(a.storage, a.start, a.length + b.length)
-    if a.storage.file is not b.storage.file or a.storage.crc32 is not None or b.storage.crc32 is not None:
-        return None
-    adjacent = a.storage.offset + a.start + a.length == b.storage.offset + b.start
-    return ByteRange(a.storage, a.start, a.length + b.length) if adjacent else None
+def _are_adjacent(a: ByteRange, b: ByteRange) -> bool:
+    one, other = a.storage, b.storage
+    if one is other:
+        return a.start + a.length == b.start
+    if one.file is not other.file or one.crc32 is not None or other.crc32 is not None:
+        return False
+    return one.offset + a.start + a.length == other.offset + b.start
 
 
 def _inflate(data: bytes, size: int, where: str) -> bytes:
     """Decompress raw deflate to exactly `size` bytes, and allocate no more than that."""
-    engine = zlib.decompressobj(-15)
     try:
-        result = engine.decompress(data, size + 1)
+        result = zlib.decompressobj(-15).decompress(data, size + 1)
     except zlib.error as error:
-        raise ContainerError(f"{where}: damaged compressed data ({error})", DAMAGED) from error
+        raise damaged(f"{where}: damaged compressed data ({error})") from error
     if len(result) != size:
-        more = "more" if len(result) > size else "less"
-        raise ContainerError(f"{where}: decompresses to {more} than {size} bytes", DAMAGED)
+        raise damaged(f"{where}: decompresses to {'more' if len(result) > size else 'less'} than {size} bytes")
     return result
 
 
 def crc_error(storage: Storage) -> ContainerError:
-    return ContainerError(
-        f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum", DAMAGED
-    )
+    return damaged(f"{storage.file.name}: {storage.name}: its bytes do not match the file's own CRC-32 checksum")

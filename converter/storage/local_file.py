@@ -18,29 +18,18 @@ from converter.errors import ContainerError, DsocrError, printable
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 READ_HINT = "check that it exists, where a link leads to, and that you may read it"
-
 _BUFFER = 1 << 20
-
-# Offsets of the first byte and of the byte after the last.
-Range = tuple[int, int]
+Range = tuple[int, int]  # offsets of the first byte and of the byte after the last
 
 
 class SourceFile(ABC):
-    """A file that is read at any offset, on this machine or on a hub.
+    """A file that is read at any offset, on this machine or on a hub."""
 
-    Attributes:
-        name: The file's name in messages.
-        size: The size in bytes.
-        identity: Device and inode of a local file, equal for two paths of one file; None for a file on a hub.
-        path: A local path from which other libraries can read the bytes that were read.
-        copy_hint: What to do if the file is incomplete.
-    """
-
-    name: str
-    size: int
-    path: str
-    identity: tuple[int, int] | None = None
-    copy_hint = "download or copy it again"
+    name: str  # in messages
+    size: int  # in bytes
+    path: str  # a local path from which other libraries can read the bytes that were read
+    identity: tuple[int, int] | None = None  # device and inode, equal for two paths of one file; None on a hub
+    copy_hint = "download or copy it again"  # what to do if the file is incomplete
 
     @abstractmethod
     def close(self) -> None:
@@ -81,11 +70,11 @@ class SourceFile(ABC):
 class LocalFile(SourceFile):
     """A file on this machine. It is opened once: if another file takes its name, the two are not mixed.
 
-    It is read, not mapped: a map would count every page that was touched as the process's own memory.
+    It is read, not mapped: a map would count every page that was touched as the process's own memory. Without `name`,
+    messages name its path.
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        """Open the file at `path`; `name` is its name in messages, by default its path."""
         self.name = printable(name or str(path))
         self.path = str(path)
         self._fd, self._lock = -1, Lock()
@@ -96,8 +85,10 @@ class LocalFile(SourceFile):
         except OSError as error:
             raise ContainerError(f"{self.name}: cannot be read: {error.strerror}", READ_HINT) from error
         if not stat.S_ISREG(self._stat.st_mode):
+            mode = self._stat.st_mode
+            kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
             raise ContainerError(
-                f"{self.name}: is a {_kind(self._stat.st_mode)}, which cannot be read at an offset",
+                f"{self.name}: is a {kind}, which cannot be read at an offset",
                 "write its content to a file, and give that",
             )
         self.size = self._stat.st_size
@@ -112,26 +103,22 @@ class LocalFile(SourceFile):
             self._fd = -1
 
     def _readinto(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
+        while buffer:
             try:
-                count = self._read_at(buffer[done:], offset + done)
+                count = self._read_at(buffer, offset)
             except OSError as error:
                 raise ContainerError(f"{self.name}: cannot be read at byte {offset}: {error.strerror}") from error
             if not count:
                 raise self._truncated(offset, len(buffer))
-            done += count
+            buffer, offset = buffer[count:], offset + count
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
         """Read as much as the system gives in one call; return the number of bytes."""
         if hasattr(os, "preadv"):
             return os.preadv(self._fd, [buffer], offset)
-        if hasattr(os, "pread"):
-            data = os.pread(self._fd, len(buffer), offset)
-        else:  # Windows
-            with self._lock:
-                os.lseek(self._fd, offset, os.SEEK_SET)
-                data = os.read(self._fd, len(buffer))
+        with self._lock:  # Windows
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            data = os.read(self._fd, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -179,11 +166,6 @@ def require_regular_file(path: Path, error: type[DsocrError]) -> None:
     """Raise `error` for a pipe or a device, which may never end; OSError as `stat` raises it."""
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise error(f"{path}: is not a file")
-
-
-def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
-    return next((kind for is_kind, kind in kinds if is_kind(mode)), "device")
 
 
 def sha256_of(file: SourceFile, on_bytes: Callable[[int], None] = lambda nbytes: None) -> str:

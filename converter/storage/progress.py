@@ -12,7 +12,7 @@ def progress_counter(on_progress: OnProgress, description: str, total: int) -> C
     """Return a function that adds up byte counts and reports the sum to `on_progress`.
 
     Args:
-        on_progress: Called with `description`, the bytes counted so far and `total`.
+        on_progress: Called with the description, the bytes counted so far and the total.
         description: Text shown next to the progress bar.
         total: Number of bytes at the end.
     """

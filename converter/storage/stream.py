@@ -13,19 +13,12 @@ from converter.storage.byte_range import ByteRange, Segment, Storage, crc32, crc
 # Measured with one thread that reads and one that writes: the fastest of 128 KiB to 2 MiB. copy_file_range, sendfile
 # and memory maps were no faster, and cannot check what they copy.
 BUFFER = 1 << 20
+_BUFFERS = 4  # between the two threads: neither waits for a short delay of the other
+_WRITEBACK = 4 << 20  # bytes between two requests to start writing to the disk
 
-# Buffers between the two threads: neither waits for a short delay of the other.
-_BUFFERS = 4
-
-# Bytes between two requests to start writing to the disk.
-_WRITEBACK = 4 << 20
-
-# Called with the number of bytes copied.
-OnBytes = Callable[[int], None]
-# Called with the data of the tensors, in the order in which it is written.
-OnData = Callable[[memoryview], None]
-# Appends a buffer to a file.
-Write = Callable[[int, memoryview], None]
+OnBytes = Callable[[int], None]  # called with the number of bytes copied
+OnData = Callable[[memoryview], None]  # called with the data of the tensors, in the order in which it is written
+Write = Callable[[int, memoryview], None]  # appends a buffer to a file
 
 
 class BackgroundWriter:
@@ -35,14 +28,8 @@ class BackgroundWriter:
     """
 
     def __init__(self, fd: int, on_data: OnData | None = None, write: Write | None = None) -> None:
-        """Prepare the thread.
-
-        Args:
-            fd: The file.
-            on_data: Called in the thread with each buffer after it was written.
-            write: Appends a buffer to the file; by default `write_all`.
-        """
-        self._fd, self._on_data, self._write = fd, on_data, write
+        """Write to `fd` with `write` or `write_all`; `on_data` is called in the thread with each written buffer."""
+        self._fd, self._on_data, self._write = fd, on_data, write or write_all
         self._full: SimpleQueue[memoryview | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(_BUFFERS):
@@ -73,7 +60,7 @@ class BackgroundWriter:
         while (full := self._full.get()) is not None:
             try:
                 if self._error is None:
-                    (self._write or write_all)(self._fd, full)
+                    self._write(self._fd, full)
                     self._written += len(full)
                     self._start_writeback()
                     if self._on_data is not None:
@@ -100,16 +87,9 @@ class Copier:
     """
 
     def __init__(self, exchange: Callable[[memoryview], memoryview], on_bytes: OnBytes) -> None:
-        """Prepare a copy.
-
-        Args:
-            exchange: Writes a buffer and returns an empty one, which may be the same.
-            on_bytes: Called with the number of bytes copied.
-        """
-        self._exchange = exchange
-        self._on_bytes = on_bytes
-        self._buffer = memoryview(bytearray(BUFFER))
-        self._used = 0
+        """Copy with `exchange`, which writes a buffer and returns an empty one, perhaps the same."""
+        self._exchange, self._on_bytes = exchange, on_bytes
+        self._buffer, self._used = memoryview(bytearray(BUFFER)), 0
         self._checks = CrcChecker()
 
     def copy(self, segments: Iterable[Segment | memoryview]) -> None:
@@ -153,17 +133,17 @@ class CrcChecker:
     def read(self, byte_range: ByteRange, parts: Iterable[memoryview]) -> None:
         """Fill `parts`, which have the size of the range; ContainerError if the storage does not match its CRC."""
         storage, start, length = byte_range
-        is_complete = length == storage.length
-        if not is_complete:
+        is_checked = length == storage.length and storage.crc32 is not None
+        if not is_checked:
             self.check(storage)
         crc, offset = 0, storage.offset + start
         for part in parts:
             storage.file.readinto(part, offset)
-            if is_complete and storage.crc32 is not None:
+            if is_checked:
                 # Now, while the bytes are in the processor's cache.
                 crc = crc32(part, crc)
             offset += len(part)
-        if is_complete and storage.crc32 not in (None, crc):
+        if is_checked and crc != storage.crc32:
             raise crc_error(storage)
 
     def check(self, storage: Storage) -> None:

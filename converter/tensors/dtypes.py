@@ -6,21 +6,13 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    """An element type.
+    """An element type."""
 
-    Attributes:
-        name: Torch's name, if torch has the type.
-        bits: Bits per element; 0 if the elements are not plain bytes in the file.
-        code: The name in safetensors files; empty if the format lacks the type.
-        storage: Torch's storage class, or None.
-        block: Elements and bytes of a block, of quantised types whose elements share scales; else None.
-    """
-
-    name: str
-    bits: int
-    code: str
-    storage: str | None = None
-    block: tuple[int, int] | None = None
+    name: str  # torch's, if torch has the type
+    bits: int  # per element; 0 if the elements are not plain bytes in the file
+    code: str = ""  # the name in safetensors files; empty if the format lacks the type
+    storage: str | None = None  # torch's storage class
+    block: tuple[int, int] | None = None  # elements and bytes of a block, of quantised types that share scales
 
     @property
     def itemsize(self) -> int:
@@ -68,8 +60,8 @@ _SAFETENSORS_ONLY = (
 _OTHERS = (
     DType("float8_e8m0fnu", 8, "F8_E8M0"),
     # One element is a byte with two numbers.
-    DType("float4_e2m1fn_x2", 8, ""),
-    DType("complex32", 32, ""),
+    DType("float4_e2m1fn_x2", 8),
+    DType("complex32", 32),
     DType("complex64", 64, "C64", "ComplexFloatStorage"),
     DType("complex128", 128, "", "ComplexDoubleStorage"),
 )
@@ -126,16 +118,16 @@ def remedy(dtype: DType) -> str:
 
 
 def unreadable(kind: str) -> DType:
-    """The type of a tensor of which only the name and shape are known, such as "sparse"."""
-    return DType(kind, 0, "")
+    """Return the type of a tensor of which only the name and shape are known, such as "sparse"."""
+    return DType(kind, 0)
 
 
 def quantised(name: str, elements: int, nbytes: int) -> DType:
-    """The type of tensors that are stored in blocks.
+    """Return the type of tensors that are stored in blocks.
 
     Args:
         name: The name of the type.
         elements: Elements of a block.
         nbytes: Bytes of a block.
     """
-    return DType(name, 0, "", block=(elements, nbytes))
+    return DType(name, 0, block=(elements, nbytes))

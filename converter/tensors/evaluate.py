@@ -94,10 +94,10 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             value.overflows[:] = [_count_overflows(before, result)]
             return result
         case Resample(base=base, kind=kind, grid_size=grid_size):
-            return RESAMPLE[kind](evaluate(base, load), grid_size)
+            return _RESAMPLE[kind](evaluate(base, load), grid_size)
         case AddProduct(base=base, a=a, b=b):
             weight = evaluate(base, load)
-            product = scaled_product(weight, evaluate(a, load), evaluate(b, load), value.scale)
+            product = _scaled_product(weight, evaluate(a, load), evaluate(b, load), value.scale)
             if value.rounds_product:
                 product = product.to(weight.dtype).to(product.dtype)
             exact = product.add_(weight)
@@ -110,16 +110,10 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
             return flat.reshape(value.shape)
 
 
-def scaled_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def _scaled_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Return scale * b @ a in float32, or in float64 if the weight has that type.
 
     The operations are those of peft's `merge_and_unload`, for the same bits: a product, then the scale.
-
-    Args:
-        weight: [out, in], or [out, in, height, width]; for its shape and type.
-        a: [rank, in], or [rank, in, height, width].
-        b: [out, rank], or [out, rank, 1, 1].
-        scale: The factor of the product.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a, b = a.to(dtype), b.to(dtype)
@@ -159,34 +153,26 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def resample_tokens(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """Resample position embeddings [1 + n*n, width] to [1 + grid_size*grid_size, width].
-
-    The interpolation is that of `resample_grid`. The class token, the first row, is unchanged.
-    """
+def _resample_tokens(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample [1 + n*n, width] to [1 + grid_size*grid_size, width]; the class token, the first row, is unchanged."""
     n = math.isqrt(pos_embed.shape[0] - 1)
-    grid = resample_grid(pos_embed[1:].reshape(1, n, n, -1), grid_size)
+    grid = _resample_grid(pos_embed[1:].reshape(1, n, n, -1), grid_size)
     return torch.cat([pos_embed[:1], grid.flatten(0, 2)])
 
 
-def resample_grid(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """Resample position embeddings [1, n, n, width] to [1, grid_size, grid_size, width].
-
-    The interpolation is bicubic with antialiasing in float32, as in DeepSeek-OCR's SAM and CLIP at other image sizes.
-    """
+def _resample_grid(pos_embed: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample [1, n, n, width] to [1, grid_size, grid_size, width]: bicubic, with antialiasing, in float32."""
     image, size = pos_embed.float().permute(0, 3, 1, 2), (grid_size, grid_size)
     image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
     return image.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
-def resample_relative(rel_pos: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """Resample relative position embeddings [2*n - 1, width] to [2*grid_size - 1, width].
-
-    The interpolation is linear in float32, as in DeepSeek-OCR's SAM at other image sizes.
-    """
+def _resample_relative(rel_pos: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resample [2*n - 1, width] to [2*grid_size - 1, width]: linear, in float32."""
     rows = rel_pos.float().T[None]
     rows = torch.nn.functional.interpolate(rows, 2 * grid_size - 1, mode="linear", align_corners=False)
     return rows[0].T.to(rel_pos.dtype)
 
 
-RESAMPLE = {"tokens": resample_tokens, "grid": resample_grid, "relative": resample_relative}
+# The interpolations of position embeddings in DeepSeek-OCR's SAM and CLIP at other image sizes, by kind.
+_RESAMPLE = {"tokens": _resample_tokens, "grid": _resample_grid, "relative": _resample_relative}

@@ -1,7 +1,6 @@
 """Lazy tensors: expressions over the tensors of a checkpoint, with known shape and dtype.
 
-`byte_ranges` lists the bytes of a lazy tensor that can be copied. `converter.tensors.evaluate` computes all others with
-torch.
+Those that `byte_ranges` gives bytes of are copied. `converter.tensors.evaluate` computes all others with torch.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from converter.storage.byte_range import ByteRange, Segment, cut
 from converter.tensors.dtypes import BY_NAME, INT64, DType
@@ -30,106 +30,87 @@ _STRUCT_CODES = {"float64": "d", "float32": "f", "float16": "e", "bfloat16": "f"
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A tensor of the checkpoint, unchanged."""
-
+class _Lazy:
     dtype: DType
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read(_Lazy):
+    """A tensor of the checkpoint, unchanged."""
+
     tensor: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Concat:
+class Concat(_Lazy):
     """The tensors `parts` concatenated along `dim`."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     parts: tuple[LazyTensor, ...]
     dim: int
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(_Lazy):
     """The elements `start` to `start + shape[dim]` of `base` along `dim`."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
     dim: int
     start: int
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class View(_Lazy):
     """The same elements in the same order in another shape."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Transpose:
+class Transpose(_Lazy):
     """A permutation of dimensions: dimension i of the result is dimension `dims[i]` of `base`."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
     dims: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
-    """The values rounded to another dtype.
+class Cast(_Lazy):
+    """The values rounded to another dtype."""
 
-    Attributes:
-        overflows: After evaluation, the number of finite values that became infinite or NaN.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
+    # After evaluation, the number of finite values that became infinite or NaN.
     overflows: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Resample:
+class Resample(_Lazy):
     """Position embeddings of one of the kinds in POSITIONS, resampled for `grid_size` x `grid_size` patches."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
     kind: str
     grid_size: int
 
 
 @dataclass(frozen=True, slots=True)
-class AddProduct:
+class AddProduct(_Lazy):
     """The weights `base` + `scale` * `b` @ `a`, computed in float32 and rounded once; LoRA's sum.
 
     Of convolutions, `a` is [rank, in, height, width] and `b` is [out, rank, 1, 1].
-
-    Attributes:
-        rounds_product: Whether the product is rounded before the sum too, as peft does for embeddings.
-        overflows: After evaluation, the number of finite values that became infinite or NaN.
     """
 
-    dtype: DType
-    shape: tuple[int, ...]
     base: LazyTensor
     a: LazyTensor
     b: LazyTensor
     scale: float
-    rounds_product: bool = False
-    overflows: list[int] = field(default_factory=list, compare=False, repr=False)
+    rounds_product: bool = False  # whether the product is rounded before the sum too, as peft does for embeddings
+    overflows: list[int] = field(default_factory=list, compare=False, repr=False)  # as in Cast
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class Generated(_Lazy):
     """A tensor that is not in a checkpoint; `make` returns its bytes, little-endian and row-major."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     make: Callable[[], bytes]
 
 
@@ -199,35 +180,27 @@ def _expressions(value: LazyTensor) -> Iterator[LazyTensor]:
 
 def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
     """Return the number of finite values that became infinite or NaN in each tensor that was computed."""
-    numbers = {
-        name: sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
-        for name, value in outputs.items()
-    }
+    numbers = {}
+    for name, value in outputs.items():
+        numbers[name] = sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
     return {name: number for name, number in numbers.items() if number}
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
-    """Concatenate tensors; consecutive slices that cover one tensor give that tensor.
-
-    Args:
-        parts: Tensors of one dtype, equal in all dimensions but `dim`.
-        dim: The dimension to concatenate along.
-    """
-    size = sum(part.shape[dim] for part in parts)
-    first = parts[0]
-    if isinstance(first, Slice) and first.base.shape[dim] == size and _are_consecutive_slices(parts, first.base, dim):
-        return first.base
-    return Concat(first.dtype, (*first.shape[:dim], size, *first.shape[dim + 1 :]), parts, dim)
+    """Concatenate tensors of one dtype along `dim`; consecutive slices that cover one tensor give that tensor."""
+    positions = _positions(parts, dim)
+    shape = (*parts[0].shape[:dim], positions.pop(), *parts[0].shape[dim + 1 :])
+    base = parts[0].base if isinstance(parts[0], Slice) else None
+    if base is not None and base.shape == shape:
+        slices = [(part.base is base, part.dim, part.start) if isinstance(part, Slice) else None for part in parts]
+        if slices == [(True, dim, position) for position in positions]:
+            return base
+    return Concat(parts[0].dtype, shape, parts, dim)
 
 
-def _are_consecutive_slices(parts: tuple[LazyTensor, ...], base: LazyTensor, dim: int) -> bool:
-    """Return whether `parts` are consecutive slices of the tensor `of`, starting at 0."""
-    position = 0
-    for part in parts:
-        if not isinstance(part, Slice) or part.base is not base or (part.dim, part.start) != (dim, position):
-            return False
-        position += part.shape[dim]
-    return True
+def _positions(parts: tuple[LazyTensor, ...], dim: int) -> list[int]:
+    """Return where each part begins along a dimension, and where the last one ends."""
+    return list(accumulate((part.shape[dim] for part in parts), initial=0))
 
 
 def sliced(base: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
@@ -240,11 +213,9 @@ def sliced(base: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
         size: Number of elements along `dim`.
     """
     if isinstance(base, Concat) and base.dim == dim:
-        position = 0
-        for part in base.parts:
+        for part, position in zip(base.parts, _positions(base.parts, dim), strict=False):
             if (position, part.shape[dim]) == (start, size):
                 return part
-            position += part.shape[dim]
     return Slice(base.dtype, (*base.shape[:dim], size, *base.shape[dim + 1 :]), base, dim, start)
 
 
@@ -304,17 +275,13 @@ def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:
     """
     if grid_size > MAX_GRID_SIZE:
         raise ValueError(f"cannot resample to a grid of {grid_size}: larger than {MAX_GRID_SIZE}")
-    current = grid_size_of(kind, base.shape)
+    current, width = grid_size_of(kind, base.shape), base.shape[-1:]
     if current is None:
         raise ValueError(f"cannot resample shape {list(base.shape)}: not {POSITIONS[kind]}")
     if current == grid_size:
         return base
-    shapes = {
-        "tokens": (1 + grid_size**2, base.shape[-1]),
-        "grid": (1, grid_size, grid_size, base.shape[-1]),
-        "relative": (2 * grid_size - 1, base.shape[-1]),
-    }
-    return Resample(base.dtype, shapes[kind], base, kind, grid_size)
+    sizes = {"tokens": (1 + grid_size**2,), "grid": (1, grid_size, grid_size), "relative": (2 * grid_size - 1,)}
+    return Resample(base.dtype, sizes[kind] + width, base, kind, grid_size)
 
 
 def grid_size_of(kind: str, shape: tuple[int, ...]) -> int | None:
@@ -334,8 +301,8 @@ def byte_ranges(value: LazyTensor) -> list[Segment] | None:
     match value:
         case Read(tensor=tensor) if tensor.assemble is not None:
             return byte_ranges(tensor.assemble())
-        case Read(tensor=tensor):
-            return [ByteRange(tensor.storage, tensor.byte_offset, tensor.nbytes)] if tensor.is_raw_contiguous else None
+        case Read(tensor=tensor) if tensor.is_raw_contiguous:
+            return [ByteRange(tensor.storage, tensor.byte_offset, tensor.nbytes)]
         case View(base=base):
             return byte_ranges(base)
         case Concat(parts=parts, dim=0):

@@ -23,7 +23,7 @@ class Fuse:
     def apply(self, values: Values) -> Values:
         first = values[0]
         _dim_size(first, self.dim)  # Raises if there is no such dimension.
-        for value in values[1:]:
+        for value in values:
             if value.dtype != first.dtype:
                 raise ValueError(f"cannot fuse {first.dtype.name} with {value.dtype.name}")
             # Shapes must be equal: the inverse splits into equal parts.
@@ -43,8 +43,7 @@ class Split:
     dim: int = 0
 
     def apply(self, values: Values) -> Values:
-        (value,) = values
-        return _equal_parts(value, self.dim, self.num_parts)
+        return _equal_parts(values[0], self.dim, self.num_parts)
 
     def inverse(self) -> Op:
         return Fuse(self.num_parts, self.dim)
@@ -118,8 +117,7 @@ class Permute:
 class Deinterleave:
     """Reorders rows from head by head (q0 k0 v0 q1 k1 v1 ...) to part by part (q0 q1 ... k0 k1 ... v0 v1 ...).
 
-    The first dimension has `num_heads` x `num_parts` x head width rows. Only rows move, so no element is computed.
-    Inverse: the same operation with both numbers swapped.
+    The first dimension has `num_heads` x `num_parts` x head width rows. Inverse: with both numbers swapped.
     """
 
     num_heads: int
@@ -128,12 +126,10 @@ class Deinterleave:
     def apply_one(self, value: LazyTensor) -> LazyTensor:
         rows = _dim_size(value, 0)
         if not rows or rows % (self.num_heads * self.num_parts):
-            raise ValueError(
-                f"cannot take {self.num_heads} heads of {self.num_parts} parts from shape {list(value.shape)}"
-            )
-        chunks = _equal_parts(value, 0, self.num_heads * self.num_parts)
-        order = [head * self.num_parts + part for part in range(self.num_parts) for head in range(self.num_heads)]
-        return concatenated(tuple(chunks[i] for i in order), 0)
+            heads = f"{self.num_heads} heads of {self.num_parts} parts"
+            raise ValueError(f"cannot take {heads} from shape {list(value.shape)}")
+        order = (head * self.num_parts + part for part in range(self.num_parts) for head in range(self.num_heads))
+        return Reorder(tuple(order)).apply_one(value)
 
     def inverse(self) -> Op:
         return Deinterleave(self.num_parts, self.num_heads)
@@ -141,10 +137,7 @@ class Deinterleave:
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Splits rows into equal parts and concatenates them in another order: part i of the result is part `order[i]`.
-
-    Only rows move, so no element is computed. Inverse: the inverse order.
-    """
+    """Reorders equal parts of the rows: part i of the result is part `order[i]`. Only rows move, so it is a copy."""
 
     order: tuple[int, ...]
 

@@ -6,31 +6,22 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from converter.errors import ContainerError
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import Storage, damaged
+from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import DType
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint. All of its elements are within its storage.
+    """One tensor of a checkpoint. All of its elements are within its storage."""
 
-    Attributes:
-        key: The tensor's name in the file.
-        dtype: The element type.
-        shape: The sizes of the dimensions.
-        storage: The bytes that the tensor views.
-        byte_offset: The offset of the first element in the storage, in bytes.
-        strides: The strides in elements.
-        assemble: For a tensor in several parts, returns it as a LazyTensor over them, each a tensor of its own.
-            `storage` is then only where the first part is.
-    """
-
-    key: str
+    key: str  # the tensor's name in the file
     dtype: DType
     shape: tuple[int, ...]
-    storage: Storage
-    byte_offset: int
-    strides: tuple[int, ...]
+    storage: Storage  # the bytes that the tensor views
+    byte_offset: int  # of the first element in the storage
+    strides: tuple[int, ...]  # in elements
+    # For a tensor in several parts, returns it as a LazyTensor over them, each a tensor of its own. `storage` is then
+    # only where the first part is.
     assemble: Callable[[], Any] | None = None
 
     @property
@@ -49,17 +40,11 @@ Contents = dict[Any, Any]
 
 
 class FileContents(Contents):
-    """Contents, with remarks of the loader.
-
-    Attributes:
-        ignored: Full names of classes and functions in a pickle that were not imported.
-        notes: Messages for the user.
-    """
+    """Contents, the full names of classes and functions in a pickle that were not imported, and notes for the user."""
 
     def __init__(self, contents: Contents, ignored: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
         super().__init__(contents)
-        self.ignored = tuple(ignored)
-        self.notes = tuple(notes)
+        self.ignored, self.notes = tuple(ignored), tuple(notes)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,6 +54,21 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def plain_tensor_info(file: SourceFile, key: str, dtype: DType, shape: tuple[int, ...], start: int) -> TensorInfo:
+    """Return a TensorInfo whose bytes are contiguous in the file.
+
+    Args:
+        file: The file.
+        key: The tensor's name in the file.
+        dtype: The element type.
+        shape: The sizes of the dimensions.
+        start: The offset of the first byte in the file.
+    """
+    nbytes = dtype.nbytes(math.prod(shape))
+    storage = Storage(file, (start, start + nbytes), nbytes, nbytes, key)
+    return TensorInfo(key, dtype, shape, storage, 0, contiguous_strides(shape))
 
 
 def checked_tensor_info(
@@ -89,16 +89,13 @@ def checked_tensor_info(
     """
     where = f"{storage.file.name}: tensor {key!r}"
     if min(storage_offset, *shape, *strides, 0) < 0 or len(shape) != len(strides):
-        raise ContainerError(
-            f"{where}: impossible shape {shape}, strides {strides} or offset {storage_offset}", DAMAGED
-        )
+        raise damaged(f"{where}: impossible shape {shape}, strides {strides} or offset {storage_offset}")
     span = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     end = (storage_offset + span) * dtype.itemsize
     if end > storage.size:
-        raise ContainerError(f"{where}: needs {end} bytes, but its storage has {storage.size}", DAMAGED)
+        raise damaged(f"{where}: needs {end} bytes, but its storage has {storage.size}")
     # The strides of dimensions of size 1, and of empty tensors, have no effect.
     contiguous = contiguous_strides(shape)
     if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, contiguous, strict=True)):
         strides = contiguous
-    byte_offset = storage_offset * dtype.itemsize
-    return TensorInfo(key, dtype, shape, storage, byte_offset=byte_offset, strides=strides)
+    return TensorInfo(key, dtype, shape, storage, storage_offset * dtype.itemsize, strides)
