@@ -368,6 +368,12 @@ def test_one_sentence_says_what_a_training_changed(folder: Path, tmp_path: Path)
     blocks = "vision_model.transformer.layers.1..2 by 5.0e-01"
     assert tuned.startswith(f"moved, relative to A: head.{{0.}} by 1.0e+00, {blocks}; not at all (frozen): ")
     assert tuned.endswith("; the SAM encoder is bit for bit A's; the CLIP encoder is not A's")
+    # Every value is exact in both types.
+    exact = {n: v.bfloat16().float() for n, v in base.items()}
+    safetensors.torch.save_file(exact, tmp_path / "a.safetensors")
+    safetensors.torch.save_file({n: v.bfloat16() for n, v in exact.items()}, tmp_path / "b.safetensors")
+    cast = summarize(diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert cast.startswith("no block moved; the SAM encoder is A's in value, but not in type; ")
     assert "head by nan" in summary({"head.3.x": torch.full((2,), math.nan)})
     run_ = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json", cwd=tmp_path)
     first, document = run_.stderr.splitlines()[0], json.loads(run_.stdout)

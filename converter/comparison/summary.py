@@ -24,9 +24,13 @@ def summarize(difference: Difference) -> str:
         parts.append("no block moved")
     if moved and frozen:
         parts.append(f"not at all (frozen): {first_names(list(frozen), _MAX_GROUPS)}")
+    only_cast = all(change.differing == 0 for change in difference.changed) and not (
+        difference.removed or difference.added or difference.renamed
+    )
+    same = "bit for bit A's"
+    other = "A's in value, but not in type" if only_cast else "not A's"
     parts += [
-        f"the {family.upper()} encoder is {'bit for bit' if equal else 'not'} A's"
-        for family, equal in difference.encoders.items()
+        f"the {family.upper()} encoder is {same if equal else other}" for family, equal in difference.encoders.items()
     ]
     return "; ".join(parts) or "no tensor of the same name and shape is in both"
 
