@@ -52,7 +52,7 @@ def save(model: torch.nn.Module, path: Path) -> Path:
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
     """A file with a DeepEncoder, the model, and its activations."""
     return saved(
-        quiet(DeepEncoder(models.sam_sizes(), replace(models.clip_sizes(), heads=1)), 0),
+        quiet(DeepEncoder(replace(models.sam_sizes(), window=5), replace(models.clip_sizes(), heads=1)), 0),
         tmp_path_factory.mktemp("first"),
     )
 
@@ -272,11 +272,41 @@ def as_causal(model: Any) -> None:
         layer.self_attn.forward = lambda x, image_tokens, forward=forward: forward(x, 1)
 
 
+def as_unpadded(model: Any) -> None:
+    """Windows at the right and bottom edges that attend to the image alone, without the padding."""
+
+    def attend(attention: Any, x: torch.Tensor, window: int) -> torch.Tensor:
+        rows, columns = x.shape[1:3]
+        q, k, v = attention.qkv(x).reshape(rows, columns, 3, attention.heads, -1).permute(2, 3, 0, 1, 4)
+        scores = torch.einsum("nhwd,nijd->nhwij", q, k) / q.shape[-1] ** 0.5
+        for size, table, added in (
+            (rows, attention.rel_pos_h, "nhwd,hid->nhwi"), (columns, attention.rel_pos_w, "nhwd,wjd->nhwj"),
+        ):  # fmt: skip
+            offsets = torch.arange(size)[:, None] - torch.arange(size) + window - 1
+            bias = torch.einsum(added, q, table[offsets])
+            scores = scores + (bias[..., None] if table is attention.rel_pos_h else bias[..., None, :])
+        weights = scores.flatten(3).softmax(-1).reshape(scores.shape)
+        return attention.proj(torch.einsum("nhwij,nijd->hwnd", weights, v).flatten(2)[None])
+
+    def forward(block: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = [
+            torch.cat([attend(block.attn, part, block.window) for part in row.split(block.window, 2)], 2)
+            for row in block.norm1(x).split(block.window, 1)
+        ]
+        x = x + torch.cat(rows, 1)
+        return x + block.mlp(block.norm2(x))
+
+    for block in model.sam_model.blocks:
+        if block.window is not None:
+            block.forward = functools.partial(forward, block)
+
+
 PORTS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "mlx-vlm": (
         "first", as_mlx_vlm, "vision_model.transformer.layers.0", "GELU and quick_gelu exchanged and another epsilon",
     ),
     "llama.cpp": ("first", as_llama_cpp, "vision_model.embeddings", "llama.cpp's positions"),
+    "window padding masked": ("first", as_unpadded, "sam_model.blocks.0", "explained by: window padding masked"),
     "a causal mask": ("second", as_causal, "qwen2_model.model.model.layers.0", "a causal mask for image tokens"),
 }  # fmt: skip
 
