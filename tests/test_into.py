@@ -497,7 +497,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the copy of a single file is a file"):
         insert(host, host / "model.safetensors", tmp_path / "copy")
     torch.save({"model": got_authors(1), "optimizer": {}}, tmp_path / "state.pt")
-    with pytest.raises(LayoutError, match="--into supports only safetensors") as caught:
+    with pytest.raises(LayoutError, match="--into supports only safetensors and GGUF") as caught:
         insert(host, tmp_path / "state.pt", tmp_path / "copy")
     assert "save_pretrained" in caught.value.hint
 

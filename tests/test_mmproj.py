@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,7 +199,10 @@ def test_an_mmproj_has_llama_cpps_names_types_and_keys(model: str, dtype: str, t
         value = state[name].to({ours: getattr(torch, torchs) for torchs, ours in GGML.items()}[kind])
         assert shape == list(reversed(value.shape))
         assert data == bytes(value.contiguous().flatten().view(torch.uint8).tolist()), name
-    assert converter.verify(out, tmp_path / "in", fast=True).ok
+    verification = converter.verify(out, tmp_path / "in", fast=True)
+    assert verification.ok and not any("ignored" in note for note in verification.notes)
+    counts = [int(each.detail.split()[0]) for each in verification.checks if each.name.startswith("layout ")]
+    assert sum(counts) == len(MODELS[model]())
 
 
 @pytest.mark.parametrize("dtype", GGML)
@@ -301,6 +305,75 @@ def test_values_come_from_the_configs(name: str, tmp_path: Path) -> None:
     assert any(note.startswith("llama.cpp's header: ") for note in record.notes)
 
 
+MEAN = ggufs.array(ggufs.FLOAT, 3, struct.pack("<3f", 0.25, 0.5, 0.75))
+OTHER_KEYS = [
+    ggufs.ARCHITECTURE,
+    ggufs.key("general.alignment", ggufs.UINT32, ggufs.u32(64)),
+    ggufs.key("general.name", ggufs.STRING, ggufs.text("mine")),
+    ggufs.key("general.languages", ggufs.ARRAY, ggufs.array(ggufs.STRING, 2, ggufs.text("en") + ggufs.text("zh"))),
+    ggufs.key("clip.vision.image_mean", ggufs.ARRAY, MEAN),
+    ggufs.key("clip.vision.preproc_max_tiles", ggufs.UINT32, ggufs.u32(32)),
+    ggufs.key("clip.vision.patch_size", ggufs.STRING, ggufs.text("14")),
+]
+
+
+def test_the_header_of_an_mmproj_is_kept(tmp_path: Path) -> None:
+    """Before what a config says; a value of another kind is not."""
+    source = tmp_path / "mmproj.gguf"
+    source.write_bytes(ggufs.written(ggufs.described(to_mmproj(with_projector(deepseek()))), OTHER_KEYS, alignment=64))
+    (tmp_path / "config.json").write_text(json.dumps(config("deepseek-ocr", window_size=7)))
+    (tmp_path / "processor_config.json").write_text(json.dumps(PROCESSOR))
+    record = converter.encoder(source, with_projector=True, out=tmp_path / "out.gguf", dtype="bfloat16")
+    keys, _ = read(tmp_path / "out.gguf")
+    expected = {"clip.vision.image_mean": [0.25, 0.5, 0.75], "clip.vision.preproc_max_tiles": 32}
+    expected |= {"clip.vision.patch_size": 14, "general.file_type": 32, "clip.vision.image_std": HALF}
+    assert {key: keys[key][1] for key in expected} == expected
+    assert "general.alignment" not in keys and "clip.vision.projector.scale_factor" not in keys
+    fields = pytest.importorskip("gguf").GGUFReader(tmp_path / "out.gguf").fields
+    assert (fields["general.name"].contents(), fields["general.languages"].contents()) == ("mine", ["en", "zh"])
+    mean = record.assumptions["clip.vision.image_mean"]
+    assert (mean.value, mean.origin) == ([0.25, 0.5, 0.75], "the source's header")
+    notes = "\n".join(record.notes)
+    assert "clip.vision.patch_size is ignored" in notes and "image_mean from the source's header" in notes
+    assert "4 more values as in the source: general.architecture, general.name, general.languages" in notes
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_encoder_is_put_into_an_mmproj(model: str, tmp_path: Path) -> None:
+    """The header and the types stay; the projector stays, too, unless another one is given."""
+    host, source, out = tmp_path / "mmproj.gguf", tmp_path / "new.safetensors", tmp_path / "out.gguf"
+    old = with_projector(MODELS[model]())
+    mixed = {name: t.bfloat16() if name.endswith("attn_out.weight") else t for name, t in to_mmproj(old).items()}
+    host.write_bytes(ggufs.written(ggufs.described(mixed), OTHER_KEYS, alignment=64))
+    save(new := {name: tensor + 1 for name, tensor in old.items()}, source)
+    for with_new in (False, True):
+        record = converter.encoder(source, with_projector=with_new, into=host, out=out, force=True)
+        assert record.format == "gguf"
+        keys, tensors = read(out)
+        before = read(host)
+        assert keys == {key: value for key, value in before[0].items() if key != "general.alignment"}
+        assert {name: entry[:2] for name, entry in tensors.items()} == {n: e[:2] for n, e in before[1].items()}
+        state = new if with_new else new | {name: old[name] for name in PROJECTOR if name in old}
+        for name, tensor in to_mmproj(state).items():
+            value = tensor.to(mixed[name].dtype).contiguous()
+            assert tensors[name][2] == bytes(value.flatten().view(torch.uint8).tolist()), name
+        assert converter.verify(out, {"source": source, "into": host}, fast=True).ok
+
+
+def test_what_an_mmproj_of_into_refuses(tmp_path: Path) -> None:
+    host, source = tmp_path / "mmproj.gguf", save(with_projector(deepseek()), tmp_path / "new.safetensors")
+    described = ggufs.described(to_mmproj(with_projector(deepseek())))
+    host.write_bytes(ggufs.written(described))
+    with pytest.raises(UsageError, match=r"keeps its types, which llama\.cpp needs\nleave it out"):
+        converter.encoder(source, into=host, out=tmp_path / "out.gguf", dtype="float16")
+    with pytest.raises(UsageError, match=r"end its name in \.gguf"):
+        converter.encoder(source, into=host, out=tmp_path / "out.safetensors")
+    name, packed = b"v.blk.0.attn_out.weight", {"type": 8, "shape": (32, 6), "data": bytes(6 * 34)}
+    host.write_bytes(ggufs.written(each._replace(**packed) if each.name == name else each for each in described))
+    with pytest.raises(DsocrError, match=r"Q8_0.*\n.*dequantise"):
+        converter.encoder(source, into=host, out=tmp_path / "out.gguf")
+
+
 def test_overflow_of_float16_is_counted(tmp_path: Path) -> None:
     state = with_projector(deepseek())
     state["model.vision_model.transformer.layers.0.mlp.fc1.weight"][0, :3] = 1e6
@@ -396,5 +469,6 @@ def test_every_byte_and_key_is_llama_cpps(size: str, tmp_path: Path) -> None:
 
 def test_the_page_of_llama_cpp(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    folder(tmp_path / "DeepSeek-OCR", "deepseek-ocr", torch.bfloat16)
+    for name in ("DeepSeek-OCR", "trained"):
+        folder(tmp_path / name, "deepseek-ocr", torch.bfloat16)
     check(under_heading(DOCS / "ports.md", "## llama.cpp"), tmp_path)

@@ -149,6 +149,7 @@ def _insert(
 ) -> tuple[ConversionRecord, Output]:
     """Plan a copy of the host with the encoder in it."""
     check_output_name(host, Path(destination.path or ""))
+    destination = destination._replace(format=host.format)
     insertion = plan_insertion(host, parts, destination.dtype)
     record = encoder_record(
         parts,

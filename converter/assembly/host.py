@@ -25,7 +25,7 @@ from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import find_projector
 from converter.plan.route import target_names
 from converter.storage.local_file import exists
-from converter.tensors.lazy_tensor import LazyTensor, Read, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, Read, reshaped, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -41,6 +41,11 @@ class Host:
     def name(self) -> str:
         """The checkpoint's name."""
         return self.checkpoint.name
+
+    @property
+    def format(self) -> str:
+        """The format of its files."""
+        return "gguf" if "GGUF" in self.checkpoint.containers else "safetensors"
 
     def resolve(self, family: str) -> ResolvedPlan:
         """Plan the conversion of the family's encoder to the canonical layout; LayoutError unless there is one."""
@@ -69,7 +74,7 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
     """Open a checkpoint, and find its encoders by the layouts that ship, under any prefix.
 
     Raises:
-        LayoutError: The checkpoint is not in safetensors, or has no encoder of a known layout.
+        LayoutError: The checkpoint is not in safetensors or GGUF, or has no encoder of a known layout.
         UsageError: There is no such file or folder.
     """
     if not exists(path):
@@ -78,10 +83,10 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
             "download the checkpoint first (`hf download`), and give its folder",
         )
     checkpoint = open_file(path)
-    if set(checkpoint.containers) != {"safetensors"}:
+    if set(checkpoint.containers) not in ({"safetensors"}, {"GGUF"}):
         formats = ", ".join(sorted(set(checkpoint.containers)))
         raise LayoutError(
-            f"{checkpoint.name}: {formats}: --into supports only safetensors checkpoints",
+            f"{checkpoint.name}: {formats}: --into supports only safetensors and GGUF checkpoints",
             "save the model with save_pretrained, which writes safetensors, and insert into that",
         )
     families = detect_families(checkpoint)
@@ -94,9 +99,9 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
 
 
 def check_output_name(host: Host, out: Path) -> None:
-    """UsageError if a folder's copy has the name of a file, or a file's copy another name than `.safetensors`."""
-    if host.folder is None and out.suffix.lower() != ".safetensors":
-        raise UsageError(f"--output {out}: the copy of a single file is a file", "end its name in .safetensors")
+    """UsageError if a folder's copy has the name of a file, or a file's copy that of another format."""
+    if host.folder is None and out.suffix.lower() != f".{host.format}":
+        raise UsageError(f"--output {out}: the copy of a single file is a file", f"end its name in .{host.format}")
     if host.folder is not None and has_weight_suffix(out.name):
         raise UsageError(f"--output {out}: the copy of a folder is a folder", "leave the suffix out")
 
@@ -242,7 +247,9 @@ def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> N
     found = find_projector(host.resolve(next(iter(parts.plans))))
     for name, value in parts.projector.items():
         if old := found.get(name):
-            placement.new[old.key], placement.old[old.key], placement.names[name] = value, old, [old.key]
+            # llama.cpp stores a vector as a matrix of one row.
+            placement.new[old.key] = reshaped(value, old.shape) if old.shape == (1, *value.shape) else value
+            placement.old[old.key], placement.names[name] = old, [old.key]
         else:
             placement.without_place.append(name)
 

@@ -15,7 +15,7 @@ from converter.assembly.host import Host, Placement, is_same, place
 from converter.assembly.parts import EncoderParts
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
-from converter.errors import ContainerError, printable
+from converter.errors import ContainerError, UsageError, printable
 from converter.formats.safetensors import add_header_length
 from converter.output.write import Output
 from converter.plan.plan import make_plan
@@ -76,8 +76,13 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
 
     Raises:
         LayoutError: The checkpoint has several encoders of a family.
-        UsageError: Layers, shapes or types differ.
+        UsageError: Layers, shapes or types differ, or `dtype` is for an mmproj, whose types are fixed.
     """
+    if host.format == "gguf" and dtype != "keep":
+        raise UsageError(
+            f"--dtype: {host.name} keeps its types, which llama.cpp needs",
+            f"leave it out, and change the types of the result: encoder RESULT --with-projector --dtype {dtype}",
+        )
     placement = place(host, parts)
     replaced = {key: _cast(value, placement.old[key], dtype) for key, value in placement.new.items()}
     other_files, notes = _other_files(host.folder, host.checkpoint) if host.folder else ([], [])
@@ -169,6 +174,11 @@ def _index(text: bytes, total: int) -> bytes:
 
 def _write_shard(insertion: Insertion, file: SourceFile, fd: int, on_bytes: OnBytes, on_data: OnData | None) -> None:
     values = insertion.tensors_in(file)
+    if insertion.host.format == "gguf":
+        from converter.formats.gguf import stored_keys, write_gguf
+
+        write_gguf(fd, values, stored_keys(file), on_bytes, on_data)
+        return
     write_tensors(fd, _header(file, values), values.values(), on_bytes, on_data, _write_or_skip)
     # For a hole at the end.
     os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))

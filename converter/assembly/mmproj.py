@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from converter.assembly.parts import EncoderParts
 from converter.checkpoint.model_config import are_channels, are_counts, object_at, read_config
 from converter.checkpoint.open import Checkpoint
-from converter.errors import LayoutError
+from converter.errors import LayoutError, first_names
 from converter.plan.assumptions import Assumption
 from converter.plan.plan import sort_outputs
 from converter.tensors.lazy_tensor import LazyTensor, cast, reshaped
@@ -104,7 +104,9 @@ _CONFIG = "config.json"
 # The files with the normalisation of pixels, of which the last one counts, and an object in each that may hold it.
 _PROCESSORS = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
 _EPSILON, _HALF, _TOKENS = 1e-6, [0.5, 0.5, 0.5], 16
-_DEFAULT = "DeepSeek's defaults"
+_DEFAULT, _HEADER = "DeepSeek's defaults", "the source's header"
+# Of the header of a GGUF source, what the tensors show.
+_SHOWN = ("general.file_type", "clip.vision.projection_dim")
 
 
 class _Found(NamedTuple):
@@ -150,6 +152,8 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
     config = read_config(parts.sources[0], _CONFIG, remarks)
     version, visible = _VERSIONS[list(parts.plans)[-1]], _visible_sizes(parts)
     found = _sizes(version, object_at(config, "vision_config"), visible) | _processing(parts.sources[0], remarks)
+    stored = _stored_keys(parts.sources[0])
+    found |= _stated_in_header(found, stored, remarks)
     for key, size in visible.items():
         if found[key].value != size:
             remarks.append(f"warning: {found[key].origin} says {key} {found[key].value}; the tensors show {size}")
@@ -171,8 +175,13 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
         **{f"clip.vision.{key}": value for key, value in values.items()},
     }
     # llama.cpp takes 4 where there is none.
-    if scale not in (0, 4):
+    if scale not in (0, 4) and not stored:
         keys["clip.vision.projector.scale_factor"] = scale
+    kept = {
+        key: value for key, value in stored.items() if key not in (*_SHOWN, *(f"clip.vision.{key}" for key in found))
+    }
+    keys |= kept
+    remarks += [f"llama.cpp's header: {len(kept)} more values as in the source: {first_names([*kept])}"] if kept else []
     return Header(keys, {f"clip.vision.{key}": Assumption(*each) for key, each in found.items()}, remarks)
 
 
@@ -201,8 +210,7 @@ def _sizes(version: _Version, vision: Mapping[str, Any], visible: Mapping[str, i
         else:
             found[key] = _Found(default, default, _DEFAULT)
     epsilon = second.get("layer_norm_eps")
-    is_stated = isinstance(epsilon, float) and 0 < epsilon < 1
-    value, origin = (epsilon, _CONFIG) if is_stated else (_EPSILON, _DEFAULT)
+    value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)
     return found | {"attention.layer_norm_epsilon": _Found(value, _EPSILON, origin)}
 
 
@@ -220,6 +228,39 @@ def _processing(source: Checkpoint, remarks: list[str]) -> _Values:
         if tokens is not None and are_counts(tokens):
             found["tokens_per_side"] = _Found(math.isqrt(tokens), _TOKENS, file)
     return found
+
+
+def _stored_keys(source: Checkpoint) -> dict[str, bytes]:
+    """Return the values in the header of a GGUF file; none for other containers."""
+    if source.containers != ("GGUF",):
+        return {}
+    from converter.formats.gguf import stored_keys
+
+    return stored_keys(source.files[0])
+
+
+def _stated_in_header(found: _Values, stored: Mapping[str, bytes], remarks: list[str]) -> _Values:
+    """Return those values that the header of the source states."""
+    from converter.formats.gguf import decoded
+
+    stated: _Values = {}
+    for key, each in found.items():
+        if (name := f"clip.vision.{key}") in stored:
+            value = decoded(stored[name])
+            if _is_like(value, each.default):
+                stated[key] = each._replace(value=value, origin=_HEADER)
+            else:
+                remarks.append(f"warning: {_HEADER}: {name} is ignored: it is not as llama.cpp writes it")
+    return stated
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Return whether a value can stand for one of DeepSeek's."""
+    if isinstance(default, list):
+        return are_channels(value)
+    if isinstance(default, float):
+        return isinstance(value, float) and 0 < value < 1
+    return are_counts(value)
 
 
 def _max_tiles(config: Mapping[str, Any], version: _Version) -> int:

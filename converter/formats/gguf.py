@@ -63,7 +63,7 @@ def can_read(file: SourceFile) -> bool:
 def load(file: SourceFile) -> Contents:
     header = _Header(file)
     num_tensors, num_keys = _counts(header)
-    alignment = _read_keys(header, num_keys)
+    alignment = _alignment(header, _read_keys(header, num_keys))
     described = [_description(header) for _ in range(num_tensors)]
     tensors: dict[str, TensorInfo] = {}
     start = pos = _aligned(header.pos, alignment)
@@ -85,6 +85,26 @@ def load(file: SourceFile) -> Contents:
         problem = "truncated" if pos > file.size else "extra bytes at the end"
         raise header.damaged(f"{problem}: expected {pos} bytes, found {file.size}")
     return dict(tensors)
+
+
+def stored_keys(file: SourceFile) -> dict[str, bytes]:
+    """Return the keys of a header but the alignment, and of each value its type and its bytes."""
+    header = _Header(file)
+    _, num_keys = _counts(header)
+    spans = _read_keys(header, num_keys).items()
+    return {key: file.read(*span) for key, span in spans if key != _ALIGNMENT_KEY}
+
+
+def decoded(stored: bytes) -> object:
+    """Return a value of `stored_keys`: a number, a flag or a list of such; None for texts."""
+    kind, count, begin = *struct.unpack_from("<I", stored), 1, 4
+    is_list = kind == _ARRAY
+    if is_list:
+        kind, count, begin = *struct.unpack_from("<IQ", stored, begin), 16
+    if kind not in _SCALARS:
+        return None
+    values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", stored, begin)
+    return list(values) if is_list else values[0]
 
 
 class _Header:
@@ -147,27 +167,32 @@ def _counts(header: _Header) -> tuple[int, int]:
     return counts
 
 
-def _read_keys(header: _Header, count: int) -> int:
-    """Read the keys, skip their values, and return the alignment of the tensors."""
-    keys: set[str] = set()
-    alignment = _ALIGNMENT
+def _read_keys(header: _Header, count: int) -> dict[str, tuple[int, int]]:
+    """Read the keys, and skip their values; return the offset and the length of each value with its type."""
+    keys: dict[str, tuple[int, int]] = {}
     for _ in range(count):
         key = header.text(_MAX_NAME)
         if key in keys:
             raise header.damaged(f"the key {key!r} is there twice")
-        keys.add(key)
-        kind = header.number("I")
-        if key != _ALIGNMENT_KEY:
-            _skip_value(header, key, kind)
-            continue
-        alignment = header.number("I") if kind == _UINT32 else 0
-        if not alignment or alignment & (alignment - 1):
-            raise header.damaged(f"{key} must be an unsigned 32-bit power of two")
-    return alignment
+        begin = header.pos
+        _skip_value(header, key)
+        keys[key] = begin, header.pos - begin
+    return keys
 
 
-def _skip_value(header: _Header, key: str, kind: int) -> None:
-    count = 1
+def _alignment(header: _Header, keys: Mapping[str, tuple[int, int]]) -> int:
+    """Return the alignment of the tensors."""
+    if _ALIGNMENT_KEY not in keys:
+        return _ALIGNMENT
+    stored = header.file.read(*keys[_ALIGNMENT_KEY])
+    kind, alignment = struct.unpack("<II", stored) if len(stored) == 8 else (0, 0)
+    if kind != _UINT32 or not alignment or alignment & (alignment - 1):
+        raise header.damaged(f"{_ALIGNMENT_KEY} must be an unsigned 32-bit power of two")
+    return int(alignment)
+
+
+def _skip_value(header: _Header, key: str) -> None:
+    kind, count = header.number("I"), 1
     if kind == _ARRAY:
         kind, count = header.number("I"), header.number("Q")
     if kind == _STRING:
@@ -207,8 +232,9 @@ def _aligned(pos: int, alignment: int) -> int:
 
 # ---- writing
 
-# What a key may have: a text, a flag, an unsigned integer of 32 bits, a float of 32 bits, or a list of those.
-Value = str | bool | int | float | list[float]
+# What a key may have: a text, a flag, an unsigned integer of 32 bits, a float of 32 bits, a list of those, or type and
+# bytes of a stored value.
+Value = str | bool | int | float | list[float] | bytes
 
 
 def write_gguf(
@@ -263,8 +289,7 @@ class _SkipPadding:
 def _header_of(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(outputs), len(keys))]
     for key, value in keys.items():
-        kind, data = _encoded(value)
-        parts += [_text(key), struct.pack("<I", kind), data]
+        parts += [_text(key), value if isinstance(value, bytes) else _encoded(value)]
     offset = 0
     for name, tensor in outputs.items():
         shape = tensor.shape[::-1]
@@ -279,12 +304,12 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _encoded(value: Value) -> tuple[int, bytes]:
+def _encoded(value: str | bool | int | float | list[float]) -> bytes:
     """Return the type of a value, and its bytes."""
     if isinstance(value, str):
-        return _STRING, _text(value)
+        return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, list):
-        return _ARRAY, struct.pack(f"<IQ{len(value)}f", _FLOAT32, len(value), *value)
+        return struct.pack(f"<IIQ{len(value)}f", _ARRAY, _FLOAT32, len(value), *value)
     if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    return (_UINT32, struct.pack("<I", value)) if isinstance(value, int) else (_FLOAT32, struct.pack("<f", value))
+        return struct.pack("<I?", _BOOL, value)
+    return struct.pack("<II", _UINT32, value) if isinstance(value, int) else struct.pack("<If", _FLOAT32, value)

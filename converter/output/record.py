@@ -73,7 +73,7 @@ class ConversionRecord:
     family: str  # sam, clip or qwen2; deepencoder for several
     target: str  # The layout of the output; of a copy of another checkpoint those of its encoders, joined with ` + `
     output: str  # Its path
-    format: str  # safetensors or pth
+    format: str  # safetensors, pth or gguf
     dtype: str  # The requested type; keep for no cast
     num_tensors: int
     nbytes: int  # Bytes of tensor data in the output
@@ -132,7 +132,7 @@ class Destination(NamedTuple):
     """Where an output is written, and how."""
 
     path: Path | None = None  # None for a plan that is not written
-    format: str = "safetensors"  # safetensors or pth
+    format: str = "safetensors"  # safetensors, pth or gguf
     dtype: str = "keep"  # The requested type
 
 

@@ -128,7 +128,9 @@ def _encoder_section(
 def _is_main(section: ConfigSection, target: CanonicalLayout) -> bool:
     """Return whether an object is that of an encoder, and of the only one in its config."""
     required = [name for name in _REQUIRED_SIZES if name in target.sizes]
-    has_sizes = all(first_value(section.values, _SIZES[name])[0] for name in required)
+    stated = [first_value(section.values, _SIZES[name])[1] for name in required]
+    # DeepSeek's `width` is an object with one config for each encoder.
+    has_sizes = not any(value is None or isinstance(value, dict) for value in stated)
     # The sizes of a model that has a vision encoder are those of its language model.
     return has_sizes and section.path in ("", "vision_config") and "vision_config" not in section.values
 

@@ -12,7 +12,7 @@ from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts import registry
 from converter.plan.assumptions import Assumptions
 from converter.plan.plan import make_plan
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
 from converter.verification.inputs import Converted, ConvertedEncoder
@@ -49,7 +49,9 @@ def _check_layout(target: Converted, encoder: ConvertedEncoder) -> list[Check]:
     if encoder.problem:
         problems = encoder.problem.splitlines()
         return [Check(GROUP, name, FAILED, f"does not fit {layout}: {problems[0]}", problems)]
-    detail = f"{len(encoder.own)} tensors have the names, shapes and types of {layout}"
+    planned = (*encoder.tensors.values(), *encoder.extra_tensors.values())
+    count = len({tensor.key for value in planned for tensor in source_tensors(value)})
+    detail = f"{count} tensors have the names, shapes and types of {layout}"
     return [Check(GROUP, name, PASSED, detail)]
 
 
