@@ -17,7 +17,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from command import run, run_installed
+from command import run
 from hubserver import Repo, environment, hub_server
 from test_verify_views import CHROMIUM, Outline, browse
 
@@ -549,9 +549,7 @@ def test_a_checkpoint_on_a_hub(folder: Path, tmp_path: Path) -> None:
     torch.save(whole, tmp_path / "pytorch_model.bin")
     repo = Repo("org/clip", {"pytorch_model.bin": tmp_path / "pytorch_model.bin"})
     with hub_server([repo]) as server:
-        done = run_installed(
-            "diff", "hf://org/clip", folder / "clip/clip-hf.pth", cwd=tmp_path, **environment(server, tmp_path)
-        )
+        done = run("diff", "hf://org/clip", folder / "clip/clip-hf.pth", cwd=tmp_path, **environment(server, tmp_path))
     assert (done.returncode, done.stdout) == (1, "different\n"), done.stderr
     assert "only in A: 1 tensor: text_model.final_layer_norm.bias\n" in done.stderr
     assert "equal in every bit" in done.stderr

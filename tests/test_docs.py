@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from walkthrough import Step, check
 
 from converter.encoders import ClipConfig, ClipEncoder, SamConfig, SamEncoder
+from converter.layouts import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -67,7 +69,7 @@ def test_every_page_is_listed_on_the_first() -> None:
         assert name == "index" or (f"({name}.md)" in index and f"\n{name}\n" in index), name
 
 
-def test_the_tutorial(tmp_path: Path) -> None:
+def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A clone whose mappings can be added to, in the place of the one that is installed.
     package = tmp_path / "clone" / "converter"
     shutil.copytree(ROOT / "converter", package)
@@ -79,7 +81,19 @@ def test_the_tutorial(tmp_path: Path) -> None:
     steps = walkthrough.steps(page)
     (added,) = (number for number, step in enumerate(steps) if step.command.startswith("cp "))
     check(steps[:added], folder, files=files_of(page))
-    check(steps[added:], folder, {"PYTHONPATH": str(package.parent)})
+    check(steps[added : added + 2], folder, {"PYTHONPATH": str(package.parent)})
+    caches = [function for function in vars(registry).values() if hasattr(function, "cache_clear")]
+    monkeypatch.setattr(registry, "_folder", lambda: package / "mappings")
+    try:
+        _clear(caches)
+        check(steps[added + 2 :], folder)
+    finally:
+        _clear(caches)
+
+
+def _clear(caches: list[Any]) -> None:
+    for function in caches:
+        function.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from command import run, run_installed
+from command import run
 from hubserver import Repo, environment, hub_server
 from inventories import inventories, sparse
 from memory import raw
@@ -476,7 +476,7 @@ def test_of_a_compressor_on_a_hub_two_tensors_are_fetched(sources: Path, tmp_pat
     safetensors.torch.save_file({**large, **nets}, tmp_path / "model.safetensors")
     given = ("--sam", sources / "sam.pth", "--clip", sources / "clip", "--compressor", "org/got", "--json")
     with hub_server([Repo("org/got", {"model.safetensors": tmp_path / "model.safetensors"})]) as server:
-        done = run_installed("encoder", *given, cwd=tmp_path, **environment(server, tmp_path / "caches"))
+        done = run("encoder", *given, cwd=tmp_path, **environment(server, tmp_path / "caches"))
     record = json.loads(done.stdout)
     assert list(record["fetched"]) == ["hf://org/got/model.safetensors"]
     assert sum(record["fetched"].values()) < 1 << 19

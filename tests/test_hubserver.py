@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib.metadata
+import io
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from command import inside
 from hubserver import Faults, HubServer, Repo, environment, hub_server
 
 OLD_HUB = importlib.metadata.version("huggingface_hub") < "1"
@@ -26,11 +26,10 @@ FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS, "sub dir/vocab.jso
 
 def client(server: HubServer, folder: Path, script: str, **extra: str) -> Any:
     """What `script` leaves in `result`, run with the hubs' libraries led to `server`."""
-    env = {**os.environ, **environment(server, folder), **extra}
-    command = [sys.executable, "-c", f"import json\n{script}\nprint(json.dumps(result))"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    names: dict[str, Any] = {}
+    with inside(folder, {**environment(server, folder), **extra}), redirect_stdout(io.StringIO()):
+        exec(script, names)
+    return json.loads(json.dumps(names["result"]))
 
 
 def get(url: str, headers: dict[str, str], method: str = "GET") -> tuple[int, bytes, http.client.HTTPMessage]:

@@ -18,6 +18,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import inside
 from hubserver import Repo, environment, hub_server
 from memory import raw, stored
 from test_oracles import LAYOUTS, SAVERS, State, save_legacy, save_safetensors, save_sharded, save_zip
@@ -243,17 +244,6 @@ def test_a_source_that_changes_midway_is_an_error(tmp_path: Path) -> None:
 
 # Elsewhere --------------------------------------------------------------------------------------------------------
 
-REMOTE = """
-import hashlib, json, sys
-from converter.api.load import load
-from memory import raw
-for source in sys.argv[1:]:
-    calls = []
-    found = load(source, "sam", on_progress=lambda *progress: calls.append(progress))
-    digests = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in found.items()}
-    print(json.dumps({"digests": digests, "last_progress": calls[-1:]}))
-"""
-
 
 def test_of_a_remote_source_the_needed_bytes_are_fetched(tmp_path: Path) -> None:
     state = models.sam_meta().state_dict()
@@ -266,15 +256,14 @@ def test_of_a_remote_source_the_needed_bytes_are_fetched(tmp_path: Path) -> None
     local = written(files["org/save_zip"], "sam", tmp_path)
     expected = {name: hashlib.sha256(raw(tensor)).hexdigest() for name, tensor in local.items()}
     with hub_server([Repo(name, {file.name: file}) for name, file in files.items()]) as server:
-        variables = {**os.environ, **environment(server, tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", REMOTE, *(f"hf://{name}" for name in files)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer["digests"] for answer in answers] == [expected] * 3
-    # Files this small came whole when their ends were read, but for safetensors, of which one end is.
-    assert [bool(answer["last_progress"]) for answer in answers] == [False, False, True]
-    ((what, fetched, needed),) = answers[-1]["last_progress"]
+        for number, name in enumerate(files):
+            calls: list[tuple[str, int, int]] = []
+            with inside(tmp_path, environment(server, tmp_path)):
+                found = load(f"hf://{name}", "sam", on_progress=lambda *progress: calls.append(progress))  # noqa: B023
+                assert {key: hashlib.sha256(raw(tensor)).hexdigest() for key, tensor in found.items()} == expected
+            # Files this small came whole when their ends were read, but for safetensors, of which one end is.
+            assert bool(calls) == (number == 2)
+    what, fetched, needed = calls[-1]
     assert what.startswith("fetching") and fetched == needed
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import run
 from hubserver import Repo, environment, hub_server
 from memory import raw
 from test_oracles import LAYOUTS
@@ -240,10 +238,8 @@ def test_a_remote_source_is_named_by_its_commit(folder: Path, tmp_path: Path) ->
 
     repo = Repo("org/sam", {"sam.pth": folder / "sam.pth"})
     with hub_server([repo]) as server:
-        variables = {**os.environ, **environment(server, tmp_path)}
-        program = Path(sys.executable).with_name("dsocr-convert")
-        command = [program, "sam", "org/sam", "--record", "x.json", "--record", "x.md"]
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        command = ("sam", "org/sam", "--record", "x.json", "--record", "x.md")
+        done = run(*command, cwd=tmp_path, **environment(server, tmp_path))
     assert done.returncode == 0, done.stderr
     (source,) = document(tmp_path / "x.json")["sources"]
     assert source["name"] == "hf://org/sam/sam.pth" and len(source["commit"]) == 40

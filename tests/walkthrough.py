@@ -7,20 +7,24 @@ stdout and stderr merged; `$ cd` is not supported. Blocks without `$ ` are ignor
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-from command import run
+from command import inside, run
 
 BIN = Path(sys.executable).parent
-# A command that needs no shell.
-_OWN_PROGRAM = re.compile(r"dsocr-[\w\s.,:/=@-]+")
+# Commands that need no shell.
+_OWN_PROGRAM = re.compile(r"(dsocr-[\w\s.,:/=@-]+?)(; echo \"exit code \$\?\")?")
+_PYTHON = re.compile(r"python (\w+\.py)")
 
 
 class Step(NamedTuple):
@@ -84,15 +88,22 @@ def shell(command: str, folder: Path, environment: Mapping[str, str] = {}) -> su
     """Run a command with our programs first in the path, and stderr merged into stdout."""
     # Wide enough that no line is folded.
     settings = {"COLUMNS": "120", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
-    if not environment and _OWN_PROGRAM.fullmatch(command):
-        # In this process, which has imported torch already.
-        program, *arguments = shlex.split(command)
-        return run(*arguments, cwd=folder, program=program, merged=True, **settings)
+    settings.update(environment)
+    # In this process, which has imported torch already.
+    if (match := _OWN_PROGRAM.fullmatch(command)) and "PYTHONPATH" not in environment:
+        program, *arguments = shlex.split(match[1])
+        done = run(*arguments, cwd=folder, program=program, merged=True, **settings)
+        done.stdout += f"exit code {done.returncode}\n" if match[2] else ""
+        return done
+    if match := _PYTHON.fullmatch(command):
+        with inside(folder, settings), redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(match[1], run_name="__main__")
+        return subprocess.CompletedProcess(command, 0, printed.getvalue())
     settings["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**os.environ, **settings, **environment},
+        env={**os.environ, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
