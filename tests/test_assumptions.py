@@ -17,7 +17,7 @@ from converter.api.verify import verify
 from converter.checkpoint import model_config
 from converter.layouts import registry
 from converter.output.record import ConversionRecord
-from converter.plan import assumptions
+from converter.plan import config_values
 from converter.verification.result import INCONCLUSIVE, PASSED, Verification
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "patch_size": 14}
@@ -248,7 +248,7 @@ def test_the_warning_is_one_line_on_stderr_and_in_json(clip: Path, tmp_path: Pat
 def test_every_assumption_of_a_canonical_layout_can_be_read() -> None:
     for family in registry.families():
         for name in registry.canonical(family).assumptions:
-            assert name.rpartition(".")[2] in assumptions._FACTS
+            assert name.rpartition(".")[2] in config_values._FACTS
 
 
 @pytest.mark.parametrize(

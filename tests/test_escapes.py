@@ -38,7 +38,7 @@ def described(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
 
 def source(tensors: dict[str, TensorInfo]) -> Checkpoint:
     contents: Contents = dict(tensors)
-    return Checkpoint("x.safetensors", (Memory(b""),), ("safetensors",), contents)
+    return Checkpoint(name="x.safetensors", files=(Memory(b""),), containers=("safetensors",), contents=contents)
 
 
 def inventory(name: str) -> dict[str, tuple[int, ...]]:

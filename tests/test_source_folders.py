@@ -142,7 +142,7 @@ def test_a_set_of_one_shard(tmp_path: Path) -> None:
         (("data.pkl", "version", "data/0"), r"an unpacked file of torch.save\n.*zip -0 -r weights.pth FOLDER"),
         (("a/b/c/d/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: a"),
         (("optimizer_0/x.pth", ".git/x.pth", "step_universal/x.pth"), "contains no checkpoint"),
-        (("model_world_size_2_rank_0.pt",), r"verl, which splits.*\n.*verl.model_merger merge .*--local_dir "),
+        (("model_world_size_2_rank_0.pt",), r"tensor \(verl\).*\n.*verl.model_merger merge .*--local_dir "),
         (("shard-00001-model-00001-of-00001.safetensors",), r"HuggingFaceStorageWriter.*\n.*consolidate_safetensors"),
         (("zero_pp_rank_0_mp_rank_00_model_states.pt",), r"ZeRO-3.*\n.*the folder above.*: python zero_to_fp32.py \. "),
         (("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), r"model-parallel ranks.*\n.*give mp_rank_00_"),

@@ -85,11 +85,10 @@ def test_the_checkpoint_is_found(save: object, tmp_path: Path) -> None:
 
 def test_the_config_of_the_step_is_used_or_that_next_to_its_folder(tmp_path: Path) -> None:
     deepspeed(tmp_path)
-    assert open_checkpoint(tmp_path).open_config("config.json") is None
+    assert open_checkpoint(tmp_path).read_config("config.json") is None
     for path in (tmp_path, tmp_path / "global_step7"):
-        (path / "config.json").write_text("{}")
-        config = open_checkpoint(tmp_path).open_config("config.json")
-        assert config is not None and config.path == str(path / "config.json")
+        (path / "config.json").write_text(f'{{"where": "{path.name}"}}')
+        assert open_checkpoint(tmp_path).read_config("config.json") == {"where": path.name}
 
 
 @pytest.mark.parametrize("count", [2, 30])

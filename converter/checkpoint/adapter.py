@@ -61,10 +61,7 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> A
     kinds = ("saved",) if is_whole else ("saved", "")
     whole = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
     factors = _pairs(checkpoint.name, config, tensors, names)
-    encoder = checkpoint.open_config(SWIFT_ENCODER)
-    if encoder is not None:
-        encoder.close()
-    return Adapter(checkpoint.name, config, factors, whole, encoder is not None)
+    return Adapter(checkpoint.name, config, factors, whole, checkpoint.has_config(SWIFT_ENCODER))
 
 
 def factor_names(names: Iterable[str]) -> list[str]:
@@ -73,11 +70,12 @@ def factor_names(names: Iterable[str]) -> list[str]:
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether a state dict is that of a model with its adapter."""
+    """Return whether a state dict is that of a model with its adapter."""
     return any(f".{_BASE}." in name for name in names)
 
 
 def _unwrapped(contents: Contents) -> Contents:
+    """Return the model in a state dict of a model with its adapter."""
     result: Contents = {}
     for key, value in contents.items():
         if isinstance(value, dict):
@@ -95,11 +93,10 @@ def _parse(key: str) -> _Name:
     for index, segment in enumerate(segments):
         before, after = segments[:index], segments[index + 1 :]
         if segment in _FACTORS:
-            is_embedding = "embedding" in segment
             adapter = [part for part in after if part != "weight"]
             if after[-1:] == ["bias"] or len(adapter) > 1:
                 raise LayoutError(f"{key!r}: no factor of LoRA as PEFT names them", MERGE_IN_PEFT)
-            return _Name(_FACTORS[segment], ".".join(before), ".".join(adapter), is_embedding)
+            return _Name(_FACTORS[segment], ".".join(before), ".".join(adapter), "embedding" in segment)
         if segment == _SAVED and len(after) > 1:
             return _Name("saved", ".".join([*before, *after[1:]]), after[0])
         if segment == _ORIGINAL:
@@ -127,10 +124,10 @@ def _pairs(
     file: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], names: Mapping[str, _Name]
 ) -> dict[str, Factors]:
     """Return the factors by module; LayoutError for those that are no pair of the config's rank."""
-    halves: dict[str, dict[str, tuple[TensorInfo, bool]]] = {}
+    halves: dict[str, dict[str, TensorInfo]] = {}
     for key, parsed in names.items():
         if parsed.kind in ("A", "B"):
-            halves.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key], parsed.is_embedding
+            halves.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key]
     if not halves and not any(parsed.kind == "saved" for parsed in names.values()):
         raise _no_factors(file)
     problems = [problem for module, pair in halves.items() for problem in _problems(module, pair, config)]
@@ -139,15 +136,9 @@ def _pairs(
         raise LayoutError(
             f"{file}: " + "\n".join(problems[:5]) + more, f"save the adapter again, or correct its {CONFIG}"
         )
+    embeddings = {parsed.tensor for parsed in names.values() if parsed.is_embedding}
     return {
-        module: Factors(
-            pair["A"][0],
-            pair["B"][0],
-            pair["A"][1],
-            config.rank_of(module),
-            config.alpha_of(module),
-            config.scale(module),
-        )
+        module: Factors(pair["A"], pair["B"], module in embeddings, *config.scale_of(module))
         for module, pair in halves.items()
     }
 
@@ -159,12 +150,12 @@ def _no_factors(file: str) -> LayoutError:
     )
 
 
-def _problems(module: str, pair: Mapping[str, tuple[TensorInfo, bool]], config: AdapterConfig) -> list[str]:
+def _problems(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig) -> list[str]:
     """Return why factors are no pair of the config's rank."""
     if len(pair) == 1:
         kind = next(iter(pair))
         return [f"{module!r} has {kind} without {'B' if kind == 'A' else 'A'}"]
-    a, b, rank = pair["A"][0], pair["B"][0], config.rank_of(module)
+    a, b, (rank, _, _) = pair["A"], pair["B"], config.scale_of(module)
     if len(a.shape) not in (2, 4) or len(b.shape) != len(a.shape) or not a.dtype.is_float or not b.dtype.is_float:
         return [f"{module!r} has factors A {a.dtype.name} {list(a.shape)} and B {b.dtype.name} {list(b.shape)}"]
     if (a.shape[0], b.shape[1]) != (rank, rank):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
 from typing import Any
 
 from converter.checkpoint.lora import AdapterConfig
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, first_names, printable
-from converter.formats import strict_json
 
 CONFIG = "adapter_config.json"
 MERGE_IN_PEFT = (
     "merge it with peft, on the model that it was trained on: model.merge_and_unload().save_pretrained(FOLDER), and "
     "convert FOLDER without --lora"
 )
-# A config that lists the modules of a large model has 50 kB.
-_MAX_BYTES = 1 << 20
+_PEFTS_FILE = "take the file that PEFT wrote with the adapter"
 _MAX_RANK, _MAX_PATTERNS = 1 << 20, 10_000
 # Settings that make another sum of an adapter than W + scale * B @ A, and what they are called.
 _VARIANTS = {
@@ -35,8 +32,6 @@ _VARIANTS = {
 }
 # Initialisations that change the weights of the model too, which the adapter does not hold.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Keys of rank_pattern and alpha_pattern that are names, or ends of names; PEFT takes them for regular expressions.
-_PLAIN = re.compile(r"\^?([\w-]|\\?\.)+\$?")
 
 
 def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
@@ -58,13 +53,13 @@ def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
         return AdapterConfig(
             _base_model(config),
             _rank(config["r"]),
-            _number(config["lora_alpha"]),
+            _alpha(config["lora_alpha"]),
             {_plain(key): _rank(value) for key, value in _pattern(config, "rank_pattern").items()},
-            {_plain(key): _number(value) for key, value in _pattern(config, "alpha_pattern").items()},
+            {_plain(key): _alpha(value) for key, value in _pattern(config, "alpha_pattern").items()},
             _flag(config, "use_rslora"),
         )
     except KeyError as error:
-        raise ContainerError(f"{name}: lacks {error}", "take the file that PEFT wrote with the adapter") from error
+        raise ContainerError(f"{name}: lacks {error}", _PEFTS_FILE) from error
     except ValueError as error:
         raise ContainerError(f"{name}: {error}", MERGE_IN_PEFT) from error
 
@@ -76,24 +71,10 @@ def base_model_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the JSON object of the config next to a checkpoint; None if there is no config.
-
-    Raises:
-        ContainerError: It is no JSON object, or too large.
-    """
-    file = checkpoint.open_config(CONFIG)
-    if file is None:
-        return None
-    with closing(file):
-        try:
-            if file.size > _MAX_BYTES:
-                raise ValueError(f"{file.size} bytes; the limit is {_MAX_BYTES}")
-            config = strict_json.parse(file.read(0, file.size))
-            if not isinstance(config, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            raise ContainerError(f"{file.name}: {error}", "take the file that PEFT wrote with the adapter") from error
-    return config
+    try:
+        return checkpoint.read_config(CONFIG)
+    except ValueError as error:
+        raise ContainerError(f"{checkpoint.name}: {CONFIG}: {error}", _PEFTS_FILE) from error
 
 
 def _base_model(config: dict[str, Any]) -> str:
@@ -101,25 +82,25 @@ def _base_model(config: dict[str, Any]) -> str:
 
 
 def _check_kind(name: str, config: dict[str, Any]) -> None:
-    """LayoutError for adapters that are more than a product of two factors."""
+    """Raise LayoutError for adapters that are more than a product of two factors."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise LayoutError(f"{name}: an adapter of the kind {printable(str(kind))[:50]}, not LoRA", MERGE_IN_PEFT)
     variants = [what for setting, what in _VARIANTS.items() if config.get(setting)]
     if variants:
         raise LayoutError(f"{name}: {first_names(variants)}: more than the sum W + scale * B @ A", MERGE_IN_PEFT)
-    start = str(config.get("init_lora_weights")).lower()
+    start = str(config.get("init_lora_weights")).lower()[:50]
     if start.startswith(_CHANGED_BASE):
         raise LayoutError(
-            f"{name}: trained from {start[:50]}, which changes the model's own weights too",
-            "save it with path_initial_model_for_weight_conversion, as peft's documentation of "
-            f"{start[:50]} shows; or {MERGE_IN_PEFT}",
+            f"{name}: trained from {start}, which changes the model's own weights too",
+            f"save it with path_initial_model_for_weight_conversion, as peft's documentation of {start} shows; "
+            f"or {MERGE_IN_PEFT}",
         )
 
 
 def _plain(key: str) -> str:
-    """Return a key of a pattern as a name, without the signs of regular expressions; ValueError for others."""
-    if not _PLAIN.fullmatch(key):
+    """Return a key of a pattern, which PEFT takes for a regular expression, as a name or the end of one."""
+    if not re.fullmatch(r"\^?([\w-]|\\?\.)+\$?", key):
         raise ValueError(
             f"the pattern {printable(key)[:100]!r} is a regular expression, which is not run; "
             "write a line for each module instead"
@@ -147,7 +128,7 @@ def _rank(value: Any) -> int:
     return value
 
 
-def _number(value: Any) -> float:
+def _alpha(value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e30:
         raise ValueError(f"the alpha {str(value)[:50]!r} is not a finite number")
     return float(value)

@@ -22,14 +22,16 @@ class FileKind(NamedTuple):
         patterns: Patterns of names, separated by spaces.
         what: What such a file holds.
         is_by_product: Whether trainers write it next to the weights under a name that weights could have.
+        step: What to do with a folder of such files, which are not read.
     """
 
     patterns: str
     what: str
     is_by_product: bool = False
+    step: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class FolderFiles:
     """Files of a folder whose names differ in numbers alone.
 
@@ -49,8 +51,6 @@ class FolderFiles:
 
 
 _MAX_FILES = 10_000
-# Not that of a type, such as bf16.
-_NUMBER = re.compile(r"(?<![0-9])(?<!bf)(?<!fp)[0-9]+")
 # The first match is used.
 KINDS = (
     # By-products.
@@ -65,10 +65,32 @@ KINDS = (
     # Parts of checkpoints.
     FileKind(".metadata *.metadata", "the metadata of a DCP checkpoint"),
     FileKind("*.distcp", "tensors of a DCP checkpoint"),
-    FileKind("*zero_pp_rank_*_model_states.pt", "a part of each tensor (DeepSpeed ZeRO-3)"),
+    FileKind(
+        "*zero_pp_rank_*_model_states.pt",
+        "a part of each tensor (DeepSpeed ZeRO-3)",
+        step="gather it, in the folder above, where DeepSpeed wrote this script: python zero_to_fp32.py . gathered",
+    ),
+    FileKind(
+        "mp_rank_01_model_states.pt",
+        "weights of one of several model-parallel ranks, which may split tensors (DeepSpeed)",
+        step="merge the ranks with the program that trained it; where it does not split the vision encoder, give "
+        "mp_rank_00_model_states.pt",
+    ),
     FileKind("mp_rank_*_model_states.pt", "weights and training state (DeepSpeed)"),
-    FileKind("model_world_size_*_rank_*.pt", "a part of each tensor (verl)"),
-    FileKind("shard-[0-9]*-model-[0-9]*-of-*.safetensors", "a part of each tensor (HuggingFaceStorageWriter)"),
+    FileKind(
+        "model_world_size_*_rank_*.pt",
+        "a part of each tensor (verl)",
+        step="merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir merged\n"
+        "or give FOLDER/huggingface, if it has weights",
+    ),
+    FileKind(
+        "shard-[0-9]*-model-[0-9]*-of-*.safetensors",
+        "a part of each tensor (torch's HuggingFaceStorageWriter)",
+        step='join them: python -c "import glob, os, safetensors; '
+        "import torch.distributed.checkpoint._consolidate_hf_safetensors as c; os.makedirs('joined'); "
+        "c.consolidate_safetensors_files('FOLDER', 'joined', {k: 1 for f in glob.glob('FOLDER/*.safetensors') "
+        "for k in safetensors.safe_open(f, 'pt').keys()})\"",
+    ),
     FileKind("adapter_model.safetensors adapter_model.bin", "a LoRA adapter"),
     FileKind("vit.safetensors", "the vision encoder and projector next to an adapter (ms-swift)"),
     FileKind("*.index.json *.index.*.json", "an index of shards"),
@@ -106,7 +128,9 @@ def list_folder(folder: Path, read: Collection[str] = ()) -> list[FolderFiles]:
     """
     groups: dict[str, list[Path]] = {}
     for path in islice(_files_in(folder), _MAX_FILES):
-        groups.setdefault(_NUMBER.sub("*", str(path.relative_to(folder))), []).append(path)
+        # The number of a type, such as bf16, stays.
+        pattern = re.sub(r"(?<![0-9])(?<!bf)(?<!fp)[0-9]+", "*", str(path.relative_to(folder)))
+        groups.setdefault(pattern, []).append(path)
     listed = [
         FolderFiles(
             printable(name if len(paths) > 1 else str(paths[0].relative_to(folder))),
@@ -129,7 +153,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def is_by_product(name: str) -> bool:
     """Return whether trainers write a file of this name next to the weights."""
     kind = kind_of(name)
-    return kind is not None and kind.is_by_product
+    return bool(kind and kind.is_by_product)
 
 
 def describe(name: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import PurePath
 
-from converter.checkpoint.file_kinds import is_by_product
+from converter.checkpoint.file_kinds import is_by_product, kind_of
 from converter.errors import ContainerError, DsocrError, printable
 from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.unrecognized import REPACK, format_of_name
@@ -26,42 +25,6 @@ STANDARD_NAMES = (
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 SWIFT_ENCODER = "vit.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".gguf")
-_INDEX = re.compile(r"(.+)\.index(\.[\w-]+)?\.json")
-# Names that transformers and open_clip give to the weights of a folder, shards included. The folder's config describes
-# such a file even where other checkpoints are in the folder.
-_DESCRIBED = re.compile(
-    r"(open_clip_)?(model|pytorch_model|adapter_model)(-[0-9]+-of-[0-9]+)?(\.safetensors|\.bin)(\.index(\.[\w-]+)?\.json)?"
-)
-_SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..+)")
-_UNFINISHED = (".aria2", ".incomplete", ".crdownload", ".part", ".partial")
-# Checkpoints in several files that are read together: a pattern of one of their names, what it is, the next step.
-_DISTRIBUTED = (
-    (
-        "model_world_size_*_rank_*.pt",
-        "a checkpoint of verl, which splits each tensor",
-        "merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir merged\n"
-        "or give FOLDER/huggingface, if it has weights",
-    ),
-    (
-        "shard-[0-9]*-model-[0-9]*-of-*.safetensors",
-        "shards of torch's HuggingFaceStorageWriter, which splits each tensor",
-        'join them: python -c "import glob, os, safetensors; '
-        "import torch.distributed.checkpoint._consolidate_hf_safetensors as c; os.makedirs('joined'); "
-        "c.consolidate_safetensors_files('FOLDER', 'joined', {k: 1 for f in glob.glob('FOLDER/*.safetensors') "
-        "for k in safetensors.safe_open(f, 'pt').keys()})\"",
-    ),
-    (
-        "*zero_pp_rank_*_model_states.pt",
-        "a checkpoint of DeepSpeed ZeRO-3, which splits each tensor",
-        "gather it, in the folder above, where DeepSpeed wrote this script: python zero_to_fp32.py . gathered",
-    ),
-    (
-        "mp_rank_01_model_states.pt",
-        "a checkpoint of several model-parallel ranks, which may split tensors",
-        "merge the ranks with the program that trained it; where it does not split the vision encoder, give "
-        "mp_rank_00_model_states.pt",
-    ),
-)
 # Number of names in a message. Some repositories have hundreds of checkpoints.
 MAX_SHOWN = 20
 
@@ -73,13 +36,18 @@ def has_weight_suffix(name: str) -> bool:
 
 def is_index(name: str) -> bool:
     """Return whether a file name is that of an index of shards, such as `model.safetensors.index.fp16.json`."""
-    match = _INDEX.fullmatch(name)
-    return match is not None and format_of_name(match[1]) is None
+    head, _, tail = name.rpartition(".index.")
+    is_json = tail == "json" or (tail.endswith(".json") and tail.count(".") == 1)
+    return bool(head) and is_json and format_of_name(head) is None
+
+
+def _match_shard(name: str) -> re.Match[str] | None:
+    return re.fullmatch(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..+)", name) if "-of-" in name else None
 
 
 def count_shards(name: str) -> int:
     """Return how many shards a checkpoint has, by the name of one of them; 1 for all other names."""
-    match = _SHARD.fullmatch(name)
+    match = _match_shard(name)
     return int(match[3]) if match else 1
 
 
@@ -95,9 +63,9 @@ def is_dcp(names: Iterable[str]) -> bool:
     return is_part and not found.intersection(STANDARD_NAMES)
 
 
-def _is_port(name: str) -> bool:
-    """Return whether a file is one of llama.cpp, which is made of other weights: those are preferred."""
-    return name.lower().endswith(".gguf")
+def _without_ports(names: Iterable[str]) -> list[str]:
+    """Leave out files of llama.cpp, which are made of other weights: those are preferred."""
+    return [name for name in names if not name.lower().endswith(".gguf")]
 
 
 def holds_checkpoint(names: Collection[str]) -> bool:
@@ -110,16 +78,20 @@ def is_searched(folder: str) -> bool:
     return not folder.startswith((".", "optim")) and not folder.endswith("_universal")
 
 
-def is_described(name: str, used: Collection[str], files: Iterable[str]) -> bool:
-    """Return whether a config in a folder is that of the checkpoint `name`.
+def is_described(used: Sequence[str], files: Iterable[str]) -> bool:
+    """Return whether a config in a folder is that of a checkpoint.
+
+    It is if there are no others, or if transformers or open_clip give its name to the weights of a folder.
 
     Args:
-        name: The checkpoint.
-        used: The names of all its files.
+        used: The names of the checkpoint's files; first the index, if there is one.
         files: The names of all files in the folder.
     """
-    others = [other for other in files if is_checkpoint(other) and not _is_port(other) and other not in used]
-    return not others or _DESCRIBED.fullmatch(name) is not None
+    others = [name for name in _without_ports(files) if is_checkpoint(name) and name not in used]
+    names = (
+        r"(open_clip_)?(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
+    )
+    return not others or re.fullmatch(names, used[0]) is not None
 
 
 def choose_checkpoint(
@@ -137,14 +109,14 @@ def choose_checkpoint(
     for name in STANDARD_NAMES:
         if name in ordered:
             return [name]
-    for pattern, kind, step in _DISTRIBUTED:
-        if any(fnmatch(name, pattern) for name in ordered):
-            raise error(f"{where}: {kind}", step.replace("FOLDER", where))
-    candidates = _candidates([name for name in ordered if not _is_port(name)]) or _candidates(ordered)
+    for kind in filter(None, map(kind_of, ordered)):
+        if kind.step:
+            raise error(f"{where}: each file holds {kind.what}", kind.step.replace("FOLDER", where))
+    candidates = _candidates(_without_ports(ordered)) or _candidates(ordered)
     if not candidates:
         raise error(*_nothing(ordered, sorted(folders), where))
     if len(candidates) > 1:
-        shown = [printable(names[0]) if len(names) == 1 else _set_name(names[0]) for names in candidates]
+        shown = [names[0] if len(names) == 1 else re.sub(r"-\d+-of-", "-*-of-", names[0]) for names in candidates]
         several = error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
         single = [names[0] for names in candidates if len(names) == 1 and names[0] not in ADAPTER_NAMES]
         several.choices = where, [f"{where}/{name}" for name in single]
@@ -161,9 +133,9 @@ def _candidates(files: Sequence[str]) -> list[list[str]]:
     for name in files:
         if is_index(name) or not is_checkpoint(name):
             continue
-        match = _SHARD.fullmatch(name)
+        match = _match_shard(name)
         sets.setdefault((match[1], len(match[2]), match[3], match[4]) if match else name, []).append(name)
-    return indexes + [names for names in sets.values() if not (indexes and _SHARD.fullmatch(names[0]))]
+    return indexes + [names for names in sets.values() if not (indexes and _match_shard(names[0]))]
 
 
 def _choice(files: Sequence[str], where: str) -> str:
@@ -181,7 +153,7 @@ def _choice(files: Sequence[str], where: str) -> str:
 
 def _missing_shards(shards: Sequence[str]) -> list[str]:
     """Return the names of the first shards that a set without an index lacks."""
-    matches = [match for match in map(_SHARD.fullmatch, shards) if match]
+    matches = [match for match in map(_match_shard, shards) if match]
     if not matches:
         return []
     head, digits, total, tail = matches[0].groups()
@@ -191,13 +163,11 @@ def _missing_shards(shards: Sequence[str]) -> list[str]:
     return [f"{head}-{number:0{len(digits)}}-of-{total}{tail}" for number in islice(absent, MAX_SHOWN + 1)]
 
 
-def _set_name(shard: str) -> str:
-    return printable(_SHARD.sub(r"\1-*-of-\3\4", shard))
-
-
 def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[str, str]:
     """Return the message and the hint for a folder without a checkpoint."""
-    unfinished = [name for name in files if name.endswith(_UNFINISHED)]
+    unfinished = [
+        name for name in files if name.endswith((".aria2", ".incomplete", ".crdownload", ".part", ".partial"))
+    ]
     if unfinished:
         return f"{where}: contains an unfinished download: {_listed(unfinished)}", "download the checkpoint again"
     if not files and not folders:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
 from converter.errors import DsocrError
-from converter.formats import strict_json
 
 Json = dict[str, Any]
 
-_CONFIG, _OPEN_CLIP_CONFIG, _PREPROCESSOR = "config.json", "open_clip_config.json", "preprocessor_config.json"
-# The configs of language models with a vision tower have 50 kB, and three levels of objects.
-_MAX_BYTES = 1 << 20
+_CONFIG, _OPEN_CLIP_CONFIG = CONFIG_NAMES
+# Of objects in objects; the configs of language models with a vision tower have three levels.
 _MAX_DEPTH = 6
 # Of open_clip's configs, most of which have 4. Larger ones would overflow.
 _MAX_MLP_RATIO = 1000
@@ -59,7 +56,7 @@ def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], lis
     Returns:
         For each config, the objects in it, the whole config first; and remarks about files that cannot be used.
     """
-    names = [_CONFIG, _OPEN_CLIP_CONFIG]
+    names = list(CONFIG_NAMES)
     if PurePath(checkpoint.name).name.startswith("open_clip"):
         names.reverse()
     remarks: list[str] = []
@@ -75,11 +72,11 @@ def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
         checkpoint: The checkpoint.
         remarks: Remarks about files that cannot be used are added.
     """
-    candidates = [
-        (_PREPROCESSOR, "", "image_"),
+    candidates = (
+        ("preprocessor_config.json", "", "image_"),
         (_OPEN_CLIP_CONFIG, "preprocess_cfg", ""),
         (_CONFIG, "pretrained_cfg", ""),
-    ]
+    )
     for file, key, prefix in candidates:
         config = read_config(checkpoint, file, remarks)
         values = object_at(config, key) if key else config
@@ -91,11 +88,9 @@ def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
 
 def are_channels(values: object) -> bool:
     """Return whether values are three numbers from 0 to 1."""
-    return (
-        isinstance(values, list)
-        and len(values) == 3
-        and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
-    )
+    if not isinstance(values, list) or len(values) != 3:
+        return False
+    return all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
 
 def first_value(values: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any]:
@@ -112,44 +107,30 @@ def read_config(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
         remarks: A remark about a file that cannot be used is added.
     """
     try:
-        file = checkpoint.open_config(name)
-        if file is None:
-            return {}
-        with closing(file):
-            if file.size > _MAX_BYTES:
-                raise ValueError(f"{file.size} bytes; the limit is {_MAX_BYTES}")
-            config = strict_json.parse(file.read(0, file.size))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        return checkpoint.read_config(name) or {}
     except (ValueError, DsocrError) as error:
-        message = error.message if isinstance(error, DsocrError) else error
-        remark = f"warning: {name} is ignored: {message}"
+        remark = f"warning: {name} is ignored: {error.message if isinstance(error, DsocrError) else error}"
         remarks += [remark] if remark not in remarks else []
         return {}
-    return config
 
 
 def _sections(
     file: str, path: str, values: Json, parent: Json | None = None, depth: int = 0
 ) -> Iterator[ConfigSection]:
     """Yield an object of a config, and all objects in it."""
-    yield ConfigSection(file, path, {**_default_sizes(values), **values}, parent or values)
+    kind = values.get("model_type")
+    defaults = DEFAULT_SIZES.get(kind, {}) if isinstance(kind, str) else {}
+    yield ConfigSection(file, path, {**defaults, **values}, parent or values)
     for key, value in values.items():
         if isinstance(value, dict) and depth < _MAX_DEPTH:
             yield from _sections(file, f"{path}.{key}".lstrip("."), value, values, depth + 1)
-
-
-def _default_sizes(values: Json) -> Json:
-    """Return the sizes that transformers 4 leaves out of the config of a part, where they have their defaults."""
-    kind = values.get("model_type")
-    return DEFAULT_SIZES.get(kind, {}) if isinstance(kind, str) else {}
 
 
 def _transformers_form(config: Json) -> Json:
     """Return a config of open_clip or timm with transformers' keys, and others as they are."""
     open_clip = config.get("model_cfg", config)
     if isinstance(open_clip, dict) and isinstance(open_clip.get("vision_cfg"), dict):
-        return {"vision_config": _open_clip_vision(open_clip), "text_config": _open_clip_text(open_clip)}
+        return _open_clip(open_clip)
     return _timm(config) if isinstance(config.get("architecture"), str) else config
 
 
@@ -161,27 +142,19 @@ def _other_architecture(name: str, config: Json) -> str:
     return f"warning: {name}: the architecture {architecture[:100]!r} may compute something else than SAM or CLIP"
 
 
-def _open_clip_vision(model: Json) -> Json:
-    tower = object_at(model, "vision_cfg")
-    width, head_width = tower.get("width", 768), tower.get("head_width", 64)
+def _open_clip(model: Json) -> Json:
+    vision, text = object_at(model, "vision_cfg"), object_at(model, "text_cfg")
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
     heads = width // head_width if are_counts(width, head_width) else None
-    return {"patch_size": tower.get("patch_size", 16), **_open_clip_tower(model, tower, width, heads)}
-
-
-def _open_clip_text(model: Json) -> Json:
-    tower = object_at(model, "text_cfg")
-    return _open_clip_tower(model, tower, tower.get("width", 512), tower.get("heads", 8))
+    patch = {"patch_size": vision.get("patch_size", 16)}
+    return {
+        "vision_config": patch | _open_clip_tower(model, vision, width, heads),
+        "text_config": _open_clip_tower(model, text, text.get("width", 512), text.get("heads", 8)),
+    }
 
 
 def _open_clip_tower(model: Json, tower: Json, width: Any, heads: Any) -> Json:
-    """Return the config of a tower, with open_clip's defaults for absent keys.
-
-    Args:
-        model: The config of both towers.
-        tower: The config of the tower.
-        width: The tower's width.
-        heads: The tower's number of heads.
-    """
+    """Return the config of a tower of a model, with open_clip's defaults for absent keys."""
     ratio, is_tanh = tower.get("mlp_ratio", 4.0), object_at(tower, "act_kwargs").get("approximate") == "tanh"
     has_mlp = are_counts(width) and isinstance(ratio, int | float) and 0 < ratio <= _MAX_MLP_RATIO
     return {

@@ -8,10 +8,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError, first_names
+from converter.formats import strict_json
 from converter.formats.registry import open_file
 from converter.hub.address import is_address
 from converter.options import NO_HUB_OPTIONS, HubOptions
@@ -24,37 +25,27 @@ if TYPE_CHECKING:
     from converter.checkpoint.lora import Adapter
     from converter.hub.remote_file import RemoteFile
 
+# The configs of models: of transformers and timm, and of open_clip.
+CONFIG_NAMES = ("config.json", "open_clip_config.json")
+# Configs of language models with a vision tower, and of adapters that list their modules, have 50 kB.
+_MAX_CONFIG = 1 << 20
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
+@dataclass(eq=False, kw_only=True)
+class Checkpoint(Located):
     """An open checkpoint. Only metadata has been read, no tensor.
 
-    Attributes:
-        name: The path or the hub address of the file, or of the index of a sharded checkpoint.
-        files: The open files: one, or the shards in the order of their names.
+    Attributes, next to those of `Located`:
         containers: The container format of each file.
         contents: Tensors and other values of all files, nested as in the files.
-        commit: The commit of the hub repository; empty for local files.
-        notes: Messages for the user about the files.
-        open_config: Opens a config of the given name that describes the files; None if there is none.
-        whole_step: How to read the whole checkpoint, if the file is one of several shards; else empty.
-        in_other_shards: Names of the tensors in the other shards, as far as an index lists them.
-        adapter: A LoRA adapter to merge into the tensors, or None.
         ignored: Full names of the classes and functions in pickles that were not imported.
+        adapter: A LoRA adapter to merge into the tensors, or None.
     """
 
-    name: str
-    files: tuple[SourceFile, ...]
     containers: tuple[str, ...]
     contents: Contents
-    commit: str = ""
-    notes: tuple[str, ...] = ()
-    open_config: Callable[[str], SourceFile | None] = lambda name: None
     ignored: tuple[str, ...] = ()
-    whole_step: str = ""
-    in_other_shards: tuple[str, ...] = ()
     adapter: Adapter | None = None
 
     @property
@@ -82,6 +73,23 @@ class Checkpoint:
         for file in remote:
             (file.fetch_all if keep else file.prefetch)(spans[file], report)
 
+    def has_config(self, name: str) -> bool:
+        """Return whether a config of this name describes the files."""
+        return self.find_config(name) is not None
+
+    def read_config(self, name: str) -> dict[str, Any] | None:
+        """Parse a config that describes the files; None if there is none, ValueError for no JSON object of 1 MiB."""
+        open_config = self.find_config(name)
+        if open_config is None:
+            return None
+        with closing(open_config()) as file:
+            if file.size > _MAX_CONFIG:
+                raise ValueError(f"{file.size} bytes; the limit is {_MAX_CONFIG}")
+            config = strict_json.parse(file.read(0, file.size))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        return config
+
     def close(self) -> None:
         """Close all files."""
         for file in self.files:
@@ -101,27 +109,18 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
     with ExitStack() as stack:
         for file in located.files:
             stack.callback(file.close)
-        opened = _open_files(located)
-        containers = tuple(container for container, _ in opened)
-        shards = [contents for _, contents in opened]
+        containers, shards = zip(*_open_files(located), strict=True)
         is_single = len(shards) == 1 and located.weight_map is None
         contents = shards[0] if is_single else _join_shards(located, shards)
         stack.pop_all()
     read = [each for each in shards if isinstance(each, FileContents)]
     ignored = tuple(dict.fromkeys(name for each in read for name in each.ignored))
-    notes = (*located.notes, *dict.fromkeys(note for each in read for note in each.notes), *_ignored_note(ignored))
-    return Checkpoint(
-        located.name,
-        located.files,
-        containers,
-        contents,
-        located.commit,
-        notes,
-        located.open_config,
-        ignored,
-        located.whole_step,
-        located.in_other_shards,
-    )
+    notes = [*located.notes, *dict.fromkeys(note for each in read for note in each.notes)]
+    if ignored:
+        # `inspect` lists them in full.
+        notes.append(f"not imported or run: {first_names(ignored, 6)}; objects of them are ignored")
+    fields = {**vars(located), "notes": tuple(notes)}
+    return Checkpoint(**fields, containers=containers, contents=contents, ignored=ignored)
 
 
 def _open_files(located: Located) -> list[tuple[str, Contents]]:
@@ -153,11 +152,6 @@ def open_checkpoints(names: Sequence[str | Path], hub_options: HubOptions) -> It
         yield opened
 
 
-def _ignored_note(ignored: tuple[str, ...]) -> list[str]:
-    """Return a note on the classes and functions in pickles, which `inspect` lists in full."""
-    return [f"not imported or run: {first_names(ignored, 6)}; objects of them are ignored"] if ignored else []
-
-
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:
     """Raise UsageError for hub options if all sources of a command are local."""
     names = [checkpoint.name for checkpoint in opened]
@@ -185,7 +179,7 @@ def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnPr
     return report
 
 
-def _join_shards(located: Located, shards: list[Contents]) -> Contents:
+def _join_shards(located: Located, shards: Sequence[Contents]) -> Contents:
     """Merge the contents of all shards; raise ContainerError if the shards disagree with the index, if there is one."""
     weight_map = located.weight_map
     joined: Contents = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from converter.errors import ContainerError, DsocrError, HubError, printable
 from converter.storage.local_file import READ_HINT, LocalFile, SourceFile, exists
@@ -12,30 +12,17 @@ if TYPE_CHECKING:
     from converter.hub.repository import Repository
 
 
-class Files(Protocol):
-    """The files of this machine, or of a repository on a hub."""
-
-    error: type[DsocrError]  # The exception for a folder without a checkpoint
-
-    def name(self, path: PurePath) -> str:
-        """Return the name of a path in messages."""
-
-    def exists(self, path: PurePath) -> bool:
-        """Return whether there is a file or a folder at `path`."""
-
-    def open(self, path: PurePath) -> SourceFile:
-        """Open a file."""
-
-    def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
-        """Return the names of the files and of the folders in a folder."""
-
-
 class LocalFiles:
-    """The files of this machine."""
+    """The files of this machine.
+
+    Attributes:
+        error: The exception for a folder without a checkpoint.
+    """
 
     error: type[DsocrError] = ContainerError
 
     def name(self, path: PurePath) -> str:
+        """Return the name of a path in messages."""
         return printable(str(path))
 
     def exists(self, path: PurePath) -> bool:
@@ -45,6 +32,7 @@ class LocalFiles:
         return LocalFile(Path(path))
 
     def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
+        """Return the names of the files and of the folders in a folder."""
         try:
             entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir()]
         except OSError as error:
@@ -78,3 +66,6 @@ class HubFiles:
         paths = [PurePosixPath(name) for name in self._repository.files]
         parts = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
         return [first for first, *rest in parts if not rest], sorted({first for first, *rest in parts if rest})
+
+
+Files = LocalFiles | HubFiles

@@ -5,26 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from converter.checkpoint.folder import ADAPTER_NAMES
 from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.options import ConvertOptions, HubOptions
 
 
-class Sources(NamedTuple):
-    """The open sources of a conversion."""
-
-    opened: list[Checkpoint]  # All of them
-    source: Checkpoint  # The first, with the adapter that is merged into it
-    donor: Checkpoint | None  # It supplies tensors that the source lacks
-
-
 @contextmanager
 def open_sources(
     source: str | Path, fill_from: str | Path | None, options: ConvertOptions, hub_options: HubOptions
-) -> Iterator[Sources]:
-    """Open the sources of a conversion; close them at the end of the block.
+) -> Iterator[tuple[list[Checkpoint], Checkpoint, Checkpoint | None]]:
+    """Open the sources of a conversion: all, the checkpoint with its adapter, the donor; close them after the block.
 
     Args:
         source: The checkpoint to convert.
@@ -39,7 +30,7 @@ def open_sources(
             from converter.checkpoint.adapter import with_adapter
 
             first = with_adapter(first, opened[-1], options.adapter_name)
-        yield Sources(opened, first, donor)
+        yield opened, first, donor
 
 
 def lora_files(name: str | Path | None, adapter_name: str | None) -> list[str | Path]:

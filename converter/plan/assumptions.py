@@ -1,33 +1,15 @@
-"""Assumptions on what no tensor shows, such as activation and heads: read from the source's config, or assumed."""
+"""Assumptions on what no tensor shows, such as activation and heads."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from converter.checkpoint.model_config import ConfigSection, are_counts, first_value, read_configs
-from converter.checkpoint.open import Checkpoint
-from converter.encoders.config import ACTIVATION_NAMES
-from converter.errors import printable
 from converter.layouts.spec import CanonicalLayout
 
 Value = str | int | float
 # The origin of a value that no config states.
 ASSUMED = "assumed"
-# Characters of a value of a config in a message.
-_MAX_VALUE_CHARS = 40
-# The keys in configs of sizes that canonical layouts name.
-_SIZES = {
-    "width": ("hidden_size", "width"),
-    "depth": ("num_hidden_layers", "layers"),
-    "mlp": ("intermediate_size", "mlp_dim"),
-    "patch": ("patch_size",),
-    "neck": ("output_channels",),
-}
-# The sizes that an object of a config must have to be that of an encoder, as far as the canonical layout names them.
-# Language models have no patches.
-_REQUIRED_SIZES = ("width", "patch")
 
 
 class Assumption(NamedTuple):
@@ -47,41 +29,6 @@ class Assumption(NamedTuple):
 Assumptions = Mapping[str, Assumption]
 
 
-def read_assumptions(
-    source: Checkpoint, target: CanonicalLayout, sizes: Mapping[str, int]
-) -> tuple[dict[str, Assumption], list[str]]:
-    """Return the values of a canonical layout's assumptions for a checkpoint, and remarks for the user.
-
-    Args:
-        source: The checkpoint, whose configs are read.
-        target: The canonical layout of its family.
-        sizes: The sizes of the encoder; a config of other sizes is not used.
-    """
-    configs, remarks = read_configs(source)
-    encoders = [section for config in configs for section in [_encoder_section(config, target, sizes)] if section]
-    if not encoders:
-        remarks += [
-            _other_sizes(section, sizes) for config in configs for section in config if _is_main(section, target)
-        ]
-    assumptions = assumed(target)
-    for name, assumption in assumptions.items():
-        facts = [fact for section in encoders for fact in [_read(section, name)] if fact]
-        found = [(value, where) for value, where, _ in facts if value is not None]
-        unusable = [f"{where} is {shown}" for value, where, shown in facts if value is None]
-        if found:
-            assumptions[name] = Assumption(found[0][0], assumption.expected, found[0][1])
-        elif unusable:
-            assumptions[name] = assumption._replace(origin=f"{ASSUMED}, as {unusable[0]}, which cannot be used")
-        fact = name.rpartition(".")[2].replace("_", " ")
-        remarks += [f"warning: {what}, which cannot be used: {fact} is assumed" for what in unusable]
-        remarks += [
-            f"{where} says {value}, {found[0][1]} says {found[0][0]}: the latter is used"
-            for value, where in found[1:]
-            if value != found[0][0]
-        ]
-    return assumptions, remarks
-
-
 def assumed(target: CanonicalLayout) -> dict[str, Assumption]:
     """Return the assumptions on a checkpoint without a config."""
     return {name: Assumption(value, value) for name, value in target.assumptions.items()}
@@ -95,11 +42,7 @@ def values_of(assumptions: Assumptions, part: str = "") -> dict[str, Any]:
 
 def differences(assumptions: Assumptions) -> dict[str, Assumption]:
     """Return the values of the encoder that differ from the DeepEncoder's."""
-    return {
-        name: assumption
-        for name, assumption in assumptions.items()
-        if "." not in name and assumption.value != assumption.expected
-    }
+    return {name: each for name, each in assumptions.items() if "." not in name and each.value != each.expected}
 
 
 def used_assumptions(assumptions: Assumptions, tensors: Iterable[str]) -> dict[str, Assumption]:
@@ -115,103 +58,3 @@ def describe_differences(assumptions: Assumptions) -> tuple[str, str]:
     theirs = ", ".join(f"{name.replace('_', ' ')} {assumption.value}" for name, assumption in different.items())
     ours = ", ".join(f"{name.replace('_', ' ')} {assumption.expected}" for name, assumption in different.items())
     return (f"{theirs} ({origins})", ours) if different else ("", "")
-
-
-def _encoder_section(
-    config: Iterable[ConfigSection], target: CanonicalLayout, sizes: Mapping[str, int]
-) -> ConfigSection | None:
-    """Return the object of a config that has the encoder's sizes; one in a vision_config before others."""
-    fitting = [section for section in config if _has_sizes(section.values, target, sizes)]
-    return min(fitting, key=lambda section: "vision" not in section.path, default=None)
-
-
-def _is_main(section: ConfigSection, target: CanonicalLayout) -> bool:
-    """Return whether an object is that of an encoder, and of the only one in its config."""
-    required = [name for name in _REQUIRED_SIZES if name in target.sizes]
-    stated = [first_value(section.values, _SIZES[name])[1] for name in required]
-    # DeepSeek's `width` is an object with one config for each encoder.
-    has_sizes = not any(value is None or isinstance(value, dict) for value in stated)
-    # The sizes of a model that has a vision encoder are those of its language model.
-    return has_sizes and section.path in ("", "vision_config") and "vision_config" not in section.values
-
-
-def _other_sizes(section: ConfigSection, sizes: Mapping[str, int]) -> str:
-    stated = {name: first_value(section.values, keys)[1] for name, keys in _SIZES.items() if name in sizes}
-    different = ", ".join(
-        f"{name} {_shown(value)} (not {sizes[name]})"
-        for name, value in stated.items()
-        if value not in (None, sizes[name])
-    )
-    return f"warning: {section.location} is ignored: it describes another encoder: {different or 'other heads'}"
-
-
-def _has_sizes(values: Mapping[str, Any], target: CanonicalLayout, sizes: Mapping[str, int]) -> bool:
-    stated = {name: first_value(values, keys)[1] for name, keys in _SIZES.items()}
-    required = [name for name in _REQUIRED_SIZES if name in target.sizes]
-    heads = first_value(values, _HEADS)[1]
-    if "head" in sizes and heads is not None and (not are_counts(heads) or sizes["head"] * heads != sizes["width"]):
-        return False
-    return all(stated[name] is not None for name in required) and all(
-        value is None or name not in sizes or value == sizes[name] for name, value in stated.items()
-    )
-
-
-def _read(encoder: ConfigSection, name: str) -> tuple[Value | None, str, str] | None:
-    """Return a value that a config states (None if it cannot be used), where, and its text; None if it does not.
-
-    Args:
-        encoder: The encoder's object in the config; those of other parts are its siblings.
-        name: The name of the assumption.
-    """
-    part, _, fact = name.rpartition(".")
-    section = encoder.sibling(f"{part.removesuffix('_model')}_config") if part else encoder
-    if section is None or fact not in _FACTS:
-        return None
-    keys, read = _FACTS[fact]
-    key, stated = first_value(section.values, keys)
-    if not key:
-        return None
-    location = f"{section.location}{'.' if section.path else ': '}{key}"
-    return read(stated, section.values), location, _shown(stated)
-
-
-def _shown(value: object) -> str:
-    text = printable(repr(value))
-    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
-
-
-def _activation(value: Any, section: Mapping[str, Any]) -> str | None:
-    return ACTIVATION_NAMES.get(value) if isinstance(value, str) else None
-
-
-def _head_width(value: Any, section: Mapping[str, Any]) -> int | None:
-    width = first_value(section, _SIZES["width"])[1]
-    return width // value if are_counts(width, value) and width % value == 0 else None
-
-
-def _heads(value: Any, section: Mapping[str, Any]) -> int | None:
-    return value if are_counts(value) and _head_width(value, section) else None
-
-
-def _epsilon(value: Any, section: Mapping[str, Any]) -> float | None:
-    return float(value) if isinstance(value, float) and math.isfinite(value) and 0 < value < 1 else None
-
-
-def _rope_theta(value: Any, section: Mapping[str, Any]) -> float | None:
-    """The base of rotary positions: a number, or in transformers' object of their parameters from 5 on."""
-    parameters: dict[str, Any] = value if isinstance(value, dict) else {"rope_theta": value}
-    theta, is_scaled = parameters.get("rope_theta"), parameters.get("rope_type", "default") != "default"
-    if is_scaled or section.get("rope_scaling") or isinstance(theta, bool) or not isinstance(theta, int | float):
-        return None
-    return float(theta) if 1 < theta < math.inf else None
-
-
-_HEADS = ("num_attention_heads", "heads")
-# The keys and the parser of each value by the name of its assumption. A parser returns None for unusable values.
-_FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Value | None]]] = {
-    "activation": (("hidden_act",), _activation),
-    "head_width": (_HEADS, _head_width),
-    "heads": (_HEADS, _heads),
-    "epsilon": (("layer_norm_eps", "rms_norm_eps"), _epsilon),
-    "rope_theta": (("rope_theta", "rope_parameters"), _rope_theta),
-}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from converter.checkpoint.open import Checkpoint
+from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
@@ -15,7 +15,7 @@ from converter.layouts.marks import find_adapters
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE
-from converter.plan.assumptions import read_assumptions
+from converter.plan.assumptions import assumed
 from converter.plan.plan import Plan, make_plan, outside_encoder
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
@@ -78,8 +78,12 @@ def plan_to_canonical(
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
-    plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
-    plan.remarks += remarks
+    plan.assumptions = assumed(canonical)
+    if any(map(opened.has_config, CONFIG_NAMES)):
+        from converter.plan.config_values import read_assumptions
+
+        plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
+        plan.remarks += remarks
     if merged:
         plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
     return plan

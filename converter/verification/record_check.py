@@ -15,7 +15,8 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, UsageError
 from converter.layouts import registry
 from converter.output.record import RECORD_FORMAT
-from converter.plan.assumptions import Assumption, Assumptions, read_assumptions
+from converter.plan.assumptions import Assumption, Assumptions
+from converter.plan.config_values import read_assumptions
 from converter.storage.local_file import require_regular_file
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes

@@ -219,7 +219,7 @@ def plan(data: bytes) -> None:
         contents: Contents = dict(_described(json.loads(data)))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return
-    opened = Checkpoint("input", (Memory(b""),), ("safetensors",), contents)
+    opened = Checkpoint(name="input", files=(Memory(b""),), containers=("safetensors",), contents=contents)
     with suppress(DsocrError):
         candidates = select_state_dicts(opened, None)
         inspect._inspect(opened, candidates, candidates[0], {}).to_json()
