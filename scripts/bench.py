@@ -543,7 +543,7 @@ import os, sys
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from converter.cli.main import verify
 from converter.verification import controls
-controls.MISTAKES = dict.fromkeys(controls.MISTAKES, controls.Mistakes(blocks={}))
+controls.MISTAKES = dict.fromkeys(controls.MISTAKES, controls.Mistakes({}, {}))
 sys.exit(verify())
 """
 

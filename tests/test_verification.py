@@ -30,8 +30,8 @@ from converter.layouts import registry
 from converter.verification import restricted_pickle
 from converter.verification.families import FAMILIES, State
 from converter.verification.outputs import exact_float32
+from converter.verification.probes import SkipInitialization
 from converter.verification.reference_models import REFERENCES
-from converter.verification.skip_init import SkipInitialization
 
 
 def test_initialization_is_skipped_in_this_thread_only() -> None:

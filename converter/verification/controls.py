@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,114 +28,83 @@ from converter.verification.result import Control
 Change = Callable[[Any, Any], None]
 
 
-def parts_exchanged(path: str, order: str) -> Change:
-    """Concatenate q, k and v in another order.
-
-    Args:
-        path: The fused linear layer.
-        order: The order, such as `kqv`.
-    """
-
-    def change(block: Any, neighbour: Any) -> None:
-        for name, tensor in block.get_submodule(path).named_parameters():
-            parts = dict(zip("qkv", tensor.chunk(3), strict=True))
-            _set(block, f"{path}.{name}", torch.cat([parts[part] for part in order]))
-
-    return change
+def _set(module: Any, path: str, tensor: Tensor) -> None:
+    """Replace a parameter of a module by its path."""
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
-def parameters_exchanged(first: str, second: str) -> Change:
-    """Exchange two parameters of the same shape."""
-
-    def change(block: Any, neighbour: Any) -> None:
-        a, b = block.get_parameter(first), block.get_parameter(second)
-        _set(block, first, b)
-        _set(block, second, a)
-
-    return change
+def _reorder_parts(block: Any, neighbour: Any, path: str, order: str) -> None:
+    """Concatenate q, k and v of a fused linear layer in another order, such as `kqv`."""
+    for name, tensor in block.get_submodule(path).named_parameters():
+        parts = dict(zip("qkv", tensor.chunk(3), strict=True))
+        _set(block, f"{path}.{name}", torch.cat([parts[part] for part in order]))
 
 
-def modules_exchanged(first: str, second: str) -> Change:
-    """Exchange the parameters of two modules, which have the same shapes."""
-
-    def change(block: Any, neighbour: Any) -> None:
-        for name, _ in [*block.get_submodule(first).named_parameters()]:
-            parameters_exchanged(f"{first}.{name}", f"{second}.{name}")(block, neighbour)
-
-    return change
+def _exchange_parameters(block: Any, neighbour: Any, first: str, second: str) -> None:
+    a, b = block.get_parameter(first), block.get_parameter(second)
+    _set(block, first, b)
+    _set(block, second, a)
 
 
-def taken_from_neighbour(path: str) -> Change:
-    """Replace a parameter by that of the neighbour block."""
-
-    def change(block: Any, neighbour: Any) -> None:
-        _set(block, path, neighbour.get_parameter(path))
-
-    return change
+def _exchange_modules(block: Any, neighbour: Any, first: str, second: str) -> None:
+    for name, _ in [*block.get_submodule(first).named_parameters()]:
+        _exchange_parameters(block, neighbour, f"{first}.{name}", f"{second}.{name}")
 
 
-def first_row_last(path: str) -> Change:
-    """Move the first row of a table to its end."""
-
-    def change(encoder: Any, original: Any) -> None:
-        _set(encoder, path, encoder.get_parameter(path).roll(-1, 0))
-
-    return change
+def _take_from_neighbour(block: Any, neighbour: Any, path: str) -> None:
+    _set(block, path, neighbour.get_parameter(path))
 
 
-def activation_exchanged(block: Any, neighbour: Any) -> None:
+def _move_first_row_last(encoder: Any, original: Any, path: str) -> None:
+    _set(encoder, path, encoder.get_parameter(path).roll(-1, 0))
+
+
+def _exchange_activation(block: Any, neighbour: Any) -> None:
     """Compute GELU for quick_gelu, and quick_gelu for any other activation."""
     block.mlp.activation = F.gelu if block.mlp.activation is quick_gelu else quick_gelu
 
 
-def heads_changed(block: Any, neighbour: Any) -> None:
+def _change_heads(block: Any, neighbour: Any) -> None:
     """Attend with heads of half the width, or with a single head if the width is odd."""
     attention = block.self_attn
     heads = 2 * attention.heads
     attention.heads = 1 if attention.out_proj.in_features % heads else heads
 
 
-def epsilon_exchanged(block: Any, neighbour: Any) -> None:
+def _change_head_width(block: Any, neighbour: Any) -> None:
+    """Attend with twice as many heads of half the width."""
+    block.self_attn.head_width = max(block.self_attn.head_width // 2, 2)
+
+
+def _exchange_epsilon(block: Any, neighbour: Any) -> None:
     """Use an epsilon of 1e-5 in norms that have 1e-6, and 1e-6 in all others."""
     for module in block.modules():
         if hasattr(module, "eps"):
             module.eps = 1e-5 if module.eps < 5e-6 else 1e-6
 
 
-def head_width_changed(block: Any, neighbour: Any) -> None:
-    """Attend with twice as many heads of half the width."""
-    block.self_attn.head_width = max(block.self_attn.head_width // 2, 2)
-
-
-def rope_theta_changed(block: Any, neighbour: Any) -> None:
+def _change_rope_theta(block: Any, neighbour: Any) -> None:
     """Rotate positions with another base: that of Llama, or Qwen2's in place of it."""
     block.self_attn.rope_theta = 1e6 if block.self_attn.rope_theta == 1e4 else 1e4
 
 
-def masked_as(image_tokens: Callable[[Tensor], int]) -> Change:
+def _change_mask(block: Any, neighbour: Any, image_tokens: Callable[[Tensor], int]) -> None:
     """Take another number of tokens for those of the image, which see each other."""
-
-    def change(block: Any, neighbour: Any) -> None:
-        forward = block.self_attn.forward
-        block.self_attn.forward = lambda x, _: forward(x, image_tokens(x))
-
-    return change
+    forward = block.self_attn.forward
+    block.self_attn.forward = lambda x, _: forward(x, image_tokens(x))
 
 
-def interpolated(**options: Any) -> Change:
+def _interpolate(encoder: Any, original: Any, **options: Any) -> None:
     """Resample position embeddings with other options of `torch.nn.functional.interpolate`."""
+    embed = encoder.embed
 
-    def change(encoder: Any, original: Any) -> None:
-        embed = encoder.embed
+    def mistaken(patches: Tensor) -> Tensor:
+        with _Interpolation(options):
+            features: Tensor = embed(patches)
+        return features
 
-        def mistaken(patches: Tensor) -> Tensor:
-            with _Interpolation(options):
-                features: Tensor = embed(patches)
-            return features
-
-        encoder.embed = mistaken
-
-    return change
+    encoder.embed = mistaken
 
 
 class _Interpolation(TorchFunctionMode):
@@ -149,65 +119,59 @@ class _Interpolation(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **options})
 
 
-def _set(module: Any, path: str, tensor: Tensor) -> None:
-    """Replace a parameter of a module by its path."""
-    owner, _, name = path.rpartition(".")
-    setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
-
-
-@dataclass(frozen=True)
-class Mistakes:
+class Mistakes(NamedTuple):
     """The mistakes of one family. A name completes the sentence "outputs cannot show ... in this checkpoint"."""
 
     blocks: Mapping[str, Change]  # Mistakes within a block
-    # Mistakes between the patch convolution and the first block, which `encoder.embed` computes
-    entry: Mapping[str, Change] = field(default_factory=dict)
+    entry: Mapping[str, Change]  # Those between the patch convolution and the first block, which `encoder.embed` has
 
 
-_ANY_BLOCK = {"GELU and quick_gelu exchanged": activation_exchanged, "another epsilon": epsilon_exchanged}
+def _in_fused(path: str) -> dict[str, Change]:
+    """Mistakes in a fused linear layer of q, k and v."""
+    return {
+        "q and k exchanged": partial(_reorder_parts, path=path, order="kqv"),
+        "k and v exchanged": partial(_reorder_parts, path=path, order="qvk"),
+        "a bias of the neighbour layer": partial(_take_from_neighbour, path=f"{path}.bias"),
+    }
+
+
+_ANY_BLOCK = {"GELU and quick_gelu exchanged": _exchange_activation, "another epsilon": _exchange_epsilon}
 _RESAMPLED = {
-    "positions resampled without antialiasing": interpolated(antialias=False),
-    "positions resampled bilinearly": interpolated(mode="bilinear"),
+    "positions resampled without antialiasing": partial(_interpolate, antialias=False),
+    "positions resampled bilinearly": partial(_interpolate, mode="bilinear"),
 }
+_CLASS_POSITION_LAST = partial(_move_first_row_last, path="embeddings.position_embedding.weight")
 MISTAKES = {
     "sam": Mistakes(
         blocks={
-            "q and k exchanged": parts_exchanged("attn.qkv", "kqv"),
-            "k and v exchanged": parts_exchanged("attn.qkv", "qvk"),
-            "a bias of the neighbour layer": taken_from_neighbour("attn.qkv.bias"),
-            "relative positions of rows and columns exchanged": parameters_exchanged(
-                "attn.rel_pos_h", "attn.rel_pos_w"
+            **_in_fused("attn.qkv"),
+            "relative positions of rows and columns exchanged": partial(
+                _exchange_parameters, first="attn.rel_pos_h", second="attn.rel_pos_w"
             ),
             **_ANY_BLOCK,
         },
         entry=_RESAMPLED,
     ),
     "clip": Mistakes(
-        blocks={
-            "q and k exchanged": parts_exchanged("self_attn.qkv_proj", "kqv"),
-            "k and v exchanged": parts_exchanged("self_attn.qkv_proj", "qvk"),
-            "a bias of the neighbour layer": taken_from_neighbour("self_attn.qkv_proj.bias"),
-            "another number of heads": heads_changed,
-            **_ANY_BLOCK,
-        },
-        entry={
-            "the class token's position at the end": first_row_last("embeddings.position_embedding.weight"),
-            **_RESAMPLED,
-        },
+        blocks={**_in_fused("self_attn.qkv_proj"), "another number of heads": _change_heads, **_ANY_BLOCK},
+        entry={"the class token's position at the end": _CLASS_POSITION_LAST, **_RESAMPLED},
     ),
     "qwen2": Mistakes(
         blocks={
-            "k and v exchanged": modules_exchanged("self_attn.k_proj", "self_attn.v_proj"),
-            "gate and up exchanged": modules_exchanged("mlp.gate_proj", "mlp.up_proj"),
-            "both norms exchanged": modules_exchanged("input_layernorm", "post_attention_layernorm"),
-            "a bias of the neighbour layer": taken_from_neighbour("self_attn.q_proj.bias"),
-            "another number of heads": head_width_changed,
-            "another base of rotary positions": rope_theta_changed,
-            "a causal mask for image tokens": masked_as(lambda x: 1),
-            "no mask for queries": masked_as(lambda x: x.shape[1]),
-            "quick_gelu in place of SiLU": activation_exchanged,
-            "another epsilon": epsilon_exchanged,
-        }
+            "k and v exchanged": partial(_exchange_modules, first="self_attn.k_proj", second="self_attn.v_proj"),
+            "gate and up exchanged": partial(_exchange_modules, first="mlp.gate_proj", second="mlp.up_proj"),
+            "both norms exchanged": partial(
+                _exchange_modules, first="input_layernorm", second="post_attention_layernorm"
+            ),
+            "a bias of the neighbour layer": partial(_take_from_neighbour, path="self_attn.q_proj.bias"),
+            "another number of heads": _change_head_width,
+            "another base of rotary positions": _change_rope_theta,
+            "a causal mask for image tokens": partial(_change_mask, image_tokens=lambda x: 1),
+            "no mask for queries": partial(_change_mask, image_tokens=lambda x: x.shape[1]),
+            "quick_gelu in place of SiLU": _exchange_activation,
+            "another epsilon": _exchange_epsilon,
+        },
+        entry={},
     ),
 }
 
@@ -234,26 +198,16 @@ def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iter
             yield MistakenFeatures(name, f"{family.blocks}.{index}", mistaken(before))
 
 
-def mistakes_in_deep_encoder(family: Family, model: nn.Module, features: Features) -> Iterator[MistakenFeatures]:
-    """Make the mistakes of `mistakes_at_entry` in the part of a DeepEncoder.
-
-    Args:
-        family: The family of the part.
-        model: The DeepEncoder.
-        features: The features at every probe.
-    """
-    return mistakes_at_entry(family, model.get_submodule(family.prefix[:-1]), family.prefix, features)
-
-
-def mistakes_at_entry(family: Family, encoder: Any, prefix: str, features: Features) -> Iterator[MistakenFeatures]:
+def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: Features) -> Iterator[MistakenFeatures]:
     """Make each mistake between the patch convolution and the first block.
 
     Args:
         family: The encoder's family.
-        encoder: The converted encoder, as it ran by itself or in a DeepEncoder.
-        prefix: Prefix of the encoder's probes.
+        model: The converted encoder, or a DeepEncoder with it.
+        prefix: Prefix of the encoder in the model, and of its probes.
         features: The features at every probe.
     """
+    encoder = model.get_submodule(prefix[:-1])
     for name, change in MISTAKES[family.name].entry.items():
         patches = features.get(prefix + family.patches)
         # In a DeepEncoder, SAM's features take the place of CLIP's patches.

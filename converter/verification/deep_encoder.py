@@ -7,6 +7,7 @@ CLIP where it has none.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder, DeepEncoderV2
+from converter.encoders.config import SamConfig
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.assumptions import Assumptions
 from converter.verification.families import FAMILIES, Family, State
-from converter.verification.probes import ProbedEncoder
+from converter.verification.probes import ProbedEncoder, SkipInitialization
 from converter.verification.reference_models import (
     Reference,
     keep_frequencies,
@@ -30,7 +32,6 @@ from converter.verification.reference_models import (
     transformers_sam,
     without_prefix,
 )
-from converter.verification.skip_init import SkipInitialization
 
 _SAM, _CLIP, _QWEN2 = FAMILIES["sam"], FAMILIES["clip"], FAMILIES["qwen2"]
 # The probe of what a DeepEncoder returns: in version 1, CLIP's channels next to SAM's.
@@ -40,9 +41,7 @@ OUTPUT = "concatenation"
 def build_deep_encoder(encoders: Mapping[Family, Any], device: torch.device) -> ProbedEncoder:
     """A DeepEncoder with the converted encoders as its parts; a part that is not converted is seeded.
 
-    Args:
-        encoders: The converted encoders by family; the last family decides the class of the DeepEncoder.
-        device: Where the DeepEncoder is built.
+    The last of the families decides the class of the DeepEncoder.
 
     Raises:
         ValueError: The sizes of the encoders do not fit.
@@ -112,45 +111,40 @@ def build_deep_encoder_reference(model: Any, state: State, device: torch.device)
 
 def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
     """transformers' UnlimitedOcrVisionModel."""
-    from transformers.models.unlimited_ocr import configuration_unlimited_ocr as configuration
-    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrVisionModel
-
-    sam, clip = model.sam_model.config, model.vision_model.config
-    sam_config = configuration.UnlimitedOcrSamVisionConfig(
-        **sam_vision_config(sam), downsample_channels=list(sam.compressor or ())
-    )
-    clip_config = configuration.UnlimitedOcrVisionEncoderConfig(**clip_vision_config(clip))
-    reference = UnlimitedOcrVisionModel(
-        configuration.UnlimitedOcrVisionConfig(sam_config=sam_config, encoder_config=clip_config)
-    )
-    tensors: dict[str, Tensor] = {}
-    for family in (_SAM, _CLIP):
-        tensors |= to_layout(f"{family.name}-unlimited-ocr-hf", without_prefix(family.prefix, state))
-    tensors.pop("model.vision_tower.vision_encoder.embeddings.position_ids", None)
-    reference.load_state_dict(without_prefix("model.vision_tower.", tensors))
-    layers = reference.vision_encoder.encoder.layers
-    return _probed("UnlimitedOcrVisionModel", reference, reference.sam_encoder, _CLIP, layers)
+    sizes = clip_vision_config(model.vision_model.config)
+    reference = _transformers_model("unlimited_ocr", "UnlimitedOcr", model.sam_model.config, sizes)
+    _load(reference, {_SAM: "sam-unlimited-ocr-hf", _CLIP: "clip-unlimited-ocr-hf"}, state)
+    return _probed(reference, reference.sam_encoder, _CLIP, reference.vision_encoder.encoder.layers)
 
 
 def deepseek_ocr2(model: DeepEncoderV2, state: State) -> ProbedEncoder:
     """transformers' DeepseekOcr2VisionModel."""
-    from transformers.models.deepseek_ocr2 import configuration_deepseek_ocr2 as configuration
-    from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2VisionModel
+    sizes = qwen2_sizes(model.qwen2_model.config)
+    reference = _transformers_model("deepseek_ocr2", "DeepseekOcr2", model.sam_model.config, sizes)
+    _load(reference, {_SAM: "sam-unlimited-ocr-hf", _QWEN2: "qwen2-deepseek-ocr2-hf"}, state)
+    keep_frequencies(reference.vision_encoder.rotary_emb)
+    return _probed(reference, reference.sam_encoder, _QWEN2, reference.vision_encoder.layers)
 
-    sam = model.sam_model.config
-    sam_config = configuration.DeepseekOcr2SamVisionConfig(
+
+def _transformers_model(package: str, name: str, sam: SamConfig, encoder_sizes: Mapping[str, Any]) -> Any:
+    """transformers' class of a whole DeepEncoder, without weights."""
+    configuration: Any = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
+    modeling: Any = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    sam_config = getattr(configuration, f"{name}SamVisionConfig")(
         **sam_vision_config(sam), downsample_channels=list(sam.compressor or ())
     )
-    qwen2_config = configuration.DeepseekOcr2VisionEncoderConfig(**qwen2_sizes(model.qwen2_model.config))
-    reference = DeepseekOcr2VisionModel(
-        configuration.DeepseekOcr2VisionConfig(sam_config=sam_config, encoder_config=qwen2_config)
-    )
-    tensors = to_layout("sam-unlimited-ocr-hf", without_prefix(_SAM.prefix, state))
-    tensors |= to_layout("qwen2-deepseek-ocr2-hf", without_prefix(_QWEN2.prefix, state))
+    encoder_config = getattr(configuration, f"{name}VisionEncoderConfig")(**encoder_sizes)
+    config = getattr(configuration, f"{name}VisionConfig")(sam_config=sam_config, encoder_config=encoder_config)
+    return getattr(modeling, f"{name}VisionModel")(config)
+
+
+def _load(reference: nn.Module, layouts: Mapping[Family, str], state: State) -> None:
+    """Load the weights of a DeepEncoder into transformers' model of it, by its layouts of the families."""
+    tensors: dict[str, Tensor] = {}
+    for family, layout in layouts.items():
+        tensors |= to_layout(layout, without_prefix(family.prefix, state))
+    tensors.pop("model.vision_tower.vision_encoder.embeddings.position_ids", None)
     reference.load_state_dict(without_prefix("model.vision_tower.", tensors))
-    keep_frequencies(reference.vision_encoder.rotary_emb)
-    layers = reference.vision_encoder.layers
-    return _probed("DeepseekOcr2VisionModel", reference, reference.sam_encoder, _QWEN2, layers)
 
 
 def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
@@ -162,14 +156,14 @@ def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
     sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
     clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
     whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
-    return _probed("SamVisionEncoder and CLIPVisionModel, assembled", whole, sam, _CLIP, clip.encoder.layers)
+    return _probed(whole, sam, _CLIP, clip.encoder.layers, "SamVisionEncoder and CLIPVisionModel, assembled")
 
 
-def _probed(name: str, model: nn.Module, sam: Any, family: Family, layers: nn.ModuleList) -> ProbedEncoder:
+def _probed(model: nn.Module, sam: Any, family: Family, layers: nn.ModuleList, name: str = "") -> ProbedEncoder:
     """A model with transformers' SAM and another encoder, of which `layers` are the blocks, as its parts."""
     probes = _SAM.probes(sam.layers, sam.patch_embed.projection, _SAM.prefix)
     probes += family.probes(layers, prefix=family.prefix)
-    return ProbedEncoder(label("transformers", name), model, probes, model, OUTPUT)
+    return ProbedEncoder(label("transformers", name or type(model).__name__), model, probes, model, OUTPUT)
 
 
 class Assembled(nn.Module):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,17 +24,9 @@ from converter.encoders import (
 )
 from converter.layouts import registry
 from converter.plan.assumptions import Assumptions, values_of
-from converter.verification.probes import Probe, ProbedEncoder
-from converter.verification.skip_init import SkipInitialization
+from converter.verification.probes import Probe, ProbedEncoder, SkipInitialization
 
 State = Mapping[str, Tensor]
-# Pixels along a side -> the image (1, 3, side, side).
-DrawImage = Callable[[int], Tensor]
-
-
-def at_trained_size(config: Any, image: DrawImage) -> Tensor:
-    """The image at the size at which no positions are resampled."""
-    return image(config.image_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +43,7 @@ class Family:
     blocks: str  # Module and prefix of probes: the list of blocks
     output: str = ""  # Probe: the features that `run` returns; empty if they are the last block's
     run: str = "forward"  # Name of the method that computes the features to compare from the input
-    # Makes the input of an encoder by itself from its config and the image
-    input: Callable[[Any, DrawImage], Tensor] = at_trained_size
+    tokens: int = 0  # Number of tokens that the encoder takes by itself; 0 if it takes an image
     # Pixels along a side at which the DeepEncoder that ends in this encoder runs; the first on a CPU
     sizes: tuple[int, ...] = (512, 640, 1024, 1280)
     # Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own
@@ -64,7 +54,13 @@ class Family:
     @property
     def prefix(self) -> str:
         """The prefix of the encoder's tensors in the DeepEncoder."""
-        return registry.canonical(self.name).encoder_prefix
+        return registry.encoder_prefix(self.name)
+
+    def input(self, config: Any, draw_image: Callable[[int], Tensor]) -> Tensor:
+        """The input of an encoder by itself: the image at the trained size, or seeded tokens (1, N, width)."""
+        if not self.tokens:
+            return draw_image(config.image_size)
+        return torch.randn(1, self.tokens, config.width, generator=torch.Generator().manual_seed(0))
 
     def probes(self, blocks: Iterable[nn.Module], patches: nn.Module | None = None, prefix: str = "") -> list[Probe]:
         """The probes of an implementation, whatever its modules are called.
@@ -85,11 +81,7 @@ class Family:
         return [name for name in names if name.startswith(self.used_at.get(probe, (f"{probe}.",)))]
 
     def config(self, tensors: Mapping[str, Any], assumptions: Assumptions) -> Any:
-        """Return the config of an encoder.
-
-        Args:
-            tensors: The encoder's tensors, for their shapes.
-            assumptions: What no shape shows.
+        """The config of an encoder of the tensors' shapes, and of what no shape shows.
 
         Raises:
             LayoutError: The shapes fit no encoder.
@@ -97,11 +89,7 @@ class Family:
         return self.config_from({name: tensor.shape for name, tensor in tensors.items()}, **values_of(assumptions))
 
     def load(self, tensors: State, assumptions: Assumptions | None = None) -> nn.Module:
-        """Load the encoder strictly, built for the tensors' shapes.
-
-        Args:
-            tensors: The encoder's tensors.
-            assumptions: What no shape shows; the DeepEncoder's values by default.
+        """Load the encoder strictly; `assumptions` are the DeepEncoder's by default.
 
         Raises:
             LayoutError: The shapes fit no encoder.
@@ -136,34 +124,28 @@ def _around_sam(configs: Mapping[str, Any]) -> DeepEncoder:
     compressor = sam.compressor or (2 * sam.neck, 4 * sam.neck)
     width = compressor[1]
     clip = ClipConfig(width=width, depth=2 * sam.depth, heads=max(width // 64, 1), mlp=4 * width)
-    return DeepEncoder(dataclasses.replace(sam, compressor=compressor), clip)
+    return DeepEncoder(replace(sam, compressor=compressor), clip)
 
 
 def _around_clip(configs: Mapping[str, Any]) -> DeepEncoder:
-    """SAM may lack the compressor; without a SAM, it has DeepSeek-OCR's own sizes next to CLIP-L.
-
-    Next to others it has the same proportions.
-    """
     return DeepEncoder(_before(configs["clip"], configs), configs["clip"])
 
 
 def _around_qwen2(configs: Mapping[str, Any]) -> DeepEncoderV2:
-    """SAM as for CLIP. Qwen2 may lack the queries, which are as many as the image tokens of 768 and 1024 pixels."""
+    """Qwen2 may lack the queries, which are as many as the image tokens of 768 and 1024 pixels."""
     qwen2: Qwen2Config = configs["qwen2"]
-    queries = qwen2.queries or Qwen2Config.queries
-    return DeepEncoderV2(_before(qwen2, configs), dataclasses.replace(qwen2, queries=queries))
+    return DeepEncoderV2(_before(qwen2, configs), replace(qwen2, queries=qwen2.queries or Qwen2Config.queries))
 
 
 def _before(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> SamConfig:
-    """SAM, with a compressor that leads to the next encoder."""
-    sam: SamConfig = configs.get("sam") or _next_to(config)
-    return dataclasses.replace(sam, compressor=sam.compressor or (2 * sam.neck, config.width))
+    """SAM, with a compressor that leads to the next encoder.
 
-
-def _next_to(config: ClipConfig | Qwen2Config) -> SamConfig:
+    Without a SAM, it has DeepSeek-OCR's own sizes next to encoders of its sizes, and the same proportions next to
+    others.
+    """
     share = config.width / type(config).width
     heads, depth, neck = max(int(12 * share), 1), -(-config.depth // 2), max(int(256 * share), 1)
-    return SamConfig(
+    sam: SamConfig = configs.get("sam") or SamConfig(
         width=64 * heads,
         depth=depth,
         heads=heads,
@@ -172,11 +154,7 @@ def _next_to(config: ClipConfig | Qwen2Config) -> SamConfig:
         neck=neck,
         compressor=None,
     )
-
-
-def _tokens(config: Qwen2Config, image: DrawImage) -> Tensor:
-    """Seeded image tokens and queries (1, N, width), as many as at 768 pixels."""
-    return torch.randn(1, 288, config.width, generator=torch.Generator().manual_seed(0))
+    return replace(sam, compressor=sam.compressor or (2 * sam.neck, config.width))
 
 
 # SAM's tensors after its blocks.
@@ -221,7 +199,8 @@ _ALL = (
         output="model.model.norm",
         # By itself, Qwen2 needs no table of queries, which no Qwen2 checkpoint holds.
         run="encode",
-        input=_tokens,
+        # Half of them are image tokens, as at 768 pixels.
+        tokens=288,
         sizes=(768, 1024),
         used_at={"queries": ("query_",)},
     ),

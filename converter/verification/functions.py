@@ -20,16 +20,16 @@ def tested_assumptions(converted: ConvertedEncoder, origin: Origin | None) -> As
     """
     if converted.in_deep_encoder or origin is None:
         return converted.assumptions
-    return {**origin.reference_plan.assumptions, **_stated(converted)}
+    stated = {name: each for name, each in converted.assumptions.items() if each.is_stated}
+    return {**origin.reference_plan.assumptions, **stated}
 
 
 def check_config(converted: ConvertedEncoder, origin: Origin | None) -> list[Check]:
     """Check that the config next to a converted file states what the source computes with; none without a config."""
     if origin is None or converted.in_deep_encoder:
         return []
-    return compare_config(
-        "structure", converted.assumptions, converted.remarks, origin.reference_plan.assumptions, "the source"
-    )
+    expected = origin.reference_plan.assumptions
+    return compare_config("structure", converted.assumptions, converted.remarks, expected, "the source")
 
 
 def compare_config(
@@ -66,12 +66,7 @@ def function_note(converted: ConvertedEncoder, origin: Origin | None) -> str:
 
 
 def check_function(check: Check, assumptions: Assumptions) -> Check:
-    """Describe a comparison of a DeepEncoder's part with the source's own function.
-
-    Args:
-        check: The comparison.
-        assumptions: The source's values.
-    """
+    """Describe a comparison of a DeepEncoder's part with the source's own function, given the source's values."""
     theirs, ours = describe_differences(assumptions)
     name = f"source's {', '.join(differences(assumptions)).replace('_', ' ')}"
     verdict, outcome = (PASSED, "agree") if check.verdict == PASSED else (INCONCLUSIVE, "differ")
@@ -86,7 +81,3 @@ def check_assumed(assumptions: Assumptions) -> list[Check]:
         for name, each in assumptions.items()
         if "." not in name and not each.is_stated and each.origin != ASSUMED
     ]
-
-
-def _stated(converted: ConvertedEncoder) -> Assumptions:
-    return {name: each for name, each in converted.assumptions.items() if each.is_stated}

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,7 @@ _OWN = f"{__name__.partition('.')[0]}."
 Features = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class MistakenFeatures:
+class MistakenFeatures(NamedTuple):
     """The features that a probe of the tested encoder would have recorded with a mistake in the encoder."""
 
     mistake: str
@@ -70,16 +69,13 @@ class Comparison:
     controls: Sequence[Control] = ()  # The negative controls of a comparison that passed
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The features of both implementations in one precision, and what follows from them."""
+class _Run(NamedTuple):
+    """The features of both implementations in one precision."""
 
     tested: Features
     rounded: Features  # Of the reference
-    floors: Mapping[str, float]
+    floors: Mapping[str, float]  # The noise floor of each probe
     margin: float  # The tolerance in noise floors
-    check: Check
-    trace: Trace
 
     @property
     def noise(self) -> float:
@@ -90,12 +86,6 @@ class _Run:
     def hides_mistakes(self) -> bool:
         """Whether a tolerance is so high that a mistake would not exceed it."""
         return self.margin * self.noise > TOLERANCE_LIMIT
-
-    @property
-    def nearly_passed(self) -> bool:
-        """Whether errors exceed the tolerance by as little as rounding errors that layers amplify."""
-        worst = max((point.error / point.tolerance for point in self.trace.points), default=math.inf)
-        return self.check.verdict == FAILED and worst <= NEAR
 
 
 def compare(
@@ -116,49 +106,53 @@ def compare(
         make_mistakes: Makes mistakes in the tested encoder, given its features.
     """
     where = f"at {pixels.shape[-1]} x {pixels.shape[-1]}" if pixels.ndim == 4 else f"on {pixels.shape[1]} tokens"
-    name, note = f"{reference.label} {where}", ""
+    name, note, in_type = f"{reference.label} {where}", "", str(precision).removeprefix("torch.")
     originals = [(each.model, _lost_in(precision, each.model)) for each in (tested, reference)]
     with exact_float32():
         exact = run_in(torch.float64, reference, pixels)
-        run = _compare_in(precision, name, tested, reference, pixels, exact)
+        run = _run_both(precision, tested, reference, pixels, exact)
+        check, trace = _judge(name, run)
         if run.hides_mistakes:
-            note = f"{name}: compared in float64, as the noise floor in {_name(precision)} is {run.noise:.2g}"
-        elif run.nearly_passed:
-            note = f"{name}: compared in float64, as errors in {_name(precision)} are near the tolerance"
+            note = f"{name}: compared in float64, as the noise floor in {in_type} is {run.noise:.2g}"
+        elif _nearly_passed(check, trace):
+            note = f"{name}: compared in float64, as errors in {in_type} are near the tolerance"
         if note:
             _restore(originals)
-            run = _compare_in(torch.float64, name, tested, reference, pixels, exact)
-        check = _inconclusive(run, reference)
-        controls = _control(make_mistakes, run) if check.verdict == PASSED else ()
+            run = _run_both(torch.float64, tested, reference, pixels, exact)
+            check, trace = _judge(name, run)
+        check = _inconclusive(check, run, reference)
+        controls = _control(make_mistakes, run, trace) if check.verdict == PASSED else ()
         _restore(originals)
     last = next(reversed(run.rounded))
     final = (pixels, run.rounded[last], run.tested[last]) if last in run.tested else None
-    return Comparison(check, run.trace, reference.label, final, note, controls)
+    return Comparison(check, trace, reference.label, final, note, controls)
 
 
-def _compare_in(
-    precision: torch.dtype,
-    name: str,
-    tested: ProbedEncoder,
-    reference: ProbedEncoder,
-    pixels: Tensor,
-    exact: Features,
+def _run_both(
+    precision: torch.dtype, tested: ProbedEncoder, reference: ProbedEncoder, pixels: Tensor, exact: Features
 ) -> _Run:
-    """Compare the two implementations in one precision; `exact` are the reference's features in float64."""
+    """Run the two implementations in one precision; `exact` are the reference's features in float64."""
     if precision is torch.float64:
         rounded, changed, margin = exact, _run_perturbed(reference, pixels), MARGIN_FLOAT64
     else:
         rounded = changed = run_in(precision, reference, pixels)
         margin = MARGIN
-    floors = _noise_floors(changed, exact, precision)
-    features = run_in(precision, tested, pixels)
-    return _Run(features, rounded, floors, margin, *_judge(name, features, rounded, floors, margin))
+    # Never below one rounding, even where the reference happens to round nothing.
+    epsilon = torch.finfo(precision).eps
+    floors = {probe: max(distance(changed[probe], exact[probe]), epsilon) for probe in changed}
+    return _Run(run_in(precision, tested, pixels), rounded, floors, margin)
+
+
+def _nearly_passed(check: Check, trace: Trace) -> bool:
+    """Whether errors exceed the tolerance by as little as rounding errors that layers amplify."""
+    worst = max((point.error / point.tolerance for point in trace.points), default=math.inf)
+    return check.verdict == FAILED and worst <= NEAR
 
 
 @torch.inference_mode()
-def _control(make_mistakes: MakeMistakes, run: _Run) -> list[Control]:
+def _control(make_mistakes: MakeMistakes, run: _Run, trace: Trace) -> list[Control]:
     """Compare the features of each mistake with the reference's, like those of the tested encoder."""
-    tolerances = {point.probe: point.tolerance for point in run.trace.points}
+    tolerances = {point.probe: point.tolerance for point in trace.points}
     return [
         Control(each.mistake, each.probe, distance(each.features, run.rounded[each.probe]), tolerances[each.probe])
         for each in make_mistakes(run.tested)
@@ -199,13 +193,7 @@ def _restore(originals: Iterable[tuple[nn.Module, dict[str, Tensor]]]) -> None:
 class KeepFloat64(TorchFunctionMode):
     """Keeps float64 where an implementation computes a step in float32, such as softmax or resampled positions."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:
@@ -232,44 +220,28 @@ def _run_perturbed(encoder: ProbedEncoder, pixels: Tensor) -> Features:
     return run_in(torch.float64, encoder, pixels)
 
 
-def _noise_floors(rounded: Features, exact: Features, precision: torch.dtype) -> dict[str, float]:
-    """The noise floor of each probe; never below one rounding, even where the reference happens to round nothing."""
-    epsilon = torch.finfo(precision).eps
-    return {probe: max(distance(rounded[probe], exact[probe]), epsilon) for probe in rounded}
-
-
-def _judge(
-    name: str, tested: Features, rounded: Features, floors: Mapping[str, float], margin: float
-) -> tuple[Check, Trace]:
-    """Compare the tested features with the reference's in the same precision, probe by probe.
-
-    Args:
-        name: What is compared, for messages.
-        tested: The features of the converted encoder.
-        rounded: The features of the reference.
-        floors: The noise floor of each probe.
-        margin: The tolerance in noise floors.
-    """
-    for probe in {**rounded, **tested}:
-        shapes = [list(features[probe].shape) if probe in features else "none" for features in (tested, rounded)]
-        if shapes[0] != shapes[1]:
-            detail = f"{probe} has shape {shapes[0]}, expected {shapes[1]}"
-            return Check(GROUP, name, FAILED, detail, [probe]), Trace(name)
-    points = []
-    for probe, floor in floors.items():
-        points.append(TracePoint(probe, distance(tested[probe], rounded[probe]), floor, margin * floor))
+def _judge(name: str, run: _Run) -> tuple[Check, Trace]:
+    """Compare the tested features with the reference's in the same precision, probe by probe."""
+    for probe in {**run.rounded, **run.tested}:
+        actual, expected = (
+            list(features[probe].shape) if probe in features else "none" for features in (run.tested, run.rounded)
+        )
+        if actual != expected:
+            return Check(GROUP, name, FAILED, f"{probe} has shape {actual}, expected {expected}", [probe]), Trace(name)
+    points = [
+        TracePoint(probe, distance(run.tested[probe], run.rounded[probe]), floor, run.margin * floor)
+        for probe, floor in run.floors.items()
+    ]
     last, over = points[-1], [point.probe for point in points if not point.within_tolerance]
-    detail = f"relative error {last.error:.2g}, tolerance {last.tolerance:.2g} ({margin:g} x noise floor)"
+    detail = f"relative error {last.error:.2g}, tolerance {last.tolerance:.2g} ({run.margin:g} x noise floor)"
     figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
     if over:
         detail += f"; {over[0]} is the first of {len(over)} probes to diverge"
-        return Check(GROUP, name, FAILED, detail, over[:1], figures), Trace(name, points)
-    return Check(GROUP, name, PASSED, detail, figures=figures), Trace(name, points)
+    return Check(GROUP, name, FAILED if over else PASSED, detail, over[:1], figures), Trace(name, points)
 
 
-def _inconclusive(run: _Run, reference: ProbedEncoder) -> Check:
+def _inconclusive(check: Check, run: _Run, reference: ProbedEncoder) -> Check:
     """The check of a run, inconclusive if it passed but could not have failed."""
-    check = run.check
     if check.verdict != PASSED:
         return check
     if run.hides_mistakes:
@@ -286,10 +258,6 @@ def distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     value = float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
     return value if math.isfinite(value) else math.inf
-
-
-def _name(precision: torch.dtype) -> str:
-    return str(precision).removeprefix("torch.")
 
 
 def check_tokens(tested: ProbedEncoder, pixels: Tensor, precision: torch.dtype) -> Check:

@@ -1,18 +1,21 @@
-"""Probes: the places in an encoder where features are compared, the same in every implementation."""
+"""Encoders as they run: built without random weights, with probes where features are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Methods of tensors, and functions of torch.nn.init or of libraries that wrap it.
+_RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A module whose output is compared, or its input with `takes_input`."""
+class Probe(NamedTuple):
+    """A module whose output is compared, or its input with `takes_input`; the same place in every implementation."""
 
     name: str
     module: nn.Module
@@ -28,6 +31,20 @@ class ProbedEncoder:
     probes: Sequence[Probe]  # Where features are recorded. One whose module does not run records nothing.
     run: Callable[[Tensor], Any]  # Computes features from pixels (B, 3, H, W)
     output: str = ""  # The probe name of what `run` returns; empty if it is not compared
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Leaves parameters of modules that are built inside of it uninitialised, in this thread only.
+
+    Random weights take seconds to draw, and a checkpoint's overwrite them. Unlike construction on the meta device,
+    buffers and constants get their values.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def record_features(encoder: ProbedEncoder, pixels: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ import importlib
 import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,13 @@ from converter.plan.apply import apply
 from converter.plan.route import writing_rules
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.evaluate import evaluate
-from converter.tensors.lazy_tensor import LazyTensor, Read
+from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import FAMILIES, State
-from converter.verification.probes import ProbedEncoder
-from converter.verification.skip_init import SkipInitialization
+from converter.verification.probes import ProbedEncoder, SkipInitialization
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A library's implementation of a layout."""
 
     module: str  # Older releases of the library may lack it
@@ -57,15 +55,14 @@ def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:
     from transformers.models.sam.modeling_sam import SamVisionEncoder
 
     model = SamVisionEncoder(SamVisionConfig(**sam_vision_config(config)))
-    tensors = without_prefix("vision_encoder.", state)
-    return _loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
+    return _transformers_sam(model, without_prefix("vision_encoder.", state))
 
 
 def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
     """segment-anything's ImageEncoderViT."""
     from segment_anything.modeling import ImageEncoderViT
 
-    model = ImageEncoderViT(out_chans=config.neck, **_vitdet_sizes(config))
+    model = ImageEncoderViT(out_chans=config.neck, **_vit_sizes(config))
     tensors = without_prefix("image_encoder.", state)
     return _loaded("sam", "segment-anything", model, tensors, model.blocks, model.patch_embed.proj)
 
@@ -74,7 +71,7 @@ def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
     """timm's VisionTransformerSAM."""
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-    model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_vitdet_sizes(config))
+    model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_vit_sizes(config))
     encoder = _loaded("sam", "timm", model, state, model.blocks, model.patch_embed.proj)
     return replace(encoder, run=model.forward_features)
 
@@ -85,8 +82,11 @@ def got_ocr2_sam(config: SamConfig, state: State) -> ProbedEncoder:
     from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
 
     model = GotOcr2VisionEncoder(GotOcr2VisionConfig(**sam_vision_config(config)))
-    tensors = without_prefix("model.vision_tower.", without_prefix("vision_tower.", state))
-    return _loaded("sam", "transformers", model, tensors, model.layers, model.patch_embed.projection)
+    return _transformers_sam(model, without_prefix("model.vision_tower.", without_prefix("vision_tower.", state)))
+
+
+def _transformers_sam(model: Any, state: State) -> ProbedEncoder:
+    return _loaded("sam", "transformers", model, state, model.layers, model.patch_embed.projection)
 
 
 def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
@@ -97,13 +97,10 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     # transformers before 5 wraps the encoder in a `vision_model`, which its names begin with.
     encoder = getattr(model, "vision_model", model)
     parts = ("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.")
-    tensors = {
-        name: tensor
-        for name, tensor in without_prefix("vision_model.", state).items()
-        if name.startswith(parts) and "position_ids" not in name
-    }
-    patches = encoder.embeddings.patch_embedding
-    result = _loaded("clip", "transformers", encoder, tensors, encoder.encoder.layers, patches, ("post_layernorm.",))
+    own = without_prefix("vision_model.", state)
+    tensors = {name: own[name] for name in own if name.startswith(parts) and "position_ids" not in name}
+    layers, patches = encoder.encoder.layers, encoder.embeddings.patch_embedding
+    result = _loaded("clip", "transformers", encoder, tensors, layers, patches, ("post_layernorm.",))
     return replace(result, label=label("transformers", type(model).__name__))
 
 
@@ -123,12 +120,11 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     tensors = without_prefix("visual.", state)
     projected = tensors["proj"].shape[1] if "proj" in tensors else config.width
     model = _build_vision_tower(projected, sizes, quick_gelu=config.activation == "quick_gelu")
+    blocks, names = model.transformer.resblocks, model.state_dict().keys()
     if config.activation not in ("quick_gelu", "gelu"):
-        for block in model.transformer.resblocks:
+        for block in blocks:
             block.mlp.gelu = _ACTIVATIONS[config.activation]()
-    names = model.state_dict().keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name in names}
-    blocks = model.transformer.resblocks
     return _loaded("clip", "open_clip_torch", model, tensors, blocks, model.conv1, ("ln_post.", "proj"))
 
 
@@ -192,13 +188,14 @@ def qwen2_sizes(config: Qwen2Config) -> dict[str, Any]:
 
 def _loaded_qwen2(model: Any, state: State, run: Callable[[Tensor], Any]) -> ProbedEncoder:
     """A model of Qwen2's layers, with the tensors whose names end like theirs in any layout."""
-    # transformers' names of DeepSeek-OCR-2 have SAM under the same prefix.
-    own = {name: tensor for name, tensor in state.items() if "sam_encoder." not in name and "inv_freq" not in name}
-    found = {re.search(r"(?:^|\.)((?:layers|norm)\..+)$", name): tensor for name, tensor in own.items()}
-    tensors = {match[1]: tensor for match, tensor in found.items() if match}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.search(r"(?:^|\.)((?:layers|norm)\..+)$", name)
+        # transformers' names of DeepSeek-OCR-2 have SAM under the same prefix.
+        if match and "sam_encoder." not in name and "inv_freq" not in name:
+            tensors[match[1]] = tensor
     keep_frequencies(model.rotary_emb)
-    loaded = _loaded("qwen2", "transformers", model, tensors, model.layers, None, ("embed_tokens.",))
-    return replace(loaded, run=run)
+    return replace(_loaded("qwen2", "transformers", model, tensors, model.layers, None, ("embed_tokens.",)), run=run)
 
 
 def keep_frequencies(rotary: Any) -> None:
@@ -240,11 +237,10 @@ def build_reference(mapping: LayoutMapping, config: Any, own: State, canonical: 
     Raises:
         ModuleNotFoundError: Neither the layout's own library nor transformers is installed.
     """
-    reference = REFERENCES.get(mapping.name)
+    reference, layout = REFERENCES.get(mapping.name), f"{mapping.family}-hf"
     with SkipInitialization():
-        if own and reference is not None and reference.installed:
+        if own and reference and reference.installed:
             return reference.build(config, own)
-        layout = f"{mapping.family}-hf"
         encoder = REFERENCES[layout].build(config, to_layout(layout, canonical))
     return replace(encoder, label=f"{encoder.label}, loaded through {mapping.name} -> {layout}")
 
@@ -262,18 +258,8 @@ def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
 def _lazy(key: str, tensor: Tensor) -> LazyTensor:
     """A tensor in memory as a lazy tensor: `to_layout` reads it by its key, not from a storage."""
     no_storage: Any = None
-    dtype, shape = BY_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
-    return Read(dtype, shape, TensorInfo(key, dtype, shape, no_storage, 0, ()))
-
-
-def _vitdet_sizes(config: SamConfig) -> dict[str, Any]:
-    """The arguments of segment-anything's and timm's classes."""
-    return {
-        **_vit_sizes(config),
-        "use_rel_pos": True,
-        "window_size": config.window,
-        "global_attn_indexes": config.global_blocks,
-    }
+    dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+    return lazy_read(TensorInfo(key, dtype, tuple(tensor.shape), no_storage, 0, ()))
 
 
 class _QuickGelu(nn.Module):
@@ -294,7 +280,8 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
-    return {
+    """The arguments of segment-anything's and timm's classes."""
+    sizes: dict[str, Any] = {
         "img_size": config.image_size,
         "patch_size": config.patch,
         "embed_dim": config.width,
@@ -304,6 +291,9 @@ def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
         "act_layer": _ACTIVATIONS[config.activation],
         "norm_layer": lambda width, **options: nn.LayerNorm(width, eps=config.epsilon),
     }
+    if isinstance(config, SamConfig):
+        sizes |= {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
+    return sizes
 
 
 def _mlp_ratio(config: SamConfig | ClipConfig) -> float:
@@ -326,18 +316,13 @@ def _loaded(
     patches: nn.Module | None,
     unused: tuple[str, ...] = (),
 ) -> ProbedEncoder:
-    """A library's model with weights and probes. `state` may lack tensors under the prefixes `unused`.
-
-    Raises:
-        RuntimeError: Tensors are missing, unexpected or of another shape.
-    """
+    """A library's model with weights and probes. `state` may lack tensors under the prefixes `unused`."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith(unused)]
     if missing or unexpected:
         raise RuntimeError(f"{type(model).__name__}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    spec = FAMILIES[family]
-    probes = spec.probes(blocks, patches)
-    return ProbedEncoder(label(package, type(model).__name__), model.eval(), probes, model, spec.output)
+    probes, output = FAMILIES[family].probes(blocks, patches), FAMILIES[family].output
+    return ProbedEncoder(label(package, type(model).__name__), model.eval(), probes, model, output)
 
 
 def label(package: str, name: str) -> str:

@@ -12,12 +12,7 @@ _DISTRIBUTIONS = {"segment_anything": "segment-anything", "open_clip": "open_cli
 
 
 def missing_requirements(target: Converted, expected: Expected) -> list[str]:
-    """A sentence for each library that is missing: what is not compared for want of it.
-
-    Args:
-        target: The converted file.
-        expected: What should have been written.
-    """
+    """A sentence for each library that is missing: what is not compared for want of it."""
     others = [encoder for encoder in target.encoders if not encoder.in_deep_encoder]
     sides = [(origin.reference_plan.mapping, bool(origin.own)) for origin in expected.origins.values()]
     sides += [(encoder.layout.mapping, bool(encoder.own)) for encoder in others]
@@ -27,7 +22,6 @@ def missing_requirements(target: Converted, expected: Expected) -> list[str]:
 
 
 def _missing_for_deep_encoders() -> str:
-    """What is not compared for want of a library in which whole DeepEncoders can be run; empty if there is one."""
     references = [reference for candidates in deep_encoder.REFERENCES.values() for reference in candidates]
     if any(reference.installed for reference in references):
         return ""
@@ -35,12 +29,7 @@ def _missing_for_deep_encoders() -> str:
 
 
 def _missing_for_encoder(mapping: LayoutMapping, has_own: bool) -> str:
-    """What is not compared, or compared less directly, for want of the library of a layout.
-
-    Args:
-        mapping: The layout.
-        has_own: Whether its own library can load the tensors.
-    """
+    """What is not compared, or compared less directly; `has_own`: whether the layout's library can load the tensors."""
     own, general = REFERENCES.get(mapping.name) if has_own else None, REFERENCES[f"{mapping.family}-hf"]
     best = own or general
     if best.installed:
@@ -51,7 +40,6 @@ def _missing_for_encoder(mapping: LayoutMapping, has_own: bool) -> str:
 
 
 def _sentence(modules: list[str], effect: str) -> str:
-    """Which module is missing, the effect, and the command that installs it."""
     packages = [module.partition(".")[0] for module in modules]
     commands = " or ".join(f"pip install {_DISTRIBUTIONS.get(package, package)}" for package in packages)
     return f"{' and '.join(packages)} not installed: {effect}. To compare: {commands}; to run nothing: --fast"

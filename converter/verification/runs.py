@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -19,22 +19,14 @@ from converter.plan.assumptions import Assumptions, differences
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import is_resampled
-from converter.tensors.tensor_info import TensorInfo
-from converter.verification import pictures, structure
-from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks, mistakes_in_deep_encoder
+from converter.verification import functions, pictures, structure
+from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks
 from converter.verification.deep_encoder import (
     build_deep_encoder,
     build_deep_encoder_reference,
     with_optional_tensors,
 )
 from converter.verification.families import FAMILIES, Family, State
-from converter.verification.functions import (
-    check_assumed,
-    check_config,
-    check_function,
-    function_note,
-    tested_assumptions,
-)
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import build_reference
@@ -58,8 +50,7 @@ class RunOptions:
     on_progress: OnProgress
 
 
-@dataclass(frozen=True)
-class Tested:
+class _Tested(NamedTuple):
     """A converted encoder, loaded, and its source's tensors."""
 
     family: Family
@@ -85,7 +76,7 @@ def run_encoders(
     """
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
-    loaded: list[Tested] = []
+    loaded: list[_Tested] = []
     for converted in target.encoders:
         origin = expected.origins[converted.family] if expected else None
         tested, comparisons = _load(converted, target.read, origin, options, upload)
@@ -100,14 +91,14 @@ def run_encoders(
 
 def _load(
     converted: ConvertedEncoder, read: Reader, origin: Origin | None, options: RunOptions, upload: Uploader
-) -> tuple[Tested | None, list[Comparison]]:
+) -> tuple[_Tested | None, list[Comparison]]:
     """Load an encoder; None if it cannot be run, and its checks with the reason."""
     family = FAMILIES[converted.family]
     state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
-    assumptions = tested_assumptions(converted, origin)
+    assumptions = functions.tested_assumptions(converted, origin)
     loads, encoder = structure.check_loads(family, state, assumptions)
-    comparisons = [Comparison(check) for check in check_config(converted, origin)]
-    comparisons.append(Comparison(loads, note=function_note(converted, origin)))
+    comparisons = [Comparison(check) for check in functions.check_config(converted, origin)]
+    comparisons.append(Comparison(loads, note=functions.function_note(converted, origin)))
     obstacle = "--fast" if not options.sizes else "it does not load" if encoder is None else ""
     if origin and not obstacle:
         wrong = structure.check_sizes(family, encoder, origin.plan.outputs, assumptions)
@@ -118,7 +109,7 @@ def _load(
     # Our own encoder runs in the DeepEncoder, the library of the layout otherwise.
     own = {} if converted.in_deep_encoder else {name: upload(read(each)) for name, each in converted.own.items()}
     sources = _upload_source(origin, upload) if origin else ({}, {})
-    return Tested(family, converted, origin, encoder, assumptions, own, *sources), comparisons
+    return _Tested(family, converted, origin, encoder, assumptions, own, *sources), comparisons
 
 
 def _named(prefix: str, comparison: Comparison) -> Comparison:
@@ -127,7 +118,7 @@ def _named(prefix: str, comparison: Comparison) -> Comparison:
     return replace(comparison, check=replace(comparison.check, name=prefix + comparison.check.name), trace=trace)
 
 
-def _compare_in_deep_encoder(tested: Sequence[Tested], options: RunOptions) -> Iterator[Comparison]:
+def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> Iterator[Comparison]:
     """Compare the encoders in the DeepEncoder at every size; without a source, check the tokens alone."""
     options.on_progress("outputs", 1, len(options.sizes) + 1)
     try:
@@ -147,7 +138,7 @@ def _compare_in_deep_encoder(tested: Sequence[Tested], options: RunOptions) -> I
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         for each in tested:
-            yield from mistakes_in_deep_encoder(each.family, whole.model, features)
+            yield from mistakes_at_entry(each.family, whole.model, each.family.prefix, features)
 
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
@@ -158,8 +149,8 @@ def _compare_in_deep_encoder(tested: Sequence[Tested], options: RunOptions) -> I
         options.on_progress("outputs", done, len(options.sizes) + 1)
 
 
-def _compare_alone(tested: Tested, options: RunOptions) -> Iterator[Comparison]:
-    """Compare an encoder at its trained size with the source's own implementation."""
+def _compare_alone(tested: _Tested, options: RunOptions) -> Iterator[Comparison]:
+    """Compare an encoder by itself with the source's own implementation."""
     try:
         if tested.origin:
             yield from _compare_with_source(tested, tested.origin, options)
@@ -167,24 +158,24 @@ def _compare_alone(tested: Tested, options: RunOptions) -> Iterator[Comparison]:
         yield _not_compared(type(tested.encoder).__name__, error)
 
 
-def _compare_with_source(tested: Tested, origin: Origin, options: RunOptions) -> Iterator[Comparison]:
+def _compare_with_source(tested: _Tested, origin: Origin, options: RunOptions) -> Iterator[Comparison]:
     """Compare an encoder with its reference.
 
     The reference of a DeepEncoder's part computes with the DeepEncoder's activation, heads and epsilon, which shows
     that the weights are right. Where the source computes with others, one more comparison shows how far outputs move.
     """
-    family, plan = tested.family, origin.reference_plan
+    family, plan, in_deep_encoder = tested.family, origin.reference_plan, tested.converted.in_deep_encoder
     encoder: Any
     encoder, canonical = with_optional_tensors(family, tested.encoder, tested.source, tested.assumptions)
     configs, tests = [family.config(canonical, plan.assumptions)], family.probed(encoder)
-    if tested.converted.in_deep_encoder:
+    if in_deep_encoder:
         configs = [encoder.config, *(configs if differences(plan.assumptions) else [])]
     else:
         with options.device:
             tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
     tests.model.to(options.device)
     own = _as_converted(tested.source_own, origin)
-    pixels = family.input(encoder.config, partial(_pixels, options)).to(options.device)
+    pixels = family.input(encoder.config, lambda size: _pixels(options, size)).to(options.device)
 
     def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         # Mistakes are made in copies of its blocks, whichever implementation ran.
@@ -198,30 +189,13 @@ def _compare_with_source(tested: Tested, origin: Origin, options: RunOptions) ->
             reference = build_reference(plan.mapping, config, own, canonical)
         reference.model.to(options.device)
         comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
-        if not tested.converted.in_deep_encoder:
+        if not in_deep_encoder:
             detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
             comparison = replace(comparison, check=replace(comparison.check, detail=detail))
         if config is not configs[0]:
-            comparison = Comparison(check_function(comparison.check, plan.assumptions))
+            comparison = Comparison(functions.check_function(comparison.check, plan.assumptions))
         yield comparison
-    yield from map(Comparison, check_assumed(plan.assumptions))
-
-
-def _explained(
-    comparisons: Iterable[Comparison], tested: Sequence[Tested], checks: Sequence[Check]
-) -> Iterator[Comparison]:
-    """Comparisons with the causes of failures, and inconclusive where the user's mapping loaded the reference too."""
-    for comparison in comparisons:
-        check = _explain_failure(comparison.check, tested, checks)
-        yield replace(comparison, check=_limited(check, tested[0].origin))
-
-
-def _limited(check: Check, origin: Origin | None) -> Check:
-    """A passed comparison shows nothing of the user's mapping if the reference was loaded by it."""
-    if origin is None or origin.known or check.verdict != PASSED:
-        return check
-    name = Path(origin.plan.mapping.location.file).name
-    return replace(check, verdict=INCONCLUSIVE, detail=f"{check.detail}; the reference was loaded by {name} too")
+    yield from map(Comparison, functions.check_assumed(plan.assumptions))
 
 
 def _not_compared(name: str, error: ModuleNotFoundError) -> Comparison:
@@ -237,13 +211,7 @@ def _pixels(options: RunOptions, size: int) -> Tensor:
 
 def _upload_source(origin: Origin, upload: Uploader) -> tuple[State, State]:
     """The source's tensors by their own and by canonical names, each uploaded once."""
-    uploaded = dict[TensorInfo, Tensor]()
-
-    def load(tensor: TensorInfo) -> Tensor:
-        if tensor not in uploaded:
-            uploaded[tensor] = upload(origin.read(tensor))
-        return uploaded[tensor]
-
+    load = functools.cache(lambda tensor: upload(origin.read(tensor)))
     own = {name: load(tensor) for name, tensor in origin.own.items()}
     canonical = {
         # Resampled on a GPU, positions would be rounded otherwise than in the file.
@@ -262,17 +230,31 @@ def _as_converted(own: State, origin: Origin) -> State:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
 
-def _explain_failure(check: Check, tested: Sequence[Tested], checks: Sequence[Check]) -> Check:
+def _explained(
+    comparisons: Iterable[Comparison], tested: Sequence[_Tested], checks: Sequence[Check]
+) -> Iterator[Comparison]:
+    """Comparisons with the causes of failures, and inconclusive where the user's mapping loaded the reference too."""
+    origin = tested[0].origin
+    for comparison in comparisons:
+        check = comparison.check
+        if check.verdict == FAILED and check.tensors:
+            check = _with_cause(check, tested, checks)
+        elif check.verdict == PASSED and origin and not origin.known:
+            detail = f"{check.detail}; the reference was loaded by {Path(origin.plan.mapping.location.file).name} too"
+            check = replace(check, verdict=INCONCLUSIVE, detail=detail)
+        yield replace(comparison, check=check)
+
+
+def _with_cause(check: Check, tested: Sequence[_Tested], checks: Sequence[Check]) -> Check:
     """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
-    if check.verdict != FAILED or not check.tensors:
-        return check
     used, wrong, rules = list[str](), list[str](), dict[str, Rule]()
     for each in tested:
-        plan, differing = each.origin.plan if each.origin else None, differing_tensors(each.converted, checks)
-        names = each.family.tensors_at(check.tensors[0], plan.outputs) if plan else []
-        used += names
-        wrong += [name for name in names if name in differing]
-        rules |= {name: plan.rules[name] for name in names if plan and name in plan.rules}
+        if each.origin:
+            plan, differing = each.origin.plan, differing_tensors(each.converted, checks)
+            names = each.family.tensors_at(check.tensors[0], plan.outputs)
+            used += names
+            wrong += [name for name in names if name in differing]
+            rules |= {name: plan.rules[name] for name in names if name in plan.rules}
     if not used:
         return check
     if wrong:
