@@ -100,7 +100,7 @@ class Expected:
 
 
 def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: ConvertedEncoder) -> Converted:
-    """A converted file whose layout is not detected, with the encoders in it that are already known.
+    """A converted file whose layout is not detected, with the encoders in it that are already known, if any.
 
     Args:
         source: The opened file.
@@ -113,9 +113,8 @@ def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: Conv
 
 def _largest_state_dict(source: Checkpoint) -> StateDict:
     """The state dict with the most tensors; LayoutError for several of the same size, such as a model and its EMA."""
-    candidates = select_state_dicts(source, None)
     try:
-        return largest_state_dict(candidates, source.name)
+        return largest_state_dict(select_state_dicts(source, None), source.name)
     except LayoutError as error:
         raise LayoutError(error.message, "convert one of these state dicts, and verify the output") from None
 
@@ -127,22 +126,20 @@ def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
         LayoutError: The file has no known layout, or two encoders of a family.
     """
     state_dict = _largest_state_dict(source)
-    found = [
-        (family, detected)
-        for family in registry.families()
-        for detected in detect_layouts(source, registry.layouts(family), [state_dict])
-    ]
-    families = [family for family, _ in found]
-    for family in families:
-        if families.count(family) > 1:
-            prefixes = " and ".join(repr(_prefix_in_file(each)) for name, each in found if name == family)
+    found: dict[str, DetectedLayout] = {}
+    for family in registry.families():
+        detected = detect_layouts(source, registry.layouts(family), [state_dict])
+        if len(detected) > 1:
+            prefixes = " and ".join(repr(_prefix_in_file(each)) for each in detected)
             raise LayoutError(
                 f"{source.name}: holds several {family} encoders, with the prefixes {prefixes}",
                 f"convert one of them with dsocr-convert {family} --prefix, and verify the output",
             )
+        found.update((family, each) for each in detected)
     # A file with canonical names alone may lack tensors, so it goes by the number of known names below.
-    if any(not _is_canonical(each) for _, each in found):
-        return open_any_layout(source, on_progress, *_encoders(source, dict(found)))
+    if any(not each.match.layout.is_canonical or _prefix_in_file(each) for each in found.values()):
+        encoders = [_encoder(source, family, detected, len(found) > 1) for family, detected in found.items()]
+        return open_any_layout(source, on_progress, *encoders)
     unreadable = {name: tensor for name, tensor in state_dict.tensors.items() if not tensor.dtype.bits}
     if mark := find_mark(unreadable):
         raise mark_error(source, mark)
@@ -159,10 +156,6 @@ def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
     )
 
 
-def _is_canonical(detected: DetectedLayout) -> bool:
-    return detected.match.layout.is_canonical and not _prefix_in_file(detected)
-
-
 def _prefix_in_file(detected: DetectedLayout) -> str:
     """The prefix of the encoder's names in the file, with a wrapper that detection removed."""
     prefix = detected.match.prefix
@@ -170,26 +163,16 @@ def _prefix_in_file(detected: DetectedLayout) -> str:
     return tensor.key.removesuffix(name) + prefix
 
 
-def _encoders(source: Checkpoint, found: Mapping[str, DetectedLayout]) -> list[ConvertedEncoder]:
-    return [_encoder(source, family, detected, len(found) > 1) for family, detected in found.items()]
-
-
 def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: bool) -> ConvertedEncoder:
-    layout = detected.match.layout
-    encoder = ConvertedEncoder(
-        family,
-        layout,
-        _prefix_in_file(detected),
-        {},
-        own=own_tensors(detected),
-        in_deep_encoder=whole or layout.is_canonical,
-    )
+    layout, prefix = detected.match.layout, _prefix_in_file(detected)
+    in_deep_encoder = whole or layout.is_canonical
+    encoder = ConvertedEncoder(family, layout, prefix, {}, {}, own_tensors(detected), in_deep_encoder)
     try:
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
     except (LayoutError, MappingError) as error:
         return replace(encoder, problem=error.message)
     encoder = replace(encoder, tensors=plan.outputs, extra_tensors=plan.extra_tensors)
-    if encoder.in_deep_encoder:
+    if in_deep_encoder:
         return encoder
     assumptions = used_assumptions(plan.assumptions, plan.extra_tensors)
     return replace(encoder, assumptions=assumptions, remarks=tuple(plan.remarks))

@@ -46,11 +46,22 @@ def merged_by_library(
     """
     changes: dict[TensorInfo, Factors | TensorInfo] = {}
     for family, origin in expected.origins.items():
-        detected = origin.detected
-        names, merged = detected.all_names, match_encoder(adapter, detected, family, expected.name)
+        names = origin.detected.all_names
+        merged = match_encoder(adapter, origin.detected, family, expected.name)
         changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
-    read = _merging(expected.read, changes, adapter.config.rslora, files, on_progress)
-    merged_tensors = frozenset(tensor for tensor, trained in changes.items() if isinstance(trained, Factors))
+    trained = [each for change in changes.values() for each in (change if isinstance(change, Factors) else [change])]
+    read_adapter = open_independently(files, [each for each in trained if isinstance(each, TensorInfo)], on_progress)
+
+    def read(tensor: TensorInfo) -> Tensor:
+        base, change = expected.read(tensor), changes.get(tensor)
+        if change is None:
+            return base
+        if isinstance(change, TensorInfo):
+            return read_adapter(change).to(base.dtype)
+        merge = _by_peft if _has_peft() else _by_torch
+        return merge(base, read_adapter(change.a), read_adapter(change.b), change, adapter.config.rslora)
+
+    merged_tensors = frozenset(tensor for tensor, change in changes.items() if isinstance(change, Factors))
     rounded = _rounded_alike(read, merged_tensors, expected.outputs, target)
     return replace(
         expected,
@@ -61,41 +72,12 @@ def merged_by_library(
     )
 
 
-def _merging(
-    read: Reader,
-    changes: Mapping[TensorInfo, Factors | TensorInfo],
-    rslora: bool,
-    files: Checkpoint,
-    on_progress: OnProgress,
-) -> Reader:
-    """A reader that merges an adapter into the tensors that it changes."""
-    trained = [each for change in changes.values() for each in (change if isinstance(change, Factors) else [change])]
-    read_adapter = open_independently(files, [each for each in trained if isinstance(each, TensorInfo)], on_progress)
-
-    def merged(tensor: TensorInfo) -> Tensor:
-        base, change = read(tensor), changes.get(tensor)
-        if change is None:
-            return base
-        if isinstance(change, TensorInfo):
-            return read_adapter(change).to(base.dtype)
-        merge = _by_peft if _has_peft() else _by_torch
-        return merge(base, read_adapter(change.a), read_adapter(change.b), change, rslora)
-
-    return merged
-
-
 def _rounded_alike(
     read: Reader, merged: Set[TensorInfo], outputs: Mapping[str, LazyTensor], target: Converted
 ) -> Reader:
     """A reader of merged tensors with the elements of the converted file where those are neighbours.
 
     The order of a sum depends on the processor. In 16 bits, a single rounding would show in the outputs.
-
-    Args:
-        read: Reads the tensors as the library merges them.
-        merged: The tensors that the adapter changes.
-        outputs: What the conversion should have written.
-        target: The converted file.
     """
     uses: dict[TensorInfo, list[tuple[str, LazyTensor]]] = {}
     for name, value in outputs.items():
@@ -124,8 +106,7 @@ def _positions(wanted: TensorInfo, tensor: TensorInfo) -> Tensor:
 
 def _take_neighbours(merged: Tensor, positions: Tensor, actual: Tensor) -> None:
     """Replace elements of `merged` by the `actual` ones that are at most one unit in the last place away."""
-    unit = _coarser(merged.dtype, actual.dtype)
-    expected = merged[positions]
+    unit, expected = _coarser(merged.dtype, actual.dtype), merged[positions]
     is_near = (_places(actual.to(unit)) - _places(expected.to(unit))).abs() <= 1
     merged[positions] = torch.where(is_near, actual.to(merged.dtype), expected)
 
@@ -142,30 +123,25 @@ def _by_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool)
     """Merge one module by peft, in a model of this module alone."""
     import peft
 
+    rows, columns = base.shape[:2]
     if factors.is_embedding:
-        layer: Any = nn.Embedding(base.shape[0], base.shape[1], dtype=base.dtype)
+        layer: Any = nn.Embedding(rows, columns, dtype=base.dtype)
     elif base.dim() == 2:
-        layer = nn.Linear(base.shape[1], base.shape[0], bias=False, dtype=base.dtype)
+        layer = nn.Linear(columns, rows, bias=False, dtype=base.dtype)
     else:
-        layer = nn.Conv2d(base.shape[1], base.shape[0], base.shape[2:], bias=False, dtype=base.dtype)  # type: ignore[arg-type]
+        layer = nn.Conv2d(columns, rows, base.shape[2:], bias=False, dtype=base.dtype)  # type: ignore[arg-type]
     layer.weight.data = base.clone()
     config = peft.LoraConfig(
-        r=factors.rank,
-        lora_alpha=factors.alpha,
-        use_rslora=rslora,
-        init_lora_weights=False,
-        target_modules=["layer"],
+        r=factors.rank, lora_alpha=factors.alpha, use_rslora=rslora, init_lora_weights=False, target_modules=["layer"]
     )
     model = peft.inject_adapter_in_model(config, nn.ModuleDict({"layer": layer}))
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    state = {"layer.lora_embedding_A": a, "layer.lora_embedding_B": b}
-    if not factors.is_embedding:
-        state = {"layer.lora_A.weight": a, "layer.lora_B.weight": b}
     wrapped: Any = model["layer"]
+    dtype = torch.promote_types(base.dtype, torch.float32)
     for parameter in wrapped.parameters():
         # As PeftModel.from_pretrained does with adapters of 16 bits.
         parameter.data = parameter.data if parameter is wrapped.base_layer.weight else parameter.data.to(dtype)
-    peft.set_peft_model_state_dict(model, state)
+    name = "layer.lora_embedding_{}" if factors.is_embedding else "layer.lora_{}.weight"
+    peft.set_peft_model_state_dict(model, {name.format("A"): a, name.format("B"): b})
     wrapped.merge()
     return wrapped.base_layer.weight.data  # type: ignore[no-any-return]
 

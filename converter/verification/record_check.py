@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 
@@ -20,10 +19,8 @@ from converter.plan.config_values import read_assumptions
 from converter.storage.local_file import require_regular_file
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import as_bytes
-from converter.tensors.tensor_info import TensorInfo
 from converter.verification.functions import compare_config
 from converter.verification.inputs import Converted
-from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, PASSED, Check
 
 GROUP = "record"
@@ -32,8 +29,7 @@ GROUP = "record"
 _MAX_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The contents of a conversion record."""
 
     path: Path
@@ -100,44 +96,40 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
         target: The converted file.
         on_progress: Called after each tensor.
     """
-    checks, tensors = [], target.tensors
-    for name in sorted(tensors.keys() ^ record.tensors.keys()):
-        problem = "is missing, though the record has it" if name in record.tensors else "is not in the record"
-        checks.append(Check(GROUP, name, FAILED, f"{name} {problem}", [name]))
-    common = [name for name in tensors if name in record.tensors]
+    problems = dict.fromkeys(record.tensors.keys() - target.tensors.keys(), "is missing, though the record has it")
+    problems |= dict.fromkeys(target.tensors.keys() - record.tensors.keys(), "is not in the record")
+    problems = dict(sorted(problems.items()))
+    common = [name for name in target.tensors if name in record.tensors]
     for done, name in enumerate(common, 1):
-        problem = _compare(*record.tensors[name], tensors[name], target.read)
-        checks += [Check(GROUP, name, FAILED, f"{name} {problem}", [name])] if problem else []
+        if problem := _problem(name, record, target):
+            problems[name] = problem
         on_progress(GROUP, done, len(common))
+    checks = [Check(GROUP, name, FAILED, f"{name} {problem}", [name]) for name, problem in problems.items()]
     if len(checks) > len(record.tensors) / 2:
         cause = f"{record.path.name} is the record of another file"
         detail = f"{len(checks)} of {len(record.tensors)} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
     detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
-    checks += _check_config(record, target.source)
+    # A whole DeepEncoder has no config.
+    if not record.canonical and record.family in registry.families():
+        stated, remarks = read_assumptions(target.source, registry.canonical(record.family), record.sizes)
+        checks += compare_config(GROUP, stated, remarks, record.assumptions, record.path.name)
     return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, target.source)]
 
 
-def _check_config(record: Record, source: Checkpoint) -> list[Check]:
-    """Compare the config next to a file for another library; a whole DeepEncoder has none."""
-    if record.canonical or record.family not in registry.families():
-        return []
-    stated, remarks = read_assumptions(source, registry.canonical(record.family), record.sizes)
-    return compare_config(GROUP, stated, remarks, record.assumptions, record.path.name)
-
-
-def _compare(kind: str, sha256: str, tensor: TensorInfo, read: Reader) -> str:
+def _problem(name: str, record: Record, target: Converted) -> str:
     """How a tensor differs from its record; empty if it does not."""
+    kind, sha256 = record.tensors[name]
+    tensor = target.tensors[name]
     actual = f"{tensor.dtype.name} {list(tensor.shape)}"
     if actual != kind:
         return f"is {actual}, in the record {kind}"
-    digest = hashlib.sha256(as_bytes(read(tensor))).hexdigest()
+    digest = hashlib.sha256(as_bytes(target.read(tensor))).hexdigest()
     return "" if digest == sha256 else f"has SHA-256 {digest}, in the record {sha256}"
 
 
 def _check_metadata(recorded: Mapping[str, str], source: Checkpoint) -> Check:
-    """Compare the metadata in the header of safetensors files."""
     actual = header_metadata(source)
     differing = [key for key in sorted({*recorded, *actual}) if recorded.get(key) != actual.get(key)]
     if differing:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _compat_pickle
 import pickle
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch._weights_only_unpickler import _get_allowed_globals
@@ -50,15 +49,13 @@ def _call(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     return function(*arguments)
 
 
-_PLAIN = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+_PLAIN = [f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")]
 
 
 def _table() -> dict[str, Any]:
     """Torch's table without the functions that build other tensors than plain ones, of which none is a weight."""
     allowed = _get_allowed_globals()
-    names = {f"torch._utils.{name}" for name in _PLAIN}
-    table = {name: value for name, value in allowed.items() if "._rebuild_" not in name or name in names}
-    return table | {
+    return {name: value for name, value in allowed.items() if "._rebuild_" not in name or name in _PLAIN} | {
         "torch._utils._rebuild_parameter": _first,
         "torch._utils._rebuild_parameter_with_state": _first,
         "torch._tensor._rebuild_from_type_v2": _call,
@@ -76,18 +73,14 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._table = _table()
-
-    def add(self, module: Any, names: Iterable[str]) -> None:
-        """Add classes of a module to the table."""
-        self._table |= {f"{module.__name__}.{name}": getattr(module, name) for name in names}
+        self.table = _table()
 
     def find_class(self, module: str, name: str) -> Any:
-        """A global of torch's table, or a new class of placeholders."""
+        """A global of the table, or a new class of placeholders."""
         # Protocols 0 to 2 use the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-        return self._table.get(f"{module}.{name}") or type(name, (_Placeholder,), {"__module__": "placeholder"})
+        return self.table.get(f"{module}.{name}") or type(name, (_Placeholder,), {"__module__": "placeholder"})
 
     def load_build(self) -> None:
         """Set the state of an object, but not attributes of functions and classes, which the process shares."""
@@ -109,6 +102,7 @@ def load_dcp_metadata(file: Any) -> Any:
     from torch.distributed.checkpoint import filesystem, metadata
 
     reader = Unpickler(file)
-    reader.add(filesystem, ("_StorageInfo",))
-    reader.add(metadata, (*metadata.__all__, "_MEM_FORMAT_ENCODING"))
+    reader.table["torch.distributed.checkpoint.filesystem._StorageInfo"] = filesystem._StorageInfo
+    for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING"):
+        reader.table[f"{metadata.__name__}.{name}"] = getattr(metadata, name)
     return reader.load()

@@ -130,13 +130,11 @@ class Verification:
     @property
     def done(self) -> list[str]:
         """What was done, such as `structure` and `bytes by mine.yaml`; also `record` or `activations`."""
-        parts = [f"{part.name} {part.qualifier}".rstrip() for part in self.parts if part.state == DONE]
-        return [*parts, *(group for group in (RECORD, ACTIVATIONS) if self._passed(group))]
-
-    def _passed(self, group: str) -> bool:
-        """Whether a check of a group passed, and none was inconclusive."""
-        verdicts = {check.verdict for check in self.checks if check.group == group}
-        return PASSED in verdicts and INCONCLUSIVE not in verdicts
+        done = [f"{part.name} {part.qualifier}".rstrip() for part in self.parts if part.state == DONE]
+        for group in (RECORD, ACTIVATIONS):
+            verdicts = {check.verdict for check in self.checks if check.group == group}
+            done += [group] if PASSED in verdicts and INCONCLUSIVE not in verdicts else []
+        return done
 
     @property
     def verdict(self) -> str:
@@ -163,16 +161,12 @@ class Verification:
     @property
     def requirements(self) -> list[Check]:
         """A check for each required part: whether it was done."""
-        return [
-            Check(
-                REQUIRED,
-                part.name,
-                FAILED if part in self.unmet else PASSED,
-                f"{part.state}: {part.reason}".rstrip(": "),
-            )
-            for part in self.parts
-            if part.name in self.required
-        ]
+        checks = []
+        for part in self.parts:
+            if part.name in self.required:
+                verdict, detail = PASSED if part.state == DONE else FAILED, f"{part.state}: {part.reason}"
+                checks.append(Check(REQUIRED, part.name, verdict, detail.removesuffix(": ")))
+        return checks
 
     @property
     def ok(self) -> bool:
@@ -182,26 +176,22 @@ class Verification:
     @property
     def all_notes(self) -> list[str]:
         """The notes, the comparisons left out of a part that was done, and the mistakes that no output would show."""
-        done = {part.name for part in self.parts if part.state == DONE}
+        done = [part.name for part in self.parts if part.state == DONE]
         skipped = [check for check in self.checks if check.verdict == SKIPPED and check.group in done]
-        return [
-            *self.notes,
-            *(f"{check.name}: {check.detail}" for check in skipped),
-            *_unseen_mistakes(self.controls),
-        ]
+        left_out = [f"{check.name}: {check.detail}" for check in skipped]
+        return [*self.notes, *left_out, *_unseen_mistakes(self.controls)]
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json` prints: without pictures, and null for a number that is not finite."""
-        computed = {
+        document: dict[str, Any] = {
             "verdict": self.verdict,
             "parts": {part.name: part.state for part in self.parts},
             "not_checked": [{"part": part.name, "reason": part.reason} for part in self.not_checked],
             "unmet": [part.name for part in self.unmet],
+            **as_json(replace(self, pictures=(), notes=self.all_notes)),
+            "controls": [as_json(control) | {"seen": control.seen} for control in self.controls],
         }
-        document: dict[str, Any] = computed | as_json(replace(self, pictures=(), notes=self.all_notes))
         del document["pictures"]
-        for control, made in zip(document["controls"], self.controls, strict=True):
-            control["seen"] = made.seen
         return document
 
 

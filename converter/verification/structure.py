@@ -15,7 +15,7 @@ from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
-from converter.verification.inputs import Converted, ConvertedEncoder
+from converter.verification.inputs import Converted
 from converter.verification.record_check import header_metadata
 from converter.verification.result import FAILED, PASSED, WARNING, Check
 
@@ -26,33 +26,29 @@ _INDICES = "embeddings.position_ids"
 
 def check_structure(target: Converted) -> list[Check]:
     """All checks of a converted file that run nothing."""
-    layouts = [check for encoder in target.encoders for check in _check_layout(target, encoder)]
+    checks = []
+    claimed = header_metadata(target.source).get("layout")
+    if claimed not in (None, target.layout):
+        detail = f"its header says {claimed}, but its tensors have the names of {target.layout}"
+        checks.append(Check(GROUP, "claim", FAILED, detail, list(target.tensors)))
+    for encoder in target.encoders:
+        layout = encoder.layout.name
+        if encoder.layout.is_canonical and not encoder.prefix:
+            checks += _check_canonical(target)
+        else:
+            planned = (*encoder.tensors.values(), *encoder.extra_tensors.values())
+            number = len({tensor.key for value in planned for tensor in source_tensors(value)})
+            checks.append(_check_fit(f"layout {layout}", layout, number, encoder.problem))
     # llama.cpp stores norms and biases in float32, whatever the type of matrices.
     types = [] if "GGUF" in target.source.containers else _check_types(target.tensors)
-    return [*_check_claim(target), *layouts, *types, *_check_values(target)]
+    return [*checks, *types, *_check_values(target)]
 
 
-def _check_claim(target: Converted) -> list[Check]:
-    """A failed check if the file's header names another layout than its tensors have."""
-    claimed = header_metadata(target.source).get("layout")
-    if claimed in (None, target.layout):
-        return []
-    detail = f"its header says {claimed}, but its tensors have the names of {target.layout}"
-    return [Check(GROUP, "claim", FAILED, detail, list(target.tensors))]
-
-
-def _check_layout(target: Converted, encoder: ConvertedEncoder) -> list[Check]:
-    """Check names, shapes and types against the layout of the file's names."""
-    if encoder.layout.is_canonical and not encoder.prefix:
-        return _check_canonical(target)
-    name, layout = f"layout {encoder.layout.name}", encoder.layout.name
-    if encoder.problem:
-        problems = encoder.problem.splitlines()
-        return [Check(GROUP, name, FAILED, f"does not fit {layout}: {problems[0]}", problems)]
-    planned = (*encoder.tensors.values(), *encoder.extra_tensors.values())
-    count = len({tensor.key for value in planned for tensor in source_tensors(value)})
-    detail = f"{count} tensors have the names, shapes and types of {layout}"
-    return [Check(GROUP, name, PASSED, detail)]
+def _check_fit(name: str, layout: str, number: int, problem: str = "") -> Check:
+    """A check of names, shapes and types; `problem` has one problem a line."""
+    if problems := problem.splitlines():
+        return Check(GROUP, name, FAILED, f"does not fit {layout}: {problems[0]}", problems)
+    return Check(GROUP, name, PASSED, f"{number} tensors have the names, shapes and types of {layout}")
 
 
 def _check_canonical(target: Converted) -> list[Check]:
@@ -65,16 +61,13 @@ def _check_canonical(target: Converted) -> list[Check]:
     try:
         plan = make_plan(layout.mapping, "", layout, values, target.source.name)
     except MappingError as error:
-        problems = error.message.splitlines()
-        return [Check(GROUP, "layout", FAILED, f"does not fit {layout.name}: {problems[0]}", problems)]
+        return [_check_fit("layout", layout.name, len(tensors), error.message)]
+    checks = [_check_fit("layout", layout.name, len(tensors))]
     problems = [f"missing tensor {key}" for key in plan.generated]
     problems += [f"unexpected tensor {key}" for key in plan.dropped]
     if problems:
         detail = f"does not fit {layout.name}: {'; '.join(problems)}"
         checks = [Check(GROUP, "layout", FAILED, detail, [*plan.generated, *plan.dropped])]
-    else:
-        detail = f"{len(tensors)} tensors have the names, shapes and types of {layout.name}"
-        checks = [Check(GROUP, "layout", PASSED, detail)]
     if plan.missing:
         reasons = "; ".join(dict.fromkeys(plan.missing.values()))
         detail = f"loading it misses exactly {', '.join(plan.missing)}: {reasons}"
@@ -98,11 +91,10 @@ def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
 def _check_values(target: Converted) -> list[Check]:
     """Check for NaN and infinity; warn about constant tensors, which could be exchanged without any effect."""
     broken: dict[str, str] = {}
-    zero: list[str] = []
-    constant: list[str] = []
-    plain = {name: tensor for name, tensor in target.tensors.items() if tensor.dtype.bits}
+    alike: dict[str, list[str]] = {"zero": [], "constant": []}
+    plain = [name for name, tensor in target.tensors.items() if tensor.dtype.bits]
     for name in plain:
-        tensor = target.read(plain[name])
+        tensor = target.read(target.tensors[name])
         if not tensor.numel():
             continue
         # Types of one byte lack most operations.
@@ -111,18 +103,17 @@ def _check_values(target: Converted) -> list[Check]:
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
         elif lowest == highest and tensor.numel() > 1:
-            (constant if lowest else zero).append(name)
-    finite = Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(plain)} tensors")
+            alike["constant" if lowest else "zero"].append(name)
+    checks = [Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(plain)} tensors")]
     if broken:
         names = first_names(list(broken.values()))
         detail = f"NaN or infinity in {len(broken)} of {len(plain)} tensors: {names}"
-        finite = Check(GROUP, "finite", FAILED, detail, list(broken))
-    note = "outputs cannot show whether such tensors are exchanged"
-    return [finite] + [
-        Check(GROUP, name, WARNING, f"{kind}: {first_names(tensors)}; {note}", tensors)
-        for name, kind, tensors in (("zero", "all zero", zero), ("constant", "constant", constant))
-        if tensors
-    ]
+        checks = [Check(GROUP, "finite", FAILED, detail, list(broken))]
+    for kind, tensors in alike.items():
+        detail = f"{'all zero' if kind == 'zero' else kind}: {first_names(tensors)}"
+        detail += "; outputs cannot show whether such tensors are exchanged"
+        checks += [Check(GROUP, kind, WARNING, detail, tensors)] if tensors else []
+    return checks
 
 
 def check_loads(family: Family, tensors: State, assumptions: Assumptions) -> tuple[Check, Any]:

@@ -7,8 +7,7 @@ cancels, and any change below the noise floor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from converter.errors import first_names
 from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
-from converter.tensors.evaluate import bit_view, evaluate, torch_dtype
+from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
 from converter.verification.merging import is_merge
@@ -53,21 +52,14 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
         source: What the conversion should have written.
         on_progress: Called after each tensor.
     """
-    tensors, outputs, load = target.tensors, source.outputs, source.read
+    tensors, outputs = target.tensors, source.outputs
     missing = dict.fromkeys(outputs.keys() - tensors.keys(), "is missing, though the source has it")
     extra = dict.fromkeys(tensors.keys() - outputs.keys(), "is not produced from any source tensor")
     wrong = {name: why for name, why in sorted({**missing, **extra}.items()) if name not in source.not_compared}
     checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in wrong.items()]
-    for done, (name, value) in enumerate(outputs.items(), 1):
-        check = _compare(name, target.read(tensors[name]), value, load) if name in tensors else None
-        if check is not None and _is_close(target.read(tensors[name]), value, source):
-            check = None
-        if check is not None:
-            if len(checks) < _SEARCHED:
-                check = _with_true_name(check, target.read(tensors[name]), name, outputs, load)
-            if rule := source.rules.get(name):
-                check = replace(check, detail=f"{check.detail}; made by {rule.location}")
-            checks.append(check)
+    for done, name in enumerate(outputs, 1):
+        if name in tensors:
+            checks += _check_tensor(name, target.read(tensors[name]), source, len(checks) < _SEARCHED)
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
         cause = "converted from a different checkpoint, or with other options, such as --lora (--source lora=ADAPTER)"
@@ -75,37 +67,56 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
             cause += " or --into (--source into=HOST)"
         detail = f"{len(checks)} of {len(outputs.keys() | tensors.keys())} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "source", FAILED, detail, [source.name]))
-    detail = f"{len(outputs)} tensors equal their sources in every bit{_merge_detail(source)}"
-    checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
-    return [*checks, *_check_not_compared(source), *_check_mappings(source)]
+    if not checks:
+        detail = f"{len(outputs)} tensors equal their sources in every bit"
+        if merged := sum(not source.merged.isdisjoint(source_tensors(value)) for value in outputs.values()):
+            detail += f", {merged} of them with the adapter merged by {source.merged_by}, but for single roundings"
+        checks = [Check(GROUP, "tensors", PASSED, detail)]
+    if names := list(source.not_compared):
+        detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {first_names(names)}"
+        detail += "; give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
+        checks.append(Check(GROUP, "other sources", INCONCLUSIVE, detail, names))
+    origins = source.origins.values()
+    return checks + [_check_mapping(each, each.known) for each in origins if each.known not in (None, each.plan)]
 
 
-def _is_close(actual: Tensor, value: LazyTensor, source: Expected) -> bool:
+def _check_tensor(name: str, actual: Tensor, source: Expected, search: bool) -> list[Check]:
+    """No check if all bits are equal; else a failed one with a likely cause."""
+    value, names, figures = source.outputs[name], [name], dict[str, float]()
+    expected = evaluate(value, source.read)
+    sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
+    if _kind(actual) != _kind(expected):
+        detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
+    elif _same_bits(actual, expected) or _is_same_merge(actual, expected, value, source):
+        return []
+    else:
+        differing = int((bit_view(actual) != bit_view(expected)).sum())
+        figures = {"differing": differing, "error": float((actual.double() - expected.double()).abs().max())}
+        detail = f"{name} differs from {sources}: {differing} of {actual.numel()} elements, "
+        detail += f"by at most {figures['error']:.3g}"
+        if cause := _likely_cause(actual, expected, value, source.read):
+            detail += f"; {cause}"
+    if search and (other := _true_name(name, actual, source)):
+        detail += f"; it has the content of {other}"
+        names.append(other)
+    if rule := source.rules.get(name):
+        detail += f"; made by {rule.location}"
+    return [Check(GROUP, name, FAILED, detail, names, figures)]
+
+
+def _is_same_merge(actual: Tensor, expected: Tensor, value: LazyTensor, source: Expected) -> bool:
     """Whether a tensor with merged parts is the library's merge but for single roundings."""
     base = next((tensor.dtype.name for tensor in source_tensors(value) if tensor in source.merged), None)
-    if base is None or actual.shape != value.shape or actual.dtype != torch_dtype(value.dtype.name):
-        return False
-    return is_merge(actual, evaluate(value, source.read), base, source.merged_by)
+    return base is not None and is_merge(actual, expected, base, source.merged_by)
 
 
-def _merge_detail(source: Expected) -> str:
-    """Describe how many tensors were compared with a merge."""
-    number = sum(not source.merged.isdisjoint(source_tensors(value)) for value in source.outputs.values())
-    return f", {number} of them with the adapter merged by {source.merged_by}, but for single roundings" * bool(number)
-
-
-def _check_not_compared(source: Expected) -> list[Check]:
-    """An inconclusive check of the tensors that another checkpoint supplied, which was not given."""
-    names = list(source.not_compared)
-    if not names:
-        return []
-    detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {first_names(names)}"
-    step = "give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
-    return [Check(GROUP, "other sources", INCONCLUSIVE, f"{detail}; {step}", names)]
-
-
-def _check_mappings(source: Expected) -> list[Check]:
-    return [_check_mapping(each, each.known) for each in source.origins.values() if each.known not in (None, each.plan)]
+def _true_name(name: str, actual: Tensor, source: Expected) -> str:
+    """The name of another tensor with the same content, as in a shifted layer; empty if there is none."""
+    for other, value in source.outputs.items():
+        has_kind = f"{value.dtype.name} {list(value.shape)}" == _kind(actual)
+        if other != name and has_kind and torch.equal(actual, evaluate(value, source.read)):
+            return other
+    return ""
 
 
 def _check_mapping(origin: Origin, known: Plan) -> Check:
@@ -134,28 +145,11 @@ def _differ(a: LazyTensor, b: LazyTensor, load: Reader) -> bool:
     if a == b:
         return False
     first, second = evaluate(a, load), evaluate(b, load)
-    return first.shape != second.shape or first.dtype != second.dtype or not _same_bits(first, second)
+    return _kind(first) != _kind(second) or not _same_bits(first, second)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(bit_view(a), bit_view(b))
-
-
-def _compare(name: str, actual: Tensor, value: LazyTensor, load: Reader) -> Check | None:
-    """None if all bits are equal; else a failed check with a likely cause."""
-    expected = evaluate(value, load)
-    sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
-        return Check(GROUP, name, FAILED, detail, [name])
-    if _same_bits(actual, expected):
-        return None
-    differing = int((bit_view(actual) != bit_view(expected)).sum())
-    error = float((actual.double() - expected.double()).abs().max())
-    detail = f"{name} differs from {sources}: {differing} of {actual.numel()} elements, by at most {error:.3g}"
-    if cause := _likely_cause(actual, expected, value, load):
-        detail += f"; {cause}"
-    return Check(GROUP, name, FAILED, detail, [name], {"differing": differing, "error": error})
 
 
 def _kind(tensor: Tensor) -> str:
@@ -190,13 +184,3 @@ def _order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
     """The order in which `parts` are concatenated in the tensor, if any."""
     orders = itertools.permutations(range(len(parts))) if parts else ()
     return next((order for order in orders if torch.equal(actual, torch.cat([parts[i] for i in order]))), None)
-
-
-def _with_true_name(check: Check, actual: Tensor, name: str, outputs: Mapping[str, LazyTensor], load: Reader) -> Check:
-    """Add the name of another tensor with the same content as the differing one, as in a shifted layer."""
-    for other, value in outputs.items():
-        if other == name or value.shape != tuple(actual.shape) or value.dtype.name != _kind(actual).split()[0]:
-            continue
-        if torch.equal(actual, evaluate(value, load)):
-            return replace(check, detail=f"{check.detail}; it has the content of {other}", tensors=[name, other])
-    return check
