@@ -404,11 +404,9 @@ def test_html_folds_layers_and_gives_the_command() -> None:
 
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf, 1e-300, 1e300])
 def test_a_plot_keeps_every_mark_within_it(error: float) -> None:
-    drawn = html.error_plot(trace([error] * 13))
-    positions = [
-        value for row in drawn.rows for value in (row.error_percent, row.noise_floor_percent, row.tolerance_percent)
-    ]
-    assert len(drawn.rows) == 13 and all(0 <= value <= 100 for value in positions)
+    drawn = html.Plot(trace([error] * 13))
+    values = [value for point in drawn.trace.points for value in (point.error, point.noise_floor, point.tolerance)]
+    assert len(values) == 39 and all(0 <= drawn.position(value) <= 100 for value in values)
     assert drawn.ticks and all(0 < position < 100 for _, position in drawn.ticks)
 
 

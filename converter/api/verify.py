@@ -32,9 +32,8 @@ from converter.verification.inputs import (
 from converter.verification.pictures import draw as draw_features
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
-from converter.verification.requirements import missing_requirements
 from converter.verification.result import PARTS, PASSED, SKIPPED, Check, Verification
-from converter.verification.runs import RunOptions, run_encoders
+from converter.verification.runs import RunOptions, missing_requirements, run_encoders
 from converter.verification.structure import check_structure
 from converter.verification.weights import check_bytes
 

@@ -20,11 +20,7 @@ _SUFFIXES = (".html", ".htm", ".xml")
 
 
 def check_files(*paths: Path | None) -> None:
-    """Check that reports can be written, before the work that they report on.
-
-    Raises:
-        OutputError: The folder is missing, the path is a folder, or an existing file is no report.
-    """
+    """Check that reports can be written, before the work that they report on; OutputError if not."""
     for path in filter(None, paths):
         remove_stale(path)
         if not path.parent.is_dir():

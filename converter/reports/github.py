@@ -18,11 +18,7 @@ _SIGNS = {"verified": "✅", "partly verified": "⚠️", "not verified": "❌"}
 
 
 def annotate(verification: Verification) -> None:
-    """Print annotations to stderr, and append the summary to the file that GITHUB_STEP_SUMMARY names.
-
-    Raises:
-        OutputError: The summary cannot be written.
-    """
+    """Print annotations to stderr, and append the summary to the file that GITHUB_STEP_SUMMARY names."""
     for line in commands(verification):
         print(line, file=sys.stderr)
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):

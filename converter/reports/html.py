@@ -51,7 +51,7 @@ def verification_page(verification: Verification, command: str = "") -> bytes:
         groups={group: words.split_failures(checks) for group, checks in words.by_group(verification).items()},
         failures=words.with_verdict(verification, FAILED),
         style=_STYLES[verification.verdict],
-        plots=[error_plot(trace) for trace in verification.traces if trace.points],
+        plots=[Plot(trace) for trace in verification.traces if trace.points],
         pictures=_by_run(verification.pictures),
         key_map=fold_key_map(verification.key_map),
         command=command,
@@ -67,45 +67,34 @@ def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]
     return runs
 
 
-class Row(NamedTuple):
-    """One probe, and the positions of its three values on a logarithmic scale, in percent of the plot's width."""
+class Plot:
+    """The scale of a trace with at least one point: logarithmic, in percent of the plot's width."""
 
-    point: TracePoint
-    error_percent: float
-    noise_floor_percent: float
-    tolerance_percent: float
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        values = [value for p in trace.points for value in (p.error, p.noise_floor, p.tolerance)]
+        powers = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
+        low, high = math.floor(min(powers)), math.ceil(max(powers))
+        # At least two powers of ten apart.
+        self.low, self.high = (low, high) if high - low > 1 else (low - 1, high + 1)
 
-
-class Plot(NamedTuple):
-    """One trace: a row for each probe, and the scale."""
-
-    name: str
-    rows: list[Row]
-    diverging: list[TracePoint]  # The points beyond their tolerance
-    ticks: list[tuple[int, float]]  # The exponents of powers of ten, and their positions in percent
-
-
-def error_plot(trace: Trace) -> Plot:
-    """The plot of a trace with at least one point; errors of zero are at the left edge, infinite ones at the right."""
-    low, high = _decades(value for p in trace.points for value in (p.error, p.noise_floor, p.tolerance))
-
-    def position(value: float) -> float:
+    def position(self, value: float) -> float:
+        """The position of a value: zero is at the left edge, infinity at the right one."""
         if not math.isfinite(value):
             return 100.0
-        share = (math.log10(value) - low) / (high - low) if value > 0 else 0.0
+        share = (math.log10(value) - self.low) / (self.high - self.low) if value > 0 else 0.0
         return round(100 * min(max(share, 0.0), 1.0), 1)
 
-    rows = [Row(p, position(p.error), position(p.noise_floor), position(p.tolerance)) for p in trace.points]
-    step = math.ceil((high - low) / _TICKS)
-    ticks = [(power, position(10.0**power)) for power in range(low + 1, high, step)]
-    return Plot(trace.name, rows, [point for point in trace.points if not point.within_tolerance], ticks)
+    @property
+    def ticks(self) -> list[tuple[int, float]]:
+        """The exponents of powers of ten, and their positions."""
+        step = math.ceil((self.high - self.low) / _TICKS)
+        return [(power, self.position(10.0**power)) for power in range(self.low + 1, self.high, step)]
 
-
-def _decades(values: Iterable[float]) -> tuple[int, int]:
-    """The exponents of the powers of ten around all positive finite values, at least two apart."""
-    powers = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
-    low, high = math.floor(min(powers)), math.ceil(max(powers))
-    return (low, high) if high - low > 1 else (low - 1, high + 1)
+    @property
+    def diverging(self) -> list[TracePoint]:
+        """The points beyond their tolerance."""
+        return [point for point in self.trace.points if not point.within_tolerance]
 
 
 def difference_page(difference: Difference, facts: Sequence[str], command: str) -> bytes:

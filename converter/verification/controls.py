@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from converter.encoders.functional import quick_gelu
 from converter.verification.deep_encoder import OUTPUT, sam_features
 from converter.verification.families import FAMILIES, Family
-from converter.verification.outputs import Features, MistakenFeatures
+from converter.verification.outputs import Features, Mistaken
 from converter.verification.result import Control
 
 # Makes a mistake in the copy of a block (or of an encoder), given its neighbour (or the encoder itself).
@@ -176,7 +176,7 @@ MISTAKES = {
 }
 
 
-def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iterator[MistakenFeatures]:
+def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iterator[Mistaken]:
     """Make each mistake in the first block and in the last one with the same shapes.
 
     They are the least and the most affected by rounding. A block of other shapes, SAM's with global attention, takes
@@ -195,10 +195,10 @@ def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iter
         neighbour = blocks[index - 1 if index else min(1, len(blocks) - 1)]
         for name, change in MISTAKES[family.name].blocks.items():
             mistaken = _changed(blocks[index], neighbour, change)
-            yield MistakenFeatures(name, f"{family.blocks}.{index}", mistaken(before))
+            yield (name, f"{family.blocks}.{index}", mistaken(before))
 
 
-def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: Features) -> Iterator[MistakenFeatures]:
+def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: Features) -> Iterator[Mistaken]:
     """Make each mistake between the patch convolution and the first block.
 
     Args:
@@ -212,7 +212,7 @@ def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: F
         patches = features.get(prefix + family.patches)
         # In a DeepEncoder, SAM's features take the place of CLIP's patches.
         patches = sam_features(features[OUTPUT]) if patches is None else patches
-        yield MistakenFeatures(name, prefix + family.entry, _changed(encoder, encoder, change).embed(patches))
+        yield (name, prefix + family.entry, _changed(encoder, encoder, change).embed(patches))
 
 
 def _changed(module: nn.Module, neighbour: nn.Module, change: Change) -> Any:

@@ -20,18 +20,10 @@ from converter.encoders import DeepEncoder, DeepEncoderV2
 from converter.encoders.config import SamConfig
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.assumptions import Assumptions
+from converter.verification import reference_models
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.probes import ProbedEncoder, SkipInitialization
-from converter.verification.reference_models import (
-    Reference,
-    keep_frequencies,
-    label,
-    qwen2_sizes,
-    to_layout,
-    transformers_clip,
-    transformers_sam,
-    without_prefix,
-)
+from converter.verification.reference_models import Reference, label, to_layout, without_prefix
 
 _SAM, _CLIP, _QWEN2 = FAMILIES["sam"], FAMILIES["clip"], FAMILIES["qwen2"]
 # The probe of what a DeepEncoder returns: in version 1, CLIP's channels next to SAM's.
@@ -39,12 +31,9 @@ OUTPUT = "concatenation"
 
 
 def build_deep_encoder(encoders: Mapping[Family, Any], device: torch.device) -> ProbedEncoder:
-    """A DeepEncoder with the converted encoders as its parts; a part that is not converted is seeded.
+    """A DeepEncoder, of the last family's class, with the converted encoders as its parts; other parts are seeded.
 
-    The last of the families decides the class of the DeepEncoder.
-
-    Raises:
-        ValueError: The sizes of the encoders do not fit.
+    ValueError if the sizes of the encoders do not fit.
     """
     with device, SkipInitialization():
         configs = {family.name: encoder.config for family, encoder in encoders.items()}
@@ -119,10 +108,10 @@ def unlimited_ocr(model: DeepEncoder, state: State) -> ProbedEncoder:
 
 def deepseek_ocr2(model: DeepEncoderV2, state: State) -> ProbedEncoder:
     """transformers' DeepseekOcr2VisionModel."""
-    sizes = qwen2_sizes(model.qwen2_model.config)
+    sizes = reference_models.qwen2_sizes(model.qwen2_model.config)
     reference = _transformers_model("deepseek_ocr2", "DeepseekOcr2", model.sam_model.config, sizes)
     _load(reference, {_SAM: "sam-unlimited-ocr-hf", _QWEN2: "qwen2-deepseek-ocr2-hf"}, state)
-    keep_frequencies(reference.vision_encoder.rotary_emb)
+    reference_models.keep_frequencies(reference.vision_encoder.rotary_emb)
     return _probed(reference, reference.sam_encoder, _QWEN2, reference.vision_encoder.layers)
 
 
@@ -153,8 +142,8 @@ def assembled(model: DeepEncoder, state: State) -> ProbedEncoder:
     # transformers' class has a patch convolution, which does not run.
     patches = torch.zeros(config.width, config.channels, config.patch, config.patch)
     clip_state = {"embeddings.patch_embedding.weight": patches, **without_prefix(_CLIP.prefix, state)}
-    sam: Any = transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
-    clip: Any = transformers_clip(config, to_layout("clip-hf", clip_state)).model
+    sam: Any = reference_models.transformers_sam(model.sam_model.config, to_layout("sam-hf", sam_state)).model
+    clip: Any = reference_models.transformers_clip(config, to_layout("clip-hf", clip_state)).model
     whole = Assembled(sam, clip, sam_state["net_2.weight"], sam_state["net_3.weight"])
     return _probed(whole, sam, _CLIP, clip.encoder.layers, "SamVisionEncoder and CLIPVisionModel, assembled")
 

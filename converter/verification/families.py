@@ -9,19 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.encoders import (
-    ClipConfig,
-    ClipEncoder,
-    DeepEncoder,
-    DeepEncoderV2,
-    Qwen2Config,
-    Qwen2Encoder,
-    SamConfig,
-    SamEncoder,
-    clip_config_from,
-    qwen2_config_from,
-    sam_config_from,
-)
+from converter import encoders
+from converter.encoders import ClipConfig, DeepEncoder, DeepEncoderV2, Qwen2Config, SamConfig
 from converter.layouts import registry
 from converter.plan.assumptions import Assumptions, values_of
 from converter.verification.probes import Probe, ProbedEncoder, SkipInitialization
@@ -81,19 +70,13 @@ class Family:
         return [name for name in names if name.startswith(self.used_at.get(probe, (f"{probe}.",)))]
 
     def config(self, tensors: Mapping[str, Any], assumptions: Assumptions) -> Any:
-        """The config of an encoder of the tensors' shapes, and of what no shape shows.
-
-        Raises:
-            LayoutError: The shapes fit no encoder.
-        """
+        """The config of an encoder of the tensors' shapes; LayoutError if they fit none."""
         return self.config_from({name: tensor.shape for name, tensor in tensors.items()}, **values_of(assumptions))
 
     def load(self, tensors: State, assumptions: Assumptions | None = None) -> nn.Module:
         """Load the encoder strictly; `assumptions` are the DeepEncoder's by default.
 
-        Raises:
-            LayoutError: The shapes fit no encoder.
-            RuntimeError: Tensors are missing, unexpected or of another shape.
+        LayoutError if the shapes fit no encoder; RuntimeError for tensors that are missing, or not the encoder's.
         """
         with SkipInitialization():
             encoder = self.encoder(self.config(tensors, assumptions or {}))
@@ -138,11 +121,7 @@ def _around_qwen2(configs: Mapping[str, Any]) -> DeepEncoderV2:
 
 
 def _before(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> SamConfig:
-    """SAM, with a compressor that leads to the next encoder.
-
-    Without a SAM, it has DeepSeek-OCR's own sizes next to encoders of its sizes, and the same proportions next to
-    others.
-    """
+    """SAM, or one of DeepSeek-OCR's proportions next to the encoder, with a compressor that leads to it."""
     share = config.width / type(config).width
     heads, depth, neck = max(int(12 * share), 1), -(-config.depth // 2), max(int(256 * share), 1)
     sam: SamConfig = configs.get("sam") or SamConfig(
@@ -162,8 +141,8 @@ _AFTER_BLOCKS = ("neck.", "net_2.", "net_3.")
 _ALL = (
     Family(
         name="sam",
-        encoder=SamEncoder,
-        config_from=sam_config_from,
+        encoder=encoders.SamEncoder,
+        config_from=encoders.sam_config_from,
         deep_encoder=_around_sam,
         patches="patch_embed.proj",
         entry="pos_embed",
@@ -179,8 +158,8 @@ _ALL = (
     ),
     Family(
         name="clip",
-        encoder=ClipEncoder,
-        config_from=clip_config_from,
+        encoder=encoders.ClipEncoder,
+        config_from=encoders.clip_config_from,
         deep_encoder=_around_clip,
         patches="embeddings.patch_embedding",
         entry="pre_layrnorm",
@@ -190,8 +169,8 @@ _ALL = (
     ),
     Family(
         name="qwen2",
-        encoder=Qwen2Encoder,
-        config_from=qwen2_config_from,
+        encoder=encoders.Qwen2Encoder,
+        config_from=encoders.qwen2_config_from,
         deep_encoder=_around_qwen2,
         patches="",
         entry="queries",

@@ -59,19 +59,20 @@ def compare_config(
 
 def function_note(converted: ConvertedEncoder, origin: Origin | None) -> str:
     """Return a sentence on what the source computes otherwise than the DeepEncoder; empty if nothing."""
-    if origin is None or not converted.in_deep_encoder:
-        return ""
-    theirs, ours = describe_differences(origin.reference_plan.assumptions)
-    return f"the source computes with {theirs}, the DeepEncoder with {ours}" if theirs else ""
+    return _other_function(origin.reference_plan.assumptions) if origin and converted.in_deep_encoder else ""
 
 
 def check_function(check: Check, assumptions: Assumptions) -> Check:
     """Describe a comparison of a DeepEncoder's part with the source's own function, given the source's values."""
-    theirs, ours = describe_differences(assumptions)
     name = f"source's {', '.join(differences(assumptions)).replace('_', ' ')}"
     verdict, outcome = (PASSED, "agree") if check.verdict == PASSED else (INCONCLUSIVE, "differ")
-    detail = f"the source computes with {theirs}, the DeepEncoder with {ours}: outputs {outcome}: {check.detail}"
+    detail = f"{_other_function(assumptions)}: outputs {outcome}: {check.detail}"
     return replace(check, name=name, verdict=verdict, detail=detail, tensors=[])
+
+
+def _other_function(assumptions: Assumptions) -> str:
+    theirs, ours = describe_differences(assumptions)
+    return f"the source computes with {theirs}, the DeepEncoder with {ours}" if theirs else ""
 
 
 def check_assumed(assumptions: Assumptions) -> list[Check]:

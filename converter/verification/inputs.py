@@ -120,11 +120,7 @@ def _largest_state_dict(source: Checkpoint) -> StateDict:
 
 
 def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
-    """The converted file: one encoder in a canonical or another layout, or a whole DeepEncoder.
-
-    Raises:
-        LayoutError: The file has no known layout, or two encoders of a family.
-    """
+    """The converted file: one encoder in any layout, or a whole DeepEncoder; LayoutError for any other file."""
     state_dict = _largest_state_dict(source)
     found: dict[str, DetectedLayout] = {}
     for family in registry.families():

@@ -45,15 +45,9 @@ _OWN = f"{__name__.partition('.')[0]}."
 Features = dict[str, Tensor]
 
 
-class MistakenFeatures(NamedTuple):
-    """The features that a probe of the tested encoder would have recorded with a mistake in the encoder."""
-
-    mistake: str
-    probe: str
-    features: Tensor
-
-
-MakeMistakes = Callable[[Features], Iterable[MistakenFeatures]]
+# A mistake, a probe, and the features that it would have recorded with the mistake in the tested encoder.
+Mistaken = tuple[str, str, Tensor]
+MakeMistakes = Callable[[Features], Iterable[Mistaken]]
 
 
 @dataclass(frozen=True)
@@ -154,8 +148,8 @@ def _control(make_mistakes: MakeMistakes, run: _Run, trace: Trace) -> list[Contr
     """Compare the features of each mistake with the reference's, like those of the tested encoder."""
     tolerances = {point.probe: point.tolerance for point in trace.points}
     return [
-        Control(each.mistake, each.probe, distance(each.features, run.rounded[each.probe]), tolerances[each.probe])
-        for each in make_mistakes(run.tested)
+        Control(mistake, probe, distance(features, run.rounded[probe]), tolerances[probe])
+        for mistake, probe, features in make_mistakes(run.tested)
     ]
 
 

@@ -6,12 +6,14 @@ The default image is a drawn page with what documents have: text of several size
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 from converter.errors import ContainerError
 from converter.tensors.evaluate import as_bytes
@@ -107,7 +109,7 @@ def draw(run: str, pixels: Tensor, reference: Tensor, converted: Tensor) -> list
         reference: The reference's features.
         converted: The converted encoder's features.
     """
-    before, after = grid(reference), grid(converted)
+    before, after = _grid(reference), _grid(converted)
     if pixels.ndim != 4 or before is None or after is None or before.shape != after.shape:
         return []
     image = _image((pixels[0].detach().float().cpu().permute(1, 2, 0) + 1) / 2)
@@ -117,7 +119,7 @@ def draw(run: str, pixels: Tensor, reference: Tensor, converted: Tensor) -> list
     return [Picture(run, name, _png(picture)) for name, picture in images.items()]
 
 
-def grid(features: Tensor) -> Tensor | None:
+def _grid(features: Tensor) -> Tensor | None:
     """Features as (side, side, channels), without a class token; None if they have no square grid.
 
     They are maps (1, C, side, side) or (1, side, side, C), or tokens (1, N, C).
@@ -142,38 +144,32 @@ def _colours(reference: Tensor, converted: Tensor) -> list[Tensor]:
     scores = [(features.nan_to_num(0, 0, 0) - mean) @ directions for features in (reference, converted)]
     low, high = torch.quantile(scores[0].flatten(0, 1), torch.tensor([0.01, 0.99], dtype=mean.dtype), dim=0)
     missing = (0, 3 - directions.shape[1])
-    return [torch.nn.functional.pad((each - low) / (high - low).clamp_min(1e-12), missing) for each in scores]
+    return [functional.pad((each - low) / (high - low).clamp_min(1e-12), missing) for each in scores]
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """The principal directions (channels, 3 or fewer) of features (patches, channels).
-
-    From the smaller of the two Gram matrices, which is ten times as fast as an SVD.
-    """
+    """The principal directions (channels, 3 or fewer) of features (patches, channels)."""
     patches, channels = centred.shape
+    # From the smaller of the two Gram matrices, which is ten times as fast as an SVD.
     products = centred.T @ centred if patches >= channels else centred @ centred.T
     # Ascending eigenvalues: the last three vectors, the largest first.
     vectors: Tensor = torch.linalg.eigh(products).eigenvectors[:, -3:].flip(1)
-    if patches >= channels:
-        return vectors
-    vectors = centred.T @ vectors
-    vectors /= vectors.norm(dim=0).clamp_min(1e-12)
-    return vectors
+    return vectors if patches >= channels else functional.normalize(centred.T @ vectors, dim=0)
 
 
 def _difference(reference: Tensor, converted: Tensor) -> Tensor:
     """The difference of each patch relative to the root mean square norm, as a grey on a logarithmic scale."""
     usual = reference.norm(dim=-1).square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     relative = ((converted - reference).norm(dim=-1) / usual).nan_to_num(_WHITE, _WHITE).clamp(_BLACK, _WHITE)
-    shade = (relative / _BLACK).log10() / torch.tensor(_WHITE / _BLACK).log10()
+    shade = (relative / _BLACK).log10() / math.log10(_WHITE / _BLACK)
     colours: Tensor = shade.unsqueeze(-1).expand(-1, -1, 3)
     return colours
 
 
 def _image(colours: Tensor) -> Image.Image:
     """(H, W, 3) between 0 and 1."""
+    height, width, _ = colours.shape
     values = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
-    height, width, _ = values.shape
     return Image.frombytes("RGB", (width, height), bytes(as_bytes(values)))
 
 

@@ -48,12 +48,7 @@ class Record(NamedTuple):
 
 
 def read_record(path: Path) -> Record:
-    """Read a conversion record.
-
-    Raises:
-        ContainerError: The file is no conversion record.
-        UsageError: The file is a model card.
-    """
+    """Read a conversion record; ContainerError if it is none, UsageError for a model card."""
     if path.suffix == ".md":
         raise UsageError(f"--record {path}: is a model card", "specify the conversion record, which ends in .json")
     try:

@@ -50,15 +50,14 @@ def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_prog
 
 def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
     source.fetch(needed, on_progress)
-    found = [(entry.path, tensor) for entry in state_dicts(source.contents) for tensor in entry.tensors.values()]
-    paths = {tensor: path for path, tensor in found}
+    paths = {tensor: entry.path for entry in state_dicts(source.contents) for tensor in entry.tensors.values()}
     deflated = {tensor.storage.file for tensor in paths if tensor.storage.deflated}
     containers = dict(zip(source.files, source.containers, strict=True))
     readers: dict[SourceFile, Callable[[str, str], Tensor]] = {}
     for file, container in containers.items():
-        if isinstance(file, RemoteFile) and container == dcp_files.CONTAINER:
-            raise UsageError(f"{source.name}: torch reads {container} from a whole folder alone", "add --download")
         if isinstance(file, RemoteFile) and container not in _IN_PLACE:
+            if container == dcp_files.CONTAINER:
+                raise UsageError(f"{source.name}: torch reads {container} from a whole folder alone", "add --download")
             file.fetch_all([(0, file.size)])
         with _plain_errors(container, file):
             readers[file] = _open(container, file, mapped=file not in deflated)
@@ -100,8 +99,7 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
     if container == dcp_files.CONTAINER:
         return _open_dcp(Path(file.path).parent)
     if container == "GGUF":
-        read = _gguf_reader(file.path)
-        return lambda path, key: read(key)
+        return _open_gguf(file.path)
     if container in ("torch zip", "torch legacy"):
         contents = _torch_load(file.path, mapped and container in _IN_PLACE)
         return lambda path, key: _at(contents, path)[key]
@@ -137,7 +135,7 @@ def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
     return read
 
 
-def _gguf_reader(path: str) -> Callable[[str], Tensor]:
+def _open_gguf(path: str) -> Callable[[str, str], Tensor]:
     """A function from the name of a tensor in a GGUF file to the tensor, mapped into memory."""
     try:
         import gguf
@@ -145,9 +143,9 @@ def _gguf_reader(path: str) -> Callable[[str], Tensor]:
         raise UsageError(f"{path}: GGUF files are verified with the package gguf", "run: pip install gguf") from error
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "c").tensors}
 
-    def read(name: str) -> Tensor:
-        data, shape = torch.from_numpy(tensors[name].data), tensors[name].shape.tolist()
-        is_bfloat16 = tensors[name].tensor_type.name == "BF16"
+    def read(_: str, key: str) -> Tensor:
+        data, shape = torch.from_numpy(tensors[key].data), tensors[key].shape.tolist()
+        is_bfloat16 = tensors[key].tensor_type.name == "BF16"
         return (data.view(torch.bfloat16) if is_bfloat16 else data).reshape(shape[::-1])
 
     return read
@@ -156,9 +154,7 @@ def _gguf_reader(path: str) -> Callable[[str], Tensor]:
 def _torch_load(path: str, mapped: bool) -> Any:
     """The contents of a file of torch; neither way imports anything that the file names.
 
-    Args:
-        path: The file.
-        mapped: Whether to map it into memory: not for compressed members, whose bytes torch takes for weights.
+    Compressed members cannot be mapped into memory: torch takes their bytes for weights.
     """
     load = functools.partial(torch.load, path, map_location="cpu", mmap=mapped)
     with warnings.catch_warnings():
@@ -186,11 +182,9 @@ def _at(contents: Any, path: str) -> Mapping[Any, Any]:
 
 def _items(value: Any) -> Mapping[Any, Any]:
     """The items of a dict or a list; the tensors of a module that was saved whole."""
-    if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {}
-    return dict(_module_tensors(value)) if value.keys() >= _MODULE else value
+    if isinstance(value, dict):
+        return dict(_module_tensors(value)) if value.keys() >= _MODULE else value
+    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
 
 
 def _module_tensors(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,29 +13,26 @@ from PIL.Image import Image
 from torch import Tensor
 
 from converter.errors import first_names
-from converter.layouts.spec import Rule
+from converter.layouts.spec import LayoutMapping, Rule
 from converter.output.memory import Uploader
 from converter.plan.assumptions import Assumptions, differences
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import is_resampled
-from converter.verification import functions, pictures, structure
+from converter.verification import deep_encoder, functions, pictures, structure
 from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks
-from converter.verification.deep_encoder import (
-    build_deep_encoder,
-    build_deep_encoder_reference,
-    with_optional_tensors,
-)
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
-from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
-from converter.verification.reference_models import build_reference
+from converter.verification.outputs import GROUP, Comparison, Features, Mistaken, check_tokens, compare
+from converter.verification.reference_models import REFERENCES, build_reference
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check
 from converter.verification.weights import differing_tensors
 
 # A block of SAM has fourteen tensors: too many to list.
 _NAMES_SHOWN = 4
+# Names on the package index, where they are not those of the modules.
+_DISTRIBUTIONS = {"segment_anything": "segment-anything", "open_clip": "open_clip_torch"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> 
     """Compare the encoders in the DeepEncoder at every size; without a source, check the tokens alone."""
     options.on_progress("outputs", 1, len(options.sizes) + 1)
     try:
-        whole = build_deep_encoder({each.family: each.encoder for each in tested}, options.device)
+        whole = deep_encoder.build_deep_encoder({each.family: each.encoder for each in tested}, options.device)
     except ValueError as error:
         yield Comparison(Check(structure.GROUP, "DeepEncoder", FAILED, str(error)))
         return
@@ -131,12 +128,12 @@ def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> 
         canonical = {each.family.prefix + name: value for each in tested for name, value in each.source.items()}
         try:
             state = {**whole.model.state_dict(), **canonical}
-            reference = build_deep_encoder_reference(whole.model, state, options.device)
+            reference = deep_encoder.build_deep_encoder_reference(whole.model, state, options.device)
         except ModuleNotFoundError as error:
             yield _not_compared(whole.label, error)
             return
 
-    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
+    def make_mistakes(features: Features) -> Iterator[Mistaken]:
         for each in tested:
             yield from mistakes_at_entry(each.family, whole.model, each.family.prefix, features)
 
@@ -166,7 +163,7 @@ def _compare_with_source(tested: _Tested, origin: Origin, options: RunOptions) -
     """
     family, plan, in_deep_encoder = tested.family, origin.reference_plan, tested.converted.in_deep_encoder
     encoder: Any
-    encoder, canonical = with_optional_tensors(family, tested.encoder, tested.source, tested.assumptions)
+    encoder, canonical = deep_encoder.with_optional_tensors(family, tested.encoder, tested.source, tested.assumptions)
     configs, tests = [family.config(canonical, plan.assumptions)], family.probed(encoder)
     if in_deep_encoder:
         configs = [encoder.config, *(configs if differences(plan.assumptions) else [])]
@@ -177,7 +174,7 @@ def _compare_with_source(tested: _Tested, origin: Origin, options: RunOptions) -
     own = _as_converted(tested.source_own, origin)
     pixels = family.input(encoder.config, lambda size: _pixels(options, size)).to(options.device)
 
-    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
+    def make_mistakes(features: Features) -> Iterator[Mistaken]:
         # Mistakes are made in copies of its blocks, whichever implementation ran.
         encoder.to(options.device, features[family.entry].dtype)
         yield from mistakes_at_entry(family, encoder, "", features)
@@ -264,3 +261,37 @@ def _with_cause(check: Check, tested: Sequence[_Tested], checks: Sequence[Check]
     locations = sorted({rules[name].location for name in wrong or used if name in rules})
     detail = f"{check.detail}; {cause}; made by {', '.join(map(str, locations))}".removesuffix("; made by ")
     return replace(check, detail=detail, tensors=[*check.tensors, *(wrong or used)])
+
+
+def missing_requirements(target: Converted, expected: Expected) -> list[str]:
+    """A sentence for each library that is missing: what is not compared for want of it."""
+    others = [encoder for encoder in target.encoders if not encoder.in_deep_encoder]
+    sides = [(origin.reference_plan.mapping, bool(origin.own)) for origin in expected.origins.values()]
+    sides += [(encoder.layout.mapping, bool(encoder.own)) for encoder in others]
+    found = [] if others else [_missing_for_deep_encoders()]
+    found += [_missing_for_encoder(mapping, has_own) for mapping, has_own in sides]
+    return [notice for notice in dict.fromkeys(found) if notice]
+
+
+def _missing_for_deep_encoders() -> str:
+    references = [reference for candidates in deep_encoder.REFERENCES.values() for reference in candidates]
+    if any(reference.installed for reference in references):
+        return ""
+    return _sentence([references[-1].module], "the whole DeepEncoder is not compared")
+
+
+def _missing_for_encoder(mapping: LayoutMapping, has_own: bool) -> str:
+    """What is not compared, or compared less directly; `has_own`: whether the layout's library can load the tensors."""
+    own, general = REFERENCES.get(mapping.name) if has_own else None, REFERENCES[f"{mapping.family}-hf"]
+    best = own or general
+    if best.installed:
+        return ""
+    if general.installed:
+        return _sentence([best.module], f"{mapping.name} is compared with {general.module} through our own mapping")
+    return _sentence(list(dict.fromkeys((best.module, general.module))), "the encoder is not compared")
+
+
+def _sentence(modules: list[str], effect: str) -> str:
+    packages = [module.partition(".")[0] for module in modules]
+    commands = " or ".join(f"pip install {_DISTRIBUTIONS.get(package, package)}" for package in packages)
+    return f"{' and '.join(packages)} not installed: {effect}. To compare: {commands}; to run nothing: --fast"
