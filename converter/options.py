@@ -36,25 +36,13 @@ def option(help: str, metavar: str | None = None, *names: str, default: Any = No
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """Options of a conversion.
+    """Options of a conversion; UsageError for a value that is not allowed, and for options that contradict each other.
 
-    Attributes:
-        family: The encoder to convert: sam, clip or qwen2.
-        to: The layout to write; empty for the family's canonical layout, deepencoder-<family>.
-        full_model: Also convert SAM's prompt encoder and mask decoder, or CLIP's text tower.
-        mapping: A mapping file to use instead of layout detection.
-        dtype: The type of floating-point tensors: keep, float32, float16 or bfloat16.
-        image_size: The side of images in pixels to resample the position embeddings for.
-        state_dict: Which state dict of a file with several (model, ema; `.` for the top).
-        prefix: The prefix of the encoder's tensor names in a checkpoint that holds several; `.` for none.
-        lora: A LoRA adapter of PEFT to merge into the weights: a file, a folder, or a repository on a hub.
-        adapter_name: Which adapter of a file with several.
-
-    Raises:
-        UsageError: A value is not allowed, or options contradict each other.
+    An empty `to` is the family's canonical layout, deepencoder-<family>. `full_model` also converts SAM's prompt
+    encoder and mask decoder, or CLIP's text tower. `lora` is a file, a folder, or a repository on a hub.
     """
 
-    family: str
+    family: str  # The encoder to convert: sam, clip or qwen2
     to: str = option("Layout to write, as in `mapping list`. [default: the DeepEncoder's]", "LAYOUT", default="")
     full_model: bool = option("With --to: convert the full model, not only the vision encoder.", default=False)
     mapping: str | Path | None = option("Use this mapping file; skip layout detection.", "FILE.yaml", type=Path | None)
@@ -89,13 +77,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """How to read sources on a hub; for all sources of a command.
-
-    Attributes:
-        revision: A branch, tag or commit.
-        hub: The hub of sources without a scheme: hf or modelscope.
-        download: Download whole files into the hub's cache instead of reading the needed bytes.
-    """
+    """How to read sources on a hub; for all sources of a command."""
 
     revision: str | None = option("Branch, tag or commit on a hub. [default: the main branch]", "REV")
     hub: str | None = option("The hub of org/name sources. [default: $DSOCR_HUB, or hf]", "hf|modelscope")

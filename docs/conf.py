@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 project = "dsocr-convert"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # Links to a page's headings are written as GitHub makes them.
 myst_heading_anchors = 3
 
@@ -41,6 +42,7 @@ maximum_signature_line_length = 88
 nitpick_ignore_regex = [
     (r"py:.*", r"(pathlib|collections|typing|torch|enum)\..*|Path|Any|Tensor|Callable|Mapping|Sequence|Module|None"),
     (r"py:.*", r"(?:converter\.)?(?:\w+\.)*(Progress|Shapes|Contents|Storage|SourceFile|Picture|Range|DType|Self)"),
+    (r"py:.*", r"(?:converter\.)?(?:\w+\.)*(OnProgress|FolderFiles|TracePoint)"),
 ]
 
 
@@ -48,6 +50,14 @@ def _literal_blocks(app: Sphinx, what: str, name: str, thing: object, options: o
     """Indented lines of a docstring are code, as in Markdown; docutils would make a quotation of them."""
     text = re.sub(r"(?m)^(\S.*\n)\n(?=    \S)", r"\1\n::\n\n", "\n".join(lines))
     lines[:] = text.split("\n")
+
+
+def _options(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Describe a class's options by their help texts, unless its docstring does."""
+    fields = dataclasses.fields(thing) if what == "class" and dataclasses.is_dataclass(thing) else ()
+    for field in fields:
+        if "help" in field.metadata and not any(f".. attribute:: {field.name}" in line for line in lines):
+            lines += ["", f".. attribute:: {field.name}", "", f"   {field.metadata['help']}"]
 
 
 def _plain_outside(app: Sphinx, page: str, source: list[str]) -> None:
@@ -58,4 +68,5 @@ def _plain_outside(app: Sphinx, page: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", _literal_blocks)
+    app.connect("autodoc-process-docstring", _options)
     app.connect("source-read", _plain_outside)

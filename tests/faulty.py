@@ -24,11 +24,11 @@ from typing import Any
 import converter.api.convert
 from converter.cli import convert
 from converter.cli import main as program
-from converter.output import model_card, pretrained_config
+from converter.output import model_card, pretrained
 from converter.storage import atomic_output
 
 # Imported before the fork: the program imports them when it needs them.
-LATE = (converter.api.convert, convert, pretrained_config, model_card, ctypes, hashlib)
+LATE = (converter.api.convert, convert, pretrained, model_card, ctypes, hashlib)
 CALLS = "open close write fsync link rename replace unlink mkdir rmdir ftruncate posix_fadvise"
 
 

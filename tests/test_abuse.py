@@ -22,7 +22,7 @@ from converter.api.verify import verify
 from converter.cli.diff import diff as diff_command
 from converter.errors import ContainerError, DsocrError, OutputError, UsageError
 from converter.layouts import registry
-from converter.output.target import check_folder, check_target
+from converter.output.target import check_target
 from converter.reports import check_files
 
 TOO_LONG = "x" * 5000 + ".safetensors"
@@ -206,9 +206,9 @@ def test_reports_only_replace_reports(name: str, folder: Path) -> None:
 
 def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
     """A rename by root would replace /dev/null."""
-    for check in (check_target, check_folder):
+    for is_folder in (False, True):
         with pytest.raises(OutputError):
-            check(Path("/dev/null"), force=True, needed_bytes=0)
+            check_target(Path("/dev/null"), force=True, needed_bytes=0, is_folder=is_folder)
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors")
     check_target(tmp_path / "old.safetensors", force=True, needed_bytes=0)
 

@@ -37,14 +37,21 @@ from hypothesis import strategies as st
 import converter
 from converter.api.verify import verify
 from converter.errors import HubError, OutputError, UsageError
-from converter.hub import http_range, read_ahead, requests_http
+from converter.hub import remote_file, repository
 from converter.hub.address import Address, parse_address
 from converter.hub.http_range import RangeReader
 from converter.hub.huggingface import HuggingFaceRepository
 from converter.hub.modelscope import ModelScopeRepository
-from converter.hub.read_ahead import plan_chunks
-from converter.hub.remote_file import RemoteFile
-from converter.hub.repository import HttpResponse, HubResponseError, Repository, RepositoryFile, parse_file_list
+from converter.hub.remote_file import RemoteFile, plan_chunks
+from converter.hub.repository import (
+    HttpResponse,
+    HubResponseError,
+    Repository,
+    RepositoryFile,
+    get_with_requests,
+    parse_file_list,
+    retry_wait,
+)
 from converter.options import HubOptions
 from converter.storage.range_set import RangeSet
 
@@ -152,8 +159,8 @@ class Place:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_range, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(http_range, "_MAX_WAIT", 0.05)
+    monkeypatch.setattr(repository, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(repository, "_MAX_WAIT", 0.05)
 
 
 @pytest.fixture
@@ -846,7 +853,7 @@ class OneFile(Repository):
         return self._url
 
     def get(self, url: str, headers: dict[str, str]) -> AbstractContextManager[HttpResponse]:
-        return requests_http.stream(self._session, url, headers, (1.0, 0.5))
+        return get_with_requests(self._session, url, headers, timeout=(1.0, 0.5))
 
     def close(self) -> None:
         self._session.close()
@@ -892,7 +899,7 @@ def test_bytes_are_right_with_faults(
     wanted = [(at, min(at + 150_000, len(DATA))) for at in range(0, len(DATA), 300_000)]
     small = [chunk for start, end in wanted for chunk in plan_chunks([(start, end)], size=50_000)]
     monkeypatch.setattr(
-        read_ahead,
+        remote_file,
         "plan_chunks",
         lambda wanted: [c._replace(first_read=i // 3, last_read=i // 3) for i, c in enumerate(small)],
     )
@@ -932,8 +939,8 @@ def test_errors_of_a_worker_reach_the_reader(file: RemoteFile, one: HubServer) -
 
 
 def test_waits() -> None:
-    assert [http_range._wait(tried, None) for tried in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
-    assert (http_range._wait(1, 7), http_range._wait(1, 3600)) == (7, 30)
+    assert [retry_wait(tried, None) for tried in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
+    assert (retry_wait(1, 7), retry_wait(1, 3600)) == (7, 30)
 
 
 def test_attempts_end(file: RemoteFile, one: HubServer) -> None:
@@ -1056,14 +1063,14 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         for at in range(0, size, 1 << 20):
             opened.readinto(buffer, at)
             largest = max(largest, resident())
-        assert largest - before <= (read_ahead.MAX_CHUNKS + 4) * read_ahead.MAX_CHUNK_SIZE
+        assert largest - before <= (remote_file.MAX_CHUNKS + 4) * remote_file.MAX_CHUNK_SIZE
         assert opened.fetched_bytes == opened.needed_bytes == size
         opened.close()
 
 
 def test_ranges_that_are_needed_again_and_again_are_read_again(one: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window is full of ranges that are needed until the end: others are fetched without it."""
-    monkeypatch.setattr(read_ahead, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(remote_file, "MAX_CHUNKS", 2)
     opened = RemoteFile(OneFile(one, len(DATA)), "file.bin")
     wanted = [(at, at + 1000) for at in range(0, 3_000_000, 200_000)] * 2
     opened.prefetch(wanted, lambda: None)

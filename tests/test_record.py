@@ -80,7 +80,7 @@ def test_large_tensors_and_empty_ones(tmp_path: Path) -> None:
     from memory import expr
 
     from converter.formats.safetensors import write_safetensors
-    from converter.output.digests import TensorDigests
+    from converter.output.record_files import TensorDigests
     from converter.storage.stream import BUFFER
 
     tensors = {"a": torch.empty(0, 2), "b": torch.ones(3), "c": torch.randn(BUFFER, 2), "d": torch.tensor(1.0)}

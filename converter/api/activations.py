@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +12,7 @@ import torch
 
 from converter import __version__
 from converter.api.verify import default_sizes, device_name, find_device, tool_versions
-from converter.checkpoint.open import Checkpoint, open_checkpoint
+from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.errors import LayoutError, UsageError, first_names
 from converter.formats.safetensors import write_safetensors
 from converter.options import HubOptions
@@ -27,7 +25,7 @@ from converter.tensors.lazy_tensor import Generated, LazyTensor
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.activation_check import check_weights, compare_stages
 from converter.verification.activations import CHANNELS_FIRST, StagedEncoder, image_pixels, load_staged_encoder
-from converter.verification.inputs import Converted, open_converted
+from converter.verification.inputs import open_converted
 from converter.verification.outputs import Features
 from converter.verification.pictures import load
 from converter.verification.record_check import header_metadata
@@ -70,13 +68,14 @@ def save_activations(
     path, where = Path(out), find_device(device)
     page = load(Path(image)) if image is not None else None
     check_target(path, False, 0, "save-activations")
-    with _opened(converted, hub_options, on_progress) as target:
+    with open_checkpoints([converted], HubOptions(**hub_options)) as [opened]:
+        target = open_converted(opened, on_progress)
         encoder = load_staged_encoder(target, where)
         chosen = list(sizes or default_sizes(target, where))
         outputs: dict[str, LazyTensor] = {}
         for done, size in enumerate(chosen, 1):
             found = encoder.activations(image_pixels(page, size).to(where), torch.float32)
-            outputs |= {f"{size}.{name}": _written(found[name]) for name in _selected(found, stages)}
+            outputs |= {f"{size}.{name}": _stored(found[name].float().cpu()) for name in _selected(found, stages)}
             on_progress("activations", done, len(chosen))
         metadata = _metadata(encoder, chosen, str(Path(image).name) if image is not None else "")
         with output_errors(path), atomic_file(path, False) as fd:
@@ -111,10 +110,8 @@ def compare_activations(
     """
     where = find_device(device)
     page = load(Path(image)) if image is not None else None
-    with (
-        _opened(converted, hub_options, on_progress) as target,
-        closing(open_checkpoint(activations, HubOptions(**hub_options))) as theirs,
-    ):
+    with open_checkpoints([converted, activations], HubOptions(**hub_options)) as [opened, theirs]:
+        target = open_converted(opened, on_progress)
         if set(theirs.containers) != {"safetensors"}:
             raise LayoutError(f"{theirs.name}: expected activations in a safetensors file", "see docs/activations.md")
         encoder, metadata = load_staged_encoder(target, where), header_metadata(theirs)
@@ -174,12 +171,8 @@ def _selected(found: Features, patterns: Sequence[str]) -> list[str]:
     return [name for name in found if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _written(tensor: torch.Tensor) -> LazyTensor:
-    return Generated(FLOAT32, tuple(tensor.shape), partial(_float32_bytes, tensor.float().cpu()))
-
-
-def _float32_bytes(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor))
+def _stored(tensor: torch.Tensor) -> LazyTensor:
+    return Generated(FLOAT32, tuple(tensor.shape), lambda: bytes(as_bytes(tensor)))
 
 
 def _metadata(encoder: StagedEncoder, sizes: Sequence[int], image: str) -> dict[str, str]:
@@ -194,9 +187,3 @@ def _metadata(encoder: StagedEncoder, sizes: Sequence[int], image: str) -> dict[
         **({"mask": _MASK} if hasattr(encoder.model, "qwen2_model") else {}),
         **encoder.digests,
     }
-
-
-@contextmanager
-def _opened(converted: str | Path, hub_options: dict[str, Any], on_progress: OnProgress) -> Iterator[Converted]:
-    with closing(open_checkpoint(converted, HubOptions(**hub_options))) as source:
-        yield open_converted(source, on_progress)

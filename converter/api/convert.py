@@ -73,32 +73,27 @@ def convert(
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
     with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor):
         resolved = resolve(checkpoint, convert_options, donor)
-        documents = None
+        plan, documents = resolved.plan, None
         if is_folder:
             from converter.checkpoint.model_config import read_normalization
 
             check_folder_output(target, convert_options.layout, format)
             # Also for a dry run, which then reports contradictory sizes.
-            documents = config_files(
-                resolved.plan, convert_options.full_model, read_normalization(opened[0], resolved.plan.remarks)
-            )
+            normalization = read_normalization(opened[0], plan.remarks)
+            documents = config_files(plan, convert_options.full_model, normalization)
         destination = Destination(target, format, convert_options.dtype)
-        planned = make_plan_record(opened, resolved, destination, _donor_note(resolved.plan, donor))
-        if documents is None and is_unchanged(opened[0], resolved.plan.outputs, format):
+        planned = make_plan_record(opened, resolved, destination, _donor_note(plan, donor))
+        if documents is None and is_unchanged(opened[0], plan.outputs, format):
             return replace(planned, output=opened[0].name, unchanged=True)
         if dry_run:
             return planned
-        output = make_output(resolved.plan.outputs, planned, planned.metadata(), documents, convert_options.mapping)
+        output = make_output(plan.outputs, planned, planned.metadata(), documents, convert_options.mapping)
         return write(output, planned, opened, files, force, on_progress)
 
 
 def _donor_note(plan: Plan, donor: Checkpoint | None) -> list[str]:
-    """Note which tensors came from `fill_from`."""
     if donor is None:
         return []
-    names = [
-        name
-        for name, value in plan.outputs.items()
-        if any(tensor.storage.file in donor.files for tensor in source_tensors(value))
-    ]
+    files = {name: {tensor.storage.file for tensor in source_tensors(value)} for name, value in plan.outputs.items()}
+    names = [name for name, used in files.items() if not used.isdisjoint(donor.files)]
     return [f"from {donor.name}: {first_names(names)}" if names else f"--fill-from {donor.name} was not needed"]

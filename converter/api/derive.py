@@ -110,7 +110,6 @@ def _plan_target(opened: Checkpoint, family: str) -> Plan:
 
 
 def _match_values(comparison: Comparison, checkpoints: list[Checkpoint], on_progress: OnProgress) -> list[TensorMatch]:
-    """Fetch the tensors of both checkpoints and match them by their values."""
     # Imported here, since comparing names does not need torch.
     from converter.derivation.search import match_by_values
 

@@ -14,6 +14,7 @@ from converter.comparison.difference import Block, Change, Difference, Figures, 
 from converter.comparison.streams import Pairs, differing, digests
 from converter.errors import UsageError, natural_sort_key
 from converter.options import HubOptions
+from converter.output.names import grouped
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
@@ -118,14 +119,7 @@ def _unreadable(values: Iterable[LazyTensor]) -> str:
 
 
 def _only_in_side(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
-    """Return the names that only one side has, without second names of tensors that both sides have.
-
-    Args:
-        named: The tensors of the side.
-        pairs: The tensors that both sides have.
-        side: 0 for A, 1 for B.
-        notes: A note on each second name is appended.
-    """
+    """Return the names that only side 0 or 1 has; second names of tensors that both have go to `notes` instead."""
     shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
     found = []
     for name in sorted(named.keys() - pairs.keys(), key=natural_sort_key):
@@ -142,7 +136,6 @@ def _location(tensor: TensorInfo) -> tuple[object, ...]:
 
 
 def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
-    """Return the names of pairs that differ in type or in a byte."""
     unequal = {name for name, (a, b) in same_shape.items() if a.dtype != b.dtype}
     compared = {name: pair for name, pair in same_shape.items() if name not in unequal}
     total = sum(nbytes(a) for a, _ in compared.values())
@@ -189,14 +182,11 @@ def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | N
 
 
 def _blocks(same_shape: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:
-    members: dict[str, list[str]] = {}
-    for name in same_shape:
-        members.setdefault(block_of(name), []).append(name)
+    members = grouped((block_of(name), name) for name in same_shape)
     # Only floating-point tensors: position indices and counters are not trained.
     weights = {name: found for name, found in figures.items() if same_shape[name][0].dtype.is_float}
-    return [_block(block, names, unequal, weights) for block, names in members.items()]
-
-
-def _block(name: str, tensors: list[str], unequal: set[str], figures: Mapping[str, Figures]) -> Block:
-    whole = reduce(Figures.plus, (figures[tensor] for tensor in tensors if tensor in figures), Figures())
-    return Block(name, len(tensors), len(unequal.intersection(tensors)), whole.relative, whole.maximum)
+    blocks = []
+    for block, names in members.items():
+        whole = reduce(Figures.plus, (weights[name] for name in names if name in weights), Figures())
+        blocks.append(Block(block, len(names), len(unequal.intersection(names)), whole.relative, whole.maximum))
+    return blocks

@@ -82,7 +82,12 @@ def encoder(
             return with_adapter(open_(name), adapters[0], chosen.adapter_name) if adapters else open_(name)
 
         host = open_host(Path(chosen.into), open_) if chosen.into is not None else None
-        parts = _build(chosen, open_source, host) if source is None else _extract(open_source(source), chosen, host)
+        if source is None:
+            parts = _build(chosen, open_source, host)
+        elif host is None:
+            parts = extract_encoder(open_source(source), chosen.with_projector, chosen.prefix)
+        else:
+            parts = extract_shared(open_source(source), host, chosen.with_projector, chosen.prefix)
         if adapter := parts.sources[0].adapter:
             note_merged(adapter, list(parts.plans.values()), parts.tensors.values())
         parts = replace(parts, sources=[*parts.sources, *adapters])
@@ -127,12 +132,6 @@ def _destination(options: EncoderOptions, out: str | Path | None, format: str | 
     return layout, Destination(Path(out or f"{layout or 'deepencoder'}.{format}"), format, options.dtype)
 
 
-def _extract(source: Checkpoint, options: EncoderOptions, host: Host | None) -> EncoderParts:
-    if host is not None:
-        return extract_shared(source, host, options.with_projector, options.prefix)
-    return extract_encoder(source, options.with_projector, options.prefix)
-
-
 def _build(options: EncoderOptions, open_file: Callable[[str | Path], Checkpoint], host: Host | None) -> EncoderParts:
     """Combine the encoders of several checkpoints; into a host, one is enough."""
     families = options.families
@@ -147,20 +146,11 @@ def _build(options: EncoderOptions, open_file: Callable[[str | Path], Checkpoint
 def _insert(
     parts: EncoderParts, host: Host, sources: Sequence[Checkpoint], destination: Destination
 ) -> tuple[ConversionRecord, Output]:
-    """Plan a copy of the host with the encoder in it."""
     check_output_name(host, Path(destination.path or ""))
     destination = destination._replace(format=host.format)
     insertion = plan_insertion(host, parts, destination.dtype)
-    record = encoder_record(
-        parts,
-        insertion.placement.names,
-        insertion.tensors,
-        destination,
-        sources,
-        notes=insertion.notes,
-        inserted=True,
-        target=" + ".join(insertion.placement.layouts),
-    )
+    names, target = insertion.placement.names, " + ".join(insertion.placement.layouts)
+    record = encoder_record(parts, names, insertion.tensors, destination, sources, insertion.notes, True, target)
     return record, insertion_output(insertion)
 
 

@@ -1,19 +1,19 @@
-"""Expected output of a conversion, for `verify`: planned again from its sources."""
+"""Expected output of `convert` and `encoder`, for `verify`: planned again from its sources."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from converter.api.expected_whole import (
-    ADDITION_OPTIONS,
-    check_not_itself,
-    infer_dtype,
-    join_readers,
-    plan_whole_encoder,
-    source_tensors_of,
-)
+from converter.assembly.additions import ADDITIONS
+from converter.assembly.arrange import LAYOUTS, arrange
+from converter.assembly.host import Host, extract_shared, open_host
+from converter.assembly.insert import plan_insertion
+from converter.assembly.mmproj import matrix_dtype
+from converter.assembly.options import refuse
+from converter.assembly.parts import EncoderParts, build_encoder, extract_encoder
 from converter.checkpoint.adapter import with_adapter
 from converter.checkpoint.lora import Adapter
 from converter.checkpoint.open import Checkpoint, check_name
@@ -21,15 +21,35 @@ from converter.checkpoint.sources import lora_files
 from converter.errors import LayoutError, MappingError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts
+from converter.layouts.spec import Rule
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.plan import Plan, sort_outputs
 from converter.plan.planner import ResolvedPlan, plan_to_canonical, resolve_to_canonical
+from converter.plan.projector import LLAMA_CPP, find_projector
 from converter.plan.route import complete_from, retarget
+from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import grid_size_of, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, cast, grid_size_of, source_tensors
+from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, own_tensors
 from converter.verification.merging import merged_by_library
+from converter.verification.reference_readers import Reader, open_independently
+
+# The options that supply what joins the encoders.
+_ADDITION_OPTIONS = [addition.option for addition in ADDITIONS]
+# The first of the tensors that --with-projector adds.
+_PROJECTOR = "projector.layers.weight"
+
+
+class _Inputs(NamedTuple):
+    """The arguments of `plan_expected`."""
+
+    target: Converted
+    sources: Mapping[str, str | Path]
+    open_file: Callable[[str | Path], Checkpoint]
+    options: ConvertOptions
+    on_progress: OnProgress
 
 
 def plan_expected(
@@ -54,7 +74,7 @@ def plan_expected(
     """
     families, family = [encoder.family for encoder in target.encoders], target.family
     whole = len(families) > 1 or "into" in sources
-    roles = ("source", *families, *ADDITION_OPTIONS, "into") if whole else ("source", family, "fill-from", "into")
+    roles = ("source", *families, *_ADDITION_OPTIONS, "into") if whole else ("source", family, "fill-from", "into")
     roles = (*roles, "lora")
     for role, name in sources.items():
         check_name(name)
@@ -70,41 +90,22 @@ def plan_expected(
         adapters.extend(filter(None, [opened.adapter]))
         return replace(opened, adapter=None)
 
-    expected = _expected_of(target, sources, open_source, options, on_progress)
+    if whole:
+        refuse("not for a whole DeepEncoder", mapping=options.mapping, state_dict=options.state_dict)
+    plan = _expected_insertion if "into" in sources else _expected_whole if whole else _expected_encoder
+    expected = plan(_Inputs(target, sources, open_source, options, on_progress))
     return merged_by_library(target, expected, adapters[0], files[0], on_progress) if adapters else expected
 
 
-def _expected_of(
-    target: Converted,
-    sources: Mapping[str, str | Path],
-    open_file: Callable[[str | Path], Checkpoint],
-    options: ConvertOptions,
-    on_progress: OnProgress,
-) -> Expected:
-    """Plan a conversion again, without its LoRA adapter."""
-    if len(target.encoders) == 1 and "into" not in sources:
-        return _expected_encoder(target, sources, open_file, options, on_progress)
-    for option in ("mapping", "state_dict"):
-        if getattr(options, option) is not None:
-            raise UsageError(f"--{option.replace('_', '-')}: not for a whole DeepEncoder", "leave the option out")
-    return plan_whole_encoder(target, sources, open_file, options.prefix, on_progress)
-
-
-def _expected_encoder(
-    target: Converted,
-    sources: Mapping[str, str | Path],
-    open_file: Callable[[str | Path], Checkpoint],
-    options: ConvertOptions,
-    on_progress: OnProgress,
-) -> Expected:
-    """Plan the conversion of one encoder again."""
+def _expected_encoder(inputs: _Inputs) -> Expected:
+    target, sources, open_file, options, on_progress = inputs
     name = sources.get("source", sources.get(options.family))
     if name is None:
         raise UsageError("--source fill-from=: the source itself is missing", "add --source CHECKPOINT")
     encoder, source = target.encoders[0], open_file(name)
     donor = open_file(sources["fill-from"]) if "fill-from" in sources else None
     checkpoints = [each for each in (source, donor) if each]
-    check_not_itself(target, checkpoints)
+    _check_not_itself(target, checkpoints)
     try:
         detected, plan = resolve_to_canonical(source, options)
     except OtherFamilyError as error:
@@ -117,12 +118,12 @@ def _expected_encoder(
     if donor is not None:
         donor_plan = resolve_to_canonical(donor, ConvertOptions(options.family, image_size=options.image_size)).plan
     written = _written(resolved.plan, encoder, donor_plan, target)
-    dtype = infer_dtype(written.outputs, target.tensors)
+    dtype = _infer_dtype(written.outputs, target.tensors)
     converted = _finished(resolved.plan, donor_plan, dtype)
     reference = converted if known is resolved or known is None else _finished(known.plan, donor_plan, dtype)
     own = own_tensors((known or resolved).detected) if options.image_size is None else {}
-    needed = [*source_tensors_of(written.outputs), *source_tensors_of(reference.outputs), *own.values()]
-    read = join_readers(checkpoints, needed, on_progress)
+    needed = [*_source_tensors_of(written.outputs), *_source_tensors_of(reference.outputs), *own.values()]
+    read = _join_readers(checkpoints, needed, on_progress)
     return Expected(
         name=source.name,
         outputs=sort_outputs(written.outputs, dtype),
@@ -178,14 +179,14 @@ def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertO
 
     Detection gets all tensors, then those alone that the mapping uses: it may drop what no layout knows.
     """
-    used = set(source_tensors_of(converted.plan.outputs))
+    used = set(_source_tensors_of(converted.plan.outputs))
     state_dict = converted.detected.state_dict
     some = {name: tensor for name, tensor in state_dict.tensors.items() if tensor in used}
     for candidate in (state_dict, state_dict._replace(tensors=some)):
         try:
             for detected in detect_layouts(source, registry.layouts(options.family), [candidate]):
                 plan = plan_to_canonical(source, detected, replace(options, mapping=None))
-                if 2 * len(used.intersection(source_tensors_of(plan.outputs))) > len(used):
+                if 2 * len(used.intersection(_source_tensors_of(plan.outputs))) > len(used):
                     return ResolvedPlan(detected, plan)
         except (LayoutError, MappingError):
             continue
@@ -202,3 +203,139 @@ def _not_compared(encoder: ConvertedEncoder, plan: Plan, written: Plan, target: 
     ]
     keys = [tensor.key for value in values for tensor in source_tensors(value)]
     return tuple(key for key in keys if key in target.tensors and key not in written.outputs)
+
+
+def _expected_whole(inputs: _Inputs) -> Expected:
+    target, sources, open_file, options, on_progress = inputs
+    families, first = [encoder.family for encoder in target.encoders], target.encoders[0]
+    prefix = first.prefix.removesuffix(registry.encoder_prefix(first.family))
+    with_projector = not {prefix + _PROJECTOR, LLAMA_CPP[_PROJECTOR]}.isdisjoint(target.tensors)
+    if "source" in sources:
+        parts = extract_encoder(open_file(sources["source"]), with_projector, options.prefix, families)
+    else:
+        parts = _built(inputs, families)
+    _check_not_itself(target, parts.sources)
+    layout = target.layout if target.layout in LAYOUTS else ""
+    arranged = arrange(parts, layout, prefix, "keep")
+    is_mmproj = layout == "mmproj"
+    dtype = matrix_dtype(target.tensors) if is_mmproj else _infer_dtype(arranged.outputs, target.tensors)
+    outputs = arrange(parts, layout, prefix, dtype).outputs
+    values = dict(parts.tensors)
+    for name, value in parts.tensors.items():
+        if arranged.names.get(name) and value.dtype.is_float:
+            # In the type in which it is written.
+            values[name] = cast(value, outputs[arranged.names[name][0]].dtype.name)
+    plans = {}
+    for family, (detected, plan) in parts.plans.items():
+        start = registry.encoder_prefix(family)
+        own = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        plans[family] = ResolvedPlan(detected, replace(plan, outputs=own))
+    return _expected(plans, outputs, arranged.rules, parts.sources, on_progress)
+
+
+def _expected(
+    plans: Mapping[str, ResolvedPlan],
+    outputs: Mapping[str, LazyTensor],
+    rules: Mapping[str, Rule],
+    sources: Sequence[Checkpoint],
+    on_progress: OnProgress,
+) -> Expected:
+    """Expected output of several checkpoints; `plans` make the canonical tensors of the outputs."""
+    own = {family: own_tensors(resolved.detected) for family, resolved in plans.items()}
+    needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
+    read = _join_readers(sources, needed, on_progress)
+    return Expected(
+        name=", ".join(checkpoint.name for checkpoint in sources),
+        outputs=outputs,
+        rules=rules,
+        origins={family: Origin(plan, plan, own[family], read, detected) for family, (detected, plan) in plans.items()},
+        read=read,
+    )
+
+
+def _expected_insertion(inputs: _Inputs) -> Expected:
+    target, sources, open_file, options, on_progress = inputs
+    host = open_host(Path(sources["into"]), open_file)
+    if "source" in sources:
+        source = open_file(sources["source"])
+        parts = extract_shared(source, host, False, options.prefix)
+        first = next(iter(parts.plans))
+        if any(find_projector(parts.plans[first]).values()) and _has_other_projector(target, host, first, on_progress):
+            parts = extract_shared(source, host, True, options.prefix)
+    else:
+        families = [family for family in host.families if family in sources]
+        if not families:
+            raise UsageError("--source into=: the source of the encoder is missing", "add --source CHECKPOINT")
+        parts = _built(inputs, families, host.resolve_all(families))
+    # The host may be the file itself: its own encoder is not compared with itself.
+    _check_not_itself(target, parts.sources)
+    insertion = plan_insertion(host, parts, "keep")
+    written = {name: tensor for name, tensor in target.tensors.items() if name in insertion.replaced}
+    dtype = _infer_dtype(insertion.replaced, written)
+    if dtype != "keep":
+        insertion = plan_insertion(host, parts, dtype)
+    # An encoder that is not replaced is the host's.
+    plans = host.resolve_all(encoder.family for encoder in target.encoders) | parts.plans
+    plans = {
+        family: ResolvedPlan(detected, replace(plan, outputs=insertion.canonical_tensors(family)))
+        for family, (detected, plan) in plans.items()
+    }
+    checkpoints = [*parts.sources, host.checkpoint]
+    return _expected(plans, insertion.tensors, insertion.placement.rules, checkpoints, on_progress)
+
+
+def _has_other_projector(target: Converted, host: Host, family: str, on_progress: OnProgress) -> bool:
+    """Whether the projector next to an encoder is not the host's: `--with-projector` of the insertion."""
+    old = [tensor for tensor in find_projector(host.resolve(family)).values() if tensor]
+    read = open_independently(host.checkpoint, old, on_progress)
+    shared = [tensor for tensor in old if tensor.key in target.tensors]
+    return any(not read(tensor).equal(target.read(target.tensors[tensor.key])) for tensor in shared)
+
+
+def _built(inputs: _Inputs, families: Sequence[str], host: Mapping[str, ResolvedPlan] | None = None) -> EncoderParts:
+    """The encoders of several checkpoints; `host` has the plans of the one that they were inserted into."""
+    sources = inputs.sources
+    if missing := [family.upper() for family in families if family not in sources]:
+        several = " ".join(f"--source {family}=CHECKPOINT" for family in families)
+        raise UsageError(
+            f"--source: the file holds a whole DeepEncoder, and no source of its {missing[0]} is given",
+            f"name a checkpoint that holds all of it, or {several}",
+        )
+    encoders = {family: sources[family] for family in families}
+    additions = {option: sources[option] for option in _ADDITION_OPTIONS if option in sources}
+    try:
+        return build_encoder(encoders, additions, inputs.open_file, inputs.options.prefix, host)
+    except LayoutError as error:
+        hint = error.hint
+        for option in _ADDITION_OPTIONS:
+            hint = hint.replace(f"--{option} ", f"--source {option}=")
+        raise LayoutError(error.message, hint) from None
+
+
+def _check_not_itself(target: Converted, sources: Iterable[Checkpoint]) -> None:
+    """UsageError if a source is the converted file, which equals itself whatever it holds."""
+    written = {file.identity for file in target.source.files} - {None}
+    for source in sources:
+        if written & {file.identity for file in source.files}:
+            message = f"--source {source.name}: is the converted file itself"
+            raise UsageError(message, "specify the checkpoint that it was converted from")
+
+
+def _source_tensors_of(outputs: Mapping[str, LazyTensor]) -> list[TensorInfo]:
+    return [tensor for value in outputs.values() for tensor in source_tensors(value)]
+
+
+def _join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
+    """A reader of the tensors of several checkpoints; those that are needed are fetched from a hub."""
+    readers: dict[SourceFile, Reader] = {}
+    for source in sources:
+        own = [tensor for tensor in needed if tensor.storage.file in source.files]
+        readers |= dict.fromkeys(source.files, open_independently(source, own, on_progress))
+    return lambda tensor: readers[tensor.storage.file](tensor)
+
+
+def _infer_dtype(outputs: Mapping[str, LazyTensor], tensors: Mapping[str, TensorInfo]) -> str:
+    """Return `--dtype` of the conversion: the one floating-point type of the file, if it is not the sources'."""
+    actual = {tensor.dtype.name for tensor in tensors.values() if tensor.dtype.is_float}
+    kept = {value.dtype.name for value in outputs.values() if value.dtype.is_float}
+    return next(iter(actual)) if len(actual) == 1 and actual != kept else "keep"

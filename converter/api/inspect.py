@@ -18,7 +18,7 @@ from converter.layouts.detect import DetectedLayout, detect_layouts, select_stat
 from converter.layouts.explain import nearest_layout
 from converter.options import ConvertOptions, HubOptions
 from converter.output.json_document import as_json
-from converter.output.names import fold, format_indices, layer_indices
+from converter.output.names import fold, grouped, layer_indices, same_layer_key
 from converter.output.record import ConversionRecord, count_dtypes, make_plan_record
 from converter.output.write import FORMATS, is_unchanged
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
@@ -33,50 +33,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors whose names differ only in layer indices.
+    """Tensors whose names differ only in layer indices."""
 
-    Attributes:
-        name: The name of the tensors, with `{}` for each layer index.
-        layers: The layer indices, such as `0..23`.
-        num_tensors: The number of tensors.
-        dtypes: The types of the tensors.
-        shapes: The shapes of the tensors, most frequent first.
-        nbytes: The size of all tensors in bytes.
-        values: The range of the values of all tensors; None if they were not read.
-    """
-
-    name: str
-    layers: str
-    num_tensors: int
-    dtypes: list[str]
-    shapes: list[list[int]]
-    nbytes: int
-    values: Values | None
+    name: str  #: The name of the tensors, with `{}` for each layer index
+    layers: str  #: The layer indices, such as `0..23`
+    num_tensors: int  #: The number of tensors
+    dtypes: list[str]  #: The types of the tensors
+    shapes: list[list[int]]  #: The shapes of the tensors, most frequent first
+    nbytes: int  #: The size of all tensors in bytes
+    values: Values | None  #: The range of the values of all tensors; None if they were not read
 
 
 @dataclass(frozen=True, slots=True)
 class MatchedLayout:
-    """A layout that the tensors of a checkpoint match.
+    """A layout that the tensors of a checkpoint match."""
 
-    Attributes:
-        family: "sam", "clip" or "qwen2".
-        layout: The name of the layout.
-        description: Which checkpoints have it.
-        prefix: The prefix of the encoder's tensor names.
-        state_dicts: The paths of the state dicts that match; `.` for the top.
-        evidence: The names of the tensors by which the layout was detected.
-        record: The record that a conversion would have; None if a conversion is not possible.
-        problem: The reason why a conversion is not possible; empty if it is.
-    """
-
-    family: str
-    layout: str
-    description: str
-    prefix: str
-    state_dicts: list[str]
-    evidence: list[str]
-    record: ConversionRecord | None
-    problem: str
+    family: str  #: "sam", "clip" or "qwen2"
+    layout: str  #: The name of the layout
+    description: str  #: Which checkpoints have it
+    prefix: str  #: The prefix of the encoder's tensor names
+    state_dicts: list[str]  #: The paths of the state dicts that match; `.` for the top
+    evidence: list[str]  #: The names of the tensors by which the layout was detected
+    record: ConversionRecord | None  #: The record that a conversion would have; None if a conversion is not possible
+    problem: str  #: The reason why a conversion is not possible; empty if it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +63,21 @@ class Inspection:
     """The contents of a checkpoint.
 
     `num_tensors`, `nbytes`, `dtypes`, `groups` and `nearest` describe the state dict with the most tensors.
-
-    Attributes:
-        source: The path or address of the checkpoint.
-        files: The size of each file in bytes.
-        containers: The container formats of the files.
-        state_dicts: The number of tensors of each state dict.
-        num_tensors: The number of tensors.
-        nbytes: The size of all tensors in bytes.
-        dtypes: The number of tensors of each type.
-        groups: The tensors, with repeated layers folded.
-        values: The range of the values of each tensor of real numbers; empty if they were not read.
-        layouts: The layouts that match.
-        nearest: If no layout matches, lines of text that say how the tensors differ from the nearest layout.
-        ignored: Classes and functions in a pickle that were not imported; objects of them are ignored.
-        folder: The files in the folder, if the source is one on this machine.
     """
 
-    source: str
-    files: dict[str, int]
-    containers: list[str]
-    state_dicts: dict[str, int]
-    num_tensors: int
-    nbytes: int
-    dtypes: dict[str, int]
-    groups: list[Group]
-    values: dict[str, Values]
-    layouts: list[MatchedLayout]
-    nearest: list[str]
-    ignored: list[str]
-    folder: list[FolderFiles]
+    source: str  #: The path or address of the checkpoint
+    files: dict[str, int]  #: The size of each file in bytes
+    containers: list[str]  #: The container formats of the files
+    state_dicts: dict[str, int]  #: The number of tensors of each state dict
+    num_tensors: int  #: The number of tensors
+    nbytes: int  #: The size of all tensors in bytes
+    dtypes: dict[str, int]  #: The number of tensors of each type
+    groups: list[Group]  #: The tensors, with repeated layers folded
+    values: dict[str, Values]  #: The range of the values of each tensor of real numbers; empty if they were not read
+    layouts: list[MatchedLayout]  #: The layouts that match
+    nearest: list[str]  #: If no layout matches, lines of text that say how the tensors differ from the nearest layout
+    ignored: list[str]  #: Classes and functions in a pickle that were not imported; objects of them are ignored
+    folder: list[FolderFiles]  #: The files in the folder, if the source is one on this machine
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -131,7 +95,7 @@ def inspect(
 ) -> Inspection:
     """Report what a checkpoint holds, which layouts it fits and what a conversion would do.
 
-    No weights are read, unless their values are requested.
+    No weights are read, unless their values are requested. An unknown layout is not an error.
 
     Args:
         source: A checkpoint, as in `convert`.
@@ -140,9 +104,6 @@ def inspect(
         values: Read the weights, and report minimum, maximum, mean and the number of NaN and infinities.
         on_progress: Called as weights are read.
         **hub_options: The fields of `converter.options.HubOptions`: revision, hub, download.
-
-    Raises:
-        DsocrError: The source cannot be read or has no tensors. An unknown layout is not an error.
     """
     with open_checkpoints([source], HubOptions(**hub_options)) as [opened]:
         state_dicts = select_state_dicts(opened, state_dict, prefix)
@@ -185,7 +146,6 @@ def _inspect(
 
 
 def _matched_layouts(opened: Checkpoint, family: str, state_dicts: list[StateDict]) -> list[MatchedLayout]:
-    """Detect the encoders of a family, and plan the conversion of each."""
     by_prefix: dict[str, list[DetectedLayout]] = {}
     for detected in detect_layouts(opened, registry.layouts(family), state_dicts):
         by_prefix.setdefault(detected.match.full_prefix, []).append(detected)
@@ -217,30 +177,19 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
 
 def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values]) -> list[Group]:
     """Fold repeated layers into groups, in the order of the tensors; `values` are of those that were read."""
-    members: dict[tuple[str, int, int], list[str]] = {}
-    for name, tensor in tensors.items():
-        # Tensors with another number of dimensions, or with a literal `{}` in the name, are not layers of one kind.
-        members.setdefault((fold(name), len(layer_indices(name)), len(tensor.shape)), []).append(name)
-    groups = []
-    for (pattern, _, _), names in members.items():
-        grouped = [tensors[name] for name in names]
-        shapes = Counter(tensor.shape for tensor in grouped)
-        measured = [values[name] for name in names if name in values]
-        groups.append(
-            Group(
-                name=pattern if len(names) > 1 else names[0],
-                layers=_format_layers(names) if len(names) > 1 else "",
-                num_tensors=len(names),
-                dtypes=sorted({tensor.dtype.name for tensor in grouped}),
-                shapes=[list(shape) for shape, _ in shapes.most_common()],
-                nbytes=sum(tensor.nbytes for tensor in grouped),
-                values=reduce(lambda a, b: a.plus(b), measured) if measured else None,
-            )
-        )
-    return groups
+    # Tensors with another number of dimensions are not layers of one kind.
+    groups = grouped(((*same_layer_key(name), len(tensor.shape)), name) for name, tensor in tensors.items())
+    return [_group(names, [tensors[name] for name in names], values) for names in groups.values()]
 
 
-def _format_layers(names: list[str]) -> str:
-    """Format the layer indices of names that differ in nothing else, such as `0..23`."""
-    columns = zip(*map(layer_indices, names), strict=True)
-    return ", ".join(format_indices(sorted(set(column))) for column in columns)
+def _group(names: list[str], tensors: list[TensorInfo], values: Mapping[str, Values]) -> Group:
+    measured = [values[name] for name in names if name in values]
+    return Group(
+        name=fold(names[0]) if len(names) > 1 else names[0],
+        layers=", ".join(layer_indices(names)) if len(names) > 1 else "",
+        num_tensors=len(names),
+        dtypes=sorted({tensor.dtype.name for tensor in tensors}),
+        shapes=[list(shape) for shape, _ in Counter(tensor.shape for tensor in tensors).most_common()],
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        values=reduce(lambda a, b: a.plus(b), measured) if measured else None,
+    )

@@ -47,9 +47,6 @@ def load(
         on_progress: Called after each tensor or, for sources on a hub, as bytes are fetched, also from other threads.
         **options: The fields of `converter.options.ConvertOptions` and `HubOptions`, as in `convert`.
 
-    Raises:
-        DsocrError: As in `convert`.
-
     Warns:
         UserWarning: A cast made finite values infinite, or the encoder computes another function than the source.
     """
@@ -62,17 +59,18 @@ def load(
     torch_device = checked_device(device)
     with open_sources(source, fill_from, convert_options, hub_options) as (checkpoints, opened, donor):
         plan = resolve(opened, convert_options, donor).plan
-        outputs = plan.outputs
         for checkpoint in checkpoints:
-            checkpoint.prefetch([tensor for value in outputs.values() for tensor in source_tensors(value)], on_progress)
+            checkpoint.prefetch(
+                [each for value in plan.outputs.values() for each in source_tensors(value)], on_progress
+            )
         loader = Loader(torch_device, check)
         tensors = {}
-        for done, (name, value) in enumerate(outputs.items()):
+        for name, value in plan.outputs.items():
             tensors[name] = loader(value)
             if not opened.remote:
-                on_progress("loading", done + 1, len(outputs))
+                on_progress("loading", len(tensors), len(plan.outputs))
         check_unchanged(checkpoints)
-        overflows = count_overflows(outputs)
+        overflows = count_overflows(plan.outputs)
         for warning in (*function_warning(plan, plan.layout), *([overflow_warning(overflows)] if overflows else [])):
             warnings.warn(warning, stacklevel=2)
         return tensors

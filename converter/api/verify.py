@@ -23,12 +23,7 @@ from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.controls import strongest
 from converter.verification.families import FAMILIES
-from converter.verification.inputs import (
-    Converted,
-    Expected,
-    open_any_layout,
-    open_converted,
-)
+from converter.verification.inputs import Converted, Expected, open_any_layout, open_converted
 from converter.verification.pictures import draw as draw_features
 from converter.verification.pictures import load
 from converter.verification.record_check import Record, check_record, read_record
@@ -95,7 +90,9 @@ def verify(
     """
     if unknown := [part for part in require if part not in PARTS]:
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
-    run_options = _run_options(device, dtype, fast, image, draw, on_progress)
+    check_choices(dtype=(dtype, DTYPES))
+    where = find_device("cpu" if fast else device)
+    page = load(Path(image)) if image is not None else None
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
     hub, checkpoints = HubOptions(**hub_options), list[Checkpoint]()
@@ -124,8 +121,9 @@ def verify(
         if only_record:
             result = _verify_record(target, only_record, on_progress)
         else:
-            chosen = () if fast else sizes or default_sizes(target, run_options.device)
-            result = _verify(target, expected, recorded, replace(run_options, sizes=chosen))
+            chosen = () if fast else sizes or default_sizes(target, where)
+            run_options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
+            result = _verify(target, expected, recorded, run_options)
     return replace(
         result,
         converted=str(converted),
@@ -133,21 +131,6 @@ def verify(
         environment=tool_versions(),
         required=tuple(require),
     )
-
-
-def _run_options(
-    device: str,
-    dtype: str,
-    fast: bool,
-    image: str | Path | None,
-    draw: bool,
-    on_progress: OnProgress,
-) -> RunOptions:
-    """How the encoders are run, but for the sizes; nothing is run on the device with `fast`."""
-    check_choices(dtype=(dtype, DTYPES))
-    where = find_device("cpu" if fast else device)
-    page = load(Path(image)) if image is not None else None
-    return RunOptions(where, torch_dtype(dtype), (), page, draw, on_progress)
 
 
 def default_sizes(target: Converted, device: torch.device) -> Sequence[int]:
@@ -173,7 +156,6 @@ def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -
 
 
 def _verify(target: Converted, source: Expected | None, record: Record | None, options: RunOptions) -> Verification:
-    """Make all checks of a file."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "structure"):
         checks = check_structure(target)
@@ -190,6 +172,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
     origins = source.origins.values() if source else []
     own_mappings = [Path(each.plan.mapping.location.file).name for each in origins if each.known is None]
     outputs = source.outputs if source else {}
+    drawn = runs if options.draw else []
     return Verification(
         converted=target.source.name,
         family=target.family,
@@ -209,12 +192,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
         qualifiers={"bytes": f"by {', '.join(own_mappings)}"} if own_mappings else {},
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
-        pictures=[
-            picture
-            for run in runs
-            if options.draw and run.features
-            for picture in draw_features(run.check.name, *run.features)
-        ],
+        pictures=[each for run in drawn if run.features for each in draw_features(run.check.name, *run.features)],
     )
 
 

@@ -17,12 +17,9 @@ _SOURCE = "SOURCE|random:SEED"
 
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """Options of a whole DeepEncoder.
+    """Options of a whole DeepEncoder; UsageError for a wrong value, and for options that contradict each other.
 
     Attributes:
-        sam: A checkpoint with SAM, in any layout.
-        clip: A checkpoint with CLIP, in any layout.
-        qwen2: A checkpoint with Qwen2, in any layout.
         compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [width, 2*neck, 3, 3], where width is
             that of CLIP or Qwen2 (DeepSeek-OCR, GOT-OCR2 and Vary for CLIP-L; DeepSeek-OCR-2 for Qwen2-0.5B); or
             random:SEED, uniform as a new Conv2d, see `converter.assembly.additions`. Not needed if `sam` has one.
@@ -36,12 +33,6 @@ class EncoderOptions:
         into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
             folder or a file. Shards, index, order of names, types and all other files are kept.
         dtype: keep, float32, float16 or bfloat16; of an mmproj, the type of its matrices.
-        prefix: The prefix of the encoders' names in sources that hold several.
-        lora: A LoRA adapter of PEFT to merge into the encoders, as in `convert`.
-        adapter_name: Which adapter of a file with several.
-
-    Raises:
-        UsageError: A value is not allowed, or options contradict each other.
     """
 
     sam: str | Path | None = option("Without SOURCE: a SAM checkpoint of any layout.", "SOURCE", type=str | None)

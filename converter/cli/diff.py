@@ -6,11 +6,10 @@ import math
 import shlex
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,7 +63,10 @@ def diff(a: A, b: B, **options: Any) -> None:
     if not quiet:
         console.say(*table(difference, shutil.get_terminal_size().columns, _can_encode_bar(sys.stderr.encoding)))
     if html is not None:
-        _write_page(html, difference)
+        from converter.reports.html import difference_page
+
+        facts = [_summary(difference), in_both(difference), *names(difference)]
+        reports.write(html, difference_page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
     if json:
         console.result_json({"summary": _summary(difference), **difference.to_json()})
     else:
@@ -72,28 +74,13 @@ def diff(a: A, b: B, **options: Any) -> None:
     raise typer.Exit(0 if difference.equal else 1)
 
 
-def _write_page(path: Path, difference: Difference) -> None:
-    from converter.reports.html import difference_page
-
-    facts = [_summary(difference), in_both(difference), *names(difference)]
-    reports.write(path, difference_page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
-
-
 def _bar_per_task(stack: ExitStack, enabled: bool) -> OnProgress:
     """Make a callback that shows a progress bar for each task: fetching, comparing, measuring."""
-    bars: dict[str, console.Bar] = {}
-
-    def on_progress(what: str, done: int, total: int) -> None:
-        task = what.partition(" ")[0]
-        if task not in bars:
-            bars[task] = stack.enter_context(console.Bar(enabled))
-        bars[task](what, done, total)
-
-    return on_progress
+    bars = defaultdict[str, console.Bar](lambda: stack.enter_context(console.Bar(enabled)))
+    return lambda what, done, total: bars[what.partition(" ")[0]](what, done, total)
 
 
 def _can_encode_bar(encoding: str | None) -> bool:
-    """Return whether an encoding has the characters of a bar."""
     try:
         _EIGHTHS.encode(encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
@@ -110,16 +97,12 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         use_unicode: Whether to draw bars with block characters instead of ASCII.
     """
     yield _summary(difference)
-    for side, name, kinds, layouts in zip(
-        "AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True
-    ):
+    sides = zip("AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True)
+    for side, name, kinds, layouts in sides:
         layout = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
         yield f"{side}  {name}: {', '.join(kinds)}, {layout}"
-    yield (
-        f"compared under the names of {' and '.join(difference.names)}"
-        if difference.names
-        else "compared under their own names"
-    )
+    common = f"the names of {' and '.join(difference.names)}" if difference.names else "their own names"
+    yield f"compared under {common}"
     yield from (f"  {note}" for note in difference.notes)
     yield in_both(difference)
     yield from names(difference)
@@ -139,10 +122,10 @@ def _summary(difference: Difference) -> str:
 
 def in_both(difference: Difference) -> str:
     """Return the number of tensors in both checkpoints, and how many of these tensors are equal."""
-    both = len(difference.same) + len(difference.changed)
-    if not difference.changed:
-        return f"{count(both, 'tensor')} in both, equal in every bit" if both else "no tensor is in both"
-    return f"{count(both, 'tensor')} in both: {len(difference.same)} equal in every bit, {len(difference.changed)} not"
+    same, changed = len(difference.same), len(difference.changed)
+    if not changed:
+        return f"{count(same, 'tensor')} in both, equal in every bit" if same else "no tensor is in both"
+    return f"{count(same + changed, 'tensor')} in both: {same} equal in every bit, {changed} not"
 
 
 def names(difference: Difference) -> Iterable[str]:
@@ -155,9 +138,9 @@ def names(difference: Difference) -> Iterable[str]:
         if names:
             yield f"only in {side}: {count(len(names), 'tensor')}: {_shorten(names)}"
     if difference.renamed:
-        pairs = [f"{old} -> {new}" for old, new in difference.renamed.items()]
+        pairs = [f"  {old} -> {new}" for old, new in difference.renamed.items()]
         yield f"renamed: {count(len(pairs), 'tensor')}, equal in every bit"
-        yield from (f"  {pair}" for pair in pairs[:_MAX_TENSORS])
+        yield from pairs[:_MAX_TENSORS]
         if len(pairs) > _MAX_TENSORS:
             yield f"  and {len(pairs) - _MAX_TENSORS} more"
     if ranks := difference.low_ranks:
@@ -183,7 +166,6 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:
-    """Show how far each block moved, as a number and as a bar."""
     longest = max(len("block"), *(len(block.name) for block in blocks))
     columns = min(max(width - longest - len("  differ    moved  |"), _MIN_BAR_WIDTH), _MAX_BAR_WIDTH)
     largest_move = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
@@ -191,15 +173,9 @@ def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:
     yield f"{'block':{longest}}  differ    moved"
     for block in blocks:
         differ = f"{block.differing}/{block.num_tensors}"
-        share = _share(block.relative, largest_move)
+        share = block.relative / (largest_move or 1.0) if math.isfinite(block.relative) else block.relative == math.inf
         bar = _bar(share * columns, use_unicode)
         yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
-
-
-def _share(value: float, largest: float) -> float:
-    if math.isfinite(value):
-        return value / largest if largest else 0.0
-    return float(value == math.inf)
 
 
 def _bar(length: float, use_unicode: bool) -> str:

@@ -8,8 +8,8 @@ import typer
 
 import converter
 from converter.assembly.options import EncoderOptions
+from converter.cli.families import run_conversion
 from converter.cli.options import WriteOptions, add_options
-from converter.cli.run import run_conversion
 from converter.options import HubOptions
 
 Source = Annotated[

@@ -1,15 +1,20 @@
-"""`dsocr-convert sam`, `clip` and `qwen2`: convert the encoder of a family."""
+"""`dsocr-convert sam`, `clip` and `qwen2`: convert the encoder of a family. All conversions run and report alike."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import converter
+from converter.cli import console, render
 from converter.cli.options import Source, WriteOptions, add_options
-from converter.cli.run import run_conversion
 from converter.options import ConvertOptions, HubOptions
+
+if TYPE_CHECKING:
+    from converter.output.record import ConversionRecord
 
 FillFrom = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Take tensors that SOURCE lacks from this checkpoint.")
@@ -32,3 +37,35 @@ def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
 def qwen2(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
     """Convert a Qwen2 checkpoint for DeepSeek-OCR-2: transformers', or the Qwen2 inside DeepSeek-OCR-2."""
     run_conversion(converter.convert, source, "qwen2", fill_from=fill_from, **options)
+
+
+def run_conversion(
+    convert: Callable[..., ConversionRecord],
+    *sources: str | None,
+    record: list[Path] | None,
+    json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Run a conversion and show its record: the result on stdout, the rest on stderr.
+
+    Args:
+        convert: `converter.convert` or `converter.encoder`.
+        sources: The positional arguments of `convert`.
+        record: Files for the conversion record or a model card.
+        json: Whether to print the record as JSON.
+        quiet: Whether to print only the result.
+        options: The other keyword arguments of `convert`.
+    """
+    with console.Bar(enabled=not quiet) as bar:
+        conversion = convert(*sources, record=record or (), on_progress=bar, **options)
+    if not quiet:
+        console.say(*render.summary(conversion))
+        if record and conversion.written:
+            console.say(f"record: {', '.join(map(str, record))}")
+    if json:
+        console.result_json(conversion.to_json())
+    elif conversion.written or conversion.unchanged:
+        console.result(conversion.output)
+    else:
+        console.result(*render.plan(conversion))

@@ -131,7 +131,6 @@ def derive_mapping(source: NewLayout, target: Target, **options: Any) -> None:
 
 
 def _summary(derived: Derived) -> list[str]:
-    """Describe how tensors were matched, which source tensors are dropped and which target tensors have no match."""
     num_matched, num_rules = derived.num_matched, render.count(derived.num_rules, "rule")
     num_tensors = num_matched + len(derived.unmatched)
     lines = [f"{derived.layout}: matched {num_matched} of {num_tensors} tensors of {derived.target} with {num_rules}"]
@@ -147,7 +146,6 @@ def _summary(derived: Derived) -> list[str]:
 
 
 def _name_lines(names: list[str], max_names: int) -> list[str]:
-    """Return one indented line for each of the first names, with repeated layers folded."""
     folded = fold_names(names)
     more = [f"    and {len(folded) - max_names} more"] if len(folded) > max_names else []
     return [*(f"    {name}" for name in folded[:max_names]), *more]

@@ -43,7 +43,6 @@ def summary(record: ConversionRecord) -> Iterable[str]:
 
 
 def _source(source: RecordedSource) -> str:
-    """Describe a source: its containers, layout and commit."""
     facts = list(source.containers)
     if source.mappings:
         facts.append(f"layout {' + '.join(mapping.name for mapping in source.mappings)}")
@@ -67,7 +66,6 @@ def transfers(record: ConversionRecord) -> Iterable[str]:
 
 
 def _data_check(container: str) -> str:
-    """Describe how the data of fetched tensors were checked."""
     from converter.formats import dcp_files, torch_zip, torchscript
 
     if container in (torch_zip.CONTAINER, torchscript.CONTAINER, dcp_files.CONTAINER):
@@ -105,11 +103,9 @@ def inspection(result: Inspection) -> Iterable[str]:
     yield f"{result.source}: {', '.join(result.containers)}, {count(len(result.files), 'file')}, {size(total)}"
     if len(result.state_dicts) > 1 or "." not in result.state_dicts:
         # The states of an optimizer are a dict for each tensor.
-        found = {
-            name: sum(map(result.state_dicts.__getitem__, each))
-            for name, each in fold_layers(result.state_dicts).items()
-        }
-        yield "state dicts: " + ", ".join(f"{path} ({number} tensors)" for path, number in found.items())
+        found = fold_layers(result.state_dicts).items()
+        numbers = {name: sum(result.state_dicts[path] for path in paths) for name, paths in found}
+        yield "state dicts: " + ", ".join(f"{name} ({number} tensors)" for name, number in numbers.items())
     dtypes = ", ".join(f"{number} {name}" for name, number in result.dtypes.items())
     yield f"{result.num_tensors} tensors, {size(result.nbytes)}: {dtypes}"
     if result.folder:
@@ -166,8 +162,8 @@ def _values(group: Group) -> tuple[str, ...]:
     values = group.values
     if values is None:
         return ("",) * len(_VALUES)
-    numbers = (values.minimum, values.mean, values.maximum) if values.finite else ()
-    return *(f"{number:.3g}" for number in numbers), *[""] * (3 - len(numbers)), str(values.non_finite)
+    numbers = [f"{number:.3g}" for number in (values.minimum, values.mean, values.maximum)]
+    return *(numbers if values.finite else ("", "", "")), str(values.non_finite)
 
 
 def _paired(groups: list[Group]) -> Iterable[tuple[Group, Group | None]]:

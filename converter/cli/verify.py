@@ -116,21 +116,18 @@ def verify(converted: Converted, **options: Any) -> None:
 
 def _check_activations(saved: Path | None, theirs: Path | None, stages: str | None, options: dict[str, Any]) -> None:
     """UsageError for options that do not go with the options on activations."""
-    if saved is None and (stages is not None or theirs is None):
-        if stages is not None:
-            raise UsageError("--stages: is for --save-activations", "add --save-activations FILE.safetensors")
-        return
+    if saved is None and stages is not None:
+        raise UsageError("--stages: is for --save-activations", "add --save-activations FILE.safetensors")
     if saved is not None and theirs is not None:
         raise UsageError("--save-activations and --activations: choose one")
     option = "--save-activations" if saved is not None else "--activations"
     refused = _NOT_WITH_ACTIVATIONS if saved is not None else (*_NOT_WITH_ACTIVATIONS, "sizes")
-    for name in refused:
+    for name in refused if saved is not None or theirs is not None else ():
         if options[name]:
             raise UsageError(f"--{name.replace('_', '-')}: cannot be combined with {option}", "run two commands")
 
 
 def _show(verification: Verification, report: ReportOptions) -> None:
-    """Print a verification and write its reports."""
     from converter import reports
     from converter.reports.github import annotate
     from converter.reports.text import print_report

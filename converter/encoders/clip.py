@@ -36,13 +36,11 @@ class ClipEncoder(nn.Module):
                 no pixels, or there is no patch convolution.
         """
         patches = self.embeddings.patches(pixels) if patch_embeds is None else patch_embeds
-        x: Tensor = self.transformer(self.embed(patches))
-        return x
+        return self.transformer(self.embed(patches))
 
     def embed(self, patches: Tensor) -> Tensor:
         """Return the first block's input (B, 1 + h*w, width) for patch embeddings (B, width, h, w)."""
-        x: Tensor = self.pre_layrnorm(self.embeddings(patches))
-        return x
+        return self.pre_layrnorm(self.embeddings(patches))
 
 
 class _Embeddings(nn.Module):
@@ -56,7 +54,6 @@ class _Embeddings(nn.Module):
                 config.channels, config.width, config.patch, stride=config.patch, bias=False
             )
         self.position_embedding = nn.Embedding(num_positions, config.width)
-        self.position_ids: Tensor
         self.register_buffer("position_ids", torch.arange(num_positions)[None])
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -69,13 +66,12 @@ class _Embeddings(nn.Module):
         if pixels is None or not self.config.patch_convolution:
             raise ValueError("patch_embeds is required: there are no pixels, or the encoder has no patch convolution")
         check_image_size(pixels, self.config.patch)
-        patches: Tensor = self.patch_embedding(pixels)
-        return patches
+        return self.patch_embedding(pixels)
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Return position embeddings (1, 1 + h*w, width); only those of the patches are resampled."""
         # As in DeepSeek's module, position_ids are used, so wrong ones change the output.
-        table: Tensor = self.position_embedding(self.position_ids)
+        table = self.position_embedding(self.position_ids)
         grid = self.config.grid
         patches = resample_abs_pos(table[:, 1:].reshape(1, grid, grid, -1), h, w)
         return torch.cat([table[:, :1], patches.flatten(1, 2)], dim=1)
@@ -104,8 +100,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        y: Tensor = self.mlp(self.layer_norm2(x))
-        return x + y
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class _Attention(nn.Module):
@@ -117,8 +112,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv_proj(x), self.heads)
-        y: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return y
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):
@@ -129,8 +123,7 @@ class _Mlp(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return y
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def _layer_norm(config: ClipConfig) -> nn.LayerNorm:

@@ -26,37 +26,22 @@ ACTIVATION_NAMES = {
 
 @dataclass(frozen=True)
 class SamConfig:
-    """Sizes of SAM's image encoder. The defaults are SAM-base with DeepSeek-OCR's compressor.
+    """Sizes of SAM's image encoder. The defaults are SAM-base with DeepSeek-OCR's compressor."""
 
-    Attributes:
-        image_size: The image size in training, in pixels. Other sizes can be encoded.
-        patch: The patch size in pixels.
-        channels: The number of channels of an image.
-        width: The embedding dimension.
-        depth: The number of blocks.
-        heads: The number of attention heads.
-        mlp: The hidden dimension of the MLPs.
-        window: The window size in patches.
-        global_blocks: The indices of the blocks with global attention. All others attend within windows.
-        neck: The number of channels of the neck.
-        compressor: The output channels of net_2 and net_3, or None for Meta's SAM.
-        activation: The activation of the MLPs, by transformers' name.
-        epsilon: The epsilon of the blocks' layer norms. The neck's is always 1e-6.
-    """
-
-    image_size: int = 1024
-    patch: int = 16
-    channels: int = 3
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    window: int = 14
+    image_size: int = 1024  #: The image size in training, in pixels. Other sizes can be encoded.
+    patch: int = 16  #: The patch size in pixels
+    channels: int = 3  #: The number of channels of an image
+    width: int = 768  #: The embedding dimension
+    depth: int = 12  #: The number of blocks
+    heads: int = 12  #: The number of attention heads
+    mlp: int = 3072  #: The hidden dimension of the MLPs
+    window: int = 14  #: The window size in patches
+    #: The indices of the blocks with global attention. All others attend within windows.
     global_blocks: tuple[int, ...] = (2, 5, 8, 11)
-    neck: int = 256
-    compressor: tuple[int, int] | None = (512, 1024)
-    activation: str = "gelu"
-    epsilon: float = 1e-6
+    neck: int = 256  #: The number of channels of the neck
+    compressor: tuple[int, int] | None = (512, 1024)  #: The output channels of net_2 and net_3, or None for Meta's SAM
+    activation: str = "gelu"  #: The activation of the MLPs, by transformers' name
+    epsilon: float = 1e-6  #: The epsilon of the blocks' layer norms. The neck's is always 1e-6.
 
     @property
     def grid(self) -> int:
@@ -66,32 +51,19 @@ class SamConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of CLIP's vision tower. The defaults are CLIP-L/14.
+    """Sizes of CLIP's vision tower. The defaults are CLIP-L/14."""
 
-    Attributes:
-        image_size: The image size in training, in pixels. Other sizes can be encoded.
-        patch: The patch size in pixels.
-        channels: The number of channels of an image.
-        width: The embedding dimension.
-        depth: The number of blocks.
-        heads: The number of attention heads.
-        mlp: The hidden dimension of the MLPs.
-        patch_convolution: Whether the checkpoint has a patch embedding. The DeepEncoder does not run it, so some
-            checkpoints lack it.
-        activation: The activation of the MLPs, by transformers' name.
-        epsilon: The epsilon of the layer norms.
-    """
-
-    image_size: int = 224
-    patch: int = 14
-    channels: int = 3
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp: int = 4096
+    image_size: int = 224  #: The image size in training, in pixels. Other sizes can be encoded.
+    patch: int = 14  #: The patch size in pixels
+    channels: int = 3  #: The number of channels of an image
+    width: int = 1024  #: The embedding dimension
+    depth: int = 24  #: The number of blocks
+    heads: int = 16  #: The number of attention heads
+    mlp: int = 4096  #: The hidden dimension of the MLPs
+    #: Whether the checkpoint has a patch embedding. The DeepEncoder does not run it, so some checkpoints lack it.
     patch_convolution: bool = True
-    activation: str = "quick_gelu"
-    epsilon: float = 1e-5
+    activation: str = "quick_gelu"  #: The activation of the MLPs, by transformers' name
+    epsilon: float = 1e-5  #: The epsilon of the layer norms
 
     @property
     def grid(self) -> int:
@@ -101,29 +73,18 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """Sizes of Qwen2 as an encoder. The defaults are those of DeepSeek-OCR-2 and of Qwen2-0.5B.
+    """Sizes of Qwen2 as an encoder. The defaults are those of DeepSeek-OCR-2 and of Qwen2-0.5B."""
 
-    Attributes:
-        width: The embedding dimension.
-        depth: The number of layers.
-        heads: The number of attention heads.
-        key_value_heads: The number of heads of keys and values, each of which several heads of queries share.
-        mlp: The hidden dimension of the MLPs.
-        queries: The rows of query_768 and query_1024, or None for a Qwen2 without them.
-        activation: The activation of the MLPs, by transformers' name.
-        epsilon: The epsilon of the RMS norms.
-        rope_theta: The base of the frequencies of rotary positions.
-    """
-
-    width: int = 896
-    depth: int = 24
-    heads: int = 14
-    key_value_heads: int = 2
-    mlp: int = 4864
+    width: int = 896  #: The embedding dimension
+    depth: int = 24  #: The number of layers
+    heads: int = 14  #: The number of attention heads
+    key_value_heads: int = 2  #: The number of heads of keys and values, each of which several heads of queries share
+    mlp: int = 4864  #: The hidden dimension of the MLPs
+    #: The rows of query_768 and query_1024, or None for a Qwen2 without them
     queries: tuple[int, int] | None = (144, 256)
-    activation: str = "silu"
-    epsilon: float = 1e-6
-    rope_theta: float = 1e6
+    activation: str = "silu"  #: The activation of the MLPs, by transformers' name
+    epsilon: float = 1e-6  #: The epsilon of the RMS norms
+    rope_theta: float = 1e6  #: The base of the frequencies of rotary positions
 
 
 def sam_config_from(
@@ -161,7 +122,7 @@ def sam_config_from(
         window=_window(rel_pos, rows),
         global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
-        compressor=_compressor(shapes),
+        compressor=_rows(shapes, "net_2.weight", "net_3.weight", 4),
         activation=activation,
         epsilon=epsilon,
     )
@@ -175,17 +136,15 @@ def _window(rel_pos: Sequence[tuple[int, ...]], rows: int) -> int:
     return (windows.pop() + 1) // 2 if windows else SamConfig.window
 
 
-def _compressor(shapes: Shapes) -> tuple[int, int] | None:
-    if "net_2.weight" not in shapes and "net_3.weight" not in shapes:
+def _rows(shapes: Shapes, first: str, second: str, ndim: int) -> tuple[int, int] | None:
+    """The first sizes of two tensors of an addition, or None without them."""
+    if first not in shapes and second not in shapes:
         return None
-    return shape_of(shapes, "net_2.weight", 4)[0], shape_of(shapes, "net_3.weight", 4)[0]
+    return shape_of(shapes, first, ndim)[0], shape_of(shapes, second, ndim)[0]
 
 
 def clip_config_from(
-    shapes: Shapes,
-    head_width: int = 64,
-    activation: str = ClipConfig.activation,
-    epsilon: float = ClipConfig.epsilon,
+    shapes: Shapes, head_width: int = 64, activation: str = ClipConfig.activation, epsilon: float = ClipConfig.epsilon
 ) -> ClipConfig:
     """Infer the config of a CLIP vision tower from the shapes of its tensors by DeepSeek's names.
 
@@ -204,12 +163,15 @@ def clip_config_from(
     num_positions, width = shape_of(shapes, name, 2)
     if width % head_width:
         raise LayoutError(f"{name}: {width} channels, expected a multiple of the heads' {head_width}")
+    grid = isqrt(num_positions - 1)
+    if not grid or grid**2 != num_positions - 1:
+        raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
     channels, patch = ClipConfig.channels, ClipConfig.patch
     convolution = "embeddings.patch_embedding.weight"
     if convolution in shapes:
         _, channels, patch, _ = shape_of(shapes, convolution, 4)
     return ClipConfig(
-        image_size=_grid(name, num_positions) * patch,
+        image_size=grid * patch,
         patch=patch,
         channels=channels,
         width=width,
@@ -251,25 +213,11 @@ def qwen2_config_from(
         heads=width // head_width,
         key_value_heads=key_value // head_width,
         mlp=shape_of(shapes, "model.model.layers.0.mlp.gate_proj.weight", 2)[0],
-        queries=_queries(shapes),
+        queries=_rows(shapes, "query_768.weight", "query_1024.weight", 2),
         activation=activation,
         epsilon=epsilon,
         rope_theta=rope_theta,
     )
-
-
-def _queries(shapes: Shapes) -> tuple[int, int] | None:
-    if "query_768.weight" not in shapes and "query_1024.weight" not in shapes:
-        return None
-    return shape_of(shapes, "query_768.weight", 2)[0], shape_of(shapes, "query_1024.weight", 2)[0]
-
-
-def _grid(name: str, num_positions: int) -> int:
-    """Return the number of patches along a side of the image."""
-    grid = isqrt(num_positions - 1)
-    if not grid or grid**2 != num_positions - 1:
-        raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
-    return grid
 
 
 def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:

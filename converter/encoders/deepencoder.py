@@ -66,8 +66,7 @@ class DeepEncoderV2(nn.Module):
         Raises:
             ValueError: Height or width is not a multiple of SAM's patch size.
         """
-        tokens: Tensor = self.qwen2_model(self.sam_model(pixels))
-        return tokens
+        return self.qwen2_model(self.sam_model(pixels))
 
     def num_tokens(self, side: int) -> int:
         """Return the number of tokens of an image of `side` pixels along each side."""

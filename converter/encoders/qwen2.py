@@ -55,8 +55,7 @@ class Qwen2Encoder(nn.Module):
         """
         for layer in self.model.model.layers:
             x = layer(x, image_tokens)
-        normed: Tensor = self.model.model.norm(x)
-        return normed
+        return self.model.model.norm(x)
 
 
 class _LanguageModel(nn.Module):
@@ -87,8 +86,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, image_tokens: int | None = None) -> Tensor:
         image_tokens = x.shape[1] // 2 if image_tokens is None else image_tokens
         x = x + self.self_attn(self.input_layernorm(x), image_tokens)
-        y: Tensor = self.mlp(self.post_attention_layernorm(x))
-        return x + y
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class _Attention(nn.Module):
@@ -109,8 +107,7 @@ class _Attention(nn.Module):
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         shared = q.shape[1] // k.shape[1]
         y = attend(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), image_tokens)
-        projected: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
-        return projected
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, heads * D) -> (B, heads, N, D)."""
@@ -125,9 +122,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, image_tokens: int) -> Tensor:
         k: Keys, of the same shape.
         v: Values, of the same shape.
         image_tokens: The number of image tokens, which come first.
-
-    Returns:
-        (B, heads, N, D).
     """
     n, total = image_tokens, q.shape[2]
     images = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
@@ -162,8 +156,7 @@ class _Mlp(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return y
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RmsNorm(nn.Module):

@@ -59,8 +59,7 @@ class SamEncoder(nn.Module):
         x = self.embed(self.patch_embed.proj(pixels))
         for block in self.blocks:
             x = block(x)
-        features: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return features
+        return self.neck(x.permute(0, 3, 1, 2))
 
     def embed(self, patches: Tensor) -> Tensor:
         """Add position embeddings to patch embeddings (B, C, h, w), and return the first block's input (B, h, w, C)."""
@@ -86,16 +85,13 @@ class _Block(nn.Module):
         self.mlp = _Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm1(x)
         if self.window is None:
-            y = self.attn(y)
+            x = x + self.attn(self.norm1(x))
         else:
             # The padding comes after the norm and is not masked, as in the training of SAM.
-            windows = self.attn(window_partition(y, self.window))
-            y = window_unpartition(windows, x.shape[1], x.shape[2])
-        x = x + y
-        y = self.mlp(self.norm2(x))
-        return x + y
+            windows = self.attn(window_partition(self.norm1(x), self.window))
+            x = x + window_unpartition(windows, x.shape[1], x.shape[2])
+        return x + self.mlp(self.norm2(x))
 
 
 class _Attention(nn.Module):
@@ -122,19 +118,12 @@ class _Attention(nn.Module):
         # On a GPU the mask of a whole image takes most of the memory and much time. Within windows it is faster.
         attend = attention_without_mask if self.is_global and x.device.type != "cpu" else attention_with_mask
         y = attend(q, k, v, *bias)
-        projected: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape))
-        return projected
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def _rel_pos_bias(self, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """Return the relative position bias of each query for the rows and for the columns of the keys.
+        """Return the bias of each query (B, heads, h*w, D), before scaling, for the rows and the columns of the keys.
 
-        Args:
-            q: Queries (B, heads, h*w, D), before scaling.
-            h: Number of rows of patches.
-            w: Number of columns of patches.
-
-        Returns:
-            q.R_h (B, heads, h*w, h) and q.R_w (B, heads, h*w, w).
+        They are q.R_h (B, heads, h*w, h) and q.R_w (B, heads, h*w, w).
         """
         q = q.reshape(*q.shape[:2], h, w, -1)
         rows = torch.einsum("bnhwd,hkd->bnhwk", q, _rel_pos_embeddings(self.rel_pos_h, h)).flatten(2, 3)
@@ -151,28 +140,15 @@ def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: 
         v: Values, of the same shape.
         rows: The bias of each query for keys in each of the h rows (B, heads, N, h), where N = h * w.
         columns: The same for the w columns (B, heads, N, w).
-
-    Returns:
-        (B, heads, N, D).
     """
     mask = (rows[..., :, None] + columns[..., None, :]).flatten(3)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def attention_without_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same as `attention_with_mask` with the bias as a part of the product of queries and keys.
+    """The same as `attention_with_mask`, with its arguments, but the bias is a part of the product of queries and keys.
 
     A query gets its biases as h + w more channels. A key gets a one at its row and one at its column.
-
-    Args:
-        q: Queries (B, heads, N, D).
-        k: Keys, of the same shape.
-        v: Values, of the same shape.
-        rows: The bias of each query for keys in each of the h rows (B, heads, N, h), where N = h * w.
-        columns: The same for the w columns (B, heads, N, w).
-
-    Returns:
-        (B, heads, N, D).
     """
     h, w, scale = rows.shape[-1], columns.shape[-1], math.sqrt(q.shape[-1])
     # The product is divided by the scale. Keys take its power of two, which every type holds, and queries the rest.
@@ -195,8 +171,7 @@ class _Mlp(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.lin2(self.activation(self.lin1(x)))
-        return y
+        return self.lin2(self.activation(self.lin1(x)))
 
 
 def _layer_norm(config: SamConfig) -> nn.LayerNorm:
@@ -222,7 +197,7 @@ def window_partition(x: Tensor, size: int) -> Tensor:
     """Partition (B, h, w, C) into windows (B * num_windows, size, size, C), zero-padded at the bottom and right."""
     batch, h, w, channels = x.shape
     x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
-    x = x.reshape(batch, ceil_div(h, size), size, ceil_div(w, size), size, channels)
+    x = x.reshape(batch, -(-h // size), size, -(-w // size), size, channels)
     return x.transpose(2, 3).flatten(0, 2)
 
 
@@ -235,10 +210,5 @@ def window_unpartition(windows: Tensor, h: int, w: int) -> Tensor:
         w: Number of columns of patches without padding.
     """
     size, channels = windows.shape[2:]
-    x = windows.reshape(-1, ceil_div(h, size), ceil_div(w, size), size, size, channels)
+    x = windows.reshape(-1, -(-h // size), -(-w // size), size, size, channels)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Divide and round up."""
-    return -(-a // b)

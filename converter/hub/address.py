@@ -43,11 +43,7 @@ def looks_like_repository(source: str) -> bool:
 
 
 def parse_address(source: str, hub_options: HubOptions) -> Address:
-    """Combine SOURCE and the hub options into an address.
-
-    Raises:
-        UsageError: SOURCE has another form, or contradicts an option.
-    """
+    """Combine SOURCE and the hub options into an address; UsageError if they contradict each other."""
     scheme, _, rest = source.partition("://") if is_address(source) else ("", "", source)
     match = _ADDRESS.fullmatch(rest)
     if match is None:

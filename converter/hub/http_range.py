@@ -4,68 +4,34 @@ from __future__ import annotations
 
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from converter.errors import ContainerError, HubError
-from converter.hub.repository import HttpResponse, HubConnectionError, HubResponseError, Repository, same_origin
+from converter.hub.repository import (
+    RETRYABLE_STATUS,
+    HttpResponse,
+    HubConnectionError,
+    HubResponseError,
+    Repository,
+    retry_wait,
+    same_origin,
+)
 
-# Attempts in a row that receive no bytes, and seconds to wait between them: each wait is twice the one before.
-_MAX_ATTEMPTS, _FIRST_WAIT, _MAX_WAIT = 6, 0.5, 30.0
-# Attempts of an API request. A request that gets no response is not repeated after this many seconds.
-_MAX_API_ATTEMPTS, _MAX_API_SECONDS = 3, 5.0
+# Attempts in a row that receive no bytes.
+_MAX_ATTEMPTS = 6
 _MAX_REDIRECTS = 8
-
+_ENDPOINT_HINT = "check the hub's endpoint setting"
 _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
-_RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Returned by a CDN for a signed URL that has expired.
 _EXPIRED_STATUS = frozenset({400, 401, 403, 404, 410})
-
-T = TypeVar("T")
-
-
-def with_retries(request: Callable[[], T]) -> T:
-    """Call `request` and repeat it after transient failures.
-
-    Raises:
-        HubResponseError: The hub refused the last attempt.
-        HubConnectionError: The last attempt got no response.
-    """
-    begin = time.monotonic()
-    for attempt in range(1, _MAX_API_ATTEMPTS):
-        try:
-            return request()
-        except HubResponseError as error:
-            if error.status not in _RETRYABLE_STATUS:
-                raise
-            time.sleep(_wait(attempt, error.retry_after))
-        except HubConnectionError:
-            if time.monotonic() - begin > _MAX_API_SECONDS:
-                raise
-            time.sleep(_wait(attempt, None))
-    return request()
-
-
-def _wait(attempt: int, retry_after: float | None) -> float:
-    """Return the seconds to wait: `retry_after` if the hub gave it, else twice as long after each attempt."""
-    return min(_FIRST_WAIT * 2 ** (attempt - 1) if retry_after is None else retry_after, _MAX_WAIT)
 
 
 class RangeReader:
     """Reads byte ranges of one file of a repository; several threads may use it.
 
-    Args:
-        repository: The repository that has the file.
-        path: The file's path in the repository.
-
-    Attributes:
-        size: The file's size in bytes.
-
-    Raises:
-        HubError: The hub does not list the size, and its responses do not have it.
+    `size` is the file's size in bytes; HubError if neither the hub's list nor its responses have it.
     """
 
     def __init__(self, repository: Repository, path: str) -> None:
@@ -88,7 +54,7 @@ class RangeReader:
         self._stopped.set()
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes from offset `start` to `end` (exclusive) as they are received.
+        """Yield the bytes from `start` to `end` (exclusive) as they are received.
 
         Raises:
             HubError: The hub refuses, or fails repeatedly.
@@ -118,17 +84,14 @@ class RangeReader:
                     return
                 if error.status == 416:
                     raise self._replaced_error() from None
-                if error.status not in _RETRYABLE_STATUS:
+                if error.status not in RETRYABLE_STATUS:
                     raise self._repository.to_hub_error(error, self._path) from None
                 reason, retry_after = str(error), error.retry_after
             attempt = 1 if offset > attempt_start else attempt + 1
+            if attempt >= _MAX_ATTEMPTS and offset < end:
+                raise HubError(f"{self._name}: could not be fetched in {attempt} attempts: {reason}", "try again later")
             if offset < end:
-                self._wait_for_retry(attempt, retry_after, reason)
-
-    def _wait_for_retry(self, attempt: int, retry_after: float | None, reason: str) -> None:
-        if attempt >= _MAX_ATTEMPTS:
-            raise HubError(f"{self._name}: could not be fetched in {attempt} attempts: {reason}", "try again later")
-        self._stopped.wait(_wait(attempt, retry_after))
+                self._stopped.wait(retry_wait(attempt, retry_after))
 
     def _request(self, start: int, end: int, whole: bool) -> Iterator[bytes]:
         """Yield the body of one response, which may end early. If `whole`, the response may be the whole file."""
@@ -160,7 +123,10 @@ class RangeReader:
         for _ in range(_MAX_REDIRECTS):
             with self._repository.get(url, headers) as response:
                 if response.status in _REDIRECT_STATUS:
-                    url = self._redirect_target(response)
+                    location = response.headers.get("Location", "")
+                    url = urljoin(response.url, location)
+                    if not location or urlsplit(url).scheme not in ("http", "https"):
+                        raise HubError(f"{self._name}: redirected to {location!r}", _ENDPOINT_HINT)
                 elif response.status in _EXPIRED_STATUS and url == cdn_url:
                     url = self._url
                 elif response.status >= 400:
@@ -170,14 +136,7 @@ class RangeReader:
                     self._cdn_url = "" if same_origin(url, self._url) else url
                     yield response
                     return
-        raise HubError(f"{self._name}: more than {_MAX_REDIRECTS} redirects", "check the hub's endpoint setting")
-
-    def _redirect_target(self, response: HttpResponse) -> str:
-        location = response.headers.get("Location", "")
-        url = urljoin(response.url, location)
-        if not location or urlsplit(url).scheme not in ("http", "https"):
-            raise HubError(f"{self._name}: redirected to {location!r}", "check the hub's endpoint setting")
-        return url
+        raise HubError(f"{self._name}: more than {_MAX_REDIRECTS} redirects", _ENDPOINT_HINT)
 
     def _check_response(self, response: HttpResponse, start: int, end: int, whole: bool) -> None:
         """Raise an error unless the response is the requested range, or the whole, of an unchanged file."""

@@ -14,13 +14,12 @@ from huggingface_hub import constants, errors, utils
 
 from converter import __version__
 from converter.errors import HubError
-from converter.hub import requests_http
-from converter.hub.http_range import with_retries
 from converter.hub.repository import (
     HttpResponse,
     HubConnectionError,
     HubResponseError,
     Repository,
+    get_with_requests,
     is_intact,
     parse_file_list,
     same_origin,
@@ -61,9 +60,8 @@ class HuggingFaceRepository(Repository):
     def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         name = f"hf://{repository}" + (f"@{revision}" if revision else "")
         super().__init__(name, constants.ENDPOINT, is_complete)
-        self.other_hub = (
-            f"\nor try ModelScope, where names of repositories differ: --hub modelscope, or ms://{repository}"
-        )
+        other = f"--hub modelscope, or ms://{repository}"
+        self.other_hub = f"\nor try ModelScope, where names of repositories differ: {other}"
         self._id, self._revision = repository, revision or constants.DEFAULT_REVISION
         try:
             utils.validate_repo_id(repository)  # type: ignore[attr-defined]
@@ -89,19 +87,16 @@ class HuggingFaceRepository(Repository):
         return Path(folder) if folder else None
 
     def _list_files(self) -> None:
-        info = with_retries(self._request_info)
+        info = self._request(
+            lambda: huggingface_hub.HfApi().model_info(
+                self._id, revision=self._revision, files_metadata=True, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
+            )
+        )
         # Validated because it becomes a part of paths in the cache.
         self.commit = info.sha if info.sha and _COMMIT.fullmatch(info.sha) else ""
         self.files = parse_file_list(
             (file.rfilename, file.size, file.lfs.sha256 if file.lfs else "") for file in info.siblings or []
         )
-
-    def _request_info(self) -> huggingface_hub.ModelInfo:
-        timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
-        with self.translated_errors():
-            return huggingface_hub.HfApi().model_info(
-                self._id, revision=self._revision, files_metadata=True, timeout=timeout
-            )
 
     def cached_file(self, path: str) -> Path | None:
         # The cache may have an older commit of the revision, whose file is used if it is unchanged.
@@ -131,11 +126,11 @@ class HuggingFaceRepository(Repository):
         # This is the client that the user may have configured.
         session, timeout = huggingface_hub.get_session(), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         if isinstance(session, requests.Session):
-            with requests_http.stream(session, url, headers, (timeout, timeout)) as response:
+            with get_with_requests(session, url, headers, timeout=timeout) as response:
                 yield response
             return
         with (
-            self.translated_errors(),
+            self._translated_errors(),
             session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=False) as response,
         ):
             yield HttpResponse(url, response.status_code, response.headers, response.iter_raw())

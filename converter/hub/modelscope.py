@@ -9,17 +9,16 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import requests
-from modelscope_hub import FileInfo, HubApi, get_default_config
+from modelscope_hub import HubApi, get_default_config
 from modelscope_hub import errors as library
 from modelscope_hub.constants import API_CONNECT_TIMEOUT, DOWNLOAD_TIMEOUT
 
 from converter.errors import HubError
-from converter.hub import requests_http
-from converter.hub.http_range import with_retries
 from converter.hub.repository import (
     HttpResponse,
     HubResponseError,
     Repository,
+    get_with_requests,
     is_intact,
     parse_file_list,
     same_origin,
@@ -34,12 +33,7 @@ class ModelScopeRepository(Repository):
     """A Repository on ModelScope; the arguments are `open_repository`'s."""
 
     response_errors = (library.APIError,)
-    network_errors = (
-        library.NetworkError,
-        library.StorageError,
-        library.FileIntegrityError,
-        requests.RequestException,
-    )
+    network_errors = (library.NetworkError, library.StorageError, library.FileIntegrityError, requests.RequestException)
 
     def __init__(self, repository: str, revision: str | None, is_complete: Callable[[Path], bool]) -> None:
         name = f"ms://{repository}" + (f"@{revision}" if revision else "")
@@ -49,23 +43,19 @@ class ModelScopeRepository(Repository):
         self.list_files()
 
     def _list_files(self) -> None:
-        files = [file for file in with_retries(self._request_files) if not file.is_dir]
+        listed = self._request(lambda: self._api.list_repo_files(self._id, _MODEL, revision=self._revision))
+        files = [file for file in listed if not file.is_dir]
         if not files:
             # ModelScope returns an empty list for an unknown revision.
-            with self.translated_errors():
-                revisions = [revision["Revision"] for revision in self._api.list_repo_revisions(self._id, _MODEL)]
+            found = self._request(lambda: self._api.list_repo_revisions(self._id, _MODEL))
+            revisions = [revision["Revision"] for revision in found]
             if self._revision not in revisions:
-                raise HubError(
-                    f"{self.name}: there is no revision {self._revision!r}", f"it has {', '.join(revisions)}"
-                )
+                message = f"{self.name}: there is no revision {self._revision!r}"
+                raise HubError(message, f"it has {', '.join(revisions)}")
             raise HubError(f"{self.name}: holds no files")
         # The client gives a size of 0 for a file whose size the hub does not list.
         self.files = parse_file_list((file.path, file.size or None, file.sha256) for file in files)
-        self.commit = with_retries(self._request_commit)
-
-    def _request_files(self) -> list[FileInfo]:
-        with self.translated_errors():
-            return self._api.list_repo_files(self._id, _MODEL, revision=self._revision)
+        self.commit = self._request(self._request_commit)
 
     def _request_commit(self) -> str:
         """Return the commit of the newest file, as ModelScope gives no commit of the repository."""
@@ -114,7 +104,7 @@ class ModelScopeRepository(Repository):
     def get(self, url: str, headers: dict[str, str]) -> Iterator[HttpResponse]:
         cookies = self._api.get_cookies() if same_origin(url, self._endpoint) else None
         timeout = (float(API_CONNECT_TIMEOUT), float(DOWNLOAD_TIMEOUT))
-        with requests_http.stream(self._session, url, headers, timeout, cookies) as response:
+        with get_with_requests(self._session, url, headers, timeout=timeout, cookies=cookies) as response:
             yield response
 
     def close(self) -> None:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+import requests
+import urllib3
 
 from converter.errors import HubError
 from converter.storage.local_file import LocalFile, sha256_of
+
+RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Seconds to wait before an attempt: each wait is twice the one before.
+_FIRST_WAIT, _MAX_WAIT = 0.5, 30.0
+# Attempts of an API request. A request that gets no response is not repeated after this many seconds.
+_MAX_API_ATTEMPTS, _MAX_API_SECONDS = 3, 5.0
+_READ_SIZE = 256 << 10  # bytes
+
+_T = TypeVar("_T")
 
 
 class RepositoryFile(NamedTuple):
@@ -33,14 +46,7 @@ class HttpResponse(NamedTuple):
 
 
 class HubResponseError(Exception):
-    """An error status from a hub.
-
-    Args:
-        status: The HTTP status code.
-        message: The hub's explanation.
-        code: The hub's own error code.
-        retry_after: Seconds to wait, from the Retry-After header.
-    """
+    """An error status from a hub, with the hub's message and its own code; `retry_after` is in seconds."""
 
     def __init__(self, status: int, message: str = "", code: str = "", retry_after: float | None = None) -> None:
         is_standard = status in HTTPStatus.__members__.values()
@@ -50,6 +56,7 @@ class HubResponseError(Exception):
 
     @classmethod
     def from_headers(cls, status: int, headers: Mapping[str, str]) -> HubResponseError:
+        """Read message, code and wait from the headers of a response."""
         after = headers.get("Retry-After", "")
         message, code = headers.get("X-Error-Message", ""), headers.get("X-Error-Code", "")
         return cls(status, message, code, float(after) if after.isdecimal() else None)
@@ -62,8 +69,12 @@ class HubConnectionError(Exception):
 class Repository(ABC):
     """A repository at one commit. A class for a hub has the methods that are abstract here.
 
+    Args:
+        name: Its address: hf://org/name@revision.
+        endpoint: The URL of the hub.
+        is_complete: Returns whether a folder in the hub's cache has all requested files.
+
     Attributes:
-        name: The address of the repository: hf://org/name@revision.
         commit: The commit of the revision; empty if the hub does not give it.
         files: All files by path.
         notes: Messages for the user, such as that the cache was used.
@@ -78,13 +89,6 @@ class Repository(ABC):
     other_hub = ""
 
     def __init__(self, name: str, endpoint: str, is_complete: Callable[[Path], bool]) -> None:
-        """Prepare a repository without requests.
-
-        Args:
-            name: Its address.
-            endpoint: The URL of the hub.
-            is_complete: Returns whether a folder in the hub's cache has all requested files.
-        """
         self.name, self._endpoint, self._is_complete = name, endpoint, is_complete
         self.commit = ""
         self.files: dict[str, RepositoryFile] = {}
@@ -114,27 +118,43 @@ class Repository(ABC):
 
     def download(self, path: str) -> Path:
         """Download the whole file into the hub's own cache and check its SHA-256."""
-        where = f"{self.name}/{path}"
+        where, sha256 = f"{self.name}/{path}", self.files[path].sha256
         try:
-            with self.translated_errors():
+            with self._translated_errors():
                 file = self._download(path)
         except HubResponseError as error:
             raise self.to_hub_error(error, path) from None
         except (HubConnectionError, OSError) as error:  # OSError: the cache's disk
             raise HubError(f"{where}: could not be downloaded: {_first_line(error)}", "try again") from None
-        sha256 = self.files[path].sha256
         if sha256 and not is_intact(file, self.files[path]):
             # Otherwise other programs would use the damaged file from the cache.
             for damaged in (file.resolve(), file):
                 with suppress(OSError):
                     damaged.unlink()
-            raise HubError(
-                f"{where}: the download does not match the hub's SHA-256, {sha256}, and was removed", "try again"
-            )
+            message = f"{where}: the download does not match the hub's SHA-256, {sha256}, and was removed"
+            raise HubError(message, "try again")
         return file
 
+    def _request(self, call: Callable[[], _T]) -> _T:
+        """Call the hub's library, again after transient failures; the last error is raised."""
+        begin = time.monotonic()
+        for attempt in range(1, _MAX_API_ATTEMPTS):
+            try:
+                with self._translated_errors():
+                    return call()
+            except HubResponseError as error:
+                if error.status not in RETRYABLE_STATUS:
+                    raise
+                time.sleep(retry_wait(attempt, error.retry_after))
+            except HubConnectionError:
+                if time.monotonic() - begin > _MAX_API_SECONDS:
+                    raise
+                time.sleep(retry_wait(attempt, None))
+        with self._translated_errors():
+            return call()
+
     @contextmanager
-    def translated_errors(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Raise the errors of the hub's library as HubResponseError or HubConnectionError."""
         try:
             yield
@@ -151,12 +171,7 @@ class Repository(ABC):
 
     @abstractmethod
     def _list_files(self) -> None:
-        """Set `files` and `commit`.
-
-        Raises:
-            HubResponseError: The hub refuses.
-            HubConnectionError: The hub cannot be reached.
-        """
+        """Set `files` and `commit`; HubResponseError or HubConnectionError if the hub does not give them."""
 
     @abstractmethod
     def _find_snapshot(self) -> Path | None:
@@ -191,6 +206,36 @@ class Repository(ABC):
         """Convert an error status into an error with a message for the user; `path` is empty for the repository."""
 
 
+@contextmanager
+def get_with_requests(
+    session: requests.Session, url: str, headers: dict[str, str], **options: Any
+) -> Iterator[HttpResponse]:
+    """Send a GET request with the requests library, without following redirects.
+
+    Args:
+        session: The session, whose proxies and certificates are used.
+        url: The URL to request.
+        headers: Headers of this request.
+        options: Other arguments of `requests.Session.get`: timeout, cookies.
+
+    Raises:
+        HubConnectionError: The connection fails, also while the body is read.
+    """
+    options |= {"headers": headers, "stream": True, "allow_redirects": False}
+    try:
+        # `auth` keeps credentials of ~/.netrc from replacing the token.
+        with session.get(url, auth=lambda request: request, **options) as response:
+            body = response.raw.stream(_READ_SIZE, decode_content=False)
+            yield HttpResponse(url, response.status_code, response.headers, body)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise HubConnectionError(str(error)) from None
+
+
+def retry_wait(attempt: int, retry_after: float | None) -> float:
+    """Return the seconds to wait: `retry_after` if the hub gave it, else twice as long after each attempt."""
+    return min(_FIRST_WAIT * 2 ** (attempt - 1) if retry_after is None else retry_after, _MAX_WAIT)
+
+
 def parse_file_list(rows: Iterable[tuple[object, object, object]]) -> dict[str, RepositoryFile]:
     """Validate a hub's listing, given as rows of path, size and SHA-256, and return the files by path.
 
@@ -199,8 +244,7 @@ def parse_file_list(rows: Iterable[tuple[object, object, object]]) -> dict[str, 
     files = {}
     for path, size, sha256 in rows:
         if isinstance(path, str) and path.isprintable() and not {"", ".", ".."} & set(re.split(r"[/\\]", path)):
-            valid = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
-            digest = sha256 if isinstance(sha256, str) and valid else ""
+            digest = sha256 if isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) else ""
             files[path] = RepositoryFile(size if isinstance(size, int) and size >= 0 else None, digest)
     return files
 

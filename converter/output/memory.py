@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from mmap import mmap
 
 import torch
@@ -34,12 +35,15 @@ class Loader:
         self._checks = CrcChecker()
         self._maps: dict[SourceFile, mmap] = {}
         # Mapped byte ranges: a tensor that overlaps one is read, so that no two tensors share memory.
-        self._taken: dict[SourceFile, RangeSet] = {}
+        self._taken = defaultdict[SourceFile, RangeSet](RangeSet)
 
     def __call__(self, value: LazyTensor) -> torch.Tensor:
         segments = byte_ranges(value)
         if segments is None:
-            return self._upload(_own(evaluate(value)))
+            computed = evaluate(value).contiguous()
+            # A view would keep the memory of the whole tensor.
+            is_view = computed.untyped_storage().nbytes() != computed.nbytes
+            return self._upload(computed.clone() if is_view else computed)
         segments = merge(segments)
         tensor = self._mapped(value, segments)
         return self._upload(tensor if tensor is not None else self._read(value, segments))
@@ -50,26 +54,20 @@ class Loader:
             return None
         storage, start, length = segments[0]
         file, offset = storage.file, storage.offset + start
-        if not isinstance(file, LocalFile) or offset % value.dtype.itemsize or not self._take(file, offset, length):
+        end, taken = offset + length, self._taken[file]
+        if not isinstance(file, LocalFile) or offset % value.dtype.itemsize:
             return None
+        if list(taken.missing(offset, end)) != [(offset, end)]:
+            return None
+        taken.add(offset, end)
         if self._check:
             self._checks.check(storage)
         if file not in self._maps:
             self._maps[file] = file.map()
-        flat = torch.frombuffer(
-            self._maps[file], dtype=torch_dtype(value.dtype.name), count=math.prod(value.shape), offset=offset
-        )
-        return flat.reshape(value.shape)
-
-    def _take(self, file: SourceFile, offset: int, length: int) -> bool:
-        taken = self._taken.setdefault(file, RangeSet())
-        if list(taken.missing(offset, offset + length)) != [(offset, offset + length)]:
-            return False
-        taken.add(offset, offset + length)
-        return True
+        dtype, count = torch_dtype(value.dtype.name), math.prod(value.shape)
+        return torch.frombuffer(self._maps[file], dtype=dtype, count=count, offset=offset).reshape(value.shape)
 
     def _read(self, value: LazyTensor, segments: list[Segment]) -> torch.Tensor:
-        """The tensor read into new memory."""
         tensor = torch.empty(value.shape, dtype=torch_dtype(value.dtype.name))
         target = as_bytes(tensor)
         for segment in segments:
@@ -80,12 +78,6 @@ class Loader:
             else:
                 part[:] = segment
         return tensor
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in row-major order, with storage of its own size."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def checked_device(name: str | torch.device) -> torch.device:

@@ -40,10 +40,11 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         keep_trailing_newline=True,
     )
     environment.filters |= {"json": json.dumps, "text": _text, "code": _code, "printable": printable}
+    environment.filters |= {"by_reason": group_by_reason, "fold": fold_names}
     name = PurePath(record.output).name
     addresses = [parse_address(source.name, NO_HUB_OPTIONS) for source in record.sources if is_address(source.name)]
     repositories = list(dict.fromkeys(address.repository for address in addresses))
-    family = record.family.upper()
+    encoder = f"{record.family.upper()} in the layout `{record.target}`"
     return environment.get_template("model_card.md").render(
         name=name,
         record=record,
@@ -52,18 +53,15 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         base_model=repositories if len(repositories) > 1 else "".join(repositories),
         library=next((library for end, library in _LIBRARIES.items() if record.target.endswith(end)), "pytorch"),
         tags=dict.fromkeys(("deepseek-ocr", record.family, record.target, "dsocr-convert")),
-        content="A DeepEncoder" if family == "DEEPENCODER" else f"{family} in the layout `{record.target}`",
-        descriptions=[layout.description for layout in record.layouts],
+        content="A DeepEncoder" if record.family == "deepencoder" else encoder,
         tensors=list(_tensors(record, document["tensors"])),
         overflows=overflow_warning(record.overflows),
-        merged=list(_merged(record)),
-        left_out=list(_left_out(record)),
+        merged=_merged(record),
         commands=list(_commands(record, name, record_files)),
     )
 
 
 def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of the table of tensors, repeated layers folded."""
     for row in fold_key_map(record.converted):
         shapes = {str(tensors[name]["shape"]) for name in row.members}
         yield {
@@ -75,24 +73,16 @@ def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict
         }
 
 
-def _merged(record: ConversionRecord) -> Iterator[str]:
-    """Yield the number of merged modules of each kind: of a rank and alpha, or trained as a whole."""
-    kinds = [
+def _merged(record: ConversionRecord) -> list[str]:
+    """The number of merged modules of each kind: of a rank and alpha, or trained as a whole."""
+    kinds = Counter(
         "trained whole" if module.rank is None else f"rank {module.rank}, alpha {module.alpha:g}"
         for module in record.merged.values()
-    ]
-    yield from (f"{number} modules of {kind}" for kind, number in Counter(kinds).items())
-
-
-def _left_out(record: ConversionRecord) -> Iterator[dict[str, Any]]:
-    """Rows of the table of tensors that were dropped or are missing."""
-    for kind, reasons in (("left out", record.dropped), ("missing", record.missing)):
-        for reason, names in group_by_reason(reasons).items():
-            yield {"kind": kind, "names": fold_names(names), "reason": reason}
+    )
+    return [f"{number} modules of {kind}" for kind, number in kinds.items()]
 
 
 def _commands(record: ConversionRecord, name: str, record_files: Sequence[str]) -> Iterator[str]:
-    """Commands that verify the output."""
     for file in record_files:
         yield shlex.join(["dsocr-verify", name, "--record", file])
     if record.target == f"deepencoder-{record.family}":

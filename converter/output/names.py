@@ -25,35 +25,39 @@ def fold(name: str) -> str:
     return _INDEX.sub("{}", name)
 
 
-def layer_indices(name: str) -> list[int]:
-    """The layer indices in a name: 3 for `blocks.3.norm1.weight`."""
-    return [int(index) for index in _INDEX.findall(name)]
+def layer_indices(names: Sequence[str]) -> list[str]:
+    """The layer indices of names that differ in nothing else, such as `0..23`; an entry for each index of a name."""
+    columns = zip(*(_INDEX.findall(name) for name in names), strict=True)
+    return [_format_indices(sorted(set(map(int, column)))) for column in columns]
 
 
-def format_indices(numbers: list[int]) -> str:
-    """Format sorted, distinct numbers: a range if they have no gaps."""
+def _format_indices(numbers: list[int]) -> str:
     if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}..{numbers[-1]}"
     return " ".join(map(str, numbers))
 
 
+def same_layer_key(name: str) -> tuple[str, int]:
+    """A key that is equal for names that differ in layer indices alone, also if one has a literal `{}`."""
+    return fold(name), len(_INDEX.findall(name))
+
+
 def fold_layers(names: Iterable[str]) -> dict[str, list[str]]:
     """Names by one for all that differ in layer indices alone, such as `blocks.0..11`."""
-    groups = _grouped(((fold(name), len(layer_indices(name))), name) for name in names)
+    groups = grouped((same_layer_key(name), name) for name in names)
     return {_with_indices(members): members for members in groups.values()}
 
 
 def _with_indices(names: list[str]) -> str:
-    columns = zip(*map(layer_indices, names), strict=True)
-    indices = [format_indices(sorted(set(column))) for column in columns]
-    return _INDEX.sub(lambda _: indices.pop(0), names[0])
+    indices = iter(layer_indices(names))
+    return _INDEX.sub(lambda _: next(indices), names[0])
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
     """The names with repeated layers folded into one entry, such as `blocks.{}.norm1.weight (x 12)`."""
     return [
         f"{pattern} (x {len(members)})" if len(members) > 1 else members[0]
-        for pattern, members in _grouped((fold(name), name) for name in names).items()
+        for pattern, members in grouped((fold(name), name) for name in names).items()
     ]
 
 
@@ -67,7 +71,7 @@ class FoldedTensor(NamedTuple):
 
 def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:
     """Output tensors and the source tensors they are made of, repeated layers folded."""
-    groups = _grouped(((fold(name), *map(fold, sources)), name) for name, sources in key_map.items())
+    groups = grouped(((fold(name), *map(fold, sources)), name) for name, sources in key_map.items())
     return [
         FoldedTensor(pattern, sources, members)
         if len(members) > 1
@@ -78,10 +82,11 @@ def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:
 
 def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """Reason -> names, from name -> reason."""
-    return _grouped((reason, name) for name, reason in reasons.items())
+    return grouped((reason, name) for name, reason in reasons.items())
 
 
-def _grouped(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
+def grouped(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
+    """Names by their key."""
     groups: dict[_Key, list[str]] = {}
     for key, name in pairs:
         groups.setdefault(key, []).append(name)

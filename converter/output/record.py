@@ -32,8 +32,7 @@ _T = TypeVar("_T")
 RECORD_FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedMapping:
+class RecordedMapping(NamedTuple):
     """A layout that a checkpoint was detected as."""
 
     family: str  # sam, clip or qwen2
@@ -43,8 +42,7 @@ class RecordedMapping:
     prefix: str  # The prefix of the encoder's names in the source; empty if the layout itself has that prefix
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedSource:
+class RecordedSource(NamedTuple):
     """A checkpoint that was read."""
 
     name: str  # Its path or address
@@ -54,8 +52,7 @@ class RecordedSource:
     mappings: list[RecordedMapping]  # The layouts that it was detected as, one for each encoder that was taken from it
 
 
-@dataclass(frozen=True, slots=True)
-class MergedModule:
+class MergedModule(NamedTuple):
     """A module of a LoRA adapter that was merged."""
 
     tensor: str  # The source's tensor
@@ -96,7 +93,11 @@ class ConversionRecord:
     @property
     def mapping(self) -> str:
         """The names of the layouts that the sources were detected as, joined with ` + `."""
-        return " + ".join(mapping.name for source in self.sources for mapping in source.mappings)
+        return " + ".join(mapping.name for mapping in self._mappings)
+
+    @property
+    def _mappings(self) -> list[RecordedMapping]:
+        return [mapping for source in self.sources for mapping in source.mappings]
 
     @property
     def layouts(self) -> list[LayoutSpec]:
@@ -105,7 +106,7 @@ class ConversionRecord:
         if set(names) <= set(registry.layout_names()):
             return [registry.load(name) for name in names]
         name = "deepencoder-{}" if self.target == "deepencoder" else f"{{}}-{self.target}"
-        found = {mapping.family for source in self.sources for mapping in source.mappings}
+        found = {mapping.family for mapping in self._mappings}
         return [registry.load(name.format(family)) for family in registry.families() if family in found]
 
     def metadata(self) -> dict[str, str]:
@@ -116,7 +117,7 @@ class ConversionRecord:
             "tool": self.tool,
             "layout": self.target,
             "mapping": self.mapping,
-            "mapping_sha256": " + ".join(mapping.sha256 for source in self.sources for mapping in source.mappings),
+            "mapping_sha256": " + ".join(mapping.sha256 for mapping in self._mappings),
         }
         if all(source.commit for source in self.sources):  # local file names differ from machine to machine
             metadata["source"] = " + ".join(source.name for source in self.sources)
@@ -140,10 +141,7 @@ PLANNED = Destination()
 
 
 def make_plan_record(
-    sources: Sequence[Checkpoint],
-    resolved: ResolvedPlan,
-    destination: Destination = PLANNED,
-    notes: Sequence[str] = (),
+    sources: Sequence[Checkpoint], resolved: ResolvedPlan, destination: Destination = PLANNED, notes: Sequence[str] = ()
 ) -> ConversionRecord:
     """Make the record of a plan for one family. Args: As in `make_record`."""
     plan = resolved.plan
@@ -189,7 +187,9 @@ def make_record(
         notes: Remarks for the user, before those of the sources.
         has_config: Whether a config in the output states what its encoders compute.
     """
-    is_folder = destination.path is not None and is_folder_output(destination.path, target)
+    has_config = has_config or (destination.path is not None and is_folder_output(destination.path, target))
+    remarks = [note for each in plans.values() for note in each.plan.remarks]
+    warnings = [note for each in plans.values() for note in function_warning(each.plan, target)]
     converted = outputs if converted is None else converted
     return ConversionRecord(
         tool=f"dsocr-convert {__version__}",
@@ -213,7 +213,8 @@ def make_record(
             change.module: _merged_module(change) for each in plans.values() for change in each.plan.merged.values()
         },
         notes=[
-            *(note for each in plans.values() for note in _warnings(each.plan, target, is_folder or has_config)),
+            *remarks,
+            *(() if has_config else warnings),
             *notes,
             *(note for source in sources for note in source.notes),
         ],
@@ -224,11 +225,6 @@ def _merged_module(change: MergedTensor) -> MergedModule:
     if isinstance(change.trained, TensorInfo):
         return MergedModule(change.key)
     return MergedModule(change.key, change.trained.rank, change.trained.alpha, change.trained.scale)
-
-
-def _warnings(plan: Plan, target: str, has_config: bool) -> list[str]:
-    """Remarks on a source's config, and a warning if the output has no config that states the source's function."""
-    return plan.remarks if has_config else [*plan.remarks, *function_warning(plan, target)]
 
 
 def function_warning(plan: Plan, target: str) -> list[str]:
@@ -246,14 +242,9 @@ def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> R
     files = {file.name: file.size for file in source.files}
     mappings = [
         RecordedMapping(
-            family,
-            resolved.plan.mapping.name,
-            resolved.plan.mapping.digest,
-            detected.state_dict.path,
-            detected.match.unknown_prefix,
+            family, plan.mapping.name, plan.mapping.digest, detected.state_dict.path, detected.match.unknown_prefix
         )
-        for family, resolved in plans.items()
-        for detected in [resolved.detected]
+        for family, (detected, plan) in plans.items()
         if any(tensor.storage.file in source.files for tensor in detected.tensors.values())
     ]
     return RecordedSource(source.name, files, sorted(set(source.containers)), source.commit, mappings)

@@ -1,27 +1,59 @@
-"""Writes the record of a conversion to files."""
+"""Files of a conversion's record: a JSON document with digests of the sources and of every tensor, and a model card."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
+from converter import __version__
 from converter.checkpoint.open import Checkpoint
 from converter.errors import OutputError, UsageError
-from converter.output.digests import TensorDigests
-from converter.output.json_document import canonical_json
-from converter.output.record import ConversionRecord
-from converter.output.record_document import record_document
+from converter.hub.address import is_address
+from converter.output.json_document import as_json, canonical_json
+from converter.output.record import RECORD_FORMAT, ConversionRecord
 from converter.output.target import is_source
 from converter.storage.atomic_output import output_errors
-from converter.storage.progress import OnProgress
+from converter.storage.local_file import SourceFile, sha256_of
+from converter.storage.progress import OnProgress, progress_counter
+from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
 from converter.tensors.serialize import Outputs
+
+# Fields of the record that the document has as they are.
+_OUTPUT = ("family", "format", "dtype", "nbytes")
+_FINDINGS = ("dropped", "missing", "overflows", "sizes", "unusual", "assumptions")
+
+
+class TensorDigests:
+    """SHA-256 of every output tensor, computed while the tensors are written.
+
+    Call it with each chunk of tensor data, in the order of `outputs`.
+    """
+
+    def __init__(self, outputs: Mapping[str, LazyTensor]) -> None:
+        self._hashes = {name: hashlib.sha256() for name in outputs}
+        # The tensors that are not complete, each with the number of bytes that follow.
+        self._pending = deque((self._hashes[name], nbytes(value)) for name, value in outputs.items() if nbytes(value))
+
+    def __call__(self, data: memoryview) -> None:
+        while data:
+            digest, expected = self._pending.popleft()
+            digest.update(data[:expected])
+            if expected > len(data):
+                self._pending.appendleft((digest, expected - len(data)))
+            data = data[expected:]
+
+    def hex(self, name: str) -> str:
+        """The digest of a tensor, in hexadecimal."""
+        return self._hashes[name].hexdigest()
 
 
 class RecordFiles:
-    """The files of a conversion's record: .json for the record itself, .md for a model card."""
+    """The files of a conversion's record: .json for the record, .md for a model card; UsageError for other names."""
 
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
-        """Raise UsageError for a file with another suffix."""
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         for path in self.paths:
             if path.suffix not in (".json", ".md"):
@@ -42,7 +74,7 @@ class RecordFiles:
                 resolved = path.resolve()
             if resolved in taken or is_source(path, opened, mapping):
                 raise OutputError(f"{path}: cannot be the record: it is another file of this conversion")
-            if output.resolve() in resolved.parents:
+            if taken[0] in resolved.parents:
                 raise OutputError(f"{path}: is inside the output folder", "write it elsewhere, and move it there later")
             taken.append(resolved)
 
@@ -65,7 +97,29 @@ class RecordFiles:
             metadata: The metadata in the output's header, if its format has any.
             on_progress: Called as the sources are read.
         """
-        document = record_document(record, outputs, opened, digests, metadata, on_progress)
+        sources = _sources(record, opened, on_progress)
+        index_of = {file: index for index, source in enumerate(opened) for file in source.files}
+        tensors = {
+            name: {
+                "dtype": value.dtype.name,
+                "shape": list(value.shape),
+                "sha256": digests.hex(name),
+                # Each source tensor with an index into `sources`.
+                "from": [{"key": each.key, "source": index_of[each.storage.file]} for each in source_tensors(value)],
+                **({"generated": record.generated[name]} if name in record.generated else {}),
+            }
+            for name, value in outputs.items()
+        }
+        document: dict[str, Any] = {
+            "record": RECORD_FORMAT,
+            "tools": _tools(outputs),
+            "target": {"name": record.target, "sha256": {layout.name: layout.digest for layout in record.layouts}},
+            "sources": sources,
+            "metadata": metadata,
+            "tensors": tensors,
+            **({"merged": as_json(record.merged)} if record.merged else {}),
+            **{name: as_json(getattr(record, name)) for name in (*_OUTPUT, *_FINDINGS)},
+        }
         names = [path.name for path in self.paths if path.suffix == ".json"]
         for path in self.paths:
             if path.suffix == ".json":
@@ -75,3 +129,35 @@ class RecordFiles:
 
             # Names of files may hold bytes that are not UTF-8.
             yield path, model_card(record, document, names).encode(errors="backslashreplace")
+
+
+def _tools(outputs: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The versions of the programs that made the output's bytes: torch's only if it computed some of them."""
+    tools = {"dsocr-convert": __version__}
+    if any(byte_ranges(value) is None for value in outputs.values()):
+        import torch
+
+        tools["torch"] = str(torch.__version__)
+    return tools
+
+
+def _sources(record: ConversionRecord, opened: Sequence[Checkpoint], on_progress: OnProgress) -> list[dict[str, Any]]:
+    local = [file for source in opened for file in source.files if file.identity is not None]
+    on_bytes = progress_counter(on_progress, "digesting the source", sum(file.size for file in local))
+    return [
+        {
+            "name": source.name if is_address(source.name) else PurePath(source.name).name,
+            "commit": source.commit,
+            "containers": list(source.containers),
+            "mappings": as_json(recorded.mappings),
+            "files": [_file(file, on_bytes) for file in source.files],
+        }
+        for source, recorded in zip(opened, record.sources, strict=True)
+    ]
+
+
+def _file(file: SourceFile, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": PurePath(file.name).name, "size": file.size}
+    if file.identity is None:
+        return {**entry, "sha256": None, "reason": "fetched in parts: identified by the commit"}
+    return {**entry, "sha256": sha256_of(file, on_bytes)}

@@ -13,35 +13,24 @@ from converter.storage.atomic_output import output_errors, temporary_path
 from converter.storage.local_file import exists
 
 
-def check_target(path: Path, force: bool, needed_bytes: int, option: str = "output") -> None:
-    """Raise OutputError if a file cannot be written.
+def check_target(path: Path, force: bool, needed_bytes: int, option: str = "output", is_folder: bool = False) -> None:
+    """Raise OutputError if a file or a folder cannot be written.
 
     Args:
-        path: The file.
-        force: Whether an existing file is replaced.
+        path: The file or folder.
+        force: Whether an existing one is replaced. A folder with subfolders, or the current folder, never is.
         needed_bytes: The disk space that it takes.
-        option: The option that names the file.
+        option: The option that names it.
+        is_folder: Whether it is a folder.
     """
     with output_errors(path):
-        if path.is_dir():
+        if path.is_dir() and not is_folder:
             raise OutputError(f"{path}: is a folder", f"give a file's path to --{option}")
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file() and not is_folder:
             # A rename would replace /dev/null by a file.
             raise OutputError(f"{path}: is a device or a pipe, which --force does not replace", "give a file's path")
-        _check_writable(path, force, needed_bytes, option)
-
-
-def check_folder(path: Path, force: bool, needed_bytes: int) -> None:
-    """Raise OutputError if a folder cannot be written.
-
-    Args:
-        path: The folder.
-        force: Whether an existing folder is replaced. A folder with subfolders, or the current folder, never is.
-        needed_bytes: The disk space that it takes.
-    """
-    with output_errors(path):
-        _check_writable(path, force, needed_bytes, "output")
-        if os.path.lexists(path):
+        _check_writable(path, force, needed_bytes, f"choose another path with --{option}")
+        if is_folder and os.path.lexists(path):
             _check_replaced(path)
 
 
@@ -57,9 +46,8 @@ def _check_replaced(path: Path) -> None:
         )
 
 
-def _check_writable(path: Path, force: bool, needed_bytes: int, option: str) -> None:
+def _check_writable(path: Path, force: bool, needed_bytes: int, hint: str) -> None:
     folder = path.parent
-    hint = f"choose another path with --{option}"
     if not folder.is_dir():
         raise OutputError(f"{path}: there is no folder {folder}", f"create it, or {hint}")
     if os.path.lexists(path) and not force:

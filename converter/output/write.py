@@ -14,11 +14,10 @@ from converter.errors import OutputError, UsageError
 from converter.formats.safetensors import write_safetensors
 from converter.formats.torch_zip import write_pth
 from converter.options import check_choices
-from converter.output.digests import TensorDigests
 from converter.output.pretrained import open_pretrained_folder
 from converter.output.record import ConversionRecord
-from converter.output.record_files import RecordFiles
-from converter.output.target import check_folder, check_not_source, check_target
+from converter.output.record_files import RecordFiles, TensorDigests
+from converter.output.target import check_not_source, check_target
 from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData
@@ -73,7 +72,7 @@ def is_unchanged(source: Checkpoint, outputs: Outputs, format: str) -> bool:
     Args:
         source: The checkpoint.
         outputs: The tensors to write.
-        format: safetensors or pth.
+        format: One of FORMATS.
     """
     return (
         source.containers == (_CONTAINERS[format],)
@@ -167,7 +166,7 @@ def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: Re
         remove_stale(path)
     if output.source_folder is not None and target.resolve().is_relative_to(output.source_folder.resolve()):
         raise OutputError(f"{target}: is inside the checkpoint's own folder", "choose another path with --output")
-    (check_folder if output.is_folder else check_target)(target, force, output.nbytes)
+    check_target(target, force, output.nbytes, is_folder=output.is_folder)
     for path in files.paths:
         check_target(path, force, 0, "record")
 

@@ -145,7 +145,7 @@ class Verification:
 
     @property
     def result(self) -> str:
-        """The verdict, with what was done if that is not all: `partly verified (structure, bytes)`."""
+        """The verdict, with what was done if that is not all, such as `partly verified (structure, bytes)`."""
         return f"{self.verdict} ({', '.join(self.done)})" if self.verdict == PARTLY_VERIFIED else self.verdict
 
     @property

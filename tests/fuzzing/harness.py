@@ -101,7 +101,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["converter"], exclude=["converter.encoders"]):
         targets = import_module("fuzzing.targets")
         # Lazy imports of the program: while a target runs, an import is an escape.
-        for module in ("output.pretrained_config", *(["verification.record_check"] * (name == "record"))):
+        for module in ("output.pretrained", *(["verification.record_check"] * (name == "record"))):
             import_module(f"converter.{module}")
     for codec in ("utf_16_be", "utf_16_le", "utf_32_be", "utf_32_le", "utf_8_sig", "raw_unicode_escape"):
         import_module(f"encodings.{codec}")
