@@ -54,6 +54,9 @@ class ConvertOptions:
     )
     lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER", type=str | None)
     adapter_name: str | None = option("Adapter of an --lora file with several.", "NAME")
+    fill_from: str | Path | None = option(
+        "Take tensors that SOURCE lacks from this checkpoint.", "SOURCE", type=str | None
+    )
 
     def __post_init__(self) -> None:
         check_choices(dtype=(self.dtype, DTYPES))

@@ -26,7 +26,6 @@ def convert(
     family: str,
     *,
     out: str | Path | None = None,
-    fill_from: str | Path | None = None,
     format: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -42,7 +41,6 @@ def convert(
         family: "sam", "clip" or "qwen2".
         out: The output; `<layout>.<format>` in the current folder by default. With `to` sam-hf or clip-hf, a name
             without a suffix of weights is a folder for transformers' `from_pretrained`.
-        fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
         format: "safetensors" or "pth"; by the suffix of `out` by default.
         force: Replace an existing output; of a folder, everything in it.
         dry_run: Plan the conversion and write nothing.
@@ -50,7 +48,7 @@ def convert(
         on_progress: Called with what is done, and the bytes done and in total; from a hub, also from other threads,
             one at a time.
         **options: The fields of `converter.options.ConvertOptions` and `HubOptions`: to, full_model, mapping, dtype,
-            image_size, state_dict, prefix, lora, adapter_name; revision, hub, download.
+            image_size, state_dict, prefix, lora, adapter_name, fill_from; revision, hub, download.
 
     Returns:
         The conversion record. If `source` has the same names, types and format already, nothing is written, and
@@ -71,7 +69,7 @@ def convert(
         )
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
-    with open_sources(source, fill_from, convert_options, hub_options) as (opened, checkpoint, donor):
+    with open_sources(source, convert_options, hub_options) as (opened, checkpoint, donor):
         resolved = resolve(checkpoint, convert_options, donor)
         plan, documents = resolved.plan, None
         if is_folder:

@@ -23,7 +23,6 @@ def load(
     source: str | Path,
     family: str,
     *,
-    fill_from: str | Path | None = None,
     dtype: str | torch.dtype = "keep",
     device: str | torch.device = "cpu",
     check: bool = False,
@@ -40,7 +39,6 @@ def load(
     Args:
         source: A checkpoint, as in `convert`; one in the DeepEncoder's layout is accepted too.
         family: "sam", "clip" or "qwen2".
-        fill_from: A checkpoint of the same sizes to take tensors from that `source` lacks.
         dtype: As in `convert`, or a torch.dtype.
         device: The device of the tensors.
         check: Also check the CRC-32s of mapped tensors, which reads them once. Others are always checked.
@@ -57,7 +55,7 @@ def load(
     from converter.output.memory import Loader, checked_device
 
     torch_device = checked_device(device)
-    with open_sources(source, fill_from, convert_options, hub_options) as (checkpoints, opened, donor):
+    with open_sources(source, convert_options, hub_options) as (checkpoints, opened, donor):
         plan = resolve(opened, convert_options, donor).plan
         for checkpoint in checkpoints:
             checkpoint.prefetch(

@@ -13,19 +13,19 @@ from converter.options import ConvertOptions, HubOptions
 
 @contextmanager
 def open_sources(
-    source: str | Path, fill_from: str | Path | None, options: ConvertOptions, hub_options: HubOptions
+    source: str | Path, options: ConvertOptions, hub_options: HubOptions
 ) -> Iterator[tuple[list[Checkpoint], Checkpoint, Checkpoint | None]]:
     """Open the sources of a conversion: all, the checkpoint with its adapter, the donor; close them after the block.
 
     Args:
         source: The checkpoint to convert.
-        fill_from: The checkpoint that supplies missing tensors, or None.
-        options: The adapter to merge.
+        options: The checkpoint that supplies missing tensors, and the adapter to merge.
         hub_options: How to read a hub.
     """
-    names = [source, *([fill_from] if fill_from is not None else []), *lora_files(options.lora, options.adapter_name)]
+    donors = [options.fill_from] if options.fill_from is not None else []
+    names = [source, *donors, *lora_files(options.lora, options.adapter_name)]
     with open_checkpoints(names, hub_options) as opened:
-        donor, first = opened[1] if fill_from is not None else None, opened[0]
+        donor, first = opened[1] if donors else None, opened[0]
         if options.lora is not None:
             from converter.checkpoint.adapter import with_adapter
 

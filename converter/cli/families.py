@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 import converter
 from converter.cli import console, render
@@ -16,27 +14,23 @@ from converter.options import ConvertOptions, HubOptions
 if TYPE_CHECKING:
     from converter.output.record import ConversionRecord
 
-FillFrom = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Take tensors that SOURCE lacks from this checkpoint.")
-]
-
 
 @add_options(ConvertOptions, WriteOptions, HubOptions)
-def sam(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
+def sam(source: Source, **options: Any) -> None:
     """Convert a SAM checkpoint: Meta's, transformers', timm's, or the SAM inside an OCR model."""
-    run_conversion(converter.convert, source, "sam", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "sam", **options)
 
 
 @add_options(ConvertOptions, WriteOptions, HubOptions)
-def clip(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
+def clip(source: Source, **options: Any) -> None:
     """Convert a CLIP checkpoint: OpenAI's, transformers', open_clip's, timm's, or the CLIP inside an OCR model."""
-    run_conversion(converter.convert, source, "clip", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "clip", **options)
 
 
 @add_options(ConvertOptions, WriteOptions, HubOptions)
-def qwen2(source: Source, fill_from: FillFrom = None, **options: Any) -> None:
+def qwen2(source: Source, **options: Any) -> None:
     """Convert a Qwen2 checkpoint for DeepSeek-OCR-2: transformers', or the Qwen2 inside DeepSeek-OCR-2."""
-    run_conversion(converter.convert, source, "qwen2", fill_from=fill_from, **options)
+    run_conversion(converter.convert, source, "qwen2", **options)
 
 
 def run_conversion(

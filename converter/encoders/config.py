@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 from converter.errors import LayoutError
 
@@ -87,18 +88,11 @@ class Qwen2Config:
     rope_theta: float = 1e6  #: The base of the frequencies of rotary positions
 
 
-def sam_config_from(
-    shapes: Shapes, activation: str = SamConfig.activation, epsilon: float = SamConfig.epsilon
-) -> SamConfig:
+def sam_config_from(shapes: Shapes, **assumed: Any) -> SamConfig:
     """Infer the config of a SAM encoder from the shapes of its tensors by DeepSeek's names.
 
     A block is global if its relative position embeddings cover the whole image, so a window as large as the image
-    counts as global.
-
-    Args:
-        shapes: The shapes of the tensors by name.
-        activation: The activation of the MLPs, which no shape shows.
-        epsilon: The epsilon of the blocks' layer norms, which no shape shows.
+    counts as global. `assumed` are values that no shape shows, if they are not SamConfig's: activation, epsilon.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -123,8 +117,7 @@ def sam_config_from(
         global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
         compressor=_rows(shapes, "net_2.weight", "net_3.weight", 4),
-        activation=activation,
-        epsilon=epsilon,
+        **assumed,
     )
 
 
@@ -143,9 +136,7 @@ def _rows(shapes: Shapes, first: str, second: str, ndim: int) -> tuple[int, int]
     return shape_of(shapes, first, ndim)[0], shape_of(shapes, second, ndim)[0]
 
 
-def clip_config_from(
-    shapes: Shapes, head_width: int = 64, activation: str = ClipConfig.activation, epsilon: float = ClipConfig.epsilon
-) -> ClipConfig:
+def clip_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> ClipConfig:
     """Infer the config of a CLIP vision tower from the shapes of its tensors by DeepSeek's names.
 
     Without a patch convolution, the patch size and the channels are the defaults.
@@ -153,8 +144,7 @@ def clip_config_from(
     Args:
         shapes: The shapes of the tensors by name.
         head_width: The channels per head, which no shape shows. All vision transformers of OpenAI's CLIP have 64.
-        activation: The activation of the MLPs, which no shape shows.
-        epsilon: The epsilon of the layer norms, which no shape shows.
+        assumed: Other values that no shape shows, if they are not ClipConfig's: activation, epsilon.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -179,26 +169,17 @@ def clip_config_from(
         heads=width // head_width,
         mlp=shape_of(shapes, "transformer.layers.0.mlp.fc1.weight", 2)[0],
         patch_convolution=convolution in shapes,
-        activation=activation,
-        epsilon=epsilon,
+        **assumed,
     )
 
 
-def qwen2_config_from(
-    shapes: Shapes,
-    head_width: int = 64,
-    activation: str = Qwen2Config.activation,
-    epsilon: float = Qwen2Config.epsilon,
-    rope_theta: float = Qwen2Config.rope_theta,
-) -> Qwen2Config:
+def qwen2_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> Qwen2Config:
     """Infer the config of a Qwen2 encoder from the shapes of its tensors by DeepSeek-OCR-2's names.
 
     Args:
         shapes: The shapes of the tensors by name.
         head_width: The channels per head, which no shape shows. Qwen2-0.5B has 64.
-        activation: The activation of the MLPs, which no shape shows.
-        epsilon: The epsilon of the RMS norms, which no shape shows.
-        rope_theta: The base of rotary positions, which no shape shows.
+        assumed: Other values that no shape shows, if they are not Qwen2Config's: activation, epsilon, rope_theta.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -214,9 +195,7 @@ def qwen2_config_from(
         key_value_heads=key_value // head_width,
         mlp=shape_of(shapes, "model.model.layers.0.mlp.gate_proj.weight", 2)[0],
         queries=_rows(shapes, "query_768.weight", "query_1024.weight", 2),
-        activation=activation,
-        epsilon=epsilon,
-        rope_theta=rope_theta,
+        **assumed,
     )
 
 
