@@ -52,11 +52,9 @@ class ConvertOptions:
     prefix: str | None = option(
         "Where the encoder is in a checkpoint with several, such as student. (. for no prefix).", "PREFIX"
     )
-    lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER", type=str | None)
+    lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER")
     adapter_name: str | None = option("Adapter of an --lora file with several.", "NAME")
-    fill_from: str | Path | None = option(
-        "Take tensors that SOURCE lacks from this checkpoint.", "SOURCE", type=str | None
-    )
+    fill_from: str | Path | None = option("Take tensors that SOURCE lacks from this checkpoint.", "SOURCE")
 
     def __post_init__(self) -> None:
         check_choices(dtype=(self.dtype, DTYPES))

@@ -35,17 +35,11 @@ class EncoderOptions:
         dtype: keep, float32, float16 or bfloat16; of an mmproj, the type of its matrices.
     """
 
-    sam: str | Path | None = option("Without SOURCE: a SAM checkpoint of any layout.", "SOURCE", type=str | None)
-    clip: str | Path | None = option("Without SOURCE: a CLIP checkpoint of any layout.", "SOURCE", type=str | None)
-    qwen2: str | Path | None = option(
-        "In place of --clip: a Qwen2 checkpoint, for DeepSeek-OCR-2.", "SOURCE", type=str | None
-    )
-    compressor: str | Path | None = option(
-        "Checkpoint with trained net_2 and net_3 weights, or random:SEED.", _SOURCE, type=str | None
-    )
-    queries: str | Path | None = option(
-        "With --qwen2: checkpoint with trained queries, or random:SEED.", _SOURCE, type=str | None
-    )
+    sam: str | Path | None = option("Without SOURCE: a SAM checkpoint of any layout.", "SOURCE")
+    clip: str | Path | None = option("Without SOURCE: a CLIP checkpoint of any layout.", "SOURCE")
+    qwen2: str | Path | None = option("In place of --clip: a Qwen2 checkpoint, for DeepSeek-OCR-2.", "SOURCE")
+    compressor: str | Path | None = option("Checkpoint with trained net_2 and net_3 weights, or random:SEED.", _SOURCE)
+    queries: str | Path | None = option("With --qwen2: checkpoint with trained queries, or random:SEED.", _SOURCE)
     with_projector: bool = option("Also take projector, view_seperator and any image_newline.", default=False)
     add_prefix: str = option("Prefix of all tensor names in the output.", "NAME.", default=MODEL_PREFIX)
     to: str = option("Write for mlx-vlm or llama.cpp. [default: DeepSeek-OCR's names]", "mlx|mmproj", default="")
@@ -56,7 +50,7 @@ class EncoderOptions:
     prefix: str | None = option(
         "Where the encoders are in a checkpoint with several, such as student. (. for no prefix).", "PREFIX"
     )
-    lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER", type=str | None)
+    lora: str | Path | None = option("Merge this LoRA adapter of PEFT into the weights.", "ADAPTER")
     adapter_name: str | None = option("Adapter of an --lora file with several.", "NAME")
 
     def __post_init__(self) -> None:

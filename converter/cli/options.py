@@ -84,7 +84,9 @@ def _parameters(cls: type, names: Collection[str] | None = None) -> Iterator[ins
     for item in fields(cls):
         annotation = hints[item.name]
         if item.metadata:
-            annotation = Annotated[item.metadata["type"] or annotation, _typer_option(item)]
+            # A source is a path or an address.
+            plain = str | None if annotation == str | Path | None else annotation
+            annotation = Annotated[item.metadata["type"] or plain, _typer_option(item)]
         if hasattr(annotation, "__metadata__") and (names is None or item.name in names):
             yield inspect.Parameter(
                 item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation
