@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from command import run
 from test_encoder_command import deepseek_ocr, save
 
 import converter
@@ -238,8 +237,7 @@ def test_control_characters_in_names_are_escaped(how: str, tmp_path: Path) -> No
     safetensors.torch.save_file({STEERING: torch.ones(2), "b": torch.ones(1)}, tmp_path / "other.safetensors")
     torch.save({STEERING: models.sam_meta().state_dict(), f"{STEERING}2": state}, tmp_path / "several.pth")
     (tmp_path / f"{STEERING}.pth").write_bytes(b"")
-    program = Path(sys.executable).with_name("dsocr-convert")
-    done = subprocess.run([program, *SHOWN[how]], cwd=tmp_path, capture_output=True, check=False)
-    text = (done.stdout + done.stderr).decode()
+    done = run(*SHOWN[how], cwd=tmp_path)
+    text = done.stdout + done.stderr
     assert "Traceback" not in text and "::error::b" in text
     assert all(line.isprintable() and not line.lstrip().startswith("::") for line in text.split("\n"))

@@ -567,10 +567,12 @@ def test_errors(arguments: tuple[str, ...], code: int, words: str, sources: Path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_6_67_gb_in_constant_memory(tmp_path: Path) -> None:
-    """DeepSeek-OCR at its true size, its data one hole: another encoder is put in, and the hole stays."""
+def test_gigabytes_in_constant_memory(tmp_path: Path) -> None:
+    """DeepSeek-OCR with four layers of its language model, its data one hole: an encoder is put in, the hole stays."""
     (tmp_path / "ocr").mkdir()
-    source = sparse(tmp_path / "ocr" / "model.safetensors", inventories()["deepseek-ocr"])
+    later = re.compile(r"model\.layers\.([4-9]|1\d)\.")
+    inventory = {name: entry for name, entry in inventories()["deepseek-ocr"].items() if not later.match(name)}
+    source = sparse(tmp_path / "ocr" / "model.safetensors", inventory)
     code = """
 import sys
 from converter.api.encoder import encoder
@@ -581,7 +583,7 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
     assert done.stdout.split()[1] == "False"
     assert int(done.stdout.split()[0]) < 80 << 10  # KiB
     out = tmp_path / "out" / "model.safetensors"
-    assert out.stat().st_size == source.stat().st_size > 6_670_000_000
+    assert out.stat().st_size == source.stat().st_size > 2_000_000_000
     assert 512 * out.stat().st_blocks < 4 << 20
     with safetensors.safe_open(out, "pt") as new, safetensors.safe_open(source, "pt") as old:
         assert list(new.keys()) == list(old.keys())

@@ -8,8 +8,6 @@ import functools
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +16,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from command import script
+from command import run, script
 from torch import Tensor, nn
 
 import converter
@@ -405,14 +403,13 @@ def test_the_umask_is_respected(meta: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(meta: Path, tmp_path: Path) -> None:
-    script = "import sys; from converter.cli.main import convert; sys.exit(convert())"
-    command = [sys.executable, "-c", script, "sam", str(meta), "--to", "sam-hf", "--full-model", "-o", "folder"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = ["sam", meta, "--to", "sam-hf", "--full-model", "-o", "folder"]
+    done = run(*command, cwd=tmp_path)
     assert (done.stdout, done.returncode) == ("folder\n", 0), done.stderr
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == FILES
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = run(*command, cwd=tmp_path)
     assert (done.stdout, done.returncode) == ("", 4)
-    done = subprocess.run([*command, "--to", "sam-timm"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = run(*command, "--to", "sam-timm", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
 
 

@@ -457,6 +457,7 @@ def test_true_size_sam_base(tmp_path: Path) -> None:
     check_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), only(state, "image_encoder."))
 
 
+@pytest.mark.true_size
 def test_true_size_clip_large(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
