@@ -98,7 +98,7 @@ def test_configs_of_tensors_of_odd_shapes(layout: str, shape: tuple[int, ...]) -
 
 def test_an_unknown_checkpoint_is_told_in_a_dozen_lines() -> None:
     (mapping,) = (mapping for mapping in registry.mappings("sam") if mapping.name == "sam-meta")
-    telling = described({mapping.signature.prefixes[0] + key: () for key in mapping.signature.tensors})
+    telling = described({mapping.prefixes[0] + key: () for key in mapping.detect})
     others = [*(f"unheard.of.{i}.y" for i in range(9)), "blocks.0.attn.rel_pos_h"]
     tensors = telling | described({f"image_encoder.{name}": (1,) for name in others})
     with pytest.raises(LayoutError) as caught:

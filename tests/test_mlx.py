@@ -110,7 +110,7 @@ def test_a_pack_is_read_as_its_torch_checkpoint_and_written_back(
     check_equal(converter.load(pack, family), safetensors.torch.load_file(expected))
     back = tmp_path / "back.safetensors"
     converter.convert(out, family, to=layout, out=back, fill_from=pack)
-    prefix = registry.load(layout).signature.prefixes[0]
+    prefix = registry.load(layout).prefixes[0]
     check_equal(safetensors.torch.load_file(back), under(prefix, only(prefix, to_mlx(make()))))
 
 

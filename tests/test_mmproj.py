@@ -85,7 +85,7 @@ def test_an_mmproj_is_read_as_its_torch_checkpoint_and_written_back(
     assert converter.diff(put(to_mmproj(make()), tmp_path / "b.gguf"), save(make(), tmp_path / "b.safetensors")).equal
     back = tmp_path / "back.safetensors"
     converter.convert(out, family, to=layout, out=back)
-    prefix = registry.load(layout).signature.prefixes[0]
+    prefix = registry.load(layout).prefixes[0]
     names = {name for name in to_mmproj(make()) if name.startswith(prefix)}
     written = safetensors.torch.load_file(back)
     assert written.keys() == {name for name in names if prefix == "v.sam." or not name.startswith("v.sam.")}

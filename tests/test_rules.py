@@ -184,7 +184,7 @@ def test_every_mapping_that_ships_is_tested_there_and_back() -> None:
 def test_there_and_back_again(layout: str, checkpoint: str) -> None:
     mapping = registry.load(layout).mapping
     names = inventories()[checkpoint]
-    prefix = next(prefix for prefix in mapping.signature.prefixes if any(name.startswith(prefix) for name in names))
+    prefix = next(prefix for prefix in mapping.prefixes if any(name.startswith(prefix) for name in names))
     # The real names, the shapes a few elements each: the rules ask for ones and for equal parts.
     shapes = {
         name: tuple(size if size == 1 else 2 + size % 2 for size in shape)

@@ -14,7 +14,7 @@ from test_cli import run
 from test_mapping_files import GOOD, MALFORMED
 
 from converter.errors import MappingError
-from converter.layouts import parse, parse_ops, registry, template, yaml_tree
+from converter.layouts import parse, registry, template, yaml_tree
 from converter.tensors.dtypes import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
 def test_it_has_the_keys_of_the_parser() -> None:
     for name, keys in {"mapping": parse.MAPPING, "canonical": parse.CANONICAL, "tensor": parse.TENSOR}.items():
         assert set(DEFINITIONS[name]["properties"]) == set(keys)
-    assert set(DEFINITIONS["operation"]["properties"]) == set(parse_ops.OPS)
+    assert set(DEFINITIONS["operation"]["properties"]) == set(parse.OPS)
     assert DEFINITIONS["rule"]["anyOf"] == [{"$ref": f"#/$defs/{action}"} for action in parse.ACTIONS]
     for action, (required, optional) in parse.ACTIONS.items():
         assert DEFINITIONS[action]["required"] == [action, *required]
@@ -194,7 +194,7 @@ def test_both_require_the_same_keys(text: str, name: str) -> None:
 
 def test_the_reference_page_has_every_key_and_the_example() -> None:
     page = (ROOT / "docs" / "rules.md").read_text()
-    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse_ops.OPS, *parse.ACTIONS}
+    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse.OPS, *parse.ACTIONS}
     keys |= {key for required, optional in parse.ACTIONS.values() for key in (*required, *optional)}
     assert {key for key in keys if f"`{key}`" not in page} == set()
     assert registry.text("sam-meta") in page

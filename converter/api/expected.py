@@ -156,7 +156,7 @@ def _written(plan: Plan, encoder: ConvertedEncoder, donor: Plan | None, target: 
         others = [name for name in target.tensors if not name.startswith(encoder.prefix)]
         full_model = any(any_match(outside, name) for name in others)
         written = retarget(plan, mapping, donor, full_model, "keep", target.source.name, partial=True)
-    first = encoder.layout.mapping.signature.prefixes[0]
+    first = encoder.layout.mapping.prefixes[0]
     names = {
         name: encoder.prefix + name.removeprefix(first) if name.startswith(first) else name for name in written.outputs
     }

@@ -247,7 +247,7 @@ def _detect(comparison: Comparison, matches: list[TensorMatch], prefix: str) -> 
     for match in matches:
         for target, value in match.outputs(tensors).items():
             spec = canonical.spec(target)
-            if spec and match_shape(spec.shape, value.shape, sizes) and target in canonical.signature.tensors:
+            if spec and match_shape(spec.shape, value.shape, sizes) and target in canonical.detect:
                 shapes[match.sources[0]] = spec.shape
     shapes = shapes or {match.sources[0]: () for match in matches[:1]}
     items = ((name, [_dim(size, shape, sizes) for size in tensors[name].shape]) for name, shape in shapes.items())

@@ -18,7 +18,7 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
     canonical = comparison.canonical
     subtrees: dict[str, list[TensorMatch]] = {}
     for mapping in (canonical.mapping, *registry.mappings(canonical.family)):
-        keys = mapping.signature.tensors
+        keys = mapping.detect
         counts = Counter(prefix for key in keys for prefix in prefixes_of(comparison.selected, key))
         # Not only where all are: an encoder with adapters is a copy too.
         for prefix in [prefix for prefix, count in counts.items() if 2 * count > len(keys)]:
@@ -50,7 +50,7 @@ def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) 
     """Return the matches that a mapping gives for the names that begin with `prefix`."""
     names = [name.removeprefix(prefix) for name in comparison.selected if name.startswith(prefix)]
     matches = []
-    for (index, bound), parts in claim(mapping.rules, dict.fromkeys(names)).groups.items():
+    for (index, bound), parts in claim(mapping.rules, names).groups.items():
         rule = mapping.rules[index]
         targets = tuple(target.fill(dict(bound)) for target in rule.targets)
         if targets and len(parts) == len(rule.sources) and all(map(comparison.canonical.spec, targets)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from converter.errors import MappingError
 from converter.layouts.spec import Rule
@@ -15,43 +15,36 @@ MAX_SHOWN = 5
 _MAX_COMPARISONS = 10_000_000
 
 
-@dataclass(slots=True, eq=False)
-class Claims:
+class Claims(NamedTuple):
     """Result of matching names with rules."""
 
     # Names by part number, for each pair of a rule's index and values of its variables
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]]
     unclaimed: list[str]  # Names that no rule matches
     duplicates: list[tuple[str, Rule, Rule]]  # Names that two rules match, with both rules
-
-    def unmatched_rules(self, rules: tuple[Rule, ...]) -> list[Rule]:
-        """Return the required rules that matched nothing."""
-        used = {index for index, _ in self.groups}
-        return [rule for index, rule in enumerate(rules) if index not in used and not rule.optional]
+    unmatched: list[Rule]  # Required rules that match no name
 
 
-def claim(rules: tuple[Rule, ...], names: Mapping[str, object]) -> Claims:
+def claim(rules: tuple[Rule, ...], names: Iterable[str]) -> Claims:
     """Match every name with every rule; MappingError if there are too many names and rules."""
+    names = list(names)
     templates = [(i, part, template) for i, rule in enumerate(rules) for part, template in enumerate(rule.sources)]
     if len(templates) * len(names) > _MAX_COMPARISONS:
         raise MappingError(
             f"{rules[0].location.file}: {len(templates)} rules are too many for {len(names)} tensors",
             "use templates such as blocks.{i}.{rest}, which match many names",
         )
-    claims = Claims(defaultdict(dict), [], [])
+    claims = Claims(defaultdict(dict), [], [], [])
     for name in names:
-        owner: Rule | None = None
-        for index, part, template in templates:
-            bindings = template.match(name)
-            if bindings is None:
-                continue
-            if owner is not None:
-                claims.duplicates.append((name, owner, rules[index]))
-                continue
-            owner = rules[index]
-            claims.groups[index, tuple(sorted(bindings.items()))][part] = name
-        if owner is None:
+        found = [(i, part, match) for i, part, template in templates if (match := template.match(name)) is not None]
+        if not found:
             claims.unclaimed.append(name)
+            continue
+        (first, part, bindings), *others = found
+        claims.groups[first, tuple(sorted(bindings.items()))][part] = name
+        claims.duplicates.extend((name, rules[first], rules[other]) for other, *_ in others)
+    used = {index for index, _ in claims.groups}
+    claims.unmatched.extend(rule for i, rule in enumerate(rules) if i not in used and not rule.optional)
     return claims
 
 

@@ -18,7 +18,7 @@ from converter.options import ConvertOptions
 from converter.tensors.tensor_info import TensorInfo
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DetectedLayout:
     """A state dict and the layout of an encoder in it."""
 
@@ -58,19 +58,14 @@ def select_state_dicts(source: Checkpoint, path: str | None, prefix: str | None 
     """
     entries = state_dicts(source.contents)
     if not entries:
-        raise LayoutError(
-            f"{source.name}: contains no named tensors",
-            "save the model's state dict and convert that",
-        )
+        raise LayoutError(f"{source.name}: contains no named tensors", "save the model's state dict and convert that")
     if path is not None:
         chosen = [entry for entry in entries if entry.path == path.strip(".")]
         if not chosen:
             raise UsageError(f"--state-dict {path}: {source.name} has no such state dict", f"it has: {_paths(entries)}")
         entries = chosen
-    return entries if prefix is None else _under(source, entries, prefix)
-
-
-def _under(source: Checkpoint, entries: list[StateDict], prefix: str) -> list[StateDict]:
+    if prefix is None:
+        return entries
     under = [selected for entry in entries if (selected := entry.under(prefix)).tensors]
     if not under:
         segments = dict.fromkeys(name.partition(".")[0] + "." for entry in entries for name in entry.tensors)
@@ -105,32 +100,35 @@ def detect_layout(source: Checkpoint, layouts: Sequence[LayoutSpec], options: Co
 def _several(source: Checkpoint, family: str, detected: list[DetectedLayout]) -> LayoutError:
     entries = list({layout.state_dict.path: layout.state_dict for layout in detected}.values())
     if len(entries) > 1:
-        return LayoutError(
-            f"{source.name}: has {len(entries)} state dicts that fit: {_paths(entries)}",
-            f"choose one, such as --state-dict {printable(entries[0].path) or '.'}",
-        )
-    prefixes = sorted(printable(layout.match.full_prefix) or "." for layout in detected)
-    return LayoutError(
-        f"{source.name}: has {len(prefixes)} {family.upper()} encoders, under the prefixes {', '.join(prefixes)}",
-        f"choose one, such as --prefix {prefixes[0]}",
-    )
+        what = f"has {len(entries)} state dicts that fit: {_paths(entries)}"
+        step = f"--state-dict {printable(entries[0].path) or '.'}"
+    else:
+        prefixes = sorted(printable(layout.match.full_prefix) or "." for layout in detected)
+        what = f"has {len(prefixes)} {family.upper()} encoders, under the prefixes {', '.join(prefixes)}"
+        step = f"--prefix {prefixes[0]}"
+    return LayoutError(f"{source.name}: {what}", f"choose one, such as {step}")
 
 
 def detect_layouts(
     source: Checkpoint, layouts: Sequence[LayoutSpec], candidates: list[StateDict]
 ) -> list[DetectedLayout]:
-    """Detect the layouts of several state dicts.
+    """Return one item for each encoder in the state dicts of a checkpoint that fits a layout.
 
     Args:
         source: The checkpoint, for error messages.
         layouts: The layouts to try.
         candidates: The state dicts of the checkpoint.
-
-    Returns:
-        One item for each encoder that fits a layout.
     """
     names = [name for candidate in candidates for name in candidate.tensors]
-    return [layout for candidate in candidates for layout in _detect(source, candidate, layouts, names)]
+    detected = []
+    for candidate in candidates:
+        tensors = unwrapped_names(candidate.tensors, source.name)
+        matches = match_layouts(tensors, layouts)
+        if candidate.prefix is None:
+            matches = without_language_models(matches, names)
+        chosen = outermost((match.full_prefix for match in matches), candidate.prefix)
+        detected += [DetectedLayout(candidate, tensors, match) for match in matches if match.full_prefix in chosen]
+    return detected
 
 
 def detect_families(source: Checkpoint, prefix: str | None = None) -> dict[str, list[DetectedLayout]]:
@@ -138,18 +136,6 @@ def detect_families(source: Checkpoint, prefix: str | None = None) -> dict[str, 
     candidates = select_state_dicts(source, None, prefix)
     found = {family: detect_layouts(source, registry.layouts(family), candidates) for family in registry.families()}
     return {family: detected for family, detected in found.items() if detected}
-
-
-def _detect(
-    source: Checkpoint, state_dict: StateDict, layouts: Sequence[LayoutSpec], names: Sequence[str]
-) -> list[DetectedLayout]:
-    """Detect the layouts of a state dict; `names` are those of the whole checkpoint."""
-    tensors = unwrapped_names(state_dict.tensors, source.name)
-    matches = match_layouts(tensors, layouts)
-    if state_dict.prefix is None:
-        matches = without_language_models(matches, names)
-    chosen = outermost((match.full_prefix for match in matches), state_dict.prefix)
-    return [DetectedLayout(state_dict, tensors, match) for match in matches if match.full_prefix in chosen]
 
 
 def _paths(entries: Sequence[StateDict]) -> str:

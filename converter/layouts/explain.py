@@ -20,11 +20,13 @@ from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
 
+Tensors = Mapping[str, TensorInfo]
+
 # The search for the nearest layout tries all rules, so it is skipped for more tensors. OCR models have 3,000.
 _MAX_TENSORS_COMPARED = 10_000
 # Prefixes that are tried for each layout.
 _MAX_PREFIXES = 8
-# Of names and rules that must fit, for a layout without a tensor of its signature: fewer fit by chance.
+# Of names and rules that must fit, for a layout without a tensor of its `detect`: fewer fit by chance.
 _MIN_SHARE = 0.1
 # Of a message: names of one kind, and lines.
 _MAX_ITEMS = 3
@@ -51,7 +53,11 @@ def no_layout_error(
         return LayoutError(what, source.whole_step)
     tensors = unwrapped_names(largest.tensors, source.name)
     if language_models := match_layouts(tensors, layouts):
-        return _language_model_error(source, language_models[0])
+        prefix = language_models[0].full_prefix or "."
+        return LayoutError(
+            f"{source.name}: its {family.upper()} ({prefix}) is the language model next to a vision encoder",
+            f"to convert the language model all the same, add --prefix {prefix}",
+        )
     others = _other_encoders(tensors, family)
     found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in found}
@@ -65,9 +71,9 @@ def no_layout_error(
     if mark:
         return mark_error(source, mark)
     if is_absent:
+        other = others[0].layout.family
         return OtherFamilyError(
-            f"{source.name}: is a {others[0].layout.family.upper()} checkpoint, not {family.upper()}",
-            f"run: dsocr-convert {others[0].layout.family} ...",
+            f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}", f"run: dsocr-convert {other} ..."
         )
     lines = [what]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
@@ -75,18 +81,7 @@ def no_layout_error(
     return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))
 
 
-def _language_model_error(source: Checkpoint, match: LayoutMatch) -> LayoutError:
-    """Return the error for a layout that fits, but for the vision encoder in the checkpoint."""
-    prefix = match.full_prefix or "."
-    return LayoutError(
-        f"{source.name}: its {match.layout.family.upper()} ({prefix}) is the language model next to a vision encoder",
-        f"to convert the language model all the same, add --prefix {prefix}",
-    )
-
-
-def find_source_mark(
-    source: Checkpoint, tensors: Mapping[str, TensorInfo], family: str, is_channels_last: bool = False
-) -> Mark | None:
+def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_channels_last: bool = False) -> Mark | None:
     """Return what tensors show that no layout describes, or None.
 
     Args:
@@ -139,18 +134,11 @@ def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[Lay
     return _describe(_nearest(tensors, mappings), tensors)
 
 
-class _Nearest(NamedTuple):
-    """The mapping that is closest to tensors that fit none: names without a rule, rules without a name."""
-
-    mapping: LayoutMapping
-    prefix: str
-    unclaimed: list[str]
-    unmatched: list[str]
-
-
-def _other_encoders(tensors: Mapping[str, TensorInfo], family: str) -> list[LayoutMatch]:
-    others = (registry.layouts(other) for other in registry.families() if other != family)
-    return without_language_models((match for layouts in others for match in match_layouts(tensors, layouts)), tensors)
+def _other_encoders(tensors: Tensors, family: str) -> list[LayoutMatch]:
+    families = [registry.layouts(other) for other in registry.families() if other != family]
+    return without_language_models(
+        (match for layouts in families for match in match_layouts(tensors, layouts)), tensors
+    )
 
 
 def _covers(match: LayoutMatch, name: str) -> bool:
@@ -160,52 +148,54 @@ def _covers(match: LayoutMatch, name: str) -> bool:
     return any_match(match.layout.templates(""), name)
 
 
-def _has_trace(tensors: Mapping[str, TensorInfo], layouts: Sequence[LayoutSpec]) -> bool:
+def _has_trace(tensors: Tensors, layouts: Sequence[LayoutSpec]) -> bool:
     """Whether most of the tensors by which one of the layouts is detected are there, whatever their shapes."""
     for layout in layouts:
-        keys = layout.signature.tensors
-        counts = Counter(prefix for key in keys for prefix in prefixes_of(tensors, key))
-        if counts and max(counts.values()) > len(keys) / 2:
+        counts = Counter(prefix for key in layout.detect for prefix in prefixes_of(tensors, key))
+        if counts and max(counts.values()) > len(layout.detect) / 2:
             return True
     return False
 
 
-def _nearest(tensors: Mapping[str, TensorInfo], candidates: list[LayoutMapping]) -> _Nearest | None:
+class _Nearest(NamedTuple):
+    """The mapping that is closest to tensors that fit none: names without a rule, rules without a name."""
+
+    mapping: LayoutMapping
+    prefix: str
+    unclaimed: list[str]
+    unmatched: list[str]
+
+
+def _nearest(tensors: Tensors, candidates: list[LayoutMapping]) -> _Nearest | None:
     """Return the mapping whose signature and rules cover most, under one of its own prefixes if possible, or None."""
     if len(tensors) > _MAX_TENSORS_COMPARED:
         return None
     best: _Nearest | None = None
     best_score = (0.0, False, 0.0)
     for mapping in candidates:
-        for prefix in _prefixes_to_try(tensors, mapping):
-            inside = {name.removeprefix(prefix): None for name in tensors if name.startswith(prefix)}
+        found = (prefix for key in mapping.detect for prefix in prefixes_of(tensors, key))
+        for prefix in dict.fromkeys(("", *mapping.prefixes, *islice(found, _MAX_PREFIXES))):
+            inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
             claims = claim(mapping.rules, inside)
             num_used_rules = len({index for index, _ in claims.groups})
             num_claimed = sum(len(parts) for parts in claims.groups.values())
             # Both shares count: a mapping with a few general rules claims much by chance.
             share = num_claimed / max(len(inside), 1) * num_used_rules / len(mapping.rules)
-            known = _share_of_signature(tensors, prefix, mapping)
-            score = (known, prefix in mapping.signature.prefixes, share)
+            known = _share_detected(tensors, prefix, mapping)
+            score = (known, prefix in mapping.prefixes, share)
             if (known or share > _MIN_SHARE) and score > best_score:
-                unmatched = [rule.text for rule in claims.unmatched_rules(mapping.rules)]
+                unmatched = [rule.text for rule in claims.unmatched]
                 best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
     return best
 
 
-def _share_of_signature(tensors: Mapping[str, TensorInfo], prefix: str, mapping: LayoutMapping) -> float:
-    """The share of the signature whose tensors are there; each shape must fit by itself."""
-    shapes = mapping.signature.tensors
-    found = [prefix + key in tensors and match_shape(shapes[key], tensors[prefix + key].shape, {}) for key in shapes]
-    return sum(found) / len(shapes)
+def _share_detected(tensors: Tensors, prefix: str, mapping: LayoutMapping) -> float:
+    """The share of the tensors of `detect` that are there; each shape must fit by itself."""
+    shapes = [(shape, tensors.get(prefix + key)) for key, shape in mapping.detect.items()]
+    return sum(tensor is not None and match_shape(shape, tensor.shape, {}) for shape, tensor in shapes) / len(shapes)
 
 
-def _prefixes_to_try(tensors: Mapping[str, TensorInfo], mapping: LayoutMapping) -> list[str]:
-    """Return the prefixes of the layout, and those under which a tensor of its signature is."""
-    found = (prefix for key in mapping.signature.tensors for prefix in prefixes_of(tensors, key))
-    return list(dict.fromkeys(("", *mapping.signature.prefixes, *islice(found, _MAX_PREFIXES))))
-
-
-def _describe(near: _Nearest | None, tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _describe(near: _Nearest | None, tensors: Tensors) -> list[str]:
     """Describe the differences from the nearest layout; about a dozen lines at most."""
     if near is None:
         return [f"first names: {', '.join(map(repr, sorted(tensors)[:MAX_SHOWN]))}"]
@@ -213,7 +203,7 @@ def _describe(near: _Nearest | None, tensors: Mapping[str, TensorInfo]) -> list[
     lines += [f"  the checkpoint has no tensor for {text}" for text in _first(near.unmatched)]
     lines += [f"  {near.mapping.name} has no rule for {name}" for name in _first([*map(repr, near.unclaimed)])]
     sizes: Sizes = {}
-    for key, shape in near.mapping.signature.tensors.items():
+    for key, shape in near.mapping.detect.items():
         tensor = tensors.get(near.prefix + key)
         if tensor and not match_shape(shape, tensor.shape, sizes):
             lines.append(f"  {near.prefix + key!r} has shape {list(tensor.shape)}; expected {format_shape(shape)}")

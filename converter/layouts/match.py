@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from converter.layouts.marks import has_vision_encoder
 from converter.layouts.shapes import Sizes, match_shape, shows_channels_last
-from converter.layouts.spec import LayoutSpec, Signature
+from converter.layouts.spec import LayoutSpec
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
 
@@ -41,7 +41,7 @@ class LayoutMatch(NamedTuple):
     @property
     def evidence(self) -> list[str]:
         """The tensors by which the layout was detected."""
-        return [self.full_prefix + key for key in self.layout.signature.tensors]
+        return [self.full_prefix + key for key in self.layout.detect]
 
 
 def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpec]) -> list[LayoutMatch]:
@@ -53,21 +53,24 @@ def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpe
     """
     matches: dict[str, list[LayoutMatch]] = {}
     for layout in layouts:
-        for prefix in islice(_fitting_prefixes(tensors, layout.signature), MAX_PREFIXES):
-            matches.setdefault(prefix, []).append(_locate(layout, prefix))
+        for prefix in islice(_fitting_prefixes(tensors, layout), MAX_PREFIXES):
+            # The longest of the layout's own prefixes that it ends with.
+            ends = (own for own in layout.prefixes if f".{prefix}".endswith(f".{own}") or not own)
+            own = max(ends, key=len, default="")
+            matches.setdefault(prefix, []).append(LayoutMatch(layout, prefix.removesuffix(own), own))
     best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
     best = [match for match in best if not any(_knows_more(other, match) for other in best)]
-    best = [match for match in best if not match.layout.is_language_model] or best
-    own = [match for match in best if match.prefix in match.layout.signature.prefixes]
+    best = [match for match in best if not match.layout.language_model] or best
+    own_prefix = [match for match in best if match.prefix in match.layout.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
-    return sorted(own or best, key=lambda match: order[match.evidence[0]])
+    return sorted(own_prefix or best, key=lambda match: order[match.evidence[0]])
 
 
 def without_language_models(matches: Iterable[LayoutMatch], names: Iterable[str]) -> list[LayoutMatch]:
     """Leave out language models if `names` show a vision encoder: they are the language model of that checkpoint."""
     found = list(matches)
-    if any(match.layout.is_language_model for match in found) and has_vision_encoder(names):
-        return [match for match in found if not match.layout.is_language_model]
+    if any(match.layout.language_model for match in found) and has_vision_encoder(names):
+        return [match for match in found if not match.layout.language_model]
     return found
 
 
@@ -99,24 +102,14 @@ def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> It
             yield name[: -len(key)]
 
 
-def _fitting_prefixes(tensors: Mapping[str, TensorInfo], signature: Signature) -> Iterator[str]:
-    for prefix in prefixes_of(tensors, next(iter(signature.tensors)), signature.prefixes):
+def _fitting_prefixes(tensors: Mapping[str, TensorInfo], layout: LayoutSpec) -> Iterator[str]:
+    for prefix in prefixes_of(tensors, next(iter(layout.detect)), layout.prefixes):
         sizes: Sizes = {}
         if all(
             prefix + key in tensors and match_shape(shape, tensors[prefix + key].shape, sizes)
-            for key, shape in signature.tensors.items()
+            for key, shape in layout.detect.items()
         ):
             yield prefix
-
-
-def _locate(layout: LayoutSpec, prefix: str) -> LayoutMatch:
-    """Split the prefix into the wrapper and the longest of the layout's own prefixes that it ends with."""
-    own = max((own for own in layout.signature.prefixes if _ends_with(prefix, own)), key=len, default="")
-    return LayoutMatch(layout, prefix.removesuffix(own), own)
-
-
-def _ends_with(prefix: str, own: str) -> bool:
-    return prefix == own or prefix.endswith(f".{own}") or not own
 
 
 def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> LayoutMatch:
@@ -128,13 +121,16 @@ def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> Layo
     matches = [match for match in matches if len(match.prefix) == longest]
     if len(matches) == 1:
         return matches[0]
-    is_channels_last = _is_channels_last(tensors, matches[0].full_prefix)
+    prefix = matches[0].full_prefix
+    is_channels_last = _is_channels_last(tensors, prefix)
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    templates = {match.name: match.layout.templates("") for match in matches}
     return min(
         matches,
         key=lambda match: (
-            _count_unknown(tensors, match),
+            sum(not any_match(templates[match.name], name) for name in names),
             match.layout.is_channels_last != is_channels_last,
-            "" not in match.layout.signature.prefixes,
+            "" not in match.layout.prefixes,
         ),
     )
 
@@ -153,10 +149,3 @@ def _is_channels_last(tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
 def _knows_more(other: LayoutMatch, match: LayoutMatch) -> bool:
     """Return whether both are of the same tensors, and more of their names is unknown to `match`."""
     return len(other.wrapper) < len(match.wrapper) and not set(other.evidence).isdisjoint(match.evidence)
-
-
-def _count_unknown(tensors: Iterable[str], match: LayoutMatch) -> int:
-    prefix = match.full_prefix
-    templates = match.layout.templates("")
-    names = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
-    return sum(not any_match(templates, name) for name in names)

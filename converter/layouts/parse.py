@@ -4,32 +4,58 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from converter.layouts.parse_ops import parse_op, require
-from converter.layouts.shapes import Dim, Shape, parse_dim
-from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, Rule, Signature, TensorSpec
+from converter.layouts.shapes import Shape, parse_dim
+from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec, Rule, TensorSpec
 from converter.layouts.template import MAX_WORD_CHARS, Kind, Template
 from converter.layouts.yaml_tree import MAX_FILE_CHARS, YamlNode, parse
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.lazy_tensor import POSITIONS
-from converter.tensors.ops import Fuse, Op, Split
+from converter.tensors.ops import Deinterleave, Fuse, Op, Permute, Reorder, Reshape, Split, Squeeze, Unsqueeze
 
-# The allowed keys. A test compares these tables, ACTIONS and OPS with mapping.schema.json.
-REQUIRED = ("layout", "family", "description", "detect")
-MAPPING = (*REQUIRED, "variables", "prefix", "rules", "other_rules", "drop_rest", "aliases", "language_model")
-CANONICAL = (
-    *REQUIRED,
-    "variables",
-    "sizes",
-    "global_layers",
-    "assumptions",
-    "encoder_prefix",
-    "encoder_order",
-    "model",
-    "tensors",
-    "extra_tensors",
-)
+Variables = dict[str, Kind]
+Parsers = dict[str, Callable[[YamlNode, Variables], Any]]
+
+# Parsers of values by key; the names of the fields are those of the layouts. A test compares these tables, ACTIONS and
+# OPS with mapping.schema.json.
+_COMMON: Parsers = {
+    "layout": lambda node, _: node.as_line("the layout's name"),
+    "family": lambda node, _: node.as_line("a family"),
+    "description": lambda node, _: node.as_line("a one-line description"),
+    "variables": lambda node, variables: variables,
+    "detect": lambda node, _: _detect(node),
+}
+MAPPING: Parsers = {
+    **_COMMON,
+    "prefix": lambda node, _: _prefixes(node),
+    "rules": lambda node, variables: _rules(node, variables),
+    "other_rules": lambda node, variables: _rules(node, variables),
+    "drop_rest": lambda node, _: _reason(node),
+    "aliases": lambda node, _: tuple(node.as_str_list("a name, or a list of names")),
+    "language_model": lambda node, _: node.as_bool(),
+}
+CANONICAL: Parsers = {
+    **_COMMON,
+    "sizes": lambda node, _: {key: size.as_int("a size") for key, size in node.as_dict("names and sizes").items()},
+    "global_layers": lambda node, _: node.as_int("a number of layers"),
+    "assumptions": lambda node, _: {
+        key: value.as_str_or_number("a word or a number") for key, value in node.as_dict("names and values").items()
+    },
+    "encoder_prefix": lambda node, _: node.as_str("a prefix"),
+    "encoder_order": lambda node, _: node.as_int("the encoder's position in the model"),
+    "model": lambda node, _: node.as_str("a published model"),
+    "tensors": lambda node, variables: tuple(
+        _tensor(name, spec, variables) for name, spec in node.as_dict("names and shapes").items()
+    ),
+    "extra_tensors": lambda node, variables: tuple(
+        (_template(name, reason, variables), reason.as_str("why the DeepEncoder has no such tensor"))
+        for name, reason in node.as_dict("names and reasons").items()
+    ),
+}
+_REQUIRED = ("layout", "family", "description", "detect")
 TENSOR = ("shape", "dtype", "optional", "generate", "positions")
 KINDS = ("int", "name", "path")
 # Each rule is compared with every name of a checkpoint.
@@ -42,88 +68,47 @@ ACTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "split": (("parts", "into"), ("dim", "then")),
     "drop": (("because",), ()),
 }
+OPS: dict[str, Callable[[YamlNode], Op]] = {
+    "squeeze": lambda node: Squeeze(_dims(node)),
+    "unsqueeze": lambda node: Unsqueeze(_dims(node)),
+    "reshape": lambda node: _reshape(node),
+    "permute": lambda node: Permute(_order(node, "the dimensions in their new order")),
+    "deinterleave": lambda node: _deinterleave(node),
+    "reorder": lambda node: _reorder(node),
+}
 
 
 def parse_mapping(text: str, file: str) -> LayoutSpec:
     """Parse the YAML of a mapping or a canonical layout; MappingError with file and line for any mistake."""
-    return parse_layout(parse(text, file), text_digest(text))
+    return parse_layout(parse(text, file), text)
 
 
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of a mapping file, which conversion records contain."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def parse_layout(node: YamlNode, digest: str) -> LayoutSpec:
+def parse_layout(node: YamlNode, text: str) -> LayoutSpec:
     """Return the layout that a mapping file describes: a canonical one if it has `tensors`, else a mapping."""
-    is_canonical = node.is_map and "tensors" in node.as_dict("a mapping file")
-    return parse_canonical(node, digest) if is_canonical else _mapping(node, digest)
-
-
-def parse_canonical(node: YamlNode, digest: str) -> CanonicalLayout:
-    """Return the canonical layout that a file describes."""
-    fields = node.as_dict("a canonical layout", CANONICAL)
-    require(node, fields, *REQUIRED, "sizes", "encoder_prefix", "encoder_order", "tensors")
-    variables = _variables(fields)
-    extra_tensors = fields["extra_tensors"].as_dict("names and reasons") if "extra_tensors" in fields else {}
-    assumptions = fields["assumptions"].as_dict("names and values") if "assumptions" in fields else {}
-    return CanonicalLayout(
-        name=_line(fields["layout"], "the layout's name"),
-        family=_line(fields["family"], "a family"),
-        description=_line(fields["description"], "a one-line description"),
-        signature=_signature(fields),
-        location=node.location,
-        digest=digest,
-        sizes={name: size.as_int("a size") for name, size in fields["sizes"].as_dict("names and sizes").items()},
-        assumptions={name: value.as_str_or_number("a word or a number") for name, value in assumptions.items()},
-        tensors=tuple(
-            _tensor(name, spec, variables) for name, spec in fields["tensors"].as_dict("names and shapes").items()
-        ),
-        extra_tensors=tuple(
-            (_template(name, reason, variables), reason.as_str("why the DeepEncoder has no such tensor"))
-            for name, reason in extra_tensors.items()
-        ),
-        encoder_prefix=fields["encoder_prefix"].as_str("a prefix"),
-        encoder_order=fields["encoder_order"].as_int("the encoder's position in the model"),
-        model=fields["model"].as_str("a published model") if "model" in fields else "",
-        global_layers=fields["global_layers"].as_int("a number of layers") if "global_layers" in fields else 0,
-    )
-
-
-def _mapping(node: YamlNode, digest: str) -> LayoutMapping:
-    fields = node.as_dict("a mapping file", MAPPING)
-    require(node, fields, *REQUIRED, "rules")
-    variables, signature = _variables(fields), _signature(fields)
+    is_canonical = "tensors" in node.as_dict("a mapping file")
+    parsers = CANONICAL if is_canonical else MAPPING
+    required = ("sizes", "encoder_prefix", "encoder_order", "tensors") if is_canonical else ("rules",)
+    fields = node.as_dict("a mapping file", parsers, (*_REQUIRED, *required))
+    variables: Variables = {}
+    if "variables" in fields:
+        declared = fields["variables"].as_dict("variables and their kinds")
+        variables = {name: _variable(name, kind) for name, kind in declared.items()}
+    values = {key: parsers[key](value, variables) for key, value in fields.items() if key != "variables"}
+    values |= {
+        "name": values.pop("layout"),
+        "location": node.location,
+        # Conversion records contain it.
+        "digest": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    if is_canonical:
+        return CanonicalLayout(**values)
+    prefixes = values.pop("prefix", ("",))
     for name in ("other_rules", "drop_rest"):
-        if name in fields and not any(signature.prefixes):
+        if name in fields and not any(prefixes):
             raise fields[name].error(f"`{name}` applies to names without the prefix, but there is no `prefix`")
     if "other_rules" in fields and "drop_rest" in fields:
         raise fields["drop_rest"].error("expected `other_rules` (rules for the other names) or `drop_rest`, not both")
-    return LayoutMapping(
-        name=_line(fields["layout"], "the layout's name"),
-        family=_line(fields["family"], "a family"),
-        description=_line(fields["description"], "a one-line description"),
-        signature=signature,
-        location=node.location,
-        digest=digest,
-        rules=_rules(fields["rules"], variables),
-        other_rules=_rules(fields["other_rules"], variables) if "other_rules" in fields else (),
-        drop_rest=_reason(fields["drop_rest"]) if "drop_rest" in fields else "",
-        aliases=tuple(fields["aliases"].as_str_list("a name, or a list of names")) if "aliases" in fields else (),
-        language_model="language_model" in fields and fields["language_model"].as_bool(),
-    )
-
-
-def _line(node: YamlNode, what: str) -> str:
-    """Return the text with all whitespace as single spaces, for messages."""
-    return " ".join(node.as_str(what).split())
-
-
-def _variables(fields: dict[str, YamlNode]) -> dict[str, Kind]:
-    if "variables" not in fields:
-        return {}
-    declared = fields["variables"].as_dict("variables and their kinds")
-    return {name: _variable(name, node) for name, node in declared.items()}
+    return LayoutMapping(prefixes=prefixes, **values)
 
 
 def _variable(name: str, node: YamlNode) -> Kind:
@@ -141,55 +126,48 @@ def _variable(name: str, node: YamlNode) -> Kind:
     return words
 
 
-def _signature(fields: dict[str, YamlNode]) -> Signature:
-    prefixes = fields["prefix"].as_str_list("a prefix, or a list of prefixes") if "prefix" in fields else [""]
+def _prefixes(node: YamlNode) -> tuple[str, ...]:
+    prefixes = tuple(node.as_str_list("a prefix, or a list of prefixes"))
     if not prefixes:
-        raise fields["prefix"].error("expected a prefix, or a list of prefixes")
-    return Signature(tuple(prefixes), _detect(fields["detect"]))
+        raise node.error("expected a prefix, or a list of prefixes")
+    return prefixes
 
 
 def _detect(node: YamlNode) -> dict[str, Shape]:
-    signature = {key: _shape(shape) for key, shape in node.as_dict("names and shapes").items()}
-    if not signature:
+    shapes = {key: _shape(shape) for key, shape in node.as_dict("names and shapes").items()}
+    if not shapes:
         raise node.error("expected at least one name and its shape")
-    return signature
+    return shapes
 
 
 def _shape(node: YamlNode) -> Shape:
-    return tuple(_dim(item) for item in node.as_list("a shape such as [3*width, width]"))
+    items = node.as_list("a shape such as [3*width, width]")
+    return tuple(item.checked(parse_dim, item.as_str("a dimension")) for item in items)
 
 
-def _dim(node: YamlNode) -> Dim:
-    text = node.as_str("a dimension")
-    return node.checked(lambda: parse_dim(text))
+def _template(text: str, node: YamlNode, variables: Variables) -> Template:
+    return node.checked(Template.parse, text, variables)
 
 
-def _template(text: str, node: YamlNode, variables: dict[str, Kind]) -> Template:
-    return node.checked(lambda: Template.parse(text, variables))
-
-
-def _tensor(name: str, node: YamlNode, variables: dict[str, Kind]) -> TensorSpec:
+def _tensor(name: str, node: YamlNode, variables: Variables) -> TensorSpec:
     template = _template(name, node, variables)
     if any(field.kind in ("name", "path") or field.offset for field in template.fields):
         raise node.error(f"{name!r}: names of a canonical layout may only have int variables and lists of words")
-    if not node.is_map:
+    if isinstance(node.value, list):
         return TensorSpec(template, _shape(node))
-    fields = node.as_dict("a shape, or a mapping with `shape`", TENSOR)
-    require(node, fields, "shape")
-    dtype = fields["dtype"].as_str("an element type") if "dtype" in fields else ""
+    fields = node.as_dict("a shape, or a mapping with `shape`", TENSOR, ("shape",))
+    texts = {key: value.as_line(f"the tensor's {key}") for key, value in fields.items() if key != "shape"}
+    dtype, generate, positions = (texts.get(key, "") for key in ("dtype", "generate", "positions"))
     if dtype and dtype not in BY_NAME:
         raise fields["dtype"].error(f"unknown element type {dtype!r}; expected one of {', '.join(BY_NAME)}")
-    generate = fields["generate"].as_str("arange") if "generate" in fields else ""
     if generate and (generate != "arange" or dtype != "int64"):
         raise fields["generate"].error("expected arange, with dtype int64")
-    optional = fields["optional"].as_str("why it may be missing") if "optional" in fields else ""
-    positions = fields["positions"].as_str("a kind of position embeddings") if "positions" in fields else ""
     if positions and positions not in POSITIONS:
         raise fields["positions"].error(f"unknown kind {positions!r}; expected one of {', '.join(POSITIONS)}")
-    return TensorSpec(template, _shape(fields["shape"]), dtype, optional, generate, positions)
+    return TensorSpec(template, _shape(fields["shape"]), **texts)
 
 
-def _rules(node: YamlNode, variables: dict[str, Kind]) -> tuple[Rule, ...]:
+def _rules(node: YamlNode, variables: Variables) -> tuple[Rule, ...]:
     parsed = itertools.chain.from_iterable(_rule(item, variables) for item in node.as_list("a list of rules"))
     rules = tuple(itertools.islice(parsed, _MAX_RULES + 1))
     if len(rules) > _MAX_RULES:
@@ -201,7 +179,7 @@ def _rules(node: YamlNode, variables: dict[str, Kind]) -> tuple[Rule, ...]:
     return rules
 
 
-def _rule(node: YamlNode, variables: dict[str, Kind]) -> Iterator[Rule]:
+def _rule(node: YamlNode, variables: Variables) -> Iterator[Rule]:
     """Yield the rules of one list item: one rule, or one for each name of a `drop`."""
     present = node.as_dict("a rule")
     action = next((action for action in ACTIONS if action in present), None)
@@ -209,65 +187,56 @@ def _rule(node: YamlNode, variables: dict[str, Kind]) -> Iterator[Rule]:
         found = ", ".join(map(repr, present)) or "nothing"
         raise node.error(f"expected a rule ({', '.join(ACTIONS)}), found {found}")
     needed, allowed = ACTIONS[action]
-    fields = node.as_dict("a rule", (action, *needed, *allowed, "optional"))
-    require(node, fields, *needed)
-    optional, required_on_write = _optional(fields)
+    fields = node.as_dict("a rule", (action, *needed, *allowed, "optional"), needed)
+    optional = _optional(fields["optional"]) if "optional" in fields else (False, False)
     if action == "drop":
         reason = _reason(fields["because"])
         for name in fields["drop"].as_str_list("a name, or a list of names"):
-            yield Rule(
-                (_template(name, fields["drop"], variables),),
-                (),
-                (),
-                optional,
-                reason,
-                node.location,
-                required_on_write,
-            )
+            dropped = _template(name, fields["drop"], variables)
+            yield Rule((dropped,), (), (), node.location, *optional, reason)
         return
     goal = {"keep": "keep", "rename": "to"}.get(action, "into")
     sources = _names(fields[action], fields["parts"] if action == "fuse" else None, variables)
     targets = _names(fields[goal], fields["parts"] if action == "split" else None, variables)
-    _same_variables(fields[goal], sources[0], targets[0])
-    yield Rule(
-        sources, targets, _ops(fields, len(sources), len(targets)), optional, "", node.location, required_on_write
-    )
+    before, after = ({field.name for field in names[0].fields} for names in (sources, targets))
+    if before != after:
+        texts, different = f"{sources[0].text!r} and {targets[0].text!r}", ", ".join(sorted(before ^ after))
+        raise fields[goal].error(f"{texts} use different variables: {different}")
+    yield Rule(sources, targets, _ops(fields, len(sources), len(targets)), node.location, *optional)
 
 
-def _optional(fields: dict[str, YamlNode]) -> tuple[bool, bool]:
+def _optional(node: YamlNode) -> tuple[bool, bool]:
     """Return whether a rule may match nothing, and whether its tensors are required when the layout is written."""
-    if "optional" not in fields:
-        return False, False
-    value = fields["optional"]
-    if value.scalar == "on_read":
+    if node.value == "on_read":
         return True, True
-    if value.scalar == "reading":
-        raise value.error("`optional: reading` is now called `optional: on_read`")
-    return value.as_bool(), False
+    if node.value == "reading":
+        raise node.error("`optional: reading` is now called `optional: on_read`")
+    return node.as_bool(), False
 
 
 def _ops(fields: dict[str, YamlNode], sources: int, targets: int) -> tuple[Op, ...]:
     """Return a Fuse or Split if there are several sources or targets, followed by the operations of `then`."""
     dim = fields["dim"].as_int("a dimension") if "dim" in fields else 0
     first = [Fuse(sources, dim)] if sources > 1 else [Split(targets, dim)] if targets > 1 else []
-    return (*first, *map(parse_op, fields["then"].as_list("a list of operations") if "then" in fields else ()))
+    return (*first, *map(_op, fields["then"].as_list("a list of operations") if "then" in fields else ()))
 
 
 def _reason(node: YamlNode) -> str:
-    reason = _line(node, "a reason in words")
+    reason = node.as_line("a reason in words")
     if not reason:
         raise node.error("expected a reason in words")
     return reason
 
 
-def _names(node: YamlNode, order: YamlNode | None, variables: dict[str, Kind]) -> tuple[Template, ...]:
+def _names(node: YamlNode, order: YamlNode | None, variables: Variables) -> tuple[Template, ...]:
     """Return the template, or with `parts` one for each part in the given order."""
     template = _template(node.as_str("a name"), node, variables)
     if order is None:
         return (template,)
-    chosen = order.as_dict("one variable and its words in order, such as {proj: [q, k, v]}")
+    expected = "one variable and its words in order, such as {proj: [q, k, v]}"
+    chosen = order.as_dict(expected)
     if len(chosen) != 1:
-        raise order.error("expected one variable and its words in order, such as {proj: [q, k, v]}")
+        raise order.error(f"expected {expected}")
     ((name, words_node),) = chosen.items()
     words = words_node.as_str_list("a word")
     if name not in [field.name for field in template.fields]:
@@ -278,8 +247,47 @@ def _names(node: YamlNode, order: YamlNode | None, variables: dict[str, Kind]) -
     return tuple(template.bind(name, word) for word in words)
 
 
-def _same_variables(node: YamlNode, source: Template, target: Template) -> None:
-    before, after = ({field.name for field in template.fields} for template in (source, target))
-    if before != after:
-        names = ", ".join(sorted(before ^ after))
-        raise node.error(f"{source.text!r} and {target.text!r} use different variables: {names}")
+def _op(node: YamlNode) -> Op:
+    fields = node.as_dict("an operation", OPS)
+    if len(fields) != 1:
+        raise node.error("expected one operation per item")
+    ((name, argument),) = fields.items()
+    return OPS[name](argument)
+
+
+def _order(node: YamlNode, what: str) -> tuple[int, ...]:
+    order = node.as_int_tuple(what)
+    if sorted(order) != list(range(len(order))):
+        raise node.error(f"expected each of 0 to {len(order) - 1} once, found {list(order)}")
+    return order
+
+
+def _reorder(node: YamlNode) -> Op:
+    order = _order(node, "the parts in their new order")
+    if len(order) < 2:
+        raise node.error("expected the numbers of two parts or more")
+    return Reorder(order)
+
+
+def _reshape(node: YamlNode) -> Op:
+    fields = node.as_dict("{from: [...], to: [...]}", ("from", "to"), ("from", "to"))
+    before, after = (fields[name].as_int_tuple("a shape in numbers") for name in ("from", "to"))
+    if math.prod(before) != math.prod(after):
+        raise node.error(f"{list(before)} and {list(after)} have different numbers of elements")
+    return Reshape(before, after)
+
+
+def _dims(node: YamlNode) -> tuple[int, ...]:
+    dims = node.as_int_tuple("a dimension, or a list of them")
+    if not dims or len(set(dims)) < len(dims):
+        raise node.error("expected different dimensions")
+    return dims
+
+
+def _deinterleave(node: YamlNode) -> Op:
+    fields = node.as_dict("{heads: N, parts: N}", ("heads", "parts"), ("heads", "parts"))
+    numbers = {name: fields[name].as_int(f"a number of {name}") for name in ("heads", "parts")}
+    for name, number in numbers.items():
+        if not number:
+            raise fields[name].error(f"expected a number of {name}, found 0")
+    return Deinterleave(numbers["heads"], numbers["parts"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import LayoutError, MappingError
-from converter.layouts.parse import parse_layout, parse_mapping, text_digest
+from converter.layouts.parse import parse_layout, parse_mapping
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec
 from converter.layouts.yaml_tree import MAX_FILE_CHARS, parse
 from converter.storage.local_file import require_regular_file
@@ -89,12 +89,19 @@ def encoder_prefix(family: str) -> str:
 def read_file(path: Path) -> LayoutSpec:
     """Read a user's file, of a mapping or of a canonical layout; MappingError if it is not valid."""
     try:
-        content = _text_of(path)
+        require_regular_file(path, MappingError)
+        with path.open(encoding="utf-8") as file:
+            # One character more than allowed is enough for the parser to refuse the file.
+            content = file.read(MAX_FILE_CHARS + 1)
         node = parse(content, str(path))
-        spec = parse_layout(node, text_digest(content))
+        spec = parse_layout(node, content)
         if not spec.is_canonical and spec.family not in families():
             family = node.as_dict("a mapping file")["family"]
             raise family.error(f"expected one of the families {', '.join(families())}, found {spec.family!r}")
+    except OSError as error:
+        raise MappingError(f"{path}: cannot be read: {error.strerror}", _EXAMPLE) from error
+    except UnicodeDecodeError as error:
+        raise MappingError(f"{path}: not UTF-8 text: not a mapping file", _EXAMPLE) from error
     except MappingError as error:
         raise MappingError(str(error), _EXAMPLE) from error
     return spec
@@ -106,18 +113,6 @@ def load_file(path: Path) -> LayoutMapping:
     if spec.is_canonical:
         raise MappingError(f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)", _EXAMPLE)
     return spec.mapping
-
-
-def _text_of(path: Path) -> str:
-    try:
-        require_regular_file(path, MappingError)
-        with path.open(encoding="utf-8") as file:
-            # One character more than allowed is enough for the parser to refuse the file.
-            return file.read(MAX_FILE_CHARS + 1)
-    except OSError as error:
-        raise MappingError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise MappingError(f"{path}: not UTF-8 text: not a mapping file") from error
 
 
 def schema() -> str:

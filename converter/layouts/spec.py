@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 from converter.layouts.shapes import Shape
 from converter.layouts.template import Template
 from converter.tensors.ops import Op, Permute
-
-# From [out, height, width, in] to [out, in, height, width].
-_CHANNELS_FIRST = Permute((0, 3, 1, 2))
 
 
 class Location(NamedTuple):
@@ -30,11 +27,11 @@ class Rule(NamedTuple):
     sources: tuple[Template, ...]  # Templates of the source names
     targets: tuple[Template, ...]  # Templates of the new names; empty for a rule that drops tensors
     ops: tuple[Op, ...]
-    optional: bool  # Whether the rule may match no tensor
-    reason: str
     location: Location
+    optional: bool = False  # Whether the rule may match no tensor
     # Whether the rule is required when the layout is written, even if it is optional on read
     required_on_write: bool = False
+    reason: str = ""
 
     @property
     def text(self) -> str:
@@ -60,33 +57,19 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule.inverse() for rule in rules if rule.targets)
 
 
-class Signature(NamedTuple):
-    """Tensors that identify a layout."""
-
-    prefixes: tuple[str, ...]  # The prefixes that the names of the layout may have
-    tensors: Mapping[str, Shape]  # The shapes of some tensors by their names without the prefix
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class LayoutSpec:
     """Base of canonical layouts and mappings."""
 
     name: str
     family: str
     description: str
-    signature: Signature  # The tensors by which the layout is detected
+    prefixes: tuple[str, ...] = ("",)  # The prefixes that the names of the layout may have
+    detect: Mapping[str, Shape]  # The shapes of tensors that identify the layout, by their names without the prefix
     location: Location
     digest: str  # The SHA-256 of the YAML file
-
-    @property
-    def is_canonical(self) -> bool:
-        """Whether this is the layout of the DeepEncoder itself."""
-        raise NotImplementedError
-
-    @property
-    def is_language_model(self) -> bool:
-        """Whether it is the layout of a language model, not of an encoder."""
-        return False
+    is_canonical: ClassVar[bool]  # Whether this is the layout of the DeepEncoder itself
+    language_model: bool = False  # Whether it is the layout of a language model, not of an encoder
 
     @property
     def mapping(self) -> LayoutMapping:
@@ -96,31 +79,22 @@ class LayoutSpec:
     @property
     def is_channels_last(self) -> bool:
         """Whether convolutions are stored as [out, height, width, in], as in MLX."""
-        return any(_CHANNELS_FIRST in rule.ops for rule in self.mapping.rules)
+        return any(Permute((0, 3, 1, 2)) in rule.ops for rule in self.mapping.rules)
 
     def templates(self, prefix: str) -> list[Template]:
         """Return templates for all names that the layout can have, in a checkpoint whose names begin with `prefix`."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class LayoutMapping(LayoutSpec):
     """Rules that convert a layout to the family's canonical layout."""
 
+    is_canonical = False
     rules: tuple[Rule, ...]  # The rules for names with the prefix. The prefix is removed before they are matched.
     other_rules: tuple[Rule, ...] = ()  # The rules for names without the prefix
     drop_rest: str = ""  # The reason to drop all names without the prefix; empty if they are not dropped
     aliases: tuple[str, ...] = ()  # Other names of the layout, as another model has it too
-    # Whether it is the layout of a language model, which next to a vision encoder is not converted
-    language_model: bool = False
-
-    @property
-    def is_canonical(self) -> bool:
-        return False
-
-    @property
-    def is_language_model(self) -> bool:
-        return self.language_model
 
     @property
     def mapping(self) -> LayoutMapping:
@@ -147,28 +121,25 @@ class TensorSpec(NamedTuple):
     positions: str = ""  # The kind of position embeddings, which `--image-size` resamples; empty for other tensors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class CanonicalLayout(LayoutSpec):
     """The tensors of the DeepEncoder. All conversions between layouts of a family go through this layout."""
 
+    is_canonical = True
     sizes: Mapping[str, int]  # The sizes in DeepSeek-OCR by name
     # The number of layers whose attention is over the whole image, in models whose other layers have windows. They
     # end each of as many equal groups of layers.
     global_layers: int = 0
     # What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are those of another
     # part of a full model, such as `text_model.activation`.
-    assumptions: Mapping[str, str | int | float]
+    assumptions: Mapping[str, str | int | float] = field(default_factory=dict)
     tensors: tuple[TensorSpec, ...]
     # Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason. They allow
     # conversions between other layouts.
-    extra_tensors: tuple[tuple[Template, str], ...]
+    extra_tensors: tuple[tuple[Template, str], ...] = ()
     encoder_prefix: str  # The prefix of the encoder in DeepSeek-OCR's model
     encoder_order: int  # The position of the encoder in DeepSeek-OCR's model
     model: str = ""  # A published model with this encoder, for messages
-
-    @property
-    def is_canonical(self) -> bool:
-        return True
 
     @property
     def mapping(self) -> LayoutMapping:
@@ -178,10 +149,10 @@ class CanonicalLayout(LayoutSpec):
             name=self.name,
             family=self.family,
             description=self.description,
-            signature=Signature(("",), self.signature.tensors),
+            detect=self.detect,
             location=self.location,
             digest=self.digest,
-            rules=(Rule((any_name,), (any_name,), (), False, "", self.location),),
+            rules=(Rule((any_name,), (any_name,), (), self.location),),
         )
 
     def templates(self, prefix: str) -> list[Template]:

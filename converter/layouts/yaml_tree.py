@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
 
 from converter.errors import MappingError
 from converter.layouts.spec import Location
 
-# The C parser is ten times faster; PyYAML without libyaml has only the Python one.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MAX_FILE_CHARS = 1 << 20
 # Levels of nesting.
 _MAX_DEPTH = 16
@@ -32,8 +29,7 @@ _RENAMED = {
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
-class YamlNode:
+class YamlNode(NamedTuple):
     """A node of a YAML document.
 
     The `as_...` methods raise MappingError with file and line if the node is of another kind. Their parameter `what`
@@ -41,47 +37,62 @@ class YamlNode:
     """
 
     location: Location
-    scalar: str | None = None  # The text of a scalar, else None
-    quoted: bool = False  # Whether the scalar is quoted
-    elements: list[YamlNode] | None = None  # The nodes of a list, else None
-    entries: list[tuple[YamlNode, YamlNode]] | None = None  # Pairs of key and value of a mapping, else None
+    value: str | list[YamlNode] | tuple[tuple[YamlNode, YamlNode], ...]  # A scalar, a list, or pairs of key and value
+    quoted: bool = False  # Whether it is a scalar in quotes
 
     def error(self, message: str) -> MappingError:
         """Return a MappingError with the file and line of this node."""
         return MappingError(f"{self.location}: {message}")
 
-    @property
-    def is_scalar(self) -> bool:
-        return self.scalar is not None
+    def _expected(self, what: str) -> MappingError:
+        found = "a list" if isinstance(self.value, list) else "a mapping"
+        if self.is_scalar:
+            found = repr(self.value) if self.value else "nothing"
+        return self.error(f"expected {what}, found {found}")
 
     @property
-    def is_map(self) -> bool:
-        return self.entries is not None
+    def is_scalar(self) -> bool:
+        return isinstance(self.value, str)
 
     def as_str(self, what: str) -> str:
         """Return a scalar as written, without YAML's conversion to numbers or bools. An empty string must be quoted."""
-        if self.scalar is None or not (self.scalar or self.quoted):
-            raise self.error(f"expected {what}, found {self._describe()}")
-        return self.scalar
+        if not isinstance(self.value, str) or not (self.value or self.quoted):
+            raise self._expected(what)
+        return self.value
+
+    def as_line(self, what: str) -> str:
+        """Return a scalar with all whitespace as single spaces."""
+        return " ".join(self.as_str(what).split())
 
     def as_list(self, what: str) -> list[YamlNode]:
         """Return the nodes of a list."""
-        if self.elements is None:
-            raise self.error(f"expected {what}, found {self._describe()}")
-        return self.elements
+        if not isinstance(self.value, list):
+            raise self._expected(what)
+        return self.value
 
-    def as_dict(self, what: str, allowed: Collection[str] | None = None) -> dict[str, YamlNode]:
-        """Return the values of a mapping by key. Repeated keys and keys that are not `allowed` are errors."""
-        if self.entries is None:
-            raise self.error(f"expected {what}, found {self._describe()}")
+    def as_dict(
+        self, what: str, allowed: Collection[str] | None = None, required: Collection[str] = ()
+    ) -> dict[str, YamlNode]:
+        """Return the values of a mapping by key. Repeated, missing and unknown keys are errors.
+
+        Args:
+            what: The expected value, for messages.
+            allowed: The known keys; None for any.
+            required: Those that must be there.
+        """
+        if not isinstance(self.value, tuple):
+            raise self._expected(what)
         values: dict[str, YamlNode] = {}
-        for key_node, value in self.entries:
+        for key_node, value in self.value:
             key = key_node.as_str("a key")
             if allowed is not None and key not in allowed:
                 raise key_node.error(_unknown_key(key, allowed))
             if key in values:
                 raise key_node.error(f"duplicate key {key!r}")
             values[key] = value
+        for key in required:
+            if key not in values:
+                raise self.error(f"the key {key!r} is missing")
         return values
 
     def as_str_list(self, what: str) -> list[str]:
@@ -90,17 +101,16 @@ class YamlNode:
 
     def as_bool(self) -> bool:
         """Return the bool that `true` or `false` stands for. Other spellings of YAML are errors."""
-        text = self.as_str("true or false")
-        if text not in ("true", "false"):
-            raise self.error(f"expected true or false, found {text!r}")
-        return text == "true"
+        if self.as_str("true or false") not in ("true", "false"):
+            raise self._expected("true or false")
+        return self.value == "true"
 
     def as_int(self, what: str) -> int:
         """Return an integer from 0 with at most nine digits."""
         text = self.as_str(what)
         # A leading zero would mean octal to some YAML parsers and decimal to others.
         if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
-            raise self.error(f"expected {what}, found {text!r}")
+            raise self._expected(what)
         return int(text)
 
     def as_str_or_number(self, what: str) -> str | int | float:
@@ -118,17 +128,12 @@ class YamlNode:
             raise self.error(f"expected {what}, found {len(items)} numbers: no tensor has more than {MAX_DIMS}")
         return tuple(item.as_int(what) for item in items)
 
-    def checked(self, make: Callable[[], T]) -> T:
+    def checked(self, make: Callable[..., T], *args: object) -> T:
         """Call `make` and turn its ValueError into a MappingError with this line."""
         try:
-            return make()
+            return make(*args)
         except ValueError as error:
             raise self.error(str(error)) from error
-
-    def _describe(self) -> str:
-        if self.scalar is not None:
-            return repr(self.scalar) if self.scalar else "nothing"
-        return "a mapping" if self.is_map else "a list"
 
 
 def _unknown_key(key: str, allowed: Collection[str]) -> str:
@@ -145,8 +150,10 @@ def parse(text: str, file: str) -> YamlNode:
     """
     if len(text) > MAX_FILE_CHARS:
         raise MappingError(f"{file}: larger than {MAX_FILE_CHARS} characters: not a mapping file")
+    # The C parser is ten times faster; PyYAML without libyaml has only the Python one.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return _document(yaml.parse(text, Loader=_Loader), file)
+        return _document(yaml.parse(text, Loader=loader), file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = Location(file, mark.line + 1) if mark else file
@@ -168,24 +175,20 @@ def _document(events: Iterator[yaml.Event], file: str) -> YamlNode:
 def _build(event: yaml.Event, events: Iterator[yaml.Event], file: str, depth: int) -> YamlNode:
     """Build the node that starts with `event`; the events of its children follow in `events`."""
     location = _location(event, file)
-    if problem := _not_allowed(event, depth):
-        raise MappingError(f"{location}: {problem}")
+    if getattr(event, "anchor", None):
+        raise MappingError(f"{location}: YAML anchors and aliases are not allowed in a mapping file")
+    if tag := getattr(event, "tag", None):
+        raise MappingError(f"{location}: the YAML tag {tag!r} is not allowed in a mapping file")
     if isinstance(event, yaml.ScalarEvent):
-        return YamlNode(location, scalar=event.value, quoted=bool(event.style))
+        return YamlNode(location, event.value, quoted=bool(event.style))
+    if depth > _MAX_DEPTH:
+        raise MappingError(f"{location}: nested too deeply")
     children = []
     while not isinstance(child := next(events), yaml.CollectionEndEvent):
         children.append(_build(child, events, file, depth + 1))
     if isinstance(event, yaml.SequenceStartEvent):
-        return YamlNode(location, elements=children)
-    return YamlNode(location, entries=list(zip(children[::2], children[1::2], strict=True)))
-
-
-def _not_allowed(event: yaml.Event, depth: int) -> str:
-    if getattr(event, "anchor", None):
-        return "YAML anchors and aliases are not allowed in a mapping file"
-    if tag := getattr(event, "tag", None):
-        return f"the YAML tag {tag!r} is not allowed in a mapping file"
-    return "nested too deeply" if depth > _MAX_DEPTH and isinstance(event, yaml.CollectionStartEvent) else ""
+        return YamlNode(location, children)
+    return YamlNode(location, tuple(zip(children[::2], children[1::2], strict=True)))
 
 
 def _location(event: yaml.Event, file: str) -> Location:

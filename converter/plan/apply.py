@@ -49,7 +49,7 @@ def apply(
         for name, first, second in claims.duplicates
     ]
     problems += [f"no rule claims {name!r}" for name in claims.unclaimed if not is_outside(name)]
-    problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched_rules(rules)]
+    problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched]
     applied = Applied(dropped={name: OUTSIDE for name in claims.unclaimed if is_outside(name)})
     for (index, bindings), parts in claims.groups.items():
         found = _apply_rule(rules[index], dict(bindings), parts, tensors, applied)

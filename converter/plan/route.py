@@ -153,7 +153,7 @@ def _check_complete(source: str, target: LayoutMapping, missing_names: list[str]
 
 def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
     """Return the rules from canonical names to the names of a layout with the first of the prefixes."""
-    prefix = target.signature.prefixes[0]
+    prefix = target.prefixes[0]
     rules = tuple(rule.prefixed(prefix) for rule in target.rules)
     if full_model:
         rules += tuple(rule._replace(optional=False) for rule in target.other_rules)

@@ -206,7 +206,7 @@ def mapping(path: Path) -> None:
     """A mapping file, applied to tensors of its family."""
     found = load_file(path)
     hub = registry.canonical(found.family)
-    for prefix in found.signature.prefixes:
+    for prefix in found.prefixes:
         for tensors in _known()[found.family]:
             with suppress(DsocrError):
                 values = {name: lazy_read(tensor) for name, tensor in tensors.items()}
