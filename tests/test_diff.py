@@ -24,10 +24,9 @@ from test_verify_views import CHROMIUM, Outline, browse
 import converter
 from converter.api.diff import diff
 from converter.cli import diff as cli
-from converter.comparison.difference import Block, Difference, block_of
+from converter.comparison.difference import Block, Difference, block_of, summarize
 from converter.comparison.measure import measure
 from converter.comparison.streams import BUFFER
-from converter.comparison.summary import summarize
 from converter.errors import ContainerError, LayoutError, UsageError, natural_sort_key
 from converter.reports import html
 

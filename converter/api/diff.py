@@ -175,7 +175,7 @@ def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | N
     if figures is None:
         return Change(name, dtypes, shapes)
     # Imports torch, which measuring has imported.
-    from converter.comparison.rank import difference_rank
+    from converter.comparison.measure import difference_rank
 
     rank = difference_rank(*pair) if figures.gap else None
     return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine, rank)

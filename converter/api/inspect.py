@@ -28,7 +28,7 @@ from converter.tensors.lazy_tensor import lazy_read
 from converter.tensors.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    from converter.comparison.values import Values
+    from converter.comparison.measure import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def inspect(
 
 def _measure(opened: Checkpoint, tensors: Mapping[str, TensorInfo], on_progress: OnProgress) -> dict[str, Values]:
     # Imports torch, which takes two seconds.
-    from converter.comparison.values import measure_values
+    from converter.comparison.measure import measure_values
 
     readable = {name: tensor for name, tensor in tensors.items() if tensor.dtype.name in BY_NAME}
     opened.prefetch(readable.values(), on_progress)

@@ -115,7 +115,7 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
 
 def _summary(difference: Difference) -> str:
     # Imported when it is needed, as all commands import this module.
-    from converter.comparison.summary import summarize
+    from converter.comparison.difference import summarize
 
     return summarize(difference)
 

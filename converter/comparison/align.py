@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names, without_common_prefixes
@@ -22,8 +23,7 @@ from converter.tensors.tensor_info import TensorInfo
 Named = dict[str, LazyTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(NamedTuple):
     """One of the two checkpoints: the state dict to compare, and the detected layout of each family."""
 
     opened: Checkpoint
@@ -31,8 +31,7 @@ class Side:
     detected: dict[str, DetectedLayout]
 
 
-@dataclass(frozen=True, slots=True)
-class AlignedTensors:
+class AlignedTensors(NamedTuple):
     """The tensors of A and B by comparable names."""
 
     a: Named
@@ -58,13 +57,9 @@ def select_side(opened: Checkpoint, path: str | None, prefix: str | None) -> Sid
     if len(select_state_dicts(opened, None)) == 1:
         path = None
     chosen = largest_state_dict(select_state_dicts(opened, path, prefix), opened.name)
-    detected: dict[str, DetectedLayout] = {}
-    for family in registry.families():
-        # A checkpoint with several encoders of a family is compared by its own names.
-        layouts = detect_layouts(opened, registry.layouts(family), [chosen])
-        if len(layouts) == 1:
-            detected[family] = layouts[0]
-    return Side(opened, chosen, detected)
+    found = {family: detect_layouts(opened, registry.layouts(family), [chosen]) for family in registry.families()}
+    # A checkpoint with several encoders of a family is compared by its own names.
+    return Side(opened, chosen, {family: layouts[0] for family, layouts in found.items() if len(layouts) == 1})
 
 
 def align(a: Side, b: Side) -> AlignedTensors:
@@ -79,25 +74,21 @@ def align(a: Side, b: Side) -> AlignedTensors:
         else:
             _rename_projector(left, right)
             notes += _drop_generated(left, right)
-            return AlignedTensors(
-                left.named, right.named, [f"deepencoder-{family}" for family in families], notes, left.encoders
-            )
+            layouts = [registry.canonical(family).name for family in families]
+            return AlignedTensors(left.named, right.named, layouts, notes, left.encoders)
     # max() returns the first of equals, which removes the shortest prefixes.
     pairs = product(_own(a), _own(b))
     (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
-    return AlignedTensors(_read(left_own), _read(right_own), [], notes, {})
+    a_named, b_named = ({name: lazy_read(tensor) for name, tensor in own.items()} for own in (left_own, right_own))
+    return AlignedTensors(a_named, b_named, [], notes, {})
 
 
 def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
     """Yield a prefix that all names have, and the tensors without it: first none, then one more segment each time."""
     return without_common_prefixes(unwrapped_names(side.state_dict.tensors, side.opened.name), side.opened.name)
-
-
-def _read(tensors: Mapping[str, TensorInfo]) -> Named:
-    return {name: lazy_read(tensor) for name, tensor in tensors.items()}
 
 
 def _unread(side: Side) -> Iterator[str]:
@@ -112,8 +103,7 @@ def _unread(side: Side) -> Iterator[str]:
         yield f"{side.opened.name}: state dict {side.state_dict.path or '.'} is compared, not {rest}"
 
 
-@dataclass(frozen=True, slots=True)
-class _ByCanonicalName:
+class _ByCanonicalName(NamedTuple):
     """Tensors by canonical names, the names of each encoder's, and the names of those that no checkpoint has."""
 
     named: Named

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from converter.errors import first_names
 from converter.output.json_document import as_json
+from converter.output.names import fold_layers
+
+# Groups of blocks that the summary names.
+_MAX_GROUPS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(NamedTuple):
     """Statistics of a tensor in A and in B; the sums are over all elements, in float64."""
 
     differing: int = 0  # The number of elements that differ
@@ -25,14 +29,8 @@ class Figures:
         """Return the statistics of two pieces of a tensor, or of two tensors, together."""
         # max() may lose a NaN.
         has_nan = math.isnan(self.maximum + other.maximum)
-        return Figures(
-            differing=self.differing + other.differing,
-            maximum=math.nan if has_nan else max(self.maximum, other.maximum),
-            gap=self.gap + other.gap,
-            a=self.a + other.a,
-            b=self.b + other.b,
-            ab=self.ab + other.ab,
-        )
+        maximum = math.nan if has_nan else max(self.maximum, other.maximum)
+        return Figures._make(x + y for x, y in zip(self, other, strict=True))._replace(maximum=maximum)
 
     @property
     def relative(self) -> float:
@@ -143,7 +141,8 @@ class Difference:
     @property
     def moved(self) -> list[Change]:
         """The tensors whose difference is known, largest relative difference first."""
-        return sorted((change for change in self.changed if change.relative is not None), key=_furthest)
+        known = [(change.relative, change) for change in self.changed if change.relative is not None]
+        return [change for _, change in sorted(known, key=lambda item: (not math.isnan(item[0]), -item[0]))]
 
     @property
     def low_ranks(self) -> list[int]:
@@ -165,11 +164,6 @@ class Difference:
         return {"equal": self.equal, **as_json(self)}
 
 
-def _furthest(change: Change) -> tuple[bool, float]:
-    moved = change.relative or 0.0
-    return not math.isnan(moved), -moved
-
-
 def block_of(name: str) -> str:
     """Return the layer of a tensor, such as `blocks.3`, or its module.
 
@@ -177,3 +171,36 @@ def block_of(name: str) -> str:
     """
     layer = re.match(r"(?:.*?\.)?[0-9]+(?=\.[^.]+\.)", name)
     return layer[0] if layer else re.sub(r"(?:\.[0-9]+)?\.[^.]+$", "", name)
+
+
+def summarize(difference: Difference) -> str:
+    """Say which blocks moved and how far, which did not, and whether each encoder is bit for bit A's."""
+    moved = {block.name: block.relative for block in difference.blocks if block.relative}
+    frozen = fold_layers(block.name for block in difference.blocks if not block.differing)
+    parts = []
+    if moved:
+        groups = {name: [moved[member] for member in members] for name, members in fold_layers(moved).items()}
+        furthest = sorted(groups.items(), key=lambda group: max(map(_distance, group[1])), reverse=True)
+        parts.append(f"moved, relative to A: {first_names([_move(*group) for group in furthest], _MAX_GROUPS)}")
+    elif difference.blocks:
+        parts.append("no block moved")
+    if moved and frozen:
+        parts.append(f"not at all (frozen): {first_names(list(frozen), _MAX_GROUPS)}")
+    only_cast = all(change.differing == 0 for change in difference.changed) and not (
+        difference.removed or difference.added or difference.renamed
+    )
+    same = "bit for bit A's"
+    other = "A's in value, but not in type" if only_cast else "not A's"
+    parts += [
+        f"the {family.upper()} encoder is {same if equal else other}" for family, equal in difference.encoders.items()
+    ]
+    return "; ".join(parts) or "no tensor of the same name and shape is in both"
+
+
+def _distance(relative: float) -> float:
+    return relative if math.isfinite(relative) else math.inf
+
+
+def _move(name: str, moves: list[float]) -> str:
+    """Format the smallest and the largest change of some blocks."""
+    return f"{name} by {' to '.join(dict.fromkeys(f'{end(moves):.1e}' for end in (min, max)))}"

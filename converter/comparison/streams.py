@@ -13,9 +13,6 @@ from converter.storage.stream import BUFFER, Copier
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import segments_of
 
-# Buffers between a reading thread and its consumer.
-_NUM_BUFFERS = 2
-
 # Tensors of A and B by their common name.
 Pairs = Mapping[str, tuple[LazyTensor, LazyTensor]]
 
@@ -35,9 +32,10 @@ class Stream:
         self._values = values
         self._full: SimpleQueue[memoryview | BaseException | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
-        for _ in range(_NUM_BUFFERS):
+        for _ in range(2):
             self._free.put(memoryview(bytearray(BUFFER)))
         self._thread = Thread(target=self._run, name="reader")
+        self._buffers, self._rest = iter(self), memoryview(b"")
 
     def __enter__(self) -> Stream:
         self._thread.start()
@@ -54,6 +52,16 @@ class Stream:
                 raise full
             yield full
             self._free.put(memoryview(full.obj))
+
+    def take(self, count: int) -> bytearray:
+        """Read the next `count` bytes of a stream that is not iterated."""
+        taken = bytearray()
+        while len(taken) < count:
+            self._rest = self._rest or next(self._buffers)
+            part = self._rest[: count - len(taken)]
+            self._rest = self._rest[len(part) :]
+            taken += part
+        return taken
 
     def _run(self) -> None:
         try:
@@ -72,24 +80,6 @@ class Stream:
         return free
 
 
-class ByteReader:
-    """Reads a stream, of which nothing else has read, in pieces of any size."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._buffers = iter(stream)
-        self._rest = memoryview(b"")
-
-    def take(self, count: int) -> bytearray:
-        """Read the next `count` bytes."""
-        taken = bytearray()
-        while len(taken) < count:
-            self._rest = self._rest or next(self._buffers)
-            part = self._rest[: count - len(taken)]
-            self._rest = self._rest[len(part) :]
-            taken += part
-        return taken
-
-
 def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
     """Return the names of the pairs whose bytes differ.
 
@@ -104,29 +94,15 @@ def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
         for a, b in zip(left, right, strict=True):
             # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale
             # bytes: they can only cause a needless look at the tensors, of which no stale byte is part.
-            if a.obj != b.obj:
-                found.update(names[i] for i in _differing_indices(a, b, offset, ends))
+            index, start = bisect_right(ends, offset), len(a) if a.obj == b.obj else 0
+            while start < len(a):
+                end = min(ends[index] - offset, len(a))
+                if bytes(a[start:end]) != bytes(b[start:end]):
+                    found.add(names[index])
+                start, index = end, index + 1
             offset += len(a)
             count(len(a))
     return found
-
-
-def _differing_indices(a: memoryview, b: memoryview, offset: int, ends: list[int]) -> Iterator[int]:
-    """Yield the indices of the tensors that differ in two buffers.
-
-    Args:
-        a: A buffer of A.
-        b: The buffer of B at the same offset.
-        offset: The offset of the buffers in the stream, in bytes.
-        ends: The offsets at which the tensors end.
-    """
-    start = 0
-    index = bisect_right(ends, offset)
-    while start < len(a):
-        end = min(ends[index] - offset, len(a))
-        if bytes(a[start:end]) != bytes(b[start:end]):
-            yield index
-        start, index = end, index + 1
 
 
 def digests(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:

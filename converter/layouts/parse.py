@@ -55,7 +55,7 @@ CANONICAL: Parsers = {
         for name, reason in node.as_dict("names and reasons").items()
     ),
 }
-_REQUIRED = ("layout", "family", "description", "detect")
+REQUIRED = ("layout", "family", "description", "detect")
 TENSOR = ("shape", "dtype", "optional", "generate", "positions")
 KINDS = ("int", "name", "path")
 # Each rule is compared with every name of a checkpoint.
@@ -88,7 +88,7 @@ def parse_layout(node: YamlNode, text: str) -> LayoutSpec:
     is_canonical = "tensors" in node.as_dict("a mapping file")
     parsers = CANONICAL if is_canonical else MAPPING
     required = ("sizes", "encoder_prefix", "encoder_order", "tensors") if is_canonical else ("rules",)
-    fields = node.as_dict("a mapping file", parsers, (*_REQUIRED, *required))
+    fields = node.as_dict("a mapping file", parsers, (*REQUIRED, *required))
     variables: Variables = {}
     if "variables" in fields:
         declared = fields["variables"].as_dict("variables and their kinds")
