@@ -8,9 +8,8 @@ from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import StateDict, largest_state_dict, unwrapped_names
-from converter.derivation.comparison import Comparison, TensorMatch
+from converter.derivation.comparison import Comparison, TensorMatch, match_by_names
 from converter.derivation.mapping import Derived, build_mapping
-from converter.derivation.names import match_by_names
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_layouts, select_state_dicts

@@ -22,8 +22,6 @@ from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import source_tensors
 from converter.tensors.ops import Deinterleave, Fuse, Op, Reshape, Split
 
-_WIDTH = 120
-
 
 @dataclass(frozen=True, slots=True)
 class Derived:
@@ -180,13 +178,10 @@ def _list_parts(names: tuple[str, ...], variables: Variables) -> tuple[str, dict
 
 
 def _operation(op: Op) -> dict[str, Any]:
-    match op:
-        case Reshape(before, after):
-            return {"reshape": {"from": list(before), "to": list(after)}}
-        case Deinterleave(num_heads, num_parts):
-            return {"deinterleave": {"heads": num_heads, "parts": num_parts}}
-    # The others have their key in lower case, and one list.
-    return {type(op).__name__.lower(): list(astuple(op)[0])}
+    # Those with one list have no names for their values.
+    keys = {Reshape: ("from", "to"), Deinterleave: ("heads", "parts")}.get(type(op))
+    values = [list(value) if isinstance(value, tuple) else value for value in astuple(op)]
+    return {type(op).__name__.lower(): dict(zip(keys, values, strict=True)) if keys else values[0]}
 
 
 def _items(
@@ -202,9 +197,8 @@ def _items(
 
 def _drop_templates(names: list[str], used: set[str]) -> list[str]:
     """Return templates for names to drop: the largest modules that have no used name, else the names themselves."""
-    modules = {module for name in used for module in _modules(name)}
-    dropped = (next((f"{m}{{rest}}" for m in _modules(name) if m not in modules), name) for name in names)
-    return list(dict.fromkeys(dropped))
+    kept = {module for name in used for module in _modules(name)}
+    return list(dict.fromkeys(next((f"{m}{{rest}}" for m in _modules(name) if m not in kept), name) for name in names))
 
 
 def _modules(name: str) -> list[str]:
@@ -233,8 +227,8 @@ def _yaml_text(fields: Mapping[str, Any], comparison: Comparison, method: str) -
     source, target = PurePath(comparison.source).name, PurePath(comparison.target).name
     comment = f"Derived by `dsocr-convert mapping derive` from {source} and {target}, by comparing {method}."
     # A file name may contain bytes that are not UTF-8.
-    lines = wrap(comment.encode(errors="backslashreplace").decode(), _WIDTH - 2)
-    text = yaml.safe_dump(dict(fields), sort_keys=False, default_flow_style=None, width=_WIDTH)
+    lines = wrap(comment.encode(errors="backslashreplace").decode(), 118)
+    text = yaml.safe_dump(dict(fields), sort_keys=False, default_flow_style=None, width=120)
     # Each of these top-level keys starts a section, with a blank line before it.
     text = re.sub("^(?=(?:variables|prefix|detect|rules|other_rules|drop_rest):)", "\n", text, flags=re.MULTILINE)
     return "".join(f"# {line}\n" for line in lines) + text

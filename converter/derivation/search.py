@@ -8,7 +8,7 @@ Candidates are then compared element by element.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -59,7 +59,15 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
     search.match_single()
     search.match_parts(target, source)
     search.match_parts(source, target)
-    _check_ties(comparison, search)
+    missing = [name for name in comparison.missing(search.matches) if comparison.canonical.spec(name)]
+    ties = [name for name in missing if len(search.candidates[name]) > 1]
+    if ties:
+        names = search.candidates[ties[0]]
+        raise LayoutError(
+            f"{comparison.source}: tensors with the same values fit {len(ties)} tensors of {comparison.target} "
+            f"equally well: {' and '.join(map(repr, names[:4]))} for {ties[0]!r}",
+            "choose one of several copies with --prefix; untrained weights have too many equal tensors",
+        )
     return sorted(search.matches, key=lambda match: match.targets)
 
 
@@ -100,16 +108,18 @@ class _Search:
             for whole in names if key not in parts.names else ():
                 tensor = wholes.load(whole)
                 for dim, found in _equal_splits(tensor, key[0], pool):
-                    chosen = _unique_names(found, parts.matched) if len(names) == 1 else ()
+                    # Every part has one name without a match, and all are different.
+                    only = dict.fromkeys(part[0] for part in found if len(part) == 1 and part[0] not in parts.matched)
+                    chosen = tuple(only) if len(names) == 1 and len(only) == len(found) else ()
                     values = [parts.load(name) for name in chosen]
                     if wholes is self.target:
-                        if chosen and self._add(chosen, (whole,), _fuse(values, tensor)):
-                            break
+                        is_match = self._add(chosen, (whole,), _fuse(values, tensor))
                         candidates = dict.fromkeys(names, max(found, key=len))
                     else:
-                        if chosen and self._add((whole,), chosen, _split(tensor, values, dim)):
-                            break
+                        is_match = self._add((whole,), chosen, _split(tensor, values, dim))
                         candidates = dict.fromkeys(itertools.chain(*found), names)
+                    if is_match:
+                        break
                     self.candidates.update(candidates if all(found) else {})
 
 
@@ -124,8 +134,9 @@ def _fuse(parts: list[torch.Tensor], target: torch.Tensor) -> Ops | None:
 
 def _split(source: torch.Tensor, targets: list[torch.Tensor], dim: int) -> Ops | None:
     """Return the operations that split a source along a dimension into targets, or None."""
-    ops, *others = set(map(find_operations, source.chunk(len(targets), dim), targets))
-    return None if others or ops is None else (Split(len(targets), dim), *ops)
+    found = set(map(find_operations, source.chunk(len(targets), dim), targets)) if targets else {None}
+    ops = found.pop()
+    return None if found or ops is None else (Split(len(targets), dim), *ops)
 
 
 def _equal_splits(tensor: torch.Tensor, dtype: str, pool: ByFingerprint) -> Iterator[tuple[int, list[list[str]]]]:
@@ -135,22 +146,3 @@ def _equal_splits(tensor: torch.Tensor, dtype: str, pool: ByFingerprint) -> Iter
         num_parts, remainder = divmod(tensor.numel(), size)
         if not remainder and 1 < num_parts <= _MAX_PARTS and tensor.shape[dim] % num_parts == 0:
             yield dim, [pool.get(_fingerprint(part, dtype), []) for part in tensor.chunk(num_parts, dim)]
-
-
-def _unique_names(parts: list[list[str]], matched: Container[str]) -> tuple[str, ...]:
-    """Return the only name of each part, or () unless every part has one, without a match, and all are different."""
-    names = dict.fromkeys(part[0] for part in parts if len(part) == 1 and part[0] not in matched)
-    return tuple(names) if len(names) == len(parts) else ()
-
-
-def _check_ties(comparison: Comparison, search: _Search) -> None:
-    """Raise LayoutError if several sources have the values of an unmatched target of the encoder."""
-    missing = [name for name in comparison.missing(search.matches) if comparison.canonical.spec(name)]
-    ties = [name for name in missing if len(search.candidates[name]) > 1]
-    if ties:
-        names = search.candidates[ties[0]]
-        raise LayoutError(
-            f"{comparison.source}: tensors with the same values fit {len(ties)} tensors of {comparison.target} "
-            f"equally well: {' and '.join(map(repr, names[:4]))} for {ties[0]!r}",
-            "choose one of several copies with --prefix; untrained weights have too many equal tensors",
-        )

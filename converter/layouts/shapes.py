@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_DIM = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)")
-
 # Known sizes by name.
 Sizes = dict[str, int]
 
@@ -32,7 +30,7 @@ def parse_dim(text: str) -> Dim:
         return Dim(0, None)
     if re.fullmatch("[1-9][0-9]{0,11}", text):
         return Dim(int(text), None)
-    match = _DIM.fullmatch(text)
+    match = re.fullmatch(r"(?:([1-9][0-9]{0,5})\*)?([a-z][a-z_0-9]*)", text)
     if match is None:
         raise ValueError(f"{text!r} is not a dimension: write a number, a name, a number*name, or _ for any")
     return Dim(int(match.group(1) or 1), match.group(2))
@@ -44,17 +42,14 @@ def format_shape(shape: Shape) -> str:
 
 
 def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Match a tensor's shape, and add the sizes of new names to `sizes` if it matches.
+    """Return whether a tensor's shape matches, and if so, add the sizes of new names.
 
     Names do not match size 0, because a file may claim any other size for a tensor without elements.
 
     Args:
         shape: The expected shape.
         actual: The shape of the tensor.
-        sizes: The known sizes.
-
-    Returns:
-        Whether the shape matches.
+        sizes: The known sizes, to which new ones are added.
     """
     if len(shape) != len(actual):
         return False

@@ -12,10 +12,8 @@ from converter.errors import MappingError
 from converter.layouts.spec import Location
 
 MAX_FILE_CHARS = 1 << 20
-# Levels of nesting.
-_MAX_DEPTH = 16
-# The limit of torch.
-MAX_DIMS = 64
+_MAX_DEPTH = 16  # Levels of nesting
+MAX_DIMS = 64  # The limit of torch
 # Keys of mapping files by their former names.
 _RENAMED = {
     "strip": "prefix",
@@ -86,7 +84,9 @@ class YamlNode(NamedTuple):
         for key_node, value in self.value:
             key = key_node.as_str("a key")
             if allowed is not None and key not in allowed:
-                raise key_node.error(_unknown_key(key, allowed))
+                if _RENAMED.get(key) in allowed:
+                    raise key_node.error(f"the key {key!r} is now called {_RENAMED[key]!r}")
+                raise key_node.error(f"unknown key {key!r}; expected one of {', '.join(sorted(allowed))}")
             if key in values:
                 raise key_node.error(f"duplicate key {key!r}")
             values[key] = value
@@ -136,12 +136,6 @@ class YamlNode(NamedTuple):
             raise self.error(str(error)) from error
 
 
-def _unknown_key(key: str, allowed: Collection[str]) -> str:
-    if _RENAMED.get(key) in allowed:
-        return f"the key {key!r} is now called {_RENAMED[key]!r}"
-    return f"unknown key {key!r}; expected one of {', '.join(sorted(allowed))}"
-
-
 def parse(text: str, file: str) -> YamlNode:
     """Parse one plain YAML document and return its root; MappingError for anything else.
 
@@ -153,23 +147,19 @@ def parse(text: str, file: str) -> YamlNode:
     # The C parser is ten times faster; PyYAML without libyaml has only the Python one.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return _document(yaml.parse(text, Loader=loader), file)
+        events: Iterator[yaml.Event] = yaml.parse(text, Loader=loader)
+        next(events)  # StreamStartEvent
+        if isinstance(next(events), yaml.StreamEndEvent):  # Else DocumentStartEvent.
+            raise MappingError(f"{file}: empty")
+        root = _build(next(events), events, file, 1)
+        next(events)  # DocumentEndEvent
+        if not isinstance(event := next(events), yaml.StreamEndEvent):
+            raise MappingError(f"{_location(event, file)}: expected one YAML document, found another one")
+        return root
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = Location(file, mark.line + 1) if mark else file
         raise MappingError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-
-
-def _document(events: Iterator[yaml.Event], file: str) -> YamlNode:
-    next(events)  # StreamStartEvent
-    if isinstance(next(events), yaml.StreamEndEvent):  # Else DocumentStartEvent.
-        raise MappingError(f"{file}: empty")
-    root = _build(next(events), events, file, 1)
-    next(events)  # DocumentEndEvent
-    event = next(events)
-    if not isinstance(event, yaml.StreamEndEvent):
-        raise MappingError(f"{_location(event, file)}: expected one YAML document, found another one")
-    return root
 
 
 def _build(event: yaml.Event, events: Iterator[yaml.Event], file: str, depth: int) -> YamlNode:
