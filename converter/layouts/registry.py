@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,6 @@ from converter.layouts.parse import parse_layout, parse_mapping
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, LayoutSpec
 from converter.layouts.yaml_tree import MAX_FILE_CHARS, parse
 from converter.storage.local_file import require_regular_file
-from converter.tensors.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -37,8 +36,7 @@ def _folder() -> Traversable:
 @cache
 def layout_names() -> tuple[str, ...]:
     """Return the names of all layouts that ship, canonical ones first."""
-    paths = (Path(file.name) for file in _folder().iterdir())
-    names = [path.stem for path in paths if path.suffix == ".yaml"]
+    names = [file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml")]
     return tuple(sorted(names, key=lambda name: (not name.startswith(_CANONICAL), name)))
 
 
@@ -54,10 +52,32 @@ def text(name: str) -> str:
     return _folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def schema() -> str:
+    """Return the JSON Schema of mapping files."""
+    return (files("converter.layouts") / "mapping.schema.json").read_text(encoding="utf-8")
+
+
 @cache
 def load(name: str) -> LayoutSpec:
     """Return a layout that ships; LayoutError for unknown names."""
     return parse_mapping(text(name), f"{name}.yaml")
+
+
+def layouts(family: str) -> list[LayoutSpec]:
+    """Return all layouts of a family that ship, the canonical one first."""
+    return [load(name) for name in names_of_family(family)]
+
+
+def mappings(family: str) -> list[LayoutMapping]:
+    """Return the mappings of a family that ship."""
+    return [spec.mapping for spec in layouts(family) if not spec.is_canonical]
+
+
+def find(family: str, name: str) -> LayoutSpec | None:
+    """Return the layout of a family with that name or alias, or None."""
+    if name in names_of_family(family):
+        return load(name)
+    return next((layout for layout in mappings(family) if name in layout.aliases), None)
 
 
 def canonical(family: str) -> CanonicalLayout:
@@ -65,6 +85,16 @@ def canonical(family: str) -> CanonicalLayout:
     spec = load(_CANONICAL + family)
     assert isinstance(spec, CanonicalLayout)
     return spec
+
+
+def encoder_prefix(family: str) -> str:
+    """Return the prefix of a family's encoder in DeepSeek-OCR's model."""
+    return canonical(family).encoder_prefix
+
+
+def count_known(family: str, names: Iterable[str]) -> int:
+    """Return how many of the names are those of the family's canonical layout."""
+    return sum(canonical(family).spec(name) is not None for name in names)
 
 
 @cache
@@ -79,11 +109,6 @@ def versions() -> list[list[str]]:
     last = max(canonical(family).encoder_order for family in families())
     first = [family for family in families() if canonical(family).encoder_order < last]
     return [[*first, family] for family in families() if family not in first]
-
-
-def encoder_prefix(family: str) -> str:
-    """Return the prefix of a family's encoder in DeepSeek-OCR's model."""
-    return canonical(family).encoder_prefix
 
 
 def read_file(path: Path) -> LayoutSpec:
@@ -113,30 +138,3 @@ def load_file(path: Path) -> LayoutMapping:
     if spec.is_canonical:
         raise MappingError(f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)", _EXAMPLE)
     return spec.mapping
-
-
-def schema() -> str:
-    """Return the JSON Schema of mapping files."""
-    return (files("converter.layouts") / "mapping.schema.json").read_text(encoding="utf-8")
-
-
-def layouts(family: str) -> list[LayoutSpec]:
-    """Return all layouts of a family that ship, the canonical one first."""
-    return [load(name) for name in names_of_family(family)]
-
-
-def find(family: str, name: str) -> LayoutSpec | None:
-    """Return the layout of a family with that name or alias, or None."""
-    if name in names_of_family(family):
-        return load(name)
-    return next((layout for layout in mappings(family) if name in layout.aliases), None)
-
-
-def mappings(family: str) -> list[LayoutMapping]:
-    """Return the mappings of a family that ship."""
-    return [spec.mapping for spec in layouts(family) if not spec.is_canonical]
-
-
-def count_known(family: str, tensors: Mapping[str, TensorInfo]) -> int:
-    """How many of the tensors have names of the family's canonical layout."""
-    return sum(canonical(family).spec(name) is not None for name in tensors)
