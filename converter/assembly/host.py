@@ -93,7 +93,7 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
     if not families:
         what = f"--into {checkpoint.name}: has no encoder of a known layout ({_text(registry.families())})"
         if mark := find_mark(largest_state_dict(state_dicts(checkpoint.contents), checkpoint.name).tensors):
-            raise LayoutError(f"{what}: {mark.text}", mark.hint)
+            raise mark.error(what)
         raise LayoutError(what, f"see what it holds: dsocr-convert inspect {path}")
     return Host(checkpoint, path if path.is_dir() else path.parent if is_index(path.name) else None, families)
 

@@ -11,7 +11,6 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_families
-from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_half_transposed
 from converter.layouts.shapes import Sizes
 from converter.options import ConvertOptions
@@ -218,7 +217,7 @@ def _check_order(source: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:
     """Raise LayoutError if one encoder's convolutions are stored as torch does, and the other's as MLX does."""
     read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
     if mark := find_half_transposed(read):
-        raise mark_error(source, mark)
+        raise mark.error(source.name)
 
 
 def _version_in(source: Checkpoint, prefix: str | None) -> list[str]:

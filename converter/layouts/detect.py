@@ -11,7 +11,6 @@ from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_na
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts import registry
 from converter.layouts.claims import first_few
-from converter.layouts.explain import no_layout_error
 from converter.layouts.match import LayoutMatch, match_layouts, outermost, without_language_models
 from converter.layouts.spec import LayoutSpec
 from converter.options import ConvertOptions
@@ -91,6 +90,9 @@ def detect_layout(source: Checkpoint, layouts: Sequence[LayoutSpec], options: Co
         # The mapping file says where the encoder is.
         detected = [layout for layout in detected if not layout.match.wrapper] or detected
     if not detected:
+        # Imported where there is an error to explain.
+        from converter.layouts.explain import no_layout_error
+
         raise no_layout_error(source, options.family, layouts, candidates)
     if len(detected) > 1:
         raise _several(source, options.family, detected)

@@ -69,7 +69,7 @@ def no_layout_error(
     else:
         mark = find_source_mark(source, tensors, family, is_mlx)
     if mark:
-        return mark_error(source, mark)
+        return mark.error(source.name)
     if is_absent:
         other = others[0].layout.family
         return OtherFamilyError(
@@ -110,11 +110,6 @@ def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_chann
         what = f"is a LoRA adapter{f' of {base}' if base else ''}, without the weights of its model"
         return Mark(what, f"merge it into them: {merge.format(shlex.quote(base) if base else 'MODEL')}", factors)
     return find_mark(tensors, is_channels_last)
-
-
-def mark_error(source: Checkpoint, mark: Mark) -> LayoutError:
-    """Return the error for weights with a mark."""
-    return LayoutError(f"{source.name}: {mark.text}", mark.hint)
 
 
 def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[LayoutMapping]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from converter.errors import first_names
+from converter.errors import LayoutError, first_names
 from converter.layouts.shapes import shows_channels_last
 from converter.tensors.dtypes import remedy
 from converter.tensors.tensor_info import TensorInfo
@@ -35,6 +35,10 @@ class Mark(NamedTuple):
     def text(self) -> str:
         """The description of the tensors, with the first names."""
         return f"{self.what}: {first_names([repr(name) for name in self.examples], 2)}"
+
+    def error(self, source: str) -> LayoutError:
+        """Return the error for a checkpoint of that name."""
+        return LayoutError(f"{source}: {self.text}", self.hint)
 
 
 class _Rule:

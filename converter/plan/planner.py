@@ -10,7 +10,6 @@ from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
-from converter.layouts.explain import find_source_mark, mark_error
 from converter.layouts.marks import find_adapters
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
@@ -132,8 +131,11 @@ def _misfit_error(
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
     if opened.whole_step:
         return MappingError(str(error), opened.whole_step)
+    # Imported where there is an error to explain.
+    from converter.layouts.explain import find_source_mark
+
     if mark := find_source_mark(opened, encoder, options.family, detected.match.layout.is_channels_last):
-        return mark_error(opened, mark)
+        return mark.error(opened.name)
     if find_adapters(encoder):
         return MappingError(
             str(error),

@@ -10,7 +10,6 @@ from converter.checkpoint.state_dict import StateDict, largest_state_dict
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
-from converter.layouts.explain import mark_error
 from converter.layouts.marks import find_mark
 from converter.layouts.spec import LayoutSpec, Rule
 from converter.options import ConvertOptions
@@ -138,7 +137,7 @@ def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
         return open_any_layout(source, on_progress, *encoders)
     unreadable = {name: tensor for name, tensor in state_dict.tensors.items() if not tensor.dtype.bits}
     if mark := find_mark(unreadable):
-        raise mark_error(source, mark)
+        raise mark.error(source.name)
     counts = {family: registry.count_known(family, state_dict.tensors) for family in registry.families()}
     family = max(counts, key=lambda name: counts[name])
     # No layout is detected in a file that lacks tensors or has tensors of other shapes.
