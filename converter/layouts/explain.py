@@ -153,41 +153,39 @@ def _has_trace(tensors: Tensors, layouts: Sequence[LayoutSpec]) -> bool:
 
 
 class _Nearest(NamedTuple):
-    """The mapping that is closest to tensors that fit none: names without a rule, rules without a name."""
+    """A mapping that is close to tensors that fit none: names without a rule, rules without a name."""
 
     mapping: LayoutMapping
     prefix: str
     unclaimed: list[str]
     unmatched: list[str]
+    known: float  # The share of the tensors of `detect` that are there
+    share: float  # The share of names with a rule, times that of rules with a name
 
 
 def _nearest(tensors: Tensors, candidates: list[LayoutMapping]) -> _Nearest | None:
-    """Return the mapping whose signature and rules cover most, under one of its own prefixes if possible, or None."""
+    """Return the mapping whose `detect` and rules cover most, under one of its own prefixes if possible, or None."""
     if len(tensors) > _MAX_TENSORS_COMPARED:
         return None
-    best: _Nearest | None = None
-    best_score = (0.0, False, 0.0)
+    compared = []
     for mapping in candidates:
         found = (prefix for key in mapping.detect for prefix in prefixes_of(tensors, key))
         for prefix in dict.fromkeys(("", *mapping.prefixes, *islice(found, _MAX_PREFIXES))):
-            inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-            claims = claim(mapping.rules, inside)
-            num_used_rules = len({index for index, _ in claims.groups})
-            num_claimed = sum(len(parts) for parts in claims.groups.values())
-            # Both shares count: a mapping with a few general rules claims much by chance.
-            share = num_claimed / max(len(inside), 1) * num_used_rules / len(mapping.rules)
-            known = _share_detected(tensors, prefix, mapping)
-            score = (known, prefix in mapping.prefixes, share)
-            if (known or share > _MIN_SHARE) and score > best_score:
-                unmatched = [rule.text for rule in claims.unmatched]
-                best, best_score = _Nearest(mapping, prefix, claims.unclaimed, unmatched), score
-    return best
+            compared.append(_compare(tensors, mapping, prefix))
+    near = [each for each in compared if each.known or each.share > _MIN_SHARE]
+    return max(near, key=lambda each: (each.known, each.prefix in each.mapping.prefixes, each.share), default=None)
 
 
-def _share_detected(tensors: Tensors, prefix: str, mapping: LayoutMapping) -> float:
-    """The share of the tensors of `detect` that are there; each shape must fit by itself."""
+def _compare(tensors: Tensors, mapping: LayoutMapping, prefix: str) -> _Nearest:
+    inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    claims = claim(mapping.rules, inside)
+    num_used_rules = len({index for index, _ in claims.groups})
+    # Both shares count: a mapping with a few general rules claims much by chance.
+    share = (1 - len(claims.unclaimed) / max(len(inside), 1)) * num_used_rules / len(mapping.rules)
+    # Each shape must fit by itself.
     shapes = [(shape, tensors.get(prefix + key)) for key, shape in mapping.detect.items()]
-    return sum(tensor is not None and match_shape(shape, tensor.shape, {}) for shape, tensor in shapes) / len(shapes)
+    known = sum(tensor is not None and match_shape(shape, tensor.shape, {}) for shape, tensor in shapes) / len(shapes)
+    return _Nearest(mapping, prefix, claims.unclaimed, [rule.text for rule in claims.unmatched], known, share)
 
 
 def _describe(near: _Nearest | None, tensors: Tensors) -> list[str]:
