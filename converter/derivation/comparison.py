@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import claim
-from converter.layouts.match import outermost, prefixes_of
+from converter.layouts.match import likely_prefixes, outermost
 from converter.layouts.spec import CanonicalLayout, LayoutMapping
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import Op, apply_op
@@ -65,9 +64,8 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
     canonical = comparison.canonical
     subtrees: dict[str, list[TensorMatch]] = {}
     for mapping in (canonical.mapping, *registry.mappings(canonical.family)):
-        counts = Counter(prefix for key in mapping.detect for prefix in prefixes_of(comparison.selected, key))
-        # Not only where all are: an encoder with adapters is a copy too.
-        for prefix in [prefix for prefix, count in counts.items() if 2 * count > len(mapping.detect)]:
+        # Not only where all tensors are: an encoder with adapters is a copy too.
+        for prefix in likely_prefixes(comparison.selected, mapping):
             subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
     subtrees = _without_parts(subtrees)
     chosen = outermost(subtrees, comparison.prefix)

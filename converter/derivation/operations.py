@@ -42,20 +42,18 @@ def find_operations(tensor: torch.Tensor, target: torch.Tensor) -> Ops | None:
 def _arrangements(source: Dims, target: Dims) -> Iterator[tuple[Ops, Dims, Dims, Dims]]:
     """Yield the ways to give a tensor another shape: operations; a permutation, a shape, and another permutation."""
     same, kept = tuple(range(len(source))), tuple(range(len(target)))
-    for dims in _permutations(kept):
+    for dims, permute in _permutations(kept):
         shape = tuple(target[dims.index(i)] for i in kept)
-        yield (*_reshape(source, shape), *_permute(dims)), same, shape, dims
+        yield (*_reshape(source, shape), *permute), same, shape, dims
     # Heads or parts in a dimension of their own, which is not next to the one that it is joined with.
-    for dims in _permutations(same) if len(source) > len(target) else ():
-        yield (*_permute(dims), *_reshape(tuple(source[dim] for dim in dims), target)), dims, target, kept
+    for dims, permute in _permutations(same) if len(source) > len(target) else ():
+        yield (*permute, *_reshape(tuple(source[dim] for dim in dims), target)), dims, target, kept
 
 
-def _permutations(dims: Dims) -> Iterator[Dims]:
-    return itertools.permutations(dims) if len(dims) <= _MAX_DIMS else iter([dims])
-
-
-def _permute(dims: Dims) -> Ops:
-    return () if list(dims) == sorted(dims) else (Permute(dims),)
+def _permutations(dims: Dims) -> Iterator[tuple[Dims, Ops]]:
+    """Yield orders of dimensions, each with its operation: none for the order that they have."""
+    for order in itertools.permutations(dims) if len(dims) <= _MAX_DIMS else [dims]:
+        yield order, () if order == dims else (Permute(order),)
 
 
 def _reshape(before: Dims, after: Dims) -> Ops:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from converter.layouts.template import Kind, Template
 
-_TOKEN = re.compile(r"\{[^}]*\}|[A-Za-z]+|[0-9]+")
 _INDICES = ("layer", "i", "j", "k", "l")
 # Usual names of variables, and the order of their words, by the words in alphabetical order.
 _USUAL = {("bias", "weight"): ("param", ("weight", "bias")), ("k", "q", "v"): ("proj", ("q", "k", "v"))}
@@ -43,12 +42,6 @@ class _Gap(NamedTuple):
     target: tuple[str, str]  # The text before and after it in the target
     offset: int  # The number in the target minus the number in the source; 0 for words
     is_index: bool  # Whether it is a number that is a whole segment of a name
-
-    def with_variable(self, variable: str) -> tuple[str, str]:
-        """Return source and target with a variable in the gap. Its value is the lower number of the two."""
-        lower, higher = f"{{{variable}}}", f"{{{variable}+{abs(self.offset)}}}"
-        source = (higher if self.offset < 0 else lower).join(self.source)
-        return source, (higher if self.offset > 0 else lower).join(self.target)
 
 
 def words_variable(words: Iterable[str], variables: Variables) -> str:
@@ -109,11 +102,16 @@ def _merge(gap: _Gap, group: dict[str, DerivedRule], variables: Variables) -> tu
         known[variable] = "int"
     elif gap.offset == 0:
         variable = words_variable(group, known)
-    source, target = gap.with_variable(variable)
-    sources = frozenset(name for rule in group.values() for name in rule.source_names)
-    targets = frozenset(name for rule in group.values() for name in rule.target_names)
-    first = next(iter(group.values()))
-    return first._replace(source=source, target=target, source_names=sources, target_names=targets), known
+    # The value of the variable is the lower number of the two.
+    lower, higher = f"{{{variable}}}", f"{{{variable}+{abs(gap.offset)}}}"
+    first, *others = group.values()
+    merged = first._replace(
+        source=(higher if gap.offset < 0 else lower).join(gap.source),
+        target=(higher if gap.offset > 0 else lower).join(gap.target),
+        source_names=first.source_names.union(*(rule.source_names for rule in others)),
+        target_names=first.target_names.union(*(rule.target_names for rule in others)),
+    )
+    return merged, known
 
 
 def _is_exact(rule: DerivedRule, sources: list[str], targets: list[str], variables: Variables) -> bool:
@@ -140,6 +138,6 @@ def _gaps(rule: DerivedRule) -> Iterator[tuple[str, _Gap]]:
 
 def _words(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield the words and numbers of a template outside its variables, with the text before and after each."""
-    for found in _TOKEN.finditer(text):
+    for found in re.finditer(r"\{[^}]*\}|[A-Za-z]+|[0-9]+", text):
         if found[0][0] != "{":
             yield found[0], (text[: found.start()], text[found.end() :])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from converter.errors import LayoutError, OtherFamilyError, SourceError, printab
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
-from converter.layouts.match import LayoutMatch, match_layouts, prefixes_of, without_language_models
+from converter.layouts.match import LayoutMatch, likely_prefixes, match_layouts, prefixes_of, without_language_models
 from converter.layouts.shapes import Sizes, format_shape, match_shape
 from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.layouts.template import any_match
@@ -61,7 +60,7 @@ def no_layout_error(
     others = _other_encoders(tensors, family)
     found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in found}
-    is_absent = bool(others) and not _has_trace(rest, layouts)
+    is_absent = bool(others) and not any(likely_prefixes(rest, layout) for layout in layouts)
     # Adapters and quantised weights of a language model are no reason where the family is absent.
     is_mlx = any(match.layout.is_channels_last for match in others)
     if is_absent:
@@ -141,15 +140,6 @@ def _covers(match: LayoutMatch, name: str) -> bool:
     if match.full_prefix:
         return name.startswith(match.full_prefix)
     return any_match(match.layout.templates(""), name)
-
-
-def _has_trace(tensors: Tensors, layouts: Sequence[LayoutSpec]) -> bool:
-    """Whether most of the tensors by which one of the layouts is detected are there, whatever their shapes."""
-    for layout in layouts:
-        counts = Counter(prefix for key in layout.detect for prefix in prefixes_of(tensors, key))
-        if counts and max(counts.values()) > len(layout.detect) / 2:
-            return True
-    return False
 
 
 class _Nearest(NamedTuple):

@@ -233,7 +233,7 @@ def _packed_weights(tensors: Tensors) -> Mark | None:
 
 def find_half_transposed(tensors: Tensors) -> Mark | None:
     """Convolutions in both orders; the fewer of them are named first."""
-    first, last = _convolutions(tensors)
+    first, last = convolutions(tensors)
     if not first or not last:
         return None
     kinds = {"channels first, as torch does": first, "channels last, as MLX does": last}
@@ -248,12 +248,12 @@ def find_half_transposed(tensors: Tensors) -> Mark | None:
 
 def _channels_last(tensors: Tensors) -> Mark | None:
     """Convolutions in MLX's order, [out, height, width, in]."""
-    last = _convolutions(tensors)[1]
+    last = convolutions(tensors)[1]
     hint = "convert the checkpoint that it was made from, or put the axes back in a mapping (permute: [0, 3, 1, 2])"
     return Mark("stores its convolutions channels last, as MLX does", hint, last) if last else None
 
 
-def _convolutions(tensors: Tensors) -> tuple[list[str], list[str]]:
+def convolutions(tensors: Tensors) -> tuple[list[str], list[str]]:
     """Return the names in the file of convolutions with channels first and last, as far as shapes show it."""
     # llama.cpp's names of positions end so, too.
     weights = [tensor for name, tensor in tensors.items() if name.endswith("weight") and "pos_embd" not in name]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from converter.layouts.marks import has_vision_encoder
-from converter.layouts.shapes import Sizes, match_shape, shows_channels_last
+from converter.layouts.marks import convolutions, has_vision_encoder
+from converter.layouts.shapes import Sizes, match_shape
 from converter.layouts.spec import LayoutSpec
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
@@ -102,6 +103,13 @@ def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> It
             yield name[: -len(key)]
 
 
+def likely_prefixes(tensors: Iterable[str], layout: LayoutSpec) -> list[str]:
+    """Return the prefixes under which most of the tensors of the layout's `detect` are, whatever their shapes."""
+    names = list(tensors)
+    counts = Counter(prefix for key in layout.detect for prefix in prefixes_of(names, key))
+    return [prefix for prefix, count in counts.items() if 2 * count > len(layout.detect)]
+
+
 def _fitting_prefixes(tensors: Mapping[str, TensorInfo], layout: LayoutSpec) -> Iterator[str]:
     for prefix in prefixes_of(tensors, next(iter(layout.detect)), layout.prefixes):
         sizes: Sizes = {}
@@ -140,10 +148,10 @@ def _is_channels_last(tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
 
     The tensors with the prefix decide, or all others if no shape among these shows it.
     """
-    shown = {name: shows_channels_last(tensor.shape) for name, tensor in tensors.items() if name.endswith("weight")}
-    votes = [(name, is_last) for name, is_last in shown.items() if is_last is not None]
-    own = [is_last for name, is_last in votes if name.startswith(prefix)] or [is_last for _, is_last in votes]
-    return 2 * sum(own) > len(own)
+    first, last = convolutions({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    if not first and not last:
+        first, last = convolutions(tensors)
+    return len(last) > len(first)
 
 
 def _knows_more(other: LayoutMatch, match: LayoutMatch) -> bool:
