@@ -146,9 +146,9 @@ class Template:
 
         Names of more than MAX_NAME_CHARS never match.
         """
-        # Most names fail at the first letters, and most templates never need their expression compiled.
-        fits = name.startswith(self.literals[0]) and len(name) <= MAX_NAME_CHARS
-        found = self._regex.fullmatch(name) if fits else None
+        # Most names fail at the first or last letters, and most templates never need their expression compiled.
+        ends = name.startswith(self.literals[0]) and name.endswith(self.literals[-1])
+        found = self._regex.fullmatch(name) if ends and len(name) <= MAX_NAME_CHARS else None
         if found is None:
             return None
         bindings = {}
