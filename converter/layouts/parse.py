@@ -25,7 +25,7 @@ _COMMON: Parsers = {
     "layout": lambda node, _: node.as_line("the layout's name"),
     "family": lambda node, _: node.as_line("a family"),
     "description": lambda node, _: node.as_line("a one-line description"),
-    "variables": lambda node, variables: variables,
+    "variables": lambda node, _: _variables(node),
     "detect": lambda node, _: _detect(node),
 }
 MAPPING: Parsers = {
@@ -89,11 +89,8 @@ def parse_layout(node: YamlNode, text: str) -> LayoutSpec:
     parsers = CANONICAL if is_canonical else MAPPING
     required = ("sizes", "encoder_prefix", "encoder_order", "tensors") if is_canonical else ("rules",)
     fields = node.as_dict("a mapping file", parsers, (*REQUIRED, *required))
-    variables: Variables = {}
-    if "variables" in fields:
-        declared = fields["variables"].as_dict("variables and their kinds")
-        variables = {name: _variable(name, kind) for name, kind in declared.items()}
-    values = {key: parsers[key](value, variables) for key, value in fields.items() if key != "variables"}
+    variables = _variables(fields.pop("variables")) if "variables" in fields else {}
+    values = {key: parsers[key](value, variables) for key, value in fields.items()}
     values |= {
         "name": values.pop("layout"),
         "location": node.location,
@@ -109,6 +106,10 @@ def parse_layout(node: YamlNode, text: str) -> LayoutSpec:
     if "other_rules" in fields and "drop_rest" in fields:
         raise fields["drop_rest"].error("expected `other_rules` (rules for the other names) or `drop_rest`, not both")
     return LayoutMapping(prefixes=prefixes, **values)
+
+
+def _variables(node: YamlNode) -> Variables:
+    return {name: _variable(name, kind) for name, kind in node.as_dict("variables and their kinds").items()}
 
 
 def _variable(name: str, node: YamlNode) -> Kind:
