@@ -59,7 +59,6 @@ def verification_page(verification: Verification, command: str = "") -> bytes:
 
 
 def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]:
-    """The pictures of each run, with their data URLs."""
     runs: dict[str, list[tuple[Picture, str]]] = {}
     for picture in pictures:
         url = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"

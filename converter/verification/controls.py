@@ -29,7 +29,6 @@ Change = Callable[[Any, Any], None]
 
 
 def _set(module: Any, path: str, tensor: Tensor) -> None:
-    """Replace a parameter of a module by its path."""
     owner, _, name = path.rpartition(".")
     setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 

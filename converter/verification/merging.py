@@ -120,7 +120,6 @@ def _has_peft() -> bool:
 
 
 def _by_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool) -> Tensor:
-    """Merge one module by peft, in a model of this module alone."""
     import peft
 
     rows, columns = base.shape[:2]

@@ -178,7 +178,6 @@ def _lost_in(precision: torch.dtype, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _restore(originals: Iterable[tuple[nn.Module, dict[str, Tensor]]]) -> None:
-    """Give models back the weights that they lost in a precision."""
     for model, weights in originals:
         if weights:
             model.to(torch.float64).load_state_dict(weights, strict=False)

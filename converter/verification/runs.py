@@ -110,7 +110,6 @@ def _load(
 
 
 def _named(prefix: str, comparison: Comparison) -> Comparison:
-    """A comparison with a prefix of its name."""
     trace = comparison.trace and replace(comparison.trace, name=prefix + comparison.trace.name)
     return replace(comparison, check=replace(comparison.check, name=prefix + comparison.check.name), trace=trace)
 
@@ -147,7 +146,6 @@ def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> 
 
 
 def _compare_alone(tested: _Tested, options: RunOptions) -> Iterator[Comparison]:
-    """Compare an encoder by itself with the source's own implementation."""
     try:
         if tested.origin:
             yield from _compare_with_source(tested, tested.origin, options)

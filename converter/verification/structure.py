@@ -76,7 +76,6 @@ def _check_canonical(target: Converted) -> list[Check]:
 
 
 def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
-    """Warn about floating-point tensors of several types."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype.is_float:

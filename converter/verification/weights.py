@@ -181,6 +181,5 @@ def _parts(expected: Tensor, value: LazyTensor, load: Reader) -> Sequence[Tensor
 
 
 def _order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """The order in which `parts` are concatenated in the tensor, if any."""
     orders = itertools.permutations(range(len(parts))) if parts else ()
     return next((order for order in orders if torch.equal(actual, torch.cat([parts[i] for i in order]))), None)
