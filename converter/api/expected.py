@@ -155,7 +155,7 @@ def _written(plan: Plan, encoder: ConvertedEncoder, donor: Plan | None, target: 
         outside = [template for rule in mapping.other_rules for template in rule.sources]
         others = [name for name in target.tensors if not name.startswith(encoder.prefix)]
         full_model = any(any_match(outside, name) for name in others)
-        written = retarget(plan, mapping, donor, full_model, "keep", target.source.name, partial=True)
+        written = retarget(plan, mapping, donor, target.source.name, full_model, partial=True)
     first = encoder.layout.mapping.prefixes[0]
     names = {
         name: encoder.prefix + name.removeprefix(first) if name.startswith(first) else name for name in written.outputs
@@ -169,9 +169,8 @@ def _written(plan: Plan, encoder: ConvertedEncoder, donor: Plan | None, target: 
 
 def _finished(plan: Plan, donor: Plan | None, dtype: str) -> Plan:
     """The plan to canonical names in a type, completed by a donor."""
-    if donor is not None:
-        return complete_from(plan, donor, dtype)
-    return replace(plan, outputs=sort_outputs(plan.outputs, dtype))
+    completed = complete_from(plan, donor) if donor is not None else plan
+    return replace(completed, outputs=sort_outputs(completed.outputs, dtype))
 
 
 def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertOptions) -> ResolvedPlan | None:

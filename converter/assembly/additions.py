@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Addition(NamedTuple):
 
     option: str
     family: str  # The family whose canonical layout has them
-    names: tuple[str, str]
+    names: tuple[str, str]  # In that layout
     suffixes: tuple[tuple[str, str], ...]  # The ends of their names in checkpoints
     noun: str
     role: str
@@ -42,31 +42,29 @@ class Addition(NamedTuple):
     distribution: Callable[[tuple[int, ...]], str]  # Of these values, in words
     sizes: Callable[[EncoderSizes], Sizes]  # The sizes that the encoders require
 
+    @property
+    def full_names(self) -> list[str]:
+        """Their names in DeepSeek-OCR's model."""
+        return [registry.encoder_prefix(self.family) + name for name in self.names]
+
     def shapes(self, encoders: EncoderSizes) -> dict[str, tuple[int, ...]]:
         """Return the shapes that fit the encoders."""
         sizes = {**encoders[self.family], **self.sizes(encoders)}
         return {name: concrete_shape(shape, sizes) for name, shape in self._specified().items()}
 
-    def find(self, opened: Checkpoint, model: str) -> dict[str, LazyTensor]:
+    def find(self, opened: Checkpoint, model: str) -> list[LazyTensor]:
         """Return the tensors in a checkpoint; LayoutError, which names `model`, unless it has them once."""
         found = [pair for state_dict in state_dicts(opened.contents) for pair in self._pairs(state_dict)]
         if len(found) != 1:
             keys = ", ".join(printable(pair[1].key) for pair in found)
             what = f"{len(found)} {self.noun}s: {keys}" if found else f"no {self.noun} ({', '.join(self.names)})"
             raise LayoutError(f"{opened.name}: holds {what}", f"give one that was trained with one, such as {model}")
-        return dict(zip(self.names, map(lazy_read, found[0]), strict=True))
+        return list(map(lazy_read, found[0]))
 
     def seeded(self, text: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
-        """Return untrained tensors in float32, which depend only on the seed, the names and the shapes.
+        """Return untrained tensors in float32, which depend only on random:SEED, the names and the shapes.
 
         The values of a tensor come from a stream: SHAKE-128 of the text `SEED/NAME`, as little-endian 32-bit integers.
-
-        Args:
-            text: random:SEED.
-            shapes: The shapes by name.
-
-        Raises:
-            UsageError: The seed is not a number.
         """
         seed = text.removeprefix(SEED)
         if not re.fullmatch("[0-9]{1,20}", seed):
@@ -80,7 +78,7 @@ class Addition(NamedTuple):
         """Check that the tensors are there and fit the encoders.
 
         Args:
-            tensors: The tensors by name.
+            tensors: Tensors by their names in DeepSeek-OCR's model.
             encoders: The sizes of the encoders.
             origin: The checkpoint or option that they come from.
             model: A checkpoint that has them.
@@ -88,21 +86,21 @@ class Addition(NamedTuple):
         Raises:
             LayoutError: A tensor is missing, or has another shape.
         """
-        if missing := [name for name in self.names if name not in tensors]:
+        found = {name: tensors.get(full) for name, full in zip(self.names, self.full_names, strict=True)}
+        untrained = f"start with --{self.option} {SEED}0"
+        if missing := [name for name, tensor in found.items() if tensor is None]:
             raise LayoutError(
                 f"{origin}: holds no {', '.join(missing)}: {self.role}",
-                f"take a trained one with --{self.option} {model}, or start with --{self.option} {SEED}0",
+                f"take a trained one with --{self.option} {model}, or {untrained}",
             )
         for name, shape in self.shapes(encoders).items():
-            if tensors[name].shape != shape:
-                widths = " and ".join(
-                    f"{family.upper()} of width {sizes['width']}" for family, sizes in encoders.items()
-                )
+            tensor = found[name]
+            if tensor is not None and tensor.shape != shape:
+                widths = (f"{family.upper()} of width {sizes['width']}" for family, sizes in encoders.items())
                 raise LayoutError(
-                    f"{origin}: {name} has shape {list(tensors[name].shape)}, but these encoders need {list(shape)}: "
-                    f"they are {widths}",
-                    f"take one that fits, such as --{self.option} {model} for encoders of its sizes, or start with "
-                    f"--{self.option} {SEED}0",
+                    f"{origin}: {name} has shape {list(tensor.shape)}, but these encoders need {list(shape)}: "
+                    f"they are {' and '.join(widths)}",
+                    f"take one that fits, such as --{self.option} {model} for encoders of its sizes, or {untrained}",
                 )
 
     def _specified(self) -> dict[str, Shape]:
@@ -131,7 +129,7 @@ def _uniform(text: str, shape: tuple[int, ...]) -> bytes:
     1/sqrt(fan_in)/2^31 in float64, rounded to float32.
     """
     scale = 1 / math.sqrt(math.prod(shape[1:])) / 2**31
-    return _float32(map(scale.__mul__, _stream("i", text, math.prod(shape))))
+    return _drawn("i", text, shape, scale.__mul__)
 
 
 def _normal(text: str, shape: tuple[int, ...]) -> bytes:
@@ -142,20 +140,16 @@ def _normal(text: str, shape: tuple[int, ...]) -> bytes:
     from statistics import NormalDist  # Imports decimal and fractions, which no other conversion needs
 
     quantile = NormalDist().inv_cdf
-    return _float32(quantile((number + 0.5) / 2**32) for number in _stream("I", text, math.prod(shape)))
+    return _drawn("I", text, shape, lambda number: quantile((number + 0.5) / 2**32))
 
 
-def _stream(code: str, text: str, length: int) -> array[int]:
-    """Return the first numbers of a stream: i for signed, I for unsigned."""
-    numbers = array(code, hashlib.shake_128(text.encode()).digest(4 * length))
+def _drawn(code: str, text: str, shape: tuple[int, ...], value: Callable[[int], float]) -> bytes:
+    """Return values in float32 of the first numbers of a stream: i for signed, I for unsigned."""
+    numbers = array(code, hashlib.shake_128(text.encode()).digest(4 * math.prod(shape)))
     # An `array` has the machine's byte order; input and output are little-endian.
     if sys.byteorder == "big":
         numbers.byteswap()
-    return numbers
-
-
-def _float32(numbers: Iterable[float]) -> bytes:
-    values = array("f", numbers)
+    values = array("f", map(value, numbers))
     if sys.byteorder == "big":
         values.byteswap()
     return values.tobytes()

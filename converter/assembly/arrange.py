@@ -64,7 +64,7 @@ def _in_layout(parts: EncoderParts, layout: str) -> Arranged:
     for family, resolved in parts.plans.items():
         mapping, encoder = registry.load(f"{family}-{layout}").mapping, parts.encoder(family)
         plan = replace(resolved.plan, outputs=encoder)
-        made = retarget(plan, mapping, None, False, "keep", parts.sources[0].name)
+        made = retarget(plan, mapping, None, parts.sources[0].name)
         arranged.outputs.update(made.outputs)
         arranged.rules.update(made.rules)
         targets = {name: target_names(writing_rules(mapping, False), name) for name in encoder}

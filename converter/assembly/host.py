@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from converter.assembly.parts import EncoderParts, extract_encoder
 from converter.checkpoint.folder import has_weight_suffix, is_index
@@ -20,7 +21,6 @@ from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.apply import apply
 from converter.plan.assumptions import Assumptions, describe_differences
-from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import find_projector
 from converter.plan.route import target_names
@@ -29,8 +29,7 @@ from converter.tensors.lazy_tensor import LazyTensor, Read, reshaped, source_ten
 from converter.tensors.tensor_info import TensorInfo
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """A checkpoint whose encoders are replaced."""
 
     checkpoint: Checkpoint
@@ -51,14 +50,11 @@ class Host:
         """Plan the conversion of the family's encoder to the canonical layout; LayoutError unless there is one."""
         found, name = self.families.get(family, []), family.upper()
         if not found:
-            what = f"--into {self.name}: has no {name}, but {_text(self.families)}"
-            raise LayoutError(what, f"leave out --{family}")
+            text = f"--into {self.name}: has no {name}, but {_text(self.families)}"
+            raise LayoutError(text, f"leave out --{family}")
         if len(found) > 1:
-            prefixes = first_names([_place_of(each) for each in found])
-            raise LayoutError(
-                f"--into {self.name}: has {len(found)} {name} encoders, under the prefixes {prefixes}",
-                "insert into a checkpoint that holds one of them alone",
-            )
+            text = f"has {len(found)} {name} encoders, under the prefixes {first_names(list(map(_place_of, found)))}"
+            raise LayoutError(f"--into {self.name}: {text}", "insert into a checkpoint that holds one of them alone")
         try:
             return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
         except MappingError as error:
@@ -66,7 +62,7 @@ class Host:
             raise MappingError(f"--into {error.message}", step) from error
 
     def resolve_all(self, families: Iterable[str]) -> dict[str, ResolvedPlan]:
-        """Plan the conversion of several encoders; see `resolve`."""
+        """Plan the conversion of several encoders, as `resolve` does."""
         return {family: self.resolve(family) for family in families}
 
 
@@ -78,10 +74,8 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
         UsageError: There is no such file or folder.
     """
     if not exists(path):
-        raise UsageError(
-            f"--into {path}: no such file or folder",
-            "download the checkpoint first (`hf download`), and give its folder",
-        )
+        step = "download the checkpoint first (`hf download`), and give its folder"
+        raise UsageError(f"--into {path}: no such file or folder", step)
     checkpoint = open_file(path)
     if set(checkpoint.containers) not in ({"safetensors"}, {"GGUF"}):
         formats = ", ".join(sorted(set(checkpoint.containers)))
@@ -121,21 +115,17 @@ def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix:
     found = detect_families(source, prefix)
     shared = [family for family in found if family in host.families]
     if found and not shared:
-        raise LayoutError(
-            f"{source.name}: has {_text(found)}, but the checkpoint of --into has {_text(host.families)}",
-            "give a checkpoint that has one of these",
-        )
+        text = f"{source.name}: has {_text(found)}, but the checkpoint of --into has {_text(host.families)}"
+        raise LayoutError(text, "give a checkpoint that has one of these")
     # Where it has none at all, the error of the host's first family says what it is.
     parts = extract_encoder(source, with_projector, prefix, shared or [*host.families][:1], partial=True)
-    reasons = {
-        tensor.key: f"the checkpoint of --into has no {family.upper()}"
-        for family, each in found.items()
-        if family not in shared
-        for detected in each
-        for name, tensor in detected.tensors.items()
-        if name.startswith(detected.match.prefix)
-    }
-    return replace(parts, dropped={key: reasons.get(key, reason) for key, reason in parts.dropped.items()})
+    dropped = dict(parts.dropped)
+    for family, each in found.items():
+        reason = f"the checkpoint of --into has no {family.upper()}"
+        for detected in each if family not in shared else ():
+            inside = (tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix))
+            dropped |= {tensor.key: reason for tensor in inside if tensor.key in dropped}
+    return replace(parts, dropped=dropped)
 
 
 def _text(families: Iterable[str]) -> str:
@@ -158,16 +148,7 @@ class Placement:
     kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
     problems: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)  # The names of the layouts of the host's encoders
-    remarks: list[str] = field(default_factory=list)  # Where they are, and what else they compute
-
-    @property
-    def notes(self) -> list[str]:
-        """Where the encoder goes, and what only one of the two has."""
-        lists = (
-            (self.without_place, "left out {}: the checkpoint has none"),
-            (self.kept, "kept {}: the encoder has none"),
-        )
-        return [*self.remarks, *(text.format(first_names(names)) for names, text in lists if names)]
+    notes: list[str] = field(default_factory=list)  # Where they are, and what else they compute
 
 
 def place(host: Host, parts: EncoderParts) -> Placement:
@@ -178,31 +159,28 @@ def place(host: Host, parts: EncoderParts) -> Placement:
     """
     placement = Placement()
     for family, resolved in host.resolve_all(parts.plans).items():
-        _describe(placement, resolved, parts.plans[family].plan)
+        (detected, plan), new, name = resolved, parts.plans[family].plan, family.upper()
+        placement.layouts.append(detected.match.name)
+        placement.notes.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
+        placement.notes += _function_warning(new.assumptions, plan.assumptions)
+        depth, other_depth = plan.sizes["depth"], new.sizes["depth"]
+        if depth != other_depth:
+            placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
         _place_encoder(placement, resolved, parts)
     _place_projector(placement, host, parts)
-    placement.problems += [
-        problem for key, value in placement.new.items() if (problem := _misfit(placement.old[key], value))
-    ]
+    placement.problems += [text for key, value in placement.new.items() if (text := _misfit(placement.old[key], value))]
     if placement.problems:
         raise UsageError(
             f"{host.name}: the encoder does not fit: {summary(placement.problems)}",
             "use an encoder of the same sizes: --compressor takes another compressor, and dsocr-convert FAMILY "
             "--image-size resamples positions",
         )
-    others = [f"its {family.upper()}" for family in host.families if family not in parts.plans]
-    return replace(placement, kept=[*others, *placement.kept])
-
-
-def _describe(placement: Placement, host: ResolvedPlan, new: Plan) -> None:
-    """Say where an encoder of the host is, and whether the new one has its layers and computes the same."""
-    detected, plan = host
-    name, depth, other_depth = plan.mapping.family.upper(), plan.sizes["depth"], new.sizes["depth"]
-    placement.layouts.append(detected.match.name)
-    placement.remarks.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
-    placement.remarks += _function_warning(new.assumptions, plan.assumptions)
-    if depth != other_depth:
-        placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
+    if placement.without_place:
+        placement.notes.append(f"left out {first_names(placement.without_place)}: the checkpoint has none")
+    kept = [*(f"its {family.upper()}" for family in host.families if family not in parts.plans), *placement.kept]
+    if kept:
+        placement.notes.append(f"kept {first_names(kept)}: the encoder has none")
+    return placement
 
 
 def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts) -> None:
@@ -233,7 +211,7 @@ def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts
 
 
 def _function_warning(new: Assumptions, old: Assumptions) -> list[str]:
-    """A warning if the encoder computes another function than the one that it replaces."""
+    """Return a warning if the encoder computes another function than the one that it replaces."""
     shared = {name: each._replace(expected=old[name].value) for name, each in new.items() if name in old}
     theirs, ours = describe_differences(shared)
     if not theirs:

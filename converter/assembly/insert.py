@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.assembly.host import Host, Placement, is_same, place
 from converter.assembly.parts import EncoderParts
@@ -29,8 +28,7 @@ from converter.tensors.tensor_info import TensorInfo
 _ZEROS = bytes(BUFFER)
 
 
-@dataclass(frozen=True)
-class Insertion:
+class Insertion(NamedTuple):
     """A planned copy of a checkpoint with another encoder."""
 
     host: Host  # The checkpoint that is copied
@@ -60,11 +58,6 @@ class Insertion:
         new = {name: self.replaced.get(tensor.key) or lazy_read(tensor) for name, tensor in detected.tensors.items()}
         return make_plan(plan.mapping, detected.match.prefix, plan.target, new, self.host.name).outputs
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(map(nbytes, self.tensors.values()))
-
 
 def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
     """Plan a copy of a checkpoint with another encoder in place of its own.
@@ -84,7 +77,10 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
             f"leave it out, and change the types of the result: encoder RESULT --with-projector --dtype {dtype}",
         )
     placement = place(host, parts)
-    replaced = {key: _cast(value, placement.old[key], dtype) for key, value in placement.new.items()}
+    replaced = {
+        key: cast(value, placement.old[key].dtype.name if dtype == "keep" else dtype) if value.dtype.is_float else value
+        for key, value in placement.new.items()
+    }
     other_files, notes = _other_files(host.folder, host.checkpoint) if host.folder else ([], [])
     kept = sum(isinstance(value, TensorInfo) for value in host.checkpoint.contents.values()) - len(replaced)
     files = f" and {len(other_files)} other files" if host.folder else ""
@@ -92,10 +88,6 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
     if all(is_same(value, placement.old[key]) for key, value in replaced.items()):
         notes.append("the encoder is the checkpoint's own: nothing changes")
     return Insertion(host, placement, replaced, other_files, [counts, *placement.notes, *notes])
-
-
-def _cast(value: LazyTensor, tensor: TensorInfo, dtype: str) -> LazyTensor:
-    return cast(value, tensor.dtype.name if dtype == "keep" else dtype) if value.dtype.is_float else value
 
 
 def _other_files(folder: Path, host: Checkpoint) -> tuple[list[Path], list[str]]:
@@ -156,7 +148,7 @@ def _write_other_file(insertion: Insertion, relative: Path, fd: int) -> None:
         raise ContainerError(f"{path}: cannot be read: {error.strerror}") from error
     with source, open(fd, "wb", closefd=False) as target:
         if printable(str(path)) == insertion.host.name:
-            target.write(_index(source.read(), insertion.nbytes))
+            target.write(_index(source.read(), sum(map(nbytes, insertion.tensors.values()))))
         else:
             shutil.copyfileobj(source, target, BUFFER)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from converter.assembly.additions import ADDITIONS, SEED, Addition
 from converter.checkpoint.open import Checkpoint
@@ -19,6 +20,8 @@ from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.plan.projector import read_projector
 from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors
+
+_Value = TypeVar("_Value")
 
 _CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
 _NO_PLACE = "the checkpoint of --into has no such tensor"
@@ -48,11 +51,8 @@ class EncoderParts:
     @property
     def untrained(self) -> dict[str, str]:
         """The tensors that seeds generated, by the option that has the seed."""
-        return {
-            addition.option: min(texts)
-            for addition in ADDITIONS
-            if (texts := [self.generated[name] for name in _full_names(addition) if name in self.generated])
-        }
+        texts = {a.option: [self.generated[name] for name in a.full_names if name in self.generated] for a in ADDITIONS}
+        return {option: min(found) for option, found in texts.items() if found}
 
     @property
     def constants(self) -> set[str]:
@@ -87,26 +87,19 @@ def encoder_record(
         inserted: Whether it replaces another encoder, which keeps what this one lacks.
         target: The layout of the output.
     """
-    missing = {
-        registry.encoder_prefix(family) + name: reason
-        for family, resolved in parts.plans.items()
-        for name, reason in resolved.plan.missing.items()
-    }
-    unwritten = {
+    missing, extra = dict[str, str](), dict[str, LazyTensor]()
+    for family, resolved in parts.plans.items():
+        missing |= _with_prefix(family, resolved.plan.missing)
+        # Such as CLIP's last norm, which only some hosts have.
+        extra |= _with_prefix(family, resolved.plan.extra_tensors)
+    written = [(name, new) for name, several in names.items() for new in several]
+    dropped = parts.dropped | {
         tensor.key: _CONSTANT if name in parts.constants else _NO_PLACE
         for name, value in parts.tensors.items()
         if name not in names
         for tensor in source_tensors(value)
     }
-    written = [(name, new) for name, several in names.items() for new in several]
-    # Such as CLIP's last norm, which only some hosts have.
-    extra = {
-        tensor.key
-        for family, resolved in parts.plans.items()
-        for name, value in _with_prefix(family, resolved.plan.extra_tensors).items()
-        if name in names
-        for tensor in source_tensors(value)
-    }
+    kept = {tensor.key for name, value in extra.items() if name in names for tensor in source_tensors(value)}
     return make_record(
         sources,
         parts.plans,
@@ -116,7 +109,7 @@ def encoder_record(
         has_config=inserted,
         generated={new: parts.generated[name] for name, new in written if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if not inserted and name not in parts.tensors},
-        dropped={key: reason for key, reason in (parts.dropped | unwritten).items() if key not in extra},
+        dropped={key: reason for key, reason in dropped.items() if key not in kept},
         converted={new: outputs[new] for _, new in written},
         notes=notes,
     )
@@ -148,25 +141,29 @@ def build_encoder(
         family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
         for family, name in names.items()
     }
-    _expect_sizes(plans)
-    own = tensors = _own_tensors(plans)
-    generated, replaced = dict[str, str](), dict[str, str]()
+    own = _own_tensors(plans)
+    tensors, generated, replaced = dict(own), dict[str, str](), dict[str, str]()
     for addition in _additions(plans):
         origin = str(additions.get(addition.option, ""))
+        new = list[LazyTensor]()
         if origin.startswith(SEED):
             new = _seeded(addition, origin, plans, host)
-            generated |= {name: f"{origin}: untrained, {addition.distribution(new[name].shape)}" for name in new}
+            text = f"{origin}: untrained, {{}}".format
+            generated |= {
+                n: text(addition.distribution(v.shape)) for n, v in zip(addition.full_names, new, strict=True)
+            }
         elif origin:
             opened[origin] = opened.get(origin) or open_file(origin)
-            new = _with_prefix(addition.family, addition.find(opened[origin], _model(plans)))
-        else:
-            new = {}
-        tensors = tensors | new
-        replaced |= dict.fromkeys(_keys(own, new), f"--{addition.option} {origin} replaces it")
+            new = addition.find(opened[origin], _model(plans))
+        if new:
+            tensors |= zip(addition.full_names, new, strict=True)
+            kept = {tensor for value in new for tensor in source_tensors(value)}
+            old = [tensor for name in addition.full_names if name in own for tensor in source_tensors(own[name])]
+            reason = f"--{addition.option} {origin} replaces it"
+            replaced |= {tensor.key: reason for tensor in old if tensor not in kept}
         if host is None:
-            _check(addition, plans, tensors, origin or opened[str(names[addition.family])].name)
-    dropped = _dropped(plans, tensors) | replaced
-    return EncoderParts(list(opened.values()), plans, tensors, generated, dropped)
+            addition.check(tensors, _sizes(plans), origin or opened[str(names[addition.family])].name, _model(plans))
+    return EncoderParts(list(opened.values()), plans, tensors, generated, _dropped(plans, tensors) | replaced)
 
 
 def extract_encoder(
@@ -200,11 +197,13 @@ def extract_encoder(
             "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
             "and --clip, or --sam and --qwen2",
         ) from None
-    _expect_sizes(plans)
     tensors = _own_tensors(plans)
-    _check_order(source, tensors)
+    # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
+    read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
+    if mark := find_half_transposed(read):
+        raise mark.error(source.name)
     for addition in _additions(plans) if not partial else ():
-        _check(addition, plans, tensors, source.name)
+        addition.check(tensors, _sizes(plans), source.name, _model(plans))
     if with_projector:
         tensors |= read_projector(source, plans)
     other_parts = {resolved.plan.mapping.drop_rest or OUTSIDE for resolved in plans.values()}
@@ -213,35 +212,14 @@ def extract_encoder(
     return EncoderParts([source], plans, tensors, {}, dropped)
 
 
-def _check_order(source: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise LayoutError if one encoder's convolutions are stored as torch does, and the other's as MLX does."""
-    read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
-    if mark := find_half_transposed(read):
-        raise mark.error(source.name)
-
-
 def _version_in(source: Checkpoint, prefix: str | None) -> list[str]:
     """The families of the first version of which a checkpoint has all encoders, else those of the first version."""
     found, versions = detect_families(source, prefix), registry.versions()
     return next((families for families in versions if found.keys() >= set(families)), versions[0])
 
 
-def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
-    """Mark as usual what the next encoder requires: a compressor of 896 channels in DeepSeek-OCR-2."""
-    usual = {family: dict(registry.canonical(family).sizes) for family in plans}
-    for addition in _additions(plans):
-        plan = plans[addition.family].plan
-        for name, size in addition.sizes(usual).items():
-            if plan.sizes.get(name) == size:
-                plan.unusual.pop(name, None)
-
-
 def _additions(plans: Mapping[str, ResolvedPlan]) -> list[Addition]:
     return [addition for addition in ADDITIONS if addition.family in plans]
-
-
-def _full_names(addition: Addition) -> list[str]:
-    return [registry.encoder_prefix(addition.family) + name for name in addition.names]
 
 
 def _model(plans: Mapping[str, ResolvedPlan]) -> str:
@@ -255,8 +233,8 @@ def _sizes(plans: Mapping[str, ResolvedPlan]) -> dict[str, Sizes]:
 
 def _seeded(
     addition: Addition, seed: str, plans: Mapping[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
-) -> dict[str, LazyTensor]:
-    """Untrained tensors of the host's sizes, or of the encoders' without a host, in the type of their encoder."""
+) -> list[LazyTensor]:
+    """Return untrained tensors of the sizes of the host or else of the encoders, in the type of their encoder."""
     dtype = plans[addition.family].plan.outputs[addition.typed_as].dtype.name
     if host is None:
         shapes = addition.shapes(_sizes(plans))
@@ -266,23 +244,7 @@ def _seeded(
             what = f"the checkpoint of --into has no {addition.noun}"
             raise UsageError(f"--{addition.option} {seed}: {what}", "leave it out")
         shapes = {name: own[name].shape for name in addition.names}
-    tensors = addition.seeded(seed, shapes)
-    return _with_prefix(addition.family, {name: cast(value, dtype) for name, value in tensors.items()})
-
-
-def _keys(own: Mapping[str, LazyTensor], new: Mapping[str, LazyTensor]) -> list[str]:
-    """The source tensors of those of `own` that others replace."""
-    kept = [tensor for value in new.values() for tensor in source_tensors(value)]
-    replaced = [tensor for name in new if name in own for tensor in source_tensors(own[name])]
-    return [tensor.key for tensor in replaced if tensor not in kept]
-
-
-def _check(
-    addition: Addition, plans: Mapping[str, ResolvedPlan], tensors: Mapping[str, LazyTensor], origin: str
-) -> None:
-    full_names = zip(addition.names, _full_names(addition), strict=True)
-    found = {name: tensors[full] for name, full in full_names if full in tensors}
-    addition.check(found, _sizes(plans), origin, _model(plans))
+    return [cast(value, dtype) for value in addition.seeded(seed, shapes).values()]
 
 
 def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
@@ -301,14 +263,21 @@ def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> 
     return dropped
 
 
-def _own_tensors(plans: dict[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """The tensors of both plans by their names in DeepSeek-OCR's model."""
-    return {
-        name: value
-        for family, resolved in plans.items()
-        for name, value in _with_prefix(family, resolved.plan.outputs).items()
-    }
+def _own_tensors(plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+    """Return the tensors of all plans by their names in DeepSeek-OCR's model, and mark as usual what joins them.
+
+    DeepSeek-OCR-2 has a compressor of 896 channels, as its next encoder requires.
+    """
+    usual = {family: dict(registry.canonical(family).sizes) for family in plans}
+    for addition in _additions(plans):
+        plan = plans[addition.family].plan
+        for name, size in addition.sizes(usual).items():
+            if plan.sizes.get(name) == size:
+                plan.unusual.pop(name, None)
+    outputs = (_with_prefix(family, resolved.plan.outputs) for family, resolved in plans.items())
+    return {name: value for tensors in outputs for name, value in tensors.items()}
 
 
-def _with_prefix(family: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    return {registry.encoder_prefix(family) + name: value for name, value in tensors.items()}
+def _with_prefix(family: str, values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Return values by the names of their tensors in DeepSeek-OCR's model."""
+    return {registry.encoder_prefix(family) + name: value for name, value in values.items()}

@@ -49,14 +49,17 @@ def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
             f"put the {CONFIG} of the training next to it, with its r and lora_alpha",
         )
     _check_kind(name, config)
+    rslora = config.get("use_rslora")
     try:
+        if rslora not in (None, True, False):
+            raise ValueError("use_rslora is neither true nor false")
         return AdapterConfig(
             _base_model(config),
             _rank(config["r"]),
             _alpha(config["lora_alpha"]),
             {_plain(key): _rank(value) for key, value in _pattern(config, "rank_pattern").items()},
             {_plain(key): _alpha(value) for key, value in _pattern(config, "alpha_pattern").items()},
-            _flag(config, "use_rslora"),
+            bool(rslora),
         )
     except KeyError as error:
         raise ContainerError(f"{name}: lacks {error}", _PEFTS_FILE) from error
@@ -113,13 +116,6 @@ def _pattern(config: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > _MAX_PATTERNS:
         raise ValueError(f"{name} is not an object of at most {_MAX_PATTERNS} names")
     return value
-
-
-def _flag(config: dict[str, Any], name: str) -> bool:
-    value = config.get(name)
-    if value not in (None, True, False):
-        raise ValueError(f"{name} is neither true nor false")
-    return bool(value)
 
 
 def _rank(value: Any) -> int:

@@ -16,38 +16,23 @@ from converter.formats.unrecognized import format_of_name
 
 
 class FileKind(NamedTuple):
-    """A kind of file.
+    """A kind of file."""
 
-    Attributes:
-        patterns: Patterns of names, separated by spaces.
-        what: What such a file holds.
-        is_by_product: Whether trainers write it next to the weights under a name that weights could have.
-        step: What to do with a folder of such files, which are not read.
-    """
-
-    patterns: str
-    what: str
-    is_by_product: bool = False
-    step: str = ""
+    patterns: str  # Patterns of names, separated by spaces
+    what: str  # What such a file holds
+    is_by_product: bool = False  # Whether trainers write it next to the weights under a name that weights could have
+    step: str = ""  # What to do with a folder of such files, which are not read
 
 
 @dataclass
 class FolderFiles:
-    """Files of a folder whose names differ in numbers alone.
+    """Files of a folder whose names differ in numbers alone."""
 
-    Attributes:
-        name: The path of the file in the folder; of several, with `*` for each number.
-        count: The number of files.
-        nbytes: The size of all files in bytes.
-        what: What they hold; empty if the name does not tell.
-        is_read: Whether the tensors that are reported are in them.
-    """
-
-    name: str
+    name: str  # The path of the file in the folder; of several, with `*` for each number
     count: int
-    nbytes: int
-    what: str
-    is_read: bool
+    nbytes: int  # The size of all files
+    what: str  # What they hold; empty if the name does not tell
+    is_read: bool  # Whether the tensors that are reported are in them
 
 
 _MAX_FILES = 10_000

@@ -41,28 +41,17 @@ _INDEX_STEP = "download it again from where its checkpoint was published"
 
 @dataclass(eq=False, kw_only=True)
 class Located:
-    """The open files of one checkpoint.
+    """The open files of one checkpoint."""
 
-    Attributes:
-        name: The path or the hub address of the file, or of the index of a sharded checkpoint.
-        files: The open files: one, or the shards in the order of their names.
-        weight_map: Shard names by tensor name, from the index; None without an index.
-        commit: The commit of the hub repository; empty for local files.
-        notes: Messages for the user about the files.
-        is_dcp: Whether the files are `.metadata` and the *.distcp files of a DCP folder.
-        whole_step: How to read the whole checkpoint, if the file is one of several shards; else empty.
-        in_other_shards: Names of the tensors in the other shards, as far as an index lists them.
-        find_config: Returns what opens the config of a name that describes the files; None if there is none.
-    """
-
-    name: str
-    files: tuple[SourceFile, ...]
-    weight_map: dict[str, str] | None = None
-    commit: str = ""
-    notes: tuple[str, ...] = ()
-    is_dcp: bool = False
-    whole_step: str = ""
-    in_other_shards: tuple[str, ...] = ()
+    name: str  # The path or the hub address of the file, or of the index of a sharded checkpoint
+    files: tuple[SourceFile, ...]  # One, or the shards in the order of their names
+    weight_map: dict[str, str] | None = None  # Shard names by tensor name, from the index; None without an index
+    commit: str = ""  # The commit of the hub repository; empty for local files
+    notes: tuple[str, ...] = ()  # Messages for the user about the files
+    is_dcp: bool = False  # Whether the files are `.metadata` and the *.distcp files of a DCP folder
+    whole_step: str = ""  # How to read the whole checkpoint, if the file is one of several shards; else empty
+    in_other_shards: tuple[str, ...] = ()  # Names of the tensors in the other shards, as far as an index lists them
+    # Returns what opens the config of a name that describes the files; None if there is none
     find_config: Callable[[str], Callable[[], SourceFile] | None] = lambda name: None
 
 

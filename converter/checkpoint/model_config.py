@@ -66,12 +66,7 @@ def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], lis
 
 
 def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
-    """Return image_mean and image_std of the images that a checkpoint was trained with; empty if no file has both.
-
-    Args:
-        checkpoint: The checkpoint.
-        remarks: Remarks about files that cannot be used are added.
-    """
+    """Return image_mean and image_std of the images that a checkpoint was trained with; empty if no file has both."""
     candidates = (
         ("preprocessor_config.json", "", "image_"),
         (_OPEN_CLIP_CONFIG, "preprocess_cfg", ""),
@@ -103,8 +98,8 @@ def read_config(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
 
     Args:
         checkpoint: The checkpoint.
-        name: The name of the file beside it.
-        remarks: A remark about a file that cannot be used is added.
+        name: The name of the config.
+        remarks: A remark about a config that cannot be used is added.
     """
     try:
         return checkpoint.read_config(name) or {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -34,19 +34,12 @@ _SHARDS_STEP = "download the checkpoint again, shards and index"
 
 @dataclass(eq=False, kw_only=True)
 class Checkpoint(Located):
-    """An open checkpoint. Only metadata has been read, no tensor.
+    """An open checkpoint. Only metadata has been read, no tensor."""
 
-    Attributes, next to those of `Located`:
-        containers: The container format of each file.
-        contents: Tensors and other values of all files, nested as in the files.
-        ignored: Full names of the classes and functions in pickles that were not imported.
-        adapter: A LoRA adapter to merge into the tensors, or None.
-    """
-
-    containers: tuple[str, ...]
-    contents: Contents
-    ignored: tuple[str, ...] = ()
-    adapter: Adapter | None = None
+    containers: tuple[str, ...]  # The container format of each file
+    contents: Contents  # Tensors and other values of all files, nested as in the files
+    ignored: tuple[str, ...] = ()  # Full names of the classes and functions in pickles that were not imported
+    adapter: Adapter | None = None  # A LoRA adapter to merge into the tensors
 
     @property
     def remote(self) -> list[RemoteFile]:
@@ -69,7 +62,15 @@ class Checkpoint(Located):
         for tensor in tensors:
             for part in stored_parts(tensor) if tensor.storage.file in spans else ():
                 spans[part.storage.file].append(part.storage.span)
-        report = _fetch_reporter(remote, sum(file.size for file in self.files), on_progress)
+        total, lock = sum(file.size for file in self.files), Lock()
+
+        def report() -> None:
+            """Report bytes that have been received; called by threads."""
+            with lock:
+                fetched, needed = sum(file.fetched_bytes for file in remote), sum(file.needed_bytes for file in remote)
+                spared = f"{1 - needed / total:.1%} of {total / 1e9:.2f} GB spared"
+                on_progress(f"fetching ({spared})", fetched, needed)
+
         for file in remote:
             (file.fetch_all if keep else file.prefetch)(spans[file], report)
 
@@ -137,10 +138,8 @@ def _open_files(located: Located) -> list[tuple[str, Contents]]:
 def check_name(name: object) -> None:
     """Raise UsageError for a source that is no path and no address, such as a dict of tensors."""
     if not isinstance(name, str | os.PathLike):
-        raise UsageError(
-            f"a source is a path or an address, not a {type(name).__name__}",
-            "save tensors to a file first, with torch.save(tensors, PATH), and give its path",
-        )
+        step = "save tensors to a file first, with torch.save(tensors, PATH), and give its path"
+        raise UsageError(f"a source is a path or an address, not a {type(name).__name__}", step)
 
 
 @contextmanager
@@ -164,19 +163,6 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
     """Raise ContainerError if a file was modified after it was opened."""
     for file in (file for checkpoint in checkpoints for file in checkpoint.files):
         file.check_unchanged()
-
-
-def _fetch_reporter(remote: list[RemoteFile], total_size: int, on_progress: OnProgress) -> Callable[[], None]:
-    """Return the function that threads call after bytes have been received."""
-    lock = Lock()
-
-    def report() -> None:
-        with lock:
-            fetched, needed = sum(file.fetched_bytes for file in remote), sum(file.needed_bytes for file in remote)
-            spared = f"{1 - needed / total_size:.1%} of {total_size / 1e9:.2f} GB spared"
-            on_progress(f"fetching ({spared})", fetched, needed)
-
-    return report
 
 
 def _join_shards(located: Located, shards: Sequence[Contents]) -> Contents:

@@ -13,13 +13,9 @@ if TYPE_CHECKING:
 
 
 class LocalFiles:
-    """The files of this machine.
+    """The files of this machine."""
 
-    Attributes:
-        error: The exception for a folder without a checkpoint.
-    """
-
-    error: type[DsocrError] = ContainerError
+    error: type[DsocrError] = ContainerError  # For a folder without a checkpoint
 
     def name(self, path: PurePath) -> str:
         """Return the name of a path in messages."""

@@ -14,7 +14,7 @@ from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
-from converter.plan.plan import outside_encoder
+from converter.plan.apply import outside_encoder
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import as_vector, find_projector
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from converter.errors import MappingError
 from converter.layouts.claims import claim, summary
-from converter.layouts.spec import Rule
+from converter.layouts.marks import find_adapters
+from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule
 from converter.layouts.template import Bindings
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import apply_op
@@ -16,13 +16,43 @@ from converter.tensors.ops import apply_op
 OUTSIDE = "not part of the encoder"
 
 
-@dataclass(slots=True, eq=False)
 class Applied:
     """Result of applying rules."""
 
-    values: dict[str, LazyTensor] = field(default_factory=dict)  # Tensors by their new names
-    rules: dict[str, Rule] = field(default_factory=dict)  # The rule that produced each tensor, by its new name
-    dropped: dict[str, str] = field(default_factory=dict)  # The reason to drop a tensor, by its old name
+    def __init__(self) -> None:
+        self.values: dict[str, LazyTensor] = {}  # Tensors by their new names
+        self.rules: dict[str, Rule] = {}  # The rule that produced each tensor, by its new name
+        self.dropped: dict[str, str] = {}  # The reason to drop a tensor, by its old name
+
+
+def outside_encoder(
+    mapping: LayoutMapping, prefix: str, target: CanonicalLayout, wrapper: str = ""
+) -> Callable[[str], bool]:
+    """Return a function that says whether a tensor is outside the encoder.
+
+    Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those
+    that change what an encoder computes.
+
+    Args:
+        mapping: The mapping of the source.
+        prefix: The prefix of the encoder's names; empty if there is none.
+        target: The canonical layout.
+        wrapper: What precedes the prefix in all names.
+    """
+    if prefix:
+        return lambda name: not name.startswith(wrapper + prefix)
+    layout = target if mapping.name == target.name else mapping
+    modules = {template.text.partition(".")[0] for template in layout.templates("")}
+    # A template such as {rest} names no module: everything is inside.
+    if any("{" in module for module in modules):
+        return lambda name: not name.startswith(wrapper)
+
+    def is_outside(name: str) -> bool:
+        inner = name.removeprefix(wrapper)
+        is_other = inner.partition(".")[0] not in modules and not find_adapters([inner])
+        return is_other or not name.startswith(wrapper)
+
+    return is_outside
 
 
 def apply(
@@ -50,7 +80,8 @@ def apply(
     ]
     problems += [f"no rule claims {name!r}" for name in claims.unclaimed if not is_outside(name)]
     problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched]
-    applied = Applied(dropped={name: OUTSIDE for name in claims.unclaimed if is_outside(name)})
+    applied = Applied()
+    applied.dropped = {name: OUTSIDE for name in claims.unclaimed if is_outside(name)}
     for (index, bindings), parts in claims.groups.items():
         found = _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
         if found and all(map(is_outside, parts.values())):

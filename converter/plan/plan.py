@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from converter.errors import MappingError
 from converter.layouts.claims import summary
-from converter.layouts.marks import find_adapters
 from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
-from converter.plan.apply import OUTSIDE, Applied, apply
+from converter.plan.apply import OUTSIDE, Applied, apply, outside_encoder
 from converter.plan.assumptions import Assumption
-from converter.plan.resample import resample_positions
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
 
 if TYPE_CHECKING:
@@ -26,41 +24,26 @@ MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """The plan of one conversion.
+    """The plan of one conversion."""
 
-    Attributes:
-        mapping: The mapping from the checkpoint's layout to the canonical layout.
-        target: The canonical layout.
-        outputs: The output tensors by name, in the order of the output file.
-        dropped: The reason for each checkpoint tensor that is not converted.
-        missing: The reason for each target tensor that the checkpoint lacks and may lack.
-        generated: How each generated tensor was generated.
-        sizes: The sizes of the model by name, from the shapes in the checkpoint.
-        unusual: The sizes that differ from DeepSeek-OCR, as pairs of the checkpoint's size and DeepSeek-OCR's.
-        rules: The rule that produced each output, except generated ones.
-        extra_tensors: Tensors that other layouts have but the DeepEncoder does not, by canonical names.
-        layout: The name of the layout of the outputs.
-        canonical_tensors: The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical.
-        assumptions: What no tensor shows, from the checkpoint's config or assumed.
-        remarks: Remarks for the user, such as on a config that cannot be used.
-        merged: What a LoRA adapter changes in the checkpoint, by its tensors' names.
-    """
-
-    mapping: LayoutMapping
+    mapping: LayoutMapping  # From the checkpoint's layout to the canonical layout
     target: CanonicalLayout
-    outputs: dict[str, LazyTensor]
-    dropped: dict[str, str]
-    missing: dict[str, str] = field(default_factory=dict)
-    generated: dict[str, str] = field(default_factory=dict)
-    sizes: Sizes = field(default_factory=dict)
+    outputs: dict[str, LazyTensor]  # By name, in the order of the output file
+    dropped: dict[str, str]  # The reason for each checkpoint tensor that is not converted
+    layout: str  # The name of the layout of the outputs
+    missing: dict[str, str] = field(default_factory=dict)  # The reason for each target tensor that may be absent and is
+    generated: dict[str, str] = field(default_factory=dict)  # How each generated tensor was generated
+    sizes: Sizes = field(default_factory=dict)  # Of the model by name, from the shapes in the checkpoint
+    # The sizes that differ from DeepSeek-OCR, as pairs of the checkpoint's size and DeepSeek-OCR's
     unusual: dict[str, tuple[int, int]] = field(default_factory=dict)
-    rules: dict[str, Rule] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)  # The rule that produced each output, except generated ones
+    # Tensors that other layouts have but the DeepEncoder does not, by canonical names
     extra_tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    layout: str = ""
+    # The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical
     canonical_tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    assumptions: dict[str, Assumption] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-    merged: dict[str, MergedTensor] = field(default_factory=dict)
+    assumptions: dict[str, Assumption] = field(default_factory=dict)  # What no tensor shows
+    remarks: list[str] = field(default_factory=list)  # For the user, such as on a config that cannot be used
+    merged: dict[str, MergedTensor] = field(default_factory=dict)  # What a LoRA adapter changes, by tensor names
 
     @property
     def nbytes(self) -> int:
@@ -74,8 +57,6 @@ def make_plan(
     target: CanonicalLayout,
     tensors: Mapping[str, LazyTensor],
     source: str,
-    *,
-    dtype: str = "keep",
     image_size: int | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint to the canonical layout.
@@ -86,7 +67,6 @@ def make_plan(
         target: The canonical layout.
         tensors: The checkpoint's tensors by name.
         source: The checkpoint's name, for error messages.
-        dtype: The dtype of floating-point outputs, or "keep".
         image_size: Image size in pixels for resampled position embeddings, or None.
 
     Raises:
@@ -97,17 +77,19 @@ def make_plan(
     applied = _apply_mapping(mapping, prefix, target, tensors, where)
     # By the names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
-    plan = Plan(mapping, target, {}, dropped, layout=target.name)
+    plan = Plan(mapping, target, {}, dropped, target.name)
     plan.sizes["depth"] = depth = _depth(target, applied)
     # Checked before names are listed for all layers: a single name can have any index.
     if depth > len(applied.values):
         raise MappingError(f"{where}: layer index {depth - 1} with only {len(applied.values)} tensors")
     if image_size is not None:
+        from converter.plan.resample import resample_positions
+
         plan.dropped.update(resample_positions(target, applied, depth, image_size))
     _drop_cast_positions(plan, applied)
     _fit_target(plan, applied, where)
     plan.remarks += _grid_remarks(plan)
-    plan.outputs = sort_outputs(plan.outputs, dtype)
+    plan.outputs = sort_outputs(plan.outputs)
     plan.unusual = {
         name: (plan.sizes[name], usual) for name, usual in target.sizes.items() if plan.sizes.get(name, usual) != usual
     }
@@ -126,28 +108,7 @@ def _apply_mapping(
     return applied
 
 
-def outside_encoder(mapping: LayoutMapping, prefix: str, target: CanonicalLayout) -> Callable[[str], bool]:
-    """Return a function that says whether a tensor is outside the encoder.
-
-    Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those
-    that change what an encoder computes.
-
-    Args:
-        mapping: The mapping of the source.
-        prefix: The prefix of the encoder's names; empty if there is none.
-        target: The canonical layout.
-    """
-    if prefix:
-        return lambda name: not name.startswith(prefix)
-    layout = target if mapping.name == target.name else mapping
-    modules = {template.text.partition(".")[0] for template in layout.templates("")}
-    # A template such as {rest} names no module: everything is inside.
-    if any("{" in module for module in modules):
-        return lambda name: False
-    return lambda name: name.partition(".")[0] not in modules and not find_adapters([name])
-
-
-def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
+def sort_outputs(outputs: dict[str, LazyTensor], dtype: str = "keep") -> dict[str, LazyTensor]:
     """Cast floating-point tensors unless `dtype` is "keep", and sort all tensors in the order of safetensors.
 
     Tensors with larger elements come first, so that all are aligned. Ties are sorted by name.
@@ -160,8 +121,8 @@ def sort_outputs(outputs: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTe
 def _depth(target: CanonicalLayout, applied: Applied) -> int:
     """Return the number of layers: one more than the highest index."""
     numbered = [spec.name for spec in target.tensors if any(field.kind == "int" for field in spec.name.fields)]
-    matches = (template.match(name) for name in applied.values for template in numbered)
-    values = (value for bindings in matches if bindings for value in bindings.values())
+    matches = [template.match(name) for name in applied.values for template in numbered]
+    values = [value for bindings in filter(None, matches) for value in bindings.values()]
     return max((int(value) + 1 for value in values if value.isdigit()), default=0)
 
 

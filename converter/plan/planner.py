@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from converter.checkpoint.folder import SWIFT_ENCODER
 from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
-from converter.errors import LayoutError, MappingError, UsageError
+from converter.errors import LayoutError, MappingError, UsageError, first_names
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
-from converter.layouts.marks import find_adapters
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
-from converter.plan.apply import OUTSIDE
+from converter.plan.apply import OUTSIDE, outside_encoder
 from converter.plan.assumptions import assumed
-from converter.plan.plan import Plan, make_plan, outside_encoder
+from converter.plan.plan import Plan, make_plan, sort_outputs
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 
 if TYPE_CHECKING:
     from converter.checkpoint.lora import Adapter
-    from converter.plan.merge import Merged
 
 
 class ResolvedPlan(NamedTuple):
@@ -31,32 +30,24 @@ class ResolvedPlan(NamedTuple):
     plan: Plan
 
 
-def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions, dtype: str = "keep") -> ResolvedPlan:
+def resolve_to_canonical(opened: Checkpoint, options: ConvertOptions) -> ResolvedPlan:
     """Detect a checkpoint's layout and plan its conversion to the canonical layout.
-
-    Args:
-        opened: The checkpoint.
-        options: The family, mapping, state dict and image size to use.
-        dtype: The dtype of floating-point outputs, or "keep".
 
     Raises:
         LayoutError: The checkpoint has no known layout.
         MappingError: Its tensors do not fit the detected layout.
     """
     detected = detect_layout(opened, _layouts(options), options)
-    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options, dtype))
+    return ResolvedPlan(detected, plan_to_canonical(opened, detected, options))
 
 
-def plan_to_canonical(
-    opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, dtype: str = "keep"
-) -> Plan:
+def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions) -> Plan:
     """Plan the conversion of a checkpoint with a detected layout to the canonical layout.
 
     Args:
         opened: The checkpoint, for error messages.
         detected: Its tensors and layout.
         options: The family and image size to use.
-        dtype: The dtype of floating-point outputs, or "keep".
 
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
@@ -68,12 +59,12 @@ def plan_to_canonical(
     tensors: dict[str, LazyTensor] = {name: lazy_read(tensor) for name, tensor in detected.tensors.items()}
     merged = None
     if opened.adapter:
-        from converter.plan.merge import merge
+        from converter.plan.merge import match_adapter, merge
 
-        merged = match_encoder(opened.adapter, detected, options.family, opened.name)
+        merged = match_adapter(opened.adapter, detected, canonical, opened.name)
         tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
     try:
-        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, dtype=dtype, image_size=options.image_size)
+        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, options.image_size)
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
@@ -88,34 +79,10 @@ def plan_to_canonical(
     return plan
 
 
-def match_encoder(adapter: Adapter, detected: DetectedLayout, family: str, source: str) -> Merged:
-    """Match an adapter with the encoder that was detected in a checkpoint.
-
-    Args:
-        adapter: The adapter.
-        detected: The encoder.
-        family: Its family.
-        source: The checkpoint's name, for error messages.
-
-    Raises:
-        LayoutError: The encoder lacks a module of the adapter.
-    """
-    from converter.plan.merge import match_adapter
-
-    is_outside = _outside_of(detected, registry.canonical(family))
-    return match_adapter(adapter, detected.all_names, detected.match.full_prefix, is_outside, source)
-
-
-def _outside_of(detected: DetectedLayout, canonical: CanonicalLayout) -> Callable[[str], bool]:
-    """Return a function that says whether a tensor of the checkpoint is outside the encoder that was detected."""
-    match = detected.match
-    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical)
-    return lambda name: not name.startswith(match.wrapper) or is_outside(name.removeprefix(match.wrapper))
-
-
 def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout) -> None:
     """Raise LayoutError if a shard that is read alone lacks tensors of the encoder, which may be whole layers."""
-    is_outside = _outside_of(detected, canonical)
+    match = detected.match
+    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical, match.wrapper)
     for name in opened.in_other_shards:
         if not is_outside(name):
             raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.whole_step)
@@ -127,25 +94,23 @@ def _misfit_error(
     """Return the error for a checkpoint that does not fit the layout that was detected, with what its tensors show."""
     if options.mapping is not None:
         return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
-    prefix, name = detected.match.prefix, detected.match.name
-    encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(prefix)}
     if opened.whole_step:
         return MappingError(str(error), opened.whole_step)
-    # Imported where there is an error to explain.
+    # Imported here, as only errors need them.
     from converter.layouts.explain import find_source_mark
+    from converter.layouts.marks import find_adapters
 
-    if mark := find_source_mark(opened, encoder, options.family, detected.match.layout.is_channels_last):
+    match = detected.match
+    encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(match.prefix)}
+    if mark := find_source_mark(opened, encoder, options.family, match.layout.is_channels_last):
         return mark.error(opened.name)
-    if find_adapters(encoder):
-        return MappingError(
-            str(error),
-            "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them",
-        )
-    return MappingError(
-        str(error),
-        f"the encoder differs from {name}: convert the checkpoint that it was made from, or write your own mapping:\n"
-        f"dsocr-convert mapping show {name} > mine.yaml; then --mapping mine.yaml",
+    step = (
+        f"the encoder differs from {match.name}: convert the checkpoint that it was made from, or write your own "
+        f"mapping:\ndsocr-convert mapping show {match.name} > mine.yaml; then --mapping mine.yaml"
     )
+    if find_adapters(encoder):
+        step = "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them"
+    return MappingError(str(error), step)
 
 
 def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | None) -> ResolvedPlan:
@@ -161,16 +126,13 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
         MappingError: Its tensors do not fit, or are incomplete.
         UsageError: The donor has other sizes.
     """
-    to_canonical = options.layout == options.canonical
-    # Outputs are cast once, by the last step.
-    dtype = "keep" if donor or not to_canonical else options.dtype
-    detected, plan = resolve_to_canonical(opened, options, dtype)
+    detected, plan = resolve_to_canonical(opened, options)
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
-    if not to_canonical:
-        target = _target(options).mapping
-        plan = retarget(plan, target, donor_plan, options.full_model, options.dtype, opened.name)
+    if options.layout != options.canonical:
+        plan = retarget(plan, _target(options).mapping, donor_plan, opened.name, options.full_model)
     elif donor_plan:
-        plan = complete_from(plan, donor_plan, options.dtype)
+        plan = complete_from(plan, donor_plan)
+    plan.outputs = sort_outputs(plan.outputs, options.dtype)
     resolved = ResolvedPlan(detected, plan)
     if opened.adapter:
         note_merged(opened.adapter, [resolved], plan.outputs.values())
@@ -188,14 +150,24 @@ def note_merged(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Ite
     Raises:
         LayoutError: Nothing of the adapter is in the output.
     """
-    from converter.plan.merge import merge_notes, used_changes
-
     read = {tensor for value in outputs for tensor in source_tensors(value)}
+    used: set[str] = set()
     for _, plan in resolved:
-        plan.merged = used_changes(plan.merged, read)
-    changes = [change for _, plan in resolved for change in plan.merged.values()]
-    evidence = [name for detected, _ in resolved for name in detected.match.evidence]
-    resolved[0].plan.remarks += merge_notes(adapter, changes, evidence)
+        plan.merged = {name: change for name, change in plan.merged.items() if not read.isdisjoint(change.tensors)}
+        used |= {change.module for change in plan.merged.values()}
+    modules, name = [*adapter.factors, *adapter.whole], adapter.name
+    if not used:
+        evidence = [name for detected, _ in resolved for name in detected.match.evidence]
+        raise LayoutError(
+            f"{name}: this adapter trains {len(modules)} modules, none of them in the encoder: "
+            f"{first_names(modules)}; the encoder's tensors are {first_names(evidence, 2)}",
+            f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
+            if adapter.has_encoder
+            else "the encoder is that of the base model (trainers freeze it by default): convert it without --lora",
+        )
+    others = [module for module in modules if module not in used]
+    rest = f"; not in the output: {len(others)} others, such as {others[0]}" if others else ""
+    resolved[0].plan.remarks.append(f"merged {len(used)} modules of the adapter {name}{rest}")
 
 
 def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:

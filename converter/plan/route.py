@@ -18,10 +18,8 @@ def retarget(
     plan: Plan,
     target: LayoutMapping,
     donor: Plan | None,
-    full_model: bool,
-    dtype: str,
     source: str,
-    *,
+    full_model: bool = False,
     partial: bool = False,
 ) -> Plan:
     """Extend a plan that leads to the canonical layout to another layout.
@@ -30,9 +28,8 @@ def retarget(
         plan: The plan to the canonical layout.
         target: The mapping of the other layout, which is applied backwards.
         donor: A plan to the canonical layout that supplies missing tensors, or None.
-        full_model: Whether to convert tensors outside the encoder too.
-        dtype: The dtype of floating-point outputs, or "keep".
         source: The checkpoint's name, for error messages.
+        full_model: Whether to convert tensors outside the encoder too.
         partial: Whether tensors of the target may be missing.
 
     Raises:
@@ -43,20 +40,22 @@ def retarget(
     values = _claimed(rules, plan, donor, generated)
     # All optional: `missing_names` lists what is missing by name, which is clearer than the rules without a match.
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), values, f"{source}: to {target.name}")
-    if not partial:
-        _check_complete(source, target, missing_names(rules, applied.values))
-    return Plan(
-        plan.mapping,
-        plan.target,
-        sort_outputs(applied.values, dtype),
-        _dropped(plan, target, generated, applied.values),
-        sizes=plan.sizes,
-        rules=applied.rules,
+    if not partial and (missing := missing_names(rules, applied.values)):
+        raise MappingError(
+            f"{source}: lacks tensors of {target.name}: {', '.join(first_few(missing))}",
+            "take them from a checkpoint that has them, with --fill-from",
+        )
+    return replace(
+        plan,
+        outputs=sort_outputs(applied.values),
+        dropped=_dropped(plan, target, generated, applied.values),
         layout=target.name,
+        missing={},
+        generated={},
+        unusual={},
+        rules=applied.rules,
+        extra_tensors={},
         canonical_tensors=values,
-        assumptions=plan.assumptions,
-        remarks=plan.remarks,
-        merged=plan.merged,
     )
 
 
@@ -74,30 +73,23 @@ def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]
     The number of layers follows from the highest index among the `produced` names.
     """
     templates = [template for rule in rules if not rule.optional for template in rule.targets]
-    layers = _count_layers(templates, produced)
-    expected = (name for template in templates for name in _expected(template, layers, produced))
+    expected = (name for template in templates for name in _expected(template, produced))
     return list(dict.fromkeys(name for name in expected if name not in produced))
 
 
-def _count_layers(templates: Sequence[Template], names: Collection[str]) -> dict[str, int]:
-    """Return the number of layers, one more than the highest index, by the part of the name before the index."""
-    heads = {template.head for template in templates if any(field.kind == "int" for field in template.fields)}
-    counts: dict[str, int] = {}
-    for name in names:
-        for head in heads:
-            index = name.removeprefix(head).split(".")[0]
-            if name.startswith(head) and index.isdigit():
-                # Limited: with an index above the number of names, some names are missing anyway.
-                counts[head] = max(counts.get(head, 0), min(int(index), len(names)) + 1)
-    return counts
+def _count_layers(head: str, names: Collection[str]) -> int:
+    """Return the number of layers, one more than the highest index that follows `head`."""
+    indices = (name.removeprefix(head).split(".")[0] for name in names if name.startswith(head))
+    # Limited: with an index above the number of names, some names are missing anyway.
+    return max((min(int(index), len(names)) + 1 for index in indices if index.isdigit()), default=0)
 
 
-def _expected(template: Template, layers: dict[str, int], produced: Collection[str]) -> Iterator[str]:
+def _expected(template: Template, produced: Collection[str]) -> Iterator[str]:
     """Return the names that a template should produce.
 
     There are none if the template has an open-ended variable and matches any produced name.
     """
-    count = layers.get(template.head, 0)
+    count = _count_layers(template.head, produced)
     unknown = [field.name for field in template.fields if not field.choices(count)]
     if unknown and any(template.match(name) is not None for name in produced):
         return iter(())
@@ -106,19 +98,12 @@ def _expected(template: Template, layers: dict[str, int], produced: Collection[s
     return template.names(count)
 
 
-def complete_from(plan: Plan, donor: Plan, dtype: str) -> Plan:
-    """Complete a plan to the canonical layout.
-
-    Args:
-        plan: The plan with missing tensors.
-        donor: The plan that supplies them.
-        dtype: The dtype of floating-point outputs, or "keep".
-    """
+def complete_from(plan: Plan, donor: Plan) -> Plan:
+    """Complete a plan to the canonical layout with the tensors of another one."""
     taken = {name: donor.outputs[name] for name in plan.missing if name in donor.outputs}
-    outputs = sort_outputs({**plan.outputs, **taken}, dtype)
     missing = {name: why for name, why in plan.missing.items() if name not in taken}
-    rules = {**plan.rules, **{name: donor.rules[name] for name in taken}}
-    return replace(plan, outputs=outputs, missing=missing, rules=rules)
+    rules = plan.rules | {name: donor.rules[name] for name in taken}
+    return replace(plan, outputs=sort_outputs(plan.outputs | taken), missing=missing, rules=rules)
 
 
 def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: dict[str, LazyTensor]) -> dict[str, str]:
@@ -140,15 +125,6 @@ def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: di
             else:
                 reasons[tensor.key] = reason
     return reasons
-
-
-def _check_complete(source: str, target: LayoutMapping, missing_names: list[str]) -> None:
-    if missing_names:
-        names = ", ".join(first_few(missing_names))
-        raise MappingError(
-            f"{source}: lacks tensors of {target.name}: {names}",
-            "take them from a checkpoint that has them, with --fill-from",
-        )
 
 
 def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from converter.checkpoint.lora import Adapter, Factors
 from converter.checkpoint.open import Checkpoint
-from converter.plan.planner import match_encoder
+from converter.layouts import registry
+from converter.plan.merge import match_adapter
 from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import bit_view, evaluate, torch_dtype
 from converter.tensors.lazy_tensor import Cast, LazyTensor, is_resampled, source_tensors
@@ -47,7 +48,7 @@ def merged_by_library(
     changes: dict[TensorInfo, Factors | TensorInfo] = {}
     for family, origin in expected.origins.items():
         names = origin.detected.all_names
-        merged = match_encoder(adapter, origin.detected, family, expected.name)
+        merged = match_adapter(adapter, origin.detected, registry.canonical(family), expected.name)
         changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
     trained = [each for change in changes.values() for each in (change if isinstance(change, Factors) else [change])]
     read_adapter = open_independently(files, [each for each in trained if isinstance(each, TensorInfo)], on_progress)
