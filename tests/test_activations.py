@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_docs import DOCS
 from walkthrough import check, steps
 
+import converter
 from converter.api.activations import compare_activations, save_activations
 from converter.encoders import DeepEncoder, DeepEncoderV2, Qwen2Config, SamConfig
 from converter.errors import LayoutError, OutputError, UsageError
@@ -139,8 +140,19 @@ def test_stages_and_an_existing_file(first: tuple[Path, Any, Path], tmp_path: Pa
     ]
     with pytest.raises(OutputError, match="exists already"):
         save_activations(first[0], out, sizes=(SIZE,))
+    save_activations(first[0], out, sizes=(SIZE,), stages=("output",), device="cpu", force=True)
+    assert sorted(load_file(out)) == [f"{SIZE}.output"]
     with pytest.raises(UsageError, match=r"--stages neck: matches no stage\nstages: pixels, sam_model"):
         save_activations(first[0], tmp_path / "other", sizes=(SIZE,), stages=("neck",))
+
+
+def test_the_projector_of_an_mmproj_is_a_stage_too(first: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    vectors = {f"model.{name}": torch.ones(6) for name in ("image_newline", "view_seperator")}
+    save_file(load_file(first[0]) | vectors, tmp_path / "model.safetensors")
+    converter.encoder(tmp_path / "model.safetensors", with_projector=True, out=tmp_path / "mmproj.gguf")
+    stage = f"{SIZE}.projector"
+    save_activations(tmp_path / "mmproj.gguf", tmp_path / "ref", sizes=(SIZE,), stages=("projector",), device="cpu")
+    torch.testing.assert_close(load_file(tmp_path / "ref")[stage], load_file(first[2])[stage])
 
 
 def test_one_encoder_is_no_whole_one(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def save_activations(
     stages: Sequence[str] = (),
     image: str | Path | None = None,
     device: str = "auto",
+    force: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
     **hub_options: Any,
 ) -> Path:
@@ -49,11 +50,12 @@ def save_activations(
 
     Args:
         converted: A file with a whole DeepEncoder, under any names that `encoder` writes or reads.
-        out: The output; it must not exist.
+        out: The output.
         sizes: Pixels along a side of the image; by default those of the model on a GPU, and the first of them on a CPU.
         stages: Patterns such as `sam_model.blocks.*` of the stages to write; all by default.
         image: An image file; a drawn page by default.
         device: auto, cpu, cuda or cuda:N.
+        force: Replace an existing output.
         on_progress: Called with the stage, the work done and all work.
         **hub_options: The fields of HubOptions.
 
@@ -67,7 +69,7 @@ def save_activations(
     """
     path, where = Path(out), find_device(device)
     page = load(Path(image)) if image is not None else None
-    check_target(path, False, 0, "save-activations")
+    check_target(path, force, 0, "save-activations")
     with open_checkpoints([converted], HubOptions(**hub_options)) as [opened]:
         target = open_converted(opened, on_progress)
         encoder = load_staged_encoder(target, where)
@@ -78,7 +80,7 @@ def save_activations(
             outputs |= {f"{size}.{name}": _stored(found[name].float().cpu()) for name in _selected(found, stages)}
             on_progress("activations", done, len(chosen))
         metadata = _metadata(encoder, chosen, str(Path(image).name) if image is not None else "")
-        with output_errors(path), atomic_file(path, False) as fd:
+        with output_errors(path), atomic_file(path, force) as fd:
             write_safetensors(fd, outputs, metadata, lambda count: None)
     return path
 

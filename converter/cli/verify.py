@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
-# Options of verification that go with those on activations, and those that do not.
+# Options of verification that go with those on activations, those that only --save-activations takes, and others.
 _SHARED = ("image", "device", "revision", "hub", "download")
+_WITH_SAVED = ("stages", "force")
 _NOT_WITH_ACTIVATIONS = ("source", "record", "mapping", "state_dict", "prefix", "fast", "require")
 
 
@@ -53,6 +54,7 @@ class VerifyOptions:
         "Only compare these activations of a port with the encoder's.", "FILE.safetensors"
     )
     stages: str | None = option("With --save-activations: the stages to write.", "PATTERN,...")
+    force: bool = option("With --save-activations: replace an existing file.", None, "--force", "-f", default=False)
     image: Path | None = option("Input image for the encoders. [default: a drawn page]", "FILE")
 
 
@@ -75,8 +77,9 @@ class ReportOptions:
 def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
-    saved, theirs, stages = (options.pop(name) for name in ("save_activations", "activations", "stages"))
-    _check_activations(saved, theirs, stages, options)
+    saved, theirs = (options.pop(name) for name in ("save_activations", "activations"))
+    stages, force = (options.pop(name) for name in _WITH_SAVED)
+    _check_activations(saved, theirs, dict(zip(_WITH_SAVED, (stages, force), strict=True)), options)
     sizes, require = _parse_sizes(options.pop("sizes")), options.pop("require")
     source = _parse_sources(options.pop("source") or [])
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
@@ -95,7 +98,7 @@ def verify(converted: Converted, **options: Any) -> None:
         shared = {"on_progress": on_progress, **{name: options[name] for name in _SHARED}}
         if saved is not None:
             chosen = stages.split(",") if stages is not None else ()
-            console.result(str(save_activations(converted, saved, sizes=sizes, stages=chosen, **shared)))
+            console.result(str(save_activations(converted, saved, sizes=sizes, stages=chosen, force=force, **shared)))
             return
         if theirs is not None:
             verification = compare_activations(converted, theirs, **shared)
@@ -114,10 +117,13 @@ def verify(converted: Converted, **options: Any) -> None:
     raise typer.Exit(0 if verification.ok else 1)
 
 
-def _check_activations(saved: Path | None, theirs: Path | None, stages: str | None, options: dict[str, Any]) -> None:
+def _check_activations(
+    saved: Path | None, theirs: Path | None, with_saved: dict[str, Any], options: dict[str, Any]
+) -> None:
     """UsageError for options that do not go with the options on activations."""
-    if saved is None and stages is not None:
-        raise UsageError("--stages: is for --save-activations", "add --save-activations FILE.safetensors")
+    needless = next((name for name, value in with_saved.items() if value), None)
+    if saved is None and needless:
+        raise UsageError(f"--{needless}: is for --save-activations", "add --save-activations FILE.safetensors")
     if saved is not None and theirs is not None:
         raise UsageError("--save-activations and --activations: choose one")
     option = "--save-activations" if saved is not None else "--activations"

@@ -45,8 +45,12 @@ _VECTORS = ("image_newline", "view_seperator")
 
 def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
     """Return the projector's tensors next to an encoder by their own names; None for those that are missing."""
-    base = registry.MODEL_PREFIX if sam.detected.match.prefix.startswith(registry.MODEL_PREFIX) else ""
-    tensors = sam.detected.tensors
+    return projector_tensors(sam.detected.tensors, sam.detected.match.prefix)
+
+
+def projector_tensors(tensors: Mapping[str, TensorInfo], encoder_prefix: str) -> dict[str, TensorInfo | None]:
+    """Return the projector's tensors by their own names, weight and bias first; None for those that are missing."""
+    base = registry.MODEL_PREFIX if encoder_prefix.startswith(registry.MODEL_PREFIX) else ""
     found = [
         {name: tensors.get(base + name) or tensors.get(base + other) for name, other in names.items()}
         for names in _PROJECTORS

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from converter.errors import LayoutError
+from converter.plan.projector import projector_tensors
 from converter.tensors.evaluate import as_bytes, evaluate
 from converter.verification import pictures
 from converter.verification.deep_encoder import build_deep_encoder
@@ -116,11 +117,7 @@ def _loaded(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _projector(target: Converted, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    found = [
-        next((tensor for name, tensor in target.tensors.items() if name.endswith(f"projector.layers.{kind}")), None)
-        for kind in ("weight", "bias")
-    ]
-    weight, bias = found
+    weight, bias, *_ = projector_tensors(target.tensors, target.encoders[0].prefix).values()
     if weight is None or bias is None or not weight.dtype.is_float:
         return None
     return target.read(weight).to(device), target.read(bias).to(device)
