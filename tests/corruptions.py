@@ -981,7 +981,7 @@ CATALOGUE: list[Corruption] = [
         SAM,
         "global blocks 2, 5, 8 for 2, 5, 8, 11",
         windows(lambda i, c: None if i in c.global_blocks[:-1] else c.window),
-        "{block}.11",
+        "{block}.{last}",
     ),
     _a(
         "sam-no-relative",
@@ -1504,15 +1504,15 @@ def calm(state: State, seed: int) -> State:
     return result
 
 
-def tiny_model(kind: str) -> Any:
-    """Twelve layers, as SAM has them, of a few channels each."""
+def tiny_model(kind: str, depth: int = 12) -> Any:
+    """Layers of a few channels each, as many as SAM has, or fewer."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionEncoder
 
     if kind == "clip":
         model = CLIPVisionModel(
             CLIPVisionConfig(
-                hidden_size=128, intermediate_size=192, num_hidden_layers=12, num_attention_heads=2,
+                hidden_size=128, intermediate_size=192, num_hidden_layers=depth, num_attention_heads=2,
                 image_size=56, patch_size=14,
             )
         )  # fmt: skip
@@ -1520,20 +1520,20 @@ def tiny_model(kind: str) -> Any:
         return getattr(model, "vision_model", model)
     encoder = SamVisionEncoder(
         SamVisionConfig(
-            hidden_size=48, mlp_dim=96, num_hidden_layers=12, num_attention_heads=3, image_size=128, patch_size=16,
-            output_channels=32, window_size=3, global_attn_indexes=[2, 5, 8, 11],
+            hidden_size=48, mlp_dim=96, num_hidden_layers=depth, num_attention_heads=3, image_size=128, patch_size=16,
+            output_channels=32, window_size=3, global_attn_indexes=[*range(2, depth, 3)],
         )
     )  # fmt: skip
     return torch.nn.ModuleDict({"vision_encoder": encoder})
 
 
-def tiny_subjects(folder: Path) -> dict[str, Subject]:
+def tiny_subjects(folder: Path, depth: int = 12) -> dict[str, Subject]:
     """Tiny correct conversions of each kind, from sources in `folder`."""
     paths = {}
     for kind in ("sam", "clip"):
         for seed in (0, 1):
             path = folder / f"{kind}-{seed}.safetensors"
-            safetensors.torch.save_file(calm(tiny_model(kind).state_dict(), seed), path)
+            safetensors.torch.save_file(calm(tiny_model(kind, depth).state_dict(), seed), path)
             paths[kind, seed] = path
     qwen2_source = folder / "qwen2-0.safetensors"
     safetensors.torch.save_file(calm(tiny_qwen2(), 0), qwen2_source)

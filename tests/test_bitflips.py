@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
 
@@ -26,12 +25,6 @@ def checkpoint() -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of conversions, without waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 class Disk:

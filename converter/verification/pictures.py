@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,6 +43,11 @@ _BLACK, _WHITE = 1e-7, 1.0
 
 def page(size: int) -> Image.Image:
     """The drawn page, `size` pixels along each side."""
+    return _drawn_page().resize((size, size), Image.Resampling.LANCZOS)
+
+
+@cache
+def _drawn_page() -> Image.Image:
     image = Image.new("RGB", (_SIDE, _SIDE), "#fdfcf7")
     draw = ImageDraw.Draw(image)
     _write(draw, (64, 48), 64, ["On Reading Pages"])
@@ -55,7 +61,7 @@ def page(size: int) -> Image.Image:
     image.paste(_photograph(360, 300), (600, 430))
     _write(draw, (64, 760), 14, [f"{i}.  {line}" for i, line in enumerate(2 * _TEXT, 1)])
     _stamp(image, (620, 800))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return image
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], size: int, lines: Sequence[str]) -> None:
