@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -56,6 +58,19 @@ def checkpoint(path: Path, seed: int) -> Path:
     values = array.array("f", (draw.random() for _ in range(end // 4)))
     path.write_bytes(struct.pack("<Q", len(text)) + text + values.tobytes())
     return path
+
+
+def warm_up() -> None:
+    """Run the program once in this process: its forks then need not import what it uses."""
+    from converter.cli import main
+
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        source, out, record, page = (
+            str(Path(name, each)) for each in ("a.safetensors", "b.safetensors", "c.json", "d.md")
+        )
+        checkpoint(Path(source), 0)
+        sys.argv = ["dsocr-convert", "sam", source, "-o", out, "--record", record, "--record", page, "-q"]
+        main.convert()
 
 
 def environment() -> dict[str, str]:

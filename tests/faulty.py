@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import faulting
+
 import converter.api.convert
 from converter.cli import convert
 from converter.cli import main as program
@@ -84,6 +86,9 @@ def run(arguments: list[str], faults: Faults) -> None:
 
 
 def main() -> None:
+    faulting.warm_up()
+    # A killed process loses nothing that it wrote: only the disk could.
+    os.fsync = lambda fd: None
     for line in sys.stdin:
         arguments, folder, at, error, seconds = json.loads(line)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as count:

@@ -99,7 +99,7 @@ def test_every_truncation(tmp_path: Path) -> None:
             opened(path, "safetensors")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 255)), min_size=1, max_size=3))
 def test_mutated_files(changes: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
     data = bytearray(safetensors.torch.save({"a": torch.ones(2), "b": torch.ones(3)}))

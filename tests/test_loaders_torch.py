@@ -564,7 +564,7 @@ def test_legacy_storage_list_must_match_the_tensors(tmp_path: Path) -> None:
 CHANGES = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(changes=CHANGES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_mutated_files(form: str, changes: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:

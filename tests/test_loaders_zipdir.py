@@ -136,7 +136,7 @@ def test_the_directory_is_parsed_once_per_file(tmp_path: Path, monkeypatch: pyte
     assert len(zip_directory._parsed) == before - 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=3), wide=st.booleans()
 )

@@ -245,7 +245,7 @@ def operations(draw: st.DrawFn, shape: tuple[int, ...], count: int) -> Op:
     return draw(st.sampled_from(choices))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_composition_is_copied_or_computed_as_torch_does_it(data: st.DataObject) -> None:
     dtype, shape = data.draw(dtypes), data.draw(shapes)

@@ -114,7 +114,7 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[Rule, ...], dict[str, LazyTensor]]:
     return rules_of(*(rule for rule, _ in made)), state_dict({key: shapes[key] for key in keys})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layouts())
 def test_no_tensor_is_lost_and_the_way_back_gives_the_same(
     layout: tuple[tuple[Rule, ...], dict[str, LazyTensor]],
@@ -129,7 +129,7 @@ def test_no_tensor_is_lost_and_the_way_back_gives_the_same(
     assert invert(invert(rules)) == tuple(rule for rule in rules if rule.targets)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layouts(), st.data())
 def test_one_name_more_or_less_is_noticed(
     layout: tuple[tuple[Rule, ...], dict[str, LazyTensor]], data: st.DataObject

@@ -200,7 +200,8 @@ def test_copies_of_one_value_are_bounded(function: str) -> None:
         read(value + b"q\x010c" + function.encode() + b"\nq\x02(" + b"h\x02h\x01\x85R0" * 1000 + b"t.")
 
 
-@pytest.mark.parametrize("opcode", [b"]", b"}", b"\x8f", b"N\x94", b"M\xff\xff", b"cx\ny\n", b")", b"\x80\2"])
+# Those that make lists, dicts, sets, places in the memo, numbers and placeholders are in hostile/pickles.py.
+@pytest.mark.parametrize("opcode", [b")", b"\x80\2"])
 def test_memory_and_time_are_bounded(opcode: bytes) -> None:
     with pytest.raises(ContainerError, match="values of more than"):
         foreign(opcode * 5_000_000)
@@ -241,7 +242,7 @@ def test_every_truncation_is_reported(protocol: int) -> None:
             read(data[:end])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60))
 def test_random_bytes(data: bytes) -> None:
     harmless(data)
@@ -263,7 +264,7 @@ def sample() -> bytes:
 SAMPLE = sample()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_mutated_pickles(changes: list[tuple[int, int]]) -> None:
     data = bytearray(SAMPLE)
@@ -275,7 +276,7 @@ def test_mutated_pickles(changes: list[tuple[int, int]]) -> None:
 OPCODES = [op.code.encode("latin1") for op in pickletools.opcodes]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(OPCODES) | st.binary(max_size=3), max_size=30))
 def test_random_opcodes(parts: list[bytes]) -> None:
     harmless(b"".join(parts))
