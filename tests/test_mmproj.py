@@ -360,6 +360,29 @@ def test_an_encoder_is_put_into_an_mmproj(model: str, tmp_path: Path) -> None:
         assert converter.verify(out, {"source": source, "into": host}, fast=True).ok
 
 
+def test_leading_dimensions_that_ggml_drops(tmp_path: Path) -> None:
+    """Its own writer stores no more dimensions than the last that is larger than 1, which is torch's first."""
+    state = with_projector(deepseek())
+    stored = {n: t[0] if t.shape[0] == 1 else t for n, t in to_mmproj(state).items()}
+    assert {n for n in stored if stored[n].dim() < to_mmproj(state)[n].dim()} == {
+        "v.sam.pos_embd.weight", "v.view_seperator",
+    }  # fmt: skip
+    file, out = put(stored, tmp_path / "mmproj.gguf"), tmp_path / "out.safetensors"
+    converter.encoder(file, out=out, with_projector=True)
+    check_equal(safetensors.torch.load_file(out), state)
+    assert converter.verify(out, file, fast=True).ok
+    assert converter.diff(file, out).equal
+    new = save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "new.safetensors")
+    converter.encoder(new, into=file, out=tmp_path / "new.gguf", with_projector=True)
+    _, before = read(file)
+    assert {n: entry[0] for n, entry in read(tmp_path / "new.gguf")[1].items()} == {n: e[0] for n, e in before.items()}
+    assert converter.verify(tmp_path / "new.gguf", {"source": new, "into": file}, fast=True).ok
+    # In other containers the axis belongs to the layout.
+    save({n: t[0] if n.endswith("pos_embed") else t for n, t in state.items()}, new)
+    with pytest.raises(DsocrError, match=r"pos_embed.* has shape \[4, 4, 24\]"):
+        converter.convert(new, "sam", out=tmp_path / "sam.safetensors")
+
+
 def test_what_an_mmproj_of_into_refuses(tmp_path: Path) -> None:
     host, source = tmp_path / "mmproj.gguf", save(with_projector(deepseek()), tmp_path / "new.safetensors")
     described = ggufs.described(to_mmproj(with_projector(deepseek())))

@@ -168,6 +168,10 @@ def place(host: Host, parts: EncoderParts) -> Placement:
             placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
         _place_encoder(placement, resolved, parts)
     _place_projector(placement, host, parts)
+    # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
+    for key, value in placement.new.items():
+        if [n for n in value.shape if n != 1] == [n for n in placement.old[key].shape if n != 1]:
+            placement.new[key] = reshaped(value, placement.old[key].shape)
     placement.problems += [text for key, value in placement.new.items() if (text := _misfit(placement.old[key], value))]
     if placement.problems:
         raise UsageError(
@@ -225,9 +229,7 @@ def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> N
     found = find_projector(host.resolve(next(iter(parts.plans))))
     for name, value in parts.projector.items():
         if old := found.get(name):
-            # llama.cpp stores a vector as a matrix of one row.
-            placement.new[old.key] = reshaped(value, old.shape) if old.shape == (1, *value.shape) else value
-            placement.old[old.key], placement.names[name] = old, [old.key]
+            placement.new[old.key], placement.old[old.key], placement.names[name] = value, old, [old.key]
         else:
             placement.without_place.append(name)
 

@@ -56,7 +56,8 @@ class Insertion(NamedTuple):
         """The tensors of a family's encoder in the new checkpoint, by canonical names."""
         detected, plan = self.host.resolve(family)
         new = {name: self.replaced.get(tensor.key) or lazy_read(tensor) for name, tensor in detected.tensors.items()}
-        return make_plan(plan.mapping, detected.match.prefix, plan.target, new, self.host.name).outputs
+        is_gguf, prefix = self.host.format == "gguf", detected.match.prefix
+        return make_plan(plan.mapping, prefix, plan.target, new, self.host.name, from_ggml=is_gguf).outputs
 
 
 def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from converter.errors import MappingError
 from converter.layouts.claims import summary
-from converter.layouts.shapes import Sizes, concrete_shape, format_shape, match_shape
+from converter.layouts.shapes import Dim, Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import OUTSIDE, Applied, apply, outside_encoder
 from converter.plan.assumptions import Assumption
 from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
+from converter.tensors.ops import Unsqueeze
 
 if TYPE_CHECKING:
     from converter.plan.merge import MergedTensor
@@ -58,6 +59,7 @@ def make_plan(
     tensors: Mapping[str, LazyTensor],
     source: str,
     image_size: int | None = None,
+    from_ggml: bool = False,
 ) -> Plan:
     """Plan the conversion of a checkpoint to the canonical layout.
 
@@ -68,6 +70,7 @@ def make_plan(
         tensors: The checkpoint's tensors by name.
         source: The checkpoint's name, for error messages.
         image_size: Image size in pixels for resampled position embeddings, or None.
+        from_ggml: Whether the tensors may lack leading dimensions of 1, which ggml does not store.
 
     Raises:
         MappingError: The tensors do not fit the mapping or the canonical layout.
@@ -75,6 +78,8 @@ def make_plan(
     """
     where = f"{source}: by {mapping.location.file}"
     applied = _apply_mapping(mapping, prefix, target, tensors, where)
+    if from_ggml:
+        _restore_leading_ones(target, applied)
     # By the names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
     plan = Plan(mapping, target, {}, dropped, target.name)
@@ -136,6 +141,13 @@ def _drop_cast_positions(plan: Plan, applied: Applied) -> None:
             del applied.values[spec.name.text]
             reason = f"0, 1, 2, ... in {value.dtype.name} {list(value.shape)}: generated in {spec.dtype}"
             plan.dropped.update((tensor.key, reason) for tensor in source_tensors(value))
+
+
+def _restore_leading_ones(target: CanonicalLayout, applied: Applied) -> None:
+    for spec in target.tensors:
+        value = applied.values.get(spec.name.text)
+        if value is not None and spec.shape[0] == Dim(1, None) and len(value.shape) == len(spec.shape) - 1:
+            applied.values[spec.name.text] = Unsqueeze((0,)).apply_one(value)
 
 
 def _grid_remarks(plan: Plan) -> list[str]:

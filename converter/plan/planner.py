@@ -64,7 +64,8 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
         merged = match_adapter(opened.adapter, detected, canonical, opened.name)
         tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
     try:
-        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, options.image_size)
+        is_ggml = "GGUF" in opened.containers
+        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, options.image_size, is_ggml)
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
