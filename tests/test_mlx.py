@@ -205,6 +205,44 @@ def test_an_incomplete_pack_is_not_refused_for_its_order(tmp_path: Path) -> None
         converter.convert(save(pack, tmp_path / "pack.safetensors"), "sam", out=tmp_path / "out.safetensors")
 
 
+# Names that MLX's programs do not use: the layout in torch's order, and the changes that the hint asks for.
+PERMUTED = "then: [permute: [0, 3, 1, 2]]}"
+TRANSPOSED: dict[str, tuple[str, Callable[[], State], dict[str, str]]] = {
+    "clip-timm": (
+        "clip", lambda: dict(models.clip_timm().state_dict()),
+        {"patch_embedding.weight}": f"patch_embedding.weight, {PERMUTED}"},
+    ),
+    "sam-timm": (
+        "sam", lambda: dict(models.sam_timm().state_dict()),
+        {
+            "[width, 3, patch, patch]": "[width, patch, patch, 3]", "[neck, width, 1, 1]": "[neck, 1, 1, width]",
+            "- keep: patch_embed.proj.{param}": f"- {{keep: patch_embed.proj.weight, {PERMUTED}\n"
+            "  - keep: patch_embed.proj.bias",
+            "- keep: neck.0.weight": f"- {{keep: neck.0.weight, {PERMUTED}",
+            "- keep: neck.2.weight": f"- {{keep: neck.2.weight, {PERMUTED}",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", TRANSPOSED)
+def test_other_names_with_channels_last_and_what_the_hint_says(layout: str, tmp_path: Path) -> None:
+    family, make, changes = TRANSPOSED[layout]
+    plain = save(make(), tmp_path / "plain.safetensors")
+    pack = save({name: channels_last(name, tensor) for name, tensor in make().items()}, tmp_path / "pack.safetensors")
+    with pytest.raises(LayoutError, match=r"channels last, as MLX does.*\n.*add then: \[permute: \[0, 3, 1, 2\]\]"):
+        converter.convert(pack, family, out=tmp_path / "out.safetensors")
+    mapping = (Path(registry.__file__).parents[2] / "mappings" / f"{layout}.yaml").read_text()
+    for old, new in changes.items():
+        assert mapping.count(f"{old}\n") == 1
+        mapping = mapping.replace(old, new)
+    (tmp_path / "mine.yaml").write_text(mapping)
+    converter.convert(pack, family, mapping=tmp_path / "mine.yaml", out=tmp_path / "out.safetensors")
+    converter.convert(plain, family, out=tmp_path / "expected.safetensors")
+    found, expected = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("out", "expected"))
+    check_equal(found, expected)
+
+
 def projector() -> State:
     tensors = {"projector.layers.weight": torch.randn(4, 8), "projector.layers.bias": torch.randn(4)}
     return under("model.", tensors | {"image_newline": torch.randn(4), "view_seperator": torch.randn(4)})

@@ -249,7 +249,11 @@ def find_half_transposed(tensors: Tensors) -> Mark | None:
 def _channels_last(tensors: Tensors) -> Mark | None:
     """Convolutions in MLX's order, [out, height, width, in]."""
     last = convolutions(tensors)[1]
-    hint = "convert the checkpoint that it was made from, or put the axes back in a mapping (permute: [0, 3, 1, 2])"
+    hint = (
+        "convert the checkpoint that it was made from; or copy the mapping of its names (dsocr-convert mapping show "
+        "LAYOUT > mine.yaml), add then: [permute: [0, 3, 1, 2]] to these tensors' rules, reorder their shapes under "
+        "detect, and give --mapping mine.yaml"
+    )
     return Mark("stores its convolutions channels last, as MLX does", hint, last) if last else None
 
 
