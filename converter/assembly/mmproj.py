@@ -109,16 +109,8 @@ _DEFAULT, _HEADER = "DeepSeek's defaults", "the source's header"
 _SHOWN = ("general.file_type", "clip.vision.projection_dim")
 
 
-class _Found(NamedTuple):
-    """A value of the header."""
-
-    value: Any
-    default: Any  # DeepSeek's
-    origin: str  # The file that states it
-
-
-# By their keys without `clip.vision.`.
-_Values = dict[str, _Found]
+# By their keys without `clip.vision.`; the origin is the file that states a value.
+_Values = dict[str, Assumption]
 
 
 class Header(NamedTuple):
@@ -152,14 +144,13 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
     config = read_config(parts.sources[0], _CONFIG, remarks)
     version, visible = _VERSIONS[list(parts.plans)[-1]], _visible_sizes(parts)
     found = _sizes(version, object_at(config, "vision_config"), visible) | _processing(parts.sources[0], remarks)
-    stored = _stored_keys(parts.sources[0])
-    found |= _stated_in_header(found, stored, remarks)
+    kept = _carry_header(parts.sources[0], found, remarks)
     for key, size in visible.items():
         if found[key].value != size:
             remarks.append(f"warning: {found[key].origin} says {key} {found[key].value}; the tensors show {size}")
-    tokens = found.pop("tokens_per_side").value
+    tokens: Any = found.pop("tokens_per_side").value
     remarks.append(_origins(found))
-    values = {key: each.value for key, each in found.items()}
+    values: dict[str, Any] = {key: each.value for key, each in found.items()}
     scale = values["image_size"] // values["patch_size"] // tokens
     keys: dict[str, Value] = {
         "general.architecture": "clip",
@@ -175,14 +166,9 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
         **{f"clip.vision.{key}": value for key, value in values.items()},
     }
     # llama.cpp takes 4 where there is none.
-    if scale not in (0, 4) and not stored:
+    if scale not in (0, 4) and not kept:
         keys["clip.vision.projector.scale_factor"] = scale
-    kept = {
-        key: value for key, value in stored.items() if key not in (*_SHOWN, *(f"clip.vision.{key}" for key in found))
-    }
-    keys |= kept
-    remarks += [f"llama.cpp's header: {len(kept)} more values as in the source: {first_names([*kept])}"] if kept else []
-    return Header(keys, {f"clip.vision.{key}": Assumption(*each) for key, each in found.items()}, remarks)
+    return Header(keys | kept, {f"clip.vision.{key}": each for key, each in found.items()}, remarks)
 
 
 def _visible_sizes(parts: EncoderParts) -> dict[str, int]:
@@ -202,56 +188,47 @@ def _sizes(version: _Version, vision: Mapping[str, Any], visible: Mapping[str, i
     found: _Values = {}
     for key, default in {**version.defaults, **_SAM_DEFAULTS}.items():
         section, names = (sam, _SAM_KEYS[key]) if key in _SAM_KEYS else (second, version.keys.get(key, ()))
-        stated = next((section[name] for name in names if are_counts(section.get(name))), None)
-        if stated is not None:
-            found[key] = _Found(stated, default, _CONFIG)
-        elif key in visible and not vision:
-            found[key] = _Found(visible[key], default, "the tensors")
-        else:
-            found[key] = _Found(default, default, _DEFAULT)
+        shown = (visible[key], "the tensors") if key in visible and not vision else (default, _DEFAULT)
+        value, origin = next(((section[name], _CONFIG) for name in names if are_counts(section.get(name))), shown)
+        found[key] = Assumption(value, default, origin)
     epsilon = second.get("layer_norm_eps")
     value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)
-    return found | {"attention.layer_norm_epsilon": _Found(value, _EPSILON, origin)}
+    return found | {"attention.layer_norm_epsilon": Assumption(value, _EPSILON, origin)}
 
 
 def _processing(source: Checkpoint, remarks: list[str]) -> _Values:
     """Return the normalisation of pixels, and the number of image tokens in a row."""
-    found: _Values = {key: _Found(_HALF, _HALF, _DEFAULT) for key in ("image_mean", "image_std")}
-    found["tokens_per_side"] = _Found(_TOKENS, _TOKENS, _DEFAULT)
+    found: _Values = {key: Assumption(_HALF, _HALF, _DEFAULT) for key in ("image_mean", "image_std")}
+    found["tokens_per_side"] = Assumption(_TOKENS, _TOKENS, _DEFAULT)
     for file, nested in _PROCESSORS:
         config = read_config(source, file, remarks)
         config = {**config, **object_at(config, nested)}
         for key in ("image_mean", "image_std"):
             if are_channels(config.get(key)):
-                found[key] = _Found([float(value) for value in config[key]], _HALF, file)
+                found[key] = Assumption([float(value) for value in config[key]], _HALF, file)
         tokens = config.get("image_seq_length")
         if tokens is not None and are_counts(tokens):
-            found["tokens_per_side"] = _Found(math.isqrt(tokens), _TOKENS, file)
+            found["tokens_per_side"] = Assumption(math.isqrt(tokens), _TOKENS, file)
     return found
 
 
-def _stored_keys(source: Checkpoint) -> dict[str, bytes]:
-    """Return the values in the header of a GGUF file; none for other containers."""
+def _carry_header(source: Checkpoint, found: _Values, remarks: list[str]) -> dict[str, bytes]:
+    """Put what the header of a GGUF source states into `found`; return its other values, as they are stored."""
     if source.containers != ("GGUF",):
         return {}
-    from converter.formats.gguf import stored_keys
+    from converter.formats.gguf import decoded, stored_keys
 
-    return stored_keys(source.files[0])
-
-
-def _stated_in_header(found: _Values, stored: Mapping[str, bytes], remarks: list[str]) -> _Values:
-    """Return those values that the header of the source states."""
-    from converter.formats.gguf import decoded
-
-    stated: _Values = {}
-    for key, each in found.items():
-        if (name := f"clip.vision.{key}") in stored:
-            value = decoded(stored[name])
-            if _is_like(value, each.default):
-                stated[key] = each._replace(value=value, origin=_HEADER)
-            else:
-                remarks.append(f"warning: {_HEADER}: {name} is ignored: it is not as llama.cpp writes it")
-    return stated
+    stored = stored_keys(source.files[0])
+    for key in [key for key in found if f"clip.vision.{key}" in stored]:
+        value: Any = decoded(stored.pop(f"clip.vision.{key}"))
+        if _is_like(value, found[key].expected):
+            found[key] = found[key]._replace(value=value, origin=_HEADER)
+        else:
+            remarks.append(f"warning: {_HEADER}: clip.vision.{key} is ignored: it is not as llama.cpp writes it")
+    kept = {key: value for key, value in stored.items() if key not in _SHOWN}
+    if kept:
+        remarks.append(f"llama.cpp's header: {len(kept)} more values as in the source: {first_names([*kept])}")
+    return kept
 
 
 def _is_like(value: object, default: object) -> bool:

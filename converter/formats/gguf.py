@@ -256,7 +256,7 @@ def write_gguf(
     header = _header_of(outputs, keys)
     padding = [-nbytes(value) % _ALIGNMENT for value in outputs.values()]
     parts = [part for value, size in zip(outputs.values(), padding, strict=True) for part in (value, _zeros(size))]
-    forward = _SkipPadding(on_data, map(nbytes, parts)) if on_data is not None else None
+    forward = _without_padding(on_data, map(nbytes, parts)) if on_data is not None else None
     write_tensors(fd, header + bytes(-len(header) % _ALIGNMENT), parts, on_bytes, forward)
 
 
@@ -264,26 +264,22 @@ def _zeros(size: int) -> LazyTensor:
     return Generated(BY_NAME["uint8"], (size,), lambda: bytes(size))
 
 
-class _SkipPadding:
-    """Passes on the data of tensors, without the padding after each.
+def _without_padding(on_data: OnData, sizes: Iterable[int]) -> OnData:
+    """Return a callback that passes on tensors alone; sizes are those of a tensor, its padding, the next tensor, ..."""
+    parts = zip(sizes, cycle((True, False)), strict=False)
+    left, is_tensor = 0, False
 
-    Args:
-        on_data: Receives the data.
-        sizes: The sizes of a tensor, its padding, the next tensor, and so on.
-    """
-
-    def __init__(self, on_data: OnData, sizes: Iterable[int]) -> None:
-        self._on_data, self._parts = on_data, zip(sizes, cycle((True, False)), strict=False)
-        self._left, self._is_tensor = 0, False
-
-    def __call__(self, data: memoryview) -> None:
+    def forward(data: memoryview) -> None:
+        nonlocal left, is_tensor
         while data:
-            while not self._left:
-                self._left, self._is_tensor = next(self._parts)
-            part, data = data[: self._left], data[self._left :]
-            self._left -= len(part)
-            if self._is_tensor:
-                self._on_data(part)
+            while not left:
+                left, is_tensor = next(parts)
+            part, data = data[:left], data[left:]
+            left -= len(part)
+            if is_tensor:
+                on_data(part)
+
+    return forward
 
 
 def _header_of(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:

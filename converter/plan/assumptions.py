@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from converter.layouts.spec import CanonicalLayout
 
-Value = str | int | float
+Value = str | int | float | list[float]
 # The origin of a value that no config states.
 ASSUMED = "assumed"
 

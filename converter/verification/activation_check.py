@@ -45,13 +45,11 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
     """
     name = f"at {pixels.shape[-1]} x {pixels.shape[-1]}"
     exact = encoder.activations(pixels, torch.float64)
-    for stage in theirs:
-        if theirs[stage].dtype not in _FLOATS:
-            return Check(
-                ACTIVATIONS, name, FAILED, f"{stage} is {theirs[stage].dtype}, expected a float type", [stage]
-            ), None
-        if theirs[stage].shape != exact[stage].shape:
-            shapes = f"{list(theirs[stage].shape)}, expected {list(exact[stage].shape)}"
+    for stage, tensor in theirs.items():
+        if tensor.dtype not in _FLOATS:
+            return Check(ACTIVATIONS, name, FAILED, f"{stage} is {tensor.dtype}, expected a float type", [stage]), None
+        if tensor.shape != exact[stage].shape:
+            shapes = f"{list(tensor.shape)}, expected {list(exact[stage].shape)}"
             return Check(ACTIVATIONS, name, FAILED, f"{stage} has shape {shapes}", [stage]), None
     compared = _compared(encoder, pixels, exact, theirs)
     trace = Trace(name, [each.point for each in compared])
