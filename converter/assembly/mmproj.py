@@ -191,7 +191,7 @@ def _sizes(version: _Version, vision: Mapping[str, Any], visible: Mapping[str, i
         shown = (visible[key], "the tensors") if key in visible and not vision else (default, _DEFAULT)
         value, origin = next(((section[name], _CONFIG) for name in names if are_counts(section.get(name))), shown)
         found[key] = Assumption(value, default, origin)
-    epsilon = second.get("layer_norm_eps")
+    epsilon: Any = second.get("layer_norm_eps")
     value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)
     return found | {"attention.layer_norm_epsilon": Assumption(value, _EPSILON, origin)}
 
