@@ -24,7 +24,7 @@ PAGES = {
     "README.zh-CN.md": ("布局", "读", "写"),
 }
 READS = ("torch zip", "torch legacy", "TorchScript", "safetensors", "torch shards", "safetensors shards", "GGUF")
-WRITES = ("safetensors", ".pth", "folder")
+WRITES = ("safetensors", ".pth", "folder", "GGUF")
 # What only some layouts come in, or are written to: programs make no other.
 ELSEWHERE = {"TorchScript", "GGUF", "folder"}
 TESTS = (

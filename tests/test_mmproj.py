@@ -185,7 +185,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], str, by
 
 @pytest.mark.parametrize("dtype", GGML)
 @pytest.mark.parametrize("model", MODELS)
-def test_an_mmproj_has_llama_cpps_names_types_and_keys(model: str, dtype: str, tmp_path: Path) -> None:
+def test_an_mmproj_has_llama_cpps_names_types_and_keys(
+    model: str, dtype: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    for family in ("sam", "qwen2" if model == "deepseek-ocr-2" else "clip"):
+        record_property("writes", f"{family}-mmproj/GGUF")
     out = write(folder(tmp_path / "in", model), tmp_path / "mmproj.gguf", dtype=dtype)
     keys, tensors = read(out)
     expected, column = table(model), 1 + list(GGML).index(dtype)

@@ -133,9 +133,9 @@ def test_the_table_is_what_the_tests_show(page: Path) -> None:
     writes |= {(layout, "folder") for layout in test_folders.WRITTEN}
     reads |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
     writes |= {(layout, "safetensors") for layout in test_mlx.LAYOUTS}
-    cells = {("reads", *cell) for cell in reads} | {("writes", *cell) for cell in writes}
     reads |= {(layout, "GGUF") for layout in test_mmproj.LAYOUTS}
-    writes |= {(layout, "safetensors") for layout in test_mmproj.LAYOUTS}
+    writes |= {(layout, name) for layout in test_mmproj.LAYOUTS for name in ("safetensors", "GGUF")}
+    cells = {("reads", *cell) for cell in reads} | {("writes", *cell) for cell in writes}
     text = page.read_text(encoding="utf-8")
     assert text == compatibility.replaced(text, compatibility.table(cells, compatibility.PAGES[page.name]))
 
