@@ -128,21 +128,13 @@ def _decimal_or_bool(text: bytes) -> int:
     return text == b"01" if text in (b"00", b"01") else _decimal(text)
 
 
-def _decimal_long(text: bytes) -> int:
-    return _decimal(text.removesuffix(b"L"))
-
-
-def _little_endian(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
 def _text(data: bytes) -> str:
     # Strings of Python 2 are bytes; torch decodes them as UTF-8, too.
     return str(data, "utf-8", "surrogatepass")
 
 
-def _raw_unicode(data: bytes) -> str:
-    return str(data, "raw-unicode-escape")
+def _little_endian(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
 
 
 # By opcodes. Those without an entry have no argument.
@@ -159,7 +151,7 @@ _ARGUMENTS: dict[str, ArgumentReader] = {
     "rj": _number("<I"),
     "G": _number(">d"),
     "I": _line(_decimal_or_bool),
-    "L": _line(_decimal_long),
+    "L": _line(lambda text: _decimal(text.removesuffix(b"L"))),
     "F": _line(float),
     "pg": _line(_decimal),
     "\x8a": _counted("<B", _little_endian, _MAX_INT_BYTES),
@@ -168,7 +160,7 @@ _ARGUMENTS: dict[str, ArgumentReader] = {
     "\x8cU": _counted("<B", _text),
     "XT": _counted("<I", _text),
     "\x8d": _counted("<Q", _text),
-    "V": _line(_raw_unicode),
+    "V": _line(lambda text: str(text, "raw-unicode-escape")),
     "C": _counted("<B"),
     "B": _counted("<I"),
     "\x8e\x96": _counted("<Q"),

@@ -33,20 +33,15 @@ class Placeholder:
     """Stands for an object that is not created: an instance of a class, or a class or function itself.
 
     It holds what the pickle gives to the object and does nothing with it. Two placeholders are never equal.
-
-    Attributes:
-        name: The full name of the class or function.
-        arguments: The arguments of the call that would create the object; None for a class or function.
-        state: What `__setstate__` would get.
-        content: The items of a subclass of dict, list or set; None for all others.
     """
 
     __slots__ = ("arguments", "content", "name", "state")
 
     def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
-        self.name, self.arguments = name, arguments
-        self.state: Any = None
-        self.content: Any = None
+        self.name = name  # the full name of the class or function
+        self.arguments = arguments  # of the call that would create the object; None for a class or function
+        self.state: Any = None  # what `__setstate__` would get
+        self.content: Any = None  # the items of a subclass of dict, list or set; None for all others
 
 
 def hashable(key: Any) -> Any:
@@ -83,7 +78,7 @@ def unpickle(
     persistent_load: Callable[[Any], Any] | None = None,
     max_memory: int = MAX_MEMORY,
 ) -> tuple[Any, int]:
-    """Read one pickle.
+    """Read one pickle; return the value, and the position after the pickle.
 
     Args:
         data: The pickle; more bytes may follow it.
@@ -91,9 +86,6 @@ def unpickle(
         globals_: Values of the globals that the pickle may refer to.
         persistent_load: Converts a persistent id, a reference to data outside of the pickle.
         max_memory: Bytes that its values may take, as estimated by opcode.
-
-    Returns:
-        The value, and the position after the pickle in `data`.
 
     Raises:
         TruncatedPickleError: `data` ends inside of the pickle.
@@ -115,10 +107,7 @@ def unpickle(
 
 
 class _Machine:
-    """State of the pickle virtual machine: the stack, the stacks saved by MARK, and the memo.
-
-    A method without a docstring executes the opcodes of its entry in the table below, given their argument.
-    """
+    """State of the pickle virtual machine: the stack, the stacks saved by MARK, and the memo."""
 
     __slots__ = ("arguments", "data", "globals", "max_memory", "memo", "outer", "persistent_load", "pos", "stack")
 
@@ -149,14 +138,6 @@ class _Machine:
                 raise PickleError(f"values of more than {self.max_memory} bytes", RESAVE)
             _HANDLERS[opcode](self, argument)
 
-    def unknown(self, _: None) -> None:
-        raise PickleError(f"opcode 0x{self.data[self.pos]:02x}, which no checkpoint needs", NEXT_STEP)
-
-    # Values, stack and memo.
-
-    def skip(self, _: int) -> None:
-        """PROTO and FRAME: the argument has been checked and has no effect."""
-
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
@@ -179,26 +160,8 @@ class _Machine:
         self.outer.append(self.stack)
         self.stack = []
 
-    def pop(self, _: None) -> None:
-        # POP on an empty stack removes the last mark.
-        self.take(1 if self.stack else None)
-
-    def pop_mark(self, _: None) -> None:
-        self.take()
-
-    def dup(self, _: None) -> None:
-        self.push(self.stack[-1])
-
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
-
-    def memoize(self, _: None) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.push(self.memo[index])
-
-    # Globals and calls.
 
     def find_global(self, module: Any, name: Any) -> Any:
         """Look a global up in the table; nothing is imported."""
@@ -227,22 +190,9 @@ class _Machine:
                 raise PickleError(f"calls with more than {_MAX_ARGUMENTS} arguments in total", NEXT_STEP)
         self.stack.append(function(*arguments))
 
-    def global_(self, names: tuple[str, str]) -> None:
-        self.push(self.find_global(*names))
-
-    def stack_global(self, _: None) -> None:
-        self.push(self.find_global(*self.take(2)))
-
-    def reduce(self, _: None) -> None:
-        # The functions of the table do not distinguish cls(*arguments) from cls.__new__(cls, *arguments).
-        self.call(*self.take(2))
-
     def newobj_ex(self, _: None) -> None:
         function, arguments, keywords = self.take(3)
         self.call(function, (arguments, keywords) if type(function) is Placeholder else arguments)
-
-    def inst(self, names: tuple[str, str]) -> None:
-        self.call(self.find_global(*names), tuple(self.take()))
 
     def obj(self, _: None) -> None:
         function, *arguments = self.take()
@@ -263,7 +213,7 @@ class _Machine:
 
 
 # Executes an opcode, given the machine and the argument.
-_Handler = Callable[[_Machine, Any], None]
+_Handler = Callable[[_Machine, Any], object]
 
 
 def _building(make: Callable[[list[Any]], Any]) -> _Handler:
@@ -271,7 +221,7 @@ def _building(make: Callable[[list[Any]], Any]) -> _Handler:
     return lambda machine, count: machine.push(make(machine.take(count)))
 
 
-def _extending(kind: type, extend: Callable[[Any, list[Any]], None]) -> _Handler:
+def _extending(kind: type, extend: Callable[[Any, list[Any]], Any]) -> _Handler:
     """Return the handler of opcodes that pop values and add them to the container below, of type `kind`."""
 
     def handler(machine: _Machine, count: int | None) -> None:
@@ -287,52 +237,48 @@ def _extending(kind: type, extend: Callable[[Any, list[Any]], None]) -> _Handler
     return handler
 
 
-def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
+def _with_items(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
         raise PickleError("a key without a value", DAMAGED)
     pairs = iter(items)
     for key, value in zip(pairs, pairs, strict=True):
         target[hashable(key)] = value
-
-
-def _dict(items: list[Any]) -> dict[Any, Any]:
-    target: dict[Any, Any] = {}
-    _set_items(target, items)
     return target
 
 
-def _update(target: set[Any], items: list[Any]) -> None:
-    target.update(map(hashable, items))
+def _unknown(machine: _Machine, _: None) -> None:
+    raise PickleError(f"opcode 0x{machine.data[machine.pos]:02x}, which no checkpoint needs", NEXT_STEP)
 
 
 _STOP = ord(".")
 _BY_OPCODES: dict[str, _Handler] = {
-    "\x80\x95": _Machine.skip,
+    "\x80\x95": lambda m, _: None,  # the argument has been checked and has no effect
+    # Values, stack and memo. POP on an empty stack removes the last mark.
     "N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e\x96": _Machine.push,
     "(": _Machine.mark,
-    "0": _Machine.pop,
-    "1": _Machine.pop_mark,
-    "2": _Machine.dup,
-    "qrp": _Machine.put,
-    "\x94": _Machine.memoize,
-    "hjg": _Machine.get,
+    "0": lambda m, _: m.take(1 if m.stack else None),
+    "1": lambda m, _: m.take(),
+    "2": lambda m, _: m.push(m.stack[-1]),
+    "qrp": lambda m, index: m.put(index),
+    "\x94": lambda m, _: m.put(len(m.memo)),
+    "hjg": lambda m, index: m.push(m.memo[index]),
+    # Containers.
     "t\x85\x86\x87": _building(tuple),
     "l]": _building(list),
-    "d}": _building(_dict),
+    "d}": _building(lambda items: _with_items({}, items)),
     "\x8f": _building(set),  # always empty
     "\x91": _building(safe_frozenset),
     "ae": _extending(list, list.extend),
-    "su": _extending(dict, _set_items),
-    "\x90": _extending(set, _update),
-    "c": _Machine.global_,
-    "\x93": _Machine.stack_global,
-    "R\x81": _Machine.reduce,
+    "su": _extending(dict, _with_items),
+    "\x90": _extending(set, lambda target, items: target.update(map(hashable, items))),
+    # Globals and calls. For functions of the table, cls(*arguments) and cls.__new__(cls, *arguments) are the same.
+    "c": lambda m, names: m.push(m.find_global(*names)),
+    "\x93": lambda m, _: m.push(m.find_global(*m.take(2))),
+    "R\x81": lambda m, _: m.call(*m.take(2)),
     "\x92": _Machine.newobj_ex,
-    "i": _Machine.inst,
+    "i": lambda m, names: m.call(m.find_global(*names), tuple(m.take())),
     "o": _Machine.obj,
     "b": _Machine.build,
     "Q": _Machine.binpersid,
 }
-_HANDLERS = [
-    next((run for codes, run in _BY_OPCODES.items() if chr(code) in codes), _Machine.unknown) for code in range(256)
-]
+_HANDLERS = [next((run for codes, run in _BY_OPCODES.items() if chr(code) in codes), _unknown) for code in range(256)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import chain
 from typing import Protocol, cast
 
 from converter.errors import ContainerError
@@ -22,22 +23,15 @@ class Loader(Protocol):
 
     A plug-in may also define `reference(path)`, which returns a dict of torch tensors by name, read by the format's own
     library. dsocr-verify compares a conversion with these.
-
-    Attributes:
-        CONTAINER: Name of the format in messages, such as "torch zip".
     """
 
-    CONTAINER: str
+    CONTAINER: str  # the name of the format in messages, such as "torch zip"
 
     def can_read(self, file: SourceFile) -> bool:
         """Whether the file is of this format. Judged by its first bytes or its directory, never by its name."""
 
     def load(self, file: SourceFile) -> Contents:
-        """Describe the tensors of the file without reading them.
-
-        Raises:
-            ContainerError: The file is damaged or hostile.
-        """
+        """Describe the tensors of the file without reading them; ContainerError if it is damaged or hostile."""
 
 
 # Modules of this package, in the order in which they are tried. Each is imported when it is reached.
@@ -45,31 +39,21 @@ _BUILT_IN = ("safetensors", "torchscript", "torch_zip", "torch_legacy", "gguf")
 
 
 def open_file(file: SourceFile) -> tuple[str, Contents]:
-    """Describe the tensors of a file.
-
-    Returns:
-        The name of the container format, and the contents.
-
-    Raises:
-        ContainerError: No loader reads the file, or it is damaged or hostile.
-    """
-    for loader in _all_loaders():
+    """Return the name of a file's format and its contents; ContainerError if no loader reads it, or it is damaged."""
+    built_in = (cast(Loader, import_module(f"{__package__}.{name}")) for name in _BUILT_IN)
+    for loader in chain(built_in, plugins()):
         if loader.can_read(file):
             return loader.CONTAINER, loader.load(file)
     raise unrecognized.error(file)
 
 
 def find_plugin(container: str) -> Loader:
-    """The plug-in whose format has this name."""
+    """Return the plug-in whose format has this name."""
     return next(loader for loader in plugins() if container == loader.CONTAINER)
 
 
 def plugins() -> Iterator[Loader]:
-    """The loaders of installed plug-ins, each imported when it is reached.
-
-    Raises:
-        ContainerError: A plug-in cannot be imported.
-    """
+    """Yield the loaders of installed plug-ins, each imported when it is reached; ContainerError if one cannot be."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP):
@@ -80,9 +64,3 @@ def plugins() -> Iterator[Loader]:
                 f"loader {entry.name!r} ({entry.value}) cannot be imported: {type(error).__name__}: {error}",
                 "reinstall or remove the package that provides it",
             ) from error
-
-
-def _all_loaders() -> Iterator[Loader]:
-    for name in _BUILT_IN:
-        yield cast(Loader, import_module(f"{__package__}.{name}"))
-    yield from plugins()

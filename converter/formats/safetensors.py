@@ -13,20 +13,16 @@ from typing import Any
 
 from converter.errors import ContainerError
 from converter.formats import strict_json
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import damaged
 from converter.storage.local_file import SourceFile
 from converter.storage.stream import OnBytes, OnData
-from converter.tensors.dtypes import BY_CODE, DType
+from converter.tensors.dtypes import BY_CODE
 from converter.tensors.lazy_tensor import nbytes
 from converter.tensors.serialize import Outputs, write_tensors
-from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
+from converter.tensors.tensor_info import MAX_DIMENSIONS, Contents, TensorInfo, are_sizes, plain_tensor_info
 
 CONTAINER = "safetensors"
-
 MAX_HEADER = strict_json.MAX_BYTES  # the format allows three times as much, which would take gigabytes of memory
-MAX_DIMENSIONS = 64
-MAX_SIZE = 1 << 63  # torch's own limit
-
 
 # ---- reading
 
@@ -41,7 +37,9 @@ def can_read(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     header, start = _header(file)
-    _check_metadata(file, header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ is not an object of strings")
     # Removed from the header one by one to limit memory.
     tensors = {key: _tensor(file, start, key, header.pop(key)) for key in list(header)}
     _check_cover(file, start, tensors)
@@ -49,7 +47,7 @@ def load(file: SourceFile) -> Contents:
 
 
 def _damaged(file: SourceFile, why: str) -> ContainerError:
-    return ContainerError(f"{file.name}: damaged safetensors file: {why}", DAMAGED)
+    return damaged(f"{file.name}: damaged safetensors file: {why}")
 
 
 def _header(file: SourceFile) -> tuple[dict[str, Any], int]:
@@ -66,35 +64,25 @@ def _header(file: SourceFile) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _check_metadata(file: SourceFile, metadata: Any) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(file, "__metadata__ is not an object of strings")
-
-
 def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(file, f"tensor {key!r} is not described by dtype, shape and data_offsets")
-    dtype, shape = _dtype(file, key, entry["dtype"]), _integers(file, key, entry["shape"])
-    offsets = _integers(file, key, entry["data_offsets"])
-    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
-        raise _damaged(file, f"tensor {key!r} has {len(shape)} dimensions and {len(offsets)} data_offsets")
-    begin, end = offsets
-    if math.prod(shape) * dtype.bits != (end - begin) * 8:
-        raise _damaged(file, f"tensor {key!r}: {dtype.name} of shape {shape} does not take {end - begin} bytes")
-    storage = Storage(file, (start + begin, start + end), end - begin, end - begin, key)
-    return TensorInfo(key, dtype, shape, storage, 0, contiguous_strides(shape))
-
-
-def _dtype(file: SourceFile, key: str, code: Any) -> DType:
+    code = entry["dtype"]
     if not isinstance(code, str) or code not in BY_CODE:
         raise ContainerError(
             f"{file.name}: tensor {key!r} has the unknown dtype {code!r}", f"supported are {', '.join(BY_CODE)}"
         )
-    return BY_CODE[code]
+    shape, offsets = (_integers(file, key, entry[name]) for name in ("shape", "data_offsets"))
+    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise _damaged(file, f"tensor {key!r} has {len(shape)} dimensions and {len(offsets)} data_offsets")
+    dtype, (begin, end) = BY_CODE[code], offsets
+    if math.prod(shape) * dtype.bits != (end - begin) * 8:
+        raise _damaged(file, f"tensor {key!r}: {dtype.name} of shape {shape} does not take {end - begin} bytes")
+    return plain_tensor_info(file, key, dtype, shape, start + begin)
 
 
 def _integers(file: SourceFile, key: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < MAX_SIZE for value in values):
+    if not isinstance(values, list) or not are_sizes(values):
         raise _damaged(file, f"tensor {key!r}: shape and data_offsets must be lists of integers, from 0 to 2**63 - 1")
     return tuple(values)
 
@@ -126,10 +114,6 @@ def write_safetensors(
         metadata: The header's `__metadata__`.
         on_bytes: Called with the number of bytes of tensor data that were written.
         on_data: Called with each chunk of tensor data, in order.
-
-    Raises:
-        ContainerError: A source file is damaged.
-        OSError: The file cannot be written.
     """
     write_tensors(fd, _header_of(outputs, metadata), outputs.values(), on_bytes, on_data)
 

@@ -11,11 +11,7 @@ MAX_VALUES = 2_000_000  # ten describe a tensor; each takes about 100 bytes of m
 
 
 def parse(text: bytes) -> Any:
-    """Parse UTF-8 encoded JSON.
-
-    Raises:
-        ValueError: The text is not JSON, has a duplicate name in an object, or exceeds the bounds.
-    """
+    """Parse UTF-8 text; ValueError if it is not JSON, has a duplicate name in an object, or exceeds the bounds."""
     # Counted before parsing. Characters inside of strings are counted, too: the result is an upper bound.
     values = sum(map(text.count, (b",", b"[", b"{")))
     if len(text) > MAX_BYTES or values > MAX_VALUES:

@@ -11,18 +11,18 @@ from converter.formats.pickle_reader import Placeholder
 from converter.formats.torch_pickle import StorageRef, TensorRecord, packed_record, unreadable_record
 from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile
-from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info
+from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info, plain_tensor_info
 
 MAX_DEPTH = 16  # of nested dicts and lists: a dict may contain itself. Deeper ones are left out
-MAX_MODULES = 100  # nested in each other
-MAX_ENTRIES = 200_000  # of all dicts with tensors together: a dict may occur many times
 MAX_NAME = 10_000  # characters of a key: names of nested keys repeat the outer ones
+_MAX_MODULES = 100  # nested in each other
+_MAX_ENTRIES = 200_000  # of all dicts with tensors together: a dict may occur many times
 # Bytes by which all tensors together may exceed their storages: expand() makes a tensor of any size from one element.
 # Such a tensor is computed in memory. CLIP's token table, the largest tensor, takes 250 MB.
-MAX_REPEATED = 1 << 30
+_MAX_REPEATED = 1 << 30
+_DISTRUST = "no checkpoint needs that: do not trust this file"
 
-# Finds the bytes of a storage in the container.
-StorageOf = Callable[[StorageRef], Storage]
+StorageOf = Callable[[StorageRef], Storage]  # finds the bytes of a storage in the container
 
 _SCALARS = (str, int, float, bool)
 _NESTED = (dict, list, tuple, Placeholder)
@@ -44,44 +44,34 @@ class Resolver:
     def tensor(self, key: str, record: TensorRecord) -> TensorInfo:
         """The tensor with its name and storage; ContainerError where it does not fit into the storage."""
         if record.ref is None:
-            return TensorInfo(
-                key, record.dtype, record.shape, Storage(self._file, (0, 0), 0, 0, key), 0, record.strides
-            )
+            return plain_tensor_info(self._file, key, record.dtype, record.shape, 0)
         storage = self._storages.get(record.ref)
         if storage is None:
             storage = self._storages[record.ref] = self._storage_of(record.ref)
         tensor = checked_tensor_info(key, record.dtype, record.shape, storage, record.offset, record.strides)
+        self._repeated += max(tensor.nbytes - storage.size, 0)
+        why = ""
         if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
             # torch swaps the bytes of the storage's elements, not of the tensor's.
-            raise self._error(tensor, "big-endian, with another element type than its storage")
-        self._repeated += max(tensor.nbytes - storage.size, 0)
-        if self._repeated > MAX_REPEATED:
-            raise self._error(tensor, f"the shape {tensor.shape} of {storage.size} bytes repeated")
+            why = "big-endian, with another element type than its storage"
+        elif self._repeated > _MAX_REPEATED:
+            why = f"the shape {tensor.shape} of {storage.size} bytes repeated"
+        if why:
+            step = "where you trust the file, load it with torch and save the tensors' clones: t.clone()"
+            raise ContainerError(f"{self._file.name}: tensor {key!r}: {why}", step)
         return tensor
-
-    def _error(self, tensor: TensorInfo, why: str) -> ContainerError:
-        return ContainerError(
-            f"{self._file.name}: tensor {tensor.key!r}: {why}",
-            "where you trust the file, load it with torch and save the tensors' clones: t.clone()",
-        )
 
     def count(self, entries: int, depth: int) -> None:
         """Count the entries of a dict or module; ContainerError where too many are nested or they have too many."""
         self._entries += entries
-        if depth > MAX_MODULES or self._entries > MAX_ENTRIES:
-            raise ContainerError(
-                f"{self._file.name}: modules nested more than {MAX_MODULES} deep, or dicts with more than "
-                f"{MAX_ENTRIES} entries",
-                "no checkpoint needs that: do not trust this file",
-            )
+        if depth > _MAX_MODULES or self._entries > _MAX_ENTRIES:
+            limits = f"nested more than {_MAX_MODULES} deep, or dicts with more than {_MAX_ENTRIES} entries"
+            raise ContainerError(f"{self._file.name}: modules {limits}", _DISTRUST)
 
     def checked_name(self, name: str) -> str:
         """Return `name`; ContainerError where it is too long."""
         if len(name) > MAX_NAME:
-            raise ContainerError(
-                f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...",
-                "no checkpoint needs that: do not trust this file",
-            )
+            raise ContainerError(f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...", _DISTRUST)
         return name
 
     def contents(self, value: Any, depth: int = 0) -> Contents | None:
@@ -101,18 +91,17 @@ class Resolver:
 
     def _items_of(self, value: Any) -> dict[Any, Any]:
         """The items of a container by key or index; of a module, its tensors by name."""
-        if type(value) is dict:
-            return value
-        if type(value) is Placeholder and type(value.content) is dict:
-            return value.content
-        items = self._items.get(id(value))
-        if items is None:
+        content = value.content if type(value) is Placeholder else value
+        if type(content) is dict:
+            return content
+        if id(value) not in self._items:
+            items: dict[Any, Any]
             if type(value) is Placeholder:
                 items = dict(self._module(value)) if _is_module(value) else {}
             else:
                 items = {index: item for index, item in enumerate(value) if type(item) in _NESTED}
             self._items[id(value)] = items
-        return items
+        return self._items[id(value)]
 
     def _module(self, module: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRecord]]:
         """The tensors of a module's `state_dict()`."""
@@ -141,11 +130,8 @@ class Resolver:
 
 def _is_module(value: Any) -> bool:
     """Whether a value is an object of torch.nn.Module with plain dicts of parameters, buffers and modules."""
-    return (
-        type(value) is Placeholder
-        and type(value.state) is dict
-        and all(type(value.state.get(name)) is dict for name in _MODULE)
-    )
+    state = value.state if type(value) is Placeholder else None
+    return type(state) is dict and all(type(state.get(name)) is dict for name in _MODULE)
 
 
 def _key_name(key: Any) -> str:
@@ -156,17 +142,13 @@ def _key_name(key: Any) -> str:
 
 
 def contents_of(file: SourceFile, value: Any, storage_of: StorageOf, ignored: Iterable[str] = ()) -> FileContents:
-    """Convert an unpickled value to what a loader returns.
+    """Convert an unpickled value to what a loader returns; ContainerError if it has no tensors or exceeds a limit.
 
     Args:
         file: The file, for messages.
         value: The value, in which tensors are of type `TensorRecord`.
         storage_of: Finds the bytes of a storage in the container.
         ignored: Full names of the classes and functions that were not imported.
-
-    Raises:
-        ContainerError: The value is not a dict, a list or a module, exceeds a limit, or has a tensor outside of its
-            storage.
     """
     found = Resolver(file, storage_of).contents(value) if type(value) in _NESTED else None
     if found is None and type(value) is not dict:

@@ -20,53 +20,50 @@ from converter.formats.dcp_files import CONTAINER as CONTAINER
 from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.pickle_reader import MAX_MEMORY, Placeholder, unpickle
 from converter.formats.torch_contents import MAX_DEPTH, MAX_NAME
-from converter.formats.torch_pickle import MAX_DIMENSIONS, MAX_INT, TorchGlobals
+from converter.formats.torch_pickle import TorchGlobals
 from converter.formats.zip_directory import is_zip
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import damaged
 from converter.storage.local_file import FileSlice, SourceFile
 from converter.tensors.dtypes import DType, unreadable
 from converter.tensors.lazy_tensor import LazyTensor, concatenated, lazy_read
-from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, contiguous_strides
+from converter.tensors.tensor_info import (
+    MAX_DIMENSIONS,
+    Contents,
+    FileContents,
+    TensorInfo,
+    are_sizes,
+    plain_tensor_info,
+)
 
-MAX_METADATA = 32 << 20  # bytes of `.metadata`; a chunk takes about 165
-MAX_RATIO = 32  # of the memory of its values, as the pickle reader estimates it, to its size; real ones have 27
+_MAX_METADATA = 32 << 20  # bytes of `.metadata`; a chunk takes about 165
+_MAX_RATIO = 32  # of the memory of its values, as the pickle reader estimates it, to its size; real ones have 27
 
-_METADATA, _SHARDED = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
-# The classes of `.metadata` by module, and their names in messages. Objects of other classes are ignored.
-_GLOBALS = {
-    **{
-        (_METADATA, name): name
-        for name in (
-            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-            *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "_StorageInfo",
-    # Before torch 2.2.
-    (_SHARDED, "TensorProperties"): "TensorProperties",
-    (_SHARDED, "MEM_FORMAT_ENCODING"): "_MEM_FORMAT_ENCODING",
+# The classes of `.metadata`: their modules, with the older names before torch 2.2, and their names in messages. Objects
+# of other classes are ignored.
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
+    "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
     # Of StorageMeta.
-    **{(module, name): "Path" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
+    "pathlib": "PosixPath WindowsPath",
+    "pathlib._local": "PosixPath WindowsPath",
 }
 _GATHER = (
     "where you trust it, make it one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} w.pth"
 )
 
-
-_Place = tuple[SourceFile, int, int]  # A file, an offset and a length
-# The places of chunks by the tensor's name and the chunk's offsets as text: a file can make many tuples of numbers with
+# The files of chunks by the tensor's name and the chunk's offsets as text: a file can make many tuples of numbers with
 # one hash.
-_Places = Mapping[tuple[str, str], _Place]
+_Places = Mapping[tuple[str, str], FileSlice]
 
 
 class _Chunk(NamedTuple):
-    """A block of a tensor, and where a file as torch.save writes it holds the block."""
+    """A block of a tensor, and the file in a *.distcp file that holds the block, as torch.save writes it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: SourceFile
-    start: int
-    length: int
+    file: FileSlice
 
 
 # A chunk, or consecutive blocks along a dimension.
@@ -90,8 +87,7 @@ class _Reader:
     """Checks the values of one `.metadata`."""
 
     def __init__(self, metadata: SourceFile, files: Mapping[str, SourceFile]) -> None:
-        self._metadata, self._files = metadata, files
-        self._ignored: list[str] = []
+        self._metadata, self._files, self._globals = metadata, files, TorchGlobals()
 
     def contents(self) -> FileContents:
         saved = self._fields(self._unpickled(), "Metadata")
@@ -103,84 +99,78 @@ class _Reader:
         contents: Contents = {}
         num_left_out = 0
         for name, entry in tensors.items():
-            if self._class(entry) == "BytesStorageMetadata":
+            if _class(entry) == "BytesStorageMetadata":
                 continue
             path = self._path(name, paths)
             if _is_of_optimizer(path):
                 num_left_out += 1
             else:
                 self._add(contents, path, self._tensor(name, str(path[-1]), entry, places))
-        if not contents and num_left_out:
+        if num_left_out and not contents:
             raise ContainerError(
                 f"{self._metadata.name}: holds states of an optimizer alone", "give the model's folder"
             )
         notes = [f"left out {num_left_out} tensors of optimizer states"] if num_left_out else []
-        return FileContents(contents, self._ignored, notes)
+        return FileContents(contents, self._globals.ignored, notes)
 
     def _unpickled(self) -> Any:
         """The value of the pickle. Objects are placeholders with the names of their classes."""
         size = self._metadata.size
-        if size > MAX_METADATA:
-            raise self._damaged(f"{size} bytes; the limit is {MAX_METADATA}")
-        globals_ = TorchGlobals()
-        # New ones for each file: a pickle may set the state of any placeholder.
-        globals_.update({key: Placeholder(name) for key, name in _GLOBALS.items()})
-        value, _ = unpickle(
-            self._metadata.read(0, size), self._metadata.name, globals_, max_memory=max(MAX_MEMORY, MAX_RATIO * size)
-        )
-        self._ignored = globals_.ignored
-        return value
+        if size > _MAX_METADATA:
+            raise self._damaged(f"{size} bytes; the limit is {_MAX_METADATA}")
+        # New placeholders for each file: a pickle may set the state of any.
+        for module, names in _CLASSES.items():
+            self._globals.update({(module, name): Placeholder(name) for name in names.split()})
+        data, limit = self._metadata.read(0, size), max(MAX_MEMORY, _MAX_RATIO * size)
+        return unpickle(data, self._metadata.name, self._globals, max_memory=limit)[0]
 
     def _damaged(self, why: str) -> ContainerError:
-        return ContainerError(f"{self._metadata.name}: {why}", DAMAGED)
-
-    def _class(self, value: Any) -> str:
-        return value.name if type(value) is Placeholder and value.arguments is not None else ""
+        return damaged(f"{self._metadata.name}: {why}")
 
     def _fields(self, value: Any, name: str) -> dict[Any, Any]:
         """The attributes of an object of the class `name`."""
-        if self._class(value) != name or type(value.state) is not dict:
+        if _class(value) != name or type(value.state) is not dict:
             raise self._damaged(f"expected an object of {name}")
         return value.state
 
     def _sizes(self, value: Any, what: str) -> tuple[int, ...]:
-        sizes: tuple[Any, ...] = value if type(value) is tuple and len(value) <= MAX_DIMENSIONS else (None,)
-        if not all(type(size) is int and 0 <= size <= MAX_INT for size in sizes):
+        if type(value) is not tuple or len(value) > MAX_DIMENSIONS or not are_sizes(value):
             raise self._damaged(f"impossible {what}")
-        return sizes
+        return value
 
-    def _places(self, stored: dict[Any, Any]) -> Iterator[tuple[tuple[str, str], _Place]]:
+    def _name(self, name: Any) -> str:
+        if type(name) is not str or len(name) > MAX_NAME:
+            raise self._damaged("an impossible name")
+        return name
+
+    def _places(self, stored: dict[Any, Any]) -> Iterator[tuple[tuple[str, str], FileSlice]]:
         for index, info in stored.items():
             key, place = self._fields(index, "MetadataIndex"), self._fields(info, "_StorageInfo")
-            name, offsets = key.get("fqn"), key.get("offset")
-            if type(name) is not str or len(name) > MAX_NAME:
-                raise self._damaged("an impossible name")
+            name, offsets = self._name(key.get("fqn")), key.get("offset")
             yield (name, str(offsets and self._sizes(offsets, f"offsets of {name!r}"))), self._place(name, place)
 
-    def _place(self, name: str, place: dict[Any, Any]) -> _Place:
+    def _place(self, name: str, place: dict[Any, Any]) -> FileSlice:
         file_name = place.get("relative_path")
         start, length = self._sizes((place.get("offset"), place.get("length")), f"place of {name!r}")
         if type(file_name) is not str or set(file_name) & set("/\\:") or not file_name.endswith(SUFFIX):
             raise self._damaged(f"{name!r} is in {str(file_name)[:MAX_NAME]!r}, not in a *{SUFFIX} file of the folder")
+        where, file = f"{self._metadata.name}: {name!r}", self._files.get(file_name)
         if place.get("transform_descriptors"):
             step = _GATHER.format(self._metadata.name.removesuffix(METADATA))
-            raise ContainerError(f"{self._metadata.name}: {name!r} is compressed by an extension of DCP", step)
-        file = self._files.get(file_name)
+            raise ContainerError(f"{where} is compressed by an extension of DCP", step)
         if file is None:
-            raise ContainerError(
-                f"{self._metadata.name}: {name!r} is in {file_name!r}, which is missing", "copy the rest of the folder"
-            )
+            raise ContainerError(f"{where} is in {file_name!r}, which is missing", "copy the rest of the folder")
         if start + length > file.size:
             raise ContainerError(
                 f"{file.name}: truncated: {name!r} takes the bytes to {start + length}, of {file.size}", file.copy_hint
             )
-        return file, start, length
+        return FileSlice(file, start, length)
 
     def _path(self, name: Any, paths: Any) -> Sequence[Any]:
         """The keys of a tensor in the state dict that was saved."""
-        if type(name) is not str or len(name) > MAX_NAME:
-            raise self._damaged("an impossible name")
-        path = paths.get(name, (name,)) if type(paths) is dict else (name,)
+        path = (self._name(name),)
+        if type(paths) is dict:
+            path = paths.get(name, path)
         if type(path) is not tuple or not 0 < len(path) <= MAX_DEPTH or {type(key) for key in path} - {str, int}:
             raise self._damaged(f"impossible keys of {name!r}")
         if ".".join(map(str, path)) != name:
@@ -196,28 +186,19 @@ class _Reader:
             raise self._damaged(f"two values at {'.'.join(map(str, path))!r}")
 
     def _tensor(self, name: str, key: str, entry: Any, places: _Places) -> TensorInfo:
-        """Describe a tensor, and check that its chunks fill it.
-
-        Args:
-            name: The tensor's name in `.metadata`.
-            key: Its last part, the name in the state dict.
-            entry: The tensor's entry in `.metadata`.
-            places: The places of all chunks.
-        """
+        """Describe a tensor, which gets the name `key`, and check that its chunks fill it."""
         fields = self._fields(entry, "TensorStorageMetadata")
         shape, dtype = self._sizes(fields.get("size"), f"shape of {name!r}"), self._dtype(name, fields)
-        nothing = Storage(self._metadata, (0, 0), 0, 0, key)
-        tensor = TensorInfo(key, dtype, shape, nothing, 0, contiguous_strides(shape))
-        if not (dtype.bits and math.prod(shape)):
+        tensor = plain_tensor_info(self._metadata, key, dtype, shape, 0)
+        if not tensor.nbytes:
             return tensor
         chunks = list(self._chunks(name, tensor, fields.get("chunks"), places))
         try:
             whole = _fitted(chunks, shape)
         except ValueError as error:
             raise self._damaged(f"{name!r}: its chunks {error}") from None
-        first = chunks[0]
-        storage = Storage(first.file, (first.start, first.start + first.length), tensor.nbytes, tensor.nbytes, key)
-        return tensor._replace(storage=storage, assemble=cache(partial(_assembled, tensor, whole)))
+        tensor = plain_tensor_info(chunks[0].file.file, key, dtype, shape, chunks[0].file.offset)
+        return tensor._replace(assemble=cache(partial(_assembled, tensor, whole)))
 
     def _chunks(self, name: str, tensor: TensorInfo, blocks: Any, places: _Places) -> Iterator[_Chunk]:
         """The chunks of a tensor, without empty ones: those of ranks to which no row was left."""
@@ -230,16 +211,16 @@ class _Reader:
                 raise self._damaged(f"{name!r}: a chunk of {len(sizes)} dimensions, of {len(tensor.shape)}")
             if not math.prod(sizes):
                 continue
-            place = places.get((name, str(offsets)))
-            if place is None:
+            file = places.get((name, str(offsets)))
+            if file is None:
                 raise self._damaged(f"{name!r}: the chunk at {offsets} has no place in a file")
-            if tensor.dtype.nbytes(math.prod(sizes)) > place[2]:
-                raise self._damaged(f"{name!r}: {place[2]} bytes cannot hold a chunk of shape {sizes}")
-            yield _Chunk(offsets, sizes, *place)
+            if tensor.dtype.nbytes(math.prod(sizes)) > file.size:
+                raise self._damaged(f"{name!r}: {file.size} bytes cannot hold a chunk of shape {sizes}")
+            yield _Chunk(offsets, sizes, file)
 
     def _dtype(self, name: str, fields: dict[Any, Any]) -> DType:
         properties: Any = fields.get("properties")
-        state = properties.state if self._class(properties) == "TensorProperties" else None
+        state = properties.state if _class(properties) == "TensorProperties" else None
         dtype = state[0] if type(state) is tuple and state else None
         if type(dtype) is Placeholder:  # such as torch.int4
             return unreadable(dtype.name)
@@ -248,27 +229,30 @@ class _Reader:
         return dtype
 
 
+def _class(value: Any) -> str:
+    return value.name if type(value) is Placeholder and value.arguments is not None else ""
+
+
 def _is_of_optimizer(path: Sequence[Any]) -> bool:
     keys = path if len(path) > 1 else path[0].split(".")
     return any(str(key).startswith("optim") for key in keys[:2])
 
 
-def _check_overlaps(places: Iterable[_Place]) -> None:
+def _check_overlaps(places: Iterable[FileSlice]) -> None:
     """Check that no two chunks share bytes: a small file would expand to a large one."""
-    for (file, start, length), (other, next_start, _) in pairwise(
-        sorted(places, key=lambda place: (id(place[0]), *place[1:]))
-    ):
-        if file is other and next_start < start + length:
-            if safetensors.can_read(file):
-                raise _is_safetensors(file)
-            raise ContainerError(f"{file.name}: the chunks at bytes {start} and {next_start} overlap", DAMAGED)
+    for one, other in pairwise(sorted(places, key=lambda place: (id(place.file), place.offset, place.size))):
+        if one.file is other.file and other.offset < one.offset + one.size:
+            _refuse_safetensors(one.file)
+            raise damaged(f"{one.file.name}: the chunks at bytes {one.offset} and {other.offset} overlap")
 
 
-def _is_safetensors(file: SourceFile) -> ContainerError:
-    return ContainerError(
-        f"{file.name}: was written with SerializationFormat.SAFETENSORS, which torch's FileSystemReader does not read",
-        "each such file is a safetensors file: if there is one, copy it to model.safetensors and give that",
-    )
+def _refuse_safetensors(file: SourceFile) -> None:
+    if safetensors.can_read(file):
+        raise ContainerError(
+            f"{file.name}: was written with SerializationFormat.SAFETENSORS, which torch's FileSystemReader does not "
+            "read",
+            "each such file is a safetensors file: if there is one, copy it to model.safetensors and give that",
+        )
 
 
 def _fitted(chunks: list[_Chunk], shape: tuple[int, ...], dim: int = 0) -> _Block:
@@ -277,13 +261,13 @@ def _fitted(chunks: list[_Chunk], shape: tuple[int, ...], dim: int = 0) -> _Bloc
         if len(chunks) != 1:
             raise ValueError("overlap")
         return chunks[0]
+
+    def extent(chunk: _Chunk) -> tuple[int, int]:
+        return chunk.offsets[dim], chunk.sizes[dim]
+
     blocks: list[_Block] = []
     end = 0
-    slabs = groupby(
-        sorted(chunks, key=lambda chunk: (chunk.offsets[dim], chunk.sizes[dim])),
-        key=lambda chunk: (chunk.offsets[dim], chunk.sizes[dim]),
-    )
-    for (start, size), slab in slabs:
+    for (start, size), slab in groupby(sorted(chunks, key=extent), key=extent):
         if start != end:
             raise ValueError("overlap" if start < end else "leave a gap")
         blocks.append(_fitted(list(slab), shape, dim + 1))
@@ -303,21 +287,17 @@ def _assembled(tensor: TensorInfo, block: _Block) -> LazyTensor:
 
 def _opened(tensor: TensorInfo, chunk: _Chunk) -> TensorInfo:
     """The tensor in the file of a chunk."""
-    file = FileSlice(chunk.file, chunk.start, chunk.length)
+    file = chunk.file
     if not is_zip(file):
-        if safetensors.can_read(chunk.file):
-            raise _is_safetensors(chunk.file)
-        raise ContainerError(f"{file.name}: {tensor.key!r} is not as torch.save writes it", DAMAGED)
+        _refuse_safetensors(file.file)
+        raise damaged(f"{file.name}: {tensor.key!r} is not as torch.save writes it")
     found = torch_zip.load_tensor(file, tensor.key)
+    storage = found.storage
     if (found.dtype, found.shape) != (tensor.dtype, chunk.sizes):
         is_, said = f"{found.dtype.name} {list(found.shape)}", f"{tensor.dtype.name} {list(chunk.sizes)}"
-        raise ContainerError(f"{file.name}: {tensor.key!r} is {is_}, but {METADATA} says {said}", DAMAGED)
-    if found.nbytes > found.storage.size:
-        raise ContainerError(f"{file.name}: {tensor.key!r} repeats {found.storage.size} bytes", DAMAGED)
-    low, high = found.storage.span
-    storage = found.storage._replace(
-        file=chunk.file,
-        span=(chunk.start + low, chunk.start + high),
-        find=cache(lambda: chunk.start + found.storage.offset),
-    )
-    return found._replace(storage=storage)
+        raise damaged(f"{file.name}: {tensor.key!r} is {is_}, but {METADATA} says {said}")
+    if found.nbytes > storage.size:
+        raise damaged(f"{file.name}: {tensor.key!r} repeats {storage.size} bytes")
+    span = file.offset + storage.span[0], file.offset + storage.span[1]
+    find = cache(lambda: file.offset + storage.offset)
+    return found._replace(storage=storage._replace(file=file.file, span=span, find=find))

@@ -14,7 +14,7 @@ from converter.formats.pickle_opcodes import resave_step
 from converter.formats.pickle_reader import MAX_PICKLE, Globals, TruncatedPickleError, unpickle
 from converter.formats.torch_contents import contents_of
 from converter.formats.torch_pickle import StorageRefs, TorchGlobals
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import Storage, damaged
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents
 
@@ -39,11 +39,8 @@ def can_read(file: SourceFile) -> bool:
 def load(file: SourceFile) -> Contents:
     reader = _Reader(file)
     reader.pickle()
-    protocol = reader.pickle()
-    if protocol != _PROTOCOL:
-        raise ContainerError(
-            f"{file.name}: torch's legacy format with a protocol version other than {_PROTOCOL}", DAMAGED
-        )
+    if reader.pickle() != _PROTOCOL:
+        raise damaged(f"{file.name}: torch's legacy format with a protocol version other than {_PROTOCOL}")
     reader.pickle()
     globals_ = TorchGlobals()
     value = reader.pickle(globals_)
@@ -55,31 +52,22 @@ class _Reader:
     """Reads consecutive pickles, whose lengths are unknown until they end."""
 
     def __init__(self, file: SourceFile) -> None:
-        self._file = file
-        self.pos = 0
-        self.refs = StorageRefs()
+        self._file, self.pos, self.refs = file, 0, StorageRefs()
 
     def pickle(self, globals_: Globals | None = None) -> Any:
         """Read the next pickle and return its value."""
-        start = self.pos
-        length = 256 << 10
-        while True:
-            length = min(length, MAX_PICKLE, self._file.size - start)
+        where, rest = f"{self._file.name}: pickle at byte {self.pos}", self._file.size - self.pos
+        for limit in (256 << 10, 1 << 20, 4 << 20, MAX_PICKLE):
+            data = self._file.read(self.pos, min(limit, rest))
             try:
-                data = self._file.read(start, length)
-                value, end = unpickle(data, f"{self._file.name}: pickle at byte {start}", globals_, self.refs.load)
+                value, end = unpickle(data, where, globals_, self.refs.load)
             except TruncatedPickleError:
-                if length == self._file.size - start:
+                if limit >= rest:
                     raise
-                if length == MAX_PICKLE:
-                    raise ContainerError(
-                        f"{self._file.name}: the pickle at byte {start} is longer than {MAX_PICKLE} bytes",
-                        resave_step(data[:4096]),
-                    ) from None
-                length *= 4
             else:
-                self.pos = start + end
+                self.pos += end
                 return value
+        raise ContainerError(f"{where}: longer than {MAX_PICKLE} bytes", resave_step(data[:4096]))
 
 
 def _storages(file: SourceFile, keys: Any, refs: StorageRefs, pos: int) -> dict[str, Storage]:
@@ -87,17 +75,14 @@ def _storages(file: SourceFile, keys: Any, refs: StorageRefs, pos: int) -> dict[
     storages: dict[str, Storage] = {}
     # Sorted lists: duplicates and missing keys are both found.
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(refs):
-        raise ContainerError(f"{file.name}: the storage list does not match the tensors", DAMAGED)
+        raise damaged(f"{file.name}: the storage list does not match the tensors")
     for key in keys:
-        ref = refs[key]
+        name, ref = f"storage {key!r}", refs[key]
         numel = int.from_bytes(file.read(pos, 8), "little", signed=True)
         if numel != ref.numel:
-            raise ContainerError(
-                f"{file.name}: storage {key!r}: {numel} elements, but the pickle says {ref.numel}", DAMAGED
-            )
-        pos += 8
-        if pos + ref.nbytes > file.size:
-            raise ContainerError(f"{file.name}: truncated in storage {key!r}", DAMAGED)
-        storages[key] = Storage(file, (pos, pos + ref.nbytes), ref.nbytes, ref.nbytes, f"storage {key}")
-        pos += ref.nbytes
+            raise damaged(f"{file.name}: {name}: {numel} elements, but the pickle says {ref.numel}")
+        start, pos = pos + 8, pos + 8 + ref.nbytes
+        if pos > file.size:
+            raise damaged(f"{file.name}: truncated in {name}")
+        storages[key] = Storage(file, (start, pos), ref.nbytes, ref.nbytes, name)
     return storages

@@ -7,37 +7,25 @@ and its storage in the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.formats.pickle_gadgets import is_gadget
 from converter.formats.pickle_opcodes import NEXT_STEP, PickleError, full_name, hostile_error
 from converter.formats.pickle_reader import Placeholder, hashable, safe_frozenset
 from converter.storage.byte_range import DAMAGED
 from converter.tensors.dtypes import BY_NAME, BY_STORAGE, IN_TORCH, DType, unreadable
-from converter.tensors.tensor_info import contiguous_strides
-
-MAX_DIMENSIONS = 64  # torch's own limit
-MAX_INT = 2**63 - 1  # of torch's sizes, strides and offsets
+from converter.tensors.tensor_info import MAX_DIMENSIONS, MAX_INT, are_sizes, contiguous_strides
 
 _UNTYPED = "UntypedStorage"
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A storage that a pickle refers to.
+class StorageRef(NamedTuple):
+    """A storage that a pickle refers to."""
 
-    Attributes:
-        key: Name of the storage in the container.
-        dtype: Element type; None for an untyped storage, which consists of bytes.
-        numel: Number of elements.
-        first: Index of the first element of a view. torch before 0.4 saved views of storages; otherwise 0.
-    """
-
-    key: str
-    dtype: DType | None
+    key: str  # the name of the storage in the container
+    dtype: DType | None  # None for an untyped storage, which consists of bytes
     numel: int
-    first: int
+    first: int  # the first element of a view: torch before 0.4 saved views of storages; otherwise 0
 
     @property
     def itemsize(self) -> int:
@@ -48,14 +36,10 @@ class StorageRef:
         return self.numel * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """A tensor as a pickle describes it. `offset` and `strides` are in elements.
+class TensorRecord(NamedTuple):
+    """A tensor as a pickle describes it. `offset` and `strides` are in elements."""
 
-    `ref` is None for a tensor whose elements are not plain bytes in one storage. Its dtype names its kind.
-    """
-
-    ref: StorageRef | None
+    ref: StorageRef | None  # None if the elements are not plain bytes in one storage; the dtype then names the kind
     dtype: DType
     offset: int
     shape: tuple[int, ...]
@@ -73,13 +57,9 @@ def storage_ref(pid: Any) -> StorageRef | Placeholder:
     if kind != "storage" or not (isinstance(type_, DType) or type_ == _UNTYPED):
         raise PickleError("a reference to something other than a tensor's storage", NEXT_STEP)
     first = view[0][1] if view and view[0] else 0
-    if type(key) is not str or not (_is_int64(numel) and _is_int64(first)) or min(numel, first) < 0:
+    if type(key) is not str or not are_sizes((numel, first)):
         raise PickleError("a storage of an impossible name or size", DAMAGED)
     return StorageRef(key, None if type_ == _UNTYPED else type_, numel, first)
-
-
-def _is_int64(number: Any) -> bool:
-    return type(number) is int and -MAX_INT <= number <= MAX_INT
 
 
 class StorageRefs(dict[str, StorageRef]):
@@ -90,7 +70,7 @@ class StorageRefs(dict[str, StorageRef]):
         ref = storage_ref(pid)
         if isinstance(ref, Placeholder):
             return ref
-        return replace(self.setdefault(ref.key, replace(ref, first=0)), first=ref.first)
+        return self.setdefault(ref.key, ref._replace(first=0))._replace(first=ref.first)
 
 
 # ---- functions that a pickle may call; none of them does more than describe
@@ -106,7 +86,9 @@ def _rebuild_v3(
         return unreadable_record("conjugated or negated view", shape)
     if (type(ref), type(dtype), type(shape), type(strides)) != (StorageRef, DType, tuple, tuple):
         raise PickleError("a tensor without a storage, an element type or a shape", DAMAGED)
-    if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(map(_is_int64, (offset, *shape, *strides))):
+    if max(len(shape), len(strides)) > MAX_DIMENSIONS or not all(
+        type(number) is int and abs(number) <= MAX_INT for number in (offset, *shape, *strides)
+    ):
         raise PickleError("a tensor of an impossible shape", DAMAGED)
     if ref.first and dtype != ref.dtype:
         raise PickleError("a view of a storage in another element type", "load it with torch and save it again")
@@ -123,24 +105,18 @@ def _rebuild_v2(
 
 def unreadable_record(kind: str, shape: Any = None) -> TensorRecord:
     """A tensor of which only the shape is known, if that."""
-    known = type(shape) is tuple and len(shape) <= MAX_DIMENSIONS and all(map(_is_int64, shape))
-    sizes = shape if known and min(shape, default=0) >= 0 else ()
+    sizes = shape if type(shape) is tuple and len(shape) <= MAX_DIMENSIONS and are_sizes(shape) else ()
     return TensorRecord(None, unreadable(kind), 0, sizes, contiguous_strides(sizes))
 
 
 def _unreadable_by(kind: str, size_at: int) -> Callable[..., TensorRecord]:
     """A function whose argument number `size_at` is the shape."""
-
-    def rebuild(*arguments: Any) -> TensorRecord:
-        return unreadable_record(kind, arguments[size_at] if len(arguments) > size_at else None)
-
-    return rebuild
+    return lambda *arguments: unreadable_record(kind, arguments[size_at] if len(arguments) > size_at else None)
 
 
 def _rebuild_sparse(layout: Any, data: Any) -> TensorRecord:
     """A sparse tensor of (indices, values, shape, ...), or (rows, columns, values, shape)."""
-    shapes = [item for item in data if type(item) is tuple]
-    return unreadable_record("sparse", shapes[0] if shapes else None)
+    return unreadable_record("sparse", next((item for item in data if type(item) is tuple), None))
 
 
 def _rebuild_wrapper(class_: Any, dtype: Any, shape: Any, *_: Any) -> TensorRecord:
@@ -171,10 +147,10 @@ def _rebuild_device_tensor(data: Any, dtype: Any, *_: Any) -> TensorRecord:
     """A tensor of an accelerator, saved from the CPU as a tensor or as a numpy array."""
     if type(data) is TensorRecord and data.dtype == dtype:
         return data
-    return unreadable_record("tensor of an accelerator", array_shape(data))
+    return unreadable_record("tensor of an accelerator", _array_shape(data))
 
 
-def array_shape(value: Any) -> Any:
+def _array_shape(value: Any) -> Any:
     """The shape of an array of numpy or jax; None for other values."""
     if type(value) is not Placeholder or value.arguments is None:
         return None
@@ -189,28 +165,24 @@ def array_shape(value: Any) -> Any:
 
 
 def packed_record(value: Any) -> TensorRecord | None:
-    """A numpy array, or a tuple or object made of a tensor or array, as a tensor that cannot be read.
+    """A numpy array, or a tuple or object made of a tensor or array, as a tensor that cannot be read; else None.
 
     A quantized layer has a tuple of its weight and its bias. TensorFlow makes a tensor of an array.
-
-    Returns:
-        The tensor, or None for other values.
     """
-    shape = array_shape(value)
+    shape = _array_shape(value)
     if shape is not None:
         return unreadable_record("numpy array", shape) if type(shape) is tuple and shape else None
     if type(value) is tuple:
-        first, kind = value[:1], "tuple of tensors"
+        items, kind = value, "tuple of tensors"
     elif type(value) is Placeholder and value.arguments:
-        first, kind = value.arguments[:1], f"object of {value.name}"
+        items, kind = value.arguments, f"object of {value.name}"
     else:
         return None
-    for item in first:
-        if type(item) is TensorRecord:
-            return unreadable_record("quantized" if item.dtype.name == "quantized" else kind, item.shape)
-        if type(array_shape(item)) is tuple:
-            return unreadable_record(kind, array_shape(item))
-    return None
+    first = items[0] if items else None
+    if type(first) is TensorRecord:
+        return unreadable_record("quantized" if first.dtype.name == "quantized" else kind, first.shape)
+    shape = _array_shape(first)
+    return unreadable_record(kind, shape) if type(shape) is tuple else None
 
 
 def first_argument(value: Any, *_: Any) -> Any:
@@ -222,23 +194,11 @@ def _ordered_dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
     return {hashable(key): value for key, value in pairs}
 
 
-def _counter(counts: Any = None) -> dict[Any, Any]:
-    return dict(counts) if type(counts) is dict else {}
-
-
-def _set(items: Iterable[Any] = ()) -> set[Any]:
-    return set(map(hashable, items))
-
-
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     # Protocols 0 to 2 have no opcode for bytes and write this call instead.
     if type(text) is not str or encoding != "latin1":
         raise PickleError("a call of _codecs.encode other than for bytes", NEXT_STEP)
     return text.encode("latin1")
-
-
-def _no_bytes(*_: Any) -> bytes:
-    return b""
 
 
 def _nothing(*_: Any) -> None:
@@ -267,6 +227,12 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 }
 # Storages of quantized tensors, and bits per element.
 _QUANTIZED = {"QInt8Storage": 8, "QUInt8Storage": 8, "QInt32Storage": 32, "QUInt4x2Storage": 8, "QUInt2x4Storage": 8}
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    "set": lambda items=(): set(map(hashable, items)),
+    "frozenset": safe_frozenset,
+    "bytes": lambda *_: b"",
+}
+_BUILTINS |= dict.fromkeys(("bytearray", "complex", "range", "slice", "xrange"), _nothing)
 
 GLOBALS: dict[tuple[str, str], Any] = {
     **{("torch._utils", name): function for name, function in _REBUILD.items()},
@@ -276,26 +242,14 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "device"): _nothing,
     ("torch.serialization", "_get_layout"): _nothing,
     ("collections", "OrderedDict"): _ordered_dict,
-    ("collections", "Counter"): _counter,
+    ("collections", "Counter"): lambda counts=None: dict(counts) if type(counts) is dict else {},
     ("_codecs", "encode"): _encode,
-    **{("torch", name): DType("quantized", bits, "") for name, bits in _QUANTIZED.items()},
+    **{("torch", name): DType("quantized", bits) for name, bits in _QUANTIZED.items()},
     **{("torch", storage): dtype for storage, dtype in BY_STORAGE.items()},
     **{("torch", name): dtype for name, dtype in IN_TORCH.items()},
     # Protocols 0 to 2 use the names of Python 2.
-    **{
-        (module, name): function
-        for module in ("builtins", "__builtin__")
-        for name, function in {
-            "set": _set,
-            "frozenset": safe_frozenset,
-            "bytes": _no_bytes,
-            **dict.fromkeys(("bytearray", "complex", "range", "slice", "xrange"), _nothing),
-        }.items()
-    },
+    **{(module, name): function for module in ("builtins", "__builtin__") for name, function in _BUILTINS.items()},
 }
-
-
-_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 
 
 def _getattr(shown: str) -> Callable[..., Any]:
@@ -318,11 +272,7 @@ def _getattr(shown: str) -> Callable[..., Any]:
 
 
 class TorchGlobals(dict[tuple[str, str], Any]):
-    """The globals of one file: those of the table, and a placeholder for each other one.
-
-    Attributes:
-        ignored: The full names of the other ones.
-    """
+    """The globals of one file: those of the table, and a placeholder for each other one, whose name is `ignored`."""
 
     def __init__(self) -> None:
         super().__init__(GLOBALS)
@@ -331,13 +281,13 @@ class TorchGlobals(dict[tuple[str, str], Any]):
 
     def __missing__(self, key: tuple[str, str]) -> Any:
         shown = full_name(*key)
-        if key in _GETATTR:
+        value: Any = Placeholder(shown)
+        if key in (("builtins", "getattr"), ("__builtin__", "getattr")):
             self._suspects.append(shown)
-            self[key] = value = _getattr(shown)
-            return value
-        if is_gadget(*key):
+            value = _getattr(shown)
+        elif is_gadget(*key):
             raise hostile_error(*self._suspects, shown)
-        if shown not in _OWN_CLASSES:
+        elif shown not in _OWN_CLASSES:
             self.ignored.append(shown)
-        self[key] = placeholder = Placeholder(shown)
-        return placeholder
+        self[key] = value
+        return value

@@ -4,9 +4,9 @@
     <root>/data/<key>    the bytes of a storage, usually stored without compression and aligned
     <root>/byteorder     "little" or "big"; absent (and little) before torch 2.1
 
-Reading describes tensors by their byte ranges. Writing needs no torch: the pickle is assembled from its opcodes
-(protocol 2, without a memo). Each tensor is a call of `torch._utils._rebuild_tensor_v2` with its storage, offset, shape
-and strides, or of `_rebuild_tensor_v3` where its element type has no storage class.
+Reading describes tensors by their byte ranges. Writing assembles the pickle from its opcodes (protocol 2, without a
+memo). Each tensor is a call of `torch._utils._rebuild_tensor_v2` with its storage, offset, shape and strides, or of
+`_rebuild_tensor_v3` where its element type has no storage class.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import IO, Any
 
 from converter.errors import ContainerError
 from converter.formats.pickle_opcodes import resave_step
-from converter.formats.pickle_reader import MAX_PICKLE, unpickle
+from converter.formats.pickle_reader import MAX_PICKLE, Globals, unpickle
 from converter.formats.torch_contents import Resolver, contents_of
 from converter.formats.torch_pickle import StorageRef, StorageRefs, TensorRecord, TorchGlobals
 from converter.formats.zip_directory import is_zip, read_directory, read_small
-from converter.storage.byte_range import DAMAGED, Segment, Storage
+from converter.storage.byte_range import Storage, damaged
 from converter.storage.local_file import SourceFile
 from converter.storage.stream import Copier, OnBytes, OnData
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
@@ -63,7 +63,7 @@ def load_tensor(file: SourceFile, key: str) -> TensorInfo:
     archive = Archive(file)
     record = archive.unpickled(TorchGlobals())
     if type(record) is not TensorRecord:
-        raise ContainerError(f"{file.name}: holds no tensor, but {key!r} is expected there", DAMAGED)
+        raise damaged(f"{file.name}: holds no tensor, but {key!r} is expected there")
     return Resolver(file, archive.storage).tensor(key, record)
 
 
@@ -74,21 +74,20 @@ class Archive:
         self.file = file
         self.members = read_directory(file)
         self.root = self.members.root
-        self.where = f"{file.name}: data.pkl"
         self._check_version()
-        pickle = self.members[f"{self.root}/data.pkl"]
-        step = resave_step(file.read(pickle.offset, min(pickle.length, 4096))) if pickle.size > MAX_PICKLE else ""
-        self.pickle = read_small(pickle, MAX_PICKLE, step)
         self._big_endian = self._byteorder() == b"big"
 
-    def unpickled(self, globals_: TorchGlobals) -> Any:
+    def unpickled(self, globals_: Globals) -> Any:
         """The saved object."""
-        return unpickle(self.pickle, self.where, globals_, StorageRefs().load)[0]
+        pickle = self.members[f"{self.root}/data.pkl"]
+        is_large = pickle.size > MAX_PICKLE
+        step = resave_step(self.file.read(pickle.offset, min(pickle.length, 4096))) if is_large else ""
+        data = read_small(pickle, MAX_PICKLE, step)
+        return unpickle(data, f"{self.file.name}: data.pkl", globals_, StorageRefs().load)[0]
 
     def _check_version(self) -> None:
         """Refuse an archive that torch refuses. Files written by hand may lack the version, or a number in it."""
-        name = f"{self.root}/version"
-        version = self.members.get(name)
+        version = self.members.get(f"{self.root}/version")
         text = version.read() if version and version.size < 64 else b""
         if text.strip().isdigit() and int(text) > _MAX_VERSION:
             raise ContainerError(
@@ -97,22 +96,20 @@ class Archive:
             )
 
     def _byteorder(self) -> bytes:
-        name = f"{self.root}/byteorder"
-        order = read_small(self.members[name], 16) if name in self.members else b"little"
+        member = self.members.get(f"{self.root}/byteorder")
+        order = read_small(member, 16) if member else b"little"
         if order not in (b"little", b"big"):
-            raise ContainerError(f"{self.file.name}: byteorder: {order!r} is neither little nor big", DAMAGED)
+            raise damaged(f"{self.file.name}: byteorder: {order!r} is neither little nor big")
         return order
 
     def storage(self, ref: StorageRef) -> Storage:
         """The member with the bytes of a storage; ContainerError where it is missing or of another size."""
         name = f"{self.root}/data/{ref.key}"
-        if name not in self.members:
-            raise ContainerError(f"{self.file.name}: no member {name!r}, which data.pkl refers to", DAMAGED)
-        storage = self.members[name]
+        storage = self.members.get(name)
+        if storage is None:
+            raise damaged(f"{self.file.name}: no member {name!r}, which data.pkl refers to")
         if storage.size != ref.nbytes:
-            raise ContainerError(
-                f"{self.file.name}: {name}: {storage.size} bytes, but data.pkl says {ref.nbytes}", DAMAGED
-            )
+            raise damaged(f"{self.file.name}: {name}: {storage.size} bytes, but data.pkl says {ref.nbytes}")
         return storage._replace(big_endian=True) if self._big_endian else storage
 
 
@@ -127,17 +124,13 @@ def write_pth(fd: int, outputs: Outputs, on_bytes: OnBytes, on_data: OnData | No
         outputs: The tensors by name, in the order in which they are written.
         on_bytes: Called with the number of bytes of tensor data that were written.
         on_data: Called with each chunk of tensor data, in order.
-
-    Raises:
-        ContainerError: A source file is damaged.
-        OSError: The file cannot be written.
     """
     with open(fd, "wb", closefd=False) as file, zipfile.ZipFile(file, "w") as archive:
         writer = _Writer(archive, on_bytes, on_data)
         writer.write("data.pkl", state_dict_pickle(outputs))
         writer.write("byteorder", b"little")
         for index, value in enumerate(outputs.values()):
-            writer.write_storage(f"data/{index}", segments_of([value]), nbytes(value))
+            writer.write_storage(f"data/{index}", value)
         writer.write("version", b"3\n")
 
 
@@ -154,21 +147,21 @@ class _Writer:
         with self._open(name, len(data)) as member:
             member.write(data)
 
-    def write_storage(self, name: str, segments: Iterable[Segment | memoryview], size: int) -> None:
-        with self._open(name, size) as self._member:
-            self._copier.copy(segments)
+    def write_storage(self, name: str, value: LazyTensor) -> None:
+        with self._open(name, nbytes(value)) as self._member:
+            self._copier.copy(segments_of([value]))
             self._copier.flush()
 
     def _open(self, name: str, size: int) -> IO[bytes]:
         # ZipInfo's default date is constant: repeated runs write identical files.
         info = zipfile.ZipInfo(f"archive/{name}")
-        large = size >= zipfile.ZIP64_LIMIT
+        is_large = size >= zipfile.ZIP64_LIMIT
         assert self._archive.fp is not None
-        data = self._archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + (20 if large else 0)
+        data = self._archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + (20 if is_large else 0)
         padding = -data % _ALIGNMENT
         # The extra field that torch.save pads with.
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        return self._archive.open(info, "w", force_zip64=large)
+        return self._archive.open(info, "w", force_zip64=is_large)
 
     def _exchange(self, full: memoryview) -> memoryview:
         """Write a buffer and return it for reuse."""
@@ -185,22 +178,17 @@ def state_dict_pickle(outputs: Mapping[str, LazyTensor]) -> bytes:
 
 
 def _tensor(value: LazyTensor, index: int) -> bytes:
-    numel = math.prod(value.shape)
-    if value.dtype.storage:
-        rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
-        storage = b"ctorch\n" + value.dtype.storage.encode() + b"\n"
-        dtype = b""
-    else:
+    numel, version, dtype = math.prod(value.shape), b"2", b""
+    storage = f"ctorch\n{value.dtype.storage}\n".encode()
+    if not value.dtype.storage:
         # An untyped storage has bytes as elements; the element type is an argument of its own.
-        rebuild = b"ctorch._utils\n_rebuild_tensor_v3\n"
+        numel, version, dtype = numel * value.dtype.itemsize, b"3", f"ctorch\n{value.dtype.name}\n".encode()
         storage = b"ctorch.storage\nUntypedStorage\n"
-        numel *= value.dtype.itemsize
-        dtype = b"ctorch\n" + value.dtype.name.encode() + b"\n"
     persistent_id = b"(" + _string("storage") + storage + _string(str(index)) + _string("cpu") + _int(numel) + b"tQ"
     shape, strides = _ints(value.shape), _ints(contiguous_strides(value.shape))
     # Offset 0, requires_grad False, no backward hooks.
     arguments = persistent_id + _int(0) + shape + strides + b"\x89" + _EMPTY_ORDERED_DICT + dtype
-    return rebuild + b"(" + arguments + b"tR"
+    return b"ctorch._utils\n_rebuild_tensor_v" + version + b"\n(" + arguments + b"tR"
 
 
 def _string(text: str) -> bytes:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.errors import ContainerError
-from converter.formats.pickle_reader import Placeholder, unpickle
+from converter.formats.pickle_reader import Placeholder
 from converter.formats.torch_contents import Resolver
-from converter.formats.torch_pickle import GLOBALS, StorageRefs, TensorRecord, first_argument
+from converter.formats.torch_pickle import GLOBALS, TensorRecord, first_argument
 from converter.formats.torch_zip import Archive
 from converter.formats.zip_directory import is_zip, read_directory, read_small
-from converter.storage.byte_range import DAMAGED
+from converter.storage.byte_range import damaged
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents, TensorInfo
 
@@ -37,7 +36,7 @@ def can_read(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     archive = Archive(file)
-    value, _ = unpickle(archive.pickle, archive.where, _ScriptGlobals(_GLOBALS), StorageRefs().load)
+    value = archive.unpickled(_ScriptGlobals(_GLOBALS))
     if type(value) is not Placeholder:
         raise ContainerError(
             f"{file.name}: a TorchScript archive of a {type(value).__name__}, not of a module",
@@ -50,9 +49,6 @@ def load(file: SourceFile) -> Contents:
             "save the module as it was before it was frozen",
         )
     return tensors
-
-
-# ---- globals of its pickle
 
 
 # Calls that tag a value with its type.
@@ -74,19 +70,12 @@ class _ScriptGlobals(dict[tuple[str, str], Any]):
 # ---- from the module tree to a state dict
 
 
-@dataclass(frozen=True, slots=True)
-class _Class:
-    """Declarations in the source text of a module's class.
+class _Class(NamedTuple):
+    """Declarations in the source text of a module's class."""
 
-    Attributes:
-        has_setstate: Whether it restores its state by code (`__setstate__`).
-        parameters: Names of the parameters.
-        buffers: Names of the buffers; None from old versions of torch: all tensors that are no parameters.
-    """
-
-    has_setstate: bool
-    parameters: frozenset[str]
-    buffers: frozenset[str] | None
+    has_setstate: bool  # whether it restores its state by code (`__setstate__`)
+    parameters: frozenset[str]  # the names of the parameters
+    buffers: frozenset[str] | None  # None from old versions of torch: all tensors that are no parameters
 
 
 class _Flattener:
@@ -131,9 +120,9 @@ class _Flattener:
 
     def _source(self, module: str) -> str:
         name = f"{self._archive.root}/code/{module.replace('.', '/')}.py"
-        if name not in self._archive.members:
-            raise ContainerError(f"{self._archive.file.name}: no member {name!r}", DAMAGED)
-        member = self._archive.members[name]
+        member = self._archive.members.get(name)
+        if member is None:
+            raise damaged(f"{self._archive.file.name}: no member {name!r}")
         text = read_small(member, self._code_left).decode(errors="replace")
         self._code_left -= member.size
         return text

@@ -20,28 +20,18 @@ _TRUSTED = "where you trust the file, as loading it may run code in it:"
 # What `zip` puts into an archive is read again if data.pkl is in one folder at the top.
 REPACK = "pack it again, from outside the folder that holds data.pkl: zip -0 -r weights.pth FOLDER"
 # Files in a zip archive that may be checkpoints. `unzip` takes other names for patterns.
-_WEIGHTS = re.compile(
-    r"(?!__MACOSX/|-)(?:[\w .,+=@~-]+/)*[\w.,+=@~][\w .,+=@~-]*\.(?:safetensors|pth|pth\.tar|pt|bin|ckpt)"
-)
+_WEIGHTS = r"(?!__MACOSX/|-)(?:[\w .,+=@~-]+/)*[\w.,+=@~][\w .,+=@~-]*\.(?:safetensors|pth|pth\.tar|pt|bin|ckpt)"
 _TRANSFORMERS_4 = "transformers 4 converts it: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(NEW_FOLDER)"
 
 
 class Format(NamedTuple):
-    """A file format that no loader reads.
-
-    Attributes:
-        kind: What it is.
-        step: What to do next.
-        begins: A regular expression that the first bytes match.
-        member: A regular expression that the name of a member matches, if it is a zip archive.
-        suffixes: Endings of file names, by which such a file is named in a folder without a checkpoint.
-    """
+    """A file format that no loader reads."""
 
     kind: str
-    step: str
-    begins: bytes = b""
-    member: str = ""
-    suffixes: tuple[str, ...] = ()
+    step: str  # what to do next
+    begins: bytes = b""  # a regular expression that the first bytes match
+    member: str = ""  # a regular expression that the name of a member matches, if it is a zip archive
+    suffixes: tuple[str, ...] = ()  # of file names, by which such a file is named in a folder without a checkpoint
 
 
 _ZIP = "a zip archive, but not one that torch.save or torch.jit.save wrote"
@@ -49,7 +39,13 @@ _ZIP = "a zip archive, but not one that torch.save or torch.jit.save wrote"
 # The first match is used.
 FORMATS = (
     Format("a Git LFS pointer, not the weights", "run `git lfs pull` in the clone", rb"version https://git-lfs"),
-    # Archives of files.
+    # Archives of files. The blocks of tar have 512 bytes, and a header begins with the name of the member.
+    Format(
+        "a tar archive of torch before 0.1.10 (2017)",
+        f"{_TRUSTED} torch.save(torch.load(FILE, weights_only=False), 'weights.pth')",
+        rb"(?:\./\./@PaxHeader\0.{497}(?:.{512})*?)?(?:sys_info|pickle|tensors|storages)\0",
+    ),
+    Format("a tar archive", "unpack it: tar -xf", rb".{257}ustar"),
     Format("a gzip archive", "unpack it: gunzip, or tar -xzf", rb"\x1f\x8b", suffixes=(".gz", ".tgz")),
     Format("a bzip2 archive", "unpack it: bunzip2, or tar -xjf", rb"BZh", suffixes=(".bz2",)),
     Format("an xz archive", "unpack it: unxz, or tar -xJf", rb"\xfd7zXZ\0", suffixes=(".xz",)),
@@ -132,12 +128,6 @@ FORMATS = (
     Format("JSON text, not weights", "for a sharded checkpoint, use the folder or the *.index.json", _TEXT + rb"\{"),
     Format("JSON text, not weights", "use the file with the weights", _TEXT + rb"\["),
 )
-_OLD_TAR = Format(
-    "a tar archive of torch before 0.1.10 (2017)",
-    f"{_TRUSTED} torch.save(torch.load(FILE, weights_only=False), 'weights.pth')",
-)
-_TAR = Format("a tar archive", "unpack it: tar -xf")
-_OLD_TAR_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")
 
 
 def error(file: SourceFile) -> ContainerError:
@@ -157,7 +147,7 @@ def _identify(file: SourceFile) -> tuple[str, str]:
         unfinished = f"the download or copy was not finished: {_RETRY}"
         return ("begins with zeros only" if head else "an empty file"), unfinished
     members = list(read_directory(file)) if is_zip(file) else []
-    known = _tar(head) or _known(head, members)
+    known = _known(head, members)
     if known is not None:
         return known.kind, (_unzip(members) if known.kind == _ZIP else "") or known.step
     words = b" ".join(head[:256].split())
@@ -168,12 +158,11 @@ def _identify(file: SourceFile) -> tuple[str, str]:
 
 def _unzip(members: Iterable[str]) -> str:
     """Return the command that takes a checkpoint out of a zip archive; empty if none or several are there."""
-    found = [name for name in members if _WEIGHTS.fullmatch(name)]
+    found = [name for name in members if re.fullmatch(_WEIGHTS, name)]
     if len(found) != 1:
         return f"unpack it with unzip FILE, and give one of {', '.join(found[:5])}" if found else ""
-    return (
-        f"take the checkpoint out: unzip -p FILE {shlex.quote(found[0])} > {shlex.quote(found[0].rpartition('/')[2])}"
-    )
+    name, file = found[0], found[0].rpartition("/")[2]
+    return f"take the checkpoint out: unzip -p FILE {shlex.quote(name)} > {shlex.quote(file)}"
 
 
 def _known(head: bytes, members: Iterable[str]) -> Format | None:
@@ -183,11 +172,3 @@ def _known(head: bytes, members: Iterable[str]) -> Format | None:
         if known.member and any(re.fullmatch(known.member, name) for name in members):
             return known
     return None
-
-
-def _tar(head: bytes) -> Format | None:
-    """Recognise tar archives. Their blocks have 512 bytes; a header begins with the name of the member."""
-    names = [head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)]
-    if names[0] in (*_OLD_TAR_MEMBERS, b"././@PaxHeader") and any(name in _OLD_TAR_MEMBERS for name in names):
-        return _OLD_TAR
-    return _TAR if head[257:262] == b"ustar" else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from converter.errors import ContainerError, printable
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import Storage, damaged
 from converter.storage.local_file import SourceFile
 
 MAX_DIRECTORY = 8 << 20  # bytes, for 100,000 members; directories of real checkpoints take less than one MiB
@@ -29,6 +29,7 @@ _LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 
 _STORED, _DEFLATED = 0, 8
+_ZIP64 = 1  # id of the extra field with 64-bit sizes
 _ENCRYPTED = 0x2041  # flags: encrypted, strongly encrypted, directory masked
 _SIZES_FOLLOW = 0x8  # flag of a local header that was written before its sizes and CRC were known
 _MAX_COMMENT = 0xFFFF
@@ -49,14 +50,12 @@ class _Member(NamedTuple):
 class Directory(Mapping[str, Storage]):
     """The members of a zip archive by name.
 
-    `has_checksums` is False if the CRC-32 of every member is 0.
-
     The local header of a member is read together with its data: on a hub each read is a request.
     """
 
     def __init__(self, file: SourceFile, members: dict[str, _Member]) -> None:
         self._file, self._members = file, members
-        # torch.serialization.set_crc32_options(False) makes torch write zeros.
+        # torch.serialization.set_crc32_options(False) makes torch write zeros for all members.
         self.has_checksums = any(member.crc32 for member in members.values())
 
     def __iter__(self) -> Iterator[str]:
@@ -64,9 +63,6 @@ class Directory(Mapping[str, Storage]):
 
     def __len__(self) -> int:
         return len(self._members)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._members
 
     def __getitem__(self, name: str) -> Storage:
         member = self._members[name]
@@ -106,15 +102,12 @@ def read_directory(file: SourceFile) -> Directory:
 
 
 def read_small(storage: Storage, limit: int, hint: str = "no checkpoint needs that: do not trust this file") -> bytes:
-    """Read a member and check its CRC-32.
+    """Read a member and check its CRC-32; ContainerError if it is damaged, or has more than `limit` bytes.
 
     Args:
         storage: The member.
         limit: The largest size in bytes.
         hint: The next step where the member is larger.
-
-    Raises:
-        ContainerError: The member is too large or damaged.
     """
     if storage.size > limit:
         raise ContainerError(f"{storage.file.name}: {storage.name}: {storage.size} bytes; the limit is {limit}", hint)
@@ -122,7 +115,7 @@ def read_small(storage: Storage, limit: int, hint: str = "no checkpoint needs th
 
 
 def _damaged(file: SourceFile, why: str) -> ContainerError:
-    return ContainerError(f"{file.name}: a damaged zip archive: {why}", DAMAGED)
+    return damaged(f"{file.name}: a damaged zip archive: {why}")
 
 
 # ---- locating the directory
@@ -131,13 +124,17 @@ def _damaged(file: SourceFile, why: str) -> ContainerError:
 def _locate(file: SourceFile) -> tuple[int, int, int]:
     """Offset and length of the directory, and the number of members."""
     end, record = _end_record(file)
-    _, disk, first_disk, count_here, count, length, offset, _ = _END.unpack_from(record)
+    _, disk, first_disk, *narrow, _ = _END.unpack_from(record)
     start64 = end - _LOCATOR.size
     locator = file.read(start64, _LOCATOR.size) if start64 >= 0 else b""
     if locator[:4] == b"PK\x06\x07":
         end, wide = _end64_record(file, locator, start64)
-        _check_agreement(file, (count_here, count, length, offset), wide)
-        count_here, count, length, offset = wide
+        # Two programs could see two archives in one file if the end records disagreed.
+        for bits, value, value64 in zip((16, 16, 32, 32), narrow, wide, strict=True):
+            if value not in (value64, (1 << bits) - 1):
+                raise _damaged(file, "its two end records disagree")
+        narrow = wide
+    count_here, count, length, offset = narrow
     if disk not in (0, 0xFFFF) or first_disk not in (0, 0xFFFF) or count_here != count:
         raise _damaged(file, "one part of a multi-part archive")
     if offset + length != end:
@@ -166,23 +163,14 @@ def _end_record(file: SourceFile) -> tuple[int, bytes]:
     )
 
 
-def _end64_record(file: SourceFile, locator: bytes, end: int) -> tuple[int, tuple[int, int, int, int]]:
+def _end64_record(file: SourceFile, locator: bytes, end: int) -> tuple[int, list[int]]:
     """Offset of the zip64 end record, and its counts, length and offset of the directory."""
     _, _, pos, _ = _LOCATOR.unpack(locator)
-    signature = b""
-    if pos + _END64.size <= end:
-        signature, _, _, _, _, _, *wide = _END64.unpack(file.read(pos, _END64.size))
+    record = file.read(pos, _END64.size) if pos + _END64.size <= end else bytes(_END64.size)
+    signature, *fields = _END64.unpack(record)
     if signature != b"PK\x06\x06":
         raise _damaged(file, "its zip64 end record is missing")
-    count_here, count, length, offset = wide
-    return pos, (count_here, count, length, offset)
-
-
-def _check_agreement(file: SourceFile, narrow: tuple[int, ...], wide: tuple[int, ...]) -> None:
-    """Check that the two end records agree: otherwise two programs could see two archives in one file."""
-    for bits, value, value64 in zip((16, 16, 32, 32), narrow, wide, strict=True):
-        if value not in (value64, (1 << bits) - 1):
-            raise _damaged(file, "its two end records disagree")
+    return pos, fields[5:]
 
 
 # ---- the members
@@ -207,7 +195,7 @@ def _central(file: SourceFile, data: bytes, pos: int) -> tuple[_Member, int]:
     if start > len(data):
         raise _damaged(file, "its directory is truncated")
     entry = _CENTRAL.unpack_from(data, pos)
-    (signature, _, _, flags, method, _, _, crc32, length, size, name_length, extra_length, comment_length) = entry[:13]
+    signature, _, _, flags, method, _, _, crc32, length, size, name_length, extra_length, comment_length = entry[:13]
     header = entry[16]
     middle = start + name_length
     end = middle + extra_length + comment_length
@@ -239,22 +227,17 @@ def _check_member(file: SourceFile, name: bytes, flags: int, method: int, length
 
 def _zip64(file: SourceFile, extra: bytes, *fields: int) -> list[int]:
     """The fields (size, length, header offset) with 64-bit values from the extra field where a field is 0xFFFFFFFF."""
-    wide = _extra_field(extra, 1)
+    pos, wide = 0, b""
+    while pos + 4 <= len(extra):
+        id_, length = struct.unpack_from("<2H", extra, pos)
+        if id_ == _ZIP64:
+            wide = extra[pos + 4 : pos + 4 + length]
+            break
+        pos += 4 + length
     if len(wide) < 8 * fields.count(0xFFFFFFFF):
         raise _damaged(file, "a size is missing from its directory")
     values = iter(struct.unpack_from(f"<{len(wide) // 8}Q", wide))
     return [next(values) if field == 0xFFFFFFFF else field for field in fields]
-
-
-def _extra_field(extra: bytes, wanted: int) -> bytes:
-    """The content of the extra field with the id `wanted`; empty if there is none."""
-    pos = 0
-    while pos + 4 <= len(extra):
-        id_, length = struct.unpack_from("<2H", extra, pos)
-        if id_ == wanted:
-            return extra[pos + 4 : pos + 4 + length]
-        pos += 4 + length
-    return b""
 
 
 def _text(file: SourceFile, name: bytes) -> str:

@@ -24,6 +24,7 @@ try:
 except ImportError:  # Windows, which also opens no folders, and renames and removes no open file
     fcntl = None  # type: ignore[assignment]
 
+_BACKUP = ".part.old"
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
 _STALE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
@@ -142,7 +143,7 @@ class _Temporary:
     def _replace_folder(self) -> None:
         replaced = self.path.lstat()
         if not _exchange(self.name, self.path):
-            self.path.rename(_backup_path(self.path))
+            self.path.rename(temporary_path(self.path, _BACKUP))
             self.name.rename(self.path)
             _put_back(self.path)
         # After an exchange, the temporary name is that of the old folder.
@@ -152,14 +153,12 @@ class _Temporary:
         """Remove the temporary file or folder if it belongs to this run, and release the lock."""
         if fcntl is None:
             self._release()
-        try:
-            # What cannot be removed or put back now is by the next run.
-            with suppress(OSError):
-                self._check_ownership()
-                _put_back(self.path)
-                _remove(self.name)
-        finally:
-            self._release()
+        # The next run removes or puts back what this one cannot.
+        with suppress(OSError):
+            self._check_ownership()
+            _put_back(self.path)
+            _remove(self.name)
+        self._release()
 
     def _release(self) -> None:
         fd, self.fd = self.fd, -1
@@ -173,16 +172,15 @@ def atomic_file(path: Path, force: bool) -> Iterator[int]:
         yield output.file(path)
 
 
-def temporary_path(path: Path) -> Path:
+def temporary_path(path: Path, suffix: str = ".part") -> Path:
     """Return the name under which `path` is written."""
-    return path.parent / f".{path.name}.part"
+    return path.parent / f".{path.name}{suffix}"
 
 
 def remove_stale(path: Path) -> None:
     """Remove the temporary files of a killed run for `path`, and put back a folder that it was replacing.
 
-    Raises:
-        OutputError: Another run is writing `path`, or the system refuses.
+    OutputError if another run is writing `path`, or the system refuses.
     """
     temporary = temporary_path(path)
     with output_errors(path):
@@ -195,13 +193,9 @@ def remove_stale(path: Path) -> None:
         _put_back(path)
 
 
-def _backup_path(path: Path) -> Path:
-    return path.parent / f".{path.name}.part.old"
-
-
 def _put_back(path: Path) -> None:
     """Give a replaced folder its name again, or remove it if the new one has the name."""
-    backup = _backup_path(path)
+    backup = temporary_path(path, _BACKUP)
     if os.path.lexists(backup):
         _remove(backup) if os.path.lexists(path) else backup.rename(path)
 

@@ -143,18 +143,17 @@ class FileSlice(SourceFile):
     """A part of a file as a file of its own, for formats that embed files of another one."""
 
     def __init__(self, file: SourceFile, offset: int, size: int) -> None:
-        self._file, self._offset = file, offset
-        self.name, self.path, self.size = f"{file.name}: byte {offset}", file.path, size
-        self.copy_hint = file.copy_hint
+        self.file, self.offset, self.size = file, offset, size
+        self.name, self.path, self.copy_hint = f"{file.name}: byte {offset}", file.path, file.copy_hint
 
     def close(self) -> None:
         """Do nothing: the file belongs to the one who opened it."""
 
     def _readinto(self, buffer: memoryview, offset: int) -> None:
-        self._file.readinto(buffer, self._offset + offset)
+        self.file.readinto(buffer, self.offset + offset)
 
     def check_unchanged(self) -> None:
-        self._file.check_unchanged()
+        self.file.check_unchanged()
 
 
 def exists(path: str | Path) -> bool:

@@ -243,7 +243,7 @@ def cast(base: LazyTensor, dtype: str) -> LazyTensor:
 def add_product(
     base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float, rounds_product: bool = False
 ) -> LazyTensor:
-    """Add a product of two factors to weights.
+    """Add a product of two factors to weights; ValueError if shapes do not fit, or for types of less than 16 bits.
 
     Args:
         base: The weights [out, in], or [out, in, height, width].
@@ -251,9 +251,6 @@ def add_product(
         b: The factor [out, rank], or [out, rank, 1, 1].
         scale: The factor of the product.
         rounds_product: Whether to round the product to the type of the weights before the sum too.
-
-    Raises:
-        ValueError: The shapes do not fit, or the weights are not of 16, 32 or 64 bits.
     """
     if b.shape[2:] not in ((), (1, 1)) or (b.shape[0], *a.shape[1:]) != base.shape or a.shape[0] != b.shape[1]:
         raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not fit the shape {list(base.shape)}")
@@ -263,15 +260,12 @@ def add_product(
 
 
 def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:
-    """Resample position embeddings for another number of patches.
+    """Resample position embeddings; ValueError if the shape does not fit, or the grid exceeds MAX_GRID_SIZE.
 
     Args:
         base: The embeddings.
         kind: One of POSITIONS.
         grid_size: The new number of rows and columns of patches.
-
-    Raises:
-        ValueError: The shape does not fit the kind, or the grid is larger than MAX_GRID_SIZE.
     """
     if grid_size > MAX_GRID_SIZE:
         raise ValueError(f"cannot resample to a grid of {grid_size}: larger than {MAX_GRID_SIZE}")

@@ -10,6 +10,10 @@ from converter.storage.byte_range import Storage, damaged
 from converter.storage.local_file import SourceFile
 from converter.tensors.dtypes import DType
 
+# Torch's own limits.
+MAX_DIMENSIONS = 64
+MAX_INT = 2**63 - 1  # of sizes, strides and offsets
+
 
 class TensorInfo(NamedTuple):
     """One tensor of a checkpoint. All of its elements are within its storage."""
@@ -47,6 +51,11 @@ class FileContents(Contents):
         self.ignored, self.notes = tuple(ignored), tuple(notes)
 
 
+def are_sizes(values: Iterable[Any]) -> bool:
+    """Return whether untrusted values are integers that sizes and offsets may have."""
+    return all(type(value) is int and 0 <= value <= MAX_INT for value in values)
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return row-major strides in elements, as in a new torch tensor."""
     strides, step = [], 1
@@ -74,7 +83,9 @@ def plain_tensor_info(file: SourceFile, key: str, dtype: DType, shape: tuple[int
 def checked_tensor_info(
     key: str, dtype: DType, shape: tuple[int, ...], storage: Storage, storage_offset: int, strides: tuple[int, ...]
 ) -> TensorInfo:
-    """Validate bounds and return a TensorInfo. Strides without effect are replaced by contiguous ones.
+    """Return a TensorInfo; ContainerError if an element is outside the storage.
+
+    Strides without effect are replaced by contiguous ones.
 
     Args:
         key: The tensor's name in the file.
@@ -83,9 +94,6 @@ def checked_tensor_info(
         storage: The bytes that the tensor views.
         storage_offset: The offset of the first element in the storage, in elements.
         strides: The strides in elements.
-
-    Raises:
-        ContainerError: A size, a stride or the offset is negative, or an element is outside the storage.
     """
     where = f"{storage.file.name}: tensor {key!r}"
     if min(storage_offset, *shape, *strides, 0) < 0 or len(shape) != len(strides):
