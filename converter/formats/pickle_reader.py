@@ -259,7 +259,7 @@ _BY_OPCODES: dict[str, _Handler] = {
     "0": lambda m, _: m.take(1 if m.stack else None),
     "1": lambda m, _: m.take(),
     "2": lambda m, _: m.push(m.stack[-1]),
-    "qrp": lambda m, index: m.put(index),
+    "qrp": _Machine.put,
     "\x94": lambda m, _: m.put(len(m.memo)),
     "hjg": lambda m, index: m.push(m.memo[index]),
     # Containers.
