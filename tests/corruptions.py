@@ -1269,7 +1269,8 @@ def with_mask(allowed: Callable[[Tensor, Tensor, int], Tensor]) -> Patch:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
         at = torch.arange(q.shape[2], device=q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(at[:, None], at[None], n).contiguous())
+        mask = allowed(at[:, None], at[None], n).expand(len(at), len(at))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.contiguous())
 
     return attention(attend)
 

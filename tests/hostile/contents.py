@@ -192,7 +192,7 @@ SAM_REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
         _file(lambda: {"model": sam(), "ema": sam()}), ("2 state dicts that fit: model", "--state-dict model")
     ),
     "CLIP given as SAM": (_file(clip), ("is a CLIP checkpoint, not SAM", "dsocr-convert clip")),
-    "a language model": (_file(_language_model), ("is a language model", "convert the vision encoder")),
+    "a language model": (_file(_language_model), ("is a language model", "the vision encoder")),
     "empty": (_file(dict), ("model.pth: contains no named tensors",)),
     "no tensors": (_file(lambda: {"epoch": 3, "state_dict": {}}), ("model.pth: contains no named tensors",)),
     "a list of tensors": (_file(lambda: list(sam().values())), ("model.pth",)),
