@@ -146,9 +146,16 @@ def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: 
 
 
 def attention_without_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same as `attention_with_mask`, with its arguments, but the bias is a part of the product of queries and keys.
+    """The same as `attention_with_mask`, but the bias is a part of the product of queries and keys.
 
     A query gets its biases as h + w more channels. A key gets a one at its row and one at its column.
+
+    Args:
+        q: As in `attention_with_mask`, like all others.
+        k: Keys.
+        v: Values.
+        rows: The bias of each query for keys in each row.
+        columns: The same for the columns.
     """
     h, w, scale = rows.shape[-1], columns.shape[-1], math.sqrt(q.shape[-1])
     # The product is divided by the scale. Keys take its power of two, which every type holds, and queries the rest.

@@ -177,7 +177,13 @@ def _sam_decoder(shapes: Shapes, assumptions: Assumptions, width: int) -> Json:
 
 
 def clip_documents(shapes: Shapes, assumptions: Assumptions, full_model: bool) -> tuple[Json, Json]:
-    """Both documents for CLIPModel, or for CLIPVisionModel, as in `sam_documents`. No checkpoint holds a tokenizer."""
+    """Return config.json and preprocessor_config.json for CLIPModel or CLIPVisionModel; no checkpoint has a tokenizer.
+
+    Args:
+        shapes: The shapes of the tensors by transformers' names.
+        assumptions: Values that no tensor shows.
+        full_model: Whether the text tower is there too.
+    """
     sizes = clip_config_from(shapes, **values_of(assumptions))
     vision = {"model_type": "clip_vision_model", **clip_vision_config(sizes)}
     preprocessor = {
