@@ -79,7 +79,9 @@ class Archive:
 
     def unpickled(self, globals_: Globals) -> Any:
         """The saved object."""
-        pickle = self.members[f"{self.root}/data.pkl"]
+        pickle = self.members.get(f"{self.root}/data.pkl")
+        if pickle is None:
+            raise damaged(f"{self.file.name}: no member data.pkl")
         is_large = pickle.size > MAX_PICKLE
         step = resave_step(self.file.read(pickle.offset, min(pickle.length, 4096))) if is_large else ""
         data = read_small(pickle, MAX_PICKLE, step)

@@ -6,6 +6,7 @@ that no reader may take (running code, importing, writing, opening connections).
 
 from __future__ import annotations
 
+import pkgutil
 import resource
 import sys
 import tempfile
@@ -96,13 +97,21 @@ def _forbidden(event: str, arguments: tuple[Any, ...]) -> bool:
     return event.startswith(_FORBIDDEN)
 
 
+def _import_all(name: str) -> None:
+    """Import a module, and the modules in it."""
+    for item in pkgutil.iter_modules(getattr(import_module(name), "__path__", ())):
+        import_module(f"{name}.{item.name}")
+
+
 def main() -> None:
     name = sys.argv.pop(1)
     with atheris.instrument_imports(include=["converter"], exclude=["converter.encoders"]):
         targets = import_module("fuzzing.targets")
         # Lazy imports of the program: while a target runs, an import is an escape.
-        for module in ("output.pretrained", *(["verification.record_check"] * (name == "record"))):
-            import_module(f"converter.{module}")
+        for room in ("checkpoint", "formats", "layouts", "output.pretrained", "plan"):
+            _import_all(f"converter.{room}")
+        if name == "record":
+            import_module("converter.verification.record_check")
     for codec in ("utf_16_be", "utf_16_le", "utf_32_be", "utf_32_le", "utf_8_sig", "raw_unicode_escape"):
         import_module(f"encodings.{codec}")
     warnings.simplefilter("ignore")

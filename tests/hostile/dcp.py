@@ -303,6 +303,8 @@ def refused() -> Iterator[tuple[str, Build, tuple[str, ...]]]:
     yield "a chunk that is a dict", in_chunk(lambda f: saved({KEY: sam()[KEY]})), (KEY, "no tensor")
     yield "a chunk that is sparse", in_chunk(lambda f: saved(sam()[KEY].to_sparse())), (KEY, "sparse")
     yield "a legacy chunk", in_chunk(lambda f: saved(sam()[KEY], zip=False)), (KEY, "torch.save")
+    unnamed = saved(sam()[KEY]).replace(b"/data.pkl", b"/dat\0.pkl")
+    yield "a chunk without data.pkl", in_chunk(lambda f: unnamed), (FILE, "no member data.pkl")
     yield "a chunk in safetensors", in_chunk(lambda f: safetensors.torch.save({KEY: sam()[KEY]})), (KEY, "torch.save")
     yield "a folder of safetensors", _of_safetensors, (FILE, "SerializationFormat.SAFETENSORS", "model.safetensors")
 
