@@ -1,4 +1,4 @@
-"""Converts SAM and CLIP checkpoints of any layout into DeepSeek-OCR's DeepEncoder, and into each other's layouts.
+"""Converts SAM, CLIP and Qwen2 checkpoints into DeepSeek-OCR's DeepEncoder, and from any layout into any other.
 
     import converter
     record = converter.convert("sam_vit_b_01ec64.pth", "sam")
@@ -8,7 +8,7 @@
     difference = converter.diff("before.safetensors", "after.safetensors")
     result = converter.verify("deepencoder-sam.safetensors", "sam_vit_b_01ec64.pth")
 
-They raise the exceptions of `converter.errors`.
+These functions raise the exceptions of `converter.errors`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-# The names of tensors in llama.cpp's graph, and of our stages. `{}` is the number of a layer.
+# The names of tensors in llama.cpp's graph, and of the stages. `{}` is the number of a layer.
 _STAGES = {
     "sam_output": "sam_model.net_3",
     "pre_ln": "vision_model.pre_layrnorm",
@@ -124,11 +124,11 @@ class Library:
         if not encode(vision, os.cpu_count() or 1, c.addressof(image), c.addressof(output)):
             raise SystemExit(f"{mmproj}: llama.cpp does not encode the image")
         if output.begin != embeddings.data_ptr():
-            raise SystemExit("llama.cpp moved the output: another number of tokens than it said")
+            raise SystemExit("llama.cpp wrote another number of tokens than clip_n_output_tokens said")
         return self._found, embeddings
 
     def _keep(self, tensor: int, asks: bool, data: object) -> bool:
-        """Keep the values of a named tensor of float32; called before and after each is computed."""
+        """Keep the values of a named tensor of float32; called before (`asks`) and after each tensor is computed."""
         name = self._function("ggml_get_name", c.c_char_p, c.c_void_p)(tensor).decode(errors="replace")
         if not name or name.startswith("node_"):
             return False
@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("mmproj", type=Path)
     parser.add_argument("reference", type=Path, help="what dsocr-verify --save-activations wrote, of one size")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--dtype", default="float16", help="type to save (default float16: convolutions there have it)")
+    parser.add_argument(
+        "--dtype", default="float16", help="type to save (default float16, as llama.cpp's convolutions)"
+    )
     options = parser.parse_args()
     reference = load_file(options.reference)
     size = next(iter(reference)).partition(".")[0]
@@ -172,7 +174,7 @@ def main() -> None:
     for name, tensor in activations.items():
         expected = reference[name]
         print(f"  {name}: relative error {float((tensor - expected).norm() / expected.norm()):.2e}")
-    # The library's destructors, which run at the end of the process, fail without its own program.
+    # The library's destructors, which run at the end of the process, fail outside its own module.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Expected output of `convert` and `encoder`, for `verify`: planned again from its sources."""
+"""Expected tensors of a converted file, for `verify`: its conversion is planned again."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def plan_expected(
 
     Args:
         target: The converted file.
-        sources: Checkpoints by role: source, or the family, and fill-from; for a whole DeepEncoder source, or the
-            families, compressor and queries, and into; lora in all cases.
+        sources: Checkpoints by role. Of one encoder: source (or the family), fill-from. Of a whole DeepEncoder: source
+            (or each family, compressor, queries). Of both: into, lora.
         open_file: Opens a checkpoint.
         options: The family, and the mapping, state dict, prefix and adapter name of the conversion.
         on_progress: Called as tensors are fetched from a hub.
@@ -174,9 +174,9 @@ def _finished(plan: Plan, donor: Plan | None, dtype: str) -> Plan:
 
 
 def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertOptions) -> ResolvedPlan | None:
-    """The plan by a known layout that fits the tensors that the user's mapping converts; None if none fits.
+    """Return the plan of a known layout for the tensors that the user's mapping converts; None if no layout fits.
 
-    Detection gets all tensors, then those alone that the mapping uses: it may drop what no layout knows.
+    Detection tries all tensors, then only those that the mapping uses.
     """
     used = set(_source_tensors_of(converted.plan.outputs))
     state_dict = converted.detected.state_dict
@@ -193,7 +193,7 @@ def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertO
 
 
 def _not_compared(encoder: ConvertedEncoder, plan: Plan, written: Plan, target: Converted) -> tuple[str, ...]:
-    """The file's tensors that the source lacks and may lack, so that another checkpoint supplied them."""
+    """Return optional tensors of the file that the source lacks; another checkpoint supplied them."""
     canonical = registry.canonical(encoder.family)
     values = [
         value

@@ -22,10 +22,10 @@ class EncoderOptions:
     Attributes:
         compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [width, 2*neck, 3, 3], where width is
             that of CLIP or Qwen2 (DeepSeek-OCR, GOT-OCR2 and Vary for CLIP-L; DeepSeek-OCR-2 for Qwen2-0.5B); or
-            random:SEED, uniform as a new Conv2d, see `converter.assembly.additions`. Not needed if `sam` has one.
+            random:SEED, initialised like a new nn.Conv2d (`converter.assembly.additions`). Not needed if `sam` has one.
         queries: A checkpoint with trained query_768 [144, width] and query_1024 [256, width] (DeepSeek-OCR-2); or
-            random:SEED, normal as a new Embedding. Not needed if `qwen2` has them.
-        with_projector: Also extract the projector, view_seperator and, of DeepSeek-OCR, image_newline from the source;
+            random:SEED, initialised like a new nn.Embedding. Not needed if `qwen2` has them.
+        with_projector: Also extract the projector, view_seperator and, for DeepSeek-OCR, image_newline from the source;
             from GOT-OCR2 and Vary, mm_projector_vary.
         add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
         to: "mlx" for the names and axes of mlx-vlm, "mmproj" for llama.cpp's names, types and header; by default
@@ -57,16 +57,16 @@ class EncoderOptions:
         check_choices(dtype=(self.dtype, DTYPES))
         if not re.fullmatch(r"([\w-]+\.)*", self.add_prefix):
             raise UsageError(f"--add-prefix {self.add_prefix!r}: expected names that each end in a dot, such as model.")
-        has_prefix = self.add_prefix != MODEL_PREFIX
+        changes_prefix = self.add_prefix != MODEL_PREFIX
         if self.to:
             check_choices(to=(self.to, tuple(FORMATS)))
-            refuse(f"cannot be combined with --to {self.to}", add_prefix=has_prefix)
+            refuse(f"cannot be combined with --to {self.to}", add_prefix=changes_prefix)
         if self.into is not None:
-            refuse("cannot be combined with --into", to=self.to, add_prefix=has_prefix)
+            refuse("cannot be combined with --into", to=self.to, add_prefix=changes_prefix)
         if self.lora is None:
             refuse("is for --lora", adapter_name=self.adapter_name)
         if self.clip is not None:
-            refuse("cannot be combined with --clip, which it takes the place of", qwen2=self.qwen2)
+            refuse("replaces --clip: give one of the two", qwen2=self.qwen2)
             refuse("is for Qwen2: cannot be combined with --clip", queries=self.queries)
 
     @property
@@ -76,7 +76,7 @@ class EncoderOptions:
 
     @property
     def additions(self) -> dict[str, str | Path]:
-        """The checkpoints or seeds of what joins the encoders, by option."""
+        """The checkpoints or seeds of the compressor and the queries, by option."""
         return _given(compressor=self.compressor, queries=self.queries)
 
 
@@ -85,7 +85,7 @@ def _given(**options: str | Path | None) -> dict[str, str | Path]:
 
 
 def refuse(reason: str, **options: object) -> None:
-    """UsageError for the first option that is set."""
+    """Raise UsageError for the first option that is set."""
     for name, value in options.items():
         if value:
             raise UsageError(f"--{name.replace('_', '-')}: {reason}")

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from converter.checkpoint.lora import Adapter
     from converter.hub.remote_file import RemoteFile
 
-# The configs of models: of transformers and timm, and of open_clip.
+# The model configs of transformers and timm, and of open_clip.
 CONFIG_NAMES = ("config.json", "open_clip_config.json")
-# Configs of language models with a vision tower, and of adapters that list their modules, have 50 kB.
+# Configs of language models with a vision tower, and of adapters that list their modules, take about 50 kB.
 _MAX_CONFIG = 1 << 20
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
@@ -79,7 +79,7 @@ class Checkpoint(Located):
         return self.find_config(name) is not None
 
     def read_config(self, name: str) -> dict[str, Any] | None:
-        """Parse a config that describes the files; None if there is none, ValueError for no JSON object of 1 MiB."""
+        """Parse a config that describes the files; None without one, ValueError if over 1 MiB or no JSON object."""
         open_config = self.find_config(name)
         if open_config is None:
             return None
@@ -119,7 +119,7 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
     notes = [*located.notes, *dict.fromkeys(note for each in read for note in each.notes)]
     if ignored:
         # `inspect` lists them in full.
-        notes.append(f"not imported or run: {first_names(ignored, 6)}; objects of them are ignored")
+        notes.append(f"not imported or run: {first_names(ignored, 6)}; their instances are ignored")
     fields = {**vars(located), "notes": tuple(notes)}
     return Checkpoint(**fields, containers=containers, contents=contents, ignored=ignored)
 

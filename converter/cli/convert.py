@@ -24,7 +24,7 @@ _COMMANDS = {
 
 
 class _Commands(Mapping[str, Any]):
-    """The commands by name; the module of a command is imported when it is used, so that the others cost no time."""
+    """The commands by name; the module of a command is imported only when it is used."""
 
     def __getitem__(self, name: str) -> Any:
         module, attribute = _COMMANDS[name].split(":")
@@ -43,7 +43,7 @@ class _Commands(Mapping[str, Any]):
 
 
 class _Group(TyperGroup):
-    """A group of `_Commands`."""
+    """A group of commands that are imported when they are used."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)

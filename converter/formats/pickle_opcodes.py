@@ -16,8 +16,8 @@ _MAX_SHOWN_NAME = 200  # characters of the name of a global
 # The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
 ARRAYS = rb"numpy(\._?core)?\.(multiarray|numeric)"
 
-# Next steps: for a file whose weights another program wrote as something that is not read here, for numpy arrays in
-# files of torch.save and of pickle.dump, for a pickle that is refused, and for one that is hostile.
+# Next steps, in this order: for weights of a kind that is not read here, for numpy arrays in files of torch.save and of
+# pickle.dump, for a pickle that is refused, and for a hostile one.
 RESAVE = (
     "where you trust the file, save its weights alone, which runs code of the file: "
     'torch.save(torch.load(PATH, map_location="cpu", weights_only=False)["state_dict"], "weights.pth"), '
@@ -72,7 +72,7 @@ def _byte(data: bytes, pos: int) -> tuple[int, int]:
 
 def _protocol(data: bytes, pos: int) -> tuple[int, int]:
     if data[pos] > 5:
-        raise PickleError(f"pickle protocol {data[pos]}: 0 to 5 are known", "save it again with pickle_protocol=2")
+        raise PickleError(f"pickle protocol {data[pos]}: supported are 0 to 5", "save it again with pickle_protocol=2")
     return data[pos], pos + 1
 
 
@@ -82,7 +82,7 @@ def _number(format: str) -> ArgumentReader:
 
 
 def _counted(format: str, convert: Callable[[bytes], Any] = bytes, limit: int | None = None) -> ArgumentReader:
-    """A value made of bytes, which their count precedes; an integer if the count has a limit."""
+    """Return a reader of bytes after their count; `limit` is that of the bytes of an integer."""
     layout = struct.Struct(format)
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
@@ -137,7 +137,7 @@ def _little_endian(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-# By opcodes. Those without an entry have no argument.
+# By opcode; a key may hold several. Opcodes without an entry have no argument.
 _ARGUMENTS: dict[str, ArgumentReader] = {
     "\x80": _protocol,
     "\x95": _number("<Q"),  # length of a frame
@@ -173,8 +173,8 @@ _ARGUMENTS: dict[str, ArgumentReader] = {
     "ci": _names,
 }
 
-# Bytes of memory that an opcode takes for its value and the reference to it. The smallest limits the time as well: no
-# pickle has more than four million opcodes.
+# Bytes of memory that an opcode takes for its value and the reference to it. The smallest number also limits the time:
+# at most four million opcodes fit.
 _MEMORY: dict[str, int] = {
     "FGMJIL\x8a\x8b": 40,
     "\x8cX\x8dUTVCB\x8e\x96": 64,

@@ -173,7 +173,7 @@ def _rules(node: YamlNode, variables: Variables) -> tuple[Rule, ...]:
     rules = tuple(itertools.islice(parsed, _MAX_RULES + 1))
     if len(rules) > _MAX_RULES:
         raise node.error(f"more than {_MAX_RULES} rules")
-    # The regular expressions that match names contain them all.
+    # Templates are compiled to regular expressions that contain every word.
     sizes = (name.size for rule in rules for name in rule.sources)
     if any(total > MAX_FILE_CHARS for total in itertools.accumulate(sizes)):
         raise node.error(f"the rules have more than {MAX_FILE_CHARS} characters with all words of their variables")

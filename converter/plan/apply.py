@@ -30,14 +30,14 @@ def outside_encoder(
 ) -> Callable[[str], bool]:
     """Return a function that says whether a tensor is outside the encoder.
 
-    Under a prefix is the encoder alone. Without one, the encoder's modules are those that the layout names, and those
-    that change what an encoder computes.
+    With a prefix, every name under it belongs to the encoder. Without one, the encoder consists of the modules that the
+    layout names, and of adapters.
 
     Args:
         mapping: The mapping of the source.
         prefix: The prefix of the encoder's names; empty if there is none.
         target: The canonical layout.
-        wrapper: What precedes the prefix in all names.
+        wrapper: What precedes the prefix in the encoder's names; often empty.
     """
     if prefix:
         return lambda name: not name.startswith(wrapper + prefix)
@@ -67,11 +67,12 @@ def apply(
         rules: The rules; their order does not matter.
         tensors: The tensors by name.
         source: The checkpoint's name, for error messages.
-        is_outside: Whether a tensor of that name is outside the encoder. No such tensor is an error: if no rule claims
-            it, or its rule does not fit it, it is dropped.
+        is_outside: Whether a tensor of that name is outside the encoder. Such a tensor never causes an error: it is
+            dropped if no rule claims it, or its rule does not fit.
 
     Raises:
-        MappingError: A name is claimed or produced by no rule or by two, or an operation does not fit a tensor.
+        MappingError: No rule or two rules claim a name, two rules produce one, a required rule matches nothing, a part
+            is missing, or an operation does not fit a tensor.
     """
     claims = claim(rules, tensors)
     problems = [

@@ -1,6 +1,6 @@
 """Lazy tensors: expressions over the tensors of a checkpoint, with known shape and dtype.
 
-Those that `byte_ranges` gives bytes of are copied. `converter.tensors.evaluate` computes all others with torch.
+Those that have `byte_ranges` are copied. `converter.tensors.evaluate` computes the others with torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from converter.storage.byte_range import ByteRange, Segment, cut
 from converter.tensors.dtypes import BY_NAME, INT64, DType
 from converter.tensors.tensor_info import TensorInfo
 
-# Rows and columns of the largest grid of positions: 8192 pixels in patches of 14 (CLIP-L), 1.4 GB of embeddings.
+# Rows and columns of the largest grid of positions: 8190 pixels in patches of 14 (CLIP-L), 1.4 GB of embeddings.
 MAX_GRID_SIZE = 585
 # Kinds of position embeddings for a square of n x n patches.
 POSITIONS = {
@@ -96,14 +96,14 @@ class Resample(_Lazy):
 class AddProduct(_Lazy):
     """The weights `base` + `scale` * `b` @ `a`, computed in float32 and rounded once; LoRA's sum.
 
-    Of convolutions, `a` is [rank, in, height, width] and `b` is [out, rank, 1, 1].
+    For convolutions, `a` is [rank, in, height, width] and `b` is [out, rank, 1, 1].
     """
 
     base: LazyTensor
     a: LazyTensor
     b: LazyTensor
     scale: float
-    rounds_product: bool = False  # whether the product is rounded before the sum too, as peft does for embeddings
+    rounds_product: bool = False  # whether the product is also rounded before the sum, as peft does for embeddings
     overflows: list[int] = field(default_factory=list, compare=False, repr=False)  # as in Cast
 
 
@@ -243,14 +243,14 @@ def cast(base: LazyTensor, dtype: str) -> LazyTensor:
 def add_product(
     base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float, rounds_product: bool = False
 ) -> LazyTensor:
-    """Add a product of two factors to weights; ValueError if shapes do not fit, or for types of less than 16 bits.
+    """Add a product of two factors to weights; ValueError if shapes do not fit, or for weights that are no floats.
 
     Args:
         base: The weights [out, in], or [out, in, height, width].
         a: The factor [rank, in], or [rank, in, height, width].
         b: The factor [out, rank], or [out, rank, 1, 1].
-        scale: The factor of the product.
-        rounds_product: Whether to round the product to the type of the weights before the sum too.
+        scale: The multiplier of the product.
+        rounds_product: Whether to also round the product to the type of the weights before the sum.
     """
     if b.shape[2:] not in ((), (1, 1)) or (b.shape[0], *a.shape[1:]) != base.shape or a.shape[0] != b.shape[1]:
         raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not fit the shape {list(base.shape)}")

@@ -26,8 +26,8 @@ from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check, C
 
 GROUP = "outputs"
 
-# Two noise floors, as two errors add, and half as much again, as the other implementation's may be larger. The norms
-# are of a hundred thousand elements and more, so chance hardly matters; correct conversions stay at one noise floor.
+# In noise floors: two, as two errors add, times 1.5, as the tested one may be larger. The norms are of a hundred
+# thousand elements and more, so chance hardly matters; correct conversions stay at one noise floor.
 MARGIN = 3.0
 # In float64 the noise floor is of the weights alone, not of sums and products, and layers can amplify one rounding a
 # billion times: the errors of correct conversions reached 6.4 noise floors. Any mistake is far above a hundred, as the
@@ -35,7 +35,7 @@ MARGIN = 3.0
 MARGIN_FLOAT64 = 100.0
 # The tolerance above which a comparison proves nothing.
 TOLERANCE_LIMIT = 0.3
-# Tolerances. Weights that amplify rounding errors from layer to layer made errors of 1.2 tolerances in float32.
+# In tolerances: amplified rounding errors reached 1.2 in float32.
 NEAR = 10.0
 
 # The package of our own encoders.
@@ -89,7 +89,7 @@ def compare(
     precision: torch.dtype,
     make_mistakes: MakeMistakes = lambda features: (),
 ) -> Comparison:
-    """Run an encoder and its reference on the same pixels; both models keep their weights, in whatever type.
+    """Run an encoder and its reference on the same pixels; both keep their weights, up to one rounding of float64.
 
     Args:
         tested: The converted encoder.
@@ -138,7 +138,7 @@ def _run_both(
 
 
 def _nearly_passed(check: Check, trace: Trace) -> bool:
-    """Whether errors exceed the tolerance by as little as rounding errors that layers amplify."""
+    """Return whether a check failed by at most `NEAR` tolerances, as amplified rounding errors can cause."""
     worst = max((point.error / point.tolerance for point in trace.points), default=math.inf)
     return check.verdict == FAILED and worst <= NEAR
 

@@ -144,7 +144,7 @@ OPCODES: dict[str, tuple[bytes, str]] = {
     "NEXT_BUFFER": (b"\x97", "opcode 0x97"),
     "STRING as Python 2 wrote it": (b"S'text'\n", "opcode 0x53"),
     "an opcode that there is not": (b"\xff", "opcode 0xff"),
-    "protocol 6": (b"\x80\x06N", "pickle protocol 6: 0 to 5 are known"),
+    "protocol 6": (b"\x80\x06N", "pickle protocol 6: supported are 0 to 5"),
     "a call of a text": (text("os.system") + b")R", "a call of a str"),
     "a call of a storage's type": (b"ctorch\nFloatStorage\n)R", "a call of a DType"),
     "state for a function": (b"ccollections\nOrderedDict\n}b", "state for a function, which takes none"),
