@@ -108,4 +108,4 @@ def check_choices(**choices: tuple[str, Sequence[str]]) -> None:
     """UsageError for an option whose value is not one of those allowed."""
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+            raise UsageError(f"{name} {value!r}: expected one of {', '.join(filter(None, allowed))}")

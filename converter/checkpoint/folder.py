@@ -171,7 +171,7 @@ def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[
     if unfinished:
         return f"{where}: contains an unfinished download: {_listed(unfinished)}", "download the checkpoint again"
     if not files and not folders:
-        return f"{where}: is an empty folder: contains no checkpoint", "the download was not finished: start it again"
+        return f"{where}: is an empty folder: contains no checkpoint", "if it is a download, start it again"
     if "data.pkl" in files and "data" in folders:
         return f"{where}: an unpacked file of torch.save", REPACK
     for name in (*files, *folders, PurePath(where).name):

@@ -73,8 +73,12 @@ def build_mapping(comparison: Comparison, matches: list[TensorMatch]) -> Derived
         MappingError: Rules cannot express the names.
     """
     if not matches:
-        hint = "same weights in one element type" if comparison.expected else "names of a known layout"
-        raise LayoutError(f"{comparison.source}: nothing matches {comparison.target}", f"needed are the {hint}")
+        hint = (
+            "the two must have the same weights in one element type"
+            if comparison.expected
+            else "SOURCE needs the names of a known layout; or give a checkpoint with the same weights as TARGET"
+        )
+        raise LayoutError(f"{comparison.source}: nothing matches {comparison.target}", hint)
     used, missing = {name for match in matches for name in match.sources}, comparison.missing(matches)
     unused = [name for name in comparison.tensors if name not in used]
     spec = comparison.canonical.spec
