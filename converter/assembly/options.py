@@ -66,7 +66,7 @@ class EncoderOptions:
         if self.lora is None:
             refuse("is for --lora", adapter_name=self.adapter_name)
         if self.clip is not None:
-            refuse("replaces --clip: give one of the two", qwen2=self.qwen2)
+            refuse("cannot be combined with --clip, which it replaces", qwen2=self.qwen2)
             refuse("is for Qwen2: cannot be combined with --clip", queries=self.queries)
 
     @property
