@@ -142,6 +142,11 @@ def test_stages_and_an_existing_file(first: tuple[Path, Any, Path], tmp_path: Pa
         save_activations(first[0], out, sizes=(SIZE,))
     save_activations(first[0], out, sizes=(SIZE,), stages=("output",), device="cpu", force=True)
     assert sorted(load_file(out)) == [f"{SIZE}.output"]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(first[0].read_bytes())
+    with pytest.raises(OutputError, match="is the source itself\\nchoose another path with --save-activations"):
+        save_activations(file, file, sizes=(SIZE,), force=True)
+    assert file.read_bytes() == first[0].read_bytes()
     with pytest.raises(UsageError, match=r"--stages neck: matches no stage\nstages: pixels, sam_model"):
         save_activations(first[0], tmp_path / "other", sizes=(SIZE,), stages=("neck",))
 
@@ -153,6 +158,20 @@ def test_the_projector_of_an_mmproj_is_a_stage_too(first: tuple[Path, Any, Path]
     stage = f"{SIZE}.projector"
     save_activations(tmp_path / "mmproj.gguf", tmp_path / "ref", sizes=(SIZE,), stages=("projector",), device="cpu")
     torch.testing.assert_close(load_file(tmp_path / "ref")[stage], load_file(first[2])[stage])
+
+
+@pytest.mark.parametrize("prefix", ["vision.", "a.b."])
+def test_the_projector_is_found_under_another_prefix(
+    prefix: str, first: tuple[Path, Any, Path], tmp_path: Path
+) -> None:
+    vectors = {f"model.{name}": torch.ones(6) for name in ("image_newline", "view_seperator")}
+    save_file(load_file(first[0]) | vectors, tmp_path / "model.safetensors")
+    out = tmp_path / "out.safetensors"
+    converter.encoder(tmp_path / "model.safetensors", with_projector=True, add_prefix=prefix, out=out)
+    save_activations(out, tmp_path / "ref", sizes=(SIZE,), stages=("projector",), device="cpu")
+    again = tmp_path / "again.safetensors"
+    converter.encoder(out, with_projector=True, out=again)
+    assert load_file(again).keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 def test_one_encoder_is_no_whole_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from converter.checkpoint.open import Checkpoint, open_checkpoints
 from converter.errors import LayoutError, UsageError, first_names
 from converter.formats.safetensors import write_safetensors
 from converter.options import HubOptions
-from converter.output.target import check_target
+from converter.output.target import check_not_source, check_target
 from converter.storage.atomic_output import atomic_file, output_errors
 from converter.storage.progress import OnProgress
 from converter.tensors.dtypes import FLOAT32
@@ -71,6 +71,7 @@ def save_activations(
     page = load(Path(image)) if image is not None else None
     check_target(path, force, 0, "save-activations")
     with open_checkpoints([converted], HubOptions(**hub_options)) as [opened]:
+        check_not_source(path, [opened], image, option="save-activations")
         target = open_converted(opened, on_progress)
         encoder = load_staged_encoder(target, where)
         chosen = list(sizes or default_sizes(target, where))

@@ -59,32 +59,36 @@ def _check_writable(path: Path, force: bool, needed_bytes: int, hint: str) -> No
         raise OutputError(f"{path}: {needed_bytes} bytes are needed and {free} are free", f"free some space, or {hint}")
 
 
-def check_not_source(target: Path, opened: Sequence[Checkpoint], mapping: str | Path | None = None) -> None:
+def check_not_source(
+    target: Path, opened: Sequence[Checkpoint], other: str | Path | None = None, option: str = "output"
+) -> None:
     """Raise OutputError if an output would replace an input.
 
     Args:
         target: The output.
         opened: The sources; a folder that holds one is not replaced either.
-        mapping: The mapping file.
+        other: Another input, such as a mapping file.
+        option: The option that names the output, for the message.
     """
+    hint = f"choose another path with --{option}"
     with output_errors(target):
         for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
             # Both the folder of a symbolic link and that of its target.
             if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
-                raise OutputError(f"{target}: holds the source, {file.name}", "choose another path with --output")
-    if is_source(target, opened, mapping):
-        raise OutputError(f"{target}: is the source itself", "choose another path with --output")
+                raise OutputError(f"{target}: holds the source, {file.name}", hint)
+    if is_source(target, opened, other):
+        raise OutputError(f"{target}: is the source itself", hint)
 
 
-def is_source(path: Path, opened: Sequence[Checkpoint], mapping: str | Path | None) -> bool:
+def is_source(path: Path, opened: Sequence[Checkpoint], other: str | Path | None) -> bool:
     """Return whether a path, or its temporary file, is an input.
 
     Args:
         path: The file to write.
         opened: The sources; their files and shard indices are inputs.
-        mapping: The mapping file.
+        other: Another input, such as a mapping file.
     """
-    names = [name for name in (*(source.name for source in opened), mapping) if name is not None and exists(name)]
+    names = [name for name in (*(source.name for source in opened), other) if name is not None and exists(name)]
     identities = [file.identity for source in opened for file in source.files]
     with output_errors(path):
         for candidate in (path, temporary_path(path)):

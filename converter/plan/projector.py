@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError
-from converter.layouts import registry
 from converter.plan.planner import ResolvedPlan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, reshaped
 from converter.tensors.tensor_info import TensorInfo
@@ -49,13 +48,19 @@ def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
 
 
 def projector_tensors(tensors: Mapping[str, TensorInfo], encoder_prefix: str) -> dict[str, TensorInfo | None]:
-    """Return the projector's tensors by their own names, weight and bias first; None for those that are missing."""
-    base = registry.MODEL_PREFIX if encoder_prefix.startswith(registry.MODEL_PREFIX) else ""
-    found = [
+    """Return the projector's tensors by their own names, weight and bias first; None for those that are missing.
+
+    The projector has the prefix of the model, which is that of the encoder without its last modules.
+    """
+    modules = encoder_prefix.split(".")[:-1]
+    bases = ["".join(f"{module}." for module in modules[:count]) for count in range(len(modules), -1, -1)]
+    candidates = [
         {name: tensors.get(base + name) or tensors.get(base + other) for name, other in names.items()}
+        for base in bases
         for names in _PROJECTORS
     ]
-    return next((each for each in found if any(each.values())), found[0])
+    # Of an mmproj, `v.image_newline` alone is also DeepSeek-OCR's name under `v.`.
+    return max(candidates, key=lambda found: sum(tensor is not None for tensor in found.values()))
 
 
 def read_projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
