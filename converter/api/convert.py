@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint.model_config import read_normalization
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.sources import open_sources
 from converter.errors import UsageError, first_names
@@ -73,8 +74,6 @@ def convert(
         resolved = resolve(checkpoint, convert_options, donor)
         plan, documents = resolved.plan, None
         if is_folder:
-            from converter.checkpoint.model_config import read_normalization
-
             check_folder_output(target, convert_options.layout, format)
             # Also for a dry run, which then reports contradictory sizes.
             normalization = read_normalization(opened[0], plan.remarks)

@@ -19,7 +19,7 @@ from converter.plan.plan import Plan
 from converter.plan.planner import plan_to_canonical
 from converter.storage.atomic_output import atomic_file, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
-from converter.tensors.lazy_tensor import lazy_read, nbytes, source_tensors
+from converter.tensors.lazy_tensor import all_source_tensors, lazy_read, nbytes
 
 
 def derive(
@@ -113,7 +113,7 @@ def _match_values(comparison: Comparison, checkpoints: list[Checkpoint], on_prog
     from converter.derivation.search import match_by_values
 
     for opened, tensors in zip(checkpoints, (comparison.selected, comparison.expected), strict=True):
-        opened.fetch((tensor for value in tensors.values() for tensor in source_tensors(value)), on_progress)
+        opened.fetch(all_source_tensors(tensors.values()), on_progress)
     total = sum(map(nbytes, (*comparison.selected.values(), *comparison.expected.values())))
     return match_by_values(comparison, progress_counter(on_progress, "reading", total))
 

@@ -17,7 +17,7 @@ from converter.options import HubOptions
 from converter.output.names import grouped
 from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.dtypes import BY_NAME
-from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -89,7 +89,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     pairs = {name: pair for name, pair in pairs.items() if name not in uncompared}
     same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     for side, named in zip(sides, (a, b), strict=True):
-        side.opened.fetch([tensor for value in named.values() for tensor in source_tensors(value)], on_progress)
+        side.opened.fetch(all_source_tensors(named.values()), on_progress)
     unequal = _unequal(same_shape, on_progress)
     renamed = _renamed({name: a[name] for name in removed}, {name: b[name] for name in added})
     figures = _figures(same_shape, unequal, on_progress)

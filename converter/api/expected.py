@@ -30,7 +30,7 @@ from converter.plan.projector import LLAMA_CPP, find_projector
 from converter.plan.route import complete_from, retarget
 from converter.storage.local_file import SourceFile
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import LazyTensor, cast, grid_size_of, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, cast, grid_size_of, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, own_tensors
 from converter.verification.merging import merged_by_library
@@ -91,7 +91,8 @@ def plan_expected(
         return replace(opened, adapter=None)
 
     if whole:
-        refuse("not for a whole DeepEncoder", mapping=options.mapping, state_dict=options.state_dict)
+        not_for_whole = {"mapping": options.mapping, "state_dict": options.state_dict}
+        refuse("not for a whole DeepEncoder", "leave the option out", **not_for_whole)
     plan = _expected_insertion if "into" in sources else _expected_whole if whole else _expected_encoder
     expected = plan(_Inputs(target, sources, open_source, options, on_progress))
     return merged_by_library(target, expected, adapters[0], files[0], on_progress) if adapters else expected
@@ -122,7 +123,7 @@ def _expected_encoder(inputs: _Inputs) -> Expected:
     converted = _finished(resolved.plan, donor_plan, dtype)
     reference = converted if known is resolved or known is None else _finished(known.plan, donor_plan, dtype)
     own = own_tensors((known or resolved).detected) if options.image_size is None else {}
-    needed = [*_source_tensors_of(written.outputs), *_source_tensors_of(reference.outputs), *own.values()]
+    needed = [*all_source_tensors((*written.outputs.values(), *reference.outputs.values())), *own.values()]
     read = _join_readers(checkpoints, needed, on_progress)
     return Expected(
         name=source.name,
@@ -178,14 +179,14 @@ def _known_layout(source: Checkpoint, converted: ResolvedPlan, options: ConvertO
 
     Detection tries all tensors, then only those that the mapping uses.
     """
-    used = set(_source_tensors_of(converted.plan.outputs))
+    used = set(all_source_tensors(converted.plan.outputs.values()))
     state_dict = converted.detected.state_dict
     some = {name: tensor for name, tensor in state_dict.tensors.items() if tensor in used}
     for candidate in (state_dict, state_dict._replace(tensors=some)):
         try:
             for detected in detect_layouts(source, registry.layouts(options.family), [candidate]):
                 plan = plan_to_canonical(source, detected, replace(options, mapping=None))
-                if 2 * len(used.intersection(_source_tensors_of(plan.outputs))) > len(used):
+                if 2 * len(used.intersection(all_source_tensors(plan.outputs.values()))) > len(used):
                     return ResolvedPlan(detected, plan)
         except (LayoutError, MappingError):
             continue
@@ -241,7 +242,7 @@ def _expected(
 ) -> Expected:
     """Expected output of several checkpoints; `plans` make the canonical tensors of the outputs."""
     own = {family: own_tensors(resolved.detected) for family, resolved in plans.items()}
-    needed = [*_source_tensors_of(outputs), *(tensor for each in own.values() for tensor in each.values())]
+    needed = [*all_source_tensors(outputs.values()), *(tensor for each in own.values() for tensor in each.values())]
     read = _join_readers(sources, needed, on_progress)
     return Expected(
         name=", ".join(checkpoint.name for checkpoint in sources),
@@ -318,10 +319,6 @@ def _check_not_itself(target: Converted, sources: Iterable[Checkpoint]) -> None:
         if written & {file.identity for file in source.files}:
             message = f"--source {source.name}: is the converted file itself"
             raise UsageError(message, "specify the checkpoint that it was converted from")
-
-
-def _source_tensors_of(outputs: Mapping[str, LazyTensor]) -> list[TensorInfo]:
-    return [tensor for value in outputs.values() for tensor in source_tensors(value)]
 
 
 def _join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:

@@ -13,7 +13,7 @@ from converter.output.names import overflow_warning
 from converter.output.record import function_warning
 from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import count_overflows, source_tensors
+from converter.tensors.lazy_tensor import all_source_tensors, count_overflows
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +57,9 @@ def load(
     torch_device = checked_device(device)
     with open_sources(source, convert_options, hub_options) as (checkpoints, opened, donor):
         plan = resolve(opened, convert_options, donor).plan
+        needed = all_source_tensors(plan.outputs.values())
         for checkpoint in checkpoints:
-            checkpoint.prefetch(
-                [each for value in plan.outputs.values() for each in source_tensors(value)], on_progress
-            )
+            checkpoint.prefetch(needed, on_progress)
         loader = Loader(torch_device, check)
         tensors = {}
         for name, value in plan.outputs.items():

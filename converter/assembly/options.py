@@ -64,7 +64,7 @@ class EncoderOptions:
         if self.into is not None:
             refuse("cannot be combined with --into", to=self.to, add_prefix=changes_prefix)
         if self.lora is None:
-            refuse("is for --lora", adapter_name=self.adapter_name)
+            refuse("is for --lora", "name the adapter's file or folder with --lora", adapter_name=self.adapter_name)
         if self.clip is not None:
             refuse("cannot be combined with --clip, which it replaces", qwen2=self.qwen2)
             refuse("is for Qwen2: cannot be combined with --clip", queries=self.queries)
@@ -84,8 +84,8 @@ def _given(**options: str | Path | None) -> dict[str, str | Path]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def refuse(reason: str, **options: object) -> None:
+def refuse(reason: str, hint: str = "", /, **options: object) -> None:
     """Raise UsageError for the first option that is set."""
     for name, value in options.items():
         if value:
-            raise UsageError(f"--{name.replace('_', '-')}: {reason}")
+            raise UsageError(f"--{name.replace('_', '-')}: {reason}", hint)

@@ -49,6 +49,10 @@ class _Group(TyperGroup):
         super().__init__(**attributes)
         self.commands = _Commands()  # type: ignore[assignment]
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names; the inherited method would import every command for them."""
+        return list(_COMMANDS)
+
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, **PROGRAM)
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,12 +19,10 @@ from converter import reports
 from converter.cli import console
 from converter.cli.options import Html, Json, Quiet, add_options
 from converter.cli.render import count
+from converter.comparison.difference import Block, Change, Difference, summarize
 from converter.errors import first_names
 from converter.options import HubOptions, option
 from converter.storage.progress import OnProgress
-
-if TYPE_CHECKING:
-    from converter.comparison.difference import Block, Change, Difference
 
 _MAX_NAMES = 3
 _MAX_TENSORS = 12
@@ -65,10 +63,10 @@ def diff(a: A, b: B, **options: Any) -> None:
     if html is not None:
         from converter.reports.html import difference_page
 
-        facts = [_summary(difference), in_both(difference), *names(difference)]
+        facts = [summarize(difference), in_both(difference), *names(difference)]
         reports.write(html, difference_page(difference, facts, shlex.join(["dsocr-convert", *sys.argv[1:]])))
     if json:
-        console.result_json({"summary": _summary(difference), **difference.to_json()})
+        console.result_json({"summary": summarize(difference), **difference.to_json()})
     else:
         console.result(difference.verdict)
     raise typer.Exit(0 if difference.equal else 1)
@@ -96,7 +94,7 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         width: The number of columns of the terminal.
         use_unicode: Whether to draw bars with block characters instead of ASCII.
     """
-    yield _summary(difference)
+    yield summarize(difference)
     sides = zip("AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True)
     for side, name, kinds, layouts in sides:
         layout = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
@@ -111,13 +109,6 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
         yield from _bars(difference.blocks, width, use_unicode)
         yield ""
         yield from _moved_tensors(difference.moved)
-
-
-def _summary(difference: Difference) -> str:
-    # Imported when it is needed, as all commands import this module.
-    from converter.comparison.difference import summarize
-
-    return summarize(difference)
 
 
 def in_both(difference: Difference) -> str:
@@ -173,9 +164,14 @@ def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:
     yield f"{'block':{longest}}  differ    moved"
     for block in blocks:
         differ = f"{block.differing}/{block.num_tensors}"
-        share = block.relative / (largest_move or 1.0) if math.isfinite(block.relative) else block.relative == math.inf
-        bar = _bar(share * columns, use_unicode)
+        bar = _bar(_share(block.relative, largest_move) * columns, use_unicode)
         yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
+
+
+def _share(value: float, largest: float) -> float:
+    if math.isfinite(value):
+        return value / largest if largest else 0.0
+    return float(value == math.inf)
 
 
 def _bar(length: float, use_unicode: bool) -> str:

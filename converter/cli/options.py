@@ -70,7 +70,7 @@ def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Comma
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [item for item in signature.parameters.values() if item.name != "options"]
-        added = [item for group in groups for item in _parameters(*(group if isinstance(group, tuple) else (group,)))]
+        added = [item for group in groups for item in _parameters(group)]
         parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own] + added
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -79,7 +79,8 @@ def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Comma
     return decorate
 
 
-def _parameters(cls: type, names: Collection[str] | None = None) -> Iterator[inspect.Parameter]:
+def _parameters(group: type | tuple[type, Collection[str]]) -> Iterator[inspect.Parameter]:
+    cls, names = group if isinstance(group, tuple) else (group, None)
     hints = get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         annotation = hints[item.name]

@@ -26,7 +26,6 @@ app = typer.Typer(**PROGRAM)
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
 # Options of verification that go with those on activations, those that only --save-activations takes, and others.
 _SHARED = ("image", "device", "revision", "hub", "download")
-_WITH_SAVED = ("stages", "force")
 _NOT_WITH_ACTIVATIONS = ("source", "record", "mapping", "state_dict", "prefix", "fast", "require")
 
 
@@ -78,8 +77,8 @@ def verify(converted: Converted, **options: Any) -> None:
     """Verify a conversion: structure, bytes, and outputs compared with the original implementation."""
     report = ReportOptions(**{item.name: options.pop(item.name) for item in fields(ReportOptions)})
     saved, theirs = (options.pop(name) for name in ("save_activations", "activations"))
-    stages, force = (options.pop(name) for name in _WITH_SAVED)
-    _check_activations(saved, theirs, dict(zip(_WITH_SAVED, (stages, force), strict=True)), options)
+    with_saved = {name: options.pop(name) for name in ("stages", "force")}
+    _check_activations(saved, theirs, with_saved, options)
     sizes, require = _parse_sizes(options.pop("sizes")), options.pop("require")
     source = _parse_sources(options.pop("source") or [])
     # Huge pages halve the time of large attention scores on a CPU. torch reads this when it is imported.
@@ -97,6 +96,7 @@ def verify(converted: Converted, **options: Any) -> None:
 
         shared = {"on_progress": on_progress, **{name: options[name] for name in _SHARED}}
         if saved is not None:
+            stages, force = with_saved["stages"], with_saved["force"]
             chosen = stages.split(",") if stages is not None else ()
             console.result(str(save_activations(converted, saved, sizes=sizes, stages=chosen, force=force, **shared)))
             return
@@ -121,16 +121,18 @@ def _check_activations(
     saved: Path | None, theirs: Path | None, with_saved: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """UsageError for options that do not go with the options on activations."""
-    needless = next((name for name, value in with_saved.items() if value), None)
+    needless = next((name for name, value in with_saved.items() if value not in (None, False)), None)
     if saved is None and needless:
         raise UsageError(f"--{needless}: is for --save-activations", "add --save-activations FILE.safetensors")
+    if saved is None and theirs is None:
+        return
     if saved is not None and theirs is not None:
         raise UsageError("--save-activations and --activations: choose one")
-    option = "--save-activations" if saved is not None else "--activations"
+    chosen = "--save-activations" if saved is not None else "--activations"
     refused = _NOT_WITH_ACTIVATIONS if saved is not None else (*_NOT_WITH_ACTIVATIONS, "sizes")
-    for name in refused if saved is not None or theirs is not None else ():
+    for name in refused:
         if options[name]:
-            raise UsageError(f"--{name.replace('_', '-')}: cannot be combined with {option}", "run two commands")
+            raise UsageError(f"--{name.replace('_', '-')}: cannot be combined with {chosen}", "run two commands")
 
 
 def _show(verification: Verification, report: ReportOptions) -> None:

@@ -88,10 +88,11 @@ class RangeReader:
                     raise self._repository.to_hub_error(error, self._path) from None
                 reason, retry_after = str(error), error.retry_after
             attempt = 1 if offset > attempt_start else attempt + 1
-            if attempt >= _MAX_ATTEMPTS and offset < end:
+            if offset >= end:
+                return
+            if attempt >= _MAX_ATTEMPTS:
                 raise HubError(f"{self._name}: could not be fetched in {attempt} attempts: {reason}", "try again later")
-            if offset < end:
-                self._stopped.wait(retry_wait(attempt, retry_after))
+            self._stopped.wait(retry_wait(attempt, retry_after))
 
     def _request(self, start: int, end: int, whole: bool) -> Iterator[bytes]:
         """Yield the body of one response, which may end early. If `whole`, the response may be the whole file."""

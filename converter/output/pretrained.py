@@ -180,9 +180,12 @@ def clip_documents(shapes: Shapes, assumptions: Assumptions, full_model: bool) -
     """Return config.json and preprocessor_config.json for CLIPModel or CLIPVisionModel; no checkpoint has a tokenizer.
 
     Args:
-        shapes: The shapes of the tensors by transformers' names.
-        assumptions: Values that no tensor shows.
-        full_model: Whether the text tower is there too.
+        shapes: Shapes of the tensors by canonical name.
+        assumptions: What no shape shows.
+        full_model: Whether the tensors are of the full model, not only the encoder.
+
+    Raises:
+        LayoutError: Shapes contradict each other, or a width is no multiple of the heads' width.
     """
     sizes = clip_config_from(shapes, **values_of(assumptions))
     vision = {"model_type": "clip_vision_model", **clip_vision_config(sizes)}

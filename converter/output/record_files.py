@@ -22,8 +22,10 @@ from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, sourc
 from converter.tensors.serialize import Outputs
 
 # Fields of the record that the document has as they are.
-_OUTPUT = ("family", "format", "dtype", "nbytes")
-_FINDINGS = ("dropped", "missing", "overflows", "sizes", "unusual", "assumptions")
+_COPIED = (
+    *("family", "format", "dtype", "nbytes"),
+    *("dropped", "missing", "overflows", "sizes", "unusual", "assumptions"),
+)
 
 
 class TensorDigests:
@@ -97,29 +99,7 @@ class RecordFiles:
             metadata: The metadata in the output's header, if its format has any.
             on_progress: Called as the sources are read.
         """
-        sources = _sources(record, opened, on_progress)
-        index_of = {file: index for index, source in enumerate(opened) for file in source.files}
-        tensors = {
-            name: {
-                "dtype": value.dtype.name,
-                "shape": list(value.shape),
-                "sha256": digests.hex(name),
-                # Each source tensor with an index into `sources`.
-                "from": [{"key": each.key, "source": index_of[each.storage.file]} for each in source_tensors(value)],
-                **({"generated": record.generated[name]} if name in record.generated else {}),
-            }
-            for name, value in outputs.items()
-        }
-        document: dict[str, Any] = {
-            "record": RECORD_FORMAT,
-            "tools": _tools(outputs),
-            "target": {"name": record.target, "sha256": {layout.name: layout.digest for layout in record.layouts}},
-            "sources": sources,
-            "metadata": metadata,
-            "tensors": tensors,
-            **({"merged": as_json(record.merged)} if record.merged else {}),
-            **{name: as_json(getattr(record, name)) for name in (*_OUTPUT, *_FINDINGS)},
-        }
+        document = _document(record, outputs, opened, digests, metadata, on_progress)
         names = [path.name for path in self.paths if path.suffix == ".json"]
         for path in self.paths:
             if path.suffix == ".json":
@@ -129,6 +109,40 @@ class RecordFiles:
 
             # Names of files may hold bytes that are not UTF-8.
             yield path, model_card(record, document, names).encode(errors="backslashreplace")
+
+
+def _document(
+    record: ConversionRecord,
+    outputs: Outputs,
+    opened: Sequence[Checkpoint],
+    digests: TensorDigests,
+    metadata: dict[str, str] | None,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Make the JSON document of a record; the arguments are those of `RecordFiles.contents`."""
+    sources = _sources(record, opened, on_progress)
+    index_of = {file: index for index, source in enumerate(opened) for file in source.files}
+    tensors = {
+        name: {
+            "dtype": value.dtype.name,
+            "shape": list(value.shape),
+            "sha256": digests.hex(name),
+            # Each source tensor with an index into `sources`.
+            "from": [{"key": each.key, "source": index_of[each.storage.file]} for each in source_tensors(value)],
+            **({"generated": record.generated[name]} if name in record.generated else {}),
+        }
+        for name, value in outputs.items()
+    }
+    return {
+        "record": RECORD_FORMAT,
+        "tools": _tools(outputs),
+        "target": {"name": record.target, "sha256": {layout.name: layout.digest for layout in record.layouts}},
+        "sources": sources,
+        "metadata": metadata,
+        "tensors": tensors,
+        **({"merged": as_json(record.merged)} if record.merged else {}),
+        **{name: as_json(getattr(record, name)) for name in _COPIED},
+    }
 
 
 def _tools(outputs: Mapping[str, LazyTensor]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from converter.output.target import check_not_source, check_target
 from converter.storage.atomic_output import AtomicOutput, output_errors, remove_stale, write_all
 from converter.storage.progress import OnProgress, progress_counter
 from converter.storage.stream import OnBytes, OnData
-from converter.tensors.lazy_tensor import LazyTensor, Read, count_overflows, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, Read, all_source_tensors, count_overflows
 from converter.tensors.serialize import Outputs
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _start_reading(
     opened: Sequence[Checkpoint], values: Iterable[LazyTensor], nbytes: int, on_progress: OnProgress
 ) -> OnBytes:
     """Start to fetch remote tensors in the order of `values`; return the callback for the number of bytes copied."""
-    tensors = [tensor for value in values for tensor in source_tensors(value)]
+    tensors = all_source_tensors(values)
     for source in opened:
         source.prefetch(tensors, on_progress)
     if any(source.remote for source in opened):

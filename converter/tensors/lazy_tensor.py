@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -153,6 +153,11 @@ def is_arange(value: LazyTensor) -> bool:
 def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
     """Yield the checkpoint tensors that a lazy tensor reads, in order."""
     return (part.tensor for part in _expressions(value) if isinstance(part, Read))
+
+
+def all_source_tensors(values: Iterable[LazyTensor]) -> list[TensorInfo]:
+    """Return the checkpoint tensors that several lazy tensors read."""
+    return [tensor for value in values for tensor in source_tensors(value)]
 
 
 def stored_parts(tensor: TensorInfo) -> Iterator[TensorInfo]:
