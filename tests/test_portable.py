@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import models
@@ -112,6 +113,25 @@ def test_a_folder_is_replaced_over_what_a_killed_run_left(sources: Path, tmp_pat
         write_folder(sources, tmp_path, False)
     assert digests(tmp_path) == written
     write_folder(sources, tmp_path, True)
+    assert digests(tmp_path) == written
+
+
+def test_a_folder_comes_back_where_the_new_one_is_gone(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may take the temporary folder for that of a killed run where there are no locks."""
+    write_folder(sources, tmp_path, False)
+    written, rename = digests(tmp_path), Path.rename
+
+    def removed(path: Path, target: Path) -> Path:
+        if path.name == ".a.part":
+            shutil.rmtree(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", removed)
+    # Where folders are exchanged in one step, nothing is renamed, and there is no error.
+    with suppress(OutputError):
+        write_folder(sources, tmp_path, True)
     assert digests(tmp_path) == written
 
 

@@ -144,8 +144,12 @@ class _Temporary:
         replaced = self.path.lstat()
         if not _exchange(self.name, self.path):
             self.path.rename(temporary_path(self.path, _BACKUP))
-            self.name.rename(self.path)
-            _put_back(self.path)
+            try:
+                self.name.rename(self.path)
+            finally:
+                # The next run puts back or removes what this one cannot.
+                with suppress(OSError):
+                    _put_back(self.path)
         # After an exchange, the temporary name is that of the old folder.
         self._stat = replaced
 
@@ -153,12 +157,13 @@ class _Temporary:
         """Remove the temporary file or folder if it belongs to this run, and release the lock."""
         if fcntl is None:
             self._release()
-        # The next run removes or puts back what this one cannot.
-        with suppress(OSError):
-            self._check_ownership()
-            _put_back(self.path)
-            _remove(self.name)
-        self._release()
+        try:
+            # The next run removes what this one cannot.
+            with suppress(OSError):
+                self._check_ownership()
+                _remove(self.name)
+        finally:
+            self._release()
 
     def _release(self) -> None:
         fd, self.fd = self.fd, -1
