@@ -14,13 +14,13 @@ from itertools import cycle
 
 from converter.errors import ContainerError
 from converter.formats import strict_json
-from converter.storage.byte_range import DAMAGED, Storage
+from converter.storage.byte_range import damaged
 from converter.storage.local_file import SourceFile
 from converter.storage.stream import OnBytes, OnData
 from converter.tensors.dtypes import BY_NAME, DType, quantised
 from converter.tensors.lazy_tensor import Generated, LazyTensor, nbytes
 from converter.tensors.serialize import Outputs, write_tensors
-from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strides
+from converter.tensors.tensor_info import Contents, TensorInfo, plain_tensor_info
 
 CONTAINER = "GGUF"
 
@@ -73,9 +73,8 @@ def load(file: SourceFile) -> Contents:
         begin = _aligned(pos, alignment)
         if start + offset != begin:
             raise header.damaged(f"tensor {name!r} is at byte {offset} of the data; expected {begin - start}")
-        pos = begin + dtype.nbytes(math.prod(shape))
-        storage = Storage(file, (begin, pos), pos - begin, pos - begin, name)
-        tensors[name] = TensorInfo(name, dtype, shape, storage, 0, contiguous_strides(shape))
+        tensors[name] = tensor = plain_tensor_info(file, name, dtype, shape, begin)
+        pos = begin + tensor.nbytes
     if not tensors:
         raise ContainerError(
             f"{file.name}: a GGUF file without tensors",
@@ -97,14 +96,14 @@ def stored_keys(file: SourceFile) -> dict[str, bytes]:
 
 def decoded(stored: bytes) -> object:
     """Return a value of `stored_keys`: a number, a flag or a list of such; None for texts."""
-    kind, count, begin = *struct.unpack_from("<I", stored), 1, 4
-    is_list = kind == _ARRAY
-    if is_list:
-        kind, count, begin = *struct.unpack_from("<IQ", stored, begin), 16
-    if kind not in _SCALARS:
-        return None
-    values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", stored, begin)
-    return list(values) if is_list else values[0]
+    (kind,) = struct.unpack_from("<I", stored)
+    if kind in _SCALARS:
+        return struct.unpack_from(f"<{_SCALARS[kind]}", stored, 4)[0]
+    if kind == _ARRAY:
+        kind, count = struct.unpack_from("<IQ", stored, 4)
+        if kind in _SCALARS:
+            return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", stored, 16))
+    return None
 
 
 class _Header:
@@ -115,7 +114,7 @@ class _Header:
         self._window, self._start = b"", 0
 
     def damaged(self, why: str) -> ContainerError:
-        return ContainerError(f"{self.file.name}: damaged GGUF file: {why}", DAMAGED)
+        return damaged(f"{self.file.name}: damaged GGUF file: {why}")
 
     def skip(self, length: int) -> None:
         self.pos += length
@@ -184,8 +183,8 @@ def _alignment(header: _Header, keys: Mapping[str, tuple[int, int]]) -> int:
     """Return the alignment of the tensors."""
     if _ALIGNMENT_KEY not in keys:
         return _ALIGNMENT
-    stored = header.file.read(*keys[_ALIGNMENT_KEY])
-    kind, alignment = struct.unpack("<II", stored) if len(stored) == 8 else (0, 0)
+    begin, length = keys[_ALIGNMENT_KEY]
+    kind, alignment = struct.unpack("<II", header.file.read(begin, 8)) if length == 8 else (0, 0)
     if kind != _UINT32 or not alignment or alignment & (alignment - 1):
         raise header.damaged(f"{_ALIGNMENT_KEY} must be an unsigned 32-bit power of two")
     return int(alignment)
@@ -285,7 +284,7 @@ def _without_padding(on_data: OnData, sizes: Iterable[int]) -> OnData:
 def _header_of(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(outputs), len(keys))]
     for key, value in keys.items():
-        parts += [_text(key), value if isinstance(value, bytes) else _encoded(value)]
+        parts += [_text(key), _encoded(value)]
     offset = 0
     for name, tensor in outputs.items():
         shape = tensor.shape[::-1]
@@ -300,8 +299,10 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _encoded(value: str | bool | int | float | list[float]) -> bytes:
-    """Return the type of a value, and its bytes."""
+def _encoded(value: Value) -> bytes:
+    """Return the type of a value, and its bytes; bytes are such already."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, list):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from converter.errors import ContainerError
 
 _MAX_INT_BYTES = 1024
 _MAX_INT_DIGITS = 2466  # the same number in decimal
+_T = TypeVar("_T")
 _MAX_SHOWN_NAME = 200  # characters of the name of a global
 
 # The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
@@ -184,8 +185,14 @@ _MEMORY: dict[str, int] = {
     "\x8f\x91": 256,
 }
 
-# By opcode.
-ARGUMENTS = [
-    next((read for codes, read in _ARGUMENTS.items() if chr(code) in codes), _constant(None)) for code in range(256)
-]
-MEMORY = [next((size for codes, size in _MEMORY.items() if chr(code) in codes), 16) for code in range(256)]
+
+def by_opcode(table: Mapping[str, _T], default: _T) -> list[_T]:
+    """Return the values by opcode, from a table whose keys are one or more opcodes each."""
+    values = [default] * 256
+    for codes, value in table.items():
+        for code in codes:
+            values[ord(code)] = value
+    return values
+
+
+ARGUMENTS, MEMORY = by_opcode(_ARGUMENTS, _constant(None)), by_opcode(_MEMORY, 16)

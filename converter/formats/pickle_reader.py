@@ -13,7 +13,16 @@ from types import FunctionType
 from typing import Any
 
 from converter.errors import ContainerError
-from converter.formats.pickle_opcodes import ARGUMENTS, MEMORY, NEXT_STEP, RESAVE, PickleError, full_name, hostile_error
+from converter.formats.pickle_opcodes import (
+    ARGUMENTS,
+    MEMORY,
+    NEXT_STEP,
+    RESAVE,
+    PickleError,
+    by_opcode,
+    full_name,
+    hostile_error,
+)
 from converter.storage.byte_range import DAMAGED
 
 # Limits of one pickle. Real checkpoints are far below each of them: a tensor takes 200 bytes of the pickle.
@@ -281,4 +290,4 @@ _BY_OPCODES: dict[str, _Handler] = {
     "b": _Machine.build,
     "Q": _Machine.binpersid,
 }
-_HANDLERS = [next((run for codes, run in _BY_OPCODES.items() if chr(code) in codes), _unknown) for code in range(256)]
+_HANDLERS: list[_Handler] = by_opcode(_BY_OPCODES, _unknown)

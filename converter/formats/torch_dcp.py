@@ -197,7 +197,9 @@ class _Reader:
             whole = _fitted(chunks, shape)
         except ValueError as error:
             raise self._damaged(f"{name!r}: its chunks {error}") from None
-        tensor = plain_tensor_info(chunks[0].file.file, key, dtype, shape, chunks[0].file.offset)
+        first = chunks[0].file
+        span = first.offset, first.offset + first.size
+        tensor = tensor._replace(storage=tensor.storage._replace(file=first.file, span=span))
         return tensor._replace(assemble=cache(partial(_assembled, tensor, whole)))
 
     def _chunks(self, name: str, tensor: TensorInfo, blocks: Any, places: _Places) -> Iterator[_Chunk]:

@@ -66,12 +66,6 @@ class ByteRange(NamedTuple):
         """Return the bytes; a checksum of the whole storage is not checked."""
         return self.storage.file.read(self.storage.offset + self.start, self.length)
 
-    def read_checked(self) -> bytes:
-        """Return the bytes, after the whole storage was checked if it has a checksum."""
-        if self.storage.crc32 is None:
-            return self.read()
-        return self.storage.read()[self.start : self.start + self.length]
-
 
 # Bytes to write: copied from a file, or generated (position_ids, a random compressor).
 Segment = ByteRange | bytes

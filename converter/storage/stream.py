@@ -124,6 +124,19 @@ class Copier:
             length -= len(part)
 
 
+def read_checked(segments: Iterable[Segment]) -> bytes:
+    """Return the bytes of segments; a storage with a CRC is checked once."""
+    checker, parts = CrcChecker(), list[bytes | bytearray]()
+    for segment in segments:
+        if isinstance(segment, bytes):
+            parts.append(segment)
+            continue
+        part = bytearray(segment.length)
+        checker.read(segment, [memoryview(part)])
+        parts.append(part)
+    return b"".join(parts)
+
+
 class CrcChecker:
     """Reads byte ranges and checks the CRCs of their storages."""
 

@@ -1,6 +1,7 @@
 """Lazy tensors: expressions over the tensors of a checkpoint, with known shape and dtype.
 
-Those that have `byte_ranges` are copied. `converter.tensors.evaluate` computes the others with torch.
+Those that have `byte_ranges` are copied. `converter.tensors.evaluate` computes the others with torch;
+`converter.tensors.serialize` widens bfloat16 to float32 without it.
 """
 
 from __future__ import annotations
@@ -187,20 +188,24 @@ def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
     """Return the number of finite values that became infinite or NaN in each tensor that was computed."""
     numbers = {}
     for name, value in outputs.items():
-        numbers[name] = sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
-    return {name: number for name, number in numbers.items() if number}
+        number = sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
+        if number:
+            numbers[name] = number
+    return numbers
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
     """Concatenate tensors of one dtype along `dim`; consecutive slices that cover one tensor give that tensor."""
-    positions = _positions(parts, dim)
-    shape = (*parts[0].shape[:dim], positions.pop(), *parts[0].shape[dim + 1 :])
-    base = parts[0].base if isinstance(parts[0], Slice) else None
-    if base is not None and base.shape == shape:
-        slices = [(part.base is base, part.dim, part.start) if isinstance(part, Slice) else None for part in parts]
-        if slices == [(True, dim, position) for position in positions]:
+    *starts, size = _positions(parts, dim)
+    first = parts[0]
+    if isinstance(first, Slice) and first.base.shape[dim] == size:
+        base, consecutive = first.base, zip(parts, starts, strict=True)
+        if all(
+            isinstance(part, Slice) and part.base is base and (part.dim, part.start) == (dim, start)
+            for part, start in consecutive
+        ):
             return base
-    return Concat(parts[0].dtype, shape, parts, dim)
+    return Concat(first.dtype, (*first.shape[:dim], size, *first.shape[dim + 1 :]), parts, dim)
 
 
 def _positions(parts: tuple[LazyTensor, ...], dim: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.storage.atomic_output import write_all
 from converter.storage.byte_range import Segment, merge
-from converter.storage.stream import BackgroundWriter, Copier, OnBytes, OnData, Write
+from converter.storage.stream import BackgroundWriter, Copier, OnBytes, OnData, Write, read_checked
 from converter.tensors.lazy_tensor import Cast, LazyTensor, View, byte_ranges
 
 # Output tensors by name, in the order of the file.
@@ -59,7 +59,7 @@ def _computed(value: LazyTensor) -> memoryview:
     if isinstance(value, Cast) and (value.base.dtype.name, value.dtype.name) == ("bfloat16", "float32"):
         ranges = byte_ranges(value.base)
         if ranges is not None:
-            return _widened(b"".join(part if isinstance(part, bytes) else part.read_checked() for part in ranges))
+            return _widened(read_checked(merge(ranges)))
     from converter.tensors.evaluate import tensor_bytes
 
     return tensor_bytes(value)
