@@ -373,6 +373,13 @@ def test_one_sentence_says_what_a_training_changed(folder: Path, tmp_path: Path)
     safetensors.torch.save_file({n: v.bfloat16() for n, v in exact.items()}, tmp_path / "b.safetensors")
     cast = summarize(diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
     assert cast.startswith("no block moved; the SAM encoder is A's in value, but not in type; ")
+    # One encoder was trained, the other only cast.
+    trained = {n: (v * 1.5 if n.startswith("vision_model.") else v).bfloat16() for n, v in exact.items()}
+    safetensors.torch.save_file(trained, tmp_path / "b.safetensors")
+    difference = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (difference.encoders, difference.cast) == ({"sam": False, "clip": False}, ["sam"])
+    sentence = summarize(difference)
+    assert sentence.endswith("; the SAM encoder is A's in value, but not in type; the CLIP encoder is not A's")
     assert "head by nan" in summary({"head.3.x": torch.full((2,), math.nan)})
     run_ = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json", cwd=tmp_path)
     first, document = run_.stderr.splitlines()[0], json.loads(run_.stdout)
@@ -390,7 +397,7 @@ def test_names_are_in_the_order_of_their_numbers() -> None:
 
 def moved(relative: float, count: int = 3) -> Difference:
     blocks = [Block(f"layers.{i}", 2, int(i > 0), relative * i, 0.1) for i in range(count)]
-    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks, {}, {})
+    return Difference("a", "b", [["x"], ["x"]], [[], []], [], [], [], [], [], [], {}, blocks, {}, {}, [])
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
@@ -520,7 +527,8 @@ def test_memory_does_not_grow_and_equal_checkpoints_take_no_torch(equal: bool, t
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = map(float, done.stdout.split())
-    assert large - small < 8
+    # The files have 90 MiB more; torch's threads and the allocator take some MiB that vary.
+    assert large - small < 24
 
 
 def test_figures_agree_with_torch_over_many_pieces() -> None:

@@ -95,6 +95,9 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     figures = _figures(same_shape, unequal, on_progress)
     differ = [name for name in pairs if name in unequal or name not in same_shape]
     same = [name for name in same_shape if name not in unequal]
+    changed = [_change(name, pairs[name], figures.get(name)) for name in differ]
+    same_values = {*same, *(change.name for change in changed if change.differing == 0)}
+    equal = {family: names.issubset(same) for family, names in aligned.encoders.items()}
     return Difference(
         a=sides[0].opened.name,
         b=sides[1].opened.name,
@@ -103,13 +106,14 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         names=aligned.layouts,
         notes=notes,
         same=same,
-        changed=[_change(name, pairs[name], figures.get(name)) for name in differ],
+        changed=changed,
         removed=[name for name in removed if name not in renamed],
         added=[name for name in added if name not in renamed.values()],
         renamed=renamed,
         blocks=_blocks(same_shape, unequal, figures),
         uncompared=uncompared,
-        encoders={family: names.issubset(same) for family, names in aligned.encoders.items()},
+        encoders=equal,
+        cast=[family for family, names in aligned.encoders.items() if names <= same_values and not equal[family]],
     )
 
 

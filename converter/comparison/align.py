@@ -82,8 +82,11 @@ def align(a: Side, b: Side) -> AlignedTensors:
     for side, prefix in (("A", one), ("B", other)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {side}'s names")
-    a_named, b_named = ({name: lazy_read(tensor) for name, tensor in own.items()} for own in (left_own, right_own))
-    return AlignedTensors(a_named, b_named, [], notes, {})
+    return AlignedTensors(_read(left_own), _read(right_own), [], notes, {})
+
+
+def _read(tensors: Mapping[str, TensorInfo]) -> Named:
+    return {name: lazy_read(tensor) for name, tensor in tensors.items()}
 
 
 def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:

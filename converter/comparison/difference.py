@@ -109,6 +109,7 @@ class Difference:
         blocks: The layers and other modules.
         uncompared: The tensors of both that were not compared, as they are not plain bytes in a file, with their kind.
         encoders: Whether the encoder of each family that both have is bit for bit the same.
+        cast: The families whose encoders are equal in every value, but not in type.
     """
 
     a: str
@@ -125,6 +126,7 @@ class Difference:
     blocks: list[Block]
     uncompared: dict[str, str]
     encoders: dict[str, bool]
+    cast: list[str]
 
     @property
     def equal(self) -> bool:
@@ -186,14 +188,10 @@ def summarize(difference: Difference) -> str:
         parts.append("no block moved")
     if moved and frozen:
         parts.append(f"not at all (frozen): {first_names(list(frozen), _MAX_GROUPS)}")
-    only_cast = all(change.differing == 0 for change in difference.changed) and not (
-        difference.removed or difference.added or difference.renamed
-    )
-    same = "bit for bit A's"
-    other = "A's in value, but not in type" if only_cast else "not A's"
-    parts += [
-        f"the {family.upper()} encoder is {same if equal else other}" for family, equal in difference.encoders.items()
-    ]
+    for family, equal in difference.encoders.items():
+        other = "A's in value, but not in type" if family in difference.cast else "not A's"
+        same = "bit for bit A's" if equal else other
+        parts.append(f"the {family.upper()} encoder is {same}")
     return "; ".join(parts) or "no tensor of the same name and shape is in both"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from converter.comparison.difference import Figures
-from converter.comparison.streams import Pairs, Stream
+from converter.comparison.streams import ByteReader, Pairs, Stream
 from converter.tensors.evaluate import bit_view, torch_dtype
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, sliced
 
@@ -55,9 +55,10 @@ def measure_values(tensors: Mapping[str, LazyTensor], count: Callable[[int], Non
     """Measure the values of each tensor of real numbers; `count` is called with the number of bytes measured."""
     found = {name: Values() for name in tensors}
     with _one_thread(), Stream(tensors.values()) as stream:
+        reader = ByteReader(stream)
         for name, tensor in tensors.items():
             for size in _piece_sizes(tensor):
-                found[name] = found[name].plus(_values(_elements(stream, tensor, size)))
+                found[name] = found[name].plus(_values(_elements(reader, tensor, size)))
                 count(size * tensor.dtype.itemsize)
     return found
 
@@ -74,9 +75,10 @@ def measure(pairs: Pairs, count: Callable[[int], None]) -> dict[str, Figures]:
     found = {name: Figures() for name in pairs}
     left, right = Stream(a for a, _ in pairs.values()), Stream(b for _, b in pairs.values())
     with _one_thread(), left, right:
+        readers = ByteReader(left), ByteReader(right)
         for name, (a, b) in pairs.items():
             for size in _piece_sizes(a):
-                found[name] = found[name].plus(_figures(_elements(left, a, size), _elements(right, b, size)))
+                found[name] = found[name].plus(_figures(_elements(readers[0], a, size), _elements(readers[1], b, size)))
                 count(size * a.dtype.itemsize)
     return found
 
@@ -98,8 +100,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _elements(stream: Stream, value: LazyTensor, count: int) -> torch.Tensor:
-    return torch.frombuffer(stream.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
+def _elements(reader: ByteReader, value: LazyTensor, count: int) -> torch.Tensor:
+    return torch.frombuffer(reader.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
 
 
 def _values(piece: torch.Tensor) -> Values:

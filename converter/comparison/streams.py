@@ -35,7 +35,6 @@ class Stream:
         for _ in range(2):
             self._free.put(memoryview(bytearray(BUFFER)))
         self._thread = Thread(target=self._run, name="reader")
-        self._buffers, self._rest = iter(self), memoryview(b"")
 
     def __enter__(self) -> Stream:
         self._thread.start()
@@ -52,16 +51,6 @@ class Stream:
                 raise full
             yield full
             self._free.put(memoryview(full.obj))
-
-    def take(self, count: int) -> bytearray:
-        """Read the next `count` bytes of a stream that is not iterated."""
-        taken = bytearray()
-        while len(taken) < count:
-            self._rest = self._rest or next(self._buffers)
-            part = self._rest[: count - len(taken)]
-            self._rest = self._rest[len(part) :]
-            taken += part
-        return taken
 
     def _run(self) -> None:
         try:
@@ -80,6 +69,24 @@ class Stream:
         return free
 
 
+class ByteReader:
+    """Reads a stream, of which nothing else has read, in pieces of any size."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._buffers = iter(stream)
+        self._rest = memoryview(b"")
+
+    def take(self, count: int) -> bytearray:
+        """Read the next `count` bytes."""
+        taken = bytearray()
+        while len(taken) < count:
+            self._rest = self._rest or next(self._buffers)
+            part = self._rest[: count - len(taken)]
+            self._rest = self._rest[len(part) :]
+            taken += part
+        return taken
+
+
 def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
     """Return the names of the pairs whose bytes differ.
 
@@ -94,7 +101,8 @@ def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
         for a, b in zip(left, right, strict=True):
             # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale
             # bytes: they can only cause a needless look at the tensors, of which no stale byte is part.
-            index, start = bisect_right(ends, offset), len(a) if a.obj == b.obj else 0
+            index = bisect_right(ends, offset)
+            start = 0 if a.obj != b.obj else len(a)
             while start < len(a):
                 end = min(ends[index] - offset, len(a))
                 if bytes(a[start:end]) != bytes(b[start:end]):

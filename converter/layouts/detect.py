@@ -17,7 +17,7 @@ from converter.options import ConvertOptions
 from converter.tensors.tensor_info import TensorInfo
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class DetectedLayout:
     """A state dict and the layout of an encoder in it."""
 
@@ -135,7 +135,11 @@ def detect_layouts(
 
 def detect_families(source: Checkpoint, prefix: str | None = None) -> dict[str, list[DetectedLayout]]:
     """Return the encoders of a checkpoint by family, of those families that it has; `prefix` is that of their names."""
-    candidates = select_state_dicts(source, None, prefix)
+    return detect_families_in(source, select_state_dicts(source, None, prefix))
+
+
+def detect_families_in(source: Checkpoint, candidates: list[StateDict]) -> dict[str, list[DetectedLayout]]:
+    """Return the encoders of some state dicts by family, of those families that they have."""
     found = {family: detect_layouts(source, registry.layouts(family), candidates) for family in registry.families()}
     return {family: detected for family, detected in found.items() if detected}
 

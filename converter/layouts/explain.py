@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from converter.checkpoint.adapter import factor_names, is_wrapped
+from converter.checkpoint.adapter_config import CONFIG, base_model_of, read_adapter_config
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
 from converter.errors import LayoutError, OtherFamilyError, SourceError, printable
@@ -89,10 +91,6 @@ def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_chann
         family: The family, for the next step.
         is_channels_last: Whether the layout stores convolutions channels last.
     """
-    # Imported here, as detection imports this module.
-    from converter.checkpoint.adapter import factor_names, is_wrapped
-    from converter.checkpoint.adapter_config import CONFIG, base_model_of, read_adapter_config
-
     factors = factor_names(tensors)
     base = base_model_of(source) if factors else None
     merge = f"dsocr-convert {family} {{}} --lora {printable(source.name)}"

@@ -90,6 +90,7 @@ _QUANTISED = (
 _PLAIN_VIT = "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer"
 # Names that only vision transformers have.
 _VISION_TRANSFORMER = "class_embedding|cls_token|patch_embed"
+_VISION = rf"{_VISION_TRANSFORMER}|\b(visual|vision\w*)\."
 _ARCHITECTURES = (
     _Rule("is SAM 2 (a Hiera encoder)", r"\btrunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem"),
     _Rule("is SAM 2 (a Hiera encoder)", r"vision_encoder\.backbone\.blocks\.0\."),
@@ -140,7 +141,9 @@ _ARCHITECTURES = (
         r"\bqwen2_model\.|\b(resample_)?query_(768|1024)",
         hint="its encoders convert: dsocr-convert sam ..., dsocr-convert qwen2 ...",
     ),
-    _Rule("is a ViT with layer scales (DINOv2)", r"\b(ls1(\.gamma)?|layer_scale1\.lambda1|lambda_1|gamma_1)$"),
+    _Rule(
+        "is a ViT with layer scales (DINOv2, InternViT)", r"\b(ls1(\.gamma)?|layer_scale1\.lambda1|lambda_1|gamma_1)$"
+    ),
     _Rule("is SAM 3 (a Perception Encoder)", r"\bdetector\.backbone\.vision_backbone\."),
     _Rule("is a RepViT, as in RepViT-SAM", r"\bfeatures\.\d+\.token_mixer\."),
     _Rule("is a YOLO, as FastSAM is", r"\bdfl\.conv\.weight$"),
@@ -172,11 +175,12 @@ def find_mark(tensors: Tensors, is_channels_last: bool = False) -> Mark | None:
 
     With `is_channels_last`, a layout describes convolutions as MLX stores them.
     """
+    kinds = _kinds(tensors)
     return (
-        _by_names(tensors, (*_ADAPTERS, *_QUANTISED))
+        _by_names(tensors, kinds, (*_ADAPTERS, *_QUANTISED))
         or _not_gathered(tensors)
         or _packed_weights(tensors)
-        or find_architecture(tensors)
+        or _by_names(tensors, kinds, _ARCHITECTURES)
         or find_half_transposed(tensors)
         or (None if is_channels_last else _channels_last(tensors))
         or _unreadable(tensors)
@@ -185,12 +189,12 @@ def find_mark(tensors: Tensors, is_channels_last: bool = False) -> Mark | None:
 
 def find_architecture(tensors: Tensors) -> Mark | None:
     """Return which other architecture tensors show, or None."""
-    return _by_names(tensors, _ARCHITECTURES)
+    return _by_names(tensors, _kinds(tensors), _ARCHITECTURES)
 
 
 def has_vision_encoder(names: Iterable[str]) -> bool:
     """Return whether some names are those of a vision encoder, of whatever architecture."""
-    return any(re.search(rf"{_VISION_TRANSFORMER}|\b(visual|vision\w*)\.", name) for name in names)
+    return _occurs(_VISION, names)
 
 
 def find_adapters(names: Iterable[str]) -> list[str]:
@@ -198,16 +202,24 @@ def find_adapters(names: Iterable[str]) -> list[str]:
     return [name for name in names if re.search(_ADAPTER, name)]
 
 
-def _by_names(tensors: Tensors, rules: Iterable[_Rule]) -> Mark | None:
-    # Names that differ in layer indices alone count once: there can be a hundred thousand. The lowest indices stay.
+def _kinds(tensors: Tensors) -> list[str]:
+    """Return one name of those that differ in layer indices alone, of which there can be a hundred thousand."""
     kinds: dict[str, str] = {}
+    # The lowest indices stay.
     for name in sorted(tensors, key=lambda name: (len(name), name)):
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "", name), name)
+    return list(kinds.values())
+
+
+def _by_names(tensors: Tensors, kinds: list[str], rules: Iterable[_Rule]) -> Mark | None:
     for rule in rules:
-        found = [[name for name in kinds.values() if re.search(pattern, name)] for pattern in rule.patterns]
-        if all(found) and not (rule.absent and any(re.search(rule.absent, name) for name in kinds.values())):
+        if all(_occurs(each, kinds) for each in rule.patterns) and not (rule.absent and _occurs(rule.absent, kinds)):
             return Mark(rule.what, rule.hint, [name for name in tensors if re.search(rule.patterns[0], name)])
     return None
+
+
+def _occurs(pattern: str, names: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _not_gathered(tensors: Tensors) -> Mark | None:

@@ -57,7 +57,7 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule.inverse() for rule in rules if rule.targets)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayoutSpec:
     """Base of canonical layouts and mappings."""
 
@@ -86,7 +86,7 @@ class LayoutSpec:
         raise NotImplementedError
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayoutMapping(LayoutSpec):
     """Rules that convert a layout to the family's canonical layout."""
 
@@ -121,7 +121,7 @@ class TensorSpec(NamedTuple):
     positions: str = ""  # The kind of position embeddings, which `--image-size` resamples; empty for other tensors
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CanonicalLayout(LayoutSpec):
     """The tensors of the DeepEncoder. All conversions between layouts of a family go through this layout."""
 

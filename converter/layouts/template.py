@@ -55,10 +55,17 @@ class Field(NamedTuple):
 
     def fill(self, value: str) -> str:
         """Return the text for a value of the variable; ValueError if an index would be negative."""
-        shifted = str(int(value) + self.offset) if self.offset else value
-        if shifted.startswith("-") and self.offset:
+        if not self.offset:
+            return value
+        shifted = int(value) + self.offset
+        if shifted < 0:
             raise ValueError(f"{self.text} is negative where {self.name} is {value}")
-        return shifted
+        return str(shifted)
+
+
+def _interleaved(literals: Iterable[str], values: Iterable[str]) -> str:
+    """Return literals with a value between each two."""
+    return "".join(itertools.chain.from_iterable(zip(literals, (*values, ""), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Template:
 
     def _joined(self, values: Iterable[str]) -> str:
         """Return the literals with values between them."""
-        return "".join(itertools.chain(*zip(self.literals, (*values, ""), strict=True)))
+        return _interleaved(self.literals, values)
 
     @cached_property
     def text(self) -> str:
@@ -138,8 +145,8 @@ class Template:
     @cached_property
     def _regex(self) -> re.Pattern[str]:
         # `name` and `path` cannot make it backtrack: each segment has at most one open-ended group.
-        escaped = Template(tuple(map(re.escape, self.literals)))
-        return re.compile(escaped._joined(f"({field.pattern})" for field in self.fields), re.DOTALL)
+        groups = (f"({field.pattern})" for field in self.fields)
+        return re.compile(_interleaved(map(re.escape, self.literals), groups), re.DOTALL)
 
     def match(self, name: str) -> Bindings | None:
         """Return the values of the variables if the full name matches, or None.
