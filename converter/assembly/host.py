@@ -21,6 +21,7 @@ from converter.layouts.template import any_match
 from converter.options import ConvertOptions
 from converter.plan.apply import apply
 from converter.plan.assumptions import Assumptions, describe_differences
+from converter.plan.plan import Plan
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import find_projector
 from converter.plan.route import target_names
@@ -121,8 +122,10 @@ def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix:
     parts = extract_encoder(source, with_projector, prefix, shared or [*host.families][:1], partial=True)
     dropped = dict(parts.dropped)
     for family, each in found.items():
+        if family in shared:
+            continue
         reason = f"the checkpoint of --into has no {family.upper()}"
-        for detected in each if family not in shared else ():
+        for detected in each:
             inside = (tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix))
             dropped |= {tensor.key: reason for tensor in inside if tensor.key in dropped}
     return replace(parts, dropped=dropped)
@@ -148,7 +151,7 @@ class Placement:
     kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
     problems: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)  # The names of the layouts of the host's encoders
-    notes: list[str] = field(default_factory=list)  # Where they are, and what else they compute
+    notes: list[str] = field(default_factory=list)  # Where they are, what else they compute, what only one has
 
 
 def place(host: Host, parts: EncoderParts) -> Placement:
@@ -159,19 +162,14 @@ def place(host: Host, parts: EncoderParts) -> Placement:
     """
     placement = Placement()
     for family, resolved in host.resolve_all(parts.plans).items():
-        (detected, plan), new, name = resolved, parts.plans[family].plan, family.upper()
-        placement.layouts.append(detected.match.name)
-        placement.notes.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
-        placement.notes += _function_warning(new.assumptions, plan.assumptions)
-        depth, other_depth = plan.sizes["depth"], new.sizes["depth"]
-        if depth != other_depth:
-            placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
+        _describe(placement, family, resolved, parts.plans[family].plan)
         _place_encoder(placement, resolved, parts)
     _place_projector(placement, host, parts)
-    # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
-    for key, value in placement.new.items():
-        if [n for n in value.shape if n != 1] == [n for n in placement.old[key].shape if n != 1]:
-            placement.new[key] = reshaped(value, placement.old[key].shape)
+    if host.format == "gguf":
+        # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
+        for key, value in placement.new.items():
+            if [n for n in value.shape if n != 1] == [n for n in placement.old[key].shape if n != 1]:
+                placement.new[key] = reshaped(value, placement.old[key].shape)
     placement.problems += [text for key, value in placement.new.items() if (text := _misfit(placement.old[key], value))]
     if placement.problems:
         raise UsageError(
@@ -185,6 +183,17 @@ def place(host: Host, parts: EncoderParts) -> Placement:
     if kept:
         placement.notes.append(f"kept {first_names(kept)}: the encoder has none")
     return placement
+
+
+def _describe(placement: Placement, family: str, host: ResolvedPlan, new: Plan) -> None:
+    """Note where an encoder of the host is and what else it computes; another number of layers is a problem."""
+    detected, plan, name = host.detected, host.plan, family.upper()
+    placement.layouts.append(detected.match.name)
+    placement.notes.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
+    placement.notes += _function_warning(new.assumptions, plan.assumptions)
+    depth, other_depth = plan.sizes["depth"], new.sizes["depth"]
+    if depth != other_depth:
+        placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
 
 
 def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts) -> None:

@@ -78,10 +78,10 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
             f"leave it out, and change the types of the result: encoder RESULT --with-projector --dtype {dtype}",
         )
     placement = place(host, parts)
-    replaced = {
-        key: cast(value, placement.old[key].dtype.name if dtype == "keep" else dtype) if value.dtype.is_float else value
-        for key, value in placement.new.items()
-    }
+    replaced = dict(placement.new)
+    for key, value in placement.new.items():
+        if value.dtype.is_float:
+            replaced[key] = cast(value, placement.old[key].dtype.name if dtype == "keep" else dtype)
     other_files, notes = _other_files(host.folder, host.checkpoint) if host.folder else ([], [])
     kept = sum(isinstance(value, TensorInfo) for value in host.checkpoint.contents.values()) - len(replaced)
     files = f" and {len(other_files)} other files" if host.folder else ""

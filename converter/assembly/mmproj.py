@@ -37,7 +37,7 @@ _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 def typed(outputs: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
     """Return the tensors of an mmproj in its types; `dtype` is that of the matrices, or "keep" for the source's."""
     dtype = matrix_dtype(outputs) if dtype == "keep" else dtype
-    return sort_outputs({name: cast(value, _dtype_of(name, dtype)) for name, value in outputs.items()}, "keep")
+    return sort_outputs({name: cast(value, _dtype_of(name, dtype)) for name, value in outputs.items()})
 
 
 def as_stored(projector: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -188,8 +188,13 @@ def _sizes(version: _Version, vision: Mapping[str, Any], visible: Mapping[str, i
     found: _Values = {}
     for key, default in {**version.defaults, **_SAM_DEFAULTS}.items():
         section, names = (sam, _SAM_KEYS[key]) if key in _SAM_KEYS else (second, version.keys.get(key, ()))
-        shown = (visible[key], "the tensors") if key in visible and not vision else (default, _DEFAULT)
-        value, origin = next(((section[name], _CONFIG) for name in names if are_counts(section.get(name))), shown)
+        stated = next((section[name] for name in names if are_counts(section.get(name))), None)
+        value: Any = default
+        origin = _DEFAULT
+        if stated is not None:
+            value, origin = stated, _CONFIG
+        elif key in visible and not vision:
+            value, origin = visible[key], "the tensors"
         found[key] = Assumption(value, default, origin)
     epsilon: Any = second.get("layer_norm_eps")
     value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)

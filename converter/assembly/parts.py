@@ -51,8 +51,11 @@ class EncoderParts:
     @property
     def untrained(self) -> dict[str, str]:
         """The tensors that seeds generated, by the option that has the seed."""
-        texts = {a.option: [self.generated[name] for name in a.full_names if name in self.generated] for a in ADDITIONS}
-        return {option: min(found) for option, found in texts.items() if found}
+        texts = {}
+        for addition in ADDITIONS:
+            if found := [self.generated[name] for name in addition.full_names if name in self.generated]:
+                texts[addition.option] = min(found)
+        return texts
 
     @property
     def constants(self) -> set[str]:
@@ -141,6 +144,7 @@ def build_encoder(
         family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
         for family, name in names.items()
     }
+    _expect_sizes(plans)
     own = _own_tensors(plans)
     tensors, generated, replaced = dict(own), dict[str, str](), dict[str, str]()
     for addition in _additions(plans):
@@ -148,10 +152,8 @@ def build_encoder(
         new = list[LazyTensor]()
         if origin.startswith(SEED):
             new = _seeded(addition, origin, plans, host)
-            text = f"{origin}: untrained, {{}}".format
-            generated |= {
-                n: text(addition.distribution(v.shape)) for n, v in zip(addition.full_names, new, strict=True)
-            }
+            for name, value in zip(addition.full_names, new, strict=True):
+                generated[name] = f"{origin}: untrained, {addition.distribution(value.shape)}"
         elif origin:
             opened[origin] = opened.get(origin) or open_file(origin)
             new = addition.find(opened[origin], _model(plans))
@@ -197,6 +199,7 @@ def extract_encoder(
             "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
             "and --clip, or --sam and --qwen2",
         ) from None
+    _expect_sizes(plans)
     tensors = _own_tensors(plans)
     # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
     read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
@@ -263,17 +266,18 @@ def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> 
     return dropped
 
 
-def _own_tensors(plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """Return the tensors of all plans by their names in DeepSeek-OCR's model, and mark as usual what joins them.
-
-    DeepSeek-OCR-2 has a compressor of 896 channels, as its next encoder requires.
-    """
+def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
+    """Mark as usual what the next encoder requires: a compressor of 896 channels in DeepSeek-OCR-2."""
     usual = {family: dict(registry.canonical(family).sizes) for family in plans}
     for addition in _additions(plans):
         plan = plans[addition.family].plan
         for name, size in addition.sizes(usual).items():
             if plan.sizes.get(name) == size:
                 plan.unusual.pop(name, None)
+
+
+def _own_tensors(plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+    """Return the tensors of all plans by their names in DeepSeek-OCR's model."""
     outputs = (_with_prefix(family, resolved.plan.outputs) for family, resolved in plans.items())
     return {name: value for tensors in outputs for name, value in tensors.items()}
 

@@ -155,7 +155,8 @@ def _problems(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig
     if len(pair) == 1:
         kind = next(iter(pair))
         return [f"{module!r} has {kind} without {'B' if kind == 'A' else 'A'}"]
-    a, b, (rank, _, _) = pair["A"], pair["B"], config.scale_of(module)
+    a, b = pair["A"], pair["B"]
+    rank, _, _ = config.scale_of(module)
     if len(a.shape) not in (2, 4) or len(b.shape) != len(a.shape) or not a.dtype.is_float or not b.dtype.is_float:
         return [f"{module!r} has factors A {a.dtype.name} {list(a.shape)} and B {b.dtype.name} {list(b.shape)}"]
     if (a.shape[0], b.shape[1]) != (rank, rank):

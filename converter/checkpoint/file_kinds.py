@@ -121,7 +121,7 @@ def list_folder(folder: Path, read: Collection[str] = ()) -> list[FolderFiles]:
             printable(name if len(paths) > 1 else str(paths[0].relative_to(folder))),
             len(paths),
             sum(path.lstat().st_size for path in paths),
-            describe(paths[0].name),
+            describe(min(paths).name),
             any(str(path) in read for path in paths),
         )
         for name, paths in groups.items()

@@ -48,9 +48,10 @@ def outside_encoder(
         return lambda name: not name.startswith(wrapper)
 
     def is_outside(name: str) -> bool:
+        if not name.startswith(wrapper):
+            return True
         inner = name.removeprefix(wrapper)
-        is_other = inner.partition(".")[0] not in modules and not find_adapters([inner])
-        return is_other or not name.startswith(wrapper)
+        return inner.partition(".")[0] not in modules and not find_adapters([inner])
 
     return is_outside
 

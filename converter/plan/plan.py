@@ -13,8 +13,16 @@ from converter.layouts.shapes import Dim, Sizes, concrete_shape, format_shape, m
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
 from converter.plan.apply import OUTSIDE, Applied, apply, outside_encoder
 from converter.plan.assumptions import Assumption
-from converter.tensors.lazy_tensor import MAX_GRID_SIZE, LazyTensor, arange, cast, is_arange, nbytes, source_tensors
-from converter.tensors.ops import Unsqueeze
+from converter.tensors.lazy_tensor import (
+    MAX_GRID_SIZE,
+    LazyTensor,
+    arange,
+    cast,
+    is_arange,
+    nbytes,
+    reshaped,
+    source_tensors,
+)
 
 if TYPE_CHECKING:
     from converter.plan.merge import MergedTensor
@@ -147,7 +155,7 @@ def _restore_leading_ones(target: CanonicalLayout, applied: Applied) -> None:
     for spec in target.tensors:
         value = applied.values.get(spec.name.text)
         if value is not None and spec.shape[0] == Dim(1, None) and len(value.shape) == len(spec.shape) - 1:
-            applied.values[spec.name.text] = Unsqueeze((0,)).apply_one(value)
+            applied.values[spec.name.text] = reshaped(value, (1, *value.shape))
 
 
 def _grid_remarks(plan: Plan) -> list[str]:

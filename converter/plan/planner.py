@@ -11,6 +11,7 @@ from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError, first_names
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
+from converter.layouts.marks import find_adapters
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE, outside_encoder
@@ -64,8 +65,8 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
         merged = match_adapter(opened.adapter, detected, canonical, opened.name)
         tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
     try:
-        is_ggml = "GGUF" in opened.containers
-        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, options.image_size, is_ggml)
+        is_ggml, size = "GGUF" in opened.containers, options.image_size
+        plan = make_plan(mapping, prefix, canonical, tensors, opened.name, size, from_ggml=is_ggml)
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
@@ -97,9 +98,8 @@ def _misfit_error(
         return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
     if opened.whole_step:
         return MappingError(str(error), opened.whole_step)
-    # Imported here, as only errors need them.
+    # Imported here, as only errors need it.
     from converter.layouts.explain import find_source_mark
-    from converter.layouts.marks import find_adapters
 
     match = detected.match
     encoder = {key: tensor for key, tensor in detected.tensors.items() if key.startswith(match.prefix)}

@@ -10,7 +10,7 @@ from converter.layouts.claims import claim, first_few
 from converter.layouts.spec import LayoutMapping, Rule, invert
 from converter.layouts.template import Template, any_match
 from converter.plan.apply import apply
-from converter.plan.plan import Plan, sort_outputs
+from converter.plan.plan import Plan
 from converter.tensors.lazy_tensor import LazyTensor, source_tensors
 
 
@@ -47,7 +47,7 @@ def retarget(
         )
     return replace(
         plan,
-        outputs=sort_outputs(applied.values),
+        outputs=applied.values,
         dropped=_dropped(plan, target, generated, applied.values),
         layout=target.name,
         missing={},
@@ -73,7 +73,8 @@ def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]
     The number of layers follows from the highest index among the `produced` names.
     """
     templates = [template for rule in rules if not rule.optional for template in rule.targets]
-    expected = (name for template in templates for name in _expected(template, produced))
+    layers = {head: _count_layers(head, produced) for head in {template.head for template in templates}}
+    expected = (name for template in templates for name in _expected(template, layers[template.head], produced))
     return list(dict.fromkeys(name for name in expected if name not in produced))
 
 
@@ -84,12 +85,14 @@ def _count_layers(head: str, names: Collection[str]) -> int:
     return max((min(int(index), len(names)) + 1 for index in indices if index.isdigit()), default=0)
 
 
-def _expected(template: Template, produced: Collection[str]) -> Iterator[str]:
-    """Return the names that a template should produce.
+def _expected(template: Template, count: int, produced: Collection[str]) -> Iterator[str]:
+    """Return the names that a template should produce with a number of layers.
 
-    There are none if the template has an open-ended variable and matches any produced name.
+    Args:
+        template: The template; with an open-ended variable, one produced name is enough.
+        count: The number of layers.
+        produced: The names that were produced.
     """
-    count = _count_layers(template.head, produced)
     unknown = [field.name for field in template.fields if not field.choices(count)]
     if unknown and any(template.match(name) is not None for name in produced):
         return iter(())
@@ -103,7 +106,7 @@ def complete_from(plan: Plan, donor: Plan) -> Plan:
     taken = {name: donor.outputs[name] for name in plan.missing if name in donor.outputs}
     missing = {name: why for name, why in plan.missing.items() if name not in taken}
     rules = plan.rules | {name: donor.rules[name] for name in taken}
-    return replace(plan, outputs=sort_outputs(plan.outputs | taken), missing=missing, rules=rules)
+    return replace(plan, outputs=plan.outputs | taken, missing=missing, rules=rules)
 
 
 def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: dict[str, LazyTensor]) -> dict[str, str]:
