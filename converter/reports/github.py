@@ -8,13 +8,14 @@ from pathlib import Path
 
 from converter.errors import OutputError, printable
 from converter.reports import words
+from converter.verification import result
 from converter.verification.result import FAILED, INCONCLUSIVE, SKIPPED, WARNING, Check, Verification
 
 # GitHub shows ten annotations of a kind for each step and drops the others silently.
 _ANNOTATIONS = 10
 _ROWS = 100
 _NOTICES = (WARNING, INCONCLUSIVE, SKIPPED)
-_SIGNS = {"verified": "✅", "partly verified": "⚠️", "not verified": "❌"}
+_SIGNS = {result.VERIFIED: "✅", result.PARTLY_VERIFIED: "⚠️", result.NOT_VERIFIED: "❌"}
 
 
 def annotate(verification: Verification) -> None:

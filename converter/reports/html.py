@@ -13,10 +13,15 @@ from converter.comparison.difference import Block, Difference
 from converter.errors import printable
 from converter.output.names import fold_key_map
 from converter.reports import words
+from converter.verification import result
 from converter.verification.result import FAILED, Picture, Trace, TracePoint, Verification
 
 # The class of the verdict in the style sheet, and its sign.
-_STYLES = {"verified": ("passed", "✓"), "partly verified": ("partly", "!"), "not verified": ("failed", "✗")}
+_STYLES = {
+    result.VERIFIED: ("passed", "✓"),
+    result.PARTLY_VERIFIED: ("partly", "!"),
+    result.NOT_VERIFIED: ("failed", "✗"),
+}
 _TICKS = 6
 # Tensors listed on the page of a difference; `--json` has all of them.
 _ROWS = 200

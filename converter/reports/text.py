@@ -9,10 +9,22 @@ from rich.text import Text
 
 from converter.errors import printable
 from converter.reports import words
+from converter.verification import result
 from converter.verification.result import FAILED, Check, Verification
 
 # Columns where stderr is no terminal: log viewers are wide, and 80 would wrap every line.
 _LOG_WIDTH = 150
+# Rich's styles of the verdicts of checks, and of verifications.
+_STYLES = {
+    result.PASSED: "green",
+    result.FAILED: "bold red",
+    result.WARNING: "yellow",
+    result.SKIPPED: "dim",
+    result.INCONCLUSIVE: "yellow",
+    result.VERIFIED: "bold green",
+    result.PARTLY_VERIFIED: "bold yellow",
+    result.NOT_VERIFIED: "bold red",
+}
 
 
 def print_report(verification: Verification, console: Console | None = None) -> None:
@@ -24,7 +36,7 @@ def print_report(verification: Verification, console: Console | None = None) -> 
     console.print(_table(verification))
     for name, value in _facts(verification).items():
         console.print(_text(f"{name + ':':<11}", "dim").append(printable(value)), soft_wrap=True)
-    console.print(_text(words.verdict_line(verification), words.COLOURS[verification.verdict]), soft_wrap=True)
+    console.print(_text(words.verdict_line(verification), _STYLES[verification.verdict]), soft_wrap=True)
     for line in words.verdict_lines(verification):
         console.print(_text(f"  {line}"), soft_wrap=True)
 
@@ -55,7 +67,7 @@ def _detail(check: Check) -> Text:
 
 
 def _verdict(verdict: str) -> Text:
-    return _text(f"{words.SIGNS[verdict]} {verdict}", words.COLOURS[verdict])
+    return _text(f"{words.SIGNS[verdict]} {verdict}", _STYLES[verdict])
 
 
 def _text(content: str, style: str = "") -> Text:

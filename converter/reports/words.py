@@ -1,4 +1,4 @@
-"""Wording, order and colours of checks, shared by all reports."""
+"""Wording and order of checks, shared by all reports."""
 
 from __future__ import annotations
 
@@ -19,17 +19,6 @@ GROUPS = {
 }
 # Verdicts have a sign and a colour, so that either is enough.
 SIGNS = {PASSED: "✓", FAILED: "✗", result.WARNING: "!", result.SKIPPED: "-", result.INCONCLUSIVE: "?"}
-COLOURS = {
-    PASSED: "green",
-    FAILED: "bold red",
-    result.WARNING: "yellow",
-    result.SKIPPED: "dim",
-    result.INCONCLUSIVE: "yellow",
-    result.VERIFIED: "bold green",
-    result.PARTLY_VERIFIED: "bold yellow",
-    result.NOT_VERIFIED: "bold red",
-}
-
 # A wrong source fails in every tensor: reports show this many failures of a group.
 _FAILURES_SHOWN = 12
 

@@ -9,7 +9,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, largest_state_dict
 from converter.errors import LayoutError, MappingError
 from converter.layouts import registry
-from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
+from converter.layouts.detect import DetectedLayout, detect_families_in, select_state_dicts
 from converter.layouts.marks import find_mark
 from converter.layouts.spec import LayoutSpec, Rule
 from converter.options import ConvertOptions
@@ -121,16 +121,15 @@ def _largest_state_dict(source: Checkpoint) -> StateDict:
 def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
     """The converted file: one encoder in any layout, or a whole DeepEncoder; LayoutError for any other file."""
     state_dict = _largest_state_dict(source)
-    found: dict[str, DetectedLayout] = {}
-    for family in registry.families():
-        detected = detect_layouts(source, registry.layouts(family), [state_dict])
+    families = detect_families_in(source, [state_dict])
+    for family, detected in families.items():
         if len(detected) > 1:
             prefixes = " and ".join(repr(_prefix_in_file(each)) for each in detected)
             raise LayoutError(
                 f"{source.name}: holds several {family} encoders, with the prefixes {prefixes}",
                 f"convert one of them with dsocr-convert {family} --prefix, and verify the output",
             )
-        found.update((family, each) for each in detected)
+    found = {family: detected[0] for family, detected in families.items()}
     # A file with canonical names alone may lack tensors, so it goes by the number of known names below.
     if any(not each.match.layout.is_canonical or _prefix_in_file(each) for each in found.values()):
         encoders = [_encoder(source, family, detected, len(found) > 1) for family, detected in found.items()]

@@ -91,9 +91,10 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
         target: The converted file.
         on_progress: Called after each tensor.
     """
-    problems = dict.fromkeys(record.tensors.keys() - target.tensors.keys(), "is missing, though the record has it")
-    problems |= dict.fromkeys(target.tensors.keys() - record.tensors.keys(), "is not in the record")
-    problems = dict(sorted(problems.items()))
+    problems = {
+        name: "is missing, though the record has it" if name in record.tensors else "is not in the record"
+        for name in sorted(record.tensors.keys() ^ target.tensors.keys())
+    }
     common = [name for name in target.tensors if name in record.tensors]
     for done, name in enumerate(common, 1):
         if problem := _problem(name, record, target):
@@ -102,7 +103,7 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
     checks = [Check(GROUP, name, FAILED, f"{name} {problem}", [name]) for name, problem in problems.items()]
     if len(checks) > len(record.tensors) / 2:
         cause = f"{record.path.name} is the record of another file"
-        detail = f"{len(checks)} of {len(record.tensors)} tensors differ: {cause}"
+        detail = f"{len(checks)} of {len(record.tensors.keys() | target.tensors.keys())} tensors differ: {cause}"
         checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
     detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]

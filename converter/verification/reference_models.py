@@ -62,7 +62,7 @@ def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
     """segment-anything's ImageEncoderViT."""
     from segment_anything.modeling import ImageEncoderViT
 
-    model = ImageEncoderViT(out_chans=config.neck, **_vit_sizes(config))
+    model = ImageEncoderViT(out_chans=config.neck, **_sam_sizes(config))
     tensors = without_prefix("image_encoder.", state)
     return _loaded("sam", "segment-anything", model, tensors, model.blocks, model.patch_embed.proj)
 
@@ -71,7 +71,7 @@ def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
     """timm's VisionTransformerSAM."""
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-    model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_vit_sizes(config))
+    model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_sam_sizes(config))
     encoder = _loaded("sam", "timm", model, state, model.blocks, model.patch_embed.proj)
     return replace(encoder, run=model.forward_features)
 
@@ -281,7 +281,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
     """The arguments of segment-anything's and timm's classes."""
-    sizes: dict[str, Any] = {
+    return {
         "img_size": config.image_size,
         "patch_size": config.patch,
         "embed_dim": config.width,
@@ -291,9 +291,12 @@ def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
         "act_layer": _ACTIVATIONS[config.activation],
         "norm_layer": lambda width, **options: nn.LayerNorm(width, eps=config.epsilon),
     }
-    if isinstance(config, SamConfig):
-        sizes |= {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
-    return sizes
+
+
+def _sam_sizes(config: SamConfig) -> dict[str, Any]:
+    """The arguments of segment-anything's and timm's SAM."""
+    own = {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
+    return _vit_sizes(config) | own
 
 
 def _mlp_ratio(config: SamConfig | ClipConfig) -> float:

@@ -188,7 +188,7 @@ class Verification:
             "parts": {part.name: part.state for part in self.parts},
             "not_checked": [{"part": part.name, "reason": part.reason} for part in self.not_checked],
             "unmet": [part.name for part in self.unmet],
-            **as_json(replace(self, pictures=(), notes=self.all_notes)),
+            **as_json(replace(self, pictures=(), controls=(), notes=self.all_notes)),
             "controls": [as_json(control) | {"seen": control.seen} for control in self.controls],
         }
         del document["pictures"]

@@ -62,12 +62,13 @@ def _check_canonical(target: Converted) -> list[Check]:
         plan = make_plan(layout.mapping, "", layout, values, target.source.name)
     except MappingError as error:
         return [_check_fit("layout", layout.name, len(tensors), error.message)]
-    checks = [_check_fit("layout", layout.name, len(tensors))]
     problems = [f"missing tensor {key}" for key in plan.generated]
     problems += [f"unexpected tensor {key}" for key in plan.dropped]
     if problems:
         detail = f"does not fit {layout.name}: {'; '.join(problems)}"
         checks = [Check(GROUP, "layout", FAILED, detail, [*plan.generated, *plan.dropped])]
+    else:
+        checks = [_check_fit("layout", layout.name, len(tensors))]
     if plan.missing:
         reasons = "; ".join(dict.fromkeys(plan.missing.values()))
         detail = f"loading it misses exactly {', '.join(plan.missing)}: {reasons}"

@@ -112,9 +112,11 @@ def _is_same_merge(actual: Tensor, expected: Tensor, value: LazyTensor, source: 
 
 def _true_name(name: str, actual: Tensor, source: Expected) -> str:
     """The name of another tensor with the same content, as in a shifted layer; empty if there is none."""
+    kind = _kind(actual)
     for other, value in source.outputs.items():
-        has_kind = f"{value.dtype.name} {list(value.shape)}" == _kind(actual)
-        if other != name and has_kind and torch.equal(actual, evaluate(value, source.read)):
+        if other == name or f"{value.dtype.name} {list(value.shape)}" != kind:
+            continue
+        if torch.equal(actual, evaluate(value, source.read)):
             return other
     return ""
 
