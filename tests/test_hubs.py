@@ -389,7 +389,7 @@ def test_a_silent_hub_is_given_up(place: Place) -> None:
     place.server.faults = Faults("/api/models/org/sam", silent=True, stall=20)
     began = time.monotonic()
     assert "cannot be reached" in place.refused("sam", "org/sam", HF_HUB_ETAG_TIMEOUT="1")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 15
 
 
 CLIENT = """
@@ -740,7 +740,7 @@ def test_interruption_of_a_stalled_transfer(source: str, fault: Faults, place: P
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in said
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     place.check_left()
 
 
@@ -990,7 +990,7 @@ def test_closing_stops_transfers(file: RemoteFile, one: HubServer) -> None:
     time.sleep(0.2)
     began = time.monotonic()
     file.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     for thread in threading.enumerate():
         if thread.name.startswith("fetch"):
             thread.join(3)
