@@ -387,7 +387,7 @@ NOBODY = 65534
 # Everything is imported before the process becomes another user, who may not enter Python's own folders.
 AS_NOBODY = f"""
 import contextlib, io, os, sys
-import converter.output.model_card, converter.output.pretrained, encodings.unicode_escape
+import converter.output.model_card, converter.output.pretrained_config, encodings.unicode_escape
 from converter.cli import convert, main
 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
     convert.app([*sys.argv[1:], "--dry-run"], standalone_mode=False)

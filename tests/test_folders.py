@@ -24,7 +24,7 @@ from converter.checkpoint.open import open_checkpoint
 from converter.errors import ContainerError, LayoutError, OutputError, UsageError
 from converter.layouts import registry
 from converter.options import ConvertOptions
-from converter.output.pretrained import config_files, sam_documents
+from converter.output.pretrained_config import config_files, sam_documents
 from converter.plan.assumptions import assumed
 from converter.plan.planner import resolve
 from converter.storage import atomic_output

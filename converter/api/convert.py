@@ -12,7 +12,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.sources import open_sources
 from converter.errors import UsageError, first_names
 from converter.options import ConvertOptions, split_options
-from converter.output.pretrained import check_folder_output, config_files, is_folder_output
+from converter.output.pretrained import check_folder_output, is_folder_output
 from converter.output.record import ConversionRecord, Destination, make_plan_record
 from converter.output.record_files import RecordFiles
 from converter.output.write import format_for, is_unchanged, make_output, write
@@ -74,6 +74,9 @@ def convert(
         resolved = resolve(checkpoint, convert_options, donor)
         plan, documents = resolved.plan, None
         if is_folder:
+            # Imported here, as only folders need it.
+            from converter.output.pretrained_config import config_files
+
             check_folder_output(target, convert_options.layout, format)
             # Also for a dry run, which then reports contradictory sizes.
             normalization = read_normalization(opened[0], plan.remarks)

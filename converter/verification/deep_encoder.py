@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from converter.encoders import DeepEncoder, DeepEncoderV2
 from converter.encoders.config import SamConfig
-from converter.output.pretrained import clip_vision_config, sam_vision_config
+from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.assumptions import Assumptions
 from converter.verification import reference_models
 from converter.verification.families import FAMILIES, Family, State

@@ -22,7 +22,7 @@ from converter.encoders import ClipConfig, Qwen2Config, SamConfig
 from converter.layouts import registry
 from converter.layouts.claims import claim
 from converter.layouts.spec import LayoutMapping
-from converter.output.pretrained import clip_vision_config, sam_vision_config
+from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.apply import apply
 from converter.plan.route import writing_rules
 from converter.tensors.dtypes import BY_NAME

@@ -108,7 +108,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["converter"], exclude=["converter.encoders"]):
         targets = import_module("fuzzing.targets")
         # Lazy imports of the program: while a target runs, an import is an escape.
-        for room in ("checkpoint", "formats", "layouts", "output.pretrained", "plan"):
+        for room in ("checkpoint", "formats", "layouts", "output.pretrained_config", "plan"):
             _import_all(f"converter.{room}")
         if name == "record":
             import_module("converter.verification.record_check")

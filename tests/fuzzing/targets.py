@@ -37,7 +37,8 @@ from converter.layouts import registry
 from converter.layouts.detect import select_state_dicts
 from converter.layouts.registry import load_file
 from converter.options import ConvertOptions
-from converter.output.pretrained import LAYOUTS, config_files
+from converter.output.pretrained import LAYOUTS
+from converter.output.pretrained_config import config_files
 from converter.plan.plan import Plan, make_plan
 from converter.plan.planner import resolve
 from converter.storage.byte_range import Storage
