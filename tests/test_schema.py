@@ -45,9 +45,13 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
 
 
 def test_it_has_the_keys_of_the_parser() -> None:
-    for name, keys in {"mapping": parse.MAPPING, "canonical": parse.CANONICAL, "tensor": parse.TENSOR}.items():
+    for name, keys in {
+        "mapping": parse.MAPPING_PARSERS,
+        "canonical": parse.CANONICAL_PARSERS,
+        "tensor": parse.TENSOR_KEYS,
+    }.items():
         assert set(DEFINITIONS[name]["properties"]) == set(keys)
-    assert set(DEFINITIONS["operation"]["properties"]) == set(parse.OPS)
+    assert set(DEFINITIONS["operation"]["properties"]) == set(parse.OP_PARSERS)
     assert DEFINITIONS["rule"]["anyOf"] == [{"$ref": f"#/$defs/{action}"} for action in parse.ACTIONS]
     for action, (required, optional) in parse.ACTIONS.items():
         assert DEFINITIONS[action]["required"] == [action, *required]
@@ -55,7 +59,7 @@ def test_it_has_the_keys_of_the_parser() -> None:
 
 
 def test_it_has_the_limits_of_the_parser() -> None:
-    assert DEFINITIONS["kind"]["anyOf"][0]["enum"] == list(parse.KINDS)
+    assert DEFINITIONS["kind"]["anyOf"][0]["enum"] == list(parse.VARIABLE_KINDS)
     assert DEFINITIONS["tensor"]["properties"]["dtype"]["enum"] == list(BY_NAME)
     assert DEFINITIONS["word"]["maxLength"] == template.MAX_WORD_CHARS
     assert DEFINITIONS["template"]["maxLength"] == template.MAX_NAME_CHARS
@@ -178,7 +182,7 @@ def test_both_accept_a_correct_file(old: str, new: str) -> None:
     assert parser_accepts(changed) and schema_accepts(changed)
 
 
-REQUIRED_KEYS = {GOOD: {*parse.REQUIRED, "rules"}, CANONICAL: set(DEFINITIONS["canonical"]["required"])}
+REQUIRED_KEYS = {GOOD: {*parse.REQUIRED_KEYS, "rules"}, CANONICAL: set(DEFINITIONS["canonical"]["required"])}
 
 
 @pytest.mark.parametrize(("text", "name"), [(text, name) for text in REQUIRED_KEYS for name in yaml.safe_load(text)])
@@ -194,7 +198,7 @@ def test_both_require_the_same_keys(text: str, name: str) -> None:
 
 def test_the_reference_page_has_every_key_and_the_example() -> None:
     page = (ROOT / "docs" / "rules.md").read_text()
-    keys = {*parse.MAPPING, *parse.CANONICAL, *parse.TENSOR, *parse.OPS, *parse.ACTIONS}
+    keys = {*parse.MAPPING_PARSERS, *parse.CANONICAL_PARSERS, *parse.TENSOR_KEYS, *parse.OP_PARSERS, *parse.ACTIONS}
     keys |= {key for required, optional in parse.ACTIONS.values() for key in (*required, *optional)}
     assert {key for key in keys if f"`{key}`" not in page} == set()
     assert registry.text("sam-meta") in page
