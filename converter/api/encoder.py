@@ -24,7 +24,7 @@ from converter.output.pretrained import is_folder_output
 from converter.output.record import ConversionRecord, Destination
 from converter.output.record_files import RecordFiles
 from converter.output.write import Output, format_for, make_output, write
-from converter.plan.planner import note_merged
+from converter.plan.planner import record_merge
 from converter.plan.projector import WITHOUT_PROJECTOR
 from converter.storage.progress import OnProgress
 
@@ -89,7 +89,7 @@ def encoder(
         else:
             parts = extract_shared(open_source(source), host, chosen.with_projector, chosen.prefix)
         if adapter := parts.sources[0].adapter:
-            note_merged(adapter, list(parts.plans.values()), parts.tensors.values())
+            record_merge(adapter, list(parts.plans.values()), parts.tensors.values())
         parts = replace(parts, sources=[*parts.sources, *adapters])
         check_hub_options(hub, parts.sources)
         if host is not None:

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: the factors of each module, and tensors that were trained whole."""
+"""Reads LoRA adapters of PEFT: the factors of each module, and fully trained tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import NamedTuple
 
-from converter.checkpoint.adapter_config import CONFIG, MERGE_IN_PEFT, base_model_of, read_adapter_config
+from converter.checkpoint.adapter_config import CONFIG_NAME, MERGE_IN_PEFT, base_model_of, read_adapter_config
 from converter.checkpoint.folder import ADAPTER_NAMES, SWIFT_ENCODER
 from converter.checkpoint.lora import Adapter, AdapterConfig, Factors
 from converter.checkpoint.open import Checkpoint
@@ -24,7 +24,7 @@ _SAVED, _ORIGINAL, _BASE = "modules_to_save", "original_module", "base_layer"
 class _Name(NamedTuple):
     """A tensor name of PEFT."""
 
-    kind: str  # A or B, saved for a module that was trained whole, original for its copy from before, or empty
+    kind: str  # A or B, saved for a fully trained module, original for its copy from before the training, or empty
     tensor: str  # The name of the tensor in the model; the path of the module for factors
     adapter: str = ""  # The adapter's name in memory, such as `default`; empty in files that PEFT wrote
     is_embedding: bool = False
@@ -40,7 +40,7 @@ def with_adapter(source: Checkpoint, files: Checkpoint, adapter_name: str | None
 
     Raises:
         ContainerError: The adapter has no config, or a wrong one.
-        LayoutError: It is no LoRA adapter, or one that is more than W + scale * B @ A.
+        LayoutError: It is not a LoRA adapter, or it is more than W + scale * B @ A.
         UsageError: There are several adapters, or none of this name.
     """
     is_same = files.name == source.name
@@ -48,8 +48,8 @@ def with_adapter(source: Checkpoint, files: Checkpoint, adapter_name: str | None
     return replace(source, adapter=_read(files, adapter_name, is_same), contents=contents)
 
 
-def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> Adapter:
-    """Read an adapter; if `is_whole`, from a state dict that also holds its model."""
+def _read(checkpoint: Checkpoint, adapter_name: str | None, with_model: bool) -> Adapter:
+    """Read an adapter; with `with_model`, from a state dict that also holds the adapter's model."""
     entries = state_dicts(checkpoint.contents)
     tensors = unwrapped_names(largest_state_dict(entries, checkpoint.name).tensors, checkpoint.name) if entries else {}
     if not factor_names(tensors) and base_model_of(checkpoint) is None:
@@ -58,10 +58,10 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, is_whole: bool) -> A
     names = {key: _parse(key) for key in tensors}
     chosen = _choose(names.values(), adapter_name, checkpoint.name)
     names = {key: parsed for key, parsed in names.items() if parsed.adapter in ("", chosen)}
-    kinds = ("saved",) if is_whole else ("saved", "")
-    whole = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
-    factors = _pairs(checkpoint.name, config, tensors, names)
-    return Adapter(checkpoint.name, config, factors, whole, checkpoint.has_config(SWIFT_ENCODER))
+    kinds = ("saved",) if with_model else ("saved", "")
+    fully_trained = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
+    factors = _factors(checkpoint.name, config, tensors, names)
+    return Adapter(checkpoint.name, config, factors, fully_trained, checkpoint.has_config(SWIFT_ENCODER))
 
 
 def factor_names(names: Iterable[str]) -> list[str]:
@@ -120,10 +120,10 @@ def _choose(names: Iterable[_Name], wanted: str | None, file: str) -> str:
     return wanted or next(iter(found), "")
 
 
-def _pairs(
+def _factors(
     file: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], names: Mapping[str, _Name]
 ) -> dict[str, Factors]:
-    """Return the factors by module; LayoutError for those that are no pair of the config's rank."""
+    """Return the factors of each module; LayoutError for a factor without its pair or of another rank."""
     halves: dict[str, dict[str, TensorInfo]] = {}
     for key, parsed in names.items():
         if parsed.kind in ("A", "B"):
@@ -134,7 +134,7 @@ def _pairs(
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise LayoutError(
-            f"{file}: " + "\n".join(problems[:5]) + more, f"save the adapter again, or correct its {CONFIG}"
+            f"{file}: " + "\n".join(problems[:5]) + more, f"save the adapter again, or correct its {CONFIG_NAME}"
         )
     embeddings = {parsed.tensor for parsed in names.values() if parsed.is_embedding}
     return {
@@ -146,12 +146,12 @@ def _pairs(
 def _no_factors(file: str) -> LayoutError:
     return LayoutError(
         f"{file}: holds no factors of LoRA under PEFT's names (lora_A, lora_B)",
-        f"give the folder that PEFT wrote, with {CONFIG} and {ADAPTER_NAMES[0]}",
+        f"give the folder that PEFT wrote, with {CONFIG_NAME} and {ADAPTER_NAMES[0]}",
     )
 
 
 def _problems(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig) -> list[str]:
-    """Return why factors are no pair of the config's rank."""
+    """Return why the factors of a module are not a pair of the rank in the config; empty if they are."""
     if len(pair) == 1:
         kind = next(iter(pair))
         return [f"{module!r} has {kind} without {'B' if kind == 'A' else 'A'}"]
@@ -160,5 +160,5 @@ def _problems(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig
     if len(a.shape) not in (2, 4) or len(b.shape) != len(a.shape) or not a.dtype.is_float or not b.dtype.is_float:
         return [f"{module!r} has factors A {a.dtype.name} {list(a.shape)} and B {b.dtype.name} {list(b.shape)}"]
     if (a.shape[0], b.shape[1]) != (rank, rank):
-        return [f"{module!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {CONFIG} says rank {rank}"]
+        return [f"{module!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {CONFIG_NAME} says rank {rank}"]
     return []

@@ -1,4 +1,7 @@
-"""adapter_config.json of PEFT: ranks and scales of a LoRA adapter. It is not trusted, and never run as a pattern."""
+"""Reads PEFT's adapter_config.json: the ranks and scales of a LoRA adapter.
+
+The file is not trusted: its patterns are never run as regular expressions.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from converter.checkpoint.lora import AdapterConfig
 from converter.checkpoint.open import Checkpoint
 from converter.errors import ContainerError, LayoutError, first_names, printable
 
-CONFIG = "adapter_config.json"
+CONFIG_NAME = "adapter_config.json"
 MERGE_IN_PEFT = (
     "merge it with peft, on the model that it was trained on: model.merge_and_unload().save_pretrained(FOLDER), and "
     "convert FOLDER without --lora"
 )
-_PEFTS_FILE = "take the file that PEFT wrote with the adapter"
+_USE_PEFTS_FILE = "take the file that PEFT wrote with the adapter"
 _MAX_RANK, _MAX_PATTERNS = 1 << 20, 10_000
-# Settings that make another sum of an adapter than W + scale * B @ A, and what they are called.
+# Settings of adapters that compute more than W + scale * B @ A, with the names of these methods.
 _VARIANTS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -30,79 +33,80 @@ _VARIANTS = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-# Initialisations that change the weights of the model too, which the adapter does not hold.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Prefixes of `init_lora_weights` for initialisations that also change the model's weights. An adapter does not contain
+# these changes.
+_INITS_THAT_CHANGE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter_config(checkpoint: Checkpoint) -> AdapterConfig:
     """Read the config next to the files of an adapter.
 
     Raises:
-        ContainerError: There is none, or it is not one of PEFT.
-        LayoutError: It is that of another kind of adapter.
+        ContainerError: There is no config, or it is not one of PEFT's.
+        LayoutError: It is the config of another kind of adapter.
     """
-    name = f"{checkpoint.name}: {CONFIG}"
+    location = f"{checkpoint.name}: {CONFIG_NAME}"
     config = _read(checkpoint)
     if config is None:
         raise ContainerError(
-            f"{checkpoint.name}: no {CONFIG} next to it, which has the scale of the adapter",
-            f"put the {CONFIG} of the training next to it, with its r and lora_alpha",
+            f"{checkpoint.name}: no {CONFIG_NAME} next to it, which has the scale of the adapter",
+            f"put the {CONFIG_NAME} of the training next to it, with its r and lora_alpha",
         )
-    _check_kind(name, config)
-    rslora = config.get("use_rslora")
+    _check_kind(location, config)
     try:
-        if rslora not in (None, True, False):
+        use_rslora = config.get("use_rslora")
+        if use_rslora not in (None, True, False):
             raise ValueError("use_rslora is neither true nor false")
         return AdapterConfig(
-            _base_model(config),
-            _rank(config["r"]),
-            _alpha(config["lora_alpha"]),
-            {_plain(key): _rank(value) for key, value in _pattern(config, "rank_pattern").items()},
-            {_plain(key): _alpha(value) for key, value in _pattern(config, "alpha_pattern").items()},
-            bool(rslora),
+            base_model=_base_model(config),
+            rank=_rank(config["r"]),
+            alpha=_alpha(config["lora_alpha"]),
+            rank_pattern={name: _rank(value) for name, value in _pattern(config, "rank_pattern").items()},
+            alpha_pattern={name: _alpha(value) for name, value in _pattern(config, "alpha_pattern").items()},
+            use_rslora=bool(use_rslora),
         )
     except KeyError as error:
-        raise ContainerError(f"{name}: lacks {error}", _PEFTS_FILE) from error
+        raise ContainerError(f"{location}: lacks {error}", _USE_PEFTS_FILE) from error
     except ValueError as error:
-        raise ContainerError(f"{name}: {error}", MERGE_IN_PEFT) from error
+        raise ContainerError(f"{location}: {error}", MERGE_IN_PEFT) from error
 
 
 def base_model_of(checkpoint: Checkpoint) -> str | None:
-    """Return the model that an adapter was trained on; empty if its config does not say, None without a config."""
+    """Return the name of the model that an adapter was trained on: empty if unknown, None without a config."""
     config = _read(checkpoint)
     return None if config is None else _base_model(config)
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Any] | None:
     try:
-        return checkpoint.read_config(CONFIG)
+        return checkpoint.read_config(CONFIG_NAME)
     except ValueError as error:
-        raise ContainerError(f"{checkpoint.name}: {CONFIG}: {error}", _PEFTS_FILE) from error
+        raise ContainerError(f"{checkpoint.name}: {CONFIG_NAME}: {error}", _USE_PEFTS_FILE) from error
 
 
 def _base_model(config: dict[str, Any]) -> str:
     return printable(str(config.get("base_model_name_or_path") or ""))[:200]
 
 
-def _check_kind(name: str, config: dict[str, Any]) -> None:
+def _check_kind(location: str, config: dict[str, Any]) -> None:
     """Raise LayoutError for adapters that are more than a product of two factors."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise LayoutError(f"{name}: an adapter of the kind {printable(str(kind))[:50]}, not LoRA", MERGE_IN_PEFT)
-    variants = [what for setting, what in _VARIANTS.items() if config.get(setting)]
+        raise LayoutError(f"{location}: an adapter of the kind {printable(str(kind))[:50]}, not LoRA", MERGE_IN_PEFT)
+    variants = [method for setting, method in _VARIANTS.items() if config.get(setting)]
     if variants:
-        raise LayoutError(f"{name}: {first_names(variants)}: more than the sum W + scale * B @ A", MERGE_IN_PEFT)
-    start = str(config.get("init_lora_weights")).lower()[:50]
-    if start.startswith(_CHANGED_BASE):
+        raise LayoutError(f"{location}: {first_names(variants)}: more than the sum W + scale * B @ A", MERGE_IN_PEFT)
+    init = str(config.get("init_lora_weights")).lower()[:50]
+    if init.startswith(_INITS_THAT_CHANGE_MODEL):
         raise LayoutError(
-            f"{name}: trained from {start}, which changes the model's own weights too",
-            f"save it with path_initial_model_for_weight_conversion, as peft's documentation of {start} shows; "
+            f"{location}: trained from {init}, which changes the model's own weights too",
+            f"save it with path_initial_model_for_weight_conversion, as peft's documentation of {init} shows; "
             f"or {MERGE_IN_PEFT}",
         )
 
 
-def _plain(key: str) -> str:
-    """Return a key of a pattern, which PEFT takes for a regular expression, as a name or the end of one."""
+def _module_name(key: str) -> str:
+    """Return a key of a pattern, which PEFT uses as a regular expression, as the name of a module or its end."""
     if not re.fullmatch(r"\^?([\w-]|\\?\.)+\$?", key):
         raise ValueError(
             f"the pattern {printable(key)[:100]!r} is a regular expression, which is not run; "
@@ -111,11 +115,12 @@ def _plain(key: str) -> str:
     return key.replace("\\.", ".").removesuffix("$")
 
 
-def _pattern(config: dict[str, Any], name: str) -> dict[str, Any]:
-    value = config.get(name) or {}
-    if not isinstance(value, dict) or len(value) > _MAX_PATTERNS:
-        raise ValueError(f"{name} is not an object of at most {_MAX_PATTERNS} names")
-    return value
+def _pattern(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the values of `rank_pattern` or `alpha_pattern` by module."""
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or len(pattern) > _MAX_PATTERNS:
+        raise ValueError(f"{key} is not an object of at most {_MAX_PATTERNS} names")
+    return {_module_name(name): value for name, value in pattern.items()}
 
 
 def _rank(value: Any) -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -192,8 +192,8 @@ def _open_below(files: Files, folder: PurePath, below: Sequence[PurePath]) -> Lo
     except DsocrError as error:
         error.choices = str(folder), error.choices[1]
         raise
-    own = located.find_config
-    located.find_config = lambda name: own(name) or _find_config(files, folder, ["latest"], name)
+    find_below = located.find_config
+    located.find_config = lambda name: find_below(name) or _find_config(files, folder, ["latest"], name)
     located.notes = (f"read from its folder {shown[0]}", *located.notes)
     return located
 
@@ -266,7 +266,8 @@ def _located(files: Files, path: PurePath, folder: PurePath, names: Sequence[str
         opened = [stack.enter_context(closing(_open_file(files, folder / name))) for name in names]
         stack.pop_all()
     used = names if path == folder else [path.name, *names]
-    find_config = partial(_find_config, files, folder, used)
+    # Cached, as each call lists the folder.
+    find_config = cache(partial(_find_config, files, folder, used))
     return Located(name=files.name(path), files=tuple(opened), find_config=find_config, **fields)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as values: their settings, the factors of each module, and tensors that were trained whole."""
+"""Values that describe a LoRA adapter: its settings, the factors of each module, and fully trained tensors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ class AdapterConfig(NamedTuple):
     """The settings of a LoRA adapter."""
 
     base_model: str  # The model that it was trained on; empty if the config does not say
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]  # Of modules with another rank, by their names or ends of them
-    alphas: Mapping[str, float]
-    rslora: bool  # Whether the scale is alpha / sqrt(rank), not alpha / rank
+    rank: int  # The default rank
+    alpha: float  # The default alpha
+    # PEFT's `rank_pattern` and `alpha_pattern`: other values, by the name of a module or the end of its name
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool  # Whether the scale is alpha / sqrt(rank), not alpha / rank
 
     def scale_of(self, module: str) -> tuple[int, float, float]:
-        """Return rank and alpha of a module, and its factor of B @ A."""
-        rank, alpha = _lookup(self.ranks, module, self.rank), _lookup(self.alphas, module, self.alpha)
-        return rank, alpha, alpha / (math.sqrt(rank) if self.rslora else rank)
+        """Return the rank and the alpha of a module, and the scale by which its B @ A is multiplied."""
+        rank = _lookup(self.rank_pattern, module, self.rank)
+        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        return rank, alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _lookup(values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    """Return the value of the first name that is the module's, or the end of it; `^` allows the whole name alone."""
-    for name, value in values.items():
-        is_whole = name.startswith("^")
-        if module == name.removeprefix("^") or (not is_whole and module.endswith(f".{name}")):
+def _lookup(pattern: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    """Return the value of the first name that is the module's name or its end; after `^`, only the full name fits."""
+    for name, value in pattern.items():
+        is_full_name = name.startswith("^")
+        if module == name.removeprefix("^") or (not is_full_name and module.endswith(f".{name}")):
             return value
     return default
 
@@ -41,7 +43,7 @@ class Factors(NamedTuple):
 
     a: TensorInfo
     b: TensorInfo
-    is_embedding: bool  # The sum is W + scale * (B @ A) transposed
+    is_embedding: bool  # Whether the weight becomes W + scale * (B @ A) transposed, as for an embedding
     rank: int
     alpha: float
     scale: float
@@ -50,9 +52,14 @@ class Factors(NamedTuple):
 class Adapter(NamedTuple):
     """A LoRA adapter."""
 
-    name: str  # Its file, for messages
+    name: str  # The name of its file, for messages
     config: AdapterConfig
-    factors: Mapping[str, Factors]  # By the paths of modules, without PEFT's prefix
-    # Tensors that replace those of the model, by their names there: modules_to_save and trained biases
-    whole: Mapping[str, TensorInfo]
-    has_encoder: bool  # Whether the trained encoder is in a file of its own next to the adapter, as ms-swift saves it
+    factors: Mapping[str, Factors]  # The factors by the path of the module, without PEFT's prefix
+    # Tensors that replace tensors of the model (modules_to_save and trained biases), by their names in the model
+    fully_trained: Mapping[str, TensorInfo]
+    has_encoder: bool  # Whether the trained encoder is in another file next to the adapter, as ms-swift saves it
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that the adapter trains, and the names of fully trained tensors."""
+        return [*self.factors, *self.fully_trained]

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from converter.checkpoint.adapter import factor_names, is_wrapped
-from converter.checkpoint.adapter_config import CONFIG, base_model_of, read_adapter_config
+from converter.checkpoint.adapter_config import CONFIG_NAME, base_model_of, read_adapter_config
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
 from converter.errors import LayoutError, OtherFamilyError, SourceError, printable
@@ -96,7 +96,7 @@ def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_chann
     merge = f"dsocr-convert {family} {{}} --lora {printable(source.name)}"
     if factors and is_wrapped(tensors):
         what = "holds LoRA adapters that are not merged, and the model that they belong to"
-        config = "" if base is not None else f", after putting the training's {CONFIG} next to it"
+        config = "" if base is not None else f", after putting the training's {CONFIG_NAME} next to it"
         return Mark(what, f"merge them: {merge.format(printable(source.name))}{config}", factors)
     if base is not None:
         try:

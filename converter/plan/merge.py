@@ -57,7 +57,8 @@ def match_adapter(adapter: Adapter, detected: DetectedLayout, canonical: Canonic
     """
     names, match = detected.all_names, detected.match
     is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical, match.wrapper)
-    targets = {f"{module}.weight": module for module in adapter.factors} | {name: name for name in adapter.whole}
+    targets = {f"{module}.weight": module for module in adapter.factors}
+    targets |= {name: name for name in adapter.fully_trained}
     old, new = "", ""
     if names.keys().isdisjoint(targets):
         encoder = {name for name in names if not is_outside(name)}
@@ -68,7 +69,7 @@ def match_adapter(adapter: Adapter, detected: DetectedLayout, canonical: Canonic
             continue
         name, pair = new + target.removeprefix(old), adapter.factors.get(module)
         if name in names:
-            merged.tensors[name] = MergedTensor(names[name].key, module, pair or adapter.whole[target])
+            merged.tensors[name] = MergedTensor(names[name].key, module, pair or adapter.fully_trained[target])
         elif pair and f"{name.removesuffix('weight')}in_proj_weight" in names:
             raise LayoutError(f"{adapter.name}: {module!r} {_ATTENTION}", MERGE_IN_PEFT)
         elif not is_outside(name):

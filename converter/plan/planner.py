@@ -136,12 +136,12 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     plan.outputs = sort_outputs(plan.outputs, options.dtype)
     resolved = ResolvedPlan(detected, plan)
     if opened.adapter:
-        note_merged(opened.adapter, [resolved], plan.outputs.values())
+        record_merge(opened.adapter, [resolved], plan.outputs.values())
     return resolved
 
 
-def note_merged(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Iterable[LazyTensor]) -> None:
-    """Leave only what the outputs are made of in the lists of merged tensors, and add notes to the first plan.
+def record_merge(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Iterable[LazyTensor]) -> None:
+    """Restrict each plan's `merged` to the changes that reach the outputs, and add a remark to the first plan.
 
     Args:
         adapter: The adapter.
@@ -151,24 +151,30 @@ def note_merged(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Ite
     Raises:
         LayoutError: Nothing of the adapter is in the output.
     """
-    read = {tensor for value in outputs for tensor in source_tensors(value)}
-    used: set[str] = set()
+    used_tensors = {tensor for value in outputs for tensor in source_tensors(value)}
+    merged_modules: set[str] = set()
     for _, plan in resolved:
-        plan.merged = {name: change for name, change in plan.merged.items() if not read.isdisjoint(change.tensors)}
-        used |= {change.module for change in plan.merged.values()}
-    modules, name = [*adapter.factors, *adapter.whole], adapter.name
-    if not used:
-        evidence = [name for detected, _ in resolved for name in detected.match.evidence]
-        raise LayoutError(
-            f"{name}: this adapter trains {len(modules)} modules, none of them in the encoder: "
-            f"{first_names(modules)}; the encoder's tensors are {first_names(evidence, 2)}",
-            f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
-            if adapter.has_encoder
-            else "the encoder is that of the base model (trainers freeze it by default): convert it without --lora",
-        )
-    others = [module for module in modules if module not in used]
+        changes = plan.merged.items()
+        plan.merged = {name: change for name, change in changes if not used_tensors.isdisjoint(change.tensors)}
+        merged_modules |= {change.module for change in plan.merged.values()}
+    if not merged_modules:
+        raise _no_merge_error(adapter, resolved)
+    others = [module for module in adapter.modules if module not in merged_modules]
     rest = f"; not in the output: {len(others)} others, such as {others[0]}" if others else ""
-    resolved[0].plan.remarks.append(f"merged {len(used)} modules of the adapter {name}{rest}")
+    resolved[0].plan.remarks.append(f"merged {len(merged_modules)} modules of the adapter {adapter.name}{rest}")
+
+
+def _no_merge_error(adapter: Adapter, resolved: Sequence[ResolvedPlan]) -> LayoutError:
+    """Return the error for an adapter that changes no tensor of the encoders."""
+    hint = "the encoder is that of the base model (trainers freeze it by default): convert it without --lora"
+    if adapter.has_encoder:
+        hint = f"the encoder was trained whole, into {SWIFT_ENCODER} next to the adapter (ms-swift): convert that"
+    evidence = [name for detected, _ in resolved for name in detected.match.evidence]
+    return LayoutError(
+        f"{adapter.name}: this adapter trains {len(adapter.modules)} modules, none of them in the encoder: "
+        f"{first_names(adapter.modules)}; the encoder's tensors are {first_names(evidence, 2)}",
+        hint,
+    )
 
 
 def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
@@ -176,32 +182,32 @@ def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
     sizes = donor_plan.sizes
     different = [name for name, size in plan.sizes.items() if sizes.get(name, size) != size]
     if different:
-        found = ", ".join(f"{name} {sizes[name]} (not {plan.sizes[name]})" for name in different)
-        raise UsageError(f"--fill-from {donor.name}: has other sizes: {found}")
+        listed = ", ".join(f"{name} {sizes[name]} (not {plan.sizes[name]})" for name in different)
+        raise UsageError(f"--fill-from {donor.name}: has other sizes: {listed}")
     return donor_plan
 
 
 def _layouts(options: ConvertOptions) -> Sequence[LayoutSpec]:
     if options.mapping is None:
         return registry.layouts(options.family)
-    own = registry.load_file(Path(options.mapping))
-    if own.family != options.family:
+    mapping = registry.load_file(Path(options.mapping))
+    if mapping.family != options.family:
         raise UsageError(
-            f"--mapping {options.mapping}: is for the family {own.family!r}, not {options.family!r}",
-            f"run: dsocr-convert {own.family} ... --mapping {options.mapping}",
+            f"--mapping {options.mapping}: is for the family {mapping.family!r}, not {options.family!r}",
+            f"run: dsocr-convert {mapping.family} ... --mapping {options.mapping}",
         )
-    return [own]
+    return [mapping]
 
 
 def check_options(options: ConvertOptions) -> None:
-    """UsageError for a family or a layout that does not exist."""
+    """Raise UsageError if the family or the target layout does not exist."""
     check_choices(family=(options.family, registry.families()))
     _target(options)
 
 
 def _target(options: ConvertOptions) -> LayoutSpec:
-    """The layout of the output."""
-    if found := registry.find(options.family, options.layout):
-        return found
+    """Return the layout of the output."""
+    if layout := registry.find(options.family, options.layout):
+        return layout
     layouts = registry.names_of_family(options.family)
     raise UsageError(f"--to {options.to}: no layout of {options.family.upper()}", f"layouts: {', '.join(layouts)}")

@@ -60,7 +60,7 @@ def merged_by_library(
         if isinstance(change, TensorInfo):
             return read_adapter(change).to(base.dtype)
         merge = _by_peft if _has_peft() else _by_torch
-        return merge(base, read_adapter(change.a), read_adapter(change.b), change, adapter.config.rslora)
+        return merge(base, read_adapter(change.a), read_adapter(change.b), change, adapter.config.use_rslora)
 
     merged_tensors = frozenset(tensor for tensor, change in changes.items() if isinstance(change, Factors))
     rounded = _rounded_alike(read, merged_tensors, expected.outputs, target)
