@@ -515,9 +515,12 @@ SAM, CLIP = ("--sam", "sam.pth"), ("--clip", "clip")
     [
         ((), 2, "name a checkpoint that holds both encoders, or one for each, with --sam and --clip"),
         (SAM, 2, "or one for each"),
+        (("sam.pth",), 3, "is a SAM checkpoint, not CLIP\n  SOURCE must hold both SAM and CLIP"),
         ((*SAM, *CLIP), 3, "sam.pth: holds no net_2.weight, net_3.weight: the compressor, which the DeepEncoder has"),
         ((*SAM, *CLIP), 3, "--compressor deepseek-ai/DeepSeek-OCR, or start with --compressor random:0"),
-        ((*SAM, *CLIP, "--compressor", "random:x"), 2, "expected a number, such as random:0"),
+        ((*SAM, *CLIP, "--compressor", "random:x"), 2, "expected a seed, such as random:0"),
+        ((*SAM, *CLIP, "--compressor", "random"), 2, "--compressor random: expected a seed, such as random:0"),
+        ((*SAM, *CLIP, "--compressor", "seed=7"), 2, "--compressor seed=7: expected a seed, such as random:0"),
         ((*SAM, *CLIP, "--compressor", "clip"), 3, "holds no compressor (net_2.weight, net_3.weight)"),
         ((*SAM, *CLIP, "--compressor", "two.pth"), 3, "holds 2 compressors: a.net_3.weight, b.net_3.weight"),
         (

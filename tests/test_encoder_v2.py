@@ -224,7 +224,7 @@ BOTH, NETS = (*SAM, *QWEN2), ("--compressor", "random:0")
         (("ocr2.safetensors", *QWEN2), 2, "--qwen2: cannot be combined with SOURCE"),
         (("ocr2.safetensors", "--queries", "random:0"), 2, "--queries: cannot be combined with SOURCE"),
         ((*BOTH, "--with-projector", *NETS), 2, "--with-projector: is for a SOURCE"),
-        ((*BOTH, *NETS, "--queries", "random:x"), 2, "--queries random:x: expected a number, such as random:0"),
+        ((*BOTH, *NETS, "--queries", "random:x"), 2, "--queries random:x: expected a seed, such as random:0"),
         (BOTH, 3, "sam.safetensors: holds no net_2.weight, net_3.weight: the compressor"),
         (BOTH, 3, "--compressor deepseek-ai/DeepSeek-OCR-2, or start with --compressor random:0"),
         ((*BOTH, *NETS), 3, "qwen2.safetensors: holds no query_768.weight, query_1024.weight: the queries"),

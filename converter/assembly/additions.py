@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 from converter.checkpoint.open import Checkpoint
@@ -66,11 +67,11 @@ class Addition(NamedTuple):
 
         The values of a tensor come from a stream: SHAKE-128 of the text `SEED/NAME`, as little-endian 32-bit integers.
         """
-        seed = text.removeprefix(SEED)
-        if not re.fullmatch("[0-9]{1,20}", seed):
-            raise UsageError(f"--{self.option} {text}: expected a number, such as random:0")
+        if not re.fullmatch(f"{SEED}[0-9]{{1,20}}", text):
+            raise UsageError(f"--{self.option} {text}: expected a seed, such as {SEED}0")
+        seed = int(text.removeprefix(SEED))
         return {
-            name: Generated(FLOAT32, shape, cache(partial(self.draw, f"{int(seed)}/{name}", shape)))
+            name: Generated(FLOAT32, shape, cache(partial(self.draw, f"{seed}/{name}", shape)))
             for name, shape in shapes.items()
         }
 
@@ -120,6 +121,12 @@ class Addition(NamedTuple):
         sizes: Sizes = {}
         shapes = self._specified().values()
         return all(match_shape(shape, tensor.shape, sizes) for shape, tensor in zip(shapes, tensors, strict=True))
+
+
+def is_seed(text: str) -> bool:
+    """Return whether the value of an option is a seed, also in a wrong spelling, such as `random` or `seed=0`."""
+    looks_like_seed = re.fullmatch(r"(random|seed)\W?\d*|\d+", text) is not None
+    return text.startswith(SEED) or (looks_like_seed and not Path(text).exists())
 
 
 def _uniform(text: str, shape: tuple[int, ...]) -> bytes:

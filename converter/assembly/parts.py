@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from converter.assembly.additions import ADDITIONS, SEED, Addition
+from converter.assembly.additions import ADDITIONS, Addition, is_seed
 from converter.checkpoint.open import Checkpoint
-from converter.errors import LayoutError, UsageError
+from converter.errors import LayoutError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_families
 from converter.layouts.marks import find_half_transposed
@@ -150,7 +150,7 @@ def build_encoder(
     for addition in _additions(plans):
         origin = str(additions.get(addition.option, ""))
         new = list[LazyTensor]()
-        if origin.startswith(SEED):
+        if is_seed(origin):
             new = _seeded(addition, origin, plans, host)
             for name, value in zip(addition.full_names, new, strict=True):
                 generated[name] = f"{origin}: untrained, {addition.distribution(value.shape)}"
@@ -194,8 +194,10 @@ def extract_encoder(
     except LayoutError as error:
         if partial:
             raise
+        # The next step of the other error would be to convert its single encoder.
+        message = error.message if isinstance(error, OtherFamilyError) else str(error)
         raise LayoutError(
-            f"{error}",
+            message,
             "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
             "and --clip, or --sam and --qwen2",
         ) from None
