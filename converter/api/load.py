@@ -1,4 +1,4 @@
-"""Loads converted tensors into memory without writing a file."""
+"""`converter.load`: loads converted tensors into memory, without writing a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from converter.output.names import overflow_warning
 from converter.output.record import function_warning
 from converter.plan.planner import check_options, resolve
 from converter.storage.progress import OnProgress
+from converter.tensors.dtypes import dtype_name
 from converter.tensors.lazy_tensor import all_source_tensors, count_overflows
 
 if TYPE_CHECKING:
@@ -29,29 +30,29 @@ def load(
     on_progress: OnProgress = lambda what, done, total: None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Load the tensors that `convert` would write, bit by bit and in the same order.
+    """Load the tensors that `convert` would write, with the same bits and in the same order.
 
     On the CPU, a tensor that is stored unchanged in a local file is a private memory map: nothing is read before its
-    first use, and writes to it never reach the file. The file must not be modified in place while the tensors live; it
-    may be replaced or removed. Other tensors are read or computed, and on a GPU all arrive through 64 MiB of pinned
-    memory. No two tensors share memory.
+    first use, and writes to it never reach the file. The file must not be modified in place while the tensors are in
+    use; it may be replaced or removed. All other tensors are read or computed on load. On a GPU, all tensors are copied
+    through 64 MiB of pinned memory. No two tensors share memory.
 
     Args:
-        source: A checkpoint, as in `convert`; one in the DeepEncoder's layout is accepted too.
+        source: A checkpoint, as in `convert`. It may already have the DeepEncoder's layout.
         family: "sam", "clip" or "qwen2".
         dtype: As in `convert`, or a torch.dtype.
         device: The device of the tensors.
-        check: Also check the CRC-32s of mapped tensors, which reads them once. Others are always checked.
-        on_progress: Called after each tensor or, for sources on a hub, as bytes are fetched, also from other threads.
+        check: Whether to check the CRC-32s of memory-mapped tensors too, which reads them once. Those of all other
+            tensors are always checked.
+        on_progress: Called after each tensor; for sources on a hub, as bytes are fetched, also from other threads.
         **options: The fields of `converter.options.ConvertOptions` and `HubOptions`, as in `convert`.
 
     Warns:
         UserWarning: A cast made finite values infinite, or the encoder computes another function than the source.
     """
-    dtype = str(dtype).removeprefix("torch.")
-    convert_options, hub_options = split_options(options, ConvertOptions, family=family, dtype=dtype)
+    convert_options, hub_options = split_options(options, ConvertOptions, family=family, dtype=dtype_name(dtype))
     check_options(convert_options)
-    # Imports torch, which takes two seconds: after the options are checked.
+    # Only now, as it imports torch, which takes two seconds.
     from converter.output.memory import Loader, checked_device
 
     torch_device = checked_device(device)
@@ -68,6 +69,9 @@ def load(
                 on_progress("loading", len(tensors), len(plan.outputs))
         check_unchanged(checkpoints)
         overflows = count_overflows(plan.outputs)
-        for warning in (*function_warning(plan, plan.layout), *([overflow_warning(overflows)] if overflows else [])):
-            warnings.warn(warning, stacklevel=2)
+        messages = function_warning(plan, plan.layout)
+        if overflows:
+            messages.append(overflow_warning(overflows))
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
         return tensors

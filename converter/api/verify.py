@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from converter import __version__
-from converter.api.expected import plan_expected
+from converter.api.expected import Inputs, plan_expected
 from converter.checkpoint.open import Checkpoint, check_hub_options, open_checkpoint
 from converter.errors import UsageError
 from converter.options import ConvertOptions, HubOptions, check_choices
 from converter.storage.progress import OnProgress
+from converter.tensors.dtypes import dtype_name
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.controls import strongest
@@ -114,7 +115,7 @@ def verify(
                 lora=sources.get("lora"),
                 adapter_name=adapter_name,
             )
-            expected = plan_expected(target, sources, open_file, options, on_progress)
+            expected = plan_expected(Inputs(target, sources, open_file, options, on_progress))
             for notice in () if fast else missing_requirements(target, expected):
                 on_notice(notice)
         check_hub_options(hub, checkpoints)
@@ -170,29 +171,29 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
     with _timed(seconds, "outputs" if options.sizes else "loading"):
         runs = list(run_encoders(target, source, checks, options))
     origins = source.origins.values() if source else []
-    own_mappings = [Path(each.plan.mapping.location.file).name for each in origins if each.known is None]
+    user_mappings = [Path(origin.plan.mapping.location.file).name for origin in origins if origin.builtin_plan is None]
     outputs = source.outputs if source else {}
     drawn = runs if options.draw else []
     return Verification(
         converted=target.source.name,
         family=target.family,
         checks=[*checks, *(run.check for run in runs)],
-        mapping=" + ".join(each.plan.mapping.name for each in origins),
+        mapping=" + ".join(origin.plan.mapping.name for origin in origins),
         reference=" + ".join(dict.fromkeys(run.reference for run in runs if run.reference)),
         device=device_name(options.device),
-        dtype=str(options.precision).removeprefix("torch."),
+        dtype=dtype_name(options.precision),
         traces=[run.trace for run in runs if run.trace],
         notes=[
-            *(_NOT_CHECKED.format(name) for name in own_mappings),
-            *(remark.removeprefix("warning: ") for each in origins for remark in each.reference_plan.remarks),
+            *(_NOT_CHECKED.format(name) for name in user_mappings),
+            *(remark.removeprefix("warning: ") for origin in origins for remark in origin.reference_plan.remarks),
             *(run.note for run in runs if run.note),
         ],
         # A comparison that shows nothing would not have shown a mistake either.
         controls=strongest(control for run in runs if run.check.verdict == PASSED for control in run.controls),
-        qualifiers={"bytes": f"by {', '.join(own_mappings)}"} if own_mappings else {},
+        qualifiers={"bytes": f"by {', '.join(user_mappings)}"} if user_mappings else {},
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},
-        pictures=[each for run in drawn if run.features for each in draw_features(run.check.name, *run.features)],
+        pictures=[picture for run in drawn if run.features for picture in draw_features(run.check.name, *run.features)],
     )
 
 

@@ -131,7 +131,7 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
     donor_plan = _plan_donor(donor, plan, options) if donor is not None else None
     if options.layout != options.canonical:
         plan = retarget(plan, _target(options).mapping, donor_plan, opened.name, options.full_model)
-    elif donor_plan:
+    else:
         plan = complete_from(plan, donor_plan)
     plan.outputs = sort_outputs(plan.outputs, options.dtype)
     resolved = ResolvedPlan(detected, plan)

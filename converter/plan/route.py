@@ -101,8 +101,10 @@ def _expected(template: Template, count: int, produced: Collection[str]) -> Iter
     return template.names(count)
 
 
-def complete_from(plan: Plan, donor: Plan) -> Plan:
-    """Complete a plan to the canonical layout with the tensors of another one."""
+def complete_from(plan: Plan, donor: Plan | None) -> Plan:
+    """Complete a plan to the canonical layout with the tensors of another one, if there is one."""
+    if donor is None:
+        return plan
     taken = {name: donor.outputs[name] for name in plan.missing if name in donor.outputs}
     missing = {name: why for name, why in plan.missing.items() if name not in taken}
     rules = plan.rules | {name: donor.rules[name] for name in taken}

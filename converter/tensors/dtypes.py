@@ -74,6 +74,12 @@ BY_STORAGE = {dtype.storage: dtype for dtype in IN_TORCH.values() if dtype.stora
 FLOAT32 = BY_NAME["float32"]
 INT64 = BY_NAME["int64"]
 
+
+def dtype_name(dtype: object) -> str:
+    """Return the name of an element type, such as "float32", which is given as a torch.dtype or as its name."""
+    return str(dtype).removeprefix("torch.")
+
+
 # Tensors that are not plain bytes in the file, by the beginning of their kind, and how to make plain ones: a Python
 # expression for the tensor `t`, which leaves plain tensors as they are.
 _EXPRESSIONS = {

@@ -33,7 +33,7 @@ class ConvertedEncoder:
     # Tensors outside the encoder (CLIP's text tower) by canonical names
     extra_tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
     # The file's tensors by the names that the layout's own library loads
-    own: Mapping[str, TensorInfo] = field(default_factory=dict)
+    native_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     in_deep_encoder: bool = True  # Whether the file is made for the DeepEncoder, not for the layout's own library
     # Activation, heads and epsilon, as the file's config states them; none for the DeepEncoder
     assumptions: Assumptions = field(default_factory=dict)
@@ -69,17 +69,17 @@ class Origin:
     """The source of one encoder, and its conversion to canonical names with the options that the file shows."""
 
     plan: Plan  # The plan by the mapping that made the file, which is the user's if there is one
-    # The plan by a built-in layout that fits the source, or None. Without a user's mapping it equals `plan`
-    known: Plan | None
-    # The tensors that the known layout's own library loads; none if positions were resampled
-    own: Mapping[str, TensorInfo]
+    # The plan by a built-in layout that fits the source, or None. Without a user's mapping it is `plan`
+    builtin_plan: Plan | None
+    # The source's tensors by the names that the layout's own library loads; none if positions were resampled
+    native_tensors: Mapping[str, TensorInfo]
     read: Reader  # Reads its tensors, and those that other sources supply
     detected: DetectedLayout
 
     @property
     def reference_plan(self) -> Plan:
         """The plan by which a reference is loaded."""
-        return self.known or self.plan
+        return self.builtin_plan or self.plan
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _prefix_in_file(detected: DetectedLayout) -> str:
 def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: bool) -> ConvertedEncoder:
     layout, prefix = detected.match.layout, _prefix_in_file(detected)
     in_deep_encoder = whole or layout.is_canonical
-    encoder = ConvertedEncoder(family, layout, prefix, {}, {}, own_tensors(detected), in_deep_encoder)
+    encoder = ConvertedEncoder(family, layout, prefix, {}, {}, native_tensors(detected), in_deep_encoder)
     try:
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
     except (LayoutError, MappingError) as error:
@@ -172,6 +172,6 @@ def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: b
     return replace(encoder, assumptions=assumptions, remarks=tuple(plan.remarks))
 
 
-def own_tensors(detected: DetectedLayout) -> dict[str, TensorInfo]:
-    """The encoder's tensors by the names that the layout's own library loads."""
+def native_tensors(detected: DetectedLayout) -> dict[str, TensorInfo]:
+    """Return the encoder's tensors by the names that the layout's own library loads."""
     return {name: tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix)}

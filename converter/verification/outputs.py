@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from converter.tensors.dtypes import dtype_name
 from converter.verification.probes import ProbedEncoder, record_features
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check, Control, Trace, TracePoint
 
@@ -100,16 +101,16 @@ def compare(
         make_mistakes: Makes mistakes in the tested encoder, given its features.
     """
     where = f"at {pixels.shape[-1]} x {pixels.shape[-1]}" if pixels.ndim == 4 else f"on {pixels.shape[1]} tokens"
-    name, note, in_type = f"{reference.label} {where}", "", str(precision).removeprefix("torch.")
-    originals = [(each.model, _lost_in(precision, each.model)) for each in (tested, reference)]
+    name, note = f"{reference.label} {where}", ""
+    originals = [(encoder.model, _lost_in(precision, encoder.model)) for encoder in (tested, reference)]
     with exact_float32():
         exact = run_in(torch.float64, reference, pixels)
         run = _run_both(precision, tested, reference, pixels, exact)
         check, trace = _judge(name, run)
         if run.hides_mistakes:
-            note = f"{name}: compared in float64, as the noise floor in {in_type} is {run.noise:.2g}"
+            note = f"{name}: compared in float64, as the noise floor in {dtype_name(precision)} is {run.noise:.2g}"
         elif _nearly_passed(check, trace):
-            note = f"{name}: compared in float64, as errors in {in_type} are near the tolerance"
+            note = f"{name}: compared in float64, as errors in {dtype_name(precision)} are near the tolerance"
         if note:
             _restore(originals)
             run = _run_both(torch.float64, tested, reference, pixels, exact)

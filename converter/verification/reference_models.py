@@ -25,7 +25,7 @@ from converter.layouts.spec import LayoutMapping
 from converter.output.pretrained_config import clip_vision_config, sam_vision_config
 from converter.plan.apply import apply
 from converter.plan.route import writing_rules
-from converter.tensors.dtypes import BY_NAME
+from converter.tensors.dtypes import BY_NAME, dtype_name
 from converter.tensors.evaluate import evaluate
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read
 from converter.tensors.tensor_info import TensorInfo
@@ -97,8 +97,11 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
     # transformers before 5 wraps the encoder in a `vision_model`, which its names begin with.
     encoder = getattr(model, "vision_model", model)
     parts = ("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.")
-    own = without_prefix("vision_model.", state)
-    tensors = {name: own[name] for name in own if name.startswith(parts) and "position_ids" not in name}
+    tensors = {
+        name: tensor
+        for name, tensor in without_prefix("vision_model.", state).items()
+        if name.startswith(parts) and "position_ids" not in name
+    }
     layers, patches = encoder.encoder.layers, encoder.embeddings.patch_embedding
     result = _loaded("clip", "transformers", encoder, tensors, layers, patches, ("post_layernorm.",))
     return replace(result, label=label("transformers", type(model).__name__))
@@ -225,24 +228,25 @@ REFERENCES = {
 }
 
 
-def build_reference(mapping: LayoutMapping, config: Any, own: State, canonical: State) -> ProbedEncoder:
-    """The reference for a source.
+def build_reference(mapping: LayoutMapping, config: Any, native: State, canonical: State) -> ProbedEncoder:
+    """Build another implementation of an encoder, with the source's weights.
 
     Args:
         mapping: The mapping from the source's layout.
         config: The encoder's config.
-        own: The source's tensors by their own names; empty if its library cannot load them (resampled positions).
+        native: The tensors by the names of the source's layout; empty if its library cannot load them (resampled
+            positions).
         canonical: The same tensors by canonical names.
 
     Raises:
         ModuleNotFoundError: Neither the layout's own library nor transformers is installed.
     """
-    reference, layout = REFERENCES.get(mapping.name), f"{mapping.family}-hf"
+    native_reference, general_layout = REFERENCES.get(mapping.name), f"{mapping.family}-hf"
     with SkipInitialization():
-        if own and reference and reference.installed:
-            return reference.build(config, own)
-        encoder = REFERENCES[layout].build(config, to_layout(layout, canonical))
-    return replace(encoder, label=f"{encoder.label}, loaded through {mapping.name} -> {layout}")
+        if native and native_reference and native_reference.installed:
+            return native_reference.build(config, native)
+        encoder = REFERENCES[general_layout].build(config, to_layout(general_layout, canonical))
+    return replace(encoder, label=f"{encoder.label}, loaded through {mapping.name} -> {general_layout}")
 
 
 def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
@@ -258,7 +262,7 @@ def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
 def _lazy(key: str, tensor: Tensor) -> LazyTensor:
     """A tensor in memory as a lazy tensor: `to_layout` reads it by its key, not from a storage."""
     no_storage: Any = None
-    dtype = BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+    dtype = BY_NAME[dtype_name(tensor.dtype)]
     return lazy_read(TensorInfo(key, dtype, tuple(tensor.shape), no_storage, 0, ()))
 
 
@@ -295,8 +299,8 @@ def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
 
 def _sam_sizes(config: SamConfig) -> dict[str, Any]:
     """The arguments of segment-anything's and timm's SAM."""
-    own = {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
-    return _vit_sizes(config) | own
+    attention = {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
+    return _vit_sizes(config) | attention
 
 
 def _mlp_ratio(config: SamConfig | ClipConfig) -> float:

@@ -48,6 +48,21 @@ def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_prog
     return lambda tensor: opened()(tensor)
 
 
+def join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
+    """Return one reader for the tensors of several checkpoints.
+
+    Args:
+        sources: The opened checkpoints.
+        needed: The tensors to fetch from checkpoints on a hub.
+        on_progress: Called as they are fetched.
+    """
+    readers: dict[SourceFile, Reader] = {}
+    for source in sources:
+        tensors = [tensor for tensor in needed if tensor.storage.file in source.files]
+        readers |= dict.fromkeys(source.files, open_independently(source, tensors, on_progress))
+    return lambda tensor: readers[tensor.storage.file](tensor)
+
+
 def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
     source.fetch(needed, on_progress)
     paths = {tensor: entry.path for entry in state_dicts(source.contents) for tensor in entry.tensors.values()}

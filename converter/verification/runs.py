@@ -1,4 +1,4 @@
-"""Runs of the converted encoders: each by itself at its trained size, then all in the DeepEncoder at every size."""
+"""Runs the converted encoders: each by itself at its trained size, then all in the DeepEncoder at every size."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class RunOptions:
     on_progress: OnProgress
 
 
-class _Tested(NamedTuple):
-    """A converted encoder, loaded, and its source's tensors."""
+class _LoadedEncoder(NamedTuple):
+    """A converted encoder with its tensors in memory, and those of its source. States are empty without a source."""
 
     family: Family
     converted: ConvertedEncoder
-    origin: Origin | None
-    encoder: Any  # Our own encoder with its tensors
-    assumptions: Assumptions  # What no tensor shows, as the encoder was loaded with; empty for the DeepEncoder's values
-    own: State  # The file's tensors by the names of its layout, for its library; none for the DeepEncoder
-    source_own: State  # The source's tensors by the names of its layout
-    source: State  # The source's tensors by canonical names; none without a source
+    origin: Origin | None  # None without a source
+    module: Any  # Our own implementation with the converted tensors
+    assumptions: Assumptions  # The values that `module` computes with; empty for the DeepEncoder's values
+    native_state: State  # The file's tensors by the names of its layout; empty for a file for the DeepEncoder
+    source_native_state: State  # The source's tensors by the names of its layout
+    source_state: State  # The source's tensors by canonical names
 
 
 def run_encoders(
@@ -67,74 +67,82 @@ def run_encoders(
 
     Args:
         target: The converted file.
-        expected: What should have been written, if a source was specified.
-        checks: The checks of the file's bytes.
+        expected: The expected output of the conversion; None without a source.
+        checks: The checks of the file's bytes, which explain failures.
         options: How the encoders are run.
     """
     # Nothing is uploaded to a GPU if nothing runs there.
     upload = Uploader(options.device if options.sizes else torch.device("cpu"))
-    loaded: list[_Tested] = []
+    encoders: list[_LoadedEncoder] = []
     for converted in target.encoders:
         origin = expected.origins[converted.family] if expected else None
-        tested, comparisons = _load(converted, target.read, origin, options, upload)
-        if tested:
-            loaded.append(tested)
-            comparisons += _explained(_compare_alone(tested, options), [tested], checks)
+        encoder, comparisons = _load(converted, target.read, origin, options, upload)
+        if encoder:
+            encoders.append(encoder)
+            comparisons += _explain(_compare_alone(encoder, options), [encoder], checks)
         prefix = f"{converted.family}: " if len(target.encoders) > 1 else ""
-        yield from (_named(prefix, comparison) for comparison in comparisons)
-    if loaded and loaded[0].converted.in_deep_encoder:
-        yield from _explained(_compare_in_deep_encoder(loaded, options), loaded, checks)
+        yield from (_prefix_names(prefix, comparison) for comparison in comparisons)
+    if encoders and encoders[0].converted.in_deep_encoder:
+        yield from _explain(_compare_in_deep_encoder(encoders, options), encoders, checks)
 
 
 def _load(
     converted: ConvertedEncoder, read: Reader, origin: Origin | None, options: RunOptions, upload: Uploader
-) -> tuple[_Tested | None, list[Comparison]]:
-    """Load an encoder; None if it cannot be run, and its checks with the reason."""
+) -> tuple[_LoadedEncoder | None, list[Comparison]]:
+    """Load an encoder. Return it, or None if it cannot be run, and the checks of its structure."""
     family = FAMILIES[converted.family]
     state = {name: upload(evaluate(value, read)) for name, value in converted.tensors.items()}
     assumptions = functions.tested_assumptions(converted, origin)
-    loads, encoder = structure.check_loads(family, state, assumptions)
+    load_check, module = structure.check_loads(family, state, assumptions)
     comparisons = [Comparison(check) for check in functions.check_config(converted, origin)]
-    comparisons.append(Comparison(loads, note=functions.function_note(converted, origin)))
-    obstacle = "--fast" if not options.sizes else "it does not load" if encoder is None else ""
-    if origin and not obstacle:
-        wrong = structure.check_sizes(family, encoder, origin.plan.outputs, assumptions)
-        comparisons += map(Comparison, wrong)
-        obstacle = "the source's encoder has other sizes" if wrong else ""
+    comparisons.append(Comparison(load_check, note=functions.function_note(converted, origin)))
+    obstacle = ""
+    if not options.sizes:
+        obstacle = "--fast"
+    elif module is None:
+        obstacle = "it does not load"
+    elif origin and (failed := structure.check_sizes(family, module, origin.plan.outputs, assumptions)):
+        comparisons += map(Comparison, failed)
+        obstacle = "the source's encoder has other sizes"
     if obstacle:
         return None, [*comparisons, Comparison(Check(GROUP, "encoder", SKIPPED, f"not run: {obstacle}"))]
-    # Our own encoder runs in the DeepEncoder, the library of the layout otherwise.
-    own = {} if converted.in_deep_encoder else {name: upload(read(each)) for name, each in converted.own.items()}
-    sources = _upload_source(origin, upload) if origin else ({}, {})
-    return _Tested(family, converted, origin, encoder, assumptions, own, *sources), comparisons
+    native_state = {}
+    # A file for the layout's own library is run by this library, not by our own implementation.
+    if not converted.in_deep_encoder:
+        native_state = {name: upload(read(tensor)) for name, tensor in converted.native_tensors.items()}
+    source_states = _upload_source(origin, upload) if origin else ({}, {})
+    return _LoadedEncoder(family, converted, origin, module, assumptions, native_state, *source_states), comparisons
 
 
-def _named(prefix: str, comparison: Comparison) -> Comparison:
+def _prefix_names(prefix: str, comparison: Comparison) -> Comparison:
+    """Put a prefix before the names of a comparison's check and trace."""
     trace = comparison.trace and replace(comparison.trace, name=prefix + comparison.trace.name)
     return replace(comparison, check=replace(comparison.check, name=prefix + comparison.check.name), trace=trace)
 
 
-def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> Iterator[Comparison]:
-    """Compare the encoders in the DeepEncoder at every size; without a source, check the tokens alone."""
+def _compare_in_deep_encoder(encoders: Sequence[_LoadedEncoder], options: RunOptions) -> Iterator[Comparison]:
+    """Compare the encoders in the DeepEncoder at every size; without a source, only check its tokens."""
     options.on_progress("outputs", 1, len(options.sizes) + 1)
+    modules = {encoder.family: encoder.module for encoder in encoders}
     try:
-        whole = deep_encoder.build_deep_encoder({each.family: each.encoder for each in tested}, options.device)
+        whole = deep_encoder.build_deep_encoder(modules, options.device)
     except ValueError as error:
         yield Comparison(Check(structure.GROUP, "DeepEncoder", FAILED, str(error)))
         return
     reference = None
-    if all(each.source for each in tested):
-        canonical = {each.family.prefix + name: value for each in tested for name, value in each.source.items()}
+    if all(encoder.source_state for encoder in encoders):
+        state = dict(whole.model.state_dict())
+        for encoder in encoders:
+            state |= {encoder.family.prefix + name: tensor for name, tensor in encoder.source_state.items()}
         try:
-            state = {**whole.model.state_dict(), **canonical}
             reference = deep_encoder.build_deep_encoder_reference(whole.model, state, options.device)
         except ModuleNotFoundError as error:
             yield _not_compared(whole.label, error)
             return
 
     def make_mistakes(features: Features) -> Iterator[Mistaken]:
-        for each in tested:
-            yield from mistakes_at_entry(each.family, whole.model, each.family.prefix, features)
+        for family in modules:
+            yield from mistakes_at_entry(family, whole.model, family.prefix, features)
 
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
@@ -145,47 +153,53 @@ def _compare_in_deep_encoder(tested: Sequence[_Tested], options: RunOptions) -> 
         options.on_progress("outputs", done, len(options.sizes) + 1)
 
 
-def _compare_alone(tested: _Tested, options: RunOptions) -> Iterator[Comparison]:
+def _compare_alone(encoder: _LoadedEncoder, options: RunOptions) -> Iterator[Comparison]:
+    """Compare an encoder by itself with its source, if there is one."""
     try:
-        if tested.origin:
-            yield from _compare_with_source(tested, tested.origin, options)
+        if encoder.origin:
+            yield from _compare_with_source(encoder, encoder.origin, options)
     except ModuleNotFoundError as error:
-        yield _not_compared(type(tested.encoder).__name__, error)
+        yield _not_compared(type(encoder.module).__name__, error)
 
 
-def _compare_with_source(tested: _Tested, origin: Origin, options: RunOptions) -> Iterator[Comparison]:
+def _compare_with_source(encoder: _LoadedEncoder, origin: Origin, options: RunOptions) -> Iterator[Comparison]:
     """Compare an encoder with its reference.
 
     The reference of a DeepEncoder's part computes with the DeepEncoder's activation, heads and epsilon, which shows
-    that the weights are right. Where the source computes with others, one more comparison shows how far outputs move.
+    that the weights are right. If the source computes with others, one more comparison shows how far outputs move.
     """
-    family, plan, in_deep_encoder = tested.family, origin.reference_plan, tested.converted.in_deep_encoder
-    encoder: Any
-    encoder, canonical = deep_encoder.with_optional_tensors(family, tested.encoder, tested.source, tested.assumptions)
-    configs, tests = [family.config(canonical, plan.assumptions)], family.probed(encoder)
+    family, plan, in_deep_encoder = encoder.family, origin.reference_plan, encoder.converted.in_deep_encoder
+    module: Any
+    module, source_state = deep_encoder.with_optional_tensors(
+        family, encoder.module, encoder.source_state, encoder.assumptions
+    )
+    source_config = family.config(source_state, plan.assumptions)
     if in_deep_encoder:
-        configs = [encoder.config, *(configs if differences(plan.assumptions) else [])]
+        configs = [module.config, source_config] if differences(plan.assumptions) else [module.config]
+        tested = family.probed(module)
     else:
+        configs = [source_config]
+        mapping = encoder.converted.layout.mapping
         with options.device:
-            tests = build_reference(tested.converted.layout.mapping, encoder.config, tested.own, encoder.state_dict())
-    tests.model.to(options.device)
-    own = _as_converted(tested.source_own, origin)
-    pixels = family.input(encoder.config, lambda size: _pixels(options, size)).to(options.device)
+            tested = build_reference(mapping, module.config, encoder.native_state, module.state_dict())
+    tested.model.to(options.device)
+    source_native_state = _cast_like_outputs(encoder.source_native_state, origin)
+    pixels = family.input(module.config, lambda size: _pixels(options, size)).to(options.device)
 
     def make_mistakes(features: Features) -> Iterator[Mistaken]:
-        # Mistakes are made in copies of its blocks, whichever implementation ran.
-        encoder.to(options.device, features[family.entry].dtype)
-        yield from mistakes_at_entry(family, encoder, "", features)
-        yield from mistakes_in_blocks(family, encoder, features)
+        # Mistakes are made in copies of the module's blocks, even if another implementation was tested.
+        module.to(options.device, features[family.entry].dtype)
+        yield from mistakes_at_entry(family, module, "", features)
+        yield from mistakes_in_blocks(family, module, features)
 
     for config in configs:
         # Built where it runs: some libraries' initialisation takes seconds on a processor.
         with options.device:
-            reference = build_reference(plan.mapping, config, own, canonical)
+            reference = build_reference(plan.mapping, config, source_native_state, source_state)
         reference.model.to(options.device)
-        comparison = compare(tests, reference, pixels, options.precision, make_mistakes)
+        comparison = compare(tested, reference, pixels, options.precision, make_mistakes)
         if not in_deep_encoder:
-            detail = f"{tests.label} with the converted tensors: {comparison.check.detail}"
+            detail = f"{tested.label} with the converted tensors: {comparison.check.detail}"
             comparison = replace(comparison, check=replace(comparison.check, detail=detail))
         if config is not configs[0]:
             comparison = Comparison(functions.check_function(comparison.check, plan.assumptions))
@@ -198,55 +212,55 @@ def _not_compared(name: str, error: ModuleNotFoundError) -> Comparison:
 
 
 def _pixels(options: RunOptions, size: int) -> Tensor:
-    """The image as pixels (1, 3, size, size), with seeded noise so that blank patches differ."""
+    """Return the image as pixels (1, 3, size, size), with seeded noise so that blank patches differ."""
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
     image = pictures.pixels(options.image or pictures.page(size), size)
     return (image + 0.02 * noise).to(options.device)
 
 
 def _upload_source(origin: Origin, upload: Uploader) -> tuple[State, State]:
-    """The source's tensors by their own and by canonical names, each uploaded once."""
+    """Return the source's tensors by the names of its layout and by canonical names, each uploaded once."""
     load = functools.cache(lambda tensor: upload(origin.read(tensor)))
-    own = {name: load(tensor) for name, tensor in origin.own.items()}
-    canonical = {
-        # Resampled on a GPU, positions would be rounded otherwise than in the file.
+    native_state = {name: load(tensor) for name, tensor in origin.native_tensors.items()}
+    canonical_state = {
+        # Positions are resampled on the CPU, as a GPU would round differently from the conversion.
         name: upload(evaluate(value, origin.read)) if is_resampled(value) else evaluate(value, load)
         for name, value in origin.reference_plan.outputs.items()
     }
-    return own, canonical
+    return native_state, canonical_state
 
 
-def _as_converted(own: State, origin: Origin) -> State:
-    """The source's tensors in the type of the converted ones."""
+def _cast_like_outputs(state: State, origin: Origin) -> State:
+    """Cast the source's tensors to the floating-point type of the converted ones, if these have only one."""
     types = {value.dtype.name for value in origin.reference_plan.outputs.values() if value.dtype.is_float}
     if len(types) > 1:
-        return own
+        return state
     dtype = torch_dtype(types.pop())
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def _explained(
-    comparisons: Iterable[Comparison], tested: Sequence[_Tested], checks: Sequence[Check]
+def _explain(
+    comparisons: Iterable[Comparison], encoders: Sequence[_LoadedEncoder], checks: Sequence[Check]
 ) -> Iterator[Comparison]:
-    """Comparisons with the causes of failures, and inconclusive where the user's mapping loaded the reference too."""
-    origin = tested[0].origin
+    """Add the causes of failures; mark comparisons as inconclusive if the user's mapping loaded the reference too."""
+    origin = encoders[0].origin
     for comparison in comparisons:
         check = comparison.check
         if check.verdict == FAILED and check.tensors:
-            check = _with_cause(check, tested, checks)
-        elif check.verdict == PASSED and origin and not origin.known:
+            check = _add_cause(check, encoders, checks)
+        elif check.verdict == PASSED and origin and not origin.builtin_plan:
             detail = f"{check.detail}; the reference was loaded by {Path(origin.plan.mapping.location.file).name} too"
             check = replace(check, verdict=INCONCLUSIVE, detail=detail)
         yield replace(comparison, check=check)
 
 
-def _with_cause(check: Check, tested: Sequence[_Tested], checks: Sequence[Check]) -> Check:
+def _add_cause(check: Check, encoders: Sequence[_LoadedEncoder], checks: Sequence[Check]) -> Check:
     """Add to a failed comparison the tensors used at its first diverging probe, and the rules that produced them."""
     used, wrong, rules = list[str](), list[str](), dict[str, Rule]()
-    for each in tested:
-        if each.origin:
-            plan, differing = each.origin.plan, differing_tensors(each.converted, checks)
-            names = each.family.tensors_at(check.tensors[0], plan.outputs)
+    for encoder in encoders:
+        if encoder.origin:
+            plan, differing = encoder.origin.plan, differing_tensors(encoder.converted, checks)
+            names = encoder.family.tensors_at(check.tensors[0], plan.outputs)
             used += names
             wrong += [name for name in names if name in differing]
             rules |= {name: plan.rules[name] for name in names if name in plan.rules}
@@ -262,13 +276,13 @@ def _with_cause(check: Check, tested: Sequence[_Tested], checks: Sequence[Check]
 
 
 def missing_requirements(target: Converted, expected: Expected) -> list[str]:
-    """A sentence for each library that is missing: what is not compared for want of it."""
-    others = [encoder for encoder in target.encoders if not encoder.in_deep_encoder]
-    sides = [(origin.reference_plan.mapping, bool(origin.own)) for origin in expected.origins.values()]
-    sides += [(encoder.layout.mapping, bool(encoder.own)) for encoder in others]
-    found = [] if others else [_missing_for_deep_encoders()]
-    found += [_missing_for_encoder(mapping, has_own) for mapping, has_own in sides]
-    return [notice for notice in dict.fromkeys(found) if notice]
+    """Return a sentence for each library that is not installed, on what is not compared without it."""
+    for_libraries = [encoder for encoder in target.encoders if not encoder.in_deep_encoder]
+    runs = [(origin.reference_plan.mapping, bool(origin.native_tensors)) for origin in expected.origins.values()]
+    runs += [(encoder.layout.mapping, bool(encoder.native_tensors)) for encoder in for_libraries]
+    notices = [] if for_libraries else [_missing_for_deep_encoders()]
+    notices += [_missing_for_encoder(mapping, has_native) for mapping, has_native in runs]
+    return [notice for notice in dict.fromkeys(notices) if notice]
 
 
 def _missing_for_deep_encoders() -> str:
@@ -278,10 +292,10 @@ def _missing_for_deep_encoders() -> str:
     return _sentence([references[-1].module], "the whole DeepEncoder is not compared")
 
 
-def _missing_for_encoder(mapping: LayoutMapping, has_own: bool) -> str:
-    """What is not compared, or compared less directly; `has_own`: whether the layout's library can load the tensors."""
-    own, general = REFERENCES.get(mapping.name) if has_own else None, REFERENCES[f"{mapping.family}-hf"]
-    best = own or general
+def _missing_for_encoder(mapping: LayoutMapping, has_native: bool) -> str:
+    """Return what is not compared, or not directly; `has_native` says if the layout's library can load the tensors."""
+    native, general = REFERENCES.get(mapping.name) if has_native else None, REFERENCES[f"{mapping.family}-hf"]
+    best = native or general
     if best.installed:
         return ""
     if general.installed:

@@ -77,7 +77,10 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
         detail += "; give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
         checks.append(Check(GROUP, "other sources", INCONCLUSIVE, detail, names))
     origins = source.origins.values()
-    return checks + [_check_mapping(each, each.known) for each in origins if each.known not in (None, each.plan)]
+    for origin in origins:
+        if origin.builtin_plan is not None and origin.builtin_plan is not origin.plan:
+            checks.append(_check_mapping(origin, origin.builtin_plan))
+    return checks
 
 
 def _check_tensor(name: str, actual: Tensor, source: Expected, search: bool) -> list[Check]:
