@@ -1,4 +1,4 @@
-"""The two sides of a derivation, and matches of their tensors by the names of known layouts."""
+"""The source and the target of a derivation, and matches of their tensors by the names of known layouts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Tensors = Mapping[str, LazyTensor]
 
 
 class TensorMatch(NamedTuple):
-    """The source tensors `sources`, the canonical tensors `targets`, and the operations from one to the other."""
+    """Source tensors that give canonical tensors."""
 
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    ops: tuple[Op, ...]
+    sources: tuple[str, ...]  # Names of the source tensors
+    targets: tuple[str, ...]  # Names of the canonical tensors
+    ops: tuple[Op, ...]  # The operations from the sources to the targets
 
     def outputs(self, tensors: Tensors) -> dict[str, LazyTensor]:
         """Return the targets as lazy tensors; ValueError if the operations do not allow the shapes of the sources."""
@@ -37,11 +37,11 @@ class Comparison(NamedTuple):
     layout: str  # The new name for the layout of the source
     source: str  # The name of the source, for messages
     tensors: Tensors
-    selected: Tensors  # Those that may match: under the prefix that the user chose
-    prefix: str | None  # This prefix; None if the user chose none
+    selected: Tensors  # The tensors that may match: those under `prefix`
+    prefix: str | None  # The prefix that the user chose, or None
     target: str  # The name of the target, for messages
     canonical: CanonicalLayout
-    expected: Tensors  # The tensors of the target by canonical names; empty if the target is only a layout's name
+    expected: Tensors  # The target's tensors by canonical names; empty if the target is the name of a layout
 
     @property
     def generated(self) -> Tensors:
@@ -51,8 +51,8 @@ class Comparison(NamedTuple):
 
     def missing(self, matches: Iterable[TensorMatch]) -> list[str]:
         """Return the target tensors without a match, except those that may be generated."""
-        skipped = set(self.generated).union(*(match.targets for match in matches))
-        return [name for name in self.expected if name not in skipped]
+        present = self.generated.keys() | {name for match in matches for name in match.targets}
+        return [name for name in self.expected if name not in present]
 
 
 def match_by_names(comparison: Comparison) -> list[TensorMatch]:
@@ -64,10 +64,10 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
     canonical = comparison.canonical
     subtrees: dict[str, list[TensorMatch]] = {}
     for mapping in (canonical.mapping, *registry.mappings(canonical.family)):
-        # Not only where all tensors are: an encoder with adapters is a copy too.
+        # Subtrees that lack some tensors are tried too: an encoder with adapters is another copy.
         for prefix in likely_prefixes(comparison.selected, mapping):
             subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
-    subtrees = _without_parts(subtrees)
+    subtrees = _without_overlaps(subtrees)
     chosen = outermost(subtrees, comparison.prefix)
     if len(chosen) > 1:
         listed = [prefix or "." for prefix in sorted(chosen)[:10]]
@@ -78,8 +78,8 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
     return [match for prefix in chosen for match in subtrees[prefix]]
 
 
-def _without_parts(subtrees: Mapping[str, list[TensorMatch]]) -> dict[str, list[TensorMatch]]:
-    """Leave out subtrees that share tensors with one that has more of them: their layouts name parts of it."""
+def _without_overlaps(subtrees: Mapping[str, list[TensorMatch]]) -> dict[str, list[TensorMatch]]:
+    """Leave out subtrees that share tensors with a subtree of more matches: their layouts describe parts of it."""
     kept: dict[str, list[TensorMatch]] = {}
     used: set[str] = set()
     for prefix in sorted(subtrees, key=lambda prefix: (-len(subtrees[prefix]), len(prefix))):
@@ -94,10 +94,10 @@ def _match_subtree(comparison: Comparison, prefix: str, mapping: LayoutMapping) 
     """Return the matches that a mapping gives for the names that begin with `prefix`."""
     names = [name.removeprefix(prefix) for name in comparison.selected if name.startswith(prefix)]
     matches = []
-    for (index, bound), parts in claim(mapping.rules, names).groups.items():
-        rule = mapping.rules[index]
-        targets = tuple(target.fill(dict(bound)) for target in rule.targets)
-        if targets and len(parts) == len(rule.sources) and all(map(comparison.canonical.spec, targets)):
-            sources = tuple(prefix + parts[i] for i in range(len(parts)))
+    for (rule_index, bindings), names_by_part in claim(mapping.rules, names).groups.items():
+        rule = mapping.rules[rule_index]
+        targets = tuple(target.fill(dict(bindings)) for target in rule.targets)
+        if targets and len(names_by_part) == len(rule.sources) and all(map(comparison.canonical.spec, targets)):
+            sources = tuple(prefix + names_by_part[part] for part in range(len(rule.sources)))
             matches.append(TensorMatch(sources, targets, rule.ops))
     return sorted(matches, key=lambda match: match.targets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -23,26 +24,33 @@ from converter.tensors.ops import Fuse, Split
 
 # For example, separate q, k and v for each of 21 heads.
 _MAX_PARTS = 64
-# Elements that are hashed at once, to bound the memory.
-_NUM_HASHED = 1 << 20
+# Number of elements that are hashed at once, to bound the memory.
+_HASH_CHUNK_SIZE = 1 << 20
 
-# Element type, number of elements, and their hash.
-Fingerprint = tuple[str, int, int]
-ByFingerprint = dict[Fingerprint, list[str]]
+
+class Fingerprint(NamedTuple):
+    """The properties that a tensor shares with its renamed, reshaped and permuted copies."""
+
+    dtype: str
+    numel: int
+    hash: int  # A hash of the elements in any order
+
+
+NamesByFingerprint = dict[Fingerprint, list[str]]
 
 
 class _Side:
-    """The tensors of the source or of the target, their names by fingerprint, and the names that have a match."""
+    """The tensors of the source or of the target, by name and by fingerprint, and the names that have a match."""
 
     def __init__(self, tensors: Tensors, on_bytes: Callable[[int], None], prefix: str | None = None) -> None:
         self.tensors = tensors
         self.matched: set[str] = set()
-        names: ByFingerprint = {}
+        by_fingerprint: NamesByFingerprint = {}
         for name, value in tensors.items():
             if value.dtype.name in BY_NAME:  # unlike sparse tensors, which no encoder has
-                names.setdefault(_fingerprint(self.load(name), value.dtype.name), []).append(name)
+                by_fingerprint.setdefault(_fingerprint(self.load(name), value.dtype.name), []).append(name)
                 on_bytes(nbytes(value))
-        self.names = {key: outermost(equal, prefix) for key, equal in names.items()}
+        self.by_fingerprint = {key: outermost(names, prefix) for key, names in by_fingerprint.items()}
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor and return its elements as integers in the same shape."""
@@ -73,17 +81,19 @@ def match_by_values(comparison: Comparison, on_bytes: Callable[[int], None]) -> 
 
 def _fingerprint(tensor: torch.Tensor, dtype: str) -> Fingerprint:
     # A sum of the elements themselves would be the same for many tensors of similar 16-bit numbers.
-    pieces = tensor.reshape(-1).chunk(1 + tensor.numel() // _NUM_HASHED)
-    return dtype, tensor.numel(), sum(int(mix(elements).sum()) for elements in pieces)
+    chunks = tensor.reshape(-1).chunk(1 + tensor.numel() // _HASH_CHUNK_SIZE)
+    return Fingerprint(dtype, tensor.numel(), sum(int(mix(elements).sum()) for elements in chunks))
 
 
 class _Search:
-    """The state of a search: both sides, the matches, and all sources that fit a target."""
+    """The state of a search: both sides, the matches, and the sources that fit each target."""
 
     def __init__(self, source: _Side, target: _Side) -> None:
         self.source, self.target = source, target
         self.matches: list[TensorMatch] = []
-        self.candidates = {name: source.names.get(key, []) for key, names in target.names.items() for name in names}
+        self.candidates: dict[str, list[str]] = {}
+        for fingerprint, names in target.by_fingerprint.items():
+            self.candidates |= dict.fromkeys(names, source.by_fingerprint.get(fingerprint, []))
 
     def _add(self, sources: tuple[str, ...], targets: tuple[str, ...], ops: Ops | None) -> bool:
         """Add a match, if operations were found; return whether they were."""
@@ -95,37 +105,52 @@ class _Search:
 
     def match_single(self) -> None:
         """Match tensors with a fingerprint that is unique on both sides."""
-        for key, targets in self.target.names.items():
-            sources = self.source.names.get(key, [])
+        for fingerprint, targets in self.target.by_fingerprint.items():
+            sources = self.source.by_fingerprint.get(fingerprint, [])
             if len(targets) == len(sources) == 1:
                 ops = find_operations(self.source.load(sources[0]), self.target.load(targets[0]))
                 self._add((sources[0],), (targets[0],), ops)
 
     def match_parts(self, wholes: _Side, parts: _Side) -> None:
-        """Match the tensors of one side whose equal parts are tensors of the other, in any order."""
-        pool = {key: names for key, names in parts.names.items() if key not in wholes.names}
-        for key, names in wholes.names.items():
-            for whole in names if key not in parts.names else ():
-                tensor = wholes.load(whole)
-                for dim, found in _equal_splits(tensor, key[0], pool):
-                    # Every part has one name without a match, and all are different.
-                    only = dict.fromkeys(part[0] for part in found if len(part) == 1 and part[0] not in parts.matched)
-                    chosen = tuple(only) if len(names) == 1 and len(only) == len(found) else ()
-                    values = [parts.load(name) for name in chosen]
-                    if wholes is self.target:
-                        is_match = self._add(chosen, (whole,), _fuse(values, tensor))
-                        candidates = dict.fromkeys(names, max(found, key=len))
-                    else:
-                        is_match = self._add((whole,), chosen, _split(tensor, values, dim))
-                        candidates = dict.fromkeys(itertools.chain(*found), names)
-                    if is_match:
-                        break
-                    self.candidates.update(candidates if all(found) else {})
+        """Match tensors of one side that consist of equal parts: tensors of the other side, in any order."""
+        # Tensors that are equal on both sides are neither wholes nor parts.
+        pool = {key: names for key, names in parts.by_fingerprint.items() if key not in wholes.by_fingerprint}
+        for fingerprint, names in wholes.by_fingerprint.items():
+            if fingerprint not in parts.by_fingerprint:
+                for name in names:
+                    self._match_whole(name, names, wholes, parts, pool)
+
+    def _match_whole(
+        self, name: str, equal_names: list[str], wholes: _Side, parts: _Side, pool: NamesByFingerprint
+    ) -> None:
+        """Match a tensor with its parts, or update the candidates; `equal_names` have the tensor's fingerprint."""
+        tensor = wholes.load(name)
+        for dim, names_by_part in _equal_splits(tensor, wholes.tensors[name].dtype.name, pool):
+            chosen = _choose_parts(names_by_part, parts.matched) if len(equal_names) == 1 else ()
+            values = [parts.load(part) for part in chosen]
+            if wholes is self.target:
+                is_match = self._add(chosen, (name,), _fuse(values, tensor))
+                candidates = dict.fromkeys(equal_names, max(names_by_part, key=len))
+            else:
+                is_match = self._add((name,), chosen, _split(tensor, values, dim))
+                candidates = dict.fromkeys(itertools.chain(*names_by_part), equal_names)
+            if is_match:
+                return
+            if all(names_by_part):
+                self.candidates.update(candidates)
+
+
+def _choose_parts(names_by_part: list[list[str]], matched: set[str]) -> tuple[str, ...]:
+    """Return the name of each part; empty unless each part has exactly one name, without a match, and all differ."""
+    names = [names[0] for names in names_by_part if len(names) == 1 and names[0] not in matched]
+    return tuple(names) if len(set(names)) == len(names_by_part) else ()
 
 
 def _fuse(parts: list[torch.Tensor], target: torch.Tensor) -> Ops | None:
     """Return the operations that fuse parts into a target, or None."""
-    for dim in range(parts[0].dim() if len({part.shape for part in parts}) == 1 else 0):
+    if len({part.shape for part in parts}) != 1:
+        return None
+    for dim in range(parts[0].dim()):
         ops = find_operations(torch.cat(parts, dim), target)
         if ops is not None:
             return (Fuse(len(parts), dim), *ops)
@@ -134,15 +159,20 @@ def _fuse(parts: list[torch.Tensor], target: torch.Tensor) -> Ops | None:
 
 def _split(source: torch.Tensor, targets: list[torch.Tensor], dim: int) -> Ops | None:
     """Return the operations that split a source along a dimension into targets, or None."""
-    found = set(map(find_operations, source.chunk(len(targets), dim), targets)) if targets else {None}
-    ops = found.pop()
-    return None if found or ops is None else (Split(len(targets), dim), *ops)
+    if not targets:
+        return None
+    parts = source.chunk(len(targets), dim)
+    ops = find_operations(parts[0], targets[0])
+    # A rule applies the same operations to every part.
+    if ops is None or any(find_operations(part, target) != ops for part, target in zip(parts, targets, strict=True)):
+        return None
+    return (Split(len(targets), dim), *ops)
 
 
-def _equal_splits(tensor: torch.Tensor, dtype: str, pool: ByFingerprint) -> Iterator[tuple[int, list[list[str]]]]:
+def _equal_splits(tensor: torch.Tensor, dtype: str, pool: NamesByFingerprint) -> Iterator[tuple[int, list[list[str]]]]:
     """Yield the ways to split a tensor equally: the dimension, and for each part the names with its fingerprint."""
-    sizes = sorted({size for name, size, _ in pool if size and name == dtype}, reverse=True)
-    for size, dim in itertools.product(sizes, range(tensor.dim())):
+    sizes = {fingerprint.numel for fingerprint in pool if fingerprint.numel and fingerprint.dtype == dtype}
+    for size, dim in itertools.product(sorted(sizes, reverse=True), range(tensor.dim())):
         num_parts, remainder = divmod(tensor.numel(), size)
         if not remainder and 1 < num_parts <= _MAX_PARTS and tensor.shape[dim] % num_parts == 0:
             yield dim, [pool.get(_fingerprint(part, dtype), []) for part in tensor.chunk(num_parts, dim)]
