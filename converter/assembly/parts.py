@@ -12,7 +12,7 @@ from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, OtherFamilyError, UsageError
 from converter.layouts import registry
 from converter.layouts.detect import detect_families
-from converter.layouts.marks import find_half_transposed
+from converter.layouts.marks import find_mixed_convolutions
 from converter.layouts.shapes import Sizes
 from converter.options import ConvertOptions
 from converter.output.record import ConversionRecord, Destination, make_record
@@ -205,7 +205,7 @@ def extract_encoder(
     tensors = _own_tensors(plans)
     # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
     read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
-    if mark := find_half_transposed(read):
+    if mark := find_mixed_convolutions(read):
         raise mark.error(source.name)
     for addition in _additions(plans) if not partial else ():
         addition.check(tensors, _sizes(plans), source.name, _model(plans))

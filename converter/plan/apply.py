@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from converter.errors import MappingError
 from converter.layouts.claims import claim, summary
-from converter.layouts.marks import find_adapters
+from converter.layouts.marks import find_extra_modules
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule
 from converter.layouts.template import Bindings
 from converter.tensors.lazy_tensor import LazyTensor
@@ -51,7 +51,7 @@ def outside_encoder(
         if not name.startswith(wrapper):
             return True
         inner = name.removeprefix(wrapper)
-        return inner.partition(".")[0] not in modules and not find_adapters([inner])
+        return inner.partition(".")[0] not in modules and not find_extra_modules([inner])
 
     return is_outside
 

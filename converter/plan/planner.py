@@ -11,7 +11,7 @@ from converter.checkpoint.open import CONFIG_NAMES, Checkpoint
 from converter.errors import LayoutError, MappingError, UsageError, first_names
 from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layout
-from converter.layouts.marks import find_adapters
+from converter.layouts.marks import find_extra_modules
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE, outside_encoder
@@ -109,7 +109,7 @@ def _misfit_error(
         f"the encoder differs from {match.name}: convert the checkpoint that it was made from, or write your own "
         f"mapping:\ndsocr-convert mapping show {match.name} > mine.yaml; then --mapping mine.yaml"
     )
-    if find_adapters(encoder):
+    if find_extra_modules(encoder):
         step = "the DeepEncoder has no such modules: convert the weights that they were added to, or merge them"
     return MappingError(str(error), step)
 

@@ -143,15 +143,15 @@ class Own(torch.Tensor):
 
 
 UNUSUAL: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
-    "meta": (lambda: torch.zeros(16, device="meta"), "no plain tensors (meta)"),
-    "sparse, COO": (lambda: torch.eye(4).to_sparse(), "no plain tensors (sparse)"),
-    "sparse, CSR": (_sparse_csr, "no plain tensors (sparse)"),
-    "quantized": (_quantized, "no plain tensors (quantized)"),
+    "meta": (lambda: torch.zeros(16, device="meta"), "not plain tensors (meta)"),
+    "sparse, COO": (lambda: torch.eye(4).to_sparse(), "not plain tensors (sparse)"),
+    "sparse, CSR": (_sparse_csr, "not plain tensors (sparse)"),
+    "quantized": (_quantized, "not plain tensors (quantized)"),
     "complex": (lambda: torch.zeros(16, dtype=torch.complex64), "is complex64; expected a floating-point type"),
     "conjugated": (lambda: torch.zeros(16, dtype=torch.complex64).conj(), "conjugated or negated view"),
     "negated": (lambda: torch.zeros(16)._neg_view(), "conjugated or negated view"),
-    "nested": (_nested, "no plain tensors (nested)"),
-    "of a subclass": (lambda: torch.ones(16).as_subclass(Own), "no plain tensors (tensor of hostile.records.Own)"),
+    "nested": (_nested, "not plain tensors (nested)"),
+    "of a subclass": (lambda: torch.ones(16).as_subclass(Own), "not plain tensors (tensor of hostile.records.Own)"),
 }
 
 
