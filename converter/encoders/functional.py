@@ -1,4 +1,4 @@
-"""Functions that the encoders share: activations, splitting attention heads, and resampling position embeddings."""
+"""Functions that the encoders share: activations, split attention heads, resampled position embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# By the names that `ACTIVATION_NAMES` leads to.
+# Activations by the names that are values of `converter.encoders.config.ACTIVATION_NAMES`.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "gelu": F.gelu,

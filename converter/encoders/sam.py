@@ -115,7 +115,7 @@ class _Attention(nn.Module):
         h, w = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x.flatten(1, 2)), self.heads)
         bias = self._rel_pos_bias(q, h, w)
-        # On a GPU the mask of a whole image takes most of the memory and much time. Within windows it is faster.
+        # On a GPU the mask of a whole image takes most of the memory and much time. Within windows a mask is faster.
         attend = attention_without_mask if self.is_global and x.device.type != "cpu" else attention_with_mask
         y = attend(q, k, v, *bias)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
@@ -132,7 +132,7 @@ class _Attention(nn.Module):
 
 
 def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attention with a bias for the row and the column of each key, as a mask of N x N elements for each head.
+    """Compute attention with a bias for the row and the column of each key, as a mask of N x N elements for each head.
 
     Args:
         q: Queries (B, heads, N, D).
@@ -146,27 +146,29 @@ def attention_with_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: 
 
 
 def attention_without_mask(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same as `attention_with_mask`, but the bias is a part of the product of queries and keys.
+    """Compute the same as `attention_with_mask`, with the bias as a part of the product of queries and keys.
 
-    A query gets its biases as h + w more channels. A key gets a one at its row and one at its column.
+    Queries get their biases as h + w more channels. Keys get one-hot encodings of their row and their column.
 
     Args:
-        q: As in `attention_with_mask`, like all others.
-        k: Keys.
-        v: Values.
-        rows: The bias of each query for keys in each row.
-        columns: The same for the columns.
+        q: Queries (B, heads, N, D).
+        k: Keys, of the same shape.
+        v: Values, of the same shape.
+        rows: The bias of each query for keys in each of the h rows (B, heads, N, h), where N = h * w.
+        columns: The same for the w columns (B, heads, N, w).
     """
-    h, w, scale = rows.shape[-1], columns.shape[-1], math.sqrt(q.shape[-1])
-    # The product is divided by the scale. Keys take its power of two, which every type holds, and queries the rest.
-    power = 2.0 ** math.floor(math.log2(scale))
-    bias = torch.cat((rows, columns), -1) * (scale / power)
-    ones = power * torch.eye(h + w, dtype=k.dtype, device=k.device)
-    positions = ones[:h].repeat_interleave(w, 0) + ones[h:].repeat(h, 1)
-    # Fast kernels take a multiple of eight channels.
-    added = -(q.shape[-1] + h + w) % 8
-    q = torch.cat((q, bias, bias.new_zeros(()).expand(*bias.shape[:-1], added)), -1)
-    k = torch.cat((k, F.pad(positions, (0, added)).expand(*k.shape[:-1], -1)), -1)
+    h, w = rows.shape[-1], columns.shape[-1]
+    # Attention divides the product by `scale`, which the bias has to cancel. The keys are multiplied by the largest
+    # power of two below it, which every dtype represents exactly, and the queries by the rest.
+    scale = math.sqrt(q.shape[-1])
+    key_scale = 2.0 ** math.floor(math.log2(scale))
+    bias = torch.cat((rows, columns), -1) * (scale / key_scale)
+    one_hot = key_scale * torch.eye(h + w, dtype=k.dtype, device=k.device)
+    positions = one_hot[:h].repeat_interleave(w, 0) + one_hot[h:].repeat(h, 1)
+    # Zero channels are added, as fast kernels need a multiple of eight channels.
+    num_zeros = -(q.shape[-1] + h + w) % 8
+    q = torch.cat((q, bias, bias.new_zeros(()).expand(*bias.shape[:-1], num_zeros)), -1)
+    k = torch.cat((k, F.pad(positions, (0, num_zeros)).expand(*k.shape[:-1], -1)), -1)
     return F.scaled_dot_product_attention(q, k, v, scale=1 / scale)
 
 
@@ -195,7 +197,7 @@ class _LayerNorm2d(nn.LayerNorm):
 
 
 def _rel_pos_embeddings(rel_pos: Tensor, size: int) -> Tensor:
-    """Return the embedding for each query (first dimension) and key (second) along one direction, (size, size, D)."""
+    """Return the embedding for each query and key along one direction (size, size, D): queries first, then keys."""
     positions = torch.arange(size, device=rel_pos.device)
     return resample_rel_pos(rel_pos, 2 * size - 1)[positions[:, None] - positions + size - 1]
 
@@ -204,7 +206,7 @@ def window_partition(x: Tensor, size: int) -> Tensor:
     """Partition (B, h, w, C) into windows (B * num_windows, size, size, C), zero-padded at the bottom and right."""
     batch, h, w, channels = x.shape
     x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
-    x = x.reshape(batch, -(-h // size), size, -(-w // size), size, channels)
+    x = x.reshape(batch, x.shape[1] // size, size, x.shape[2] // size, size, channels)
     return x.transpose(2, 3).flatten(0, 2)
 
 
@@ -217,5 +219,6 @@ def window_unpartition(windows: Tensor, h: int, w: int) -> Tensor:
         w: Number of columns of patches without padding.
     """
     size, channels = windows.shape[2:]
-    x = windows.reshape(-1, -(-h // size), -(-w // size), size, size, channels)
+    num_rows, num_columns = -(-h // size), -(-w // size)  # rounded up
+    x = windows.reshape(-1, num_rows, num_columns, size, size, channels)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]

@@ -1,8 +1,9 @@
-"""Reads pickles without executing them: builds plain values, and looks globals up in a table of the caller.
+"""Reads pickles without executing them: builds plain values, and looks up globals in the caller's table.
 
 Python's own Unpickler is not used. It imports globals by name, calls them, and allocates a memo of any size that the
-stream requests. Here a global outside the table is an error, or a placeholder if the table makes one: calls of it give
-further placeholders, and nothing is imported or run. The supported opcodes are those that Python 3 and torch write.
+stream requests. Here a global that is not in the table is an error, or a placeholder if the table provides one. Calling
+a placeholder gives another placeholder; nothing is imported or run. The supported opcodes are those that Python 3 and
+torch write.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CONTAINERS = _UNHASHABLE | {tuple, frozenset}
 class Placeholder:
     """Stands for an object that is not created: an instance of a class, or a class or function itself.
 
-    It holds what the pickle gives to the object and does nothing with it. Two placeholders are never equal.
+    It holds the object's data in the pickle and does nothing with it. Two placeholders are never equal.
     """
 
     __slots__ = ("arguments", "content", "name", "state")
@@ -54,7 +55,7 @@ class Placeholder:
 
 
 def hashable(key: Any) -> Any:
-    """Return `key` if it is a scalar, else a placeholder for it; TypeError if Python cannot hash it either.
+    """Return a key of a dict if it is a scalar, else a placeholder; TypeError for keys that Python cannot hash.
 
     Other keys are unsafe to hash. Deep tuples overflow the C stack. Hashes of long integers and of tuples of numbers
     can be predicted, and a dict of colliding keys takes hours to fill. Hashes of strings are randomized.
@@ -73,10 +74,10 @@ def safe_frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
 
 
 class TruncatedPickleError(ContainerError):
-    """The data ends inside of the pickle."""
+    """The data ends inside the pickle."""
 
 
-# By module and name. The pickle may call values that are plain functions, and placeholders; all others are opaque.
+# Values by module and name. A pickle can call plain functions and placeholders; all other values are only passed on.
 Globals = Mapping[tuple[str, str], Any]
 
 
@@ -131,7 +132,7 @@ class _Machine:
         self.arguments = 0
 
     def run(self) -> Any:
-        """Execute opcodes up to STOP and return the value; EOFError where the data is truncated."""
+        """Execute opcodes up to STOP and return the value; EOFError if the data is truncated."""
         data, pos, memory = self.data, 0, 0
         while True:
             self.pos = pos
@@ -151,7 +152,7 @@ class _Machine:
         self.stack.append(value)
 
     def take(self, count: int | None = None) -> list[Any]:
-        """Remove and return the last `count` values, or those pushed since the last MARK if it is None."""
+        """Remove and return the last `count` values, or with None, all values since the last MARK."""
         stack = self.stack
         if count is None:
             self.stack = self.outer.pop()
@@ -173,7 +174,7 @@ class _Machine:
         self.memo[index] = self.stack[-1]
 
     def find_global(self, module: Any, name: Any) -> Any:
-        """Look a global up in the table; nothing is imported."""
+        """Look up a global in the table; nothing is imported."""
         if type(module) is not str or type(name) is not str:
             raise PickleError("a global without a name", DAMAGED)
         try:
@@ -182,7 +183,7 @@ class _Machine:
             raise hostile_error(full_name(module, name)) from None
 
     def call(self, function: Any, arguments: Any) -> None:
-        """Call a function of the table and push its result; of a placeholder, push another one."""
+        """Push the result of a function of the table, or for a placeholder, a new placeholder."""
         if type(arguments) is not tuple:
             raise PickleError(f"a call with a {type(arguments).__name__} as arguments", DAMAGED)
         if type(function) is Placeholder:
@@ -221,17 +222,17 @@ class _Machine:
         self.push(self.persistent_load(self.stack.pop()))
 
 
-# Executes an opcode, given the machine and the argument.
+# A function that executes an opcode, given the machine and the opcode's argument.
 _Handler = Callable[[_Machine, Any], object]
 
 
 def _building(make: Callable[[list[Any]], Any]) -> _Handler:
-    """Return the handler of opcodes that pop values and push a container of them."""
+    """Return the handler of opcodes that pop values and push the container that `make` returns for them."""
     return lambda machine, count: machine.push(make(machine.take(count)))
 
 
 def _extending(kind: type, extend: Callable[[Any, list[Any]], Any]) -> _Handler:
-    """Return the handler of opcodes that pop values and add them to the container below, of type `kind`."""
+    """Return the handler of opcodes that pop values and add them to the container below them, of type `kind`."""
 
     def handler(machine: _Machine, count: int | None) -> None:
         items, target = machine.take(count), machine.stack[-1]
@@ -246,48 +247,59 @@ def _extending(kind: type, extend: Callable[[Any, list[Any]], Any]) -> _Handler:
     return handler
 
 
-def _with_items(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
+    """Set the items of a dict, given as alternating keys and values."""
     if len(items) % 2:
         raise PickleError("a key without a value", DAMAGED)
-    pairs = iter(items)
-    for key, value in zip(pairs, pairs, strict=True):
+    for key, value in zip(items[::2], items[1::2], strict=True):
         target[hashable(key)] = value
-    return target
 
 
-def _unknown(machine: _Machine, _: None) -> None:
+def _make_dict(items: list[Any]) -> dict[Any, Any]:
+    result: dict[Any, Any] = {}
+    _set_items(result, items)
+    return result
+
+
+def _update_set(target: set[Any], items: list[Any]) -> None:
+    target.update(map(hashable, items))
+
+
+def _refuse(machine: _Machine, _: None) -> None:
     raise PickleError(f"opcode 0x{machine.data[machine.pos]:02x}, which no checkpoint needs", NEXT_STEP)
 
 
 _STOP = ord(".")
+# Handlers of opcodes; the names in comments are those of `pickletools`.
 _BY_OPCODES: dict[str, _Handler] = {
-    "\x80\x95": lambda m, _: None,  # the argument has been checked and has no effect
-    # Values, stack and memo. POP on an empty stack removes the last mark.
+    "\x80\x95": lambda m, _: None,  # PROTO, FRAME: the argument has been checked and has no effect
+    # Constants, numbers and strings.
     "N\x88\x89)KMJIL\x8a\x8bFG\x8cX\x8dUTVCB\x8e\x96": _Machine.push,
+    # Stack and memo.
     "(": _Machine.mark,
-    "0": lambda m, _: m.take(1 if m.stack else None),
-    "1": lambda m, _: m.take(),
-    "2": lambda m, _: m.push(m.stack[-1]),
+    "0": lambda m, _: m.take(1 if m.stack else None),  # POP, which removes the last mark if the stack is empty
+    "1": lambda m, _: m.take(),  # POP_MARK
+    "2": lambda m, _: m.push(m.stack[-1]),  # DUP
     "qrp": _Machine.put,
-    "\x94": lambda m, _: m.put(len(m.memo)),
-    "hjg": lambda m, index: m.push(m.memo[index]),
+    "\x94": lambda m, _: m.put(len(m.memo)),  # MEMOIZE
+    "hjg": lambda m, index: m.push(m.memo[index]),  # BINGET, LONG_BINGET, GET
     # Containers.
     "t\x85\x86\x87": _building(tuple),
     "l]": _building(list),
-    "d}": _building(lambda items: _with_items({}, items)),
-    "\x8f": _building(set),  # always empty
+    "d}": _building(_make_dict),
+    "\x8f": _building(set),  # EMPTY_SET
     "\x91": _building(safe_frozenset),
     "ae": _extending(list, list.extend),
-    "su": _extending(dict, _with_items),
-    "\x90": _extending(set, lambda target, items: target.update(map(hashable, items))),
+    "su": _extending(dict, _set_items),
+    "\x90": _extending(set, _update_set),
     # Globals and calls. For functions of the table, cls(*arguments) and cls.__new__(cls, *arguments) are the same.
-    "c": lambda m, names: m.push(m.find_global(*names)),
-    "\x93": lambda m, _: m.push(m.find_global(*m.take(2))),
-    "R\x81": lambda m, _: m.call(*m.take(2)),
+    "c": lambda m, names: m.push(m.find_global(*names)),  # GLOBAL
+    "\x93": lambda m, _: m.push(m.find_global(*m.take(2))),  # STACK_GLOBAL
+    "R\x81": lambda m, _: m.call(*m.take(2)),  # REDUCE, NEWOBJ
     "\x92": _Machine.newobj_ex,
-    "i": lambda m, names: m.call(m.find_global(*names), tuple(m.take())),
+    "i": lambda m, names: m.call(m.find_global(*names), tuple(m.take())),  # INST
     "o": _Machine.obj,
     "b": _Machine.build,
     "Q": _Machine.binpersid,
 }
-_HANDLERS: list[_Handler] = by_opcode(_BY_OPCODES, _unknown)
+_HANDLERS: list[_Handler] = by_opcode(_BY_OPCODES, _refuse)
