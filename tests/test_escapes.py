@@ -17,7 +17,7 @@ from converter.layouts import registry
 from converter.layouts.detect import detect_layout
 from converter.layouts.shapes import match_shape, parse_dim
 from converter.options import ConvertOptions
-from converter.output import pretrained
+from converter.output import pretrained_config
 from converter.plan.planner import resolve_to_canonical
 from converter.storage.byte_range import Storage
 from converter.tensors.dtypes import BY_NAME
@@ -74,11 +74,11 @@ def test_no_size_of_a_model_is_zero() -> None:
 
 CONFIGS = {
     "clip-hf": (
-        pretrained.clip_documents,
+        pretrained_config.clip_documents,
         ("visual_projection.weight", "text_model.embeddings.position_embedding.weight"),
     ),
     "sam-meta": (
-        pretrained.sam_documents,
+        pretrained_config.sam_documents,
         ("mask_decoder.mask_tokens.weight", "prompt_encoder.mask_downscaling.3.weight"),
     ),
 }

@@ -152,7 +152,7 @@ def clip_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> Cl
     name = "embeddings.position_embedding.weight"
     num_positions, width = shape_of(shapes, name, 2)
     if width % head_width:
-        raise LayoutError(f"{name}: {width} channels, expected a multiple of the heads' {head_width}")
+        raise LayoutError(f"{name}: {width} channels, expected a multiple of the head width {head_width}")
     grid = isqrt(num_positions - 1)
     if not grid or grid**2 != num_positions - 1:
         raise LayoutError(f"{name}: {num_positions} positions, expected a square of patches and the class token")
