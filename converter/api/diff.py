@@ -11,7 +11,7 @@ from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoi
 from converter.checkpoint.state_dict import state_dicts
 from converter.comparison.align import Named, Side, align, select_side
 from converter.comparison.difference import Block, Change, Difference, Figures, block_of
-from converter.comparison.streams import Pairs, differing, digests
+from converter.comparison.streams import Pairs, differing, names_by_digest
 from converter.errors import UsageError, natural_sort_key
 from converter.options import HubOptions
 from converter.output.names import grouped
@@ -148,13 +148,17 @@ def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
 
 def _renamed(removed: Named, added: Named) -> dict[str, str]:
     """Map names only in A to names only in B whose tensors are equal in every bit; equal ones are paired in order."""
+    # Only tensors whose type and shape occur on both sides are read.
     kinds = [{(value.dtype, value.shape) for value in side.values() if value.dtype.bits} for side in (removed, added)]
     shared = kinds[0] & kinds[1]
-    before, after = (
-        digests({name: value for name, value in side.items() if (value.dtype, value.shape) in shared})
+    old_names, new_names = (
+        names_by_digest({name: value for name, value in side.items() if (value.dtype, value.shape) in shared})
         for side in (removed, added)
     )
-    return {old: new for key, olds in before.items() for old, new in zip(olds, after.get(key, []), strict=False)}
+    renamed: dict[str, str] = {}
+    for digest, names in old_names.items():
+        renamed.update(zip(names, new_names.get(digest, []), strict=False))
+    return renamed
 
 
 def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:

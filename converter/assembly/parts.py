@@ -153,7 +153,7 @@ def build_encoder(
         if is_seed(origin):
             new = _seeded(addition, origin, plans, host)
             for name, value in zip(addition.full_names, new, strict=True):
-                generated[name] = f"{origin}: untrained, {addition.distribution(value.shape)}"
+                generated[name] = f"{origin}: untrained, {addition.describe_values(value.shape)}"
         elif origin:
             opened[origin] = opened.get(origin) or open_file(origin)
             new = addition.find(opened[origin], _model(plans))
@@ -240,7 +240,7 @@ def _seeded(
     addition: Addition, seed: str, plans: Mapping[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
 ) -> list[LazyTensor]:
     """Return untrained tensors of the sizes of the host or else of the encoders, in the type of their encoder."""
-    dtype = plans[addition.family].plan.outputs[addition.typed_as].dtype.name
+    dtype = plans[addition.family].plan.outputs[addition.dtype_like].dtype.name
     if host is None:
         shapes = addition.shapes(_sizes(plans))
     else:
@@ -273,7 +273,7 @@ def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
     usual = {family: dict(registry.canonical(family).sizes) for family in plans}
     for addition in _additions(plans):
         plan = plans[addition.family].plan
-        for name, size in addition.sizes(usual).items():
+        for name, size in addition.required_sizes(usual).items():
             if plan.sizes.get(name) == size:
                 plan.unusual.pop(name, None)
 

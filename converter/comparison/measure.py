@@ -101,7 +101,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _elements(reader: ByteReader, value: LazyTensor, count: int) -> torch.Tensor:
-    return torch.frombuffer(reader.take(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
+    return torch.frombuffer(reader.read(count * value.dtype.itemsize), dtype=torch_dtype(value.dtype.name))
 
 
 def _values(piece: torch.Tensor) -> Values:

@@ -1,4 +1,4 @@
-"""Reads the tensors of two checkpoints in parallel, one thread each, and compares them byte by byte."""
+"""Reads the tensors of two checkpoints in parallel, with a thread for each, and compares them byte by byte."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from converter.storage.stream import BUFFER, Copier
 from converter.tensors.lazy_tensor import LazyTensor, nbytes
 from converter.tensors.serialize import segments_of
 
-# Tensors of A and B by their common name.
+# Pairs of a tensor of A and a tensor of B by their common name.
 Pairs = Mapping[str, tuple[LazyTensor, LazyTensor]]
 
 
 class _StoppedError(Exception):
-    """The consumer has stopped."""
+    """Ends the thread of a stream whose consumer has stopped."""
 
 
 class Stream:
-    """The bytes of tensors, one after another, read in a thread, which checks CRC-32s if the file has any.
+    """Reads the bytes of tensors in a thread, one tensor after another, and yields them in buffers.
 
-    All buffers but the last have the same size, so two streams of the same length stay aligned. An error in the thread
-    is raised in the consumer.
+    The thread checks CRC-32s if the file has any; its errors are raised in the consumer. All buffers but the last have
+    the same size, so that two streams of the same length yield buffers of equal lengths.
     """
 
     def __init__(self, values: Iterable[LazyTensor]) -> None:
@@ -70,56 +70,64 @@ class Stream:
 
 
 class ByteReader:
-    """Reads a stream, of which nothing else has read, in pieces of any size."""
+    """Reads a stream from its start, in parts of any size."""
 
     def __init__(self, stream: Stream) -> None:
         self._buffers = iter(stream)
         self._rest = memoryview(b"")
 
-    def take(self, count: int) -> bytearray:
-        """Read the next `count` bytes."""
-        taken = bytearray()
-        while len(taken) < count:
+    def read(self, num_bytes: int) -> bytearray:
+        """Read the next `num_bytes` bytes."""
+        data = bytearray()
+        while len(data) < num_bytes:
             self._rest = self._rest or next(self._buffers)
-            part = self._rest[: count - len(taken)]
+            part = self._rest[: num_bytes - len(data)]
             self._rest = self._rest[len(part) :]
-            taken += part
-        return taken
+            data += part
+        return data
 
 
-def differing(pairs: Pairs, count: Callable[[int], None]) -> set[str]:
+def differing(pairs: Pairs, on_bytes: Callable[[int], None]) -> set[str]:
     """Return the names of the pairs whose bytes differ.
 
     Args:
         pairs: The tensors by name; those of a pair have the same type and shape.
-        count: Called with the number of bytes of A that were compared.
+        on_bytes: Called with the number of bytes of A that were compared.
     """
+    # `ends` are the positions in the streams at which the tensors end.
     names, ends = list(pairs), list(accumulate(nbytes(a) for a, _ in pairs.values()))
-    found: set[str] = set()
-    offset = 0
+    different: set[str] = set()
+    position = 0
     with Stream(a for a, _ in pairs.values()) as left, Stream(b for _, b in pairs.values()) as right:
         for a, b in zip(left, right, strict=True):
-            # bytearrays are compared by memcmp, memoryviews by element. The last buffer may end in stale
-            # bytes: they can only cause a needless look at the tensors, of which no stale byte is part.
-            index = bisect_right(ends, offset)
-            start = 0 if a.obj != b.obj else len(a)
-            while start < len(a):
-                end = min(ends[index] - offset, len(a))
-                if bytes(a[start:end]) != bytes(b[start:end]):
-                    found.add(names[index])
-                start, index = end, index + 1
-            offset += len(a)
-            count(len(a))
-    return found
+            # Whole buffers are compared first, as bytearrays: memcmp compares these, but memoryviews are compared by
+            # element. The last buffers may end in stale bytes that differ; the comparison by tensor ignores them.
+            if a.obj != b.obj:
+                different |= _differing_in_buffers(a, b, position, names, ends)
+            position += len(a)
+            on_bytes(len(a))
+    return different
 
 
-def digests(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:
-    """Return the names of the tensors with each digest of type, shape and bytes."""
-    found: dict[bytes, list[str]] = {}
+def _differing_in_buffers(a: memoryview, b: memoryview, position: int, names: list[str], ends: list[int]) -> set[str]:
+    """Return the names of the tensors whose bytes differ in two buffers at the same position of their streams."""
+    different: set[str] = set()
+    index, start = bisect_right(ends, position), 0
+    while start < len(a):
+        end = min(ends[index] - position, len(a))
+        if bytes(a[start:end]) != bytes(b[start:end]):
+            different.add(names[index])
+        start, index = end, index + 1
+    return different
+
+
+def names_by_digest(values: Mapping[str, LazyTensor]) -> dict[bytes, list[str]]:
+    """Return the names of the tensors with the same type, shape and bytes, by a digest of these."""
+    names: dict[bytes, list[str]] = {}
     for name, value in values.items():
-        engine = blake2b(f"{value.dtype.name} {value.shape}".encode(), digest_size=32)
+        digest = blake2b(f"{value.dtype.name} {value.shape}".encode(), digest_size=32)
         with Stream([value]) as stream:
             for buffer in stream:
-                engine.update(buffer)
-        found.setdefault(engine.digest(), []).append(name)
-    return found
+                digest.update(buffer)
+        names.setdefault(digest.digest(), []).append(name)
+    return names
