@@ -162,7 +162,7 @@ def _new_output(
     header = make_header(parts, matrix_dtype(outputs)) if layout == "mmproj" else NO_HEADER
     target = layout or "deepencoder"
     record = encoder_record(parts, names, outputs, destination, parts.sources, header.remarks, target=target)
-    record = replace(record, assumptions=record.assumptions | header.origins)
+    record = replace(record, assumptions=record.assumptions | header.assumptions)
     documents: dict[str, bytes] | None = {} if _is_folder(destination.path, layout) else None
     return record, make_output(outputs, record, record.metadata() | parts.untrained, documents, keys=header.keys)
 

@@ -1,7 +1,7 @@
-"""llama.cpp's mmproj: the types of its tensors, and the keys and values of its header.
+"""llama.cpp's mmproj files: the types of the tensors, and the keys and values of the header.
 
-Both are what llama.cpp's convert_hf_to_gguf.py --mmproj writes for DeepSeek-OCR, Unlimited-OCR and DeepSeek-OCR-2. As
-there, sizes come from the configs of the checkpoint where they state them.
+Both are the same as those that llama.cpp's convert_hf_to_gguf.py --mmproj writes for DeepSeek-OCR, Unlimited-OCR and
+DeepSeek-OCR-2. As in that script, sizes are taken from the configs of the checkpoint, if these state them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from converter.tensors.tensor_info import TensorInfo
 if TYPE_CHECKING:
     from converter.formats.gguf import Value
 
-# The tensors that --dtype is for. All others are float32.
-_MATRIX = re.compile(
+# The names of the tensors that --dtype applies to. All others are float32.
+_MATRIX_NAME = re.compile(
     r"v\.(sam\.)?blk\.\d+\.(attn[._](qkv|q|k|v|out)|mlp\.lin\d|ffn_(gate|up|down))\.weight"
     r"|mm\.model\.fc\.weight|v\.resample_query_\d+\.weight"
 )
-# Also stored in float16, but not in bfloat16.
-_PATCHES = "v.sam.patch_embd.weight"
+# SAM's patch convolution, which is also stored in float16, but not in bfloat16.
+_PATCH_EMBEDDING = "v.sam.patch_embd.weight"
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 
 
 def typed(outputs: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-    """Return the tensors of an mmproj in its types; `dtype` is that of the matrices, or "keep" for the source's."""
+    """Cast the tensors of an mmproj; `dtype` is the type of the matrices, or "keep" for the source's type."""
     dtype = matrix_dtype(outputs) if dtype == "keep" else dtype
     return sort_outputs({name: cast(value, _dtype_of(name, dtype)) for name, value in outputs.items()})
 
@@ -49,27 +49,28 @@ def as_stored(projector: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def _dtype_of(name: str, dtype: str) -> str:
-    return dtype if _MATRIX.fullmatch(name) or (name == _PATCHES and dtype == "float16") else "float32"
+    uses_dtype = _MATRIX_NAME.fullmatch(name) or (name == _PATCH_EMBEDDING and dtype == "float16")
+    return dtype if uses_dtype else "float32"
 
 
 def matrix_dtype(outputs: Mapping[str, LazyTensor | TensorInfo]) -> str:
     """Return the type of most matrices; float32 if llama.cpp has no such type."""
-    found = Counter(value.dtype.name for name, value in outputs.items() if _MATRIX.fullmatch(name))
-    dtype = found.most_common(1)[0][0] if found else ""
+    dtypes = Counter(value.dtype.name for name, value in outputs.items() if _MATRIX_NAME.fullmatch(name))
+    dtype = dtypes.most_common(1)[0][0] if dtypes else ""
     return dtype if dtype in _FILE_TYPES else "float32"
 
 
 class _Version(NamedTuple):
     """The header values and names that belong to one version of the model."""
 
-    projector: str  # llama.cpp's name of the projector
-    section: str  # The object in config.json's `vision_config.width` that describes the second encoder
+    projector_type: str  # llama.cpp's name of the projector
+    config_section: str  # The object in config.json's `vision_config.width` that describes the second encoder
     max_tiles: int
-    keys: dict[str, tuple[str, ...]]  # The keys in the config of each value of the second encoder
-    defaults: dict[str, int]  # The values of DeepSeek's own checkpoint, which no config need state
+    config_keys: dict[str, tuple[str, ...]]  # The possible keys in the config of each value of the second encoder
+    defaults: dict[str, int]  # The values of DeepSeek's own checkpoint, for configs that do not state them
 
 
-_SIZES = {
+_CONFIG_KEYS = {
     "image_size": ("image_size",),
     "patch_size": ("patch_size",),
     "feed_forward_length": ("intermediate_size",),
@@ -82,7 +83,7 @@ _VERSIONS = {
         "deepseekocr",
         "clip-l-14-224",
         9,
-        _SIZES
+        _CONFIG_KEYS
         | {"embedding_length": ("width", "hidden_size")}
         | {"attention.head_count": ("num_attention_heads", "num_heads", "heads")},
         {"image_size": 224, "patch_size": 14, "embedding_length": 1024, "feed_forward_length": 64}
@@ -92,24 +93,24 @@ _VERSIONS = {
         "deepseekocr2",
         "qwen2-0-5b",
         6,
-        _SIZES | {"embedding_length": ("dim",), "attention.head_count": ("num_attention_heads",)},
+        _CONFIG_KEYS | {"embedding_length": ("dim",), "attention.head_count": ("num_attention_heads",)},
         {"image_size": 1024, "patch_size": 16, "embedding_length": 896, "feed_forward_length": 4864}
         | {"block_count": 24, "attention.head_count": 14, "attention.head_count_kv": 2, "window_size": 14},
     ),
 }
-_SAM_KEYS = {"sam.block_count": ("layers",), "sam.embedding_length": ("width",), "sam.head_count": ("heads",)}
+_SAM_CONFIG_KEYS = {"sam.block_count": ("layers",), "sam.embedding_length": ("width",), "sam.head_count": ("heads",)}
 _SAM_DEFAULTS = {"sam.block_count": 12, "sam.embedding_length": 768, "sam.head_count": 12}
-_MAX_TILES = {"UnlimitedOCRForCausalLM": 32}  # by architecture, where it is not the version's
+_MAX_TILES = {"UnlimitedOCRForCausalLM": 32}  # by architecture, if it is not the version's number
 _CONFIG = "config.json"
-# The files with the normalisation of pixels, of which the last one counts, and an object in each that may hold it.
-_PROCESSORS = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
-_EPSILON, _HALF, _TOKENS = 1e-6, [0.5, 0.5, 0.5], 16
+# The files that may state the normalisation of pixels, and an object in each that may contain it. The last file counts.
+_PROCESSOR_CONFIGS = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
+_EPSILON, _HALF, _TOKENS_PER_SIDE = 1e-6, [0.5, 0.5, 0.5], 16
 _DEFAULT, _HEADER = "DeepSeek's defaults", "the source's header"
-# Of the header of a GGUF source, what the tensors show.
-_SHOWN = ("general.file_type", "clip.vision.projection_dim")
+# Keys of a GGUF source's header that are not copied, as the tensors show the values.
+_NOT_COPIED = ("general.file_type", "clip.vision.projection_dim")
 
 
-# By their keys without `clip.vision.`; the origin is the file that states a value.
+# Values of the header by key without `clip.vision.`. The origin of a value is the file that states it.
 _Values = dict[str, Assumption]
 
 
@@ -117,7 +118,7 @@ class Header(NamedTuple):
     """The header of an mmproj."""
 
     keys: dict[str, Value]
-    origins: dict[str, Assumption]  # What no tensor shows, by key
+    assumptions: dict[str, Assumption]  # The values that come from configs or defaults, by key
     remarks: list[str]  # Remarks for the user
 
 
@@ -141,71 +142,81 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
             "an mmproj is written of DeepSeek-OCR, DeepSeek-OCR-2 and Unlimited-OCR",
         )
     remarks: list[str] = []
-    config = read_config(parts.sources[0], _CONFIG, remarks)
-    version, visible = _VERSIONS[list(parts.plans)[-1]], _visible_sizes(parts)
-    found = _sizes(version, object_at(config, "vision_config"), visible) | _processing(parts.sources[0], remarks)
-    kept = _carry_header(parts.sources[0], found, remarks)
-    for key, size in visible.items():
-        if found[key].value != size:
-            remarks.append(f"warning: {found[key].origin} says {key} {found[key].value}; the tensors show {size}")
-    tokens: Any = found.pop("tokens_per_side").value
-    remarks.append(_origins(found))
-    values: dict[str, Any] = {key: each.value for key, each in found.items()}
-    scale = values["image_size"] // values["patch_size"] // tokens
+    source = parts.sources[0]
+    config = read_config(source, _CONFIG, remarks)
+    version, tensor_sizes = _VERSIONS[list(parts.plans)[-1]], _sizes_of_tensors(parts)
+    assumptions = _read_sizes(version, object_at(config, "vision_config"), tensor_sizes)
+    assumptions |= _read_preprocessing(source, remarks)
+    copied = _copy_header(source, assumptions, remarks)
+    for key, size in tensor_sizes.items():
+        value, _, origin = assumptions[key]
+        if value != size:
+            remarks.append(f"warning: {origin} says {key} {value}; the tensors show {size}")
+    tokens_per_side: Any = assumptions.pop("tokens_per_side").value
+    remarks.append(_describe_origins(assumptions))
+    values: dict[str, Any] = {key: assumption.value for key, assumption in assumptions.items()}
+    scale = values["image_size"] // values["patch_size"] // tokens_per_side
     keys: dict[str, Value] = {
         "general.architecture": "clip",
         "general.type": "mmproj",
         "general.file_type": _FILE_TYPES[dtype],
         "general.quantization_version": 2,
         "clip.has_vision_encoder": True,
-        "clip.projector_type": version.projector,
+        "clip.projector_type": version.projector_type,
         "clip.use_gelu": True,
         "clip.vision.projection_dim": projector.shape[0],
         "clip.vision.preproc_min_tiles": 2,
         "clip.vision.preproc_max_tiles": _max_tiles(config, version),
         **{f"clip.vision.{key}": value for key, value in values.items()},
     }
-    # llama.cpp takes 4 where there is none.
-    if scale not in (0, 4) and not kept:
+    # Without this key, llama.cpp uses 4.
+    if scale not in (0, 4) and not copied:
         keys["clip.vision.projector.scale_factor"] = scale
-    return Header(keys | kept, {f"clip.vision.{key}": each for key, each in found.items()}, remarks)
+    by_full_key = {f"clip.vision.{key}": assumption for key, assumption in assumptions.items()}
+    return Header(keys | copied, by_full_key, remarks)
 
 
-def _visible_sizes(parts: EncoderParts) -> dict[str, int]:
-    """Return the values that the tensors show."""
+def _sizes_of_tensors(parts: EncoderParts) -> dict[str, int]:
+    """Return the values of the header that the shapes of the tensors show."""
     sam, second = (resolved.plan.sizes for resolved in parts.plans.values())
-    shown = {"embedding_length": second["width"], "block_count": second["depth"]}
-    return shown | {"sam.embedding_length": sam["width"], "sam.block_count": sam["depth"]}
+    return {
+        "embedding_length": second["width"],
+        "block_count": second["depth"],
+        "sam.embedding_length": sam["width"],
+        "sam.block_count": sam["depth"],
+    }
 
 
-def _sizes(version: _Version, vision: Mapping[str, Any], visible: Mapping[str, int]) -> _Values:
-    """Return sizes as `vision_config` states them; where there is none, DeepSeek's, or those of the tensors."""
+def _read_sizes(version: _Version, vision: Mapping[str, Any], tensor_sizes: Mapping[str, int]) -> _Values:
+    """Return the sizes that `vision_config` states, else DeepSeek's; without a config, those of the tensors first."""
     widths = object_at(vision, "width")
-    second, sam = {**vision, **object_at(widths, version.section)}, object_at(widths, "sam_vit_b")
+    second, sam = {**vision, **object_at(widths, version.config_section)}, object_at(widths, "sam_vit_b")
     heads = second.get("heads")
     if heads is not None and are_counts(heads):
         second |= {"num_heads": heads, "intermediate_size": 4 * heads}
     found: _Values = {}
     for key, default in {**version.defaults, **_SAM_DEFAULTS}.items():
-        section, names = (sam, _SAM_KEYS[key]) if key in _SAM_KEYS else (second, version.keys.get(key, ()))
+        section, names = (
+            (sam, _SAM_CONFIG_KEYS[key]) if key in _SAM_CONFIG_KEYS else (second, version.config_keys.get(key, ()))
+        )
         stated = next((section[name] for name in names if are_counts(section.get(name))), None)
         value: Any = default
         origin = _DEFAULT
         if stated is not None:
             value, origin = stated, _CONFIG
-        elif key in visible and not vision:
-            value, origin = visible[key], "the tensors"
+        elif key in tensor_sizes and not vision:
+            value, origin = tensor_sizes[key], "the tensors"
         found[key] = Assumption(value, default, origin)
     epsilon: Any = second.get("layer_norm_eps")
     value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)
     return found | {"attention.layer_norm_epsilon": Assumption(value, _EPSILON, origin)}
 
 
-def _processing(source: Checkpoint, remarks: list[str]) -> _Values:
+def _read_preprocessing(source: Checkpoint, remarks: list[str]) -> _Values:
     """Return the normalisation of pixels, and the number of image tokens in a row."""
     found: _Values = {key: Assumption(_HALF, _HALF, _DEFAULT) for key in ("image_mean", "image_std")}
-    found["tokens_per_side"] = Assumption(_TOKENS, _TOKENS, _DEFAULT)
-    for file, nested in _PROCESSORS:
+    found["tokens_per_side"] = Assumption(_TOKENS_PER_SIDE, _TOKENS_PER_SIDE, _DEFAULT)
+    for file, nested in _PROCESSOR_CONFIGS:
         config = read_config(source, file, remarks)
         config = {**config, **object_at(config, nested)}
         for key in ("image_mean", "image_std"):
@@ -213,12 +224,12 @@ def _processing(source: Checkpoint, remarks: list[str]) -> _Values:
                 found[key] = Assumption([float(value) for value in config[key]], _HALF, file)
         tokens = config.get("image_seq_length")
         if tokens is not None and are_counts(tokens):
-            found["tokens_per_side"] = Assumption(math.isqrt(tokens), _TOKENS, file)
+            found["tokens_per_side"] = Assumption(math.isqrt(tokens), _TOKENS_PER_SIDE, file)
     return found
 
 
-def _carry_header(source: Checkpoint, found: _Values, remarks: list[str]) -> dict[str, bytes]:
-    """Put what the header of a GGUF source states into `found`; return its other values, as they are stored."""
+def _copy_header(source: Checkpoint, found: _Values, remarks: list[str]) -> dict[str, bytes]:
+    """Replace values in `found` by those of a GGUF source's header; return its other values, as they are stored."""
     if source.containers != ("GGUF",):
         return {}
     from converter.formats.gguf import decoded, stored_keys
@@ -230,14 +241,14 @@ def _carry_header(source: Checkpoint, found: _Values, remarks: list[str]) -> dic
             found[key] = found[key]._replace(value=value, origin=_HEADER)
         else:
             remarks.append(f"warning: {_HEADER}: clip.vision.{key} is ignored: it is not as llama.cpp writes it")
-    kept = {key: value for key, value in stored.items() if key not in _SHOWN}
-    if kept:
-        remarks.append(f"llama.cpp's header: {len(kept)} more values as in the source: {first_names([*kept])}")
-    return kept
+    others = {key: value for key, value in stored.items() if key not in _NOT_COPIED}
+    if others:
+        remarks.append(f"llama.cpp's header: {len(others)} more values as in the source: {first_names([*others])}")
+    return others
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Return whether a value can stand for one of DeepSeek's."""
+    """Return whether a value has the type and the range of a default value."""
     if isinstance(default, list):
         return are_channels(value)
     if isinstance(default, float):
@@ -251,9 +262,10 @@ def _max_tiles(config: Mapping[str, Any], version: _Version) -> int:
     return _MAX_TILES.get(first, version.max_tiles) if isinstance(first, str) else version.max_tiles
 
 
-def _origins(found: _Values) -> str:
-    """Return the keys of the values, by the file that states them."""
-    keys: dict[str, list[str]] = {}
-    for key, each in found.items():
-        keys.setdefault(each.origin, []).append(key)
-    return "llama.cpp's header: " + "; ".join(f"{', '.join(names)} from {origin}" for origin, names in keys.items())
+def _describe_origins(found: _Values) -> str:
+    """Return a remark that lists the keys of the values by origin."""
+    keys_by_origin: dict[str, list[str]] = {}
+    for key, assumption in found.items():
+        keys_by_origin.setdefault(assumption.origin, []).append(key)
+    sources = [f"{', '.join(keys)} from {origin}" for origin, keys in keys_by_origin.items()]
+    return f"llama.cpp's header: {'; '.join(sources)}"

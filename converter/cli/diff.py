@@ -1,4 +1,4 @@
-"""`dsocr-convert diff`: compares two checkpoints."""
+"""`dsocr-convert diff`: compares two checkpoints and shows the differences."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from converter.errors import first_names
 from converter.options import HubOptions, option
 from converter.storage.progress import OnProgress
 
-_MAX_NAMES = 3
-_MAX_TENSORS = 12
+_MAX_NAMES = 3  # per line
+_MAX_TENSORS = 12  # lines of a list
 _MIN_BAR_WIDTH, _MAX_BAR_WIDTH = 10, 60  # terminal columns
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -75,7 +75,12 @@ def diff(a: A, b: B, **options: Any) -> None:
 def _bar_per_task(stack: ExitStack, enabled: bool) -> OnProgress:
     """Make a callback that shows a progress bar for each task: fetching, comparing, measuring."""
     bars = defaultdict[str, console.Bar](lambda: stack.enter_context(console.Bar(enabled)))
-    return lambda what, done, total: bars[what.partition(" ")[0]](what, done, total)
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        task = what.partition(" ")[0]
+        bars[task](what, done, total)
+
+    return on_progress
 
 
 def _can_encode_bar(encoding: str | None) -> bool:
@@ -87,7 +92,7 @@ def _can_encode_bar(encoding: str | None) -> bool:
 
 
 def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str]:
-    """Describe a difference.
+    """Describe a difference in lines of text.
 
     Args:
         difference: The result of the comparison.
@@ -96,9 +101,9 @@ def table(difference: Difference, width: int, use_unicode: bool) -> Iterable[str
     """
     yield summarize(difference)
     sides = zip("AB", (difference.a, difference.b), difference.containers, difference.layouts, strict=True)
-    for side, name, kinds, layouts in sides:
+    for side, name, containers, layouts in sides:
         layout = f"layout {' and '.join(layouts)}" if layouts else "no known layout"
-        yield f"{side}  {name}: {', '.join(kinds)}, {layout}"
+        yield f"{side}  {name}: {', '.join(containers)}, {layout}"
     common = f"the names of {' and '.join(difference.names)}" if difference.names else "their own names"
     yield f"compared under {common}"
     yield from (f"  {note}" for note in difference.notes)
@@ -120,11 +125,11 @@ def in_both(difference: Difference) -> str:
 
 
 def names(difference: Difference) -> Iterable[str]:
-    """List the names, types and shapes that differ, and what was not compared."""
+    """List the names, types and shapes that differ, and the tensors that were not compared."""
     if difference.uncompared:
         kinds = ", ".join(dict.fromkeys(difference.uncompared.values()))
-        many = count(len(difference.uncompared), "tensor")
-        yield f"not compared: {many} ({kinds}): {_shorten(list(difference.uncompared))}"
+        num_tensors = count(len(difference.uncompared), "tensor")
+        yield f"not compared: {num_tensors} ({kinds}): {_shorten(list(difference.uncompared))}"
     for side, names in (("A", difference.removed), ("B", difference.added)):
         if names:
             yield f"only in {side}: {count(len(names), 'tensor')}: {_shorten(names)}"
@@ -135,46 +140,52 @@ def names(difference: Difference) -> Iterable[str]:
         if len(pairs) > _MAX_TENSORS:
             yield f"  and {len(pairs) - _MAX_TENSORS} more"
     if ranks := difference.low_ranks:
-        shown = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-        yield f"low rank: B - A has rank {shown} in {count(len(ranks), 'tensor')}, as after a merge of LoRA"
+        rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        yield f"low rank: B - A has rank {rank} in {count(len(ranks), 'tensor')}, as after a merge of LoRA"
     for change in difference.reshaped:
         yield f"shape of {change.name}: {change.shapes[0]} in A, {change.shapes[1]} in B"
     if difference.unmeasured:
-        shown = _shorten([change.name for change in difference.unmeasured])
-        yield f"not equal, by how much is not measured: {count(len(difference.unmeasured), 'tensor')}: {shown}"
-    casts = [tuple(change.dtypes) for change in difference.changed if change.dtypes[0] != change.dtypes[1]]
-    for cast, number in Counter(casts).items():
-        same = sum(tuple(change.dtypes) == cast and change.differing == 0 for change in difference.changed)
-        yield f"type: {count(number, 'tensor')} {cast[0]} in A, {cast[1]} in B; {same} equal in value"
+        tensors = _shorten([change.name for change in difference.unmeasured])
+        yield f"not equal, by how much is not measured: {count(len(difference.unmeasured), 'tensor')}: {tensors}"
+    casts = defaultdict[tuple[str, ...], list[Change]](list)
+    for change in difference.changed:
+        if change.dtypes[0] != change.dtypes[1]:
+            casts[tuple(change.dtypes)].append(change)
+    for (old_dtype, new_dtype), changes in casts.items():
+        num_equal = sum(change.differing == 0 for change in changes)
+        yield f"type: {count(len(changes), 'tensor')} {old_dtype} in A, {new_dtype} in B; {num_equal} equal in value"
 
 
 def _shorten(names: Sequence[str]) -> str:
     """Return the names, or if there are many, the modules that contain them."""
     if len(names) <= _MAX_NAMES:
         return first_names(names)
-    modules = Counter(name.partition(".")[0] for name in names)
-    return first_names([f"{module} ({number})" for module, number in modules.most_common()])
+    num_by_module = Counter(name.partition(".")[0] for name in names)
+    return first_names([f"{module} ({number})" for module, number in num_by_module.most_common()])
 
 
 def _bars(blocks: list[Block], width: int, use_unicode: bool) -> Iterable[str]:
-    longest = max(len("block"), *(len(block.name) for block in blocks))
-    columns = min(max(width - longest - len("  differ    moved  |"), _MIN_BAR_WIDTH), _MAX_BAR_WIDTH)
-    largest_move = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
+    """Yield a table of the blocks, with a bar for the relative change of each one."""
+    name_width = max(len("block"), *(len(block.name) for block in blocks))
+    bar_width = min(max(width - name_width - len("  differ    moved  |"), _MIN_BAR_WIDTH), _MAX_BAR_WIDTH)
+    largest = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0)
     yield "how far each block moved: the norm of B - A, relative to A's"
-    yield f"{'block':{longest}}  differ    moved"
+    yield f"{'block':{name_width}}  differ    moved"
     for block in blocks:
         differ = f"{block.differing}/{block.num_tensors}"
-        bar = _bar(_share(block.relative, largest_move) * columns, use_unicode)
-        yield f"{block.name:{longest}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
+        bar = _bar(_bar_fraction(block.relative, largest) * bar_width, use_unicode)
+        yield f"{block.name:{name_width}}  {differ:>6}  {_number(block.relative):>7}  {bar}".rstrip()
 
 
-def _share(value: float, largest: float) -> float:
+def _bar_fraction(value: float, largest: float) -> float:
+    """Return the length of a bar from 0 to 1; infinity gives a full bar, and NaN an empty one."""
     if math.isfinite(value):
         return value / largest if largest else 0.0
     return float(value == math.inf)
 
 
 def _bar(length: float, use_unicode: bool) -> str:
+    """Draw a bar; `length` is in columns."""
     if not use_unicode:
         return "#" * max(round(length), length > 0)
     # At least one eighth, so that every movement is visible.
@@ -183,7 +194,7 @@ def _bar(length: float, use_unicode: bool) -> str:
 
 
 def _moved_tensors(moved: list[Change]) -> Iterable[str]:
-    """List the tensors that moved furthest; names come last as they may be long."""
+    """List the tensors that changed most; names come last as they may be long."""
     has_rank = any(change.rank is not None for change in moved)
     yield f"  moved  largest    cosine    differing  {'rank  ' * has_rank}tensor"
     for change in moved[:_MAX_TENSORS]:
