@@ -136,7 +136,9 @@ def check_effect(clean: Verification, mistaken: Verification, mistake: str) -> N
     control = next(control for control in clean.controls if control.mistake == mistake)
     family = FAMILIES[clean.family]
     # Mistakes in blocks are made in the encoder by itself, others also in the DeepEncoder.
-    probes = {control.block} | ({family.prefix + family.entry} if control.block == family.entry else set())
+    probes = {control.block} | (
+        {family.prefix + family.block_input_probe} if control.block == family.block_input_probe else set()
+    )
     points = [point for trace in mistaken.traces for point in trace.points if point.probe in probes]
     worst = max(points, key=lambda point: point.error / point.tolerance)
     assert (control.effect, control.tolerance) == pytest.approx((worst.error, worst.tolerance), rel=1e-3)

@@ -109,10 +109,15 @@ def _check_blame(row: Row, subject: Subject) -> None:
     if not row.caught["outputs"] or not row.changed:
         return
     family, depth = FAMILIES[subject.family], subject.names.depth
-    order = [family.patches, family.entry, *(f"{family.blocks}.{i}" for i in range(depth)), family.output]
+    order = [
+        family.patch_conv_path,
+        family.block_input_probe,
+        *(f"{family.blocks_path}.{i}" for i in range(depth)),
+        family.output_probe,
+    ]
     # SAM's compressor only runs in the DeepEncoder, before CLIP's first block.
     order.append("vision_model.pre_layrnorm")
-    first = next(probe for probe in order if probe and family.tensors_at(probe, row.changed))
+    first = next(probe for probe in order if probe and family.tensors_before(probe, row.changed))
     assert row.first.removeprefix(family.prefix) == first
 
 

@@ -83,8 +83,8 @@ def test_probes_are_modules_of_the_encoder(encoder: type[nn.Module]) -> None:
     with torch.device("meta"):
         model: Any = encoder()
     names = model.state_dict().keys()
-    for probe in family.own_probes(model):
-        assert family.tensors_at(probe.name, names), probe.name
+    for probe in family.encoder_probes(model):
+        assert family.tensors_before(probe.name, names), probe.name
 
 
 # The second version ---------------------------------------------------------------------------------------------------

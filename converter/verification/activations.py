@@ -129,7 +129,7 @@ def _stages(model: nn.Module) -> list[Probe]:
     probes = list[Probe]()
     for family in FAMILIES.values():
         if part := modules.get(family.prefix[:-1]):
-            probes += family.own_probes(part, family.prefix)
+            probes += family.encoder_probes(part, family.prefix)
             names = [family.prefix + name for name in _STAGES[family.name]]
             probes += [Probe(name, modules[name]) for name in names if name in modules]
     return probes

@@ -186,18 +186,18 @@ def mistakes_in_blocks(family: Family, encoder: Any, features: Features) -> Iter
         encoder: The converted encoder, as it ran by itself.
         features: Its features at every probe.
     """
-    blocks: list[Any] = list(encoder.get_submodule(family.blocks))
+    blocks: list[Any] = list(encoder.get_submodule(family.blocks_path))
     shapes = [[tensor.shape for tensor in block.parameters()] for block in blocks]
-    late = max(index for index, each in enumerate(shapes) if each == shapes[0])
-    for index in sorted({0, late}):
-        before = features[f"{family.blocks}.{index - 1}" if index else family.entry]
+    last_alike = max(index for index, block_shapes in enumerate(shapes) if block_shapes == shapes[0])
+    for index in sorted({0, last_alike}):
+        before = features[f"{family.blocks_path}.{index - 1}" if index else family.block_input_probe]
         neighbour = blocks[index - 1 if index else min(1, len(blocks) - 1)]
         for name, change in MISTAKES[family.name].blocks.items():
             mistaken = _changed(blocks[index], neighbour, change)
-            yield (name, f"{family.blocks}.{index}", mistaken(before))
+            yield (name, f"{family.blocks_path}.{index}", mistaken(before))
 
 
-def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: Features) -> Iterator[Mistaken]:
+def mistakes_before_blocks(family: Family, model: nn.Module, prefix: str, features: Features) -> Iterator[Mistaken]:
     """Make each mistake between the patch convolution and the first block.
 
     Args:
@@ -208,10 +208,10 @@ def mistakes_at_entry(family: Family, model: nn.Module, prefix: str, features: F
     """
     encoder = model.get_submodule(prefix[:-1])
     for name, change in MISTAKES[family.name].entry.items():
-        patches = features.get(prefix + family.patches)
+        patches = features.get(prefix + family.patch_conv_path)
         # In a DeepEncoder, SAM's features take the place of CLIP's patches.
         patches = sam_features(features[OUTPUT]) if patches is None else patches
-        yield (name, prefix + family.entry, _changed(encoder, encoder, change).embed(patches))
+        yield (name, prefix + family.block_input_probe, _changed(encoder, encoder, change).embed(patches))
 
 
 def _changed(module: nn.Module, neighbour: nn.Module, change: Change) -> Any:

@@ -43,7 +43,7 @@ def build_deep_encoder(encoders: Mapping[Family, Any], device: torch.device) -> 
         # Not strict: SAM may come without the compressor.
         model.get_submodule(family.prefix[:-1]).load_state_dict(encoder.state_dict(), strict=False)
     parts = {part: getattr(model, part.prefix[:-1], None) for part in FAMILIES.values()}
-    probes = [probe for part, module in parts.items() if module for probe in part.own_probes(module, part.prefix)]
+    probes = [probe for part, module in parts.items() if module for probe in part.encoder_probes(module, part.prefix)]
     return ProbedEncoder(type(model).__name__, model, probes, model, OUTPUT)
 
 
@@ -73,7 +73,7 @@ def with_optional_tensors(
         canonical: The source's tensors by canonical names.
         assumptions: What no tensor shows, as the encoder was loaded with.
     """
-    shapes = family.optional(encoder.config)
+    shapes = family.optional_shapes(encoder.config)
     if not shapes:
         return encoder, canonical
     generator, state = torch.Generator().manual_seed(0), encoder.state_dict()

@@ -1,4 +1,7 @@
-"""The encoder families as data. A new family is a new entry here, and its layouts' entries in `reference_models`."""
+"""The encoder families as data. A new family needs an item here, and items for its layouts in `reference_models`.
+
+A probe is a point of an encoder at which features are recorded and compared: the output or the input of a module.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,22 @@ class Family:
 
     name: str
     encoder: type[nn.Module]  # The module class, built from a config; its state_dict has the canonical names
-    config_from: Callable[..., Any]
-    # Builds a DeepEncoder from the configs of encoders by family: of this one, and of those before it
+    config_from: Callable[..., Any]  # Returns the config for the shapes of the tensors
+    # Builds a DeepEncoder from the configs of encoders by family: this one, and those before it in the model
     deep_encoder: Callable[[Mapping[str, Any]], nn.Module]
-    patches: str  # Module and probe: the patch convolution; empty if there is none
-    entry: str  # Probe: the input of the first block
-    blocks: str  # Module and prefix of probes: the list of blocks
-    output: str = ""  # Probe: the features that `run` returns; empty if they are the last block's
-    run: str = "forward"  # Name of the method that computes the features to compare from the input
-    tokens: int = 0  # Number of tokens that the encoder takes by itself; 0 if it takes an image
-    # Pixels along a side at which the DeepEncoder that ends in this encoder runs; the first on a CPU
+    patch_conv_path: str  # The path of the patch convolution, and the name of its probe; empty if there is none
+    block_input_probe: str  # The name of the probe at the input of the first block
+    blocks_path: str  # The path of the list of blocks; the probe of block i is `{blocks_path}.{i}`
+    output_probe: str = ""  # The name of the probe at the output of `forward_method`; empty if it is the last block's
+    forward_method: str = "forward"  # The name of the method that computes the features to compare from the input
+    tokens: int = 0  # The number of tokens that the encoder by itself gets as input; 0 if it gets an image
+    # Pixels along a side at which the DeepEncoder that ends in this encoder runs; only the first on a CPU
     sizes: tuple[int, ...] = (512, 640, 1024, 1280)
-    # Prefixes of the tensors used between a probe and the one before it, where they are not the probe's own
-    used_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Tensors, with their shapes, that a source may lack because the DeepEncoder does not use them
-    optional: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    # Prefixes of the tensors that are used before a probe and after the previous one. By default the probe's name is
+    # the prefix.
+    prefixes_by_probe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Returns names and shapes of tensors that a source may lack, as the DeepEncoder does not use them
+    optional_shapes: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
     @property
     def prefix(self) -> str:
@@ -46,13 +50,13 @@ class Family:
         return registry.encoder_prefix(self.name)
 
     def input(self, config: Any, draw_image: Callable[[int], Tensor]) -> Tensor:
-        """The input of an encoder by itself: the image at the trained size, or seeded tokens (1, N, width)."""
+        """Return the input of an encoder by itself: the image at the trained size, or seeded tokens (1, N, width)."""
         if not self.tokens:
             return draw_image(config.image_size)
         return torch.randn(1, self.tokens, config.width, generator=torch.Generator().manual_seed(0))
 
     def probes(self, blocks: Iterable[nn.Module], patches: nn.Module | None = None, prefix: str = "") -> list[Probe]:
-        """The probes of an implementation, whatever its modules are called.
+        """Return the probes of any implementation of the encoder.
 
         Args:
             blocks: The transformer blocks in order.
@@ -60,17 +64,19 @@ class Family:
             prefix: Prefix of the probes' names.
         """
         blocks = list(blocks)
-        first = [Probe(prefix + self.patches, patches)] if patches is not None else []
-        entry = Probe(prefix + self.entry, blocks[0], takes_input=True)
-        return [*first, entry, *(Probe(f"{prefix}{self.blocks}.{i}", block) for i, block in enumerate(blocks))]
+        probes = [Probe(prefix + self.patch_conv_path, patches)] if patches is not None else []
+        probes.append(Probe(prefix + self.block_input_probe, blocks[0], takes_input=True))
+        probes += [Probe(f"{prefix}{self.blocks_path}.{i}", block) for i, block in enumerate(blocks)]
+        return probes
 
-    def tensors_at(self, probe: str, names: Iterable[str]) -> list[str]:
-        """Those of the encoder's tensors that are used between a probe and the one before it."""
+    def tensors_before(self, probe: str, names: Iterable[str]) -> list[str]:
+        """Return those of the encoder's tensors that are used before a probe and after the previous one."""
         probe = probe.removeprefix(self.prefix)
-        return [name for name in names if name.startswith(self.used_at.get(probe, (f"{probe}.",)))]
+        prefixes = self.prefixes_by_probe.get(probe, (f"{probe}.",))
+        return [name for name in names if name.startswith(prefixes)]
 
     def config(self, tensors: Mapping[str, Any], assumptions: Assumptions) -> Any:
-        """The config of an encoder of the tensors' shapes; LayoutError if they fit none."""
+        """Return the config of an encoder with tensors of these shapes; LayoutError if they fit no encoder."""
         return self.config_from({name: tensor.shape for name, tensor in tensors.items()}, **values_of(assumptions))
 
     def load(self, tensors: State, assumptions: Assumptions | None = None) -> nn.Module:
@@ -80,29 +86,30 @@ class Family:
         """
         with SkipInitialization():
             encoder = self.encoder(self.config(tensors, assumptions or {}))
-        # Assigned, not copied: the encoder takes the tensors' types, and no gigabyte is held twice.
+        # assign=True keeps the types of the tensors, and avoids a second copy in memory.
         encoder.load_state_dict(tensors, strict=True, assign=True)
         return encoder.eval()
 
-    def own_probes(self, encoder: nn.Module, prefix: str = "") -> list[Probe]:
-        """The probes of our own encoder."""
+    def encoder_probes(self, encoder: nn.Module, prefix: str = "") -> list[Probe]:
+        """Return the probes of our own implementation."""
         modules: dict[str, Any] = dict(encoder.named_modules())
-        return self.probes(modules[self.blocks], modules.get(self.patches) if self.patches else None, prefix)
+        patches = modules.get(self.patch_conv_path) if self.patch_conv_path else None
+        return self.probes(modules[self.blocks_path], patches, prefix)
 
     def probed(self, encoder: nn.Module) -> ProbedEncoder:
-        """Our own encoder with its probes."""
-        run = getattr(encoder, self.run)
-        return ProbedEncoder(type(encoder).__name__, encoder, self.own_probes(encoder), run, self.output)
+        """Return our own implementation with its probes."""
+        run = getattr(encoder, self.forward_method)
+        return ProbedEncoder(type(encoder).__name__, encoder, self.encoder_probes(encoder), run, self.output_probe)
 
 
-def _clip_patches(config: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """The patch convolution, which the DeepEncoder never runs and some programs leave out."""
+def _clip_optional_shapes(config: ClipConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the patch convolution, which the DeepEncoder never runs and some programs leave out."""
     shape = (config.width, config.channels, config.patch, config.patch)
     return {} if config.patch_convolution else {"embeddings.patch_embedding.weight": shape}
 
 
-def _around_sam(configs: Mapping[str, Any]) -> DeepEncoder:
-    """CLIP has DeepSeek-OCR's own sizes next to SAM-base, and the same proportions next to others."""
+def _deep_encoder_for_sam(configs: Mapping[str, Any]) -> DeepEncoder:
+    """Build a DeepEncoder with SAM, and a CLIP in DeepSeek-OCR's proportions: SAM-base gives CLIP-L."""
     sam: SamConfig = configs["sam"]
     compressor = sam.compressor or (2 * sam.neck, 4 * sam.neck)
     width = compressor[1]
@@ -110,20 +117,23 @@ def _around_sam(configs: Mapping[str, Any]) -> DeepEncoder:
     return DeepEncoder(replace(sam, compressor=compressor), clip)
 
 
-def _around_clip(configs: Mapping[str, Any]) -> DeepEncoder:
-    return DeepEncoder(_before(configs["clip"], configs), configs["clip"])
+def _deep_encoder_for_clip(configs: Mapping[str, Any]) -> DeepEncoder:
+    return DeepEncoder(_sam_for(configs["clip"], configs), configs["clip"])
 
 
-def _around_qwen2(configs: Mapping[str, Any]) -> DeepEncoderV2:
-    """Qwen2 may lack the queries, which are as many as the image tokens of 768 and 1024 pixels."""
+def _deep_encoder_for_qwen2(configs: Mapping[str, Any]) -> DeepEncoderV2:
+    """Build a DeepEncoder with Qwen2, and with queries for 768 and 1024 pixels if Qwen2 lacks them."""
     qwen2: Qwen2Config = configs["qwen2"]
-    return DeepEncoderV2(_before(qwen2, configs), replace(qwen2, queries=qwen2.queries or Qwen2Config.queries))
+    return DeepEncoderV2(_sam_for(qwen2, configs), replace(qwen2, queries=qwen2.queries or Qwen2Config.queries))
 
 
-def _before(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> SamConfig:
-    """SAM, or one of DeepSeek-OCR's proportions next to the encoder, with a compressor that leads to it."""
-    share = config.width / type(config).width
-    heads, depth, neck = max(int(12 * share), 1), -(-config.depth // 2), max(int(256 * share), 1)
+def _sam_for(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> SamConfig:
+    """Return the config of SAM with a compressor to the encoder's width.
+
+    Without a SAM in `configs`, it has DeepSeek-OCR's proportions: a CLIP of width 1024 gives 12 heads.
+    """
+    scale = config.width / type(config).width
+    heads, depth, neck = max(int(12 * scale), 1), -(-config.depth // 2), max(int(256 * scale), 1)
     sam: SamConfig = configs.get("sam") or SamConfig(
         width=64 * heads,
         depth=depth,
@@ -136,21 +146,21 @@ def _before(config: ClipConfig | Qwen2Config, configs: Mapping[str, Any]) -> Sam
     return replace(sam, compressor=sam.compressor or (2 * sam.neck, config.width))
 
 
-# SAM's tensors after its blocks.
+# Prefixes of SAM's tensors after its blocks.
 _AFTER_BLOCKS = ("neck.", "net_2.", "net_3.")
 _ALL = (
     Family(
         name="sam",
         encoder=encoders.SamEncoder,
         config_from=encoders.sam_config_from,
-        deep_encoder=_around_sam,
-        patches="patch_embed.proj",
-        entry="pos_embed",
-        blocks="blocks",
-        output="neck",
-        run="features",
+        deep_encoder=_deep_encoder_for_sam,
+        patch_conv_path="patch_embed.proj",
+        block_input_probe="pos_embed",
+        blocks_path="blocks",
+        output_probe="neck",
+        forward_method="features",
         # In the DeepEncoder, the input of CLIP's first block comes from the end of SAM.
-        used_at={
+        prefixes_by_probe={
             "pos_embed": ("pos_embed",),
             "vision_model.pre_layrnorm": _AFTER_BLOCKS,
             "qwen2_model.queries": _AFTER_BLOCKS,
@@ -160,28 +170,28 @@ _ALL = (
         name="clip",
         encoder=encoders.ClipEncoder,
         config_from=encoders.clip_config_from,
-        deep_encoder=_around_clip,
-        patches="embeddings.patch_embedding",
-        entry="pre_layrnorm",
-        blocks="transformer.layers",
-        used_at={"pre_layrnorm": ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm.")},
-        optional=_clip_patches,
+        deep_encoder=_deep_encoder_for_clip,
+        patch_conv_path="embeddings.patch_embedding",
+        block_input_probe="pre_layrnorm",
+        blocks_path="transformer.layers",
+        prefixes_by_probe={"pre_layrnorm": ("embeddings.class_embedding", "embeddings.position_", "pre_layrnorm.")},
+        optional_shapes=_clip_optional_shapes,
     ),
     Family(
         name="qwen2",
         encoder=encoders.Qwen2Encoder,
         config_from=encoders.qwen2_config_from,
-        deep_encoder=_around_qwen2,
-        patches="",
-        entry="queries",
-        blocks="model.model.layers",
-        output="model.model.norm",
+        deep_encoder=_deep_encoder_for_qwen2,
+        patch_conv_path="",
+        block_input_probe="queries",
+        blocks_path="model.model.layers",
+        output_probe="model.model.norm",
         # By itself, Qwen2 needs no table of queries, which no Qwen2 checkpoint holds.
-        run="encode",
-        # Half of them are image tokens, as at 768 pixels.
+        forward_method="encode",
+        # Half of the tokens are image tokens, as at 768 pixels.
         tokens=288,
         sizes=(768, 1024),
-        used_at={"queries": ("query_",)},
+        prefixes_by_probe={"queries": ("query_",)},
     ),
 )
 FAMILIES = {family.name: family for family in _ALL}

@@ -145,7 +145,7 @@ def _places(changed: nn.Module, model: nn.Module, mistake: Mistake) -> Iterator[
     if not mistake.changes_blocks:
         yield changed.get_submodule(path), model.get_submodule(path)
         return
-    places: Any = (each.get_submodule(family.prefix + family.blocks) for each in (changed, model))
+    places: Any = (root.get_submodule(family.prefix + family.blocks_path) for root in (changed, model))
     blocks, originals = map(list, places)
     for index, block in enumerate(blocks):
         yield block, originals[index - 1 if index else min(1, len(blocks) - 1)]

@@ -328,7 +328,7 @@ def _loaded(
     missing = [name for name in missing if not name.startswith(unused)]
     if missing or unexpected:
         raise RuntimeError(f"{type(model).__name__}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    probes, output = FAMILIES[family].probes(blocks, patches), FAMILIES[family].output
+    probes, output = FAMILIES[family].probes(blocks, patches), FAMILIES[family].output_probe
     return ProbedEncoder(label(package, type(model).__name__), model.eval(), probes, model, output)
 
 

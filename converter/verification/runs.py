@@ -20,7 +20,7 @@ from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import evaluate, torch_dtype
 from converter.tensors.lazy_tensor import is_resampled
 from converter.verification import deep_encoder, functions, pictures, structure
-from converter.verification.controls import mistakes_at_entry, mistakes_in_blocks
+from converter.verification.controls import mistakes_before_blocks, mistakes_in_blocks
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
 from converter.verification.outputs import GROUP, Comparison, Features, Mistaken, check_tokens, compare
@@ -142,7 +142,7 @@ def _compare_in_deep_encoder(encoders: Sequence[_LoadedEncoder], options: RunOpt
 
     def make_mistakes(features: Features) -> Iterator[Mistaken]:
         for family in modules:
-            yield from mistakes_at_entry(family, whole.model, family.prefix, features)
+            yield from mistakes_before_blocks(family, whole.model, family.prefix, features)
 
     for done, size in enumerate(options.sizes, 2):
         pixels = _pixels(options, size)
@@ -188,8 +188,8 @@ def _compare_with_source(encoder: _LoadedEncoder, origin: Origin, options: RunOp
 
     def make_mistakes(features: Features) -> Iterator[Mistaken]:
         # Mistakes are made in copies of the module's blocks, even if another implementation was tested.
-        module.to(options.device, features[family.entry].dtype)
-        yield from mistakes_at_entry(family, module, "", features)
+        module.to(options.device, features[family.block_input_probe].dtype)
+        yield from mistakes_before_blocks(family, module, "", features)
         yield from mistakes_in_blocks(family, module, features)
 
     for config in configs:
@@ -260,7 +260,7 @@ def _add_cause(check: Check, encoders: Sequence[_LoadedEncoder], checks: Sequenc
     for encoder in encoders:
         if encoder.origin:
             plan, differing = encoder.origin.plan, differing_tensors(encoder.converted, checks)
-            names = encoder.family.tensors_at(check.tensors[0], plan.outputs)
+            names = encoder.family.tensors_before(check.tensors[0], plan.outputs)
             used += names
             wrong += [name for name in names if name in differing]
             rules |= {name: plan.rules[name] for name in names if name in plan.rules}
