@@ -135,14 +135,14 @@ def make_header(parts: EncoderParts, dtype: str) -> Header:
     Raises:
         LayoutError: The projector is not DeepSeek's.
     """
+    source = parts.sources[0]
     projector = parts.projector.get("projector.layers.weight")
     if projector is None:
         raise LayoutError(
-            f"{parts.sources[0].name}: llama.cpp does not read its projector ({', '.join(parts.projector)})",
-            "an mmproj is written of DeepSeek-OCR, DeepSeek-OCR-2 and Unlimited-OCR",
+            f"{source.name}: llama.cpp does not read its projector ({', '.join(parts.projector)})",
+            "an mmproj can only be written for DeepSeek-OCR, DeepSeek-OCR-2 and Unlimited-OCR",
         )
     remarks: list[str] = []
-    source = parts.sources[0]
     config = read_config(source, _CONFIG, remarks)
     version, tensor_sizes = _VERSIONS[list(parts.plans)[-1]], _sizes_of_tensors(parts)
     assumptions = _read_sizes(version, object_at(config, "vision_config"), tensor_sizes)

@@ -145,8 +145,8 @@ def build_encoder(
         for family, name in names.items()
     }
     _expect_sizes(plans)
-    own = _own_tensors(plans)
-    tensors, generated, replaced = dict(own), dict[str, str](), dict[str, str]()
+    encoder_tensors = _encoder_tensors(plans)
+    tensors, generated, replaced = dict(encoder_tensors), dict[str, str](), dict[str, str]()
     for addition in _additions(plans):
         origin = str(additions.get(addition.option, ""))
         new = list[LazyTensor]()
@@ -160,7 +160,8 @@ def build_encoder(
         if new:
             tensors |= zip(addition.full_names, new, strict=True)
             kept = {tensor for value in new for tensor in source_tensors(value)}
-            old = [tensor for name in addition.full_names if name in own for tensor in source_tensors(own[name])]
+            old_values = [encoder_tensors[name] for name in addition.full_names if name in encoder_tensors]
+            old = [tensor for value in old_values for tensor in source_tensors(value)]
             reason = f"--{addition.option} {origin} replaces it"
             replaced |= {tensor.key: reason for tensor in old if tensor not in kept}
         if host is None:
@@ -202,7 +203,7 @@ def extract_encoder(
             "and --clip, or --sam and --qwen2",
         ) from None
     _expect_sizes(plans)
-    tensors = _own_tensors(plans)
+    tensors = _encoder_tensors(plans)
     # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
     read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
     if mark := find_mixed_convolutions(read):
@@ -244,11 +245,11 @@ def _seeded(
     if host is None:
         shapes = addition.shapes(_sizes(plans))
     else:
-        own = host[addition.family].plan.outputs
-        if addition.names[0] not in own:
+        host_tensors = host[addition.family].plan.outputs
+        if addition.names[0] not in host_tensors:
             what = f"the checkpoint of --into has no {addition.noun}"
             raise UsageError(f"--{addition.option} {seed}: {what}", "leave it out")
-        shapes = {name: own[name].shape for name in addition.names}
+        shapes = {name: host_tensors[name].shape for name in addition.names}
     return [cast(value, dtype) for value in addition.seeded(seed, shapes).values()]
 
 
@@ -278,7 +279,7 @@ def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
                 plan.unusual.pop(name, None)
 
 
-def _own_tensors(plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
+def _encoder_tensors(plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
     """Return the tensors of all plans by their names in DeepSeek-OCR's model."""
     outputs = (_with_prefix(family, resolved.plan.outputs) for family, resolved in plans.items())
     return {name: value for tensors in outputs for name, value in tensors.items()}

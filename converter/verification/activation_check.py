@@ -22,7 +22,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Compared:
+class _ComparedStage:
     """One stage."""
 
     point: TracePoint
@@ -51,9 +51,9 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
         if tensor.shape != exact[stage].shape:
             shapes = f"{list(tensor.shape)}, expected {list(exact[stage].shape)}"
             return Check(ACTIVATIONS, name, FAILED, f"{stage} has shape {shapes}", [stage]), None
-    compared = _compared(encoder, pixels, exact, theirs)
-    trace = Trace(name, [each.point for each in compared])
-    departing = [each for each in compared if each.departs]
+    compared = _compare_all(encoder, pixels, exact, theirs)
+    trace = Trace(name, [stage.point for stage in compared])
+    departing = [stage for stage in compared if stage.departs]
     last = (departing or compared)[0 if departing else -1].point
     figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
     if departing:
@@ -62,41 +62,44 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
         return Check(ACTIVATIONS, name, FAILED, f"{detail}; {cause}", [last.probe], figures), trace
     detail = f"{len(compared)} of {len(exact)} stages agree; {last.probe}: relative error {last.error:.2g}, tolerance "
     detail += f"{last.tolerance:.2g}"
-    if any(each.point.tolerance > TOLERANCE_LIMIT for each in compared):
+    if any(stage.point.tolerance > TOLERANCE_LIMIT for stage in compared):
         return Check(
             ACTIVATIONS, name, INCONCLUSIVE, f"no mistake would show in this type: {detail}", [], figures
         ), trace
     return Check(ACTIVATIONS, name, PASSED, detail, figures=figures), trace
 
 
-def _compared(encoder: StagedEncoder, pixels: Tensor, exact: Features, theirs: Mapping[str, Tensor]) -> list[_Compared]:
-    """The stages in the order of computation; noise floors are those of each tensor's type."""
+def _compare_all(
+    encoder: StagedEncoder, pixels: Tensor, exact: Features, theirs: Mapping[str, Tensor]
+) -> list[_ComparedStage]:
+    """Compare the stages in the order of computation, each with the noise floor of its tensor's type."""
     types = {_computed_in(tensor) for tensor in theirs.values()}
     rounded = {dtype: encoder.activations(pixels, dtype) for dtype in types}
     compared = []
     for stage in (stage for stage in exact if stage in theirs):
         dtype = _computed_in(theirs[stage])
-        own, right = rounded[dtype][stage], exact[stage]
-        floor = max(distance(own, right), torch.finfo(dtype).eps)
-        point = TracePoint(stage, distance(theirs[stage].to(right.device), right), floor, MARGIN * floor)
+        ours, expected = rounded[dtype][stage], exact[stage]
+        actual = theirs[stage].to(expected.device)
+        floor = max(distance(ours, expected), torch.finfo(dtype).eps)
+        point = TracePoint(stage, distance(actual, expected), floor, MARGIN * floor)
         # Rounding errors hardly change the scale, and the scale of a stage shows 1 % in types whose errors are larger.
-        tolerance = max(MARGIN * abs(_scale(own, right)), floor / 4)
-        compared.append(_Compared(point, _scale(theirs[stage].to(right.device), right), tolerance))
+        tolerance = max(MARGIN * abs(_scale(ours, expected)), floor / 4)
+        compared.append(_ComparedStage(point, _scale(actual, expected), tolerance))
     return compared
 
 
 def _computed_in(tensor: Tensor) -> torch.dtype:
-    """The type whose rounding errors a tensor has: float32 for float64, as no port computes all in float64."""
+    """Return the type whose rounding errors a tensor has: float32 for float64, as no port computes all in float64."""
     return torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
 
 
 def _scale(a: Tensor, b: Tensor) -> float:
-    """The factor of `b` that is nearest to `a`, less one."""
+    """Return the factor by which `b` is nearest to `a`, minus one."""
     a, b = a.double(), b.double()
     return float((a - b).mul(b).sum() / b.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _departure(departing: Sequence[_Compared], compared: Sequence[_Compared]) -> str:
+def _departure(departing: Sequence[_ComparedStage], compared: Sequence[_ComparedStage]) -> str:
     first = departing[0]
     text = f"{first.point.probe} is the first of {len(departing)} stages to depart, of {len(compared)}: relative error "
     text += f"{first.point.error:.2g}, tolerance {first.point.tolerance:.2g}"
@@ -104,10 +107,14 @@ def _departure(departing: Sequence[_Compared], compared: Sequence[_Compared]) ->
 
 
 def _cause(
-    encoder: StagedEncoder, pixels: Tensor, exact: Features, theirs: Mapping[str, Tensor], compared: Sequence[_Compared]
+    encoder: StagedEncoder,
+    pixels: Tensor,
+    exact: Features,
+    theirs: Mapping[str, Tensor],
+    compared: Sequence[_ComparedStage],
 ) -> str:
-    """The known mistake that explains the first departing stage, or else what is usually wrong there."""
-    first = next(each.point for each in compared if each.departs)
+    """Describe the known mistake that explains the first departing stage, or else what is usually wrong there."""
+    first = next(stage.point for stage in compared if stage.departs)
     usual = next(text for pattern, text in USUAL.items() if fnmatchcase(first.probe, pattern))
     if first.error != float("inf"):
         target = theirs[first.probe].to(exact[first.probe].device)
@@ -123,7 +130,7 @@ def _cause(
 
 
 def _best(trials: Iterable[tuple[float, str]], point: TracePoint) -> tuple[float, str] | None:
-    """The mistake with the smallest error; None if it explains little."""
+    """Return the mistake with the smallest error; None if it explains little."""
     best: tuple[float, str] | None = None
     for error, text in trials:
         if best is None or error < best[0]:
@@ -134,10 +141,10 @@ def _best(trials: Iterable[tuple[float, str]], point: TracePoint) -> tuple[float
 
 
 def _trials(
-    encoder: StagedEncoder, pixels: Tensor, exact: Features, compared: Sequence[_Compared], target: Tensor
+    encoder: StagedEncoder, pixels: Tensor, exact: Features, compared: Sequence[_ComparedStage], target: Tensor
 ) -> Iterator[tuple[float, str]]:
-    """Errors at the first departing stage with each known mistake, and then with the best one and each other one."""
-    first = next(each.point.probe for each in compared if each.departs)
+    """Yield the error at the first departing stage for each known mistake, then for the best with each other one."""
+    first = next(stage.point.probe for stage in compared if stage.departs)
     between = _between(list(exact), compared, first)
     if PIXELS in between:
         for name, change in PIXEL_MISTAKES.items():
@@ -160,9 +167,9 @@ def _trials(
         yield from ((error(best, other), f"{best.name} and {other.name}") for other in others)
 
 
-def _between(order: Sequence[str], compared: Sequence[_Compared], first: str) -> list[str]:
-    """The stages after the last that agrees before the first that departs, which is included."""
-    agreeing = [order.index(each.point.probe) for each in compared if not each.departs]
+def _between(order: Sequence[str], compared: Sequence[_ComparedStage], first: str) -> list[str]:
+    """Return the stages after the last agreeing one, up to and including the first departing stage."""
+    agreeing = [order.index(stage.point.probe) for stage in compared if not stage.departs]
     end = order.index(first)
     start = max((index for index in agreeing if index < end), default=-1)
     return list(order[start + 1 : end + 1])

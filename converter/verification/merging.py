@@ -33,25 +33,26 @@ _FLOAT32_TOLERANCE = 2.0**-22
 def merged_by_library(
     target: Converted, expected: Expected, adapter: Adapter, files: Checkpoint, on_progress: OnProgress
 ) -> Expected:
-    """Return what a conversion should have written, with an adapter merged into the tensors as they are read.
+    """Return the expected output of a conversion, with an adapter merged into the tensors as they are read.
 
     Args:
         target: The converted file.
-        expected: What it should have written without the adapter.
+        expected: The expected output of the conversion without the adapter.
         adapter: The adapter.
-        files: Its files.
+        files: The files of the adapter.
         on_progress: Called as tensors are fetched from a hub.
 
     Raises:
         LayoutError: An encoder lacks a module of the adapter.
     """
     changes: dict[TensorInfo, Factors | TensorInfo] = {}
+    adapter_tensors: list[TensorInfo] = []
     for family, origin in expected.origins.items():
         names = origin.detected.all_names
         merged = match_adapter(adapter, origin.detected, registry.canonical(family), expected.name)
         changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
-    trained = [each for change in changes.values() for each in (change if isinstance(change, Factors) else [change])]
-    read_adapter = open_independently(files, [each for each in trained if isinstance(each, TensorInfo)], on_progress)
+        adapter_tensors += [tensor for change in merged.tensors.values() for tensor in change.tensors]
+    read_adapter = open_independently(files, adapter_tensors, on_progress)
 
     def read(tensor: TensorInfo) -> Tensor:
         base, change = expected.read(tensor), changes.get(tensor)
