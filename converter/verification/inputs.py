@@ -1,4 +1,4 @@
-"""The inputs of a verification: the encoders in the converted file, and what the sources should have given."""
+"""The inputs of a verification: the encoders in the converted file, and the expected output of the conversion."""
 
 from __future__ import annotations
 
@@ -99,19 +99,19 @@ class Expected:
 
 
 def open_any_layout(source: Checkpoint, on_progress: OnProgress, *encoders: ConvertedEncoder) -> Converted:
-    """A converted file whose layout is not detected, with the encoders in it that are already known, if any.
+    """Return a converted file without detecting its layout.
 
     Args:
         source: The opened file.
         on_progress: Called as tensors are fetched from a hub.
-        encoders: The known encoders; none if only the record is compared.
+        encoders: The encoders in the file; none if it is only compared with its record.
     """
     tensors = _largest_state_dict(source).tensors
     return Converted(source, encoders, tensors, open_independently(source, tensors.values(), on_progress))
 
 
 def _largest_state_dict(source: Checkpoint) -> StateDict:
-    """The state dict with the most tensors; LayoutError for several of the same size, such as a model and its EMA."""
+    """Return the state dict with the most tensors; LayoutError if several have as many, such as a model and its EMA."""
     try:
         return largest_state_dict(select_state_dicts(source, None), source.name)
     except LayoutError as error:
@@ -119,47 +119,67 @@ def _largest_state_dict(source: Checkpoint) -> StateDict:
 
 
 def open_converted(source: Checkpoint, on_progress: OnProgress) -> Converted:
-    """The converted file: one encoder in any layout, or a whole DeepEncoder; LayoutError for any other file."""
+    """Return a converted file with the encoders in it.
+
+    Args:
+        source: The opened file.
+        on_progress: Called as tensors are fetched from a hub.
+
+    Raises:
+        LayoutError: The file has no layout that is written here, or several encoders of a family.
+    """
     state_dict = _largest_state_dict(source)
-    families = detect_families_in(source, [state_dict])
-    for family, detected in families.items():
+    encoders = _detect_encoders(source, state_dict)
+    # A file that only has canonical names may lack tensors or have tensors of other shapes. Its layout is not detected
+    # then, so the family follows from the number of known names.
+    if all(detected.match.layout.is_canonical and not _prefix_in_file(detected) for detected in encoders.values()):
+        return open_any_layout(source, on_progress, _canonical_encoder(source, state_dict))
+    converted = [_encoder(source, family, detected, len(encoders) > 1) for family, detected in encoders.items()]
+    return open_any_layout(source, on_progress, *converted)
+
+
+def _detect_encoders(source: Checkpoint, state_dict: StateDict) -> dict[str, DetectedLayout]:
+    """Return the detected encoder of each family; LayoutError if there are several of a family."""
+    encoders: dict[str, DetectedLayout] = {}
+    for family, detected in detect_families_in(source, [state_dict]).items():
         if len(detected) > 1:
-            prefixes = " and ".join(repr(_prefix_in_file(each)) for each in detected)
+            prefixes = " and ".join(repr(_prefix_in_file(encoder)) for encoder in detected)
             raise LayoutError(
                 f"{source.name}: holds several {family} encoders, with the prefixes {prefixes}",
                 f"convert one of them with dsocr-convert {family} --prefix, and verify the output",
             )
-    found = {family: detected[0] for family, detected in families.items()}
-    # A file with canonical names alone may lack tensors, so it goes by the number of known names below.
-    if any(not each.match.layout.is_canonical or _prefix_in_file(each) for each in found.values()):
-        encoders = [_encoder(source, family, detected, len(found) > 1) for family, detected in found.items()]
-        return open_any_layout(source, on_progress, *encoders)
+        encoders[family] = detected[0]
+    return encoders
+
+
+def _canonical_encoder(source: Checkpoint, state_dict: StateDict) -> ConvertedEncoder:
+    """Return the encoder in a file with canonical names; LayoutError if most of the names are not canonical."""
     unreadable = {name: tensor for name, tensor in state_dict.tensors.items() if not tensor.dtype.bits}
     if mark := find_mark(unreadable):
         raise mark.error(source.name)
     counts = {family: registry.count_known(family, state_dict.tensors) for family in registry.families()}
     family = max(counts, key=lambda name: counts[name])
-    # No layout is detected in a file that lacks tensors or has tensors of other shapes.
     if counts[family] > len(state_dict.tensors) / 2:
         tensors = {name: lazy_read(tensor) for name, tensor in state_dict.tensors.items()}
-        return open_any_layout(source, on_progress, ConvertedEncoder(family, registry.canonical(family), "", tensors))
+        return ConvertedEncoder(family, registry.canonical(family), "", tensors)
     commands = " or ".join(f"dsocr-convert {name} {source.name}" for name in registry.families())
     raise LayoutError(
         f"{source.name}: has no layout that dsocr-convert writes",
-        f"convert it first: {commands}; or compare it with its conversion record alone (--record)",
+        f"convert it first: {commands}; or compare it only with its conversion record (--record)",
     )
 
 
 def _prefix_in_file(detected: DetectedLayout) -> str:
-    """The prefix of the encoder's names in the file, with a wrapper that detection removed."""
+    """Return the prefix of the encoder's names in the file, with a wrapper that detection removed."""
     prefix = detected.match.prefix
-    name, tensor = next((name, each) for name, each in detected.tensors.items() if name.startswith(prefix))
-    return tensor.key.removesuffix(name) + prefix
+    name = next(name for name in detected.tensors if name.startswith(prefix))
+    return detected.tensors[name].key.removesuffix(name) + prefix
 
 
-def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, whole: bool) -> ConvertedEncoder:
+def _encoder(source: Checkpoint, family: str, detected: DetectedLayout, is_one_of_several: bool) -> ConvertedEncoder:
+    """Return a detected encoder; several encoders in one file are those of a DeepEncoder."""
     layout, prefix = detected.match.layout, _prefix_in_file(detected)
-    in_deep_encoder = whole or layout.is_canonical
+    in_deep_encoder = is_one_of_several or layout.is_canonical
     encoder = ConvertedEncoder(family, layout, prefix, {}, {}, native_tensors(detected), in_deep_encoder)
     try:
         plan = plan_to_canonical(source, detected, ConvertOptions(family))
