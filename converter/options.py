@@ -88,24 +88,27 @@ class HubOptions:
 NO_HUB_OPTIONS = HubOptions()
 
 
-def split_options(options: Mapping[str, Any], cls: Callable[..., _Options], **own: Any) -> tuple[_Options, HubOptions]:
-    """Sort keyword arguments into a class of options and HubOptions; TypeError for an unknown one.
+def split_options(
+    options: Mapping[str, Any], cls: Callable[..., _Options], **fixed: Any
+) -> tuple[_Options, HubOptions]:
+    """Split keyword arguments into a class of options and HubOptions; TypeError for an unknown one.
 
     Args:
         options: The keyword arguments.
         cls: The class of options.
-        own: Other arguments of the class.
+        fixed: Other arguments of the class.
     """
-    names, hub_names = ({item.name for item in fields(each) if item.metadata} for each in (cls, HubOptions))  # type: ignore[arg-type]
+    names = {item.name for item in fields(cls) if item.metadata}  # type: ignore[arg-type]
+    hub_names = {item.name for item in fields(HubOptions)}
     if unknown := sorted(options.keys() - names - hub_names):
         expected = ", ".join(sorted(names | hub_names))
         raise TypeError(f"unknown option {', '.join(map(repr, unknown))}: expected {expected}")
-    mine, hub = ({name: value for name, value in options.items() if name in group} for group in (names, hub_names))
-    return cls(**own, **mine), HubOptions(**hub)
+    hub_options = HubOptions(**{name: value for name, value in options.items() if name in hub_names})
+    return cls(**fixed, **{name: value for name, value in options.items() if name in names}), hub_options
 
 
 def check_choices(**choices: tuple[str, Sequence[str]]) -> None:
-    """UsageError for an option whose value is not one of those allowed."""
+    """Raise UsageError for an option whose value is not one of the allowed ones."""
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise UsageError(f"{name} {value!r}: expected one of {', '.join(filter(None, allowed))}")

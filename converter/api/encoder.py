@@ -139,8 +139,8 @@ def _build(options: EncoderOptions, open_file: Callable[[str | Path], Checkpoint
         raise UsageError(
             "name a checkpoint that holds both encoders, or one for each, with --sam and --clip, or --sam and --qwen2"
         )
-    own = host.resolve_all(families) if host is not None else None
-    return build_encoder(families, options.additions, open_file, options.prefix, own)
+    host_plans = host.resolve_all(families) if host is not None else None
+    return build_encoder(families, options.additions, open_file, options.prefix, host_plans)
 
 
 def _insert(

@@ -69,9 +69,9 @@ def add_options(*groups: type | tuple[type, Collection[str]]) -> Callable[[Comma
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        own = [item for item in signature.parameters.values() if item.name != "options"]
+        explicit = [item for item in signature.parameters.values() if item.name != "options"]
         added = [item for group in groups for item in _parameters(group)]
-        parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own] + added
+        parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in explicit] + added
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in parameters}
         return command

@@ -36,7 +36,7 @@ class LayoutMatch(NamedTuple):
 
     @property
     def unknown_prefix(self) -> str:
-        """The full prefix, or nothing if it is one of the layout's own."""
+        """The full prefix; empty if it is one of the layout's prefixes."""
         return self.full_prefix if self.wrapper else ""
 
     @property
@@ -48,31 +48,32 @@ class LayoutMatch(NamedTuple):
 def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpec]) -> list[LayoutMatch]:
     """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
 
-    Layouts fit under any prefix. If one fits under a prefix of its own, those that only fit under others do not count.
-    Nor does one that knows less of the names of the same tensors than another, nor a language model next to an encoder
-    of its family. At most MAX_PREFIXES prefixes are tried.
+    Layouts fit under any prefix. If a layout fits under one of its prefixes, layouts that only fit under other prefixes
+    are left out. So are a layout that knows fewer names of the same tensors than another, and a language model next to
+    an encoder of its family. At most MAX_PREFIXES prefixes are tried.
     """
     matches: dict[str, list[LayoutMatch]] = {}
     for layout in layouts:
         for prefix in islice(_fitting_prefixes(tensors, layout), MAX_PREFIXES):
-            # The longest of the layout's own prefixes that it ends with.
-            ends = (own for own in layout.prefixes if f".{prefix}".endswith(f".{own}") or not own)
-            own = max(ends, key=len, default="")
-            matches.setdefault(prefix, []).append(LayoutMatch(layout, prefix.removesuffix(own), own))
-    best = [_best(tensors, found) for found in islice(matches.values(), MAX_PREFIXES)]
+            # The prefix may end with one of the layout's prefixes; the longest one counts.
+            endings = (end for end in layout.prefixes if f".{prefix}".endswith(f".{end}") or not end)
+            layout_prefix = max(endings, key=len, default="")
+            wrapper = prefix.removesuffix(layout_prefix)
+            matches.setdefault(prefix, []).append(LayoutMatch(layout, wrapper, layout_prefix))
+    best = [_best(tensors, candidates) for candidates in islice(matches.values(), MAX_PREFIXES)]
     best = [match for match in best if not any(_knows_more(other, match) for other in best)]
     best = [match for match in best if not match.layout.language_model] or best
-    own_prefix = [match for match in best if match.prefix in match.layout.prefixes]
+    with_layout_prefix = [match for match in best if match.prefix in match.layout.prefixes]
     order = {name: index for index, name in enumerate(tensors)}
-    return sorted(own_prefix or best, key=lambda match: order[match.evidence[0]])
+    return sorted(with_layout_prefix or best, key=lambda match: order[match.evidence[0]])
 
 
 def without_language_models(matches: Iterable[LayoutMatch], names: Iterable[str]) -> list[LayoutMatch]:
     """Leave out language models if `names` show a vision encoder: they are the language model of that checkpoint."""
-    found = list(matches)
-    if any(match.layout.language_model for match in found) and has_vision_encoder(names):
-        return [match for match in found if not match.layout.language_model]
-    return found
+    listed = list(matches)
+    if any(match.layout.language_model for match in listed) and has_vision_encoder(names):
+        return [match for match in listed if not match.layout.language_model]
+    return listed
 
 
 def outermost(names: Iterable[str], prefix: str | None) -> list[str]:
@@ -89,15 +90,15 @@ def outermost(names: Iterable[str], prefix: str | None) -> list[str]:
     return [first] if all(name.endswith(tail) for name in listed if name != first) else listed
 
 
-def prefixes_of(tensors: Iterable[str], key: str, own: Iterable[str] = ()) -> Iterator[str]:
-    """Yield what precedes a name in the names of tensors.
+def prefixes_of(tensors: Iterable[str], key: str, layout_prefixes: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the prefixes with which a name occurs in the names of tensors.
 
     Args:
         tensors: The names of the tensors.
         key: The name without a prefix.
-        own: Prefixes that need not end with a dot.
+        layout_prefixes: Prefixes that need not end with a dot.
     """
-    ends = (".", *filter(None, own))
+    ends = (".", *filter(None, layout_prefixes))
     for name in tensors:
         if name.endswith(key) and (len(name) == len(key) or name[: -len(key)].endswith(ends)):
             yield name[: -len(key)]
@@ -121,9 +122,9 @@ def _fitting_prefixes(tensors: Mapping[str, TensorInfo], layout: LayoutSpec) -> 
 
 
 def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> LayoutMatch:
-    """Return the match with the longest prefix of its own.
+    """Return the match with the longest prefix of a layout.
 
-    Of several, return the one with the fewest names that it does not know, and with the convolutions of the checkpoint.
+    Of several, return the one that knows the most names, then the one with the checkpoint's order of convolutions.
     """
     longest = max(len(match.prefix) for match in matches)
     matches = [match for match in matches if len(match.prefix) == longest]

@@ -120,8 +120,8 @@ def draw(run: str, pixels: Tensor, reference: Tensor, converted: Tensor) -> list
         return []
     image = _image((pixels[0].detach().float().cpu().permute(1, 2, 0) + 1) / 2)
     image = image.resize((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
-    source, own = map(_image, _colours(before, after))
-    images = {"image": image, "source": source, "converted": own, "difference": _image(_difference(before, after))}
+    source, target = map(_image, _colours(before, after))
+    images = {"image": image, "source": source, "converted": target, "difference": _image(_difference(before, after))}
     return [Picture(run, name, _png(picture)) for name, picture in images.items()]
 
 

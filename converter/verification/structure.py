@@ -153,10 +153,10 @@ def check_sizes(
         canonical: The source's tensors by canonical names.
         assumptions: What no tensor shows, as the encoder was loaded with.
     """
-    layout, own = registry.canonical(family.name), encoder.state_dict()
-    # A file for another library may lack what the DeepEncoder alone has.
-    shown = {name: value for name, value in canonical.items() if name in own or not layout.is_optional(name)}
-    expected, actual = vars(family.config(shown, assumptions)), vars(encoder.config)
+    layout, state = registry.canonical(family.name), encoder.state_dict()
+    # A file for another library may lack tensors that only the DeepEncoder has.
+    compared = {name: value for name, value in canonical.items() if name in state or not layout.is_optional(name)}
+    expected, actual = vars(family.config(compared, assumptions)), vars(encoder.config)
     differing = [name for name, value in expected.items() if actual[name] != value]
     detail = "; ".join(f"{name} is {actual[name]}, in the source {expected[name]}" for name in differing)
     return [Check(GROUP, "sizes", FAILED, detail, [])] if differing else []
