@@ -186,6 +186,33 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "BERT": (names("bert.encoder.layer.0.attention.self.query.weight"), "BERT", "CLIP"),
     "T5": (names("encoder.block.0.layer.0.SelfAttention.q.weight"), "T5", "CLIP"),
     "Qwen-VL, the first": (names("transformer.visual.transformer.resblocks.0.attn.in_proj.weight"), "Qwen-VL", "CLIP"),
+    "SAM 3 in transformers": (names("vision_encoder.neck.fpn_layers.0.scale_layers.0.weight"), "SAM 3", "SAM"),
+    "SAM 3 as published": (names("detector.backbone.vision_backbone.trunk.blocks.0.attn.qkv.weight"), "SAM 3", "SAM"),
+    "EdgeTAM": (names("vision_encoder.backbone.timm_model.layer1.0.conv1.weight"), "EdgeTAM", "SAM"),
+    "Hiera in transformers": (names("encoder.stages.1.layers.0.proj.weight"), "Hiera", "SAM"),
+    "ViTDet in transformers": (names("encoder.layer.0.attention.rel_pos_h"), "ViTDet", "SAM"),
+    "EfficientViT-SAM": (names("image_encoder.backbone.stages.0.op_list.0.main.conv.weight"), "EfficientViT", "SAM"),
+    "BEiT": (names("layers.0.lambda_1", "layers.0.a.relative_position_bias_table"), "BEiT", "CLIP"),
+    "ViT in transformers 5": (names("embeddings.cls_token", "layers.0.layernorm_before.weight"), "DeiT", "CLIP"),
+    "Qwen3-VL's encoder alone": (names("blocks.0.attn.qkv.weight", "merger.linear_fc1.weight"), "Qwen-VL", "CLIP"),
+    "Llama 3.2": (names("gated_positional_embedding.gate", "class_embedding"), "Llama 3.2", "CLIP"),
+    "Pixtral": (names("vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"), "Pixtral", "CLIP"),
+    "Kosmos-2.5": (names("vision_model.embeddings.row_embedder.weight"), "Kosmos-2.5", "CLIP"),
+    "MoonViT": (names("vision_tower.encoder.blocks.0.wqkv.weight"), "MoonViT", "CLIP"),
+    "AIMv2": (names("vision_model.encoder.layers.0.rms_norm1.weight"), "AIMv2", "CLIP"),
+    "ImageBind": (names("modality_trunks.vision.blocks.0.attn.in_proj_weight"), "ImageBind", "CLIP"),
+    "ALIGN": (
+        names("vision_model.encoder.blocks.0.depthwise_conv.depthwise_conv.weight", "text_projection.weight"),
+        "EfficientNet", "CLIP",
+    ),
+    "MobileCLIP2": (names("visual.trunk.stages.0.blocks.0.token_mixer.mixer.conv.weight"), "MobileCLIP", "CLIP"),
+    "Megatron": (names("vision_model.decoder.layers.0.self_attention.linear_qkv.weight"), "Megatron", "export"),
+    "LLaVA's projector": (names("model.mm_projector.0.weight"), "projector", "mm_vision_tower"),
+    "IP-Adapter": (names("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "projector", "vision encoder"),
+    "Meta's Llama": (names("layers.0.feed_forward.w1.weight"), "language model", "mm_vision_tower"),
+    "SAMed's LoRA alone": (names("w_a_000", "w_b_000", "mask_decoder.iou_token.weight"), "LoRA", "merge"),
+    "FSDP, flat": (names("vision_model.encoder.layers.0._flat_param"), "flattened", "FULL_STATE_DICT"),
+    "an optimizer's file": (names("0.exp_avg", "0.momentum_buffer"), "optimizer", "weights"),
     "an optimizer": (names("blocks.0.attn.qkv.weight.exp_avg"), "optimizer", "weights"),
 }  # fmt: skip
 
@@ -227,6 +254,17 @@ def test_the_other_family_is_named_beside_weights_of_other_models(tmp_path: Path
             converter.convert(path, "sam", out=out)
 
 
+def test_matrices_that_are_pruned_or_wrapped(tmp_path: Path) -> None:
+    qkv = "image_encoder.blocks.0.attn.qkv."
+    sam = models.sam_meta().state_dict()
+    pruned = {**sam, f"{qkv}weight": torch.ones(3, sam[f"{qkv}weight"].shape[1])}
+    wrapped = {name.replace(qkv, f"{qkv}linear."): tensor for name, tensor in sam.items()}
+    for state, words in ((pruned, r"has shape \[3, .*\n.*pruned model"), (wrapped, f"no tensor '{qkv}weight'")):
+        save(state, tmp_path / "weights.safetensors")
+        with pytest.raises(DsocrError, match=words):
+            converter.convert(tmp_path / "weights.safetensors", "sam", out=tmp_path / "out.safetensors")
+
+
 def test_learned_prompts_inside_the_encoder_are_refused(tmp_path: Path) -> None:
     visual = {
         n.removeprefix("visual."): t for n, t in models.open_clip().state_dict().items() if n.startswith("visual.")
@@ -239,7 +277,7 @@ def test_learned_prompts_inside_the_encoder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_without_an_encoder_gets_no_plain_advice_to_write_a_mapping(tmp_path: Path) -> None:
-    save({"prompt_learner.ctx": W, "mm_projector.0.weight": W.clone()}, tmp_path / "weights.safetensors")
+    save({"prompt_learner.ctx": W, "film_mul.weight": W.clone()}, tmp_path / "weights.safetensors")
     with pytest.raises(DsocrError, match=r"first names: .*\nif a vision encoder of SAM or CLIP is among them"):
         converter.convert(tmp_path / "weights.safetensors", "clip", out=tmp_path / "out.safetensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from contextlib import closing
 from pathlib import Path, PurePath
 
@@ -53,6 +54,22 @@ def test_by_products_are_no_checkpoints(tmp_path: Path) -> None:
         opened(tmp_path)
     torch.save(A, tmp_path / "optimal.pth.tar")
     assert list(opened(tmp_path).contents) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("training_args.bin", Namespace(a=1)), ("rng_state.pth", {"cpu": torch.ones(2)}), ("scheduler.pt", {"step": 1})],
+)
+def test_a_by_product_in_place_of_the_weights(name: str, content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / name)
+    with pytest.raises(SourceError, match=r"\nby its name it holds .*: convert the weights next to it"):
+        converter.convert(tmp_path / name, "clip", out=tmp_path / "out.safetensors")
+
+
+def test_the_files_of_openvino_are_named(tmp_path: Path) -> None:
+    (tmp_path / "openvino_model.bin").write_bytes(b"\1\2\3\4" * 9)
+    with pytest.raises(ContainerError, match="an OpenVINO model"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sam.PTH", "sam.pth.tar", "sam.ckpt", "SAM.Safetensors"])
@@ -138,6 +155,9 @@ def test_a_set_of_one_shard(tmp_path: Path) -> None:
         (("x.safetensors", "x.safetensors.aria2"), "x.safetensors: an unfinished download of aria2"),
         (("flax_model.msgpack", "config.json"), r"flax_model\.msgpack is Flax.*\n.*from_flax"),
         (("model.onnx",), "model.onnx is an ONNX or CoreML model"),
+        (("model.engine", "config.json"), "model.engine is a TensorRT engine"),
+        (("_sharding", "manifest.ocdbt", "d/x"), "an Orbax checkpoint"),
+        (("._sam.pth", "config.json"), "contains no checkpoint"),
         (("x.mlpackage/Manifest.json",), "x.mlpackage is a CoreML model"),
         (("data.pkl", "version", "data/0"), r"an unpacked file of torch.save\n.*zip -0 -r weights.pth FOLDER"),
         (("a/b/c/d/model.safetensors", "config.json"), r"no checkpoint\n.*\n.*folders, give that: a"),

@@ -141,6 +141,12 @@ def is_by_product(name: str) -> bool:
     return bool(kind and kind.is_by_product)
 
 
+def by_product_step(path: str) -> str:
+    """Return the next step for a file that trainers write next to the weights; empty for other files."""
+    name = Path(path).name
+    return f"by its name it holds {describe(name)}: convert the weights next to it" if is_by_product(name) else ""
+
+
 def describe(name: str) -> str:
     """Return what a file is by its name; empty if the name does not tell."""
     kind, known = kind_of(name), format_of_name(name)

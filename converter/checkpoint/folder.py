@@ -53,7 +53,8 @@ def count_shards(name: str) -> int:
 
 def is_checkpoint(name: str) -> bool:
     """Return whether a file name may be that of a checkpoint, and is not one that trainers write next to it."""
-    return is_index(name) or (has_weight_suffix(name) and not is_by_product(name))
+    # macOS writes ._NAME next to a file on other file systems.
+    return is_index(name) or (has_weight_suffix(name) and not is_by_product(name) and not name.startswith("._"))
 
 
 def is_dcp(names: Iterable[str]) -> bool:

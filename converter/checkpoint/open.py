@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
+from converter.checkpoint.file_kinds import by_product_step
 from converter.checkpoint.locate import Located, locate
 from converter.errors import ContainerError, UsageError, first_names
 from converter.formats import strict_json
@@ -127,7 +128,14 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
 def _open_files(located: Located) -> list[tuple[str, Contents]]:
     """Return the container and the contents of each file."""
     if not located.is_dcp:
-        return [open_file(file) for file in located.files]
+        try:
+            return [open_file(file) for file in located.files]
+        except ContainerError as error:
+            from converter.formats.pickle_opcodes import RESAVE
+
+            if error.hint == RESAVE:
+                error.hint = by_product_step(located.name) or RESAVE
+            raise
     from converter.formats import torch_dcp
 
     metadata, *others = located.files

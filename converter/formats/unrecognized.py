@@ -54,6 +54,12 @@ FORMATS = (
     Format("a RAR archive", "unpack it: unrar x", rb"Rar!", suffixes=(".rar",)),
     # Zip archives of other programs.
     Format(
+        "a file of torch.package",
+        "save its weights, where you trust the file: torch.package.PackageImporter(FILE).load_pickle(...) gives the "
+        "model, then torch.save(model.state_dict(), 'weights.pth')",
+        member=r"[^/]+/\.data/(extern_modules|python_version)",
+    ),
+    Format(
         "an .npz archive of numpy arrays",
         f"convert it: {_FROM_NUMPY.format('numpy.load(FILE)')}",
         member=r".*\.npy",
@@ -103,6 +109,19 @@ FORMATS = (
     Format(
         "an ONNX or CoreML model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)
     ),
+    Format("a TensorRT engine", _ORIGINAL, rb"ftrt|ptrt", suffixes=(".engine", ".plan", ".trt")),
+    Format("an RKNN model", _ORIGINAL, rb"RKNN", suffixes=(".rknn",)),
+    Format("an ncnn model", _ORIGINAL, rb"7767517\s", suffixes=(".param",)),
+    Format(
+        "an OpenVINO model",
+        _ORIGINAL,
+        rb"(?s:<\?xml.{1,100})?<net ",
+        suffixes=("openvino_model.xml", "openvino_model.bin"),
+    ),
+    Format("a TensorFlow checkpoint", _ORIGINAL, suffixes=(".ckpt.index", ".ckpt.meta", ".data-00000-of-00001")),
+    Format(
+        "an Orbax checkpoint (JAX, Flax)", _ORIGINAL, suffixes=("manifest.ocdbt", "_checkpoint_metadata", "_sharding")
+    ),
     Format("a ggml file (before GGUF)", _ORIGINAL, rb"lmgg|fmgg|tjgg", suffixes=(".ggml",)),
     Format(
         "a numpy array (.npy)",
@@ -118,6 +137,8 @@ FORMATS = (
         rb"\x80|\([dl]p\d+\n|\(?c[\w.]+\n\w+\n|[}\]]q.",
         suffixes=(".pkl", ".pickle", ".pdparams"),
     ),
+    Format("an image", "give a file with weights", rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP"),
+    Format("a data set (Parquet, Arrow)", "give a file with weights", rb"PAR1|ARROW1", suffixes=(".parquet", ".arrow")),
     # Pages and documents, which may begin with a byte order mark or spaces.
     Format(
         "a web page, not weights",
@@ -153,6 +174,8 @@ def _identify(file: SourceFile) -> tuple[str, str]:
     words = b" ".join(head[:256].split())
     if words.isascii() and words.decode().isprintable():
         return f"text, not weights: {words[:40].decode()!r}", f"the download probably failed: {_RETRY}"
+    if named := format_of_name(file.name):
+        return named.kind, named.step
     return f"unknown format: it begins with {head[:8].hex(' ')}", "check that this is the right file"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from converter.checkpoint.file_kinds import by_product_step
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_names
 from converter.errors import LayoutError, UsageError, printable
@@ -57,7 +58,8 @@ def select_state_dicts(source: Checkpoint, path: str | None, prefix: str | None 
     """
     entries = state_dicts(source.contents)
     if not entries:
-        raise LayoutError(f"{source.name}: contains no named tensors", "save the model's state dict and convert that")
+        step = by_product_step(source.name) or "save the model's state dict and convert that"
+        raise LayoutError(f"{source.name}: contains no named tensors", step)
     if path is not None:
         chosen = [entry for entry in entries if entry.path == path.strip(".")]
         if not chosen:

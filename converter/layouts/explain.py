@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from converter.checkpoint.adapter import factor_names, is_wrapped
 from converter.checkpoint.adapter_config import CONFIG_NAME, base_model_of, read_adapter_config
+from converter.checkpoint.file_kinds import by_product_step
 from converter.checkpoint.open import Checkpoint
 from converter.checkpoint.state_dict import StateDict, unwrapped_names
 from converter.errors import LayoutError, OtherFamilyError, SourceError, printable
@@ -50,8 +51,8 @@ def no_layout_error(
     """
     largest = max(candidates, key=lambda entry: len(entry.tensors))
     what = f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"
-    if source.whole_step:
-        return LayoutError(what, source.whole_step)
+    if step := source.whole_step or by_product_step(source.name):
+        return LayoutError(what, step)
     tensors = unwrapped_names(largest.tensors, source.name)
     if language_models := match_layouts(tensors, layouts):
         prefix = language_models[0].full_prefix or "."
@@ -79,7 +80,7 @@ def no_layout_error(
     lines = [what]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
     near = _nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
-    return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near))
+    return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near, rest))
 
 
 def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_channels_last: bool = False) -> Mark | None:
@@ -183,6 +184,8 @@ def _describe(near: _Nearest | None, tensors: Tensors) -> list[str]:
     lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
     lines += [f"  the checkpoint has no tensor for {text}" for text in _first(near.unmatched)]
     lines += [f"  {near.mapping.name} has no rule for {name}" for name in _first([*map(repr, near.unclaimed)])]
+    absent = [] if near.unmatched else _absent(near, tensors)
+    lines += [f"  the checkpoint has no tensor {name}" for name in _first([*map(repr, absent)])]
     sizes: Sizes = {}
     for key, shape in near.mapping.detect.items():
         tensor = tensors.get(near.prefix + key)
@@ -191,14 +194,24 @@ def _describe(near: _Nearest | None, tensors: Tensors) -> list[str]:
     return lines[:_MAX_LINES]
 
 
+def _absent(near: _Nearest, tensors: Tensors) -> list[str]:
+    """The names of a mapping's `detect` that are not there, such as those of matrices that were wrapped."""
+    return [near.prefix + key for key in near.mapping.detect if near.prefix + key not in tensors]
+
+
 def _first(items: list[str]) -> list[str]:
     """The first items, the last of them with the number of others."""
     more = f", and {len(items) - _MAX_ITEMS} more" if len(items) > _MAX_ITEMS else ""
     return [*items[: _MAX_ITEMS - 1], items[_MAX_ITEMS - 1] + more] if len(items) >= _MAX_ITEMS else items
 
 
-def _next_step(near: _Nearest | None) -> str:
+def _next_step(near: _Nearest | None, tensors: Tensors) -> str:
     if near is not None and near.unmatched and not near.unclaimed:
         return "the encoder is not whole: convert a checkpoint that has these tensors"
+    if near is not None and not (near.unmatched or near.unclaimed or _absent(near, tensors)):
+        return (
+            "the DeepEncoder cannot have these shapes, as of a pruned model, or of one rank's part of each tensor: "
+            "convert the checkpoint that it was made from, or join the parts"
+        )
     mapping = "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)"
     return mapping if near is not None else f"if a vision encoder of SAM or CLIP is among them: {mapping}"

@@ -65,7 +65,7 @@ _EXTRA_MODULES = (
 _ADAPTERS = (
     _NameRule(
         "holds LoRA adapters that are not merged",
-        r"(?i:lora_?(a|b|down|up|magnitude|embedding))|\blinear_[ab]_[a-z]+\.",
+        r"(?i:lora_?(a|b|down|up|magnitude|embedding))|\blinear_[ab]_[a-z]+\.|^w_[ab]_\d+$",
         hint=_MERGE,
     ),
     _NameRule("holds layers wrapped by PEFT", r"\.(base_layer|modules_to_save)\.", hint=_MERGE),
@@ -100,15 +100,25 @@ _QUANTISED = (
         hint=_DEQUANTISE,
     ),
 )
+_ENCODER_STEP = "convert the checkpoint of the vision encoder: config.json may name it (mm_vision_tower)"
 _PLAIN_VIT = "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before its transformer"
 # Names that only vision transformers have.
 _VISION_TRANSFORMER = "class_embedding|cls_token|patch_embed"
 _VISION = rf"{_VISION_TRANSFORMER}|\b(visual|vision\w*)\."
 _ARCHITECTURES = (
+    _NameRule(
+        "was saved by FSDP with flattened parameters",
+        r"(^|[._])flat_param(_\d+)?$",
+        hint="save it again from the training, with StateDictType.FULL_STATE_DICT, which gathers them",
+    ),
+    _NameRule("is SAM 3 (a Perception Encoder)", r"\bvision_backbone\.|vision_encoder\.neck\.fpn_layers\."),
     _NameRule("is SAM 2 (a Hiera encoder)", r"\btrunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem"),
     _NameRule("is SAM 2 (a Hiera encoder)", r"vision_encoder\.backbone\.blocks\.0\."),
+    _NameRule("is EdgeTAM (a RepViT encoder)", r"vision_encoder\.backbone\.timm_model\.|image_encoder\.trunk\.body\."),
     _NameRule("is a Hiera, as SAM 2 has", r"\bblocks\.0\.attn\.qkv\.weight$", r"\bblocks\.\d+\.proj\.weight$"),
+    _NameRule("is a Hiera, as SAM 2 has", r"\bstages\.\d+\.layers\.0\.proj\.weight$"),
     _NameRule("is MobileSAM (a TinyViT encoder)", r"\b(patch_embed\.seq\.0|blocks\.0\.conv1)\.c\."),
+    _NameRule("is an EfficientViT, as in EfficientViT-SAM", r"\.op_list\.\d+\.", absent=r"\bfuse_stage"),
     _NameRule("is EfficientSAM or EdgeSAM", r"image_encoder\.(stage|fuse_stage|input_stem|neck\.0\.0\.)"),
     _NameRule(
         "is a ViT with SAM's neck and no relative positions, as EfficientSAM is",
@@ -119,6 +129,7 @@ _ARCHITECTURES = (
     _NameRule(
         "is a ViTDet, without SAM's neck", r"\bblocks\.\d+\.attn\.rel_pos_[hw]$", r"\bsimfp_\d|\bbackbone\.net\."
     ),
+    _NameRule("is a ViTDet, without SAM's neck", r"\bencoder\.layers?\.\d+\.attention\.(qkv\.weight|rel_pos_h)$"),
     _NameRule(
         "is the mask decoder of a SAM, without its image encoder",
         r"\bmask_decoder\.",
@@ -135,7 +146,7 @@ _ARCHITECTURES = (
     _NameRule("is mPLUG-Owl, whose encoder is not CLIP's", r"encoder\.layers\.0\.self_attn\.query_key_value\."),
     _NameRule("is CogVLM, whose encoder is an EVA-CLIP", r"\bvision\.patch_embedding\.cls_embedding$"),
     _NameRule("is Florence-2 (a DaViT encoder)", r"\.channel_block\.channel_attn\."),
-    _NameRule("is MobileCLIP (a FastViT encoder)", r"\bnetwork\.\d+\.\d+\.token_mixer\."),
+    _NameRule("is MobileCLIP (a FastViT encoder)", r"\b(network\.\d+|blocks)\.\d+\.token_mixer\.|\.pre_norm_mha\."),
     _NameRule("is X-CLIP, whose layers attend across frames", r"\.message_attn\."),
     _NameRule("is a Perception Encoder (rotary positions)", r"\battn_pool\.(probe|latent)$", r"\b(ln_pre|norm_pre)\."),
     _NameRule(
@@ -151,39 +162,64 @@ _ARCHITECTURES = (
     _NameRule(
         "is a text tower alone, without the vision encoder",
         r"\b(token_embedding|text_projection)(\.weight)?$",
-        absent=r"class_embedding|conv1\.weight|patch_embed|visual\.|class_token",
+        absent=r"class_embedding|conv1\.weight|patch_embed|visual\.|vision_model\.|class_token",
     ),
     _NameRule(
         "has a Qwen2 in the place of CLIP, as DeepSeek-OCR-2 has",
         r"\bqwen2_model\.|\b(resample_)?query_(768|1024)",
         hint="its encoders convert: dsocr-convert sam ..., dsocr-convert qwen2 ...",
     ),
+    _NameRule("has tables of relative position biases (Swin, BEiT)", r"\.relative_position_bias_table$"),
     _NameRule(
-        "is a ViT with layer scales (DINOv2, InternViT)", r"\b(ls1(\.gamma)?|layer_scale1\.lambda1|lambda_1|gamma_1)$"
+        "is a ViT with layer scales (DINOv2, InternViT, BEiT)",
+        r"\b(ls1(\.gamma)?|layer_scale1\.lambda1|lambda_1|gamma_1)$",
     ),
-    _NameRule("is SAM 3 (a Perception Encoder)", r"\bdetector\.backbone\.vision_backbone\."),
     _NameRule("is a RepViT, as in RepViT-SAM", r"\bfeatures\.\d+\.token_mixer\."),
     _NameRule("is a YOLO, as FastSAM is", r"\bdfl\.conv\.weight$"),
     _NameRule("is a GroupViT", r"\bgroup_token$"),
     _NameRule("is a ConvNeXt", r"\bstages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\."),
-    _NameRule("has tables of relative position biases (Swin, BEiT)", r"\.relative_position_bias_table$"),
-    _NameRule("has the vision encoder of Qwen-VL", r"\bvisual\.(merger|transformer\.resblocks\.0\.attn\.in_proj)\."),
-    _NameRule(_PLAIN_VIT, r"\bencoder\.layer\.0\.attention\.attention\.query\.weight$"),
+    _NameRule(
+        "has the vision encoder of Qwen-VL",
+        r"\bvisual\.(merger|transformer\.resblocks\.0\.attn\.in_proj)\.|^merger\.(linear_fc1|ln_q)\.",
+    ),
+    _NameRule("has the vision encoder of Llama 3.2 or 4", r"\b(gated_positional_embedding|positional_embedding_vlm)\b"),
+    _NameRule("is Pixtral (rotary positions)", r"\bpatch_conv\.weight$"),
+    _NameRule("is Pix2Struct, as Kosmos-2.5 has", r"\b(row|column)_embedder\.weight$"),
+    _NameRule("is MoonViT (Kimi-VL)", r"\bblocks\.0\.wqkv\.weight$"),
+    _NameRule("is AIMv2", r"\b(layers\.0\.rms_norm1|preprocessor\.patchifier\.proj)\.weight$"),
+    _NameRule("is ImageBind", r"^modality_(trunks|preprocessors)\."),
+    _NameRule("is an EfficientNet, as in ALIGN", r"\.depthwise_conv\.depthwise_conv\.weight$"),
+    _NameRule(_PLAIN_VIT, r"\b(attention\.attention\.query|layers\.0\.layernorm_before)\.weight$"),
     _NameRule(_PLAIN_VIT, r"\bcls_token$", r"\bblocks\.0\.attn\.qkv\.weight$", absent=r"\bnorm_pre\.|\.rel_pos_[hw]$"),
     _NameRule("is a ResNet", r"\blayer1\.0\.conv1\.weight$", absent=_VISION_TRANSFORMER),
-    _NameRule("is a diffusion model (UNet or VAE)", r"\bmid_block\.attentions\.0\.", absent=_VISION_TRANSFORMER),
+    _NameRule(
+        "is a diffusion model (UNet or VAE)",
+        r"\b(mid_block\.attentions\.0|mid\.block_1|double_blocks\.0)\.",
+        absent=_VISION_TRANSFORMER,
+    ),
+    _NameRule(
+        "is a model of Megatron, whose q, k and v are interleaved by heads",
+        r"\bself_attention\.(linear_qkv|query_key_value)\.",
+        hint="export it with the program that trained it (Megatron Bridge, NeMo) for transformers, and convert that",
+    ),
+    _NameRule(
+        "is a projector of image features, without the vision encoder",
+        r"\b(mm_projector|llama_proj|image_proj|ip_adapter|multi_modal_projector|projector\.layers|perceiver\.latents)\b",
+        absent=rf"{_VISION}|\blayers\.0\.mlp\.",
+        hint=_ENCODER_STEP,
+    ),
     _NameRule(
         "is a language model without a vision encoder",
-        r"\blayers\.0\.mlp\.(gate|up|gate_up)_proj\.",
+        r"\blayers\.0\.(mlp\.(gate|up|gate_up)_proj|feed_forward\.w1)\.|\bh\.0\.attn\.c_attn\.|\.dense_h_to_4h\.",
         absent=_VISION_TRANSFORMER,
-        hint="convert the checkpoint of the vision encoder: config.json may name it (mm_vision_tower)",
+        hint=_ENCODER_STEP,
     ),
     _NameRule(
         "is a text encoder (BERT, T5)",
         r"\b(layer\.0\.attention\.self\.query|block\.0\.layer\.0\.SelfAttention\.q)\.weight$",
         absent=_VISION_TRANSFORMER,
     ),
-    _NameRule("holds the state of an optimizer", r"\.exp_avg(_sq)?$", hint="convert the weights of that training"),
+    _NameRule("holds the state of an optimizer", r"\b(exp_avg(_sq)?|momentum_buffer)$", hint="convert the weights"),
 )
 
 
