@@ -198,7 +198,6 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "Llama 3.2": (names("gated_positional_embedding.gate", "class_embedding"), "Llama 3.2", "CLIP"),
     "Pixtral": (names("vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"), "Pixtral", "CLIP"),
     "Kosmos-2.5": (names("vision_model.embeddings.row_embedder.weight"), "Kosmos-2.5", "CLIP"),
-    "MoonViT": (names("vision_tower.encoder.blocks.0.wqkv.weight"), "MoonViT", "CLIP"),
     "AIMv2": (names("vision_model.encoder.layers.0.rms_norm1.weight"), "AIMv2", "CLIP"),
     "ImageBind": (names("modality_trunks.vision.blocks.0.attn.in_proj_weight"), "ImageBind", "CLIP"),
     "ALIGN": (
@@ -210,8 +209,10 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "LLaVA's projector": (names("model.mm_projector.0.weight"), "projector", "mm_vision_tower"),
     "IP-Adapter": (names("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "projector", "vision encoder"),
     "Meta's Llama": (names("layers.0.feed_forward.w1.weight"), "language model", "mm_vision_tower"),
+    "LLaVA's mmproj": (names("v.blk.0.attn_q.weight", "v.pre_ln.weight", "mm.0.weight"), "llama.cpp", "was made from"),
+    "a Llama in GGUF": (names("blk.0.attn_q.weight", "token_embd.weight"), "llama.cpp", "was made from"),
     "SAMed's LoRA alone": (names("w_a_000", "w_b_000", "mask_decoder.iou_token.weight"), "LoRA", "merge"),
-    "FSDP, flat": (names("vision_model.encoder.layers.0._flat_param"), "flattened", "FULL_STATE_DICT"),
+    "FSDP, flat": (names("vision_model.encoder.layers.0._flat_param"), "flat parameters", "FULL_STATE_DICT"),
     "an optimizer's file": (names("0.exp_avg", "0.momentum_buffer"), "optimizer", "weights"),
     "an optimizer": (names("blocks.0.attn.qkv.weight.exp_avg"), "optimizer", "weights"),
 }  # fmt: skip

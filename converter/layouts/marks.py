@@ -106,11 +106,7 @@ _PLAIN_VIT = "is a ViT (DeiT, DINO, MAE) without the norm that CLIP has before i
 _VISION_TRANSFORMER = "class_embedding|cls_token|patch_embed"
 _VISION = rf"{_VISION_TRANSFORMER}|\b(visual|vision\w*)\."
 _ARCHITECTURES = (
-    _NameRule(
-        "was saved by FSDP with flattened parameters",
-        r"(^|[._])flat_param(_\d+)?$",
-        hint="save it again from the training, with StateDictType.FULL_STATE_DICT, which gathers them",
-    ),
+    _NameRule("was saved by FSDP in flat parameters", r"(^|[._])flat_param(_\d+)?$", hint="save a FULL_STATE_DICT"),
     _NameRule("is SAM 3 (a Perception Encoder)", r"\bvision_backbone\.|vision_encoder\.neck\.fpn_layers\."),
     _NameRule("is SAM 2 (a Hiera encoder)", r"\btrunk\.blocks\.0\.attn\.qkv", r"neck\.convs|maskmem"),
     _NameRule("is SAM 2 (a Hiera encoder)", r"vision_encoder\.backbone\.blocks\.0\."),
@@ -185,7 +181,6 @@ _ARCHITECTURES = (
     _NameRule("has the vision encoder of Llama 3.2 or 4", r"\b(gated_positional_embedding|positional_embedding_vlm)\b"),
     _NameRule("is Pixtral (rotary positions)", r"\bpatch_conv\.weight$"),
     _NameRule("is Pix2Struct, as Kosmos-2.5 has", r"\b(row|column)_embedder\.weight$"),
-    _NameRule("is MoonViT (Kimi-VL)", r"\bblocks\.0\.wqkv\.weight$"),
     _NameRule("is AIMv2", r"\b(layers\.0\.rms_norm1|preprocessor\.patchifier\.proj)\.weight$"),
     _NameRule("is ImageBind", r"^modality_(trunks|preprocessors)\."),
     _NameRule("is an EfficientNet, as in ALIGN", r"\.depthwise_conv\.depthwise_conv\.weight$"),
@@ -209,10 +204,16 @@ _ARCHITECTURES = (
         hint=_ENCODER_STEP,
     ),
     _NameRule(
+        "is a GGUF file of llama.cpp for another model",
+        r"^(v\.)?blk\.0\.attn_q\.weight$",
+        absent=r"query|\bsam\.",
+        hint="convert the weights that it was made from, of its vision encoder (transformers, open_clip)",
+    ),
+    _NameRule(
         "is a language model without a vision encoder",
         r"\blayers\.0\.(mlp\.(gate|up|gate_up)_proj|feed_forward\.w1)\.|\bh\.0\.attn\.c_attn\.|\.dense_h_to_4h\.",
         absent=_VISION_TRANSFORMER,
-        hint=_ENCODER_STEP,
+        hint=f"{_ENCODER_STEP}; dsocr-convert qwen2 converts Qwen2 and Qwen2.5 alone",
     ),
     _NameRule(
         "is a text encoder (BERT, T5)",
