@@ -158,6 +158,12 @@ def test_a_config_that_cannot_be_used_is_named_and_ignored(clip: Path, config: s
     assert record.assumptions["head_width"].value == 64
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_as_programs_on_windows_write_it(encoding: str, clip: Path) -> None:
+    (clip / "config.json").write_text(json.dumps({**SIZES, "hidden_act": "gelu"}), encoding)
+    assert converted(clip).assumptions["activation"].value == "gelu"
+
+
 def test_an_unreadable_config_is_named(clip: Path) -> None:
     (clip / "config.json").symlink_to("nowhere")
     assert "config.json is ignored" in converted(clip).notes[0]

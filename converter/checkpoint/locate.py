@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -302,9 +301,7 @@ def _weight_map(file: SourceFile, name: str) -> dict[str, str]:
     if file.size > strict_json.MAX_BYTES:
         raise ContainerError(f"{name}: larger than any index of a sharded checkpoint", _INDEX_STEP)
     try:
-        # Programs on Windows add a byte order mark, or write UTF-16.
-        text = file.read(0, file.size)
-        weight_map = strict_json.parse(text.decode(json.detect_encoding(text)).encode())["weight_map"]
+        weight_map = strict_json.parse_file(file.read(0, file.size))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("a file name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

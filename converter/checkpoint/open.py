@@ -87,7 +87,7 @@ class Checkpoint(Located):
         with closing(open_config()) as file:
             if file.size > _MAX_CONFIG:
                 raise ValueError(f"{file.size} bytes; the limit is {_MAX_CONFIG}")
-            config = strict_json.parse(file.read(0, file.size))
+            config = strict_json.parse_file(file.read(0, file.size))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
         return config

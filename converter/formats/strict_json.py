@@ -1,4 +1,4 @@
-"""Parses untrusted JSON: headers of safetensors files and indexes of sharded checkpoints."""
+"""Parses untrusted JSON: headers of safetensors files, indexes of sharded checkpoints and configs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def parse(text: bytes) -> Any:
         return json.loads(text.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def parse_file(text: bytes) -> Any:
+    """Parse a JSON file as `parse` does; programs on Windows add a byte order mark, or write UTF-16."""
+    return parse(text.decode(json.detect_encoding(text)).encode())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

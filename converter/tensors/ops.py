@@ -25,7 +25,7 @@ class Fuse:
         _dim_size(first, self.dim)  # Raises if there is no such dimension.
         for value in values:
             if value.dtype != first.dtype:
-                raise ValueError(f"cannot fuse {first.dtype.name} with {value.dtype.name}")
+                raise ValueError(f"cannot fuse {first.dtype.name} with {value.dtype.name}: save them in one type")
             # Shapes must be equal: the inverse splits into equal parts.
             if value.shape != first.shape:
                 raise ValueError(f"cannot fuse shapes {list(first.shape)} and {list(value.shape)}")
