@@ -137,6 +137,7 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "MLX, 4 bits": (clip_with(weight=W, scales=W, biases=W), "MLX quantised", "dequantise"),
     "qweight alone": (clip_with(weight=None, qweight=W), "qweight", "dequantise"),
     "quantisation-aware training": (clip_with(weight_fake_quant__scale=W), "observers", "dequantise"),
+    "ModelOpt": (clip_with(weight_quantizer___amax=W), "quantisation", "dequantise"),
     "float8 with scales": (clip_with(scale_weight=torch.ones(1)), "scales", "dequantise"),
     "compressed-tensors": (clip_with(weight_scale=torch.ones(1)), "scales", "dequantise"),
     "int8 without scales": (clip_with(weight=torch.ones(256, 64, dtype=torch.int8)), "int8", "dequantise"),

@@ -152,6 +152,8 @@ def test_a_set_of_one_shard(tmp_path: Path) -> None:
         (("a-1-of-2.pth", "a-2-of-2.pth", "b.pth"), r"several checkpoints: a-\*-of-2\.pth, b\.pth"),
         (("a.safetensors.index.json", "b.safetensors.index.json"), "several checkpoints: a"),
         (("model.safetensors.incomplete", "config.json"), "unfinished download: model.safetensors.incomplete"),
+        (("model.safetensors.tmp",), "unfinished download: model.safetensors.tmp"),
+        ((".cache/x.incomplete", "config.json"), r"contains no checkpoint\nlooked for [^\n]*$"),
         (("x.safetensors", "x.safetensors.aria2"), "x.safetensors: an unfinished download of aria2"),
         (("flax_model.msgpack", "config.json"), r"flax_model\.msgpack is Flax.*\n.*from_flax"),
         (("model.onnx",), "model.onnx is an ONNX or CoreML model"),

@@ -167,7 +167,9 @@ def _missing_shards(shards: Sequence[str]) -> list[str]:
 def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[str, str]:
     """Return the message and the hint for a folder without a checkpoint."""
     unfinished = [
-        name for name in files if name.endswith((".aria2", ".incomplete", ".crdownload", ".part", ".partial"))
+        name
+        for name in files
+        if name.endswith((".aria2", ".incomplete", ".crdownload", ".download", ".part", ".partial", ".tmp"))
     ]
     if unfinished:
         return f"{where}: contains an unfinished download: {_listed(unfinished)}", "download the checkpoint again"
@@ -182,8 +184,8 @@ def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[
     by_products = [name for name in files if has_weight_suffix(name)]
     found = f"; {_listed(by_products)}: written by a trainer, without weights" if by_products else ""
     hint = f"looked for {', '.join((*STANDARD_NAMES[:4], *(f'*{suffix}' for suffix in WEIGHT_SUFFIXES)))}"
-    if folders:
-        hint += f"\nif it is in one of its folders, give that: {_listed(folders)}"
+    if visible := [name for name in folders if not name.startswith(".")]:
+        hint += f"\nif it is in one of its folders, give that: {_listed(visible)}"
     return f"{where}: contains no checkpoint{found}", hint
 
 
