@@ -90,11 +90,7 @@ _QUANTISED = (
     _NameRule("holds weights quantised with codebooks (AQLM, QuIP)", r"\.(codebooks?|Qidxs)$", hint=_DEQUANTISE),
     _NameRule("holds weights that MLX quantised", r"\.scales$", r"\.biases$", hint=_DEQUANTISE),
     _NameRule("holds quantised weights (qweight)", r"\.qweight$", hint=_DEQUANTISE),
-    _NameRule(
-        "holds observers of quantisation",
-        r"(fake_quant|activation_post_process)\.|_quantizer\._amax$",
-        hint=_DEQUANTISE,
-    ),
+    _NameRule("holds observers of quantisation", r"fake_quant\.|activation_post_process\.|_amax$", hint=_DEQUANTISE),
     _NameRule("holds weights that torch quantised dynamically", "_packed_params", hint=_DEQUANTISE),
     _NameRule(
         "holds quantised weights (8-bit, such as float8) with their scales",
