@@ -301,5 +301,5 @@ def _opened(tensor: TensorInfo, chunk: _Chunk) -> TensorInfo:
     if found.nbytes > storage.size:
         raise damaged(f"{file.name}: {tensor.key!r} repeats {storage.size} bytes")
     span = file.offset + storage.span[0], file.offset + storage.span[1]
-    find = cache(lambda: file.offset + storage.offset)
-    return found._replace(storage=storage._replace(file=file.file, span=span, find=find))
+    find_offset = cache(lambda: file.offset + storage.offset)
+    return found._replace(storage=storage._replace(file=file.file, span=span, find_offset=find_offset))

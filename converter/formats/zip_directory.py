@@ -76,7 +76,7 @@ class Directory(Mapping[str, Storage]):
             printable(name),
             member.crc32 if self.has_checksums else None,
             deflated=member.method == _DEFLATED,
-            find=cache(partial(_data_offset, self._file, name, member)),
+            find_offset=cache(partial(_data_offset, self._file, name, member)),
         )
 
     @property

@@ -1,10 +1,10 @@
 """Atomic output: files and folders are written under a temporary name and renamed when they are complete.
 
     .NAME.part       the temporary file or folder of NAME, locked (flock) by the run that writes it
-    .NAME.part.old   the folder NAME while it is replaced, where two folders cannot be exchanged in one step
+    .NAME.part.old   the old folder NAME during its replacement, if the system cannot exchange two folders
 
-A temporary file without a lock was left by a killed run; the next run for the same output removes it. Where there are
-no locks, a run whose temporary file was removed by another run fails at its commit. Guarantees: docs/faults.md.
+A temporary file without a lock was left by a killed run; the next run for the same output removes it. On a system
+without locks, a run whose temporary file was removed by another run fails at its commit. Guarantees: docs/faults.md.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from converter.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows, which also opens no folders, and renames and removes no open file
+except ImportError:  # Windows, which also cannot open folders, nor rename or remove open files
     fcntl = None  # type: ignore[assignment]
 
 _BACKUP = ".part.old"
-_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-_STALE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+_NEW_FILE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+_STALE_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
-# What an error means here, and the next step.
-_MEANINGS = {
+# The message and the next step for an error of the system.
+_MESSAGES = {
     errno.EWOULDBLOCK: ("another run is writing it", "wait until it ends, or choose another path"),
     errno.EEXIST: ("was created meanwhile; not overwritten", "choose another path, or replace it with --force"),
     errno.ENOSPC: ("could not be written: No space left on device", "free some space, or write to another disk"),
@@ -40,8 +40,8 @@ _MEANINGS = {
 class AtomicOutput:
     """Files and folders that are committed together when the `with` block ends without an error.
 
-    At every moment, each path is either the old one or the complete new one. They are renamed in the order in which
-    they were added: a run that is killed in between leaves the first path new and the second old.
+    At every moment, each path has either its old content or the complete new one. The commit renames in the order of
+    the calls: a run that is killed in between leaves the first path new and the second old.
 
     Raises:
         OutputError: For an OSError in the block or the commit, and for an existing path if `force` is not set.
@@ -101,7 +101,7 @@ class AtomicOutput:
 
 
 class _Temporary:
-    """The temporary file or folder of one output, open and locked until it is closed."""
+    """The temporary file or folder of one output; open and locked from `create` to `close`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.fd = path, temporary_path(path), -1
@@ -111,7 +111,7 @@ class _Temporary:
         if is_folder:
             self.name.mkdir()
         if not is_folder or fcntl is not None:
-            self.fd = _open_locked(self.name, os.O_RDONLY if is_folder else _NEW_FILE)
+            self.fd = _open_locked(self.name, os.O_RDONLY if is_folder else _NEW_FILE_FLAGS)
         self._stat = os.fstat(self.fd) if self.fd >= 0 else self.name.lstat()
         self._check_ownership()
 
@@ -150,7 +150,7 @@ class _Temporary:
                 # The next run puts back or removes what this one cannot.
                 with suppress(OSError):
                     _put_back(self.path)
-        # After an exchange, the temporary name is that of the old folder.
+        # After an exchange, the old folder has the temporary name, so that `close` removes it.
         self._stat = replaced
 
     def close(self) -> None:
@@ -185,12 +185,13 @@ def temporary_path(path: Path, suffix: str = ".part") -> Path:
 def remove_stale(path: Path) -> None:
     """Remove the temporary files of a killed run for `path`, and put back a folder that it was replacing.
 
-    OutputError if another run is writing `path`, or the system refuses.
+    Raises:
+        OutputError: Another run is writing `path`, or the system refuses.
     """
     temporary = temporary_path(path)
     with output_errors(path):
         with suppress(FileNotFoundError, NotADirectoryError):
-            fd = -1 if fcntl is None else _open_locked(temporary, _STALE)
+            fd = -1 if fcntl is None else _open_locked(temporary, _STALE_FLAGS)
             try:
                 _remove(temporary)
             finally:
@@ -199,7 +200,7 @@ def remove_stale(path: Path) -> None:
 
 
 def _put_back(path: Path) -> None:
-    """Give a replaced folder its name again, or remove it if the new one has the name."""
+    """Rename the backup of a folder to `path`, or remove the backup if `path` exists."""
     backup = temporary_path(path, _BACKUP)
     if os.path.lexists(backup):
         _remove(backup) if os.path.lexists(path) else backup.rename(path)
@@ -209,21 +210,21 @@ def _put_back(path: Path) -> None:
 def output_errors(path: Path, hint: str = "") -> Iterator[None]:
     """Raise an OutputError that names `path` for an OSError in the block, or for a ValueError (a NUL in a name).
 
-    Without `hint`, the next step is one that fits the error.
+    The next step is `hint`, or by default one that fits the error.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         default = f"could not be written: {reason}", "check the disk and the permissions, or choose another path"
-        meaning, step = _MEANINGS.get(getattr(error, "errno", 0), default)
-        raise OutputError(f"{path}: {meaning}", hint or step) from error
+        message, step = _MESSAGES.get(getattr(error, "errno", 0), default)
+        raise OutputError(f"{path}: {message}", hint or step) from error
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
     """Yield the descriptor of a new file in a temporary folder; it is durable when the block ends."""
-    fd = os.open(path, _NEW_FILE, 0o666)
+    fd = os.open(path, _NEW_FILE_FLAGS, 0o666)
     try:
         yield fd
         os.fsync(fd)
@@ -239,13 +240,13 @@ def write_all(fd: int, data: memoryview) -> None:
 
 def _open_locked(path: Path, flags: int) -> int:
     """Open a file or a folder, locked until it is closed; BlockingIOError where another run holds the lock."""
-    # Mode 0666 less the umask, as for any program's output; safetensors' own writer creates files for the owner alone.
+    # The system applies the umask to the mode. safetensors' own writer creates files that only the owner can read.
     fd = os.open(path, flags, 0o666)
     try:
         if fcntl is not None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Other errors: a file system without locks.
+        # Any other error means a file system without locks.
         if isinstance(error, BlockingIOError):
             os.close(fd)
             raise
@@ -253,7 +254,7 @@ def _open_locked(path: Path, flags: int) -> int:
 
 
 def _close(fd: int) -> None:
-    # After fsync, an error has no consequences; -1 is not a descriptor.
+    # After an fsync, an error loses no data. -1 means that no file is open.
     with suppress(OSError):
         os.close(fd)
 
@@ -290,7 +291,7 @@ def _rename_new(old: Path, new: Path) -> None:
         old.rename(new)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(a: Path, b: Path) -> bool:
     """Exchange two names in one step with Linux's renameat2; return whether that was possible."""
     if sys.platform != "linux":
         return False
@@ -298,5 +299,4 @@ def _exchange(one: Path, other: Path) -> bool:
 
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     at_fdcwd, rename_exchange = -100, 2
-    names = os.fsencode(one), os.fsencode(other)
-    return renameat2 is not None and renameat2(at_fdcwd, names[0], at_fdcwd, names[1], rename_exchange) == 0
+    return renameat2 is not None and not renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange)

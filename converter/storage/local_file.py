@@ -1,4 +1,4 @@
-"""Files that tensors are read from by offset."""
+"""Source files, which are read at byte offsets."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from threading import Lock
 
 from converter.errors import ContainerError, DsocrError, printable
 
-# A map of a file larger than all memory must not be counted as memory. Python has the name from 3.13 on; the number is
-# that of Linux on x86 and ARM.
+# Without it, Linux may refuse to map a file that is larger than the memory. Python defines the name from 3.13 on; the
+# number is Linux's on x86 and ARM.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 READ_HINT = "check that it exists, where a link leads to, and that you may read it"
 _BUFFER = 1 << 20
-Range = tuple[int, int]  # offsets of the first byte and of the byte after the last
+Range = tuple[int, int]  # the first byte offset, and the one after the last
 
 
 class SourceFile(ABC):
     """A file that is read at any offset, on this machine or on a hub."""
 
-    name: str  # in messages
-    size: int  # in bytes
-    path: str  # a local path from which other libraries can read the bytes that were read
+    name: str  # the name in messages
+    size: int  # the number of bytes
+    path: str  # a local path for other libraries; of a file on a hub, only the bytes that were fetched are there
     identity: tuple[int, int] | None = None  # device and inode, equal for two paths of one file; None on a hub
     copy_hint = "download or copy it again"  # what to do if the file is incomplete
 
@@ -37,19 +37,19 @@ class SourceFile(ABC):
 
     @abstractmethod
     def _readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on; both are within the size."""
+        """Fill `buffer` with the bytes at `offset`, which are within the file."""
 
     @abstractmethod
     def check_unchanged(self) -> None:
         """Raise ContainerError if the file was modified after it was opened."""
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on; ContainerError if the file ends before that."""
+        """Fill `buffer` with the bytes at `offset`; ContainerError if the file is too short."""
         self._check_bounds(offset, len(buffer))
         self._readinto(buffer, offset)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`; ContainerError if the file ends before that."""
+        """Return `length` bytes at `offset`; ContainerError if the file is too short."""
         # Before the buffer is allocated: a header may claim any length.
         self._check_bounds(offset, length)
         data = bytearray(length)
@@ -68,10 +68,10 @@ class SourceFile(ABC):
 
 
 class LocalFile(SourceFile):
-    """A file on this machine. It is opened once: if another file takes its name, the two are not mixed.
+    """A file on this machine. It is opened once, so that a file that replaces it is not read by mistake.
 
-    It is read, not mapped: a map would count every page that was touched as the process's own memory. Without `name`,
-    messages name its path.
+    It is read, not mapped: a map would count every page that was touched as the process's own memory. `name` is the
+    name in messages; by default the path.
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
@@ -113,7 +113,7 @@ class LocalFile(SourceFile):
             buffer, offset = buffer[count:], offset + count
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
-        """Read as much as the system gives in one call; return the number of bytes."""
+        """Read with one system call, which may fill a part of the buffer; return the number of bytes."""
         if hasattr(os, "preadv"):
             return os.preadv(self._fd, [buffer], offset)
         with self._lock:  # Windows
@@ -123,7 +123,7 @@ class LocalFile(SourceFile):
         return len(data)
 
     def map(self) -> mmap.mmap:
-        """Map the file into memory; what is written to the map does not reach the file."""
+        """Map the file into memory, copy-on-write."""
         try:
             if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
                 return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
@@ -140,14 +140,14 @@ class LocalFile(SourceFile):
 
 
 class FileSlice(SourceFile):
-    """A part of a file as a file of its own, for formats that embed files of another one."""
+    """A range of a file that is read like a file, for formats that embed other files."""
 
     def __init__(self, file: SourceFile, offset: int, size: int) -> None:
         self.file, self.offset, self.size = file, offset, size
         self.name, self.path, self.copy_hint = f"{file.name}: byte {offset}", file.path, file.copy_hint
 
     def close(self) -> None:
-        """Do nothing: the file belongs to the one who opened it."""
+        """Do nothing: the caller that opened the file closes it."""
 
     def _readinto(self, buffer: memoryview, offset: int) -> None:
         self.file.readinto(buffer, self.offset + offset)
@@ -162,7 +162,7 @@ def exists(path: str | Path) -> bool:
 
 
 def require_regular_file(path: Path, error: type[DsocrError]) -> None:
-    """Raise `error` for a pipe or a device, which may never end; OSError as `stat` raises it."""
+    """Raise `error` for a pipe or a device, which may never end, and OSError if there is no file."""
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise error(f"{path}: is not a file")
 

@@ -13,8 +13,8 @@ from converter.storage.byte_range import ByteRange, Segment, Storage, crc32, crc
 # Measured with one thread that reads and one that writes: the fastest of 128 KiB to 2 MiB. copy_file_range, sendfile
 # and memory maps were no faster, and cannot check what they copy.
 BUFFER = 1 << 20
-_BUFFERS = 4  # between the two threads: neither waits for a short delay of the other
-_WRITEBACK = 4 << 20  # bytes between two requests to start writing to the disk
+_NUM_BUFFERS = 4  # enough that a short delay of one thread does not stop the other
+_WRITEBACK_BYTES = 4 << 20  # between two requests to start writing to the disk
 
 OnBytes = Callable[[int], None]  # called with the number of bytes copied
 OnData = Callable[[memoryview], None]  # called with the data of the tensors, in the order in which it is written
@@ -22,9 +22,9 @@ Write = Callable[[int, memoryview], None]  # appends a buffer to a file
 
 
 class BackgroundWriter:
-    """Writes buffers to a file in a thread, while the next ones are read: a copy in memory takes a fifth less time.
+    """Writes buffers to a file in a thread while the caller reads the next ones; saves a fifth of the time in memory.
 
-    When the `with` block ends, everything is written. An error of the thread is raised by the next call, or there.
+    The end of the `with` block waits for the thread. It or the next call of `exchange` raises an error of the thread.
     """
 
     def __init__(self, fd: int, on_data: OnData | None = None, write: Write | None = None) -> None:
@@ -32,11 +32,11 @@ class BackgroundWriter:
         self._fd, self._on_data, self._write = fd, on_data, write or write_all
         self._full: SimpleQueue[memoryview | None] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
-        for _ in range(_BUFFERS):
+        for _ in range(_NUM_BUFFERS):
             self._free.put(memoryview(bytearray(BUFFER)))
         self._error: BaseException | None = None
         self._written = self._sent = 0
-        # A daemon: a signal between its start and the block would otherwise leave a thread that Python waits for.
+        # A daemon: Python would wait for another thread at its exit if a signal arrives before the block begins.
         self._thread = Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> BackgroundWriter:
@@ -65,29 +65,29 @@ class BackgroundWriter:
                     self._start_writeback()
                     if self._on_data is not None:
                         self._on_data(full)
-            except BaseException as error:  # raised in the thread that waits
+            except BaseException as error:  # raised again in the caller's thread
                 self._error = error
-            # `full` may be the beginning of its buffer.
+            # The whole buffer, of which `full` may be the beginning.
             self._free.put(memoryview(full.obj))
 
     def _start_writeback(self) -> None:
-        """Have Linux write to the disk now, instead of all at once at the fsync: a third less time for both.
+        """Ask Linux to drop the written pages from its cache, which starts writing them to the disk.
 
-        The request is to drop pages from the cache, for which Linux first writes them.
+        Copy and fsync together take a third less time than if the fsync writes everything.
         """
-        if self._written - self._sent >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+        if self._written - self._sent >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, self._sent, self._written - self._sent, os.POSIX_FADV_DONTNEED)
             self._sent = self._written
 
 
 class Copier:
-    """Copies segments through buffers of one size, several small ones in one buffer.
+    """Copies segments to the output through buffers of one size.
 
-    A storage with a CRC is checked: on the way if it is copied completely, else by reading it once before.
+    The CRC of a storage is checked: during the copy if the storage is copied completely, else before it.
     """
 
     def __init__(self, exchange: Callable[[memoryview], memoryview], on_bytes: OnBytes) -> None:
-        """Copy with `exchange`, which writes a buffer and returns an empty one, perhaps the same."""
+        """Use `exchange` to write a full buffer and get an empty one, which may be the same."""
         self._exchange, self._on_bytes = exchange, on_bytes
         self._buffer, self._used = memoryview(bytearray(BUFFER)), 0
         self._checks = CrcChecker()
@@ -98,11 +98,11 @@ class Copier:
                 self._checks.read(segment, self._parts(segment.length))
             else:
                 self._copy_bytes(memoryview(segment))
-            # Free it before the next one is computed: both may be large.
+            # Free a computed tensor before the next one is computed.
             del segment
 
     def flush(self) -> None:
-        """Write what is in the last buffer."""
+        """Write the bytes that are still in the buffer."""
         if self._used:
             self._buffer = self._exchange(self._buffer[: self._used])
             self._on_bytes(self._used)
@@ -114,7 +114,7 @@ class Copier:
             data = data[len(part) :]
 
     def _parts(self, length: int) -> Iterator[memoryview]:
-        """Yield parts of buffers for the next `length` bytes, each to be filled before the next one is requested."""
+        """Yield views of buffers for the next `length` bytes. The caller fills each one before it requests the next."""
         while length:
             if self._used == BUFFER:
                 self.flush()
@@ -125,7 +125,7 @@ class Copier:
 
 
 def read_checked(segments: Iterable[Segment]) -> bytes:
-    """Return the bytes of segments; a storage with a CRC is checked once."""
+    """Return the bytes of segments, and check the CRC of each storage that has one."""
     checker, parts = CrcChecker(), list[bytes | bytearray]()
     for segment in segments:
         if isinstance(segment, bytes):
@@ -144,26 +144,26 @@ class CrcChecker:
         self._checked: set[int] = set()
 
     def read(self, byte_range: ByteRange, parts: Iterable[memoryview]) -> None:
-        """Fill `parts`, which have the size of the range; ContainerError if the storage does not match its CRC."""
+        """Read a range into the buffers `parts`; ContainerError if the storage does not match its CRC."""
         storage, start, length = byte_range
-        is_checked = length == storage.length and storage.crc32 is not None
-        if not is_checked:
+        is_whole = length == storage.length and storage.crc32 is not None
+        if not is_whole:
             self.check(storage)
         crc, offset = 0, storage.offset + start
         for part in parts:
             storage.file.readinto(part, offset)
-            if is_checked:
-                # Now, while the bytes are in the processor's cache.
+            if is_whole:
+                # Here, while the bytes are in the processor's cache.
                 crc = crc32(part, crc)
             offset += len(part)
-        if is_checked and crc != storage.crc32:
+        if is_whole and crc != storage.crc32:
             raise crc_error(storage)
 
     def check(self, storage: Storage) -> None:
-        """Read a complete storage for its CRC, if it has one that was not checked yet."""
+        """Read a whole storage to check its CRC, unless it has none or was checked before."""
         if storage.crc32 is None or id(storage) in self._checked:
             return
         buffer = memoryview(bytearray(BUFFER))
-        parts = (buffer[: storage.length - at] for at in range(0, storage.length, BUFFER))
+        parts = (buffer[: storage.length - start] for start in range(0, storage.length, BUFFER))
         self.read(ByteRange(storage, 0, storage.length), parts)
         self._checked.add(id(storage))

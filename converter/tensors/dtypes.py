@@ -1,4 +1,4 @@
-"""Element types of tensors, by their names in torch and safetensors."""
+"""Element types of tensors, with their names in torch and safetensors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 class DType(NamedTuple):
     """An element type."""
 
-    name: str  # torch's, if torch has the type
-    bits: int  # per element; 0 if the elements are not plain bytes in the file
+    name: str  # the name in torch, if torch has the type
+    bits: int  # the number of bits of an element; 0 if the elements are not plain bytes in the file
     code: str = ""  # the name in safetensors files; empty if the format lacks the type
-    storage: str | None = None  # torch's storage class
-    block: tuple[int, int] | None = None  # elements and bytes of a block, of quantised types that share scales
+    storage: str | None = None  # the storage class in torch; None if torch saves an untyped storage
+    block: tuple[int, int] | None = None  # the elements and the bytes of a block, for quantised types of ggml
 
     @property
     def itemsize(self) -> int:
@@ -21,7 +21,7 @@ class DType(NamedTuple):
 
     @property
     def is_float(self) -> bool:
-        """Whether weights of a model may have this type: not scales (float8_e8m0fnu) and packed numbers."""
+        """Whether weights may have this type; False for scales (float8_e8m0fnu) and packed numbers."""
         return self.name in BY_NAME and self.name.startswith(("float", "bfloat"))
 
     def nbytes(self, numel: int) -> int:
@@ -31,8 +31,7 @@ class DType(NamedTuple):
         return numel * self.bits // 8
 
 
-# Tensors of types without a storage class are saved by torch as untyped storages.
-_WEIGHTS = (
+_SUPPORTED = (
     DType("float64", 64, "F64", "DoubleStorage"),
     DType("float32", 32, "F32", "FloatStorage"),
     DType("float16", 16, "F16", "HalfStorage"),
@@ -51,7 +50,7 @@ _WEIGHTS = (
     DType("uint8", 8, "U8", "ByteStorage"),
     DType("bool", 8, "BOOL", "BoolStorage"),
 )
-# Types that no weights of a layout have: their tensors are listed, and copied within safetensors.
+# Types that no tensor of a layout has. `inspect` lists such tensors, and --into copies them.
 _SAFETENSORS_ONLY = (
     DType("float6_e2m3", 6, "F6_E2M3"),
     DType("float6_e3m2", 6, "F6_E3M2"),
@@ -66,9 +65,9 @@ _OTHERS = (
     DType("complex128", 128, "", "ComplexDoubleStorage"),
 )
 
-BY_NAME = {dtype.name: dtype for dtype in _WEIGHTS}
-BY_CODE = {dtype.code: dtype for dtype in (*_WEIGHTS, *_OTHERS, *_SAFETENSORS_ONLY) if dtype.code}
-IN_TORCH = {dtype.name: dtype for dtype in (*_WEIGHTS, *_OTHERS)}
+BY_NAME = {dtype.name: dtype for dtype in _SUPPORTED}
+BY_CODE = {dtype.code: dtype for dtype in (*_SUPPORTED, *_OTHERS, *_SAFETENSORS_ONLY) if dtype.code}
+IN_TORCH = {dtype.name: dtype for dtype in (*_SUPPORTED, *_OTHERS)}
 BY_STORAGE = {dtype.storage: dtype for dtype in IN_TORCH.values() if dtype.storage}
 
 FLOAT32 = BY_NAME["float32"]
@@ -76,12 +75,12 @@ INT64 = BY_NAME["int64"]
 
 
 def dtype_name(dtype: object) -> str:
-    """Return the name of an element type, such as "float32", which is given as a torch.dtype or as its name."""
+    """Return the name of a torch.dtype without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-# Tensors that are not plain bytes in the file, by the beginning of their kind, and how to make plain ones: a Python
-# expression for the tensor `t`, which leaves plain tensors as they are.
+# For tensors that are not plain bytes in the file: the beginning of the type's name, and a Python expression that makes
+# a plain tensor of the tensor `t`. It leaves plain tensors unchanged.
 _EXPRESSIONS = {
     "conjugated or negated view": "t.resolve_conj().resolve_neg()",
     "sparse": "t.to_dense()",
@@ -94,7 +93,7 @@ _EXPRESSIONS = {
     "wrapper tensor of ": "t if type(t) is torch.Tensor else t.dequantize()",
     "tensor of ": "t.as_subclass(torch.Tensor)",
 }
-# The next step for those of which Python makes no plain ones.
+# The next step for types without such an expression.
 _STEPS = {
     "meta": "the file holds no values of these tensors: convert one that does",
     "ShardedTensor": "save a whole state dict in the training, of FSDP with StateDictType.FULL_STATE_DICT",
@@ -124,16 +123,16 @@ def remedy(dtype: DType) -> str:
 
 
 def unreadable(kind: str) -> DType:
-    """Return the type of a tensor of which only the name and shape are known, such as "sparse"."""
+    """Return the type of tensors that are listed but cannot be read; `kind` says why, such as "sparse"."""
     return DType(kind, 0)
 
 
-def quantised(name: str, elements: int, nbytes: int) -> DType:
+def quantised(name: str, block_numel: int, block_nbytes: int) -> DType:
     """Return the type of tensors that are stored in blocks.
 
     Args:
         name: The name of the type.
-        elements: Elements of a block.
-        nbytes: Bytes of a block.
+        block_numel: The number of elements of a block.
+        block_nbytes: The number of bytes of a block.
     """
-    return DType(name, 0, block=(elements, nbytes))
+    return DType(name, 0, block=(block_numel, block_nbytes))

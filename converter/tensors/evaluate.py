@@ -40,7 +40,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def bit_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements as integers, for comparisons: a NaN equals itself, and 0.0 is not -0.0."""
+    """View the elements as integers, to compare their bits: a NaN equals itself, and 0.0 does not equal -0.0."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.element_size()])
 
@@ -62,7 +62,7 @@ def read_tensor(tensor: TensorInfo) -> torch.Tensor:
 
 
 def _tensor_data(tensor: TensorInfo) -> tuple[bytearray, int]:
-    """Return bytes that contain a tensor, and the byte offset of its first element in them.
+    """Read the bytes of a tensor; return a buffer that contains them, and the byte offset of the first element.
 
     A storage that must be decompressed, checked or byte-swapped is read as a whole.
     """
@@ -113,7 +113,7 @@ def evaluate(value: LazyTensor, load: Callable[[TensorInfo], torch.Tensor] = rea
 def _scaled_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Return scale * b @ a in float32, or in float64 if the weight has that type.
 
-    The operations are those of peft's `merge_and_unload`, for the same bits: a product, then the scale.
+    As in peft's `merge_and_unload`, the product is computed before the scale, so that the results are equal bit by bit.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a, b = a.to(dtype), b.to(dtype)
@@ -130,9 +130,9 @@ def _count_overflows(before: torch.Tensor, after: torch.Tensor) -> int:
     """Return the number of finite values that a cast made infinite or NaN."""
     if torch.finfo(before.dtype).max <= torch.finfo(after.dtype).max:
         return 0
-    # Types of one byte lack most operations.
+    # float8 types lack most operations.
     after = after.float() if after.element_size() == 1 else after
-    # One pass without new memory; NaN and infinity show in the extrema.
+    # One pass without new memory: the extrema are not finite if any element is not.
     if not after.numel() or all(extremum.isfinite() for extremum in after.aminmax()):
         return 0
     return int((before.double().isfinite() & ~after.isfinite()).sum())
@@ -174,5 +174,5 @@ def _resample_relative(rel_pos: torch.Tensor, grid_size: int) -> torch.Tensor:
     return rows[0].T.to(rel_pos.dtype)
 
 
-# The interpolations of position embeddings in DeepSeek-OCR's SAM and CLIP at other image sizes, by kind.
+# By the kind of position embeddings: the interpolation that DeepSeek-OCR's SAM and CLIP use for other image sizes.
 _RESAMPLE = {"tokens": _resample_tokens, "grid": _resample_grid, "relative": _resample_relative}

@@ -1,7 +1,7 @@
 """Lazy tensors: expressions over the tensors of a checkpoint, with known shape and dtype.
 
-Those that have `byte_ranges` are copied. `converter.tensors.evaluate` computes the others with torch;
-`converter.tensors.serialize` widens bfloat16 to float32 without it.
+If `byte_ranges` is not None for a lazy tensor, its bytes are copied. Otherwise `converter.tensors.evaluate` computes it
+with torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from converter.storage.byte_range import ByteRange, Segment, cut
 from converter.tensors.dtypes import BY_NAME, INT64, DType
 from converter.tensors.tensor_info import TensorInfo
 
-# Rows and columns of the largest grid of positions: 8190 pixels in patches of 14 (CLIP-L), 1.4 GB of embeddings.
+# Rows (and columns) of the largest grid of patches: 8190 pixels for CLIP-L's patch size 14, 1.4 GB of embeddings.
 MAX_GRID_SIZE = 585
-# Kinds of position embeddings for a square of n x n patches.
+# Kinds of position embeddings for n x n patches, with their shapes.
 POSITIONS = {
     "tokens": "a class token and a square grid, [1 + n*n, width]",
     "grid": "a square grid, [1, n, n, width]",
     "relative": "offsets from -(n - 1) to n - 1, [2*n - 1, width]",
 }
-# The types of position indices in `struct`; bfloat16 is rounded from float32.
+# The codes of element types in `struct`, to generate position indices; bfloat16 is rounded from float32.
 _STRUCT_CODES = {"float64": "d", "float32": "f", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i"} | {
     "int16": "h", "int8": "b", "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B",
 }  # fmt: skip
@@ -104,7 +104,7 @@ class AddProduct(_Lazy):
     a: LazyTensor
     b: LazyTensor
     scale: float
-    rounds_product: bool = False  # whether the product is also rounded before the sum, as peft does for embeddings
+    rounds_product: bool = False  # whether the product is rounded before the sum too, as peft does for embeddings
     overflows: list[int] = field(default_factory=list, compare=False, repr=False)  # as in Cast
 
 
@@ -129,13 +129,13 @@ def lazy_read(tensor: TensorInfo) -> LazyTensor:
 
 
 def arange(shape: tuple[int, ...]) -> LazyTensor:
-    """Return a tensor of 0, 1, 2, ... as int64."""
+    """Return a generated int64 tensor of 0, 1, 2, ..."""
     numel = math.prod(shape)
     return Generated(INT64, shape, lambda: struct.pack(f"<{numel}q", *range(numel)))
 
 
 def is_arange(value: LazyTensor) -> bool:
-    """Return whether a tensor of any type holds 0, 1, 2, ..., rounded to its type. Reads its bytes."""
+    """Read a tensor, and return whether its values are 0, 1, 2, ..., rounded to its type."""
     numel, name = math.prod(value.shape), value.dtype.name
     ranges = byte_ranges(value)
     if ranges is None or name not in _STRUCT_CODES or numel > MAX_GRID_SIZE**2 + 1:
@@ -152,51 +152,51 @@ def is_arange(value: LazyTensor) -> bool:
 
 
 def source_tensors(value: LazyTensor) -> Iterator[TensorInfo]:
-    """Yield the checkpoint tensors that a lazy tensor reads, in order."""
-    return (part.tensor for part in _expressions(value) if isinstance(part, Read))
+    """Yield the checkpoint tensors that a lazy tensor is made of, in order."""
+    return (node.tensor for node in _nodes(value) if isinstance(node, Read))
 
 
 def all_source_tensors(values: Iterable[LazyTensor]) -> list[TensorInfo]:
-    """Return the checkpoint tensors that several lazy tensors read."""
+    """Return the checkpoint tensors that several lazy tensors are made of."""
     return [tensor for value in values for tensor in source_tensors(value)]
 
 
 def stored_parts(tensor: TensorInfo) -> Iterator[TensorInfo]:
-    """Yield the tensors that a tensor of a checkpoint is stored as: itself, or its parts."""
+    """Yield the chunks that a tensor is stored in, or the tensor itself if it is stored in one piece."""
     return source_tensors(lazy_read(tensor) if tensor.assemble is None else tensor.assemble())
 
 
 def is_resampled(value: LazyTensor) -> bool:
-    """Whether a lazy tensor interpolates."""
-    return any(isinstance(part, Resample) for part in _expressions(value))
+    """Return whether the tensor or a part of it is resampled."""
+    return any(isinstance(node, Resample) for node in _nodes(value))
 
 
-def _expressions(value: LazyTensor) -> Iterator[LazyTensor]:
-    """Yield a lazy tensor and all that it is made of."""
+def _nodes(value: LazyTensor) -> Iterator[LazyTensor]:
+    """Yield all nodes of the expression tree of a lazy tensor, the root first."""
     yield value
     if isinstance(value, Concat):
         for part in value.parts:
-            yield from _expressions(part)
+            yield from _nodes(part)
     elif not isinstance(value, Read | Generated):
-        yield from _expressions(value.base)
+        yield from _nodes(value.base)
     if isinstance(value, AddProduct):
-        yield from _expressions(value.a)
-        yield from _expressions(value.b)
+        yield from _nodes(value.a)
+        yield from _nodes(value.b)
 
 
 def count_overflows(outputs: Mapping[str, LazyTensor]) -> dict[str, int]:
-    """Return the number of finite values that became infinite or NaN in each tensor that was computed."""
-    numbers = {}
+    """Return the number of finite values that became infinite or NaN, by tensor name, without zeros."""
+    counts = {}
     for name, value in outputs.items():
-        number = sum(sum(part.overflows) for part in _expressions(value) if isinstance(part, Cast | AddProduct))
-        if number:
-            numbers[name] = number
-    return numbers
+        count = sum(sum(node.overflows) for node in _nodes(value) if isinstance(node, Cast | AddProduct))
+        if count:
+            counts[name] = count
+    return counts
 
 
 def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
-    """Concatenate tensors of one dtype along `dim`; consecutive slices that cover one tensor give that tensor."""
-    *starts, size = _positions(parts, dim)
+    """Concatenate tensors of one dtype along `dim`. All slices of one tensor, in order, give that tensor."""
+    *starts, size = _part_starts(parts, dim)
     first = parts[0]
     if isinstance(first, Slice) and first.base.shape[dim] == size:
         base, consecutive = first.base, zip(parts, starts, strict=True)
@@ -208,13 +208,13 @@ def concatenated(parts: tuple[LazyTensor, ...], dim: int) -> LazyTensor:
     return Concat(first.dtype, (*first.shape[:dim], size, *first.shape[dim + 1 :]), parts, dim)
 
 
-def _positions(parts: tuple[LazyTensor, ...], dim: int) -> list[int]:
-    """Return where each part begins along a dimension, and where the last one ends."""
+def _part_starts(parts: tuple[LazyTensor, ...], dim: int) -> list[int]:
+    """Return the index of the first element of each part along a dimension, and then the total size."""
     return list(accumulate((part.shape[dim] for part in parts), initial=0))
 
 
 def sliced(base: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
-    """Slice a tensor; a slice that is one part of a concatenation gives that part.
+    """Slice a tensor. A slice that is exactly one part of a concatenation gives that part.
 
     Args:
         base: The tensor to slice.
@@ -223,21 +223,21 @@ def sliced(base: LazyTensor, dim: int, start: int, size: int) -> LazyTensor:
         size: Number of elements along `dim`.
     """
     if isinstance(base, Concat) and base.dim == dim:
-        for part, position in zip(base.parts, _positions(base.parts, dim), strict=False):
-            if (position, part.shape[dim]) == (start, size):
+        for part, part_start in zip(base.parts, _part_starts(base.parts, dim), strict=False):
+            if (part_start, part.shape[dim]) == (start, size):
                 return part
     return Slice(base.dtype, (*base.shape[:dim], size, *base.shape[dim + 1 :]), base, dim, start)
 
 
 def reshaped(base: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """Reshape a tensor; a reshape back to the original shape gives the original."""
+    """Reshape a tensor. A reshape back to the original shape gives the original tensor."""
     if isinstance(base, View):
         base = base.base
     return base if base.shape == shape else View(base.dtype, shape, base)
 
 
 def permuted(base: LazyTensor, dims: tuple[int, ...]) -> LazyTensor:
-    """Permute dimensions; the inverse of a permutation gives the original."""
+    """Permute dimensions. The inverse of a permutation gives the original tensor."""
     if isinstance(base, Transpose) and tuple(base.dims[dim] for dim in dims) == tuple(range(len(dims))):
         return base.base
     return Transpose(base.dtype, tuple(base.shape[dim] for dim in dims), base, dims)
@@ -289,7 +289,7 @@ def resampled(base: LazyTensor, kind: str, grid_size: int) -> LazyTensor:
 
 
 def grid_size_of(kind: str, shape: tuple[int, ...]) -> int | None:
-    """Return the rows (and columns) of patches that position embeddings of a kind are for; None if they do not fit."""
+    """Return the rows (and columns) of the grid of patches of position embeddings; None if the shape does not fit."""
     match kind, shape:
         case "tokens", (rows, _) if rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1:
             return math.isqrt(rows - 1)
@@ -301,7 +301,7 @@ def grid_size_of(kind: str, shape: tuple[int, ...]) -> int | None:
 
 
 def byte_ranges(value: LazyTensor) -> list[Segment] | None:
-    """Return the segments that make up the tensor, in order, or None if the tensor must be computed."""
+    """Return the segments whose bytes are the tensor's, in order, or None if the tensor must be computed."""
     match value:
         case Read(tensor=tensor) if tensor.assemble is not None:
             return byte_ranges(tensor.assemble())

@@ -1,7 +1,7 @@
 """Operations of mapping rules on lazy tensors. Each operation has an inverse, so that rules work in both directions.
 
 `Fuse` and `Split` change the number of tensors and define `apply`. All other operations map each tensor to one tensor
-and define `apply_one`. Both methods raise ValueError if the operation does not allow the shapes or types.
+and define `apply_one`. Both methods raise ValueError if the shapes or types do not fit.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Permute:
 class Deinterleave:
     """Reorders rows from head by head (q0 k0 v0 q1 k1 v1 ...) to part by part (q0 q1 ... k0 k1 ... v0 v1 ...).
 
-    The first dimension has `num_heads` x `num_parts` x head width rows. Inverse: with both numbers swapped.
+    The size of dimension 0 is `num_heads` x `num_parts` x head width. Inverse: Deinterleave with both numbers swapped.
     """
 
     num_heads: int
@@ -137,7 +137,10 @@ class Deinterleave:
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Reorders equal parts of the rows: part i of the result is part `order[i]`. Only rows move, so it is a copy."""
+    """Splits dimension 0 into equal parts and reorders them: part i of the result is part `order[i]`.
+
+    The result can be copied, not computed.
+    """
 
     order: tuple[int, ...]
 
@@ -172,7 +175,7 @@ def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dim_size(value: LazyTensor, dim: int) -> int:
-    """Return the size of a dimension; ValueError if the tensor does not have the dimension."""
+    """Return the size of a dimension; ValueError if there is no such dimension."""
     if dim >= len(value.shape):
         raise ValueError(f"shape {list(value.shape)} has no dimension {dim}")
     return value.shape[dim]

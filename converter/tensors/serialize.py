@@ -1,4 +1,4 @@
-"""Serialization of lazy tensors: the bytes of each tensor are copied or computed."""
+"""Writes the bytes of lazy tensors, which are copied from their files or computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_tensors(
         values: The tensors in the order of the file.
         on_bytes: Called with the number of tensor bytes copied.
         on_data: Called with each chunk of tensor bytes, or None.
-        write: Appends a buffer to a file; None for plain writing.
+        write: Appends a buffer to a file, such as by seeking over zeros; `write_all` by default.
     """
     write_all(fd, memoryview(header))
     with BackgroundWriter(fd, on_data, write) as writer:
@@ -40,33 +40,33 @@ def write_tensors(
 
 def segments_of(values: Iterable[LazyTensor]) -> Iterator[Segment | memoryview]:
     """Yield the data of tensors in order: merged byte ranges of files, or the bytes of one computed tensor."""
-    run: list[Segment] = []
+    pending: list[Segment] = []
     for value in values:
         ranges = byte_ranges(value)
         if ranges is not None:
-            run += ranges
+            pending += ranges
             continue
-        yield from merge(run)
-        run = []
+        yield from merge(pending)
+        pending = []
         yield _computed(value)
-    yield from merge(run)
+    yield from merge(pending)
 
 
 def _computed(value: LazyTensor) -> memoryview:
-    """Compute a tensor; without torch, which takes two seconds to import, where bfloat16 is widened to float32."""
+    """Compute the bytes of a tensor, without the slow import of torch for a cast of bfloat16 to float32."""
     if isinstance(value, View):
         return _computed(value.base)
     if isinstance(value, Cast) and (value.base.dtype.name, value.dtype.name) == ("bfloat16", "float32"):
         ranges = byte_ranges(value.base)
         if ranges is not None:
-            return _widened(read_checked(merge(ranges)))
+            return _bfloat16_to_float32(read_checked(merge(ranges)))
     from converter.tensors.evaluate import tensor_bytes
 
     return tensor_bytes(value)
 
 
-def _widened(data: bytes) -> memoryview:
-    """Return bfloat16 elements as float32: two bytes of zero, then those of the bfloat16 (little-endian)."""
+def _bfloat16_to_float32(data: bytes) -> memoryview:
+    """Cast little-endian elements: a float32 is two bytes of zero, then the two bytes of the bfloat16."""
     result = bytearray(2 * len(data))
     result[2::4], result[3::4] = data[0::2], data[1::2]
     return memoryview(result)

@@ -16,16 +16,16 @@ MAX_INT = 2**63 - 1  # of sizes, strides and offsets
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint. All of its elements are within its storage."""
+    """Description of a tensor in a checkpoint. All of its elements are within its storage."""
 
     key: str  # the tensor's name in the file
     dtype: DType
     shape: tuple[int, ...]
     storage: Storage  # the bytes that the tensor views
-    byte_offset: int  # of the first element in the storage
-    strides: tuple[int, ...]  # in elements
-    # For a tensor in several parts, returns it as a LazyTensor over them, each a tensor of its own. `storage` is then
-    # only where the first part is.
+    byte_offset: int  # the offset of the first element in the storage
+    strides: tuple[int, ...]  # the strides in elements
+    # For a tensor that is stored in several chunks: returns a LazyTensor that concatenates them. `storage` is then the
+    # file and the byte range of the first chunk.
     assemble: Callable[[], Any] | None = None
 
     @property
@@ -44,7 +44,7 @@ Contents = dict[Any, Any]
 
 
 class FileContents(Contents):
-    """Contents, the full names of classes and functions in a pickle that were not imported, and notes for the user."""
+    """Contents of a file, with full names of classes and functions that were not imported, and notes for the user."""
 
     def __init__(self, contents: Contents, ignored: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
         super().__init__(contents)
@@ -57,7 +57,7 @@ def are_sizes(values: Iterable[Any]) -> bool:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return row-major strides in elements, as in a new torch tensor."""
+    """Return the strides of a contiguous tensor, in elements."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -65,27 +65,27 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def plain_tensor_info(file: SourceFile, key: str, dtype: DType, shape: tuple[int, ...], start: int) -> TensorInfo:
-    """Return a TensorInfo whose bytes are contiguous in the file.
+def plain_tensor_info(file: SourceFile, key: str, dtype: DType, shape: tuple[int, ...], byte_offset: int) -> TensorInfo:
+    """Describe a tensor whose bytes are contiguous in the file.
 
     Args:
         file: The file.
         key: The tensor's name in the file.
         dtype: The element type.
         shape: The sizes of the dimensions.
-        start: The offset of the first byte in the file.
+        byte_offset: The offset of the first byte in the file.
     """
     nbytes = dtype.nbytes(math.prod(shape))
-    storage = Storage(file, (start, start + nbytes), nbytes, nbytes, key)
+    storage = Storage(file, (byte_offset, byte_offset + nbytes), nbytes, nbytes, key)
     return TensorInfo(key, dtype, shape, storage, 0, contiguous_strides(shape))
 
 
 def checked_tensor_info(
     key: str, dtype: DType, shape: tuple[int, ...], storage: Storage, storage_offset: int, strides: tuple[int, ...]
 ) -> TensorInfo:
-    """Return a TensorInfo; ContainerError if an element is outside the storage.
+    """Describe a tensor that views a storage; ContainerError if an element is outside the storage.
 
-    Strides without effect are replaced by contiguous ones.
+    Strides without effect, such as those of dimensions of size 1, become those of a contiguous tensor.
 
     Args:
         key: The tensor's name in the file.
@@ -102,7 +102,6 @@ def checked_tensor_info(
     end = (storage_offset + span) * dtype.itemsize
     if end > storage.size:
         raise damaged(f"{where}: needs {end} bytes, but its storage has {storage.size}")
-    # The strides of dimensions of size 1, and of empty tensors, have no effect.
     contiguous = contiguous_strides(shape)
     if 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, strides, contiguous, strict=True)):
         strides = contiguous
