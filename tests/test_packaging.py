@@ -55,7 +55,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_modules() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "converter").rglob("*.py")}
     data = {f"converter/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
-    views = {f"converter/reports/{name}" for name in ("page.html", "movement.html", "style.css")}
+    views = {f"converter/reports/{name}" for name in ("verification.html", "difference.html", "style.css")}
     templates = {"converter/output/model_card.md", "converter/layouts/mapping.schema.json"}
     return modules | data | views | templates | {"converter/mappings/__init__.py", "converter/py.typed"}
 

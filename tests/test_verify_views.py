@@ -184,9 +184,9 @@ def test_a_part_with_an_open_check(verdict: str) -> None:
 def test_a_required_part_is_an_error_in_every_report() -> None:
     found = verification(checks=[LAYOUT, NO_SOURCE, FAST], required=["structure", "bytes"])
     assert found.result == "partly verified (structure)" and not found.ok
-    assert "required, but not checked: bytes" in words.verdict_lines(found)
-    assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.commands(found)
-    suites = {suite.name: suite for suite in junitparser.JUnitXml.fromstring(junit.document(found))}
+    assert "required, but not checked: bytes" in words.verdict_notes(found)
+    assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.annotations(found)
+    suites = {suite.name: suite for suite in junitparser.JUnitXml.fromstring(junit.junit_xml(found))}
     assert (suites["dsocr-verify.required"].tests, suites["dsocr-verify.required"].failures) == (2, 1)
     assert "not checked: no --source" in html.verification_page(found).decode()
     assert found.to_json()["unmet"] == ["bytes"]
@@ -260,7 +260,7 @@ def test_json_is_strict_and_complete(found: Verification) -> None:
 
 
 def test_junit_parses_back_with_every_check(found: Verification) -> None:
-    report = junitparser.JUnitXml.fromstring(junit.document(found))
+    report = junitparser.JUnitXml.fromstring(junit.junit_xml(found))
     cases = [case for suite in report for case in suite]
     kinds = {"failed": junitparser.Failure, "skipped": junitparser.Skipped, "inconclusive": junitparser.Skipped}
     ordered = [check for checks in words.by_group(found).values() for check in checks]
@@ -275,7 +275,7 @@ def test_junit_parses_back_with_every_check(found: Verification) -> None:
 
 
 def test_junit_has_suites_affected_tensors_times_and_properties() -> None:
-    report = junitparser.JUnitXml.fromstring(junit.document(wrong(1)))
+    report = junitparser.JUnitXml.fromstring(junit.junit_xml(wrong(1)))
     suites = {suite.name: suite for suite in report}
     assert list(suites) == ["dsocr-verify.structure", "dsocr-verify.bytes", "dsocr-verify.outputs"]
     assert suites["dsocr-verify.outputs"].time == 12.3
@@ -295,7 +295,7 @@ def test_github_escapes_as_its_toolkit_does() -> None:
 
 
 def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Verification) -> None:
-    lines = github.commands(found)
+    lines = github.annotations(found)
     assert all(
         re.fullmatch(r"::(error|notice) title=[^:,\n\r]*::[^\n\r]*", line) and line.isprintable() for line in lines
     )
@@ -303,7 +303,7 @@ def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Veri
 
 
 def test_github_counts_what_it_does_not_show() -> None:
-    lines = github.commands(wrong(40))
+    lines = github.annotations(wrong(40))
     assert lines[9] == "::error title=dsocr-verify::and 32 more checks failed"
     assert lines[0] == (
         "::error title=dsocr-verify%2C bytes%3A layers.0.weight::layers.0.weight differs from its source"

@@ -1,4 +1,4 @@
-"""Self-contained pages of a verification and of a difference: no script, no font, no image from elsewhere."""
+"""Renders HTML pages of a verification and of a comparison. They load no script, font or image from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from converter.reports import words
 from converter.verification import result
 from converter.verification.result import FAILED, Picture, Trace, TracePoint, Verification
 
-# The class of the verdict in the style sheet, and its sign.
+# The CSS class and the sign of each verdict.
 _STYLES = {
     result.VERIFIED: ("passed", "✓"),
     result.PARTLY_VERIFIED: ("partly", "!"),
     result.NOT_VERIFIED: ("failed", "✗"),
 }
-_TICKS = 6
-# Tensors listed on the page of a difference; `--json` has all of them.
-_ROWS = 200
+_MAX_TICKS = 6
+# Changed tensors listed on the page of a comparison; `--json` has all of them.
+_MAX_CHANGES = 200
 
 
 def _render(template: str, **values: Any) -> bytes:
@@ -36,34 +36,37 @@ def _render(template: str, **values: Any) -> bytes:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Control characters in names could reverse or hide a line. Template text is not a plain str.
-        finalize=lambda value: printable(value, keep="\n") if _is_plain(value) else value,
+        finalize=_with_visible_control_characters,
     )
     return environment.get_template(template).render(values).encode("utf-8", "replace")
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str) and not hasattr(value, "__html__")
+def _with_visible_control_characters(value: Any) -> Any:
+    """Escape control characters, which could reverse or hide a line. Template text (Markup) is not changed."""
+    return printable(value, keep="\n") if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def verification_page(verification: Verification, command: str = "") -> bytes:
-    """The page of a verification; `command` is the command line to repeat it, if there was one."""
+    """Render the page of a verification; `command` is the command line that repeats it, empty if there was none."""
+    css_class, sign = _STYLES[verification.verdict]
     return _render(
-        "page.html",
-        found=verification,
+        "verification.html",
+        verification=verification,
         verdict=words.verdict_line(verification),
         words=words,
         groups={group: words.split_failures(checks) for group, checks in words.by_group(verification).items()},
         failures=words.with_verdict(verification, FAILED),
-        style=_STYLES[verification.verdict],
+        css_class=css_class,
+        sign=sign,
         plots=[Plot(trace) for trace in verification.traces if trace.points],
-        pictures=_by_run(verification.pictures),
+        pictures=_pictures_by_run(verification.pictures),
         key_map=fold_key_map(verification.key_map),
         command=command,
     )
 
 
-def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]:
+def _pictures_by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]:
+    """Return the pictures of each run, each with a data URL that contains its PNG."""
     runs: dict[str, list[tuple[Picture, str]]] = {}
     for picture in pictures:
         url = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
@@ -72,69 +75,70 @@ def _by_run(pictures: Iterable[Picture]) -> dict[str, list[tuple[Picture, str]]]
 
 
 class Plot:
-    """The scale of a trace with at least one point: logarithmic, in percent of the plot's width."""
+    """A trace with at least one point on a logarithmic axis. Positions are in percent of the axis's width."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        values = [value for p in trace.points for value in (p.error, p.noise_floor, p.tolerance)]
-        powers = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
-        low, high = math.floor(min(powers)), math.ceil(max(powers))
-        # At least two powers of ten apart.
-        self.low, self.high = (low, high) if high - low > 1 else (low - 1, high + 1)
+        values = [value for point in trace.points for value in (point.error, point.noise_floor, point.tolerance)]
+        exponents = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
+        low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+        # The axis spans at least two powers of ten.
+        self.min_exponent, self.max_exponent = (low, high) if high - low > 1 else (low - 1, high + 1)
 
     def position(self, value: float) -> float:
-        """The position of a value: zero is at the left edge, infinity at the right one."""
+        """Return the position of a value: the left edge for zero, the right edge for NaN and infinity."""
         if not math.isfinite(value):
             return 100.0
-        share = (math.log10(value) - self.low) / (self.high - self.low) if value > 0 else 0.0
-        return round(100 * min(max(share, 0.0), 1.0), 1)
+        span = self.max_exponent - self.min_exponent
+        fraction = (math.log10(value) - self.min_exponent) / span if value > 0 else 0.0
+        return round(100 * min(max(fraction, 0.0), 1.0), 1)
 
     @property
     def ticks(self) -> list[tuple[int, float]]:
-        """The exponents of powers of ten, and their positions."""
-        step = math.ceil((self.high - self.low) / _TICKS)
-        return [(power, self.position(10.0**power)) for power in range(self.low + 1, self.high, step)]
+        """The exponents of the marked powers of ten, and their positions."""
+        step = math.ceil((self.max_exponent - self.min_exponent) / _MAX_TICKS)
+        exponents = range(self.min_exponent + 1, self.max_exponent, step)
+        return [(exponent, self.position(10.0**exponent)) for exponent in exponents]
 
     @property
     def diverging(self) -> list[TracePoint]:
-        """The points beyond their tolerance."""
+        """The points whose error exceeds the tolerance."""
         return [point for point in self.trace.points if not point.within_tolerance]
 
 
 def difference_page(difference: Difference, facts: Sequence[str], command: str) -> bytes:
-    """The page of a difference: how far each block moved.
+    """Render the page of a comparison of two checkpoints, with the relative change of each block.
 
     Args:
         difference: The result of the comparison.
         facts: Lines that say what differs.
-        command: The command line to repeat it.
+        command: The command line that repeats the comparison.
     """
     return _render(
-        "movement.html",
+        "difference.html",
         difference=difference,
         facts=facts,
         bars=bars(difference.blocks) if difference.moved else [],
-        moved=difference.moved[:_ROWS],
-        rest=max(len(difference.moved) - _ROWS, 0),
-        lists={"Only in A": difference.removed, "Only in B": difference.added},
+        moved=difference.moved[:_MAX_CHANGES],
+        num_hidden=max(len(difference.moved) - _MAX_CHANGES, 0),
+        unmatched={"Only in A": difference.removed, "Only in B": difference.added},
         command=command,
     )
 
 
 class Bar(NamedTuple):
-    """One block and the width of its bar in percent: full for the block that moved furthest or is not finite."""
+    """The bar of one block."""
 
     block: Block
-    width: float
+    width: float  # In percent: 100 for the block with the largest relative change, and for one that is not finite
     finite: bool
 
 
 def bars(blocks: Sequence[Block]) -> list[Bar]:
-    """A bar for each block."""
-    furthest = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0) or 1.0
-    return [
-        Bar(block, round(100 * block.relative / furthest, 1), True)
-        if math.isfinite(block.relative)
-        else Bar(block, 100.0, False)
-        for block in blocks
-    ]
+    """Return a bar for each block."""
+    largest = max((block.relative for block in blocks if math.isfinite(block.relative)), default=0.0) or 1.0
+    result = []
+    for block in blocks:
+        finite = math.isfinite(block.relative)
+        result.append(Bar(block, round(100 * block.relative / largest, 1) if finite else 100.0, finite))
+    return result

@@ -1,4 +1,4 @@
-"""The verification as a table on stderr, in colour where the terminal has colours."""
+"""Prints a verification to stderr as a table, with colours if the terminal has colours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from converter.reports import words
 from converter.verification import result
 from converter.verification.result import FAILED, Check, Verification
 
-# Columns where stderr is no terminal: log viewers are wide, and 80 would wrap every line.
+# The width in characters if stderr is not a terminal: Rich's default of 80 would wrap every line.
 _LOG_WIDTH = 150
 # Rich's styles of the verdicts of checks, and of verifications.
 _STYLES = {
@@ -28,22 +28,22 @@ _STYLES = {
 
 
 def print_report(verification: Verification, console: Console | None = None) -> None:
-    """Print the table of checks, the inputs and the verdict."""
+    """Print the table of checks, the inputs and the verdict; to stderr by default."""
     if console is None:
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         if not console.is_terminal:
             console.width = max(console.width, _LOG_WIDTH)
     console.print(_table(verification))
-    for name, value in _facts(verification).items():
+    for name, value in _inputs(verification).items():
         console.print(_text(f"{name + ':':<11}", "dim").append(printable(value)), soft_wrap=True)
     console.print(_text(words.verdict_line(verification), _STYLES[verification.verdict]), soft_wrap=True)
-    for line in words.verdict_lines(verification):
-        console.print(_text(f"  {line}"), soft_wrap=True)
+    for note in words.verdict_notes(verification):
+        console.print(_text(f"  {note}"), soft_wrap=True)
 
 
 def _table(verification: Verification) -> Table:
-    # GitHub reads a line that begins with `::` as a command, and names come from files. So the table has a border, and
-    # no line is wrapped outside of it.
+    # GitHub executes lines that begin with `::`, and the names of tensors come from untrusted files. The border keeps
+    # wrapped text from beginning a line.
     table = Table(box=ROUNDED, header_style="bold", expand=True)
     table.add_column("group", no_wrap=True)
     table.add_column("check", overflow="fold", ratio=2)
@@ -61,8 +61,8 @@ def _table(verification: Verification) -> Table:
 
 def _detail(check: Check) -> Text:
     text = _text(words.detail_text(check))
-    if also := words.unmentioned_tensors(check):
-        text.append(f"\nalso: {printable(also)}", "red")
+    if tensors := words.unmentioned_tensors(check):
+        text.append(f"\nalso: {printable(tensors)}", "red")
     return text
 
 
@@ -74,13 +74,14 @@ def _text(content: str, style: str = "") -> Text:
     return Text(printable(content), style)
 
 
-def _facts(verification: Verification) -> dict[str, str]:
+def _inputs(verification: Verification) -> dict[str, str]:
+    """Return the labelled lines under the table: what was verified, against what, where, and in what time."""
     layout = f" (layout {verification.mapping})" if verification.mapping else ""
-    facts = {
+    lines = {
         "converted": verification.converted,
         "source": f"{verification.source}{layout}" if verification.source else "none given",
         "reference": verification.reference,
         "device": f"{verification.device}, {verification.dtype}",
         "time": words.durations(verification),
     }
-    return {name: value for name, value in facts.items() if value}
+    return {name: value for name, value in lines.items() if value}
