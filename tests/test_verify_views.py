@@ -185,7 +185,7 @@ def test_a_required_part_is_an_error_in_every_report() -> None:
     found = verification(checks=[LAYOUT, NO_SOURCE, FAST], required=["structure", "bytes"])
     assert found.result == "partly verified (structure)" and not found.ok
     assert "required, but not checked: bytes" in words.verdict_notes(found)
-    assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.annotations(found)
+    assert "::error title=dsocr-verify%2C required%3A bytes::not checked: no --source" in github.command_lines(found)
     suites = {suite.name: suite for suite in junitparser.JUnitXml.fromstring(junit.junit_xml(found))}
     assert (suites["dsocr-verify.required"].tests, suites["dsocr-verify.required"].failures) == (2, 1)
     assert "not checked: no --source" in html.verification_page(found).decode()
@@ -295,7 +295,7 @@ def test_github_escapes_as_its_toolkit_does() -> None:
 
 
 def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Verification) -> None:
-    lines = github.annotations(found)
+    lines = github.command_lines(found)
     assert all(
         re.fullmatch(r"::(error|notice) title=[^:,\n\r]*::[^\n\r]*", line) and line.isprintable() for line in lines
     )
@@ -303,7 +303,7 @@ def test_github_commands_are_one_line_each_and_no_more_than_it_shows(found: Veri
 
 
 def test_github_counts_what_it_does_not_show() -> None:
-    lines = github.annotations(wrong(40))
+    lines = github.command_lines(wrong(40))
     assert lines[9] == "::error title=dsocr-verify::and 32 more checks failed"
     assert lines[0] == (
         "::error title=dsocr-verify%2C bytes%3A layers.0.weight::layers.0.weight differs from its source"

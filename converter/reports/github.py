@@ -20,7 +20,7 @@ _EMOJIS = {result.VERIFIED: "✅", result.PARTLY_VERIFIED: "⚠️", result.NOT_
 
 def annotate(verification: Verification) -> None:
     """Print annotations to stderr, and append the summary to the file that GITHUB_STEP_SUMMARY names."""
-    for line in annotations(verification):
+    for line in command_lines(verification):
         print(line, file=sys.stderr)
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
@@ -30,7 +30,7 @@ def annotate(verification: Verification) -> None:
             raise OutputError(f"{path}: the step summary cannot be written: {error.strerror}") from error
 
 
-def annotations(verification: Verification) -> list[str]:
+def command_lines(verification: Verification) -> list[str]:
     """Return workflow commands: errors for failures and unmet requirements, notices for warnings and skipped checks."""
     failures = [check for check in verification.requirements if check.verdict == FAILED]
     failures += words.with_verdict(verification, FAILED)
