@@ -25,7 +25,7 @@ import converter
 from converter.api.diff import diff
 from converter.cli import diff as cli
 from converter.comparison.difference import Block, Difference, block_of, summarize
-from converter.comparison.measure import measure
+from converter.comparison.measure import measure_differences
 from converter.comparison.streams import BUFFER
 from converter.errors import ContainerError, LayoutError, UsageError, natural_sort_key
 from converter.reports import html
@@ -538,7 +538,7 @@ def test_figures_agree_with_torch_over_many_pieces() -> None:
     a, b = (torch.randn(300_000, generator=generator) for _ in range(2))
     b[:1000] = a[:1000]
     before = torch.get_num_threads()
-    figures = measure({"x": (memory.expr(a), memory.expr(b))}, lambda done: None)["x"]
+    figures = measure_differences({"x": (memory.expr(a), memory.expr(b))}, lambda done: None)["x"]
     assert torch.get_num_threads() == before
     x, y = a.double(), b.double()
     assert (figures.differing, figures.maximum) == (299_000, float((x - y).abs().max()))

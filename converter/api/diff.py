@@ -9,8 +9,8 @@ from typing import Any
 
 from converter.checkpoint.open import Checkpoint, check_unchanged, open_checkpoints
 from converter.checkpoint.state_dict import state_dicts
-from converter.comparison.align import Named, Side, align, select_side
-from converter.comparison.difference import Block, Change, Difference, Figures, block_of
+from converter.comparison.align import NamedTensors, Side, align, select_side
+from converter.comparison.difference import Block, Change, Difference, PairStatistics, block_of
 from converter.comparison.streams import Pairs, differing, names_by_digest
 from converter.errors import UsageError, natural_sort_key
 from converter.options import HubOptions
@@ -92,10 +92,10 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         side.opened.fetch(all_source_tensors(named.values()), on_progress)
     unequal = _unequal(same_shape, on_progress)
     renamed = _renamed({name: a[name] for name in removed}, {name: b[name] for name in added})
-    figures = _figures(same_shape, unequal, on_progress)
+    stats = _measure_changed_blocks(same_shape, unequal, on_progress)
     differ = [name for name in pairs if name in unequal or name not in same_shape]
     same = [name for name in same_shape if name not in unequal]
-    changed = [_change(name, pairs[name], figures.get(name)) for name in differ]
+    changed = [_change(name, pairs[name], stats.get(name)) for name in differ]
     same_values = {*same, *(change.name for change in changed if change.differing == 0)}
     equal = {family: names.issubset(same) for family, names in aligned.encoders.items()}
     return Difference(
@@ -110,7 +110,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
         removed=[name for name in removed if name not in renamed],
         added=[name for name in added if name not in renamed.values()],
         renamed=renamed,
-        blocks=_blocks(same_shape, unequal, figures),
+        blocks=_blocks(same_shape, unequal, stats),
         uncompared=uncompared,
         encoders=equal,
         cast=[family for family, names in aligned.encoders.items() if names <= same_values and not equal[family]],
@@ -122,7 +122,7 @@ def _unreadable(values: Iterable[LazyTensor]) -> str:
     return ", ".join(dict.fromkeys(value.dtype.name for value in values if not value.dtype.bits))
 
 
-def _only_in_side(named: Named, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
+def _only_in_side(named: NamedTensors, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
     """Return the names that only side 0 or 1 has; second names of tensors that both have go to `notes` instead."""
     shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
     found = []
@@ -146,7 +146,7 @@ def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
     return unequal | differing(compared, progress_counter(on_progress, "comparing", total))
 
 
-def _renamed(removed: Named, added: Named) -> dict[str, str]:
+def _renamed(removed: NamedTensors, added: NamedTensors) -> dict[str, str]:
     """Map names only in A to names only in B whose tensors are equal in every bit; equal ones are paired in order."""
     # Only tensors whose type and shape occur on both sides are read.
     kinds = [{(value.dtype, value.shape) for value in side.values() if value.dtype.bits} for side in (removed, added)]
@@ -161,13 +161,13 @@ def _renamed(removed: Named, added: Named) -> dict[str, str]:
     return renamed
 
 
-def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, Figures]:
+def _measure_changed_blocks(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, PairStatistics]:
     """Measure all tensors of each block that changed: its change is relative to the norm of all of them."""
     changed = {block_of(name) for name in unequal}
     if not changed:
         return {}
     # Imports torch, which takes two seconds: only if checkpoints differ.
-    from converter.comparison.measure import measure
+    from converter.comparison.measure import measure_differences
 
     measured = {
         name: pair
@@ -175,26 +175,26 @@ def _figures(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> d
         if block_of(name) in changed and all(value.dtype.name in BY_NAME for value in pair)
     }
     total = sum(nbytes(a) for a, _ in measured.values())
-    return measure(measured, progress_counter(on_progress, "measuring", total))
+    return measure_differences(measured, progress_counter(on_progress, "measuring", total))
 
 
-def _change(name: str, pair: tuple[LazyTensor, LazyTensor], figures: Figures | None) -> Change:
+def _change(name: str, pair: tuple[LazyTensor, LazyTensor], stats: PairStatistics | None) -> Change:
     dtypes, shapes = [value.dtype.name for value in pair], [list(value.shape) for value in pair]
-    if figures is None:
+    if stats is None:
         return Change(name, dtypes, shapes)
     # Imports torch, which measuring has imported.
     from converter.comparison.measure import difference_rank
 
-    rank = difference_rank(*pair) if figures.gap else None
-    return Change(name, dtypes, shapes, figures.differing, figures.maximum, figures.relative, figures.cosine, rank)
+    rank = difference_rank(*pair) if stats.sum_diff_sq else None
+    return Change(name, dtypes, shapes, stats.differing, stats.maximum, stats.relative, stats.cosine, rank)
 
 
-def _blocks(same_shape: Pairs, unequal: set[str], figures: Mapping[str, Figures]) -> list[Block]:
+def _blocks(same_shape: Pairs, unequal: set[str], stats: Mapping[str, PairStatistics]) -> list[Block]:
     members = grouped((block_of(name), name) for name in same_shape)
     # Only floating-point tensors: position indices and counters are not trained.
-    weights = {name: found for name, found in figures.items() if same_shape[name][0].dtype.is_float}
+    weights = {name: found for name, found in stats.items() if same_shape[name][0].dtype.is_float}
     blocks = []
     for block, names in members.items():
-        whole = reduce(Figures.plus, (weights[name] for name in names if name in weights), Figures())
+        whole = reduce(PairStatistics.plus, (weights[name] for name in names if name in weights), PairStatistics())
         blocks.append(Block(block, len(names), len(unequal.intersection(names)), whole.relative, whole.maximum))
     return blocks

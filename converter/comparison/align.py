@@ -1,8 +1,8 @@
-"""Brings the tensors of two checkpoints to the same names."""
+"""Renames the tensors of two checkpoints so that equal names mean the same tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -20,7 +20,9 @@ from converter.plan.projector import as_vector, find_projector
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
-Named = dict[str, LazyTensor]
+NamedTensors = dict[str, LazyTensor]
+# A prefix, and tensors under their names without it.
+_Unprefixed = tuple[str, NamedTensors]
 
 
 class Side(NamedTuple):
@@ -32,70 +34,72 @@ class Side(NamedTuple):
 
 
 class AlignedTensors(NamedTuple):
-    """The tensors of A and B by comparable names."""
+    """The tensors of A and B, under names that can be compared."""
 
-    a: Named
-    b: Named
-    layouts: list[str]  # The layouts whose names are used; empty for the checkpoints' own names
+    a: NamedTensors
+    b: NamedTensors
+    layouts: list[str]  # The canonical layouts whose names are used; empty for the names in the files
     notes: list[str]  # Messages for the user
-    encoders: dict[str, set[str]]  # The names of the tensors of each encoder that both have, by family
+    encoders: dict[str, set[str]]  # The tensor names of each encoder that both have, by family
 
 
 def select_side(opened: Checkpoint, path: str | None, prefix: str | None) -> Side:
-    """Select a state dict of a checkpoint, and detect its layouts.
+    """Select the state dict to compare, and detect its layouts.
 
     Args:
         opened: The checkpoint.
-        path: The state dict, or None for the largest one.
+        path: The path of the state dict in the checkpoint, or None for the largest one.
         prefix: The prefix of the names to compare, or None for all names.
 
     Raises:
         LayoutError: Several state dicts are the largest.
         UsageError: There is no such state dict, or no name with the prefix.
     """
-    # The path may be that of the other checkpoint, if this one has a single state dict.
+    # With one state dict there is nothing to select: `path` may then exist in the other checkpoint only.
     if len(select_state_dicts(opened, None)) == 1:
         path = None
-    chosen = largest_state_dict(select_state_dicts(opened, path, prefix), opened.name)
-    found = {family: detect_layouts(opened, registry.layouts(family), [chosen]) for family in registry.families()}
-    # A checkpoint with several encoders of a family is compared by its own names.
-    return Side(opened, chosen, {family: layouts[0] for family, layouts in found.items() if len(layouts) == 1})
+    selected = largest_state_dict(select_state_dicts(opened, path, prefix), opened.name)
+    found = {family: detect_layouts(opened, registry.layouts(family), [selected]) for family in registry.families()}
+    # If there are several encoders of a family, their tensors are compared under their names in the file.
+    return Side(opened, selected, {family: layouts[0] for family, layouts in found.items() if len(layouts) == 1})
 
 
 def align(a: Side, b: Side) -> AlignedTensors:
-    """Return the tensors under canonical names if both sides have the same family, else under their own names."""
+    """Return the tensors under canonical names if both sides share a family, else under their names in the files."""
     families = [family for family in a.detected if family in b.detected]
-    notes = [note for side in (a, b) for note in _unread(side)]
+    notes = [note for side in (a, b) for note in _selection_notes(side)]
     if families:
         try:
-            left, right = _by_canonical_name(a, families), _by_canonical_name(b, families)
+            left, right = _canonical_tensors(a, families), _canonical_tensors(b, families)
         except MappingError as error:
             notes.append(f"compared under their own names: {'; '.join(error.message.splitlines())}")
         else:
             _rename_projector(left, right)
             notes += _drop_generated(left, right)
             layouts = [registry.canonical(family).name for family in families]
-            return AlignedTensors(left.named, right.named, layouts, notes, left.encoders)
-    # max() returns the first of equals, which removes the shortest prefixes.
-    pairs = product(_own(a), _own(b))
-    (one, left_own), (other, right_own) = max(pairs, key=lambda pair: len(pair[0][1].keys() & pair[1][1]))
-    for side, prefix in (("A", one), ("B", other)):
+            return AlignedTensors(left.tensors, right.tensors, layouts, notes, left.encoders)
+    # max() returns the first maximum, which removes the shortest prefixes.
+    (prefix_a, tensors_a), (prefix_b, tensors_b) = max(product(_unprefixed(a), _unprefixed(b)), key=_num_common_names)
+    for name, prefix in (("A", prefix_a), ("B", prefix_b)):
         if prefix:
-            notes.append(f"compared without the prefix {prefix} of {side}'s names")
-    return AlignedTensors(_read(left_own), _read(right_own), [], notes, {})
+            notes.append(f"compared without the prefix {prefix} of {name}'s names")
+    return AlignedTensors(tensors_a, tensors_b, [], notes, {})
 
 
-def _read(tensors: Mapping[str, TensorInfo]) -> Named:
-    return {name: lazy_read(tensor) for name, tensor in tensors.items()}
+def _unprefixed(side: Side) -> Iterator[_Unprefixed]:
+    """Yield each prefix that all names share, shortest first, with the tensors under names without it."""
+    unwrapped = unwrapped_names(side.state_dict.tensors, side.opened.name)
+    for prefix, tensors in without_common_prefixes(unwrapped, side.opened.name):
+        yield prefix, {name: lazy_read(tensor) for name, tensor in tensors.items()}
 
 
-def _own(side: Side) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
-    """Yield a prefix that all names have, and the tensors without it: first none, then one more segment each time."""
-    return without_common_prefixes(unwrapped_names(side.state_dict.tensors, side.opened.name), side.opened.name)
+def _num_common_names(sides: tuple[_Unprefixed, _Unprefixed]) -> int:
+    (_, tensors_a), (_, tensors_b) = sides
+    return len(tensors_a.keys() & tensors_b.keys())
 
 
-def _unread(side: Side) -> Iterator[str]:
-    """Yield notes if the checkpoint has other state dicts, or if a prefix was chosen."""
+def _selection_notes(side: Side) -> Iterator[str]:
+    """Yield notes if the checkpoint has other state dicts, or if a prefix was selected."""
     prefix = side.state_dict.prefix
     if prefix is not None:
         what = "encoder" if side.detected else "tensors"
@@ -106,63 +110,63 @@ def _unread(side: Side) -> Iterator[str]:
         yield f"{side.opened.name}: state dict {side.state_dict.path or '.'} is compared, not {rest}"
 
 
-class _ByCanonicalName(NamedTuple):
-    """Tensors by canonical names, the names of each encoder's, and the names of those that no checkpoint has."""
+class _CanonicalTensors(NamedTuple):
+    """The tensors of one side, those of its encoders under canonical names."""
 
-    named: Named
-    encoders: dict[str, set[str]]
-    generated: set[str]
-    projector: dict[str, str]  # The names in `named` of the projector's tensors, by DeepSeek's
+    tensors: NamedTensors
+    encoders: dict[str, set[str]]  # The names of each encoder's tensors, by family
+    generated: set[str]  # The names of tensors that the checkpoint lacks
+    projector: dict[str, str]  # The names of the projector's tensors, by their names in DeepSeek-OCR
 
 
-def _by_canonical_name(side: Side, families: list[str]) -> _ByCanonicalName:
-    """Return the tensors of some families under canonical names, and all others under their own names."""
-    named: Named = {}
+def _canonical_tensors(side: Side, families: list[str]) -> _CanonicalTensors:
+    """Return the encoders of some families under canonical names, and other tensors under their names in the file."""
+    result: NamedTensors = {}
     generated: set[str] = set()
     projector: dict[str, TensorInfo | None] = {}
-    encoders = {}
+    encoders: dict[str, set[str]] = {}
     for family in families:
         plan = plan_to_canonical(side.opened, _only_layout(side.detected[family]), ConvertOptions(family))
-        # Two families may have the same names.
+        # Two families may use the same names.
         prefix = registry.encoder_prefix(family) if len(families) > 1 else ""
-        named.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
+        result.update((prefix + name, value) for name, value in {**plan.outputs, **plan.extra_tensors}.items())
         generated.update(prefix + name for name in plan.generated)
         projector = projector or find_projector(ResolvedPlan(side.detected[family], plan))
         encoders[family] = {prefix + name for name in plan.outputs if name not in plan.generated}
-    taken = {tensor.key for value in named.values() for tensor in source_tensors(value)}
-    for name, tensor in _comparable(side, families):
-        if tensor.key not in taken:
+    renamed_keys = {tensor.key for value in result.values() for tensor in source_tensors(value)}
+    for name, tensor in _selected_tensors(side, families):
+        if tensor.key not in renamed_keys:
             # The canonical layout may use this name for another tensor.
-            named[f"{name} (own name)" if name in named else name] = lazy_read(tensor)
-    names = {tensor.key: name for name, value in named.items() for tensor in source_tensors(value)}
-    own = {name: names[tensor.key] for name, tensor in projector.items() if tensor and tensor.key in names}
-    return _ByCanonicalName(named, encoders, generated, own)
+            result[f"{name} (own name)" if name in result else name] = lazy_read(tensor)
+    names = {tensor.key: name for name, value in result.items() for tensor in source_tensors(value)}
+    projector_names = {name: names[tensor.key] for name, tensor in projector.items() if tensor and tensor.key in names}
+    return _CanonicalTensors(result, encoders, generated, projector_names)
 
 
-def _rename_projector(a: _ByCanonicalName, b: _ByCanonicalName) -> None:
-    """Give the projector's tensors A's names, and the shape of a vector to a matrix of one row, as llama.cpp has."""
-    for own in a.projector.keys() & b.projector.keys():
-        name, other = a.projector[own], b.projector[own]
-        first, second = as_vector(a.named[name]), as_vector(b.named[other])
-        # Quantised ones are packed.
-        if name not in b.named and first.shape == second.shape:
-            a.named[name], b.named[name] = first, second
-            del b.named[other]
+def _rename_projector(a: _CanonicalTensors, b: _CanonicalTensors) -> None:
+    """Rename B's projector tensors to A's names. Matrices of one row, as llama.cpp stores biases, become vectors."""
+    for deepseek_name in a.projector.keys() & b.projector.keys():
+        name_a, name_b = a.projector[deepseek_name], b.projector[deepseek_name]
+        value_a, value_b = as_vector(a.tensors[name_a]), as_vector(b.tensors[name_b])
+        # The shapes differ if one of the tensors is quantised, and therefore packed.
+        if name_a not in b.tensors and value_a.shape == value_b.shape:
+            a.tensors[name_a], b.tensors[name_a] = value_a, value_b
+            del b.tensors[name_b]
 
 
 def _only_layout(detected: DetectedLayout) -> DetectedLayout:
-    """Return the encoder without tensors that the layout has no rules for, such as those of a classification head."""
+    """Return the encoder without tensors that no rule of the layout matches, such as those of a classification head."""
     match = detected.match
     templates = match.layout.templates(match.prefix)
     known = {match.wrapper + name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)}
     return replace(detected, names=known)
 
 
-def _comparable(side: Side, families: list[str]) -> Iterator[tuple[str, TensorInfo]]:
-    """Yield all tensors of a side or, if a prefix was chosen, those of the encoders under it."""
-    first = side.detected[families[0]]
+def _selected_tensors(side: Side, families: list[str]) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield all tensors of a side or, if a prefix was selected, those of the encoders under it."""
     if side.state_dict.prefix is None:
-        yield from (*first.tensors.items(), *first.outside.items())
+        detected = side.detected[families[0]]
+        yield from (*detected.tensors.items(), *detected.outside.items())
         return
     for family in families:
         detected = side.detected[family]
@@ -171,9 +175,9 @@ def _comparable(side: Side, families: list[str]) -> Iterator[tuple[str, TensorIn
         yield from (item for item in detected.tensors.items() if not is_outside(item[0]))
 
 
-def _drop_generated(a: _ByCanonicalName, b: _ByCanonicalName) -> list[str]:
-    """Drop tensors that were generated on both sides; return notes on those generated on one."""
+def _drop_generated(a: _CanonicalTensors, b: _CanonicalTensors) -> list[str]:
+    """Drop tensors that were generated on both sides; return notes on tensors that were generated on one side."""
     for name in a.generated & b.generated:
-        del a.named[name], b.named[name]
-    single = [("A", name) for name in a.generated - b.generated] + [("B", name) for name in b.generated - a.generated]
-    return [f"{side} has no {name}, which is not required: taken as 0, 1, 2, ..." for side, name in single]
+        del a.tensors[name], b.tensors[name]
+    one_side = [("A", name) for name in a.generated - b.generated] + [("B", name) for name in b.generated - a.generated]
+    return [f"{side} has no {name}, which is not required: taken as 0, 1, 2, ..." for side, name in one_side]

@@ -1,4 +1,4 @@
-"""The result of a comparison of two checkpoints."""
+"""Result types of a comparison of two checkpoints, and its summary in one sentence."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from converter.errors import first_names
 from converter.output.json_document import as_json
 from converter.output.names import fold_layers
 
-# Groups of blocks that the summary names.
+# The number of groups of blocks that the summary names.
 _MAX_GROUPS = 4
 
 
-class Figures(NamedTuple):
-    """Statistics of a tensor in A and in B; the sums are over all elements, in float64."""
+class PairStatistics(NamedTuple):
+    """Statistics of a tensor in A and in B. Sums are over all elements, in float64."""
 
     differing: int = 0  # The number of elements that differ
     maximum: float = 0.0  # The largest absolute difference
-    gap: float = 0.0  # The sum of the squared differences
-    a: float = 0.0  # The sum of A's squared elements
-    b: float = 0.0  # The sum of B's squared elements
-    ab: float = 0.0  # The sum of the products of A's and B's elements
+    sum_diff_sq: float = 0.0  # The sum of the squared differences
+    sum_a_sq: float = 0.0  # The sum of A's squared elements
+    sum_b_sq: float = 0.0  # The sum of B's squared elements
+    dot: float = 0.0  # The sum of the products of A's and B's elements
 
-    def plus(self, other: Figures) -> Figures:
-        """Return the statistics of two pieces of a tensor, or of two tensors, together."""
+    def plus(self, other: PairStatistics) -> PairStatistics:
+        """Return the statistics of two chunks of a tensor, or of two tensors, together."""
         # max() may lose a NaN.
         has_nan = math.isnan(self.maximum + other.maximum)
         maximum = math.nan if has_nan else max(self.maximum, other.maximum)
-        return Figures._make(x + y for x, y in zip(self, other, strict=True))._replace(maximum=maximum)
+        return PairStatistics._make(x + y for x, y in zip(self, other, strict=True))._replace(maximum=maximum)
 
     @property
     def relative(self) -> float:
         """The norm of the difference, divided by the norm of A."""
-        if not self.gap:
+        if not self.sum_diff_sq:
             return 0.0
-        return math.sqrt(self.gap / self.a) if self.a else math.inf
+        return math.sqrt(self.sum_diff_sq / self.sum_a_sq) if self.sum_a_sq else math.inf
 
     @property
     def cosine(self) -> float:
         """The cosine of the angle between A and B; NaN if exactly one of them is all zero."""
-        if not self.gap:
+        if not self.sum_diff_sq:
             return 1.0
-        norms = math.sqrt(self.a) * math.sqrt(self.b)
-        return max(-1.0, min(self.ab / norms, 1.0)) if norms else math.nan
+        norms = math.sqrt(self.sum_a_sq) * math.sqrt(self.sum_b_sq)
+        return max(-1.0, min(self.dot / norms, 1.0)) if norms else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """A tensor that differs between A and B.
 
-    The fields from `differing` on are None if the shapes differ, or for types without real numbers, such as complex64.
-    All but `differing` are NaN if only one of the two has a NaN at some position.
+    The fields from `differing` on are None if the shapes differ, or if the type has no real numbers, such as complex64.
+    All of them but `differing` are NaN if only one of the two tensors has a NaN at some position.
 
     Attributes:
         name: The name of the tensor.
         dtypes: The types in A and in B.
         shapes: The shapes in A and in B.
-        differing: The number of elements that differ in a bit, or in value if the types differ.
+        differing: The number of elements whose bits differ, or whose values differ if the types do.
         maximum: The largest absolute difference.
         relative: The norm of the difference, divided by the norm of A.
         cosine: The cosine of the angle between A and B.
-        rank: The rank of the difference of two matrices, without what rounding adds; None if it is not low.
+        rank: The rank of B - A for matrices, without the effect of rounding; None if it is not low.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Difference:
         b: The path or address of B.
         containers: The container formats of A and of B.
         layouts: The detected layouts of A and of B.
-        names: The layouts under whose names they were compared; empty for their own names.
+        names: The layouts under whose names they were compared; empty for the names in the files.
         notes: Messages for the user.
         same: The tensors that are equal in every bit.
         changed: The tensors that differ in type, shape or values.
@@ -107,7 +107,7 @@ class Difference:
         added: The tensors that only B has.
         renamed: The names in B of tensors that have the same bytes under another name in A.
         blocks: The layers and other modules.
-        uncompared: The tensors of both that were not compared, as they are not plain bytes in a file, with their kind.
+        uncompared: The tensors of both that were not compared, as they are not plain bytes in a file, and their types.
         encoders: Whether the encoder of each family that both have is bit for bit the same.
         cast: The families whose encoders are equal in every value, but not in type.
     """
@@ -135,20 +135,19 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Either "equal", "different", or "not compared" where no tensor differs but some were not compared."""
+        """One of "equal", "different", and "not compared" if no tensor differs but some were not compared."""
         if self.changed or self.removed or self.added or self.renamed:
             return "different"
         return "not compared" if self.uncompared else "equal"
 
     @property
     def moved(self) -> list[Change]:
-        """The tensors whose difference is known, largest relative difference first."""
-        known = [(change.relative, change) for change in self.changed if change.relative is not None]
-        return [change for _, change in sorted(known, key=lambda item: (not math.isnan(item[0]), -item[0]))]
+        """The tensors whose difference is a number or NaN: NaN first, then the largest relative difference."""
+        return sorted((change for change in self.changed if change.relative is not None), key=_largest_first)
 
     @property
     def low_ranks(self) -> list[int]:
-        """The ranks of the differences that have a low one, lowest first."""
+        """The ranks of all differences of low rank, lowest first."""
         return sorted(change.rank for change in self.changed if change.rank is not None)
 
     @property
@@ -158,16 +157,21 @@ class Difference:
 
     @property
     def unmeasured(self) -> list[Change]:
-        """The tensors of the same shape whose bytes or types differ, but not by a number."""
-        return [each for each in self.changed if each.relative is None and each.shapes[0] == each.shapes[1]]
+        """The tensors of the same shape that differ, and whose types have no real numbers to measure."""
+        return [change for change in self.changed if change.relative is None and change.shapes[0] == change.shapes[1]]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document that `--json` prints; numbers that are not finite are null."""
+        """Return the document that `--json` prints. NaN and infinity become null."""
         return {"equal": self.equal, **as_json(self)}
 
 
+def _largest_first(change: Change) -> tuple[bool, float]:
+    relative = change.relative or 0.0
+    return not math.isnan(relative), -relative
+
+
 def block_of(name: str) -> str:
-    """Return the layer of a tensor, such as `blocks.3`, or its module.
+    """Return the name of a tensor's layer, such as `blocks.3`, or else of its module.
 
     A number is a layer index if a module follows it: `neck.0.weight` is in `neck`.
     """
@@ -176,29 +180,30 @@ def block_of(name: str) -> str:
 
 
 def summarize(difference: Difference) -> str:
-    """Say which blocks moved and how far, which did not, and whether each encoder is bit for bit A's."""
+    """Return a sentence on the blocks that moved, those that did not, and whether each encoder is bit for bit A's."""
     moved = {block.name: block.relative for block in difference.blocks if block.relative}
     frozen = fold_layers(block.name for block in difference.blocks if not block.differing)
     parts = []
     if moved:
-        groups = {name: [moved[member] for member in members] for name, members in fold_layers(moved).items()}
-        furthest = sorted(groups.items(), key=lambda group: max(map(_distance, group[1])), reverse=True)
-        parts.append(f"moved, relative to A: {first_names([_move(*group) for group in furthest], _MAX_GROUPS)}")
+        groups = {group: [moved[name] for name in names] for group, names in fold_layers(moved).items()}
+        furthest_first = sorted(groups, key=lambda group: max(map(_nan_as_infinity, groups[group])), reverse=True)
+        ranges = [_format_range(group, groups[group]) for group in furthest_first]
+        parts.append(f"moved, relative to A: {first_names(ranges, _MAX_GROUPS)}")
     elif difference.blocks:
         parts.append("no block moved")
     if moved and frozen:
         parts.append(f"not at all (frozen): {first_names(list(frozen), _MAX_GROUPS)}")
     for family, equal in difference.encoders.items():
-        other = "A's in value, but not in type" if family in difference.cast else "not A's"
-        same = "bit for bit A's" if equal else other
-        parts.append(f"the {family.upper()} encoder is {same}")
+        if_unequal = "A's in value, but not in type" if family in difference.cast else "not A's"
+        relation = "bit for bit A's" if equal else if_unequal
+        parts.append(f"the {family.upper()} encoder is {relation}")
     return "; ".join(parts) or "no tensor of the same name and shape is in both"
 
 
-def _distance(relative: float) -> float:
+def _nan_as_infinity(relative: float) -> float:
     return relative if math.isfinite(relative) else math.inf
 
 
-def _move(name: str, moves: list[float]) -> str:
-    """Format the smallest and the largest change of some blocks."""
-    return f"{name} by {' to '.join(dict.fromkeys(f'{end(moves):.1e}' for end in (min, max)))}"
+def _format_range(group: str, moves: list[float]) -> str:
+    lowest, highest = f"{min(moves):.1e}", f"{max(moves):.1e}"
+    return f"{group} by {lowest}" if lowest == highest else f"{group} by {lowest} to {highest}"
