@@ -84,6 +84,31 @@ def perception_encoder() -> State:
     return {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
+def focalnet() -> State:
+    import transformers
+
+    sizes = {"embed_dim": 8, "hidden_sizes": [8], "depths": [1], "focal_levels": [2], "focal_windows": [3]}
+    return dict(transformers.FocalNetModel(transformers.FocalNetConfig(**sizes)).state_dict())
+
+
+def whisper() -> State:
+    import transformers
+
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 8, "pad_token_id": 0}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    return dict(transformers.WhisperModel(transformers.WhisperConfig(**sizes, **heads)).state_dict())
+
+
+def bridge_tower() -> State:
+    import transformers
+
+    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8}
+    vision = {"hidden_size": 64, "num_hidden_layers": 1, "patch_size": 14, "image_size": 28}
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = transformers.BridgeTowerConfig(text_config=text, vision_config=vision, **sizes)
+    return dict(transformers.BridgeTowerModel(config).state_dict())
+
+
 def text_tower() -> State:
     return {name: tensor for name, tensor in clip().items() if name.startswith("text_model.")}
 
@@ -199,6 +224,13 @@ MARKS: dict[str, tuple[Callable[[], State], str, str]] = {
     "Llama 3.2": (names("gated_positional_embedding.gate", "class_embedding"), "Llama 3.2", "CLIP"),
     "Pixtral": (names("vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"), "Pixtral", "CLIP"),
     "Kosmos-2.5": (names("vision_model.embeddings.row_embedder.weight"), "Kosmos-2.5", "CLIP"),
+    "FocalNet": (focalnet, "FocalNet", "CLIP"),
+    "Whisper": (whisper, "Whisper", "CLIP"),
+    "BridgeTower": (bridge_tower, "BridgeTower", "CLIP"),
+    "MoonViT": (names("vision_tower.encoder.blocks.0.wqkv.weight"), "MoonViT", "CLIP"),
+    "dots.ocr": (names("vision_tower.patch_embed.patchifier.proj.weight"), "dots.ocr", "CLIP"),
+    "ViTamin": (names("visual.trunk.patch_embed.backbone.stem.conv1.weight"), "ViTamin", "CLIP"),
+    "CoOp": (names("prompt_learner.ctx", "prompt_learner.token_prefix"), "CoOp", "vision encoder"),
     "AIMv2": (names("vision_model.encoder.layers.0.rms_norm1.weight"), "AIMv2", "CLIP"),
     "ImageBind": (names("modality_trunks.vision.blocks.0.attn.in_proj_weight"), "ImageBind", "CLIP"),
     "ALIGN": (
