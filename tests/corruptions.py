@@ -1220,7 +1220,7 @@ CATALOGUE += _in_configs()
 
 # The same conversion at a size at which query_768 is used, and at one at which query_1024 is.
 QWEN2, LARGE = ("qwen2",), ("queries",)
-_ATTEND, _ROTATION, _QUERIES = qwen2.attend, qwen2._rotation, qwen2.Qwen2Encoder.queries
+_ATTEND, _ROTATION, _QUERIES = qwen2.attend, qwen2._rotary_cos_sin, qwen2.Qwen2Encoder.queries
 SMALL_TABLE, LARGE_TABLE = "query_768.weight", "query_1024.weight"
 
 
@@ -1394,18 +1394,18 @@ def _qwen2_encoders() -> list[Corruption]:
         (
             "rope-theta",
             "rotary positions of base 1e4",
-            replace(qwen2, "_rotation", lambda x, width, theta: _ROTATION(x, width, 1e4)),
+            replace(qwen2, "_rotary_cos_sin", lambda x, width, theta: _ROTATION(x, width, 1e4)),
             block,
         ),
         (
             "rope-in-pairs",
             "channels rotated in pairs, as Meta does",
-            replace(qwen2, "_rotated", rotated_in_pairs),
+            replace(qwen2, "_apply_rotary", rotated_in_pairs),
             block,
         ),
-        ("rope-lost", "no rotary positions", replace(qwen2, "_rotated", lambda x, cos, sin: x), block),
-        ("rope-restarted", "the queries' positions from 0", replace(qwen2, "_rotation", restarted), block),
-        ("rope-late", "the queries' positions one late", replace(qwen2, "_rotation", late), block),
+        ("rope-lost", "no rotary positions", replace(qwen2, "_apply_rotary", lambda x, cos, sin: x), block),
+        ("rope-restarted", "the queries' positions from 0", replace(qwen2, "_rotary_cos_sin", restarted), block),
+        ("rope-late", "the queries' positions one late", replace(qwen2, "_rotary_cos_sin", late), block),
         ("causal", "a causal mask for image tokens too", with_mask(lambda i, j, n: j <= i), block),
         ("open", "no mask for queries", with_mask(lambda i, j, n: (j < n) | (i >= n)), block),
         ("no-mask", "no mask at all", with_mask(lambda i, j, n: i == i), block),

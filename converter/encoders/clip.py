@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021). In the DeepEncoder, its input is SAM's features instead of pixels."""
+"""CLIP's vision tower (Radford et al. 2021). In the DeepEncoder, it encodes SAM's features instead of pixels."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ class _Embeddings(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         batch, _, h, w = patches.shape
-        classes = self.class_embedding.expand(batch, 1, -1)
-        return torch.cat([classes, patches.flatten(2).transpose(1, 2)], dim=1) + self._positions(h, w)
+        class_tokens = self.class_embedding.expand(batch, 1, -1)
+        return torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1) + self._positions(h, w)
 
     def patches(self, pixels: Tensor | None) -> Tensor:
-        """Return patch embeddings (B, width, h, w)."""
+        """Return the output of the patch convolution (B, width, h, w)."""
         if pixels is None or not self.config.patch_convolution:
             raise ValueError("patch_embeds is required: there are no pixels, or the encoder has no patch convolution")
         check_image_size(pixels, self.config.patch)
         return self.patch_embedding(pixels)
 
     def _positions(self, h: int, w: int) -> Tensor:
-        """Return position embeddings (1, 1 + h*w, width); only those of the patches are resampled."""
-        # As in DeepSeek's module, position_ids are used, so wrong ones change the output.
+        """Return position embeddings (1, 1 + h*w, width). Only those of the patches are resampled."""
+        # As in DeepSeek's module, the buffer position_ids selects the rows, so wrong values in it change the output.
         table = self.position_embedding(self.position_ids)
         grid = self.config.grid
         patches = resample_abs_pos(table[:, 1:].reshape(1, grid, grid, -1), h, w)

@@ -11,7 +11,7 @@ from typing import Any
 from converter.errors import LayoutError
 
 Shapes = Mapping[str, Sequence[int]]
-# Activations of transformers' config.json, by all names of equal functions. `encoders.functional` computes them.
+# The names of activations in transformers' config.json, and for each the name that `encoders.functional` has for it.
 ACTIVATION_NAMES = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -46,7 +46,7 @@ class SamConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the trained image."""
+        """The number of patches along each side of an image of `image_size`."""
         return self.image_size // self.patch
 
 
@@ -68,7 +68,7 @@ class ClipConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the trained image."""
+        """The number of patches along each side of an image of `image_size`."""
         return self.image_size // self.patch
 
 
@@ -79,20 +79,20 @@ class Qwen2Config:
     width: int = 896  #: The embedding dimension
     depth: int = 24  #: The number of layers
     heads: int = 14  #: The number of attention heads
-    key_value_heads: int = 2  #: The number of heads of keys and values, each of which several heads of queries share
+    key_value_heads: int = 2  #: The number of key and value heads, each shared by several query heads
     mlp: int = 4864  #: The hidden dimension of the MLPs
     #: The rows of query_768 and query_1024, or None for a Qwen2 without them
     queries: tuple[int, int] | None = (144, 256)
     activation: str = "silu"  #: The activation of the MLPs, by transformers' name
     epsilon: float = 1e-6  #: The epsilon of the RMS norms
-    rope_theta: float = 1e6  #: The base of the frequencies of rotary positions
+    rope_theta: float = 1e6  #: The base of the frequencies of rotary position embeddings
 
 
 def sam_config_from(shapes: Shapes, **assumed: Any) -> SamConfig:
     """Infer the config of a SAM encoder from the shapes of its tensors by DeepSeek's names.
 
-    A block is global if its relative position embeddings cover the whole image, so a window as large as the image
-    counts as global. `assumed` are values that no shape shows, if they are not SamConfig's: activation, epsilon.
+    A block counts as global if its relative position embeddings cover the whole image. `assumed` overrides defaults of
+    SamConfig that shapes do not determine: activation and epsilon.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -101,7 +101,7 @@ def sam_config_from(shapes: Shapes, **assumed: Any) -> SamConfig:
     _, rows, columns, _ = shape_of(shapes, "pos_embed", 4)
     if rows != columns:
         raise LayoutError(f"pos_embed: {rows} rows and {columns} columns, expected a square")
-    rel_pos = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_depth(shapes, "blocks."))]
+    rel_pos = [shape_of(shapes, f"blocks.{index}.attn.rel_pos_h", 2) for index in range(_num_blocks(shapes, "blocks."))]
     head_width = rel_pos[0][1]
     if width % head_width:
         raise LayoutError(f"blocks.0.attn.rel_pos_h: heads of {head_width} channels, expected a divisor of {width}")
@@ -116,21 +116,21 @@ def sam_config_from(shapes: Shapes, **assumed: Any) -> SamConfig:
         window=_window(rel_pos, rows),
         global_blocks=tuple(index for index, (length, _) in enumerate(rel_pos) if length == 2 * rows - 1),
         neck=shape_of(shapes, "neck.0.weight", 4)[0],
-        compressor=_rows(shapes, "net_2.weight", "net_3.weight", 4),
+        compressor=_first_dims(shapes, "net_2.weight", "net_3.weight", 4),
         **assumed,
     )
 
 
 def _window(rel_pos: Sequence[tuple[int, ...]], rows: int) -> int:
     """Return the window size of the blocks whose relative positions do not cover all rows of the image."""
-    windows = {length for length, _ in rel_pos} - {2 * rows - 1}
-    if len(windows) > 1:
-        raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(windows)} offsets, expected windows of one size")
-    return (windows.pop() + 1) // 2 if windows else SamConfig.window
+    lengths = {length for length, _ in rel_pos} - {2 * rows - 1}
+    if len(lengths) > 1:
+        raise LayoutError(f"blocks.*.attn.rel_pos_h: {sorted(lengths)} offsets, expected windows of one size")
+    return (lengths.pop() + 1) // 2 if lengths else SamConfig.window
 
 
-def _rows(shapes: Shapes, first: str, second: str, ndim: int) -> tuple[int, int] | None:
-    """The first sizes of two tensors of an addition, or None without them."""
+def _first_dims(shapes: Shapes, first: str, second: str, ndim: int) -> tuple[int, int] | None:
+    """Return the first dimension of each of two tensors, or None if both are missing."""
     if first not in shapes and second not in shapes:
         return None
     return shape_of(shapes, first, ndim)[0], shape_of(shapes, second, ndim)[0]
@@ -139,12 +139,12 @@ def _rows(shapes: Shapes, first: str, second: str, ndim: int) -> tuple[int, int]
 def clip_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> ClipConfig:
     """Infer the config of a CLIP vision tower from the shapes of its tensors by DeepSeek's names.
 
-    Without a patch convolution, the patch size and the channels are the defaults.
+    Without a patch convolution, the patch size and the number of channels are ClipConfig's defaults.
 
     Args:
         shapes: The shapes of the tensors by name.
-        head_width: The channels per head, which no shape shows. All vision transformers of OpenAI's CLIP have 64.
-        assumed: Other values that no shape shows, if they are not ClipConfig's: activation, epsilon.
+        head_width: The channels per head, which shapes do not determine. All models of OpenAI's CLIP have 64.
+        assumed: Overrides of ClipConfig's defaults that shapes do not determine: activation and epsilon.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -165,7 +165,7 @@ def clip_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> Cl
         patch=patch,
         channels=channels,
         width=width,
-        depth=_depth(shapes, "transformer.layers."),
+        depth=_num_blocks(shapes, "transformer.layers."),
         heads=width // head_width,
         mlp=shape_of(shapes, "transformer.layers.0.mlp.fc1.weight", 2)[0],
         patch_convolution=convolution in shapes,
@@ -178,8 +178,8 @@ def qwen2_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> Q
 
     Args:
         shapes: The shapes of the tensors by name.
-        head_width: The channels per head, which no shape shows. Qwen2-0.5B has 64.
-        assumed: Other values that no shape shows, if they are not Qwen2Config's: activation, epsilon, rope_theta.
+        head_width: The channels per head, which shapes do not determine. Qwen2-0.5B has 64.
+        assumed: Overrides of Qwen2Config's defaults that shapes do not determine: activation, epsilon and rope_theta.
 
     Raises:
         LayoutError: A tensor is missing, or shapes contradict each other.
@@ -190,11 +190,11 @@ def qwen2_config_from(shapes: Shapes, head_width: int = 64, **assumed: Any) -> Q
         raise LayoutError(f"{name}: {key_value} x {width} channels do not fit heads of {head_width}")
     return Qwen2Config(
         width=width,
-        depth=_depth(shapes, "model.model.layers."),
+        depth=_num_blocks(shapes, "model.model.layers."),
         heads=width // head_width,
         key_value_heads=key_value // head_width,
         mlp=shape_of(shapes, "model.model.layers.0.mlp.gate_proj.weight", 2)[0],
-        queries=_rows(shapes, "query_768.weight", "query_1024.weight", 2),
+        queries=_first_dims(shapes, "query_768.weight", "query_1024.weight", 2),
         **assumed,
     )
 
@@ -217,7 +217,7 @@ def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     return shape
 
 
-def _depth(shapes: Shapes, prefix: str) -> int:
+def _num_blocks(shapes: Shapes, prefix: str) -> int:
     """Return the number of blocks under `prefix`; LayoutError unless they are numbered from 0 without gaps."""
     matches = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in shapes)
     indices = {int(match[1]) for match in matches if match}

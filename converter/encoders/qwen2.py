@@ -11,7 +11,7 @@ from converter.encoders.functional import ACTIVATIONS
 
 
 class Qwen2Encoder(nn.Module):
-    """Qwen2's layers on image tokens followed by queries, whose features are the encoder's output.
+    """Qwen2's layers, run on image tokens followed by queries. The output is the features of the queries.
 
     Parameter names follow DeepSeek-OCR-2, which wraps a whole Qwen2: `model.model.layers`, `model.model.norm`. To
     compare activations, put forward hooks on `model.model.layers[i]`. Each layer maps (B, N, width) to the same shape.
@@ -29,37 +29,38 @@ class Qwen2Encoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Encode features (B, width, h, w) of the compressor to one token for each query, (B, queries, width).
 
-        Images of 768 and of 1024 pixels have a table each. Others have none of their own: as in transformers, up to as
-        many image tokens as query_768 has rows (144) get query_768, and more get query_1024.
+        As in transformers, images with up to as many image tokens as query_768 has rows (144, for 768 pixels) get the
+        queries of query_768. Larger images get those of query_1024 (256, for 1024 pixels).
 
         Raises:
             ValueError: The encoder has no queries.
         """
-        images = features.flatten(2).transpose(1, 2)
-        queries = self.queries(images.shape[1]).expand(len(images), -1, -1)
-        return self.encode(torch.cat([images, queries], dim=1), images.shape[1])[:, images.shape[1] :]
+        image_tokens = features.flatten(2).transpose(1, 2)
+        batch, num_image_tokens, _ = image_tokens.shape
+        queries = self.queries(num_image_tokens).expand(batch, -1, -1)
+        return self.encode(torch.cat([image_tokens, queries], dim=1), num_image_tokens)[:, num_image_tokens:]
 
-    def queries(self, image_tokens: int) -> Tensor:
-        """Return the table of queries (queries, width) for an image of so many tokens."""
+    def queries(self, num_image_tokens: int) -> Tensor:
+        """Return the table of queries (queries, width) for an image with this number of tokens."""
         if self.config.queries is None:
             raise ValueError("the encoder has no tables of queries: load or train query_768 and query_1024")
-        table = self.query_768 if image_tokens <= self.config.queries[0] else self.query_1024
+        table = self.query_768 if num_image_tokens <= self.config.queries[0] else self.query_1024
         return table.weight
 
-    def encode(self, x: Tensor, image_tokens: int | None = None) -> Tensor:
-        """Return the normed features (B, N, width) of all tokens.
+    def encode(self, x: Tensor, num_image_tokens: int | None = None) -> Tensor:
+        """Return the features (B, N, width) of all tokens after the last norm.
 
         Args:
-            x: Image tokens, then queries (B, N, width). Their positions are 0 to N - 1.
-            image_tokens: The number of image tokens; half of all by default.
+            x: Image tokens, then queries (B, N, width), at the positions 0 to N - 1.
+            num_image_tokens: The number of image tokens; half of all tokens by default.
         """
         for layer in self.model.model.layers:
-            x = layer(x, image_tokens)
+            x = layer(x, num_image_tokens)
         return self.model.model.norm(x)
 
 
 class _LanguageModel(nn.Module):
-    """The module between the encoder and Qwen2's decoder, which only its names show."""
+    """A wrapper that only adds a segment to parameter names: in DeepSeek-OCR-2, they begin with `model.model.`."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class _Decoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """Transformer block on (B, N, C): image tokens, half of all by default, and queries."""
+    """Transformer block on image tokens, then queries (B, N, C). Half of the tokens are image tokens by default."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -83,14 +84,14 @@ class _Block(nn.Module):
         self.post_attention_layernorm = RmsNorm(config)
         self.mlp = _Mlp(config)
 
-    def forward(self, x: Tensor, image_tokens: int | None = None) -> Tensor:
-        image_tokens = x.shape[1] // 2 if image_tokens is None else image_tokens
-        x = x + self.self_attn(self.input_layernorm(x), image_tokens)
+    def forward(self, x: Tensor, num_image_tokens: int | None = None) -> Tensor:
+        num_image_tokens = x.shape[1] // 2 if num_image_tokens is None else num_image_tokens
+        x = x + self.self_attn(self.input_layernorm(x), num_image_tokens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class _Attention(nn.Module):
-    """Attention with rotary positions. Several heads of queries share one head of keys and values."""
+    """Grouped-query attention with rotary position embeddings: several query heads share a key and value head."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -101,38 +102,38 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.key_value_heads * self.head_width)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, image_tokens: int) -> Tensor:
+    def forward(self, x: Tensor, num_image_tokens: int) -> Tensor:
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = _rotation(x, self.head_width, self.rope_theta)
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        shared = q.shape[1] // k.shape[1]
-        y = attend(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), image_tokens)
+        cos, sin = _rotary_cos_sin(x, self.head_width, self.rope_theta)
+        q, k = _apply_rotary(q, cos, sin), _apply_rotary(k, cos, sin)
+        groups = q.shape[1] // k.shape[1]
+        y = attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), num_image_tokens)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, N, heads * D) -> (B, heads, N, D)."""
+        """Split the channels (B, N, heads * D) into heads (B, heads, N, D)."""
         return x.reshape(*x.shape[:2], -1, self.head_width).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, image_tokens: int) -> Tensor:
-    """Attention in which image tokens see all image tokens, and a query also all queries up to itself.
+def attend(q: Tensor, k: Tensor, v: Tensor, num_image_tokens: int) -> Tensor:
+    """Attend from image tokens to all image tokens, and from each query also to the queries up to itself.
 
     Args:
         q: Queries (B, heads, N, D).
         k: Keys, of the same shape.
         v: Values, of the same shape.
-        image_tokens: The number of image tokens, which come first.
+        num_image_tokens: The number of image tokens, which come first.
     """
-    n, total = image_tokens, q.shape[2]
-    images = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    n, total = num_image_tokens, q.shape[2]
+    image_features = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
     mask = torch.ones(total - n, total, dtype=torch.bool, device=q.device).tril(n)
-    return torch.cat([images, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)], dim=2)
+    return torch.cat([image_features, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)], dim=2)
 
 
-def _rotation(x: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (N, head_width) of the positions of x (B, N, C), in its type.
+def _rotary_cos_sin(x: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines (N, head_width) of rotary position embeddings for x (B, N, C), in the dtype of x.
 
-    As in training, frequencies and angles are in float32.
+    As in training, frequencies and angles are computed in float32, or in float64 for float64.
     """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=x.device) / head_width
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -141,8 +142,8 @@ def _rotation(x: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each channel of the first half of a head (B, heads, N, D) with its channel of the second half."""
+def _apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads (B, heads, N, D). Channel i of the first half and channel i of the second half form a pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -160,7 +161,7 @@ class _Mlp(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """RMS norm over the last dimension, in float32 or wider."""
+    """RMS norm over the last dimension, computed in float32 or wider."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
