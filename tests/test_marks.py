@@ -264,6 +264,16 @@ def test_what_the_weights_are_is_said(mark: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_modules_that_hqq_saved_one_by_one(tmp_path: Path) -> None:
+    """HQQ's own file is a dict of modules, each with its tensors."""
+    quantised = {"W_q": torch.zeros(8, 1, dtype=torch.uint8), "meta": {"nbits": 4, "scale": W}, "bias": torch.ones(4)}
+    modules = {"vision_model.embeddings.patch_embedding": {"weight": W}, FC1: quantised}
+    torch.save(modules, tmp_path / "qmodel.pt")
+    with pytest.raises(DsocrError, match="quantised by HQQ") as caught:
+        converter.convert(tmp_path / "qmodel.pt", "clip", out=tmp_path / "out.safetensors")
+    assert "dequantise" in caught.value.hint
+
+
 def test_quantised_weights_outside_the_encoder_do_not_matter(tmp_path: Path) -> None:
     state = {**clip(), "lm.layers.0.mlp.qweight": W, "lm.layers.0.mlp.g_idx": W, "lm.lora_A.weight": W.clone()}
     save(state, tmp_path / "weights.safetensors")
