@@ -22,7 +22,7 @@ from converter.storage.progress import OnProgress
 from converter.tensors.dtypes import dtype_name
 from converter.tensors.evaluate import torch_dtype
 from converter.tensors.lazy_tensor import source_tensors
-from converter.verification.controls import strongest
+from converter.verification.controls import strongest_controls
 from converter.verification.families import FAMILIES
 from converter.verification.inputs import Converted, Expected, open_any_layout, open_converted
 from converter.verification.pictures import draw as draw_features
@@ -189,7 +189,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
             *(run.note for run in runs if run.note),
         ],
         # A comparison that shows nothing would not have shown a mistake either.
-        controls=strongest(control for run in runs if run.check.verdict == PASSED for control in run.controls),
+        controls=strongest_controls(control for run in runs if run.check.verdict == PASSED for control in run.controls),
         qualifiers={"bytes": f"by {', '.join(user_mappings)}"} if user_mappings else {},
         seconds=seconds,
         key_map={name: [tensor.key for tensor in source_tensors(value)] for name, value in outputs.items()},

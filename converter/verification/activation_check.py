@@ -1,4 +1,4 @@
-"""Compares activations of another implementation with ours by stage, and names the mistake that explains them."""
+"""Compares another implementation's activations with ours, stage by stage, and finds the mistake that explains them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from converter.errors import first_names
 from converter.verification.activations import PIXELS, StagedEncoder
 from converter.verification.families import FAMILIES
 from converter.verification.outputs import MARGIN, TOLERANCE_LIMIT, Features, distance
-from converter.verification.port_mistakes import PIXEL_MISTAKES, USUAL, Mistake, known_mistakes, with_mistakes
+from converter.verification.port_mistakes import COMMON_CAUSES, PIXEL_MISTAKES, Mistake, known_mistakes, with_mistakes
 from converter.verification.result import ACTIVATIONS, FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check, Trace, TracePoint
 
-# Errors are multiplied by this if a mistake explains most, and not all of them.
-_MOST = 0.1
+# A mistake explains a difference if it reduces the error to the tolerance, or to this fraction of the error.
+_MAX_UNEXPLAINED = 0.1
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class _ComparedStage:
-    """One stage."""
+    """The errors of one stage."""
 
     point: TracePoint
-    scale: float  # The factor between their values and ours, less one
+    scale_error: float  # The factor by which the activations are nearest to ours, minus one
     scale_tolerance: float
 
     @property
     def departs(self) -> bool:
         """Whether the stage differs by more than rounding."""
-        return not (self.point.within_tolerance and abs(self.scale) <= self.scale_tolerance)
+        return not (self.point.within_tolerance and abs(self.scale_error) <= self.scale_tolerance)
 
 
 def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, Tensor]) -> tuple[Check, Trace | None]:
-    """Compare the activations of one image.
+    """Compare another implementation's activations for one image with ours.
 
     Args:
-        encoder: The encoder with the right weights.
+        encoder: Our encoder, with the weights of the other implementation.
         pixels: The image (1, 3, size, size).
-        theirs: The other implementation's activations by stage, channels first as ours.
+        theirs: The other implementation's activations by stage, with the axes in our order (channels first).
     """
     name = f"at {pixels.shape[-1]} x {pixels.shape[-1]}"
     exact = encoder.activations(pixels, torch.float64)
@@ -54,52 +54,51 @@ def compare_stages(encoder: StagedEncoder, pixels: Tensor, theirs: Mapping[str, 
     compared = _compare_all(encoder, pixels, exact, theirs)
     trace = Trace(name, [stage.point for stage in compared])
     departing = [stage for stage in compared if stage.departs]
-    last = (departing or compared)[0 if departing else -1].point
-    figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
+    point = departing[0].point if departing else compared[-1].point
+    figures = {"error": point.error, "tolerance": point.tolerance, "noise_floor": point.noise_floor}
     if departing:
-        detail = _departure(departing, compared)
-        cause = _cause(encoder, pixels, exact, theirs, compared)
-        return Check(ACTIVATIONS, name, FAILED, f"{detail}; {cause}", [last.probe], figures), trace
-    detail = f"{len(compared)} of {len(exact)} stages agree; {last.probe}: relative error {last.error:.2g}, tolerance "
-    detail += f"{last.tolerance:.2g}"
+        detail = f"{_describe_departure(departing, compared)}; {_cause(encoder, pixels, exact, theirs, compared)}"
+        return Check(ACTIVATIONS, name, FAILED, detail, [point.probe], figures), trace
+    detail = f"{len(compared)} of {len(exact)} stages agree; {point.probe}: relative error {point.error:.2g}, "
+    detail += f"tolerance {point.tolerance:.2g}"
     if any(stage.point.tolerance > TOLERANCE_LIMIT for stage in compared):
-        return Check(
-            ACTIVATIONS, name, INCONCLUSIVE, f"no mistake would show in this type: {detail}", [], figures
-        ), trace
+        detail = f"no mistake would show in this type: {detail}"
+        return Check(ACTIVATIONS, name, INCONCLUSIVE, detail, figures=figures), trace
     return Check(ACTIVATIONS, name, PASSED, detail, figures=figures), trace
 
 
 def _compare_all(
     encoder: StagedEncoder, pixels: Tensor, exact: Features, theirs: Mapping[str, Tensor]
 ) -> list[_ComparedStage]:
-    """Compare the stages in the order of computation, each with the noise floor of its tensor's type."""
-    types = {_computed_in(tensor) for tensor in theirs.values()}
-    rounded = {dtype: encoder.activations(pixels, dtype) for dtype in types}
+    """Compare the stages in the order of computation, each with the noise floor of its tensor's dtype."""
+    dtypes = {_rounding_dtype(tensor) for tensor in theirs.values()}
+    rounded = {dtype: encoder.activations(pixels, dtype) for dtype in dtypes}
     compared = []
     for stage in (stage for stage in exact if stage in theirs):
-        dtype = _computed_in(theirs[stage])
+        dtype = _rounding_dtype(theirs[stage])
         ours, expected = rounded[dtype][stage], exact[stage]
         actual = theirs[stage].to(expected.device)
         floor = max(distance(ours, expected), torch.finfo(dtype).eps)
         point = TracePoint(stage, distance(actual, expected), floor, MARGIN * floor)
-        # Rounding errors hardly change the scale, and the scale of a stage shows 1 % in types whose errors are larger.
-        tolerance = max(MARGIN * abs(_scale(ours, expected)), floor / 4)
-        compared.append(_ComparedStage(point, _scale(actual, expected), tolerance))
+        # Rounding hardly changes the scale, so a scale error of 1 % shows even if rounding errors are larger than that.
+        tolerance = max(MARGIN * abs(_scale_error(ours, expected)), floor / 4)
+        compared.append(_ComparedStage(point, _scale_error(actual, expected), tolerance))
     return compared
 
 
-def _computed_in(tensor: Tensor) -> torch.dtype:
-    """Return the type whose rounding errors a tensor has: float32 for float64, as no port computes all in float64."""
+def _rounding_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that limits a tensor's precision: float32 for float64, as no port computes all in float64."""
     return torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
 
 
-def _scale(a: Tensor, b: Tensor) -> float:
-    """Return the factor by which `b` is nearest to `a`, minus one."""
-    a, b = a.double(), b.double()
-    return float((a - b).mul(b).sum() / b.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+def _scale_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the factor that brings `expected` nearest to `actual`, minus one."""
+    actual, expected = actual.double(), expected.double()
+    norm_squared = expected.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((actual - expected).mul(expected).sum() / norm_squared)
 
 
-def _departure(departing: Sequence[_ComparedStage], compared: Sequence[_ComparedStage]) -> str:
+def _describe_departure(departing: Sequence[_ComparedStage], compared: Sequence[_ComparedStage]) -> str:
     first = departing[0]
     text = f"{first.point.probe} is the first of {len(departing)} stages to depart, of {len(compared)}: relative error "
     text += f"{first.point.error:.2g}, tolerance {first.point.tolerance:.2g}"
@@ -115,59 +114,59 @@ def _cause(
 ) -> str:
     """Describe the known mistake that explains the first departing stage, or else what is usually wrong there."""
     first = next(stage.point for stage in compared if stage.departs)
-    usual = next(text for pattern, text in USUAL.items() if fnmatchcase(first.probe, pattern))
+    common_cause = next(text for pattern, text in COMMON_CAUSES.items() if fnmatchcase(first.probe, pattern))
     if first.error != float("inf"):
         target = theirs[first.probe].to(exact[first.probe].device)
-        scale = 1 + _scale(target, exact[first.probe])
+        scale = 1 + _scale_error(target, exact[first.probe])
         if distance(target, scale * exact[first.probe]) <= first.tolerance:
             return f"its values are ours times {scale:.4g}"
-        found = _best(_trials(encoder, pixels, exact, compared, target), first)
-        if found is not None:
-            error, text = found
-            how = "explained by" if error <= first.tolerance else f"explained but for {error:.2g} by"
-            return f"{how}: {text}"
-    return f"usually wrong there: {usual}" if usual else "no known mistake explains it"
+        explanation = _best_explanation(_try_mistakes(encoder, pixels, exact, compared, target), first)
+        if explanation is not None:
+            error, mistake = explanation
+            extent = "explained by" if error <= first.tolerance else f"explained but for {error:.2g} by"
+            return f"{extent}: {mistake}"
+    return f"usually wrong there: {common_cause}" if common_cause else "no known mistake explains it"
 
 
-def _best(trials: Iterable[tuple[float, str]], point: TracePoint) -> tuple[float, str] | None:
-    """Return the mistake with the smallest error; None if it explains little."""
+def _best_explanation(trials: Iterable[tuple[float, str]], point: TracePoint) -> tuple[float, str] | None:
+    """Return the smallest error and its mistake, or None if that mistake explains too little."""
     best: tuple[float, str] | None = None
-    for error, text in trials:
+    for error, mistake in trials:
         if best is None or error < best[0]:
-            best = error, text
+            best = error, mistake
         if error <= point.tolerance:
             break
-    return best if best is not None and best[0] <= max(point.tolerance, _MOST * point.error) else None
+    return best if best is not None and best[0] <= max(point.tolerance, _MAX_UNEXPLAINED * point.error) else None
 
 
-def _trials(
+def _try_mistakes(
     encoder: StagedEncoder, pixels: Tensor, exact: Features, compared: Sequence[_ComparedStage], target: Tensor
 ) -> Iterator[tuple[float, str]]:
-    """Yield the error at the first departing stage for each known mistake, then for the best with each other one."""
+    """Yield the error at the first departing stage with each known mistake, then with the best and each other one."""
     first = next(stage.point.probe for stage in compared if stage.departs)
-    between = _between(list(exact), compared, first)
-    if PIXELS in between:
+    suspects = _suspect_stages(list(exact), compared, first)
+    if PIXELS in suspects:
         for name, change in PIXEL_MISTAKES.items():
             changed = change(pixels)
-            found = changed if first == PIXELS else encoder.activations(changed, torch.float32)[first]
-            yield distance(target, found), name
-    families = [name for name, family in FAMILIES.items() if any(stage.startswith(family.prefix) for stage in between)]
+            features = changed if first == PIXELS else encoder.activations(changed, torch.float32)[first]
+            yield distance(target, features), name
+    families = [name for name, family in FAMILIES.items() if any(stage.startswith(family.prefix) for stage in suspects)]
 
-    def error(*mistakes: Mistake) -> float:
+    def error_with(*mistakes: Mistake) -> float:
         model: nn.Module = with_mistakes(encoder.model, mistakes)
-        found = encoder.activations(pixels, torch.float32, model)[first]
-        return distance(target, found) if found.shape == target.shape else float("inf")
+        features = encoder.activations(pixels, torch.float32, model)[first]
+        return distance(target, features) if features.shape == target.shape else float("inf")
 
     mistakes = known_mistakes(families)
-    errors = {mistake: error(mistake) for mistake in mistakes}
-    yield from ((value, mistake.name) for mistake, value in errors.items())
+    errors = {mistake: error_with(mistake) for mistake in mistakes}
+    yield from ((error, mistake.name) for mistake, error in errors.items())
     if errors:
         best = min(errors, key=lambda mistake: errors[mistake])
         others = [other for other in mistakes if other is not best]
-        yield from ((error(best, other), f"{best.name} and {other.name}") for other in others)
+        yield from ((error_with(best, other), f"{best.name} and {other.name}") for other in others)
 
 
-def _between(order: Sequence[str], compared: Sequence[_ComparedStage], first: str) -> list[str]:
+def _suspect_stages(order: Sequence[str], compared: Sequence[_ComparedStage], first: str) -> list[str]:
     """Return the stages after the last agreeing one, up to and including the first departing stage."""
     agreeing = [order.index(stage.point.probe) for stage in compared if not stage.departs]
     end = order.index(first)
@@ -176,12 +175,12 @@ def _between(order: Sequence[str], compared: Sequence[_ComparedStage], first: st
 
 
 def check_weights(encoder: StagedEncoder, metadata: Mapping[str, str]) -> Check:
-    """Compare the digests of the weights in a file's metadata with those of the encoder."""
+    """Compare the digests of the weights in an activation file's metadata with those of our encoder."""
     if "weights" not in metadata:
         return Check(ACTIVATIONS, "weights", SKIPPED, "the file names no digest of the weights (docs/activations.md)")
     if metadata["weights"] == encoder.digests["weights"]:
         return Check(ACTIVATIONS, "weights", PASSED, "activations of the same weights")
-    other = [name for name, digest in encoder.digests.items() if metadata.get(name) not in (None, digest)]
-    parts = [name.removeprefix("weights.") for name in other if name != "weights"]
+    differing = [name for name, digest in encoder.digests.items() if metadata.get(name) not in (None, digest)]
+    parts = [name.removeprefix("weights.") for name in differing if name != "weights"]
     names = f", in {first_names(parts)}" if parts else ""
     return Check(ACTIVATIONS, "weights", FAILED, f"the activations are of other weights{names}", parts)

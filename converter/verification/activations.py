@@ -1,4 +1,4 @@
-"""Activations of a whole DeepEncoder at named stages, for comparison with other implementations of it.
+"""Records the activations of a whole DeepEncoder at named stages, for comparison with other implementations.
 
 docs/activations.md lists the stages.
 """
@@ -29,11 +29,11 @@ from converter.verification.probes import Probe, ProbedEncoder
 from converter.verification.structure import check_loads
 
 PIXELS, OUTPUT, PROJECTOR = "pixels", "output", "projector"
-# Stages of shape [1, channels, rows, columns]; those of a port may have their channels last.
+# Stages of shape (1, channels, rows, columns). Other implementations may have the channels last.
 CHANNELS_FIRST = (PIXELS, *(f"sam_model.{name}" for name in ("patch_embed.proj", "neck", "net_2", "net_3")))
-# Modules whose output is a stage, besides the probes of their family.
-_STAGES = {"sam": ("neck", "net_2", "net_3"), "clip": ("embeddings",), "qwen2": ("model.model.norm",)}
-# The parts of the weights that have a digest of their own: blocks, and single modules.
+# Modules whose output is a stage, in addition to the probes of their family.
+_EXTRA_STAGES = {"sam": ("neck", "net_2", "net_3"), "clip": ("embeddings",), "qwen2": ("model.model.norm",)}
+# The prefix of a parameter name that identifies a block or a module, whose weights have a digest.
 _PART = re.compile(r"(.*?\.(?:layers|blocks)\.\d+|[^.]+\.[^.]+)")
 
 
@@ -46,38 +46,38 @@ class StagedEncoder:
     projector: tuple[Tensor, Tensor] | None  # Weight and bias; None if the file has none
 
     def activations(self, pixels: Tensor, precision: torch.dtype, model: nn.Module | None = None) -> Features:
-        """Return the activations at all stages, in the order of computation.
+        """Return the activations at all stages for one image, in the order of computation.
 
         Args:
             pixels: The image (1, 3, size, size).
-            precision: The type to compute in.
-            model: A changed copy of the model, which is cast to the type; None for the model itself.
+            precision: The dtype to compute in.
+            model: A changed copy of the model, which is cast to the dtype; None for the model itself.
         """
         model = copy.deepcopy(self.model) if model is None else model
-        encoder = ProbedEncoder("", model, _stages(model), model, OUTPUT)
+        encoder = ProbedEncoder("", model, _stage_probes(model), model, OUTPUT)
         with exact_float32():
-            found = {PIXELS: pixels, **run_in(precision, encoder, pixels)}
+            features = {PIXELS: pixels, **run_in(precision, encoder, pixels)}
             if self.projector is not None:
-                weight, bias = (tensor.to(found[OUTPUT]) for tensor in self.projector)
-                found[PROJECTOR] = nn.functional.linear(found[OUTPUT], weight, bias)
-        return found
+                weight, bias = (tensor.to(features[OUTPUT]) for tensor in self.projector)
+                features[PROJECTOR] = nn.functional.linear(features[OUTPUT], weight, bias)
+        return features
 
     @property
     def stages(self) -> list[str]:
         """The names of all stages."""
         projector = [PROJECTOR] if self.projector is not None else []
-        return [PIXELS, *(probe.name for probe in _stages(self.model)), OUTPUT, *projector]
+        return [PIXELS, *(probe.name for probe in _stage_probes(self.model)), OUTPUT, *projector]
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the weights in float32: of all, and of each part, such as a block."""
+        """The SHA-256 digests of the weights in float32: `weights` of all, `weights.NAME` of each block or module."""
         total, parts = hashlib.sha256(), dict[str, Any]()
         for name, tensor in sorted(self.weights.items()):
             match = _PART.match(name)
             data = name.encode() + bytes(as_bytes(tensor.float().cpu()))
             for digest in (total, parts.setdefault(match[1] if match else name, hashlib.sha256())):
                 digest.update(data)
-        return {"weights": total.hexdigest(), **{f"weights.{name}": each.hexdigest() for name, each in parts.items()}}
+        return {"weights": total.hexdigest(), **{f"weights.{name}": part.hexdigest() for name, part in parts.items()}}
 
 
 def load_staged_encoder(target: Converted, device: torch.device) -> StagedEncoder:
@@ -91,7 +91,7 @@ def load_staged_encoder(target: Converted, device: torch.device) -> StagedEncode
     weights: dict[str, Tensor] = {}
     for converted in target.encoders:
         family = FAMILIES[converted.family]
-        state = {name: _loaded(evaluate(value, target.read), device) for name, value in converted.tensors.items()}
+        state = {name: _float32(evaluate(value, target.read), device) for name, value in converted.tensors.items()}
         check, encoder = check_loads(family, state, {})
         if encoder is None:
             raise LayoutError(f"{target.source.name}: {check.detail}", "see what is wrong: dsocr-verify FILE --fast")
@@ -105,14 +105,14 @@ def load_staged_encoder(target: Converted, device: torch.device) -> StagedEncode
 
 
 def image_pixels(image: Image | None, size: int) -> Tensor:
-    """Return an image as pixels (1, 3, size, size); the drawn page has seeded noise, so that blank patches differ."""
+    """Return an image as pixels (1, 3, size, size); by default a drawn page with noise, so that all patches differ."""
     if image is not None:
         return pictures.pixels(image, size)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
     return pictures.pixels(pictures.page(size), size) + 0.02 * noise
 
 
-def _loaded(tensor: Tensor, device: torch.device) -> Tensor:
+def _float32(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
@@ -123,13 +123,13 @@ def _projector(target: Converted, device: torch.device) -> tuple[Tensor, Tensor]
     return target.read(weight).to(device), target.read(bias).to(device)
 
 
-def _stages(model: nn.Module) -> list[Probe]:
-    """The probes of all stages."""
+def _stage_probes(model: nn.Module) -> list[Probe]:
+    """Return the probes of all stages of a DeepEncoder, but for its pixels and output."""
     modules: dict[str, Any] = dict(model.named_modules())
     probes = list[Probe]()
     for family in FAMILIES.values():
-        if part := modules.get(family.prefix[:-1]):
-            probes += family.encoder_probes(part, family.prefix)
-            names = [family.prefix + name for name in _STAGES[family.name]]
+        if encoder := modules.get(family.prefix[:-1]):
+            probes += family.encoder_probes(encoder, family.prefix)
+            names = [family.prefix + name for name in _EXTRA_STAGES[family.name]]
             probes += [Probe(name, modules[name]) for name in names if name in modules]
     return probes

@@ -1,4 +1,4 @@
-"""Outputs: the converted encoder computes the same features as the source's own implementation.
+"""Checks that the converted encoder computes the same features as the source's own implementation.
 
 The tolerance is measured. The reference runs in the tested precision and in float64; the difference is the rounding
 error of a correct implementation, probe by probe: the noise floor. Two correct implementations differ by at most the
@@ -27,28 +27,33 @@ from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check, C
 
 GROUP = "outputs"
 
-# In noise floors: two, as two errors add, times 1.5, as the tested one may be larger. The norms are of a hundred
-# thousand elements and more, so chance hardly matters; correct conversions stay at one noise floor.
+# The tolerance in noise floors: two, as the errors of two implementations add, times 1.5, as the tested one's may be
+# larger. Norms are over a hundred thousand elements or more, so chance hardly matters: correct conversions stay at one.
 MARGIN = 3.0
-# In float64 the noise floor is of the weights alone, not of sums and products, and layers can amplify one rounding a
-# billion times: the errors of correct conversions reached 6.4 noise floors. Any mistake is far above a hundred, as the
-# smallest change of a float32 weight is half a billion roundings of float64.
+# The same in float64, where the noise floor is the effect of rounding the weights, without that of sums and products.
+# Layers can amplify one rounding a billion times: correct conversions reached 6.4 noise floors. Mistakes are far above
+# 100, as the smallest change of a float32 weight is half a billion roundings of float64.
 MARGIN_FLOAT64 = 100.0
 # The tolerance above which a comparison proves nothing.
 TOLERANCE_LIMIT = 0.3
-# In tolerances: amplified rounding errors reached 1.2 in float32.
-NEAR = 10.0
+# Errors of up to this many tolerances may be amplified rounding errors, which reached 1.2 tolerances in float32.
+NEAR_TOLERANCES = 10.0
 
-# The package of our own encoders.
-_OWN = f"{__name__.partition('.')[0]}."
+_OWN_PACKAGE = f"{__name__.partition('.')[0]}."
 
 # Features by probe, in the order of execution.
 Features = dict[str, Tensor]
 
 
-# A mistake, a probe, and the features that it would have recorded with the mistake in the tested encoder.
-Mistaken = tuple[str, str, Tensor]
-MakeMistakes = Callable[[Features], Iterable[Mistaken]]
+class MistakenFeatures(NamedTuple):
+    """The features that a probe would have recorded with a mistake in the tested encoder."""
+
+    mistake: str
+    probe: str
+    features: Tensor
+
+
+MakeMistakes = Callable[[Features], Iterable[MistakenFeatures]]
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,19 @@ class _Run(NamedTuple):
     """The features of both implementations in one precision."""
 
     tested: Features
-    rounded: Features  # Of the reference
-    floors: Mapping[str, float]  # The noise floor of each probe
+    reference: Features
+    noise_floors: Mapping[str, float]  # The noise floor of each probe
     margin: float  # The tolerance in noise floors
 
     @property
-    def noise(self) -> float:
-        """The highest noise floor."""
-        return max(self.floors.values())
+    def noise_floor(self) -> float:
+        """The highest noise floor of all probes."""
+        return max(self.noise_floors.values())
 
     @property
     def hides_mistakes(self) -> bool:
         """Whether a tolerance is so high that a mistake would not exceed it."""
-        return self.margin * self.noise > TOLERANCE_LIMIT
+        return self.margin * self.noise_floor > TOLERANCE_LIMIT
 
 
 def compare(
@@ -90,25 +95,27 @@ def compare(
     precision: torch.dtype,
     make_mistakes: MakeMistakes = lambda features: (),
 ) -> Comparison:
-    """Run an encoder and its reference on the same pixels; both keep their weights, up to one rounding of float64.
+    """Compare an encoder with its reference on the same pixels. Both keep their weights, but for roundings of float64.
 
     Args:
         tested: The converted encoder.
         reference: Another implementation with the source's weights.
-        pixels: The image (1, 3, size, size), or tokens (1, N, C) for an encoder that takes these.
-        precision: The type to compute in. Float64 takes its place if a tolerance is above `TOLERANCE_LIMIT`, or if the
-            errors are within `NEAR` tolerances.
-        make_mistakes: Makes mistakes in the tested encoder, given its features.
+        pixels: The image (1, 3, size, size), or tokens (1, N, C) for an encoder whose input is tokens.
+        precision: The dtype to compute in. If a tolerance is above `TOLERANCE_LIMIT`, or if the check fails by at most
+            `NEAR_TOLERANCES`, the comparison is repeated in float64.
+        make_mistakes: Makes mistakes in copies of the tested encoder's blocks, given its features.
     """
     where = f"at {pixels.shape[-1]} x {pixels.shape[-1]}" if pixels.ndim == 4 else f"on {pixels.shape[1]} tokens"
     name, note = f"{reference.label} {where}", ""
-    originals = [(encoder.model, _lost_in(precision, encoder.model)) for encoder in (tested, reference)]
+    originals = [(encoder.model, _weights_lost_in(precision, encoder.model)) for encoder in (tested, reference)]
     with exact_float32():
         exact = run_in(torch.float64, reference, pixels)
         run = _run_both(precision, tested, reference, pixels, exact)
         check, trace = _judge(name, run)
         if run.hides_mistakes:
-            note = f"{name}: compared in float64, as the noise floor in {dtype_name(precision)} is {run.noise:.2g}"
+            note = (
+                f"{name}: compared in float64, as the noise floor in {dtype_name(precision)} is {run.noise_floor:.2g}"
+            )
         elif _nearly_passed(check, trace):
             note = f"{name}: compared in float64, as errors in {dtype_name(precision)} are near the tolerance"
         if note:
@@ -116,49 +123,49 @@ def compare(
             run = _run_both(torch.float64, tested, reference, pixels, exact)
             check, trace = _judge(name, run)
         check = _inconclusive(check, run, reference)
-        controls = _control(make_mistakes, run, trace) if check.verdict == PASSED else ()
+        controls = _run_controls(make_mistakes, run, trace) if check.verdict == PASSED else ()
         _restore(originals)
-    last = next(reversed(run.rounded))
-    final = (pixels, run.rounded[last], run.tested[last]) if last in run.tested else None
-    return Comparison(check, trace, reference.label, final, note, controls)
+    last_probe = next(reversed(run.reference))
+    last_features = (pixels, run.reference[last_probe], run.tested[last_probe]) if last_probe in run.tested else None
+    return Comparison(check, trace, reference.label, last_features, note, controls)
 
 
 def _run_both(
     precision: torch.dtype, tested: ProbedEncoder, reference: ProbedEncoder, pixels: Tensor, exact: Features
 ) -> _Run:
-    """Run the two implementations in one precision; `exact` are the reference's features in float64."""
+    """Run both implementations in one precision; `exact` has the reference's features in float64."""
     if precision is torch.float64:
         rounded, changed, margin = exact, _run_perturbed(reference, pixels), MARGIN_FLOAT64
     else:
         rounded = changed = run_in(precision, reference, pixels)
         margin = MARGIN
-    # Never below one rounding, even where the reference happens to round nothing.
+    # A noise floor is at least one rounding, even if the reference happens to round nothing.
     epsilon = torch.finfo(precision).eps
-    floors = {probe: max(distance(changed[probe], exact[probe]), epsilon) for probe in changed}
-    return _Run(run_in(precision, tested, pixels), rounded, floors, margin)
+    noise_floors = {probe: max(distance(changed[probe], exact[probe]), epsilon) for probe in changed}
+    return _Run(run_in(precision, tested, pixels), rounded, noise_floors, margin)
 
 
 def _nearly_passed(check: Check, trace: Trace) -> bool:
-    """Return whether a check failed by at most `NEAR` tolerances, as amplified rounding errors can cause."""
+    """Return whether a check failed by at most `NEAR_TOLERANCES`, which amplified rounding errors can cause."""
     worst = max((point.error / point.tolerance for point in trace.points), default=math.inf)
-    return check.verdict == FAILED and worst <= NEAR
+    return check.verdict == FAILED and worst <= NEAR_TOLERANCES
 
 
 @torch.inference_mode()
-def _control(make_mistakes: MakeMistakes, run: _Run, trace: Trace) -> list[Control]:
-    """Compare the features of each mistake with the reference's, like those of the tested encoder."""
+def _run_controls(make_mistakes: MakeMistakes, run: _Run, trace: Trace) -> list[Control]:
+    """Compare the features with each mistake to the reference's, as the features of the tested encoder are."""
     tolerances = {point.probe: point.tolerance for point in trace.points}
     return [
-        Control(mistake, probe, distance(features, run.rounded[probe]), tolerances[probe])
+        Control(mistake, probe, distance(features, run.reference[probe]), tolerances[probe])
         for mistake, probe, features in make_mistakes(run.tested)
     ]
 
 
 def run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Features:
-    """Run an encoder in a precision; its model keeps the weights rounded to it.
+    """Run an encoder in a precision. Its model is cast in place.
 
     Args:
-        precision: The type of weights and pixels.
+        precision: The dtype of weights and pixels.
         encoder: The encoder and its probes.
         pixels: Images (B, 3, H, W).
     """
@@ -167,8 +174,8 @@ def run_in(precision: torch.dtype, encoder: ProbedEncoder, pixels: Tensor) -> Fe
         return record_features(encoder, pixels.to(precision))
 
 
-def _lost_in(precision: torch.dtype, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that `precision` cannot hold; not copied, as a model replaces its tensors when it is rounded."""
+def _weights_lost_in(precision: torch.dtype, model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that a cast to `precision` rounds. They are not copied, as the cast replaces the tensors."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -198,7 +205,7 @@ class KeepFloat64(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    """A dtype or a tensor of float32 as float64: products of both types are errors."""
+    """Replace float32 by float64 in a dtype or a tensor, as torch does not multiply matrices of both types."""
     if value is torch.float32:
         return torch.float64
     return value.double() if isinstance(value, Tensor) and value.dtype is torch.float32 else value
@@ -216,31 +223,31 @@ def _run_perturbed(encoder: ProbedEncoder, pixels: Tensor) -> Features:
 
 def _judge(name: str, run: _Run) -> tuple[Check, Trace]:
     """Compare the tested features with the reference's in the same precision, probe by probe."""
-    for probe in {**run.rounded, **run.tested}:
+    for probe in {**run.reference, **run.tested}:
         actual, expected = (
-            list(features[probe].shape) if probe in features else "none" for features in (run.tested, run.rounded)
+            list(features[probe].shape) if probe in features else "none" for features in (run.tested, run.reference)
         )
         if actual != expected:
             return Check(GROUP, name, FAILED, f"{probe} has shape {actual}, expected {expected}", [probe]), Trace(name)
     points = [
-        TracePoint(probe, distance(run.tested[probe], run.rounded[probe]), floor, run.margin * floor)
-        for probe, floor in run.floors.items()
+        TracePoint(probe, distance(run.tested[probe], run.reference[probe]), floor, run.margin * floor)
+        for probe, floor in run.noise_floors.items()
     ]
-    last, over = points[-1], [point.probe for point in points if not point.within_tolerance]
+    last, diverging = points[-1], [point.probe for point in points if not point.within_tolerance]
     detail = f"relative error {last.error:.2g}, tolerance {last.tolerance:.2g} ({run.margin:g} x noise floor)"
     figures = {"error": last.error, "tolerance": last.tolerance, "noise_floor": last.noise_floor}
-    if over:
-        detail += f"; {over[0]} is the first of {len(over)} probes to diverge"
-    return Check(GROUP, name, FAILED if over else PASSED, detail, over[:1], figures), Trace(name, points)
+    if diverging:
+        detail += f"; {diverging[0]} is the first of {len(diverging)} probes to diverge"
+    return Check(GROUP, name, FAILED if diverging else PASSED, detail, diverging[:1], figures), Trace(name, points)
 
 
 def _inconclusive(check: Check, run: _Run, reference: ProbedEncoder) -> Check:
-    """The check of a run, inconclusive if it passed but could not have failed."""
+    """Return the check of a run, changed to inconclusive if it passed but could not have failed."""
     if check.verdict != PASSED:
         return check
     if run.hides_mistakes:
-        reason = f"no mistake would show: the noise floor is {run.noise:.2g} in float64 too"
-    elif any(type(probe.module).__module__.startswith(_OWN) for probe in reference.probes):
+        reason = f"no mistake would show: the noise floor is {run.noise_floor:.2g} in float64 too"
+    elif any(type(probe.module).__module__.startswith(_OWN_PACKAGE) for probe in reference.probes):
         reason = f"{reference.label} is our own code, no second implementation"
     else:
         return check
@@ -248,19 +255,19 @@ def _inconclusive(check: Check, run: _Run, reference: ProbedEncoder) -> Check:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Return the norm of the difference relative to the norm of `b`; infinite where either is not finite."""
+    """Return the norm of the difference relative to the norm of `b`; infinity if the result is not finite."""
     a, b = a.double(), b.double()
     value = float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
     return value if math.isfinite(value) else math.inf
 
 
 def check_tokens(tested: ProbedEncoder, pixels: Tensor, precision: torch.dtype) -> Check:
-    """Run a DeepEncoder without a reference: whether its tokens have the right number and are finite.
+    """Run a DeepEncoder without a reference, and check that its tokens are finite and have the right number.
 
     Args:
         tested: The DeepEncoder.
         pixels: The image (1, 3, size, size).
-        precision: The type to compute in.
+        precision: The dtype to compute in.
     """
     size, model = pixels.shape[-1], cast(Any, tested.model)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Mistakes that ports of the encoder have made, and those of the negative controls, in every block at once."""
+"""Mistakes that ports of the DeepEncoder have made. Those in blocks are made in every block at once."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from converter.encoders.sam import window_partition, window_unpartition
 from converter.verification.controls import MISTAKES, Change
 from converter.verification.families import FAMILIES
 
-# CLIP's normalisation in place of DeepSeek's.
 _CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-# From the right pixels, which are between -1 and 1.
+
+
+def _unit_range(pixels: Tensor) -> Tensor:
+    return pixels / 2 + 0.5
+
+
+def _normalised_as_clip(pixels: Tensor) -> Tensor:
+    return (_unit_range(pixels) - _CLIP_MEAN.to(pixels)[:, None, None]) / _CLIP_STD.to(pixels)[:, None, None]
+
+
+# Each changes correct pixels, which are between -1 and 1.
 PIXEL_MISTAKES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "CLIP's mean and standard deviation": lambda x: (
-        (x / 2 + 0.5 - _CLIP_MEAN.to(x)[:, None, None]) / _CLIP_STD.to(x)[:, None, None]
-    ),
-    "pixels between 0 and 1": lambda x: x / 2 + 0.5,
-    "pixels between 0 and 255": lambda x: 255 * (x / 2 + 0.5),
-    "blue before red": lambda x: x.flip(1),
+    "CLIP's mean and standard deviation": _normalised_as_clip,
+    "pixels between 0 and 1": _unit_range,
+    "pixels between 0 and 255": lambda pixels: 255 * _unit_range(pixels),
+    "blue before red": lambda pixels: pixels.flip(1),
 }
-# What is usually wrong at a stage; the first pattern that matches a name decides.
-USUAL = {
+# Common causes of a difference by stage. The first pattern that matches the name of the stage applies.
+COMMON_CAUSES = {
     "pixels": "mean and standard deviation of 0.5, red before blue",
     "sam_model.patch_embed.proj": "the order of the convolution's axes",
     "sam_model.pos_embed": "bicubic resampling with antialiasing, rows before columns",
@@ -46,11 +53,11 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake in one part of a DeepEncoder."""
+    """A mistake in one encoder of a DeepEncoder."""
 
     name: str
     family: str
-    changes_blocks: bool  # Whether it is made in each block; else in the part itself
+    changes_blocks: bool  # Whether `change` is applied to each block; else it is applied to the encoder
     change: Change
 
 
@@ -61,28 +68,28 @@ def class_token_last(encoder: Any, original: Any) -> None:
 
 
 def positions_as_llama_cpp(encoder: Any, original: Any) -> None:
-    """Resample positions as llama.cpp does (tools/mtmd/models/deepseekocr.cpp), where the grid is not the trained one.
+    """Resample positions as llama.cpp does (tools/mtmd/models/deepseekocr.cpp) if the grid is not that of training.
 
-    The table's first rows are resampled as one line of positions, without antialiasing. The class token is last and has
-    the last row.
+    All rows of the table but the last are resampled as a one-dimensional sequence, without antialiasing. The class
+    token comes last, and has the position of the last row.
     """
     embeddings = encoder.embeddings
     forward = embeddings.forward
 
     def mistaken(patches: Tensor) -> Tensor:
         if patches.shape[2] == embeddings.config.grid:
-            right: Tensor = forward(patches)
-            return right
+            unchanged: Tensor = forward(patches)
+            return unchanged
         tokens, table = patches.flatten(2).transpose(1, 2), embeddings.position_embedding.weight
-        line = F.interpolate(table[None, None, :-1], (tokens.shape[1], table.shape[1]), mode="bicubic")[0]
-        last = (embeddings.class_embedding + table[-1]).expand(len(patches), 1, -1)
-        return torch.cat([tokens + line, last], 1)
+        positions = F.interpolate(table[None, None, :-1], (tokens.shape[1], table.shape[1]), mode="bicubic")[0]
+        class_token = (embeddings.class_embedding + table[-1]).expand(len(patches), 1, -1)
+        return torch.cat([tokens + positions, class_token], 1)
 
     embeddings.forward = mistaken
 
 
 def window_padding_masked(block: Any, neighbour: Any) -> None:
-    """Attend within windows without the padding."""
+    """Mask the padding of windows in attention, so that patches attend to the image only."""
 
     def mistaken(x: Tensor) -> Tensor:
         inside = window_partition(torch.ones_like(x[..., :1]), block.window).flatten(1) > 0
@@ -97,7 +104,7 @@ def window_padding_masked(block: Any, neighbour: Any) -> None:
 
 
 class _MaskedKeys(TorchFunctionMode):
-    """Masks keys in attention, in this thread only."""
+    """Masks keys in `scaled_dot_product_attention`, in this thread only."""
 
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
@@ -110,7 +117,7 @@ class _MaskedKeys(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_MORE = (
+_PORT_MISTAKES = (
     Mistake("window padding masked", "sam", True, window_padding_masked),
     Mistake("the class token last", "clip", False, class_token_last),
     Mistake("llama.cpp's positions: resampled as one line, class token last", "clip", False, positions_as_llama_cpp),
@@ -118,34 +125,33 @@ _MORE = (
 
 
 def known_mistakes(families: Collection[str]) -> list[Mistake]:
-    """Return the mistakes that are tried in the encoders of some families."""
-    listed = [
-        Mistake(name, family, changes_blocks, change)
-        for family in families
-        for changes_blocks, changes in ((True, MISTAKES[family].blocks), (False, MISTAKES[family].entry))
-        for name, change in changes.items()
-    ]
-    return [*listed, *(mistake for mistake in _MORE if mistake.family in families)]
+    """Return the mistakes of the negative controls and of ports in the encoders of some families."""
+    mistakes: list[Mistake] = []
+    for family in families:
+        blocks, before_blocks = MISTAKES[family]
+        mistakes += [Mistake(name, family, True, change) for name, change in blocks.items()]
+        mistakes += [Mistake(name, family, False, change) for name, change in before_blocks.items()]
+    return [*mistakes, *(mistake for mistake in _PORT_MISTAKES if mistake.family in families)]
 
 
 def with_mistakes(model: nn.Module, mistakes: Collection[Mistake]) -> nn.Module:
-    """Return a copy of a DeepEncoder with some mistakes; unchanged tensors are shared."""
+    """Return a copy of a DeepEncoder with some mistakes. Tensors without a mistake are shared with the original."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, shared)
     for mistake in mistakes:
-        for target, neighbour in _places(changed, model, mistake):
+        for target, neighbour in _targets(changed, model, mistake):
             mistake.change(target, neighbour)
     return changed
 
 
-def _places(changed: nn.Module, model: nn.Module, mistake: Mistake) -> Iterator[tuple[Any, Any]]:
-    """The modules that a mistake changes, each with its neighbour, or itself, in the original."""
+def _targets(changed: nn.Module, model: nn.Module, mistake: Mistake) -> Iterator[tuple[Any, Any]]:
+    """Yield the arguments of `mistake.change`: each module to change, with its neighbour or original in `model`."""
     family = FAMILIES[mistake.family]
     path = family.prefix[:-1]
     if not mistake.changes_blocks:
         yield changed.get_submodule(path), model.get_submodule(path)
         return
-    places: Any = (root.get_submodule(family.prefix + family.blocks_path) for root in (changed, model))
-    blocks, originals = map(list, places)
+    blocks: Any = changed.get_submodule(f"{family.prefix}{family.blocks_path}")
+    originals: Any = model.get_submodule(f"{family.prefix}{family.blocks_path}")
     for index, block in enumerate(blocks):
         yield block, originals[index - 1 if index else min(1, len(blocks) - 1)]

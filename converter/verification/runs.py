@@ -23,7 +23,7 @@ from converter.verification import deep_encoder, functions, pictures, structure
 from converter.verification.controls import mistakes_before_blocks, mistakes_in_blocks
 from converter.verification.families import FAMILIES, Family, State
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
-from converter.verification.outputs import GROUP, Comparison, Features, Mistaken, check_tokens, compare
+from converter.verification.outputs import GROUP, Comparison, Features, MistakenFeatures, check_tokens, compare
 from converter.verification.reference_models import REFERENCES, build_reference
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, SKIPPED, Check
@@ -140,7 +140,7 @@ def _compare_in_deep_encoder(encoders: Sequence[_LoadedEncoder], options: RunOpt
             yield _not_compared(whole.label, error)
             return
 
-    def make_mistakes(features: Features) -> Iterator[Mistaken]:
+    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         for family in modules:
             yield from mistakes_before_blocks(family, whole.model, family.prefix, features)
 
@@ -186,7 +186,7 @@ def _compare_with_source(encoder: _LoadedEncoder, origin: Origin, options: RunOp
     source_native_state = _cast_like_outputs(encoder.source_native_state, origin)
     pixels = family.input(module.config, lambda size: _pixels(options, size)).to(options.device)
 
-    def make_mistakes(features: Features) -> Iterator[Mistaken]:
+    def make_mistakes(features: Features) -> Iterator[MistakenFeatures]:
         # Mistakes are made in copies of the module's blocks, even if another implementation was tested.
         module.to(options.device, features[family.block_input_probe].dtype)
         yield from mistakes_before_blocks(family, module, "", features)
@@ -204,7 +204,7 @@ def _compare_with_source(encoder: _LoadedEncoder, origin: Origin, options: RunOp
         if config is not configs[0]:
             comparison = Comparison(functions.check_function(comparison.check, plan.assumptions))
         yield comparison
-    yield from map(Comparison, functions.check_assumed(plan.assumptions))
+    yield from map(Comparison, functions.check_unusable_values(plan.assumptions))
 
 
 def _not_compared(name: str, error: ModuleNotFoundError) -> Comparison:
