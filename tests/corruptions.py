@@ -1687,7 +1687,7 @@ def other_config(corruption: Corruption, subject: Subject, folder: Path) -> Path
 
 def wrong_mapping(corruption: Corruption, subject: Subject, folder: Path) -> Path:
     """The mapping of the source's layout with the mistake, under another name."""
-    text = registry.text(f"{subject.family}-hf").replace("layout: ", "layout: mine-", 1)
+    text = registry.yaml_text(f"{subject.family}-hf").replace("layout: ", "layout: mine-", 1)
     for old, new in corruption.mapping:
         assert old in text
         text = text.replace(old, new, 1)

@@ -113,7 +113,7 @@ def test_mistakes_are_refused_before_anything_is_written(name: str, folder: Path
 def test_a_record_never_replaces_an_input(what: str, link: bool, folder: Path) -> None:
     own = {"source": "sam.json", "index": "clip/model.safetensors.index.json", "mapping": "m.json"}
     (folder / "sam.pth").rename("sam.json")
-    (folder / "m.json").write_text(registry.text("sam-meta"))
+    (folder / "m.json").write_text(registry.yaml_text("sam-meta"))
     record = "record.json" if link else own[what]
     if link:
         os.link(own[what], record)

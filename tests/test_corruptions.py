@@ -137,7 +137,7 @@ def test_a_transformers_without_the_deep_encoder(
 
 def test_a_wrong_mapping_is_named_by_its_line(subjects: dict[str, Subject], tmp_path: Path) -> None:
     """Tensors follow the wrong mapping; the known layout and the outputs do not, and name the line."""
-    text = registry.text("sam-hf")
+    text = registry.yaml_text("sam-hf")
     lines = text.splitlines()
     mapping = tmp_path / "mine.yaml"
     wrong = [line.replace("neck.layer_norm1", "neck.layer_norm@").replace("neck.layer_norm2", "neck.layer_norm1")

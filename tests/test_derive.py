@@ -49,7 +49,7 @@ def check_converts(found: Derived, expected: State, folder: Path, **options: obj
 
 def templates(found: Derived) -> list[str]:
     """The rules of a derived mapping, a line each."""
-    mapping = registry.load_file(Path(found.output))
+    mapping = registry.load_mapping_file(Path(found.output))
     return [rule.text for rule in (*mapping.rules, *mapping.other_rules)]
 
 
@@ -426,7 +426,7 @@ def test_the_target_may_be_a_full_model(tmp_path: Path) -> None:
 
 def test_derived_mappings_detect_no_other_layout(unseen: Callable[[], tuple[State, State]], tmp_path: Path) -> None:
     state, hub = unseen()
-    mapping = registry.load_file(Path(derived(state, hub, tmp_path).output))
+    mapping = registry.load_mapping_file(Path(derived(state, hub, tmp_path).output))
     for name, inventory in inventories().items():
         path = sparse(tmp_path / f"{name}.safetensors", inventory)
         with pytest.raises(LayoutError):
@@ -452,7 +452,7 @@ def test_an_incomplete_mapping_is_written_with_partial_only(tmp_path: Path) -> N
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path)
     assert found.unmatched == [lost] and not found.written and not (tmp_path / "my.yaml").exists()
     found = derived(state, {**hub, lost: torch.randn_like(hub[lost])}, tmp_path, allow_partial=True)
-    assert found.written and registry.load_file(tmp_path / "my.yaml").name == "my"
+    assert found.written and registry.load_mapping_file(tmp_path / "my.yaml").name == "my"
 
 
 def test_no_match_at_all_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from converter.tensors.lazy_tensor import lazy_read
 
 @pytest.mark.parametrize("name", registry.layout_names())
 def test_a_shipped_mapping_is_short_and_says_what_it_is(name: str) -> None:
-    loaded, text = registry.load(name), registry.text(name)
+    loaded, text = registry.load(name), registry.yaml_text(name)
     assert loaded.name == name
     assert name.startswith(f"{loaded.family}-") or name == f"deepencoder-{loaded.family}"
     assert loaded.is_canonical == name.startswith("deepencoder-")
@@ -214,7 +214,7 @@ def test_a_former_key_is_an_error_that_names_the_new_one(old: str, new: str) -> 
 
 @pytest.mark.parametrize(("old", "new"), [("extra_tensors:", "beyond:"), ("generate: arange", "fill: arange")])
 def test_a_former_key_of_a_canonical_layout(old: str, new: str) -> None:
-    text = registry.text("deepencoder-clip")
+    text = registry.yaml_text("deepencoder-clip")
     with pytest.raises(
         MappingError, match=rf"^my\.yaml:\d+: .*{new.split(':')[0]}.* is now called .{old.split(':')[0]}"
     ):
@@ -258,7 +258,7 @@ def test_what_is_no_mapping_file_is_refused(text: str, complaint: str) -> None:
     ],
 )
 def test_a_malformed_canonical_layout_is_refused(old: str, new: str, complaint: str) -> None:
-    text = registry.text("deepencoder-clip")
+    text = registry.yaml_text("deepencoder-clip")
     assert text.count(old) == 1
     with pytest.raises(MappingError, match=rf"^my\.yaml:\d+: .*{complaint}"):
         mapping_of(text.replace(old, new))
@@ -275,14 +275,14 @@ def test_a_malformed_canonical_layout_is_refused(old: str, new: str, complaint: 
             lambda path: path.write_text(GOOD.replace("clip\n", "vit\n")),
             "my.yaml:2: expected one of the families sam, clip, ",
         ),
-        (lambda path: path.write_text(registry.text("deepencoder-sam")), "describes a canonical layout"),
+        (lambda path: path.write_text(registry.yaml_text("deepencoder-sam")), "describes a canonical layout"),
     ],
 )
 def test_a_users_mapping_file_that_cannot_be_used(tmp_path: Path, make: object, complaint: str) -> None:
     path = tmp_path / "my.yaml"
     make(path)  # type: ignore[operator]
     with pytest.raises(MappingError, match=complaint):
-        registry.load_file(path)
+        registry.load_mapping_file(path)
 
 
 # What each checkpoint is known as, for each family that it can be converted to.

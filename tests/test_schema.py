@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA: dict[str, Any] = json.loads(registry.schema())
 DEFINITIONS: dict[str, Any] = SCHEMA["$defs"]
 VALIDATOR = Draft202012Validator(SCHEMA)
-CANONICAL = registry.text("deepencoder-clip")
+CANONICAL = registry.yaml_text("deepencoder-clip")
 
 
 def parser_accepts(text: str) -> bool:
@@ -78,7 +78,7 @@ def test_every_key_has_a_description() -> None:
 
 @pytest.mark.parametrize("name", registry.layout_names())
 def test_a_shipped_mapping_is_valid(name: str) -> None:
-    VALIDATOR.validate(yaml.safe_load(registry.text(name)))
+    VALIDATOR.validate(yaml.safe_load(registry.yaml_text(name)))
 
 
 # Aliases that expand to a billion values, which a validator would follow without end.
@@ -201,4 +201,4 @@ def test_the_reference_page_has_every_key_and_the_example() -> None:
     keys = {*parse.MAPPING_PARSERS, *parse.CANONICAL_PARSERS, *parse.TENSOR_KEYS, *parse.OP_PARSERS, *parse.ACTIONS}
     keys |= {key for required, optional in parse.ACTIONS.values() for key in (*required, *optional)}
     assert {key for key in keys if f"`{key}`" not in page} == set()
-    assert registry.text("sam-meta") in page
+    assert registry.yaml_text("sam-meta") in page

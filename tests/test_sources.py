@@ -52,7 +52,7 @@ def add_one(name: str) -> Callable[[dict[str, Tensor]], Any]:
 
 def mapping(path: Path, *changes: tuple[str, str]) -> Path:
     """The mapping of clip-hf under another name, with changes."""
-    text = registry.text("clip-hf")
+    text = registry.yaml_text("clip-hf")
     for old, new in (("layout: clip-hf", "layout: mine"), *changes):
         assert old in text
         text = text.replace(old, new, 1)

@@ -42,7 +42,7 @@ class StateDict(NamedTuple):
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:
-    """Return all dicts that have named tensors, outermost first."""
+    """Return all dicts that have named tensors, without_inner_copies first."""
     return list(_search(contents, "", 0))
 
 

@@ -59,7 +59,7 @@ def list_mappings() -> None:
 @app.command("show")
 def show_mapping(name: Annotated[str, typer.Argument(metavar="LAYOUT", autocompletion=complete_layout)]) -> None:
     """Print the mapping file of a layout, for example as a start for your own."""
-    console.result(*registry.text(name).rstrip().split("\n"))
+    console.result(*registry.yaml_text(name).rstrip().split("\n"))
 
 
 @app.command("schema")
@@ -81,12 +81,14 @@ def check_mapping(paths: MappingFiles, **options: Any) -> None:
     if any(codes):
         raise typer.Exit(max(codes))
     if sources:
-        record = converter.convert(sources[0], registry.load_file(first).family, mapping=first, dry_run=True, **options)
+        record = converter.convert(
+            sources[0], registry.load_mapping_file(first).family, mapping=first, dry_run=True, **options
+        )
         console.result(*render.summary(record))
 
 
 def _check(file: Path) -> None:
-    spec = registry.read_file(file)
+    spec = registry.read_layout_file(file)
     if spec.is_canonical:
         console.result(f"{file}: {spec.name}, a canonical layout, valid")
         return

@@ -14,7 +14,7 @@ from converter.layouts import registry
 from converter.layouts.detect import DetectedLayout, detect_layouts, select_state_dicts
 from converter.layouts.template import any_match
 from converter.options import ConvertOptions
-from converter.plan.apply import outside_encoder
+from converter.plan.apply import outside_predicate
 from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import as_vector, find_projector
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
@@ -158,8 +158,10 @@ def _only_layout(detected: DetectedLayout) -> DetectedLayout:
     """Return the encoder without tensors that no rule of the layout matches, such as those of a classification head."""
     match = detected.match
     templates = match.layout.templates(match.prefix)
-    known = {match.wrapper + name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)}
-    return replace(detected, names=known)
+    known = {
+        match.outer_prefix + name: tensor for name, tensor in detected.tensors.items() if any_match(templates, name)
+    }
+    return replace(detected, selected=known)
 
 
 def _selected_tensors(side: Side, families: list[str]) -> Iterator[tuple[str, TensorInfo]]:
@@ -171,7 +173,7 @@ def _selected_tensors(side: Side, families: list[str]) -> Iterator[tuple[str, Te
     for family in families:
         detected = side.detected[family]
         match = detected.match
-        is_outside = outside_encoder(match.layout.mapping, match.prefix, registry.canonical(family))
+        is_outside = outside_predicate(match.layout.mapping, match.prefix, registry.canonical(family))
         yield from (item for item in detected.tensors.items() if not is_outside(item[0]))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from converter.errors import LayoutError
 from converter.layouts import registry
 from converter.layouts.claims import claim
-from converter.layouts.match import likely_prefixes, outermost
+from converter.layouts.match import likely_prefixes, without_inner_copies
 from converter.layouts.spec import CanonicalLayout, LayoutMapping
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import Op, apply_op
@@ -68,7 +68,7 @@ def match_by_names(comparison: Comparison) -> list[TensorMatch]:
         for prefix in likely_prefixes(comparison.selected, mapping):
             subtrees[prefix] = max(subtrees.get(prefix, []), _match_subtree(comparison, prefix, mapping), key=len)
     subtrees = _without_overlaps(subtrees)
-    chosen = outermost(subtrees, comparison.prefix)
+    chosen = without_inner_copies(subtrees, comparison.prefix)
     if len(chosen) > 1:
         listed = [prefix or "." for prefix in sorted(chosen)[:10]]
         raise LayoutError(

@@ -16,7 +16,7 @@ import torch
 from converter.derivation.comparison import Comparison, TensorMatch, Tensors
 from converter.derivation.operations import Ops, find_operations, mix
 from converter.errors import LayoutError
-from converter.layouts.match import outermost
+from converter.layouts.match import without_inner_copies
 from converter.tensors.dtypes import BY_NAME
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import nbytes
@@ -50,7 +50,7 @@ class _Side:
             if value.dtype.name in BY_NAME:  # unlike sparse tensors, which no encoder has
                 by_fingerprint.setdefault(_fingerprint(self.load(name), value.dtype.name), []).append(name)
                 on_bytes(nbytes(value))
-        self.by_fingerprint = {key: outermost(names, prefix) for key, names in by_fingerprint.items()}
+        self.by_fingerprint = {key: without_inner_copies(names, prefix) for key, names in by_fingerprint.items()}
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor and return its elements as integers in the same shape."""

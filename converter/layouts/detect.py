@@ -1,4 +1,4 @@
-"""Layout detection: which encoders a checkpoint holds, in which state dict and under which prefix."""
+"""Detects the encoders of a checkpoint: the layout, the state dict and the prefix of each one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from converter.checkpoint.state_dict import StateDict, state_dicts, unwrapped_na
 from converter.errors import LayoutError, UsageError, printable
 from converter.layouts import registry
 from converter.layouts.claims import first_few
-from converter.layouts.match import LayoutMatch, match_layouts, outermost, without_language_models
+from converter.layouts.match import LayoutMatch, match_layouts, without_inner_copies, without_language_models
 from converter.layouts.spec import LayoutSpec
 from converter.options import ConvertOptions
 from converter.tensors.tensor_info import TensorInfo
@@ -23,24 +23,25 @@ class DetectedLayout:
     """A state dict and the layout of an encoder in it."""
 
     state_dict: StateDict
-    names: Mapping[str, TensorInfo]  # The tensors of the state dict by their names without wrappers
+    selected: Mapping[str, TensorInfo]  # The tensors under --prefix, by names without segments of DDP or FSDP
     match: LayoutMatch  # The layout and its prefix
 
     @property
-    def all_names(self) -> dict[str, TensorInfo]:
+    def all_tensors(self) -> dict[str, TensorInfo]:
         """All tensors of the state dict, also those outside the prefix that the user chose."""
-        return {**self.state_dict.unselected, **self.names}
+        return {**self.state_dict.unselected, **self.selected}
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors whose names begin with the match's wrapper, by their names without it."""
-        wrapper = self.match.wrapper
-        return {name[len(wrapper) :]: tensor for name, tensor in self.names.items() if name.startswith(wrapper)}
+        """The selected tensors under the match's outer prefix, by names without it."""
+        outer = self.match.outer_prefix
+        return {name[len(outer) :]: tensor for name, tensor in self.selected.items() if name.startswith(outer)}
 
     @cached_property
     def outside(self) -> dict[str, TensorInfo]:
-        """All other tensors of the state dict, which are not part of the encoder's model."""
-        others = {name: tensor for name, tensor in self.names.items() if not name.startswith(self.match.wrapper)}
+        """All other tensors of the state dict."""
+        outer = self.match.outer_prefix
+        others = {name: tensor for name, tensor in self.selected.items() if not name.startswith(outer)}
         return {**others, **self.state_dict.unselected}
 
 
@@ -67,12 +68,12 @@ def select_state_dicts(source: Checkpoint, path: str | None, prefix: str | None 
         entries = chosen
     if prefix is None:
         return entries
-    under = [selected for entry in entries if (selected := entry.under(prefix)).tensors]
-    if not under:
+    selected = [part for entry in entries if (part := entry.under(prefix)).tensors]
+    if not selected:
         segments = dict.fromkeys(name.partition(".")[0] + "." for entry in entries for name in entry.tensors)
         shown = ", ".join(printable(segment) for segment in first_few(list(segments)))
         raise UsageError(f"--prefix {prefix}: no tensor of {source.name} begins with it", f"names begin with: {shown}")
-    return under
+    return selected
 
 
 def detect_layout(source: Checkpoint, layouts: Sequence[LayoutSpec], options: ConvertOptions) -> DetectedLayout:
@@ -90,18 +91,18 @@ def detect_layout(source: Checkpoint, layouts: Sequence[LayoutSpec], options: Co
     detected = detect_layouts(source, layouts, candidates)
     if options.mapping is not None:
         # The mapping file says where the encoder is.
-        detected = [layout for layout in detected if not layout.match.wrapper] or detected
+        detected = [layout for layout in detected if not layout.match.outer_prefix] or detected
     if not detected:
         # Imported where there is an error to explain.
         from converter.layouts.explain import no_layout_error
 
         raise no_layout_error(source, options.family, layouts, candidates)
     if len(detected) > 1:
-        raise _several(source, options.family, detected)
+        raise _several_error(source, options.family, detected)
     return detected[0]
 
 
-def _several(source: Checkpoint, family: str, detected: list[DetectedLayout]) -> LayoutError:
+def _several_error(source: Checkpoint, family: str, detected: list[DetectedLayout]) -> LayoutError:
     entries = list({layout.state_dict.path: layout.state_dict for layout in detected}.values())
     if len(entries) > 1:
         what = f"has {len(entries)} state dicts that fit: {_paths(entries)}"
@@ -116,7 +117,7 @@ def _several(source: Checkpoint, family: str, detected: list[DetectedLayout]) ->
 def detect_layouts(
     source: Checkpoint, layouts: Sequence[LayoutSpec], candidates: list[StateDict]
 ) -> list[DetectedLayout]:
-    """Return one item for each encoder in the state dicts of a checkpoint that fits a layout.
+    """Detect all encoders in the state dicts of a checkpoint that fit a layout.
 
     Args:
         source: The checkpoint, for error messages.
@@ -130,20 +131,20 @@ def detect_layouts(
         matches = match_layouts(tensors, layouts)
         if candidate.prefix is None:
             matches = without_language_models(matches, names)
-        chosen = outermost((match.full_prefix for match in matches), candidate.prefix)
+        chosen = without_inner_copies((match.full_prefix for match in matches), candidate.prefix)
         detected += [DetectedLayout(candidate, tensors, match) for match in matches if match.full_prefix in chosen]
     return detected
 
 
 def detect_families(source: Checkpoint, prefix: str | None = None) -> dict[str, list[DetectedLayout]]:
-    """Return the encoders of a checkpoint by family, of those families that it has; `prefix` is that of their names."""
+    """Return the encoders of a checkpoint under a prefix (--prefix) by family, without families that it lacks."""
     return detect_families_in(source, select_state_dicts(source, None, prefix))
 
 
 def detect_families_in(source: Checkpoint, candidates: list[StateDict]) -> dict[str, list[DetectedLayout]]:
-    """Return the encoders of some state dicts by family, of those families that they have."""
-    found = {family: detect_layouts(source, registry.layouts(family), candidates) for family in registry.families()}
-    return {family: detected for family, detected in found.items() if detected}
+    """Return the encoders of some state dicts by family, without families that they lack."""
+    encoders = {family: detect_layouts(source, registry.layouts(family), candidates) for family in registry.families()}
+    return {family: detected for family, detected in encoders.items() if detected}
 
 
 def _paths(entries: Sequence[StateDict]) -> str:

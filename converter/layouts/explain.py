@@ -16,7 +16,7 @@ from converter.errors import LayoutError, OtherFamilyError, SourceError, printab
 from converter.layouts import registry
 from converter.layouts.claims import MAX_SHOWN, claim
 from converter.layouts.marks import Mark, find_architecture, find_mark
-from converter.layouts.match import LayoutMatch, likely_prefixes, match_layouts, prefixes_of, without_language_models
+from converter.layouts.match import LayoutMatch, find_prefixes, likely_prefixes, match_layouts, without_language_models
 from converter.layouts.shapes import Sizes, format_shape, match_shape
 from converter.layouts.spec import LayoutMapping, LayoutSpec
 from converter.layouts.template import any_match
@@ -158,7 +158,7 @@ def _nearest(tensors: Tensors, candidates: list[LayoutMapping]) -> _Nearest | No
         return None
     compared = []
     for mapping in candidates:
-        found = (prefix for key in mapping.detect for prefix in prefixes_of(tensors, key))
+        found = (prefix for key in mapping.detect for prefix in find_prefixes(tensors, key))
         for prefix in dict.fromkeys(("", *mapping.prefixes, *islice(found, _MAX_PREFIXES))):
             compared.append(_compare(tensors, mapping, prefix))
     near = [each for each in compared if each.known or each.share > _MIN_SHARE]

@@ -1,4 +1,4 @@
-"""Matching of layouts with tensors: which layouts fit, and under which prefixes."""
+"""Matches layouts with the tensors of a checkpoint: which layouts fit, and under which prefixes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from converter.layouts.spec import LayoutSpec
 from converter.layouts.template import any_match
 from converter.tensors.tensor_info import TensorInfo
 
-# A checkpoint with more encoders of one family is not a model. Each prefix costs a search through all names.
+# No model has more encoders of one family, and each prefix costs a search through all names.
 MAX_PREFIXES = 32
 
 
 class LayoutMatch(NamedTuple):
-    """A layout that fits some tensors."""
+    """A layout that the tensors under one prefix fit."""
 
     layout: LayoutSpec
-    wrapper: str  # What precedes the layout's own prefix in the tensors' names, such as `model.`; often empty
-    prefix: str  # The prefix of the encoder's names: one of the layout's own, or empty where none of them occurs
+    outer_prefix: str  # The part of the tensors' names before `prefix`, such as `model.`; often empty
+    prefix: str  # The prefix from the layout's `prefixes` that the names have; empty if they have none of them
 
     @property
     def name(self) -> str:
@@ -32,12 +32,12 @@ class LayoutMatch(NamedTuple):
     @property
     def full_prefix(self) -> str:
         """The prefix of the encoder's names in the checkpoint."""
-        return self.wrapper + self.prefix
+        return self.outer_prefix + self.prefix
 
     @property
     def unknown_prefix(self) -> str:
-        """The full prefix; empty if it is one of the layout's prefixes."""
-        return self.full_prefix if self.wrapper else ""
+        """The full prefix, or empty if the layout lists it."""
+        return self.full_prefix if self.outer_prefix else ""
 
     @property
     def evidence(self) -> list[str]:
@@ -46,57 +46,57 @@ class LayoutMatch(NamedTuple):
 
 
 def match_layouts(tensors: Mapping[str, TensorInfo], layouts: Iterable[LayoutSpec]) -> list[LayoutMatch]:
-    """Return the layout that fits best under each prefix under which any fits, in the order of the tensors.
+    """Return the best layout for each prefix under which one fits, in the order of the tensors.
 
-    Layouts fit under any prefix. If a layout fits under one of its prefixes, layouts that only fit under other prefixes
-    are left out. So are a layout that knows fewer names of the same tensors than another, and a language model next to
-    an encoder of its family. At most MAX_PREFIXES prefixes are tried.
+    A layout may fit under any prefix. If a layout fits under a prefix that it lists, layouts that fit only under other
+    prefixes are left out. Also left out are layouts that know less of the prefix than another one of the same tensors,
+    and a language model next to an encoder of its family. At most MAX_PREFIXES prefixes are tried.
     """
     matches: dict[str, list[LayoutMatch]] = {}
     for layout in layouts:
         for prefix in islice(_fitting_prefixes(tensors, layout), MAX_PREFIXES):
-            # The prefix may end with one of the layout's prefixes; the longest one counts.
-            endings = (end for end in layout.prefixes if f".{prefix}".endswith(f".{end}") or not end)
-            layout_prefix = max(endings, key=len, default="")
-            wrapper = prefix.removesuffix(layout_prefix)
-            matches.setdefault(prefix, []).append(LayoutMatch(layout, wrapper, layout_prefix))
+            # The longest of the layout's prefixes that this one ends with.
+            known = (end for end in layout.prefixes if f".{prefix}".endswith(f".{end}") or not end)
+            layout_prefix = max(known, key=len, default="")
+            outer_prefix = prefix.removesuffix(layout_prefix)
+            matches.setdefault(prefix, []).append(LayoutMatch(layout, outer_prefix, layout_prefix))
     best = [_best(tensors, candidates) for candidates in islice(matches.values(), MAX_PREFIXES)]
-    best = [match for match in best if not any(_knows_more(other, match) for other in best)]
+    best = [match for match in best if not any(_is_superseded(match, by=other) for other in best)]
     best = [match for match in best if not match.layout.language_model] or best
-    with_layout_prefix = [match for match in best if match.prefix in match.layout.prefixes]
-    order = {name: index for index, name in enumerate(tensors)}
-    return sorted(with_layout_prefix or best, key=lambda match: order[match.evidence[0]])
+    under_listed_prefix = [match for match in best if match.prefix in match.layout.prefixes]
+    positions = {name: index for index, name in enumerate(tensors)}
+    return sorted(under_listed_prefix or best, key=lambda match: positions[match.evidence[0]])
 
 
 def without_language_models(matches: Iterable[LayoutMatch], names: Iterable[str]) -> list[LayoutMatch]:
-    """Leave out language models if `names` show a vision encoder: they are the language model of that checkpoint."""
-    listed = list(matches)
-    if any(match.layout.language_model for match in listed) and has_vision_encoder(names):
-        return [match for match in listed if not match.layout.language_model]
-    return listed
+    """Leave out matches with the language model of a checkpoint, if the names of its tensors show a vision encoder."""
+    kept = list(matches)
+    if any(match.layout.language_model for match in kept) and has_vision_encoder(names):
+        return [match for match in kept if not match.layout.language_model]
+    return kept
 
 
-def outermost(names: Iterable[str], prefix: str | None) -> list[str]:
-    """Choose among names or prefixes that begin with `prefix`, which the user chose (--prefix).
+def without_inner_copies(names: Iterable[str], prefix: str | None) -> list[str]:
+    """Leave out names (or prefixes) that end as the shortest one does after the prefix of --prefix.
 
-    Returns:
-        The one directly under `prefix`, if all others are copies of it under longer prefixes; else all of them.
+    For `student.` and the names student.w and student.copy.w, return student.w. Return all if one has another end.
     """
-    listed = list(names)
-    if prefix is None or not listed:
-        return listed
-    first = min(listed, key=len)
-    tail = "." + first.removeprefix(prefix)
-    return [first] if all(name.endswith(tail) for name in listed if name != first) else listed
+    candidates = list(names)
+    if prefix is None or not candidates:
+        return candidates
+    shortest = min(candidates, key=len)
+    tail = "." + shortest.removeprefix(prefix)
+    is_copied = all(name.endswith(tail) for name in candidates if name != shortest)
+    return [shortest] if is_copied else candidates
 
 
-def prefixes_of(tensors: Iterable[str], key: str, layout_prefixes: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the prefixes with which a name occurs in the names of tensors.
+def find_prefixes(tensors: Iterable[str], key: str, layout_prefixes: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the prefixes under which tensors have a name.
 
     Args:
         tensors: The names of the tensors.
         key: The name without a prefix.
-        layout_prefixes: Prefixes that need not end with a dot.
+        layout_prefixes: The prefixes of the layout, which need not end with a dot.
     """
     ends = (".", *filter(None, layout_prefixes))
     for name in tensors:
@@ -105,14 +105,14 @@ def prefixes_of(tensors: Iterable[str], key: str, layout_prefixes: Iterable[str]
 
 
 def likely_prefixes(tensors: Iterable[str], layout: LayoutSpec) -> list[str]:
-    """Return the prefixes under which most of the tensors of the layout's `detect` are, whatever their shapes."""
+    """Return the prefixes under which most names of the layout's `detect` occur; shapes are not compared."""
     names = list(tensors)
-    counts = Counter(prefix for key in layout.detect for prefix in prefixes_of(names, key))
+    counts = Counter(prefix for key in layout.detect for prefix in find_prefixes(names, key))
     return [prefix for prefix, count in counts.items() if 2 * count > len(layout.detect)]
 
 
 def _fitting_prefixes(tensors: Mapping[str, TensorInfo], layout: LayoutSpec) -> Iterator[str]:
-    for prefix in prefixes_of(tensors, next(iter(layout.detect)), layout.prefixes):
+    for prefix in find_prefixes(tensors, next(iter(layout.detect)), layout.prefixes):
         sizes: Sizes = {}
         if all(
             prefix + key in tensors and match_shape(shape, tensors[prefix + key].shape, sizes)
@@ -122,9 +122,10 @@ def _fitting_prefixes(tensors: Mapping[str, TensorInfo], layout: LayoutSpec) -> 
 
 
 def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> LayoutMatch:
-    """Return the match with the longest prefix of a layout.
+    """Return the match with the longest prefix that a layout lists.
 
-    Of several, return the one that knows the most names, then the one with the checkpoint's order of convolutions.
+    Among several, prefer the one with the fewest unknown names, then the one with the checkpoint's memory format of
+    convolutions.
     """
     longest = max(len(match.prefix) for match in matches)
     matches = [match for match in matches if len(match.prefix) == longest]
@@ -133,28 +134,26 @@ def _best(tensors: Mapping[str, TensorInfo], matches: list[LayoutMatch]) -> Layo
     prefix = matches[0].full_prefix
     is_channels_last = _is_channels_last(tensors, prefix)
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-    templates = {match.name: match.layout.templates("") for match in matches}
-    return min(
-        matches,
-        key=lambda match: (
-            sum(not any_match(templates[match.name], name) for name in names),
-            match.layout.is_channels_last != is_channels_last,
-            "" not in match.layout.prefixes,
-        ),
-    )
+
+    def rank(match: LayoutMatch) -> tuple[int, bool, bool]:
+        templates = match.layout.templates("")
+        num_unknown = sum(not any_match(templates, name) for name in names)
+        return num_unknown, match.layout.is_channels_last != is_channels_last, "" not in match.layout.prefixes
+
+    return min(matches, key=rank)
 
 
 def _is_channels_last(tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
     """Return whether convolutions are stored channels last.
 
-    The tensors with the prefix decide, or all others if no shape among these shows it.
+    The tensors with the prefix decide; if their shapes do not show it, all tensors do.
     """
-    first, last = convolutions({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
-    if not first and not last:
-        first, last = convolutions(tensors)
-    return len(last) > len(first)
+    channels_first, channels_last = convolutions({name: t for name, t in tensors.items() if name.startswith(prefix)})
+    if not channels_first and not channels_last:
+        channels_first, channels_last = convolutions(tensors)
+    return len(channels_last) > len(channels_first)
 
 
-def _knows_more(other: LayoutMatch, match: LayoutMatch) -> bool:
-    """Return whether both are of the same tensors, and more of their names is unknown to `match`."""
-    return len(other.wrapper) < len(match.wrapper) and not set(other.evidence).isdisjoint(match.evidence)
+def _is_superseded(match: LayoutMatch, by: LayoutMatch) -> bool:
+    """Return whether the layout of `by` fits the same tensors and knows more of their prefix."""
+    return len(by.outer_prefix) < len(match.outer_prefix) and not set(by.evidence).isdisjoint(match.evidence)

@@ -1,4 +1,4 @@
-"""Layouts by name: the mapping files that ship with this package, and those of users."""
+"""Loads layouts: those that ship with this package, by name, and those in mapping files of users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # The prefix of the encoder in DeepSeek-OCR's checkpoint.
 MODEL_PREFIX = "model."
-# The prefix of the names of canonical layouts. All other names begin with the family.
+# The prefix of canonical layouts' names. The names of all other layouts begin with the family.
 _CANONICAL = "deepencoder-"
 _EXAMPLE = "for an example, run: dsocr-convert mapping show clip-hf"
 
@@ -45,7 +45,7 @@ def names_of_family(family: str) -> list[str]:
     return [name for name in layout_names() if name.startswith(f"{family}-") or name == _CANONICAL + family]
 
 
-def text(name: str) -> str:
+def yaml_text(name: str) -> str:
     """Return the YAML of a layout that ships; LayoutError for unknown names."""
     if name not in layout_names():
         raise LayoutError(f"unknown layout {name!r}", f"layouts: {', '.join(layout_names())}")
@@ -60,7 +60,7 @@ def schema() -> str:
 @cache
 def load(name: str) -> LayoutSpec:
     """Return a layout that ships; LayoutError for unknown names."""
-    return parse_mapping(text(name), f"{name}.yaml")
+    return parse_mapping(yaml_text(name), f"{name}.yaml")
 
 
 def layouts(family: str) -> list[LayoutSpec]:
@@ -74,7 +74,7 @@ def mappings(family: str) -> list[LayoutMapping]:
 
 
 def find(family: str, name: str) -> LayoutSpec | None:
-    """Return the layout of a family with that name or alias, or None."""
+    """Return the layout of a family that has a name or an alias, or None."""
     if name in names_of_family(family):
         return load(name)
     return next((layout for layout in mappings(family) if name in layout.aliases), None)
@@ -93,26 +93,26 @@ def encoder_prefix(family: str) -> str:
 
 
 def count_known(family: str, names: Iterable[str]) -> int:
-    """Return how many of the names are those of the family's canonical layout."""
+    """Return how many of the names are in the family's canonical layout."""
     return sum(canonical(family).spec(name) is not None for name in names)
 
 
 @cache
 def families() -> tuple[str, ...]:
     """Return the families of layouts that ship, in the order of their encoders in the model."""
-    found = [canonical(name.removeprefix(_CANONICAL)) for name in layout_names() if name.startswith(_CANONICAL)]
-    return tuple(layout.family for layout in sorted(found, key=lambda layout: (layout.encoder_order, layout.name)))
+    canonicals = [canonical(name.removeprefix(_CANONICAL)) for name in layout_names() if name.startswith(_CANONICAL)]
+    return tuple(layout.family for layout in sorted(canonicals, key=lambda layout: (layout.encoder_order, layout.name)))
 
 
 def versions() -> list[list[str]]:
-    """Return the families of the encoder of each version of DeepSeek-OCR, which differ in the last encoder."""
-    last = max(canonical(family).encoder_order for family in families())
-    first = [family for family in families() if canonical(family).encoder_order < last]
-    return [[*first, family] for family in families() if family not in first]
+    """Return the families of each version of DeepSeek-OCR, such as [sam, clip], which differ in the last encoder."""
+    last_order = max(canonical(family).encoder_order for family in families())
+    shared = [family for family in families() if canonical(family).encoder_order < last_order]
+    return [[*shared, family] for family in families() if family not in shared]
 
 
-def read_file(path: Path) -> LayoutSpec:
-    """Read a user's file, of a mapping or of a canonical layout; MappingError if it is not valid."""
+def read_layout_file(path: Path) -> LayoutSpec:
+    """Read a user's YAML file of a mapping or of a canonical layout; MappingError if it is not valid."""
     try:
         require_regular_file(path, MappingError)
         with path.open(encoding="utf-8") as file:
@@ -132,9 +132,9 @@ def read_file(path: Path) -> LayoutSpec:
     return spec
 
 
-def load_file(path: Path) -> LayoutMapping:
+def load_mapping_file(path: Path) -> LayoutMapping:
     """Read a user's mapping file; MappingError if it is not valid or describes a canonical layout."""
-    spec = read_file(path)
+    spec = read_layout_file(path)
     if spec.is_canonical:
         raise MappingError(f"{path}: describes a canonical layout (`tensors`), not a mapping to it (`rules`)", _EXAMPLE)
     return spec.mapping

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# Known sizes by name.
+# Known sizes by name, such as width: 1024.
 Sizes = dict[str, int]
 
 
 class Dim(NamedTuple):
-    """A dimension of `factor` times the size `name`. Without a name: `factor`, or any size if 0."""
+    """A dimension: `factor` times the size `name`. Without a name, its size is `factor`, or any size if that is 0."""
 
     factor: int
     name: str | None
@@ -42,7 +42,7 @@ def format_shape(shape: Shape) -> str:
 
 
 def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
-    """Return whether a tensor's shape matches, and if so, add the sizes of new names.
+    """Return whether a tensor's shape matches. If it does, add sizes that were not known yet to `sizes`.
 
     Names do not match size 0, because a file may claim any other size for a tensor without elements.
 
@@ -53,14 +53,14 @@ def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Sizes) -> bool:
     """
     if len(shape) != len(actual):
         return False
-    bound = dict(sizes)
+    new_sizes = dict(sizes)
     for dim, size in zip(shape, actual, strict=True):
         if dim.name is None:
             if dim.factor not in (0, size):
                 return False
-        elif not size or size % dim.factor or bound.setdefault(dim.name, size // dim.factor) != size // dim.factor:
+        elif not size or size % dim.factor or new_sizes.setdefault(dim.name, size // dim.factor) != size // dim.factor:
             return False
-    sizes.update(bound)
+    sizes.update(new_sizes)
     return True
 
 
@@ -72,7 +72,7 @@ def concrete_shape(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
 def shows_channels_last(shape: tuple[int, ...]) -> bool | None:
     """Return whether a convolution's weight is [out, side, side, in], as in MLX, and not [out, in, side, side].
 
-    None for other shapes, and for as many input channels as rows of the kernel, which fit both.
+    None for shapes that fit neither, and for those that fit both: as many input channels as rows of the kernel.
     """
     if len(shape) != 4 or (shape[1] == shape[2]) == (shape[2] == shape[3]):
         return None

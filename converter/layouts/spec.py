@@ -29,16 +29,15 @@ class Rule(NamedTuple):
     ops: tuple[Op, ...]
     location: Location
     optional: bool = False  # Whether the rule may match no tensor
-    # Whether the rule is required when the layout is written, even if it is optional on read
-    required_on_write: bool = False
-    reason: str = ""
+    required_on_write: bool = False  # Whether the inverse rule is required, although this one is optional
+    reason: str = ""  # Why the rule drops tensors
 
     @property
     def text(self) -> str:
         """The rule on one line, for messages."""
-        sources, targets = (
-            " + ".join(repr(name.text)[1:-1] for name in names) for names in (self.sources, self.targets)
-        )
+        # `repr` escapes control characters.
+        sources = " + ".join(repr(template.text)[1:-1] for template in self.sources)
+        targets = " + ".join(repr(template.text)[1:-1] for template in self.targets)
         return f"{sources} -> {targets}" if self.targets else f"drop {sources}"
 
     def prefixed(self, prefix: str) -> Rule:
@@ -91,10 +90,10 @@ class LayoutMapping(LayoutSpec):
     """Rules that convert a layout to the family's canonical layout."""
 
     is_canonical = False
-    rules: tuple[Rule, ...]  # The rules for names with the prefix. The prefix is removed before they are matched.
+    rules: tuple[Rule, ...]  # The rules for names with the prefix; templates are without the prefix
     other_rules: tuple[Rule, ...] = ()  # The rules for names without the prefix
     drop_rest: str = ""  # The reason to drop all names without the prefix; empty if they are not dropped
-    aliases: tuple[str, ...] = ()  # Other names of the layout, as another model has it too
+    aliases: tuple[str, ...] = ()  # Other names of the layout, for other models that have it
 
     @property
     def mapping(self) -> LayoutMapping:
@@ -127,15 +126,15 @@ class CanonicalLayout(LayoutSpec):
 
     is_canonical = True
     sizes: Mapping[str, int]  # The sizes in DeepSeek-OCR by name
-    # The number of layers whose attention is over the whole image, in models whose other layers have windows. They
-    # end each of as many equal groups of layers.
+    # The number of layers with global attention, if the others have window attention. With 12 layers and 4 global ones,
+    # these are layers 2, 5, 8 and 11.
     global_layers: int = 0
-    # What no tensor shows, such as the activation, as DeepSeek-OCR computes it. Names with a dot are those of another
-    # part of a full model, such as `text_model.activation`.
+    # DeepSeek-OCR's values of what no tensor shows, such as `activation`. A name with a dot, such as
+    # `text_model.activation`, belongs to another part of a full model.
     assumptions: Mapping[str, str | int | float] = field(default_factory=dict)
     tensors: tuple[TensorSpec, ...]
-    # Templates of tensors that the DeepEncoder does not have but other layouts do, with the reason. They allow
-    # conversions between other layouts.
+    # Templates of tensors that other layouts have and the DeepEncoder lacks, each with the reason. Conversions between
+    # such layouts keep these tensors.
     extra_tensors: tuple[tuple[Template, str], ...] = ()
     encoder_prefix: str  # The prefix of the encoder in DeepSeek-OCR's model
     encoder_order: int  # The position of the encoder in DeepSeek-OCR's model

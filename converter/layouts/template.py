@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-# Combinations of words in one segment that are compared with each other: more would only make a parser hang.
-_MAX_READINGS = 1000
-# Characters of a tensor's name, of a template, and of one of its words: nesting gives a few hundred at most, and longer
-# ones could make matching take minutes.
+# The parser compares all combinations of words in one segment with each other. More would take too long.
+_MAX_COMBINATIONS = 1000
+# The limits for a tensor's name or a template, and for a word of a variable. Real names have at most a few hundred
+# characters; longer ones could make matching take minutes.
 MAX_NAME_CHARS, MAX_WORD_CHARS = 1000, 100
 
-# What a variable may stand for: "int" a layer index, "name" one segment, "path" one or more segments, or one of the
-# listed words.
+# What a variable matches: "int" an index, "name" one segment, "path" one or more segments, a tuple one of its words
 Kind = str | tuple[str, ...]
 Bindings = dict[str, str]
 
 
 class Field(NamedTuple):
-    """A variable in a template; `{layer+1}` has offset 1: it matches 1 where the variable is 0."""
+    """A variable in a template. `{layer+1}` has offset 1: it matches the text 1 if `layer` is 0."""
 
     name: str
     offset: int
@@ -48,7 +47,7 @@ class Field(NamedTuple):
         return {"int": "0|[1-9][0-9]{0,5}", "name": "[^.]+", "path": ".+"}[self.kind]
 
     def choices(self, layers: int) -> tuple[str, ...]:
-        """Return the values that the variable can have with a number of layers; none for open-ended variables."""
+        """Return the values that the variable can have in a model of so many layers; none for kinds name and path."""
         if self.kind == "int":
             return tuple(map(str, range(layers - self.offset)))
         return self.kind if isinstance(self.kind, tuple) else ()
@@ -64,13 +63,13 @@ class Field(NamedTuple):
 
 
 def _interleaved(literals: Iterable[str], values: Iterable[str]) -> str:
-    """Return literals with a value between each two."""
+    """Join literals with a value between each two."""
     return "".join(itertools.chain.from_iterable(zip(literals, (*values, ""), strict=True)))
 
 
 @dataclass(frozen=True)
 class Template:
-    """A pattern for tensor names: a literal, then fields that are followed by a literal each."""
+    """A pattern for tensor names: literals with a field between each two."""
 
     literals: tuple[str, ...]
     fields: tuple[Field, ...] = ()
@@ -107,19 +106,19 @@ class Template:
         return cls((first, *literals), tuple(fields))
 
     def _check_segment(self, text: str) -> None:
-        """Raise ValueError unless a segment with several variables is unambiguous; `text` is the whole template."""
+        """Raise ValueError if a segment with several variables is ambiguous; `text` is the whole template."""
         if any(field.kind in ("name", "path") for field in self.fields):
             raise ValueError(f"{text!r} has a variable next to one of kind name or path, with no dot between them")
         # All combinations of words and numbers must differ. A 0 represents all numbers, which is wrong next to several
-        # words that contain digits.
+        # variables whose words contain digits.
         words = [field.kind if isinstance(field.kind, tuple) else ("0",) for field in self.fields]
-        listed = [field.kind for field in self.fields if isinstance(field.kind, tuple)]
-        if 1 < len(listed) < len(words) and any(re.search("[0-9]", word) for kind in listed for word in kind):
+        lists = [field.kind for field in self.fields if isinstance(field.kind, tuple)]
+        if 1 < len(lists) < len(words) and any(re.search("[0-9]", word) for kind in lists for word in kind):
             raise ValueError(f"{text!r} has a number next to words with digits, with no dot between them")
-        num_readings = math.prod(map(len, words))
-        if num_readings > _MAX_READINGS:
-            raise ValueError(f"{text!r} has more than {_MAX_READINGS} combinations of words in one segment")
-        if len({self._joined(chosen) for chosen in itertools.product(*words)}) < num_readings:
+        num_combinations = math.prod(map(len, words))
+        if num_combinations > _MAX_COMBINATIONS:
+            raise ValueError(f"{text!r} has more than {_MAX_COMBINATIONS} combinations of words in one segment")
+        if len({self._joined(chosen) for chosen in itertools.product(*words)}) < num_combinations:
             raise ValueError(f"{text!r} can match one name in two ways")
 
     def _joined(self, values: Iterable[str]) -> str:
@@ -133,9 +132,9 @@ class Template:
 
     @property
     def size(self) -> int:
-        """Number of characters of the template and of all words of its variables."""
-        words = (field.kind for field in self.fields if isinstance(field.kind, tuple))
-        return len(self.text) + sum(len(word) for listed in words for word in listed)
+        """The number of characters of the template and of all words of its variables."""
+        lists = (field.kind for field in self.fields if isinstance(field.kind, tuple))
+        return len(self.text) + sum(len(word) for words in lists for word in words)
 
     @property
     def head(self) -> str:
@@ -153,13 +152,13 @@ class Template:
 
         Names of more than MAX_NAME_CHARS never match.
         """
-        # Most names fail at the first or last letters, and most templates never need their expression compiled.
-        ends = name.startswith(self.literals[0]) and name.endswith(self.literals[-1])
-        found = self._regex.fullmatch(name) if ends and len(name) <= MAX_NAME_CHARS else None
-        if found is None:
+        # Most names already differ at the beginning or the end, so that most templates need no compiled expression.
+        may_match = name.startswith(self.literals[0]) and name.endswith(self.literals[-1])
+        match = self._regex.fullmatch(name) if may_match and len(name) <= MAX_NAME_CHARS else None
+        if match is None:
             return None
         bindings = {}
-        for field, value in zip(self.fields, found.groups(), strict=True):
+        for field, value in zip(self.fields, match.groups(), strict=True):
             if field.offset:
                 if int(value) < field.offset:
                     return None
@@ -172,7 +171,7 @@ class Template:
         return self._joined(field.fill(bindings[field.name]) for field in self.fields)
 
     def names(self, layers: int) -> Iterator[str]:
-        """Yield all names that the template can match with a number of layers."""
+        """Yield all names that the template can match in a model of so many layers."""
         for values in itertools.product(*(field.choices(layers) for field in self.fields)):
             yield self._joined(field.fill(value) for field, value in zip(self.fields, values, strict=True))
 

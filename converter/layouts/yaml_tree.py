@@ -30,8 +30,8 @@ T = TypeVar("T")
 class YamlNode(NamedTuple):
     """A node of a YAML document.
 
-    The `as_...` methods raise MappingError with file and line if the node is of another kind. Their parameter `what`
-    names the expected value in the message.
+    The `as_...` methods raise MappingError with file and line if the node is of another kind. `what` describes the
+    expected value in the message.
     """
 
     location: Location
@@ -76,7 +76,7 @@ class YamlNode(NamedTuple):
         Args:
             what: The expected value, for messages.
             allowed: The known keys; None for any.
-            required: Those that must be there.
+            required: The keys that must be present.
         """
         if not isinstance(self.value, tuple):
             raise self._expected(what)
@@ -100,13 +100,13 @@ class YamlNode(NamedTuple):
         return [self.as_str(what)] if self.is_scalar else [item.as_str(what) for item in self.as_list(what)]
 
     def as_bool(self) -> bool:
-        """Return the bool that `true` or `false` stands for. Other spellings of YAML are errors."""
+        """Return the bool of `true` or `false`. Other spellings, such as YAML's `yes`, are errors."""
         if self.as_str("true or false") not in ("true", "false"):
             raise self._expected("true or false")
         return self.value == "true"
 
     def as_int(self, what: str) -> int:
-        """Return an integer from 0 with at most nine digits."""
+        """Return an integer of at most nine digits, which is not negative."""
         text = self.as_str(what)
         # A leading zero would mean octal to some YAML parsers and decimal to others.
         if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
@@ -114,7 +114,7 @@ class YamlNode(NamedTuple):
         return int(text)
 
     def as_str_or_number(self, what: str) -> str | int | float:
-        """Return an integer or a finite float if the scalar is one, else its text."""
+        """Return an int or a finite float if the text of the scalar is one, else the text."""
         text = self.as_str(what)
         if re.fullmatch("0|[1-9][0-9]{0,8}", text):
             return int(text)

@@ -25,8 +25,8 @@ class Applied:
         self.dropped: dict[str, str] = {}  # The reason to drop a tensor, by its old name
 
 
-def outside_encoder(
-    mapping: LayoutMapping, prefix: str, target: CanonicalLayout, wrapper: str = ""
+def outside_predicate(
+    mapping: LayoutMapping, prefix: str, target: CanonicalLayout, outer_prefix: str = ""
 ) -> Callable[[str], bool]:
     """Return a function that says whether a tensor is outside the encoder.
 
@@ -37,20 +37,20 @@ def outside_encoder(
         mapping: The mapping of the source.
         prefix: The prefix of the encoder's names; empty if there is none.
         target: The canonical layout.
-        wrapper: What precedes the prefix in the encoder's names; often empty.
+        outer_prefix: What precedes the prefix in the encoder's names; often empty.
     """
     if prefix:
-        return lambda name: not name.startswith(wrapper + prefix)
+        return lambda name: not name.startswith(outer_prefix + prefix)
     layout = target if mapping.name == target.name else mapping
     modules = {template.text.partition(".")[0] for template in layout.templates("")}
     # A template such as {rest} names no module: everything is inside.
     if any("{" in module for module in modules):
-        return lambda name: not name.startswith(wrapper)
+        return lambda name: not name.startswith(outer_prefix)
 
     def is_outside(name: str) -> bool:
-        if not name.startswith(wrapper):
+        if not name.startswith(outer_prefix):
             return True
-        inner = name.removeprefix(wrapper)
+        inner = name.removeprefix(outer_prefix)
         return inner.partition(".")[0] not in modules and not find_extra_modules([inner])
 
     return is_outside

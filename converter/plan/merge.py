@@ -11,7 +11,7 @@ from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts.claims import summary
 from converter.layouts.detect import DetectedLayout
 from converter.layouts.spec import CanonicalLayout
-from converter.plan.apply import outside_encoder
+from converter.plan.apply import outside_predicate
 from converter.tensors.lazy_tensor import LazyTensor, add_product, cast, lazy_read, permuted
 from converter.tensors.tensor_info import TensorInfo
 
@@ -55,8 +55,8 @@ def match_adapter(adapter: Adapter, detected: DetectedLayout, canonical: Canonic
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
     """
-    names, match = detected.all_names, detected.match
-    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical, match.wrapper)
+    names, match = detected.all_tensors, detected.match
+    is_outside = outside_predicate(match.layout.mapping, match.prefix, canonical, match.outer_prefix)
     targets = {f"{module}.weight": module for module in adapter.factors}
     targets |= {name: name for name in adapter.fully_trained}
     old, new = "", ""

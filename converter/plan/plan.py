@@ -11,7 +11,7 @@ from converter.errors import MappingError
 from converter.layouts.claims import summary
 from converter.layouts.shapes import Dim, Sizes, concrete_shape, format_shape, match_shape
 from converter.layouts.spec import CanonicalLayout, LayoutMapping, Rule, TensorSpec
-from converter.plan.apply import OUTSIDE, Applied, apply, outside_encoder
+from converter.plan.apply import OUTSIDE, Applied, apply, outside_predicate
 from converter.plan.assumptions import Assumption
 from converter.tensors.lazy_tensor import (
     MAX_GRID_SIZE,
@@ -113,7 +113,7 @@ def _apply_mapping(
     mapping: LayoutMapping, prefix: str, target: CanonicalLayout, tensors: Mapping[str, LazyTensor], where: str
 ) -> Applied:
     """Apply the rules of a mapping to the tensors of the encoder, and drop those outside."""
-    is_outside = outside_encoder(mapping, prefix, target)
+    is_outside = outside_predicate(mapping, prefix, target)
     has_other_rules = bool(prefix and mapping.other_rules)
     kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
     applied = apply(mapping.rules_for(prefix), kept, where, is_outside)

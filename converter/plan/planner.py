@@ -14,7 +14,7 @@ from converter.layouts.detect import DetectedLayout, detect_layout
 from converter.layouts.marks import find_extra_modules
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
-from converter.plan.apply import OUTSIDE, outside_encoder
+from converter.plan.apply import OUTSIDE, outside_predicate
 from converter.plan.assumptions import assumed
 from converter.plan.plan import Plan, make_plan, sort_outputs
 from converter.plan.route import complete_from, retarget
@@ -63,7 +63,7 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
         from converter.plan.merge import match_adapter, merge
 
         merged = match_adapter(opened.adapter, detected, canonical, opened.name)
-        tensors = merge(tensors, merged.under(detected.match.wrapper), opened.adapter)
+        tensors = merge(tensors, merged.under(detected.match.outer_prefix), opened.adapter)
     try:
         is_ggml, size = "GGUF" in opened.containers, options.image_size
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, size, from_ggml=is_ggml)
@@ -84,7 +84,7 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
 def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout) -> None:
     """Raise LayoutError if a shard that is read alone lacks tensors of the encoder, which may be whole layers."""
     match = detected.match
-    is_outside = outside_encoder(match.layout.mapping, match.prefix, canonical, match.wrapper)
+    is_outside = outside_predicate(match.layout.mapping, match.prefix, canonical, match.outer_prefix)
     for name in opened.in_other_shards:
         if not is_outside(name):
             raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.whole_step)
@@ -190,7 +190,7 @@ def _plan_donor(donor: Checkpoint, plan: Plan, options: ConvertOptions) -> Plan:
 def _layouts(options: ConvertOptions) -> Sequence[LayoutSpec]:
     if options.mapping is None:
         return registry.layouts(options.family)
-    mapping = registry.load_file(Path(options.mapping))
+    mapping = registry.load_mapping_file(Path(options.mapping))
     if mapping.family != options.family:
         raise UsageError(
             f"--mapping {options.mapping}: is for the family {mapping.family!r}, not {options.family!r}",

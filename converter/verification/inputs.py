@@ -170,7 +170,7 @@ def _canonical_encoder(source: Checkpoint, state_dict: StateDict) -> ConvertedEn
 
 
 def _prefix_in_file(detected: DetectedLayout) -> str:
-    """Return the prefix of the encoder's names in the file, with a wrapper that detection removed."""
+    """Return the prefix of the encoder's names in the file, with the outer prefix that detection removed."""
     prefix = detected.match.prefix
     name = next(name for name in detected.tensors if name.startswith(prefix))
     return detected.tensors[name].key.removesuffix(name) + prefix

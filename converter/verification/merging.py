@@ -48,7 +48,7 @@ def merged_by_library(
     changes: dict[TensorInfo, Factors | TensorInfo] = {}
     adapter_tensors: list[TensorInfo] = []
     for family, origin in expected.origins.items():
-        names = origin.detected.all_names
+        names = origin.detected.all_tensors
         merged = match_adapter(adapter, origin.detected, registry.canonical(family), expected.name)
         changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
         adapter_tensors += [tensor for change in merged.tensors.values() for tensor in change.tensors]

@@ -112,7 +112,7 @@ def seeds() -> Seeds:
         "container": [tables[0], zips[0], legacy[0], scripts[0], b"version https://git-lfs", b"<html>", b"\x1f\x8b"],
         "pickle": [data for file in zips for name, data, _ in members_of(file) if name.endswith("data.pkl")],
         "zip": [*zips[:2], *deflated, packed([("a/b", b"data", 0)])],
-        "mapping": [registry.text(name).encode() for name in registry.layout_names()],
+        "mapping": [registry.yaml_text(name).encode() for name in registry.layout_names()],
         "plan": [text.encode() for text in targets.inventories().values()],
         "index": [json.dumps(document).encode() for document in _indexes()],
         "record": _records(),

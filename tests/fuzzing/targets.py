@@ -35,7 +35,7 @@ from converter.formats import registry as formats_registry
 from converter.formats.torch_pickle import StorageRef
 from converter.layouts import registry
 from converter.layouts.detect import select_state_dicts
-from converter.layouts.registry import load_file
+from converter.layouts.registry import load_mapping_file
 from converter.options import ConvertOptions
 from converter.output.pretrained import LAYOUTS
 from converter.output.pretrained_config import config_files
@@ -205,7 +205,7 @@ def inventories() -> dict[str, str]:
 
 def mapping(path: Path) -> None:
     """A mapping file, applied to tensors of its family."""
-    found = load_file(path)
+    found = load_mapping_file(path)
     hub = registry.canonical(found.family)
     for prefix in found.prefixes:
         for tensors in _known()[found.family]:

@@ -11,7 +11,7 @@ import safetensors.torch
 from converter.layouts import registry
 from hostile.case import Accepted, Build, Case, Refused, clip, marker, sam
 
-GOOD = registry.text("sam-meta")
+GOOD = registry.yaml_text("sam-meta")
 HEAD = "layout: x\nfamily: sam\ndescription: d\ndetect: {image_encoder.pos_embed: [_, _, _, _]}\n"
 CHECK = ("mapping", "check")
 # What can be written in place of the rule for `pos_embed`, so that all else fits still.
@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Build, tuple[str, ...]]] = {
 
 # Rules that are well-formed, and that a tiny SAM contradicts.
 CONTRADICTED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "a canonical layout": (registry.text("deepencoder-sam"), ("m.yaml", "describes a canonical layout")),
+    "a canonical layout": (registry.yaml_text("deepencoder-sam"), ("m.yaml", "describes a canonical layout")),
     "two rules for one name": (
         _changed(OWN, f"{OWN}  - keep: pos_embed\n"),
         ("'image_encoder.pos_embed' is claimed by two rules", "m.yaml:18", "m.yaml:19"),
