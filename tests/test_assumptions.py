@@ -254,7 +254,7 @@ def test_the_warning_is_one_line_on_stderr_and_in_json(clip: Path, tmp_path: Pat
 def test_every_assumption_of_a_canonical_layout_can_be_read() -> None:
     for family in registry.families():
         for name in registry.canonical(family).assumptions:
-            assert name.rpartition(".")[2] in config_values._FACTS
+            assert name.rpartition(".")[2] in config_values._PARSERS
 
 
 @pytest.mark.parametrize(

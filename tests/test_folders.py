@@ -25,7 +25,7 @@ from converter.errors import ContainerError, LayoutError, OutputError, UsageErro
 from converter.layouts import registry
 from converter.options import ConvertOptions
 from converter.output.pretrained_config import config_files, sam_documents
-from converter.plan.assumptions import assumed
+from converter.plan.assumptions import default_assumptions
 from converter.plan.planner import resolve
 from converter.storage import atomic_output
 
@@ -195,7 +195,7 @@ def test_sams_config_is_that_of_its_size(size: str, expected: dict[str, object])
 
     names = script("make_checkpoints").inventory("sam-meta", size)
     shapes = {name.removeprefix("image_encoder."): shape for name, (_, shape) in names.items()}
-    document, preprocessor = sam_documents(shapes, assumed(registry.canonical("sam")), full_model=True)
+    document, preprocessor = sam_documents(shapes, default_assumptions(registry.canonical("sam")), full_model=True)
     blocks = {"vit-b": [2, 5, 8, 11], "vit-l": [5, 11, 17, 23], "vit-h": [7, 15, 23, 31]}[size]
     usual = SamConfig()
     for name, value in {**expected, "global_attn_indexes": blocks}.items():

@@ -1,4 +1,4 @@
-"""Explanations of checkpoints that no layout of a family fits."""
+"""Explains why no layout of a family fits a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from converter.tensors.tensor_info import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 
-# The search for the nearest layout tries all rules, so it is skipped for more tensors. OCR models have 3,000.
+# The search for the nearest layout tries all rules, so it is skipped for larger models. OCR models have 3,000 tensors.
 _MAX_TENSORS_COMPARED = 10_000
 # Prefixes that are tried for each layout.
 _MAX_PREFIXES = 8
-# Of names and rules that must fit, for a layout without a tensor of its `detect`: fewer fit by chance.
-_MIN_SHARE = 0.1
-# Of a message: names of one kind, and lines.
-_MAX_ITEMS = 3
+# The smallest `rule_share` of a nearest layout if no tensor of its `detect` is there: less is a coincidence.
+_MIN_RULE_SHARE = 0.1
+_MAX_NAMES = 3  # that a line of a message lists
 _MAX_LINES = 9
 
 
@@ -40,8 +39,7 @@ def no_layout_error(
 ) -> LayoutError:
     """Return the error for a checkpoint that no layout of a family fits.
 
-    It says what the tensors are if that shows, or which other encoder is there, or the differences from the nearest
-    layout.
+    The error says what the tensors are, names another family's encoder, or lists differences from the nearest layout.
 
     Args:
         source: The checkpoint.
@@ -61,13 +59,13 @@ def no_layout_error(
             f"to convert the language model all the same, add --prefix {prefix}",
         )
     others = _other_encoders(tensors, family)
-    found = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in found}
+    covered = {name: tensor for name, tensor in tensors.items() if any(_covers(match, name) for match in others)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in covered}
     is_absent = bool(others) and not any(likely_prefixes(rest, layout) for layout in layouts)
-    # Adapters and quantised weights of a language model are no reason where the family is absent.
+    # If the family is absent, adapters and quantised weights outside the other encoders are not the reason.
     is_mlx = any(match.layout.is_channels_last for match in others)
     if is_absent:
-        mark = find_architecture(tensors) or find_mark(found, is_mlx)
+        mark = find_architecture(tensors) or find_mark(covered, is_mlx)
     else:
         mark = find_source_mark(source, tensors, family, is_mlx)
     if mark:
@@ -79,16 +77,16 @@ def no_layout_error(
         )
     lines = [what]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]
-    near = _nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
-    return LayoutError("\n".join([*lines, *_describe(near, rest)]), _next_step(near, rest))
+    nearest = _find_nearest(rest, [spec.mapping for spec in layouts if not spec.is_canonical])
+    return LayoutError("\n".join([*lines, *_describe(nearest, rest)]), _next_step(nearest, rest))
 
 
 def find_source_mark(source: Checkpoint, tensors: Tensors, family: str, is_channels_last: bool = False) -> Mark | None:
-    """Return what tensors show that no layout describes, or None.
+    """Return a mark that shows why no layout describes the tensors, such as an adapter's factors, or None.
 
     Args:
         source: The checkpoint.
-        tensors: Its tensors, or those of one encoder.
+        tensors: The tensors of the checkpoint, or of one encoder in it.
         family: The family, for the next step.
         is_channels_last: Whether the layout stores convolutions channels last.
     """
@@ -124,7 +122,7 @@ def nearest_layout(source: Checkpoint, state_dict: StateDict, mappings: list[Lay
     tensors = unwrapped_names(state_dict.tensors, source.name)
     if mark := find_source_mark(source, tensors, "|".join(registry.families())):
         return [mark.text, *mark.hint.split("\n")]
-    return _describe(_nearest(tensors, mappings), tensors)
+    return _describe(_find_nearest(tensors, mappings), tensors)
 
 
 def _other_encoders(tensors: Tensors, family: str) -> list[LayoutMatch]:
@@ -135,83 +133,88 @@ def _other_encoders(tensors: Tensors, family: str) -> list[LayoutMatch]:
 
 
 def _covers(match: LayoutMatch, name: str) -> bool:
-    """Whether a name belongs to an encoder that was found."""
+    """Return whether a name belongs to the encoder of a match."""
     if match.full_prefix:
         return name.startswith(match.full_prefix)
     return any_match(match.layout.templates(""), name)
 
 
 class _Nearest(NamedTuple):
-    """A mapping that is close to tensors that fit none: names without a rule, rules without a name."""
+    """The differences between tensors that fit no layout and a mapping under a prefix."""
 
     mapping: LayoutMapping
     prefix: str
-    unclaimed: list[str]
-    unmatched: list[str]
-    known: float  # The share of the tensors of `detect` that are there
-    share: float  # The share of names with a rule, times that of rules with a name
+    unclaimed: list[str]  # The names without a rule
+    unmatched: list[str]  # The rules without a name
+    detect_share: float  # The share of the tensors of `detect` that are there
+    rule_share: float  # The share of names that have a rule, times the share of rules that match a name
+
+    def rank(self) -> tuple[float, bool, float]:
+        return self.detect_share, self.prefix in self.mapping.prefixes, self.rule_share
 
 
-def _nearest(tensors: Tensors, candidates: list[LayoutMapping]) -> _Nearest | None:
-    """Return the mapping whose `detect` and rules cover most, under one of its own prefixes if possible, or None."""
+def _find_nearest(tensors: Tensors, candidates: list[LayoutMapping]) -> _Nearest | None:
+    """Return the mapping whose `detect` and rules cover most, if possible under a prefix that it lists, or None."""
     if len(tensors) > _MAX_TENSORS_COMPARED:
         return None
     compared = []
     for mapping in candidates:
-        found = (prefix for key in mapping.detect for prefix in find_prefixes(tensors, key))
-        for prefix in dict.fromkeys(("", *mapping.prefixes, *islice(found, _MAX_PREFIXES))):
+        prefixes = (prefix for key in mapping.detect for prefix in find_prefixes(tensors, key))
+        for prefix in dict.fromkeys(("", *mapping.prefixes, *islice(prefixes, _MAX_PREFIXES))):
             compared.append(_compare(tensors, mapping, prefix))
-    near = [each for each in compared if each.known or each.share > _MIN_SHARE]
-    return max(near, key=lambda each: (each.known, each.prefix in each.mapping.prefixes, each.share), default=None)
+    near = [item for item in compared if item.detect_share or item.rule_share > _MIN_RULE_SHARE]
+    return max(near, key=_Nearest.rank, default=None)
 
 
 def _compare(tensors: Tensors, mapping: LayoutMapping, prefix: str) -> _Nearest:
     inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     claims = claim(mapping.rules, inside)
     num_used_rules = len({index for index, _ in claims.groups})
-    # Both shares count: a mapping with a few general rules claims much by chance.
-    share = (1 - len(claims.unclaimed) / max(len(inside), 1)) * num_used_rules / len(mapping.rules)
-    # Each shape must fit by itself.
+    # A product: a mapping with a few general rules has rules for many names by chance.
+    rule_share = (1 - len(claims.unclaimed) / max(len(inside), 1)) * num_used_rules / len(mapping.rules)
+    # New sizes for each shape: the shapes need not agree with each other.
     shapes = [(shape, tensors.get(prefix + key)) for key, shape in mapping.detect.items()]
-    known = sum(tensor is not None and match_shape(shape, tensor.shape, {}) for shape, tensor in shapes) / len(shapes)
-    return _Nearest(mapping, prefix, claims.unclaimed, [rule.text for rule in claims.unmatched], known, share)
+    num_known = sum(tensor is not None and match_shape(shape, tensor.shape, {}) for shape, tensor in shapes)
+    unmatched = [rule.text for rule in claims.unmatched]
+    return _Nearest(mapping, prefix, claims.unclaimed, unmatched, num_known / len(shapes), rule_share)
 
 
-def _describe(near: _Nearest | None, tensors: Tensors) -> list[str]:
-    """Describe the differences from the nearest layout; about a dozen lines at most."""
-    if near is None:
+def _describe(nearest: _Nearest | None, tensors: Tensors) -> list[str]:
+    """Describe the differences from the nearest layout in at most _MAX_LINES lines."""
+    if nearest is None:
         return [f"first names: {', '.join(map(repr, sorted(tensors)[:MAX_SHOWN]))}"]
-    lines = [f"nearest is {near.mapping.name}{f' (prefix {near.prefix})' if near.prefix else ''}:"]
-    lines += [f"  the checkpoint has no tensor for {text}" for text in _first(near.unmatched)]
-    lines += [f"  {near.mapping.name} has no rule for {name}" for name in _first([*map(repr, near.unclaimed)])]
-    absent = [] if near.unmatched else _absent(near, tensors)
-    lines += [f"  the checkpoint has no tensor {name}" for name in _first([*map(repr, absent)])]
+    layout, prefix = nearest.mapping.name, nearest.prefix
+    lines = [f"nearest is {layout}{f' (prefix {prefix})' if prefix else ''}:"]
+    lines += [f"  the checkpoint has no tensor for {text}" for text in _shortened(nearest.unmatched)]
+    lines += [f"  {layout} has no rule for {name}" for name in _shortened([*map(repr, nearest.unclaimed)])]
+    absent = [] if nearest.unmatched else _absent(nearest, tensors)
+    lines += [f"  the checkpoint has no tensor {name}" for name in _shortened([*map(repr, absent)])]
     sizes: Sizes = {}
-    for key, shape in near.mapping.detect.items():
-        tensor = tensors.get(near.prefix + key)
+    for key, shape in nearest.mapping.detect.items():
+        tensor = tensors.get(prefix + key)
         if tensor and not match_shape(shape, tensor.shape, sizes):
-            lines.append(f"  {near.prefix + key!r} has shape {list(tensor.shape)}; expected {format_shape(shape)}")
+            lines.append(f"  {prefix + key!r} has shape {list(tensor.shape)}; expected {format_shape(shape)}")
     return lines[:_MAX_LINES]
 
 
-def _absent(near: _Nearest, tensors: Tensors) -> list[str]:
-    """The names of a mapping's `detect` that are not there, such as those of matrices that were wrapped."""
-    return [near.prefix + key for key in near.mapping.detect if near.prefix + key not in tensors]
+def _absent(nearest: _Nearest, tensors: Tensors) -> list[str]:
+    """Return the names of a mapping's `detect` that the tensors lack, such as names of matrices that were wrapped."""
+    return [nearest.prefix + key for key in nearest.mapping.detect if nearest.prefix + key not in tensors]
 
 
-def _first(items: list[str]) -> list[str]:
-    """The first items, the last of them with the number of others."""
-    more = f", and {len(items) - _MAX_ITEMS} more" if len(items) > _MAX_ITEMS else ""
-    return [*items[: _MAX_ITEMS - 1], items[_MAX_ITEMS - 1] + more] if len(items) >= _MAX_ITEMS else items
+def _shortened(names: list[str]) -> list[str]:
+    """Return at most _MAX_NAMES names; the last one ends with the number of names that are left out."""
+    num_more = len(names) - _MAX_NAMES
+    return [*names[: _MAX_NAMES - 1], f"{names[_MAX_NAMES - 1]}, and {num_more} more"] if num_more > 0 else names
 
 
-def _next_step(near: _Nearest | None, tensors: Tensors) -> str:
-    if near is not None and near.unmatched and not near.unclaimed:
+def _next_step(nearest: _Nearest | None, tensors: Tensors) -> str:
+    if nearest is not None and nearest.unmatched and not nearest.unclaimed:
         return "the encoder is not whole: convert a checkpoint that has these tensors"
-    if near is not None and not (near.unmatched or near.unclaimed or _absent(near, tensors)):
+    if nearest is not None and not (nearest.unmatched or nearest.unclaimed or _absent(nearest, tensors)):
         return (
             "the DeepEncoder cannot have these shapes, as of a pruned model, or of one rank's part of each tensor: "
             "convert the checkpoint that it was made from, or join the parts"
         )
     mapping = "write a mapping for it and give it with --mapping (`dsocr-convert mapping show` prints examples)"
-    return mapping if near is not None else f"if a vision encoder of SAM or CLIP is among them: {mapping}"
+    return mapping if nearest is not None else f"if a vision encoder of SAM or CLIP is among them: {mapping}"

@@ -25,7 +25,7 @@ from converter.tensors.lazy_tensor import LazyTensor, nbytes, source_tensors
 from converter.tensors.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    from converter.plan.merge import MergedTensor
+    from converter.plan.merge import TensorChange
 
 _T = TypeVar("_T")
 # The version of the JSON document's format.
@@ -221,7 +221,7 @@ def make_record(
     )
 
 
-def _merged_module(change: MergedTensor) -> MergedModule:
+def _merged_module(change: TensorChange) -> MergedModule:
     if isinstance(change.trained, TensorInfo):
         return MergedModule(change.key)
     return MergedModule(change.key, change.trained.rank, change.trained.alpha, change.trained.scale)

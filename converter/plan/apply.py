@@ -1,4 +1,4 @@
-"""Simultaneous application of rules to tensors. One rule claims each name, and one rule produces each new name."""
+"""Applies rules to tensors, all at once: exactly one rule claims each name, and one produces each new name."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from converter.layouts.template import Bindings
 from converter.tensors.lazy_tensor import LazyTensor
 from converter.tensors.ops import apply_op
 
-# Why a tensor outside the encoder is dropped, where the mapping gives no reason.
+# Why a tensor outside the encoder is dropped, if the mapping gives no reason.
 OUTSIDE = "not part of the encoder"
 
 
 class Applied:
-    """Result of applying rules."""
+    """The result of `apply`."""
 
     def __init__(self) -> None:
         self.values: dict[str, LazyTensor] = {}  # Tensors by their new names
         self.rules: dict[str, Rule] = {}  # The rule that produced each tensor, by its new name
-        self.dropped: dict[str, str] = {}  # The reason to drop a tensor, by its old name
+        self.dropped: dict[str, str] = {}  # Why a tensor is dropped, by its old name
 
 
 def outside_predicate(
     mapping: LayoutMapping, prefix: str, target: CanonicalLayout, outer_prefix: str = ""
 ) -> Callable[[str], bool]:
-    """Return a function that says whether a tensor is outside the encoder.
+    """Return a function that returns whether the tensor of a name is outside the encoder.
 
-    With a prefix, every name under it belongs to the encoder. Without one, the encoder consists of the modules that the
-    layout names, and of adapters.
+    With a prefix, every name under it belongs to the encoder. Without one, the modules that the layout names belong to
+    it, and adapters.
 
     Args:
         mapping: The mapping of the source.
         prefix: The prefix of the encoder's names; empty if there is none.
         target: The canonical layout.
-        outer_prefix: What precedes the prefix in the encoder's names; often empty.
+        outer_prefix: The part of the encoder's names before the prefix; often empty.
     """
     if prefix:
         return lambda name: not name.startswith(outer_prefix + prefix)
@@ -68,12 +68,12 @@ def apply(
         rules: The rules; their order does not matter.
         tensors: The tensors by name.
         source: The checkpoint's name, for error messages.
-        is_outside: Whether a tensor of that name is outside the encoder. Such a tensor never causes an error: it is
-            dropped if no rule claims it, or its rule does not fit.
+        is_outside: Returns whether the tensor of a name is outside the encoder. Such a tensor never causes an error:
+            it is dropped if no rule claims it, or if the rule does not fit it.
 
     Raises:
-        MappingError: No rule or two rules claim a name, two rules produce one, a required rule matches nothing, a part
-            is missing, or an operation does not fit a tensor.
+        MappingError: No rule or two rules claim a name, two rules produce one, a required rule matches nothing, one of
+            several sources of a rule is missing, or an operation does not fit a tensor.
     """
     claims = claim(rules, tensors)
     problems = [
@@ -84,39 +84,39 @@ def apply(
     problems += [f"{rule.location}: the rule matches nothing: {rule.text}" for rule in claims.unmatched]
     applied = Applied()
     applied.dropped = {name: OUTSIDE for name in claims.unclaimed if is_outside(name)}
-    for (index, bindings), parts in claims.groups.items():
-        found = _apply_rule(rules[index], dict(bindings), parts, tensors, applied)
-        if found and all(map(is_outside, parts.values())):
-            applied.dropped.update((name, f"{OUTSIDE}, and {found[0]}") for name in parts.values())
+    for (index, bindings), names in claims.groups.items():
+        rule_problems = _apply_rule(rules[index], dict(bindings), names, tensors, applied)
+        if rule_problems and all(map(is_outside, names.values())):
+            applied.dropped.update((name, f"{OUTSIDE}, and {rule_problems[0]}") for name in names.values())
         else:
-            problems += found
+            problems += rule_problems
     if problems:
         raise MappingError(f"{source}: {summary(problems)}")
     return applied
 
 
 def _apply_rule(
-    rule: Rule, bindings: Bindings, parts: dict[int, str], tensors: Mapping[str, LazyTensor], applied: Applied
+    rule: Rule, bindings: Bindings, names: dict[int, str], tensors: Mapping[str, LazyTensor], applied: Applied
 ) -> list[str]:
-    """Apply a rule to the tensors of one set of variable values; return problems."""
+    """Apply a rule to tensors, whose names are given by the index of the source template; return problems."""
     if not rule.targets:
-        applied.dropped.update((name, rule.reason) for name in parts.values())
+        applied.dropped.update((name, rule.reason) for name in names.values())
         return []
-    absent = [template.fill(bindings) for part, template in enumerate(rule.sources) if part not in parts]
+    absent = [template.fill(bindings) for index, template in enumerate(rule.sources) if index not in names]
     if absent:
-        return [f"{rule.location}: {', '.join(map(repr, absent))} is missing next to {next(iter(parts.values()))!r}"]
+        return [f"{rule.location}: {', '.join(map(repr, absent))} is missing next to {next(iter(names.values()))!r}"]
     try:
-        values = tuple(tensors[parts[part]] for part in range(len(rule.sources)))
+        values = tuple(tensors[names[index]] for index in range(len(rule.sources)))
         for op in rule.ops:
             values = apply_op(op, values)
-        names = [target.fill(bindings) for target in rule.targets]
+        new_names = [target.fill(bindings) for target in rule.targets]
     except ValueError as error:
-        return [f"{rule.location}: {parts[0]!r}: {error}"]
+        return [f"{rule.location}: {names[0]!r}: {error}"]
     problems = []
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(new_names, values, strict=True):
         if name in applied.values:
             first = applied.rules[name].location
-            problems.append(f"{name!r} is produced twice: by {first} and by {rule.location}, from {parts[0]!r}")
+            problems.append(f"{name!r} is produced twice: by {first} and by {rule.location}, from {names[0]!r}")
         applied.values[name] = value
         applied.rules[name] = rule
     return problems

@@ -1,4 +1,4 @@
-"""Assumptions on what no tensor shows, such as activation and heads."""
+"""Assumptions: values that an encoder computes with and that no tensor shows, such as activation and heads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ASSUMED = "assumed"
 
 
 class Assumption(NamedTuple):
-    """A value that no tensor shows."""
+    """A value that the encoder computes with and that no tensor shows."""
 
-    value: Value  # The value that the source computes with
-    expected: Value  # The DeepEncoder's value
-    # The config and the key that state the value; or "assumed", with the reason, and then it is the DeepEncoder's
+    value: Value  # The value of the source
+    expected: Value  # The value of the DeepEncoder
+    # The config and the key that state the value. If none does: "assumed" and why; `value` is then the DeepEncoder's
     origin: str = ASSUMED
 
     @property
@@ -29,32 +29,33 @@ class Assumption(NamedTuple):
 Assumptions = Mapping[str, Assumption]
 
 
-def assumed(target: CanonicalLayout) -> dict[str, Assumption]:
-    """Return the assumptions on a checkpoint without a config."""
+def default_assumptions(target: CanonicalLayout) -> dict[str, Assumption]:
+    """Return the assumptions for a checkpoint without a config."""
     return {name: Assumption(value, value) for name, value in target.assumptions.items()}
 
 
 def values_of(assumptions: Assumptions, part: str = "") -> dict[str, Any]:
-    """Return the values of one part by their names without the part; of the encoder itself by default."""
-    split = {name.rpartition("."): assumption.value for name, assumption in assumptions.items()}
-    return {name: value for (of_part, _, name), value in split.items() if of_part == part}
+    """Return the values of a part of a full model, such as `text_model`, by names without it; default: the encoder."""
+    of_part = {name: value for name, value in assumptions.items() if name.rpartition(".")[0] == part}
+    return {name.rpartition(".")[2]: assumption.value for name, assumption in of_part.items()}
 
 
 def differences(assumptions: Assumptions) -> dict[str, Assumption]:
     """Return the values of the encoder that differ from the DeepEncoder's."""
-    return {name: each for name, each in assumptions.items() if "." not in name and each.value != each.expected}
+    of_encoder = {name: assumption for name, assumption in assumptions.items() if "." not in name}
+    return {name: assumption for name, assumption in of_encoder.items() if assumption.value != assumption.expected}
 
 
 def used_assumptions(assumptions: Assumptions, tensors: Iterable[str]) -> dict[str, Assumption]:
-    """Return the assumptions on the encoder, and on those parts of a full model of which there are tensors."""
+    """Return the assumptions on the encoder, and on the other parts of a full model that have tensors."""
     parts = {name.partition(".")[0] for name in tensors}
-    return {name: each for name, each in assumptions.items() if "." not in name or name.partition(".")[0] in parts}
+    return {name: value for name, value in assumptions.items() if "." not in name or name.partition(".")[0] in parts}
 
 
 def describe_differences(assumptions: Assumptions) -> tuple[str, str]:
-    """Return the differing values in words: the source's, with their origin, and the DeepEncoder's; empty for none."""
+    """Return texts of the source's differing values, with their origin, and of the DeepEncoder's; empty for none."""
     different = differences(assumptions)
     origins = ", ".join(dict.fromkeys(assumption.origin for assumption in different.values()))
-    theirs = ", ".join(f"{name.replace('_', ' ')} {assumption.value}" for name, assumption in different.items())
-    ours = ", ".join(f"{name.replace('_', ' ')} {assumption.expected}" for name, assumption in different.items())
-    return (f"{theirs} ({origins})", ours) if different else ("", "")
+    source = ", ".join(f"{name.replace('_', ' ')} {assumption.value}" for name, assumption in different.items())
+    expected = ", ".join(f"{name.replace('_', ' ')} {assumption.expected}" for name, assumption in different.items())
+    return (f"{source} ({origins})", expected) if different else ("", "")

@@ -1,4 +1,4 @@
-"""Assumptions on an encoder that its configs state: activation, heads and epsilon, which no tensor shows."""
+"""Reads assumptions from the configs of a checkpoint: activation, heads and epsilon, which no tensor shows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from converter.checkpoint.open import Checkpoint
 from converter.encoders.config import ACTIVATION_NAMES
 from converter.errors import printable
 from converter.layouts.spec import CanonicalLayout
-from converter.plan.assumptions import ASSUMED, Assumption, Value, assumed
+from converter.plan.assumptions import ASSUMED, Assumption, Value, default_assumptions
 
-# Characters of a value of a config in a message.
+# The number of characters of a value that a message shows.
 _MAX_VALUE_CHARS = 40
 _HEADS = ("num_attention_heads", "heads")
-# The keys in configs of sizes that canonical layouts name.
+# By the names of sizes in canonical layouts: the keys of configs that state them.
 _SIZES = {
     "width": ("hidden_size", "width"),
     "depth": ("num_hidden_layers", "layers"),
@@ -32,35 +32,33 @@ def read_assumptions(
     """Return the values of a canonical layout's assumptions for a checkpoint, and remarks for the user.
 
     Args:
-        source: The checkpoint, whose configs are read.
-        target: The canonical layout of its family.
-        sizes: The sizes of the encoder; a config of other sizes is not used.
+        source: The checkpoint.
+        target: The canonical layout.
+        sizes: The sizes of the encoder, by name. A config that states other sizes is not used.
     """
     configs, remarks = read_configs(source)
-    # The sizes that an encoder's object in a config must have; language models have no patches.
+    # The sizes that an encoder's object must state: language models have no patch size.
     required = [_SIZES[name] for name in ("width", "patch") if name in target.sizes]
     configs = [[section for section in config if _has_values(section.values, required)] for config in configs]
     fitting = [[section for section in config if _has_sizes(section.values, sizes)] for config in configs]
-    # One in a vision_config before others.
-    encoders = [min(found, key=lambda section: "vision" not in section.path) for found in fitting if found]
+    # One section of each config, a vision_config if there is one.
+    encoders = [min(config, key=lambda section: "vision" not in section.path) for config in fitting if config]
     if not encoders:
         remarks += [_other_sizes(section, sizes) for config in configs for section in config if _is_only(section)]
-    assumptions = assumed(target)
+    assumptions = default_assumptions(target)
     for name, assumption in assumptions.items():
-        facts = [fact for section in encoders for fact in [_read(section, name)] if fact]
-        found = [(value, where) for value, where, _ in facts if value is not None]
-        unusable = [f"{where} is {shown}" for value, where, shown in facts if value is None]
-        if found:
-            assumptions[name] = Assumption(found[0][0], assumption.expected, found[0][1])
+        stated = [item for item in (_read(section, name) for section in encoders) if item]
+        usable = [(value, location) for value, location, _ in stated if value is not None]
+        unusable = [f"{location} is {text}" for value, location, text in stated if value is None]
+        used, origin = usable[0] if usable else (None, "")
+        if used is not None:
+            assumptions[name] = Assumption(used, assumption.expected, origin)
         elif unusable:
             assumptions[name] = assumption._replace(origin=f"{ASSUMED}, as {unusable[0]}, which cannot be used")
-        fact = name.rpartition(".")[2].replace("_", " ")
-        remarks += [f"warning: {what}, which cannot be used: {fact} is assumed" for what in unusable]
-        remarks += [
-            f"{where} says {value}, {found[0][1]} says {found[0][0]}: the latter is used"
-            for value, where in found[1:]
-            if value != found[0][0]
-        ]
+        label = name.rpartition(".")[2].replace("_", " ")
+        remarks += [f"warning: {text}, which cannot be used: {label} is assumed" for text in unusable]
+        others = [(value, location) for value, location in usable if value != used]
+        remarks += [f"{location} says {value}, {origin} says {used}: the latter is used" for value, location in others]
     return assumptions, remarks
 
 
@@ -71,8 +69,8 @@ def _has_values(values: Mapping[str, Any], required: Iterable[Iterable[str]]) ->
 
 
 def _is_only(section: ConfigSection) -> bool:
-    """Return whether an object is that of the only encoder in its config."""
-    # The sizes of a model that has a vision encoder are those of its language model.
+    """Return whether an object describes the only encoder in its config."""
+    # The sizes next to a vision_config are those of the language model.
     return section.path in ("", "vision_config") and "vision_config" not in section.values
 
 
@@ -95,22 +93,24 @@ def _other_sizes(section: ConfigSection, sizes: Mapping[str, int]) -> str:
 
 
 def _read(encoder: ConfigSection, name: str) -> tuple[Value | None, str, str] | None:
-    """Return a value that a config states (None if it cannot be used), where, and its text; None if it does not.
+    """Return the value that a config states, the file and key, and its text; None if the config does not state it.
+
+    The value is None if it cannot be used.
 
     Args:
-        encoder: The encoder's object in the config; those of other parts are its siblings.
+        encoder: The encoder's object in the config, whose siblings describe other parts of the model.
         name: The name of the assumption.
     """
-    part, _, fact = name.rpartition(".")
+    part, _, kind = name.rpartition(".")
     section = encoder.sibling(f"{part.removesuffix('_model')}_config") if part else encoder
-    if section is None or fact not in _FACTS:
+    if section is None or kind not in _PARSERS:
         return None
-    keys, read = _FACTS[fact]
+    keys, parse = _PARSERS[kind]
     key, stated = first_value(section.values, keys)
     if not key:
         return None
     location = f"{section.location}{'.' if section.path else ': '}{key}"
-    return read(stated, section.values), location, _shown(stated)
+    return parse(stated, section.values), location, _shown(stated)
 
 
 def _shown(value: object) -> str:
@@ -136,7 +136,7 @@ def _epsilon(value: Any, section: Mapping[str, Any]) -> float | None:
 
 
 def _rope_theta(value: Any, section: Mapping[str, Any]) -> float | None:
-    """Return the base of rotary positions: a number, or in transformers' object of their parameters from 5 on."""
+    """Return the base of rotary positions, which transformers 5 puts into an object of `rope_parameters`."""
     parameters: dict[str, Any] = value if isinstance(value, dict) else {"rope_theta": value}
     theta, is_scaled = parameters.get("rope_theta"), parameters.get("rope_type", "default") != "default"
     if is_scaled or section.get("rope_scaling") or isinstance(theta, bool) or not isinstance(theta, int | float):
@@ -144,8 +144,8 @@ def _rope_theta(value: Any, section: Mapping[str, Any]) -> float | None:
     return float(theta) if 1 < theta < math.inf else None
 
 
-# The keys and the parser of each value by the name of its assumption. A parser returns None for unusable values.
-_FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Value | None]]] = {
+# By the name of an assumption without its part: the keys, and a parser that returns None for unusable values.
+_PARSERS: dict[str, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any]], Value | None]]] = {
     "activation": (("hidden_act",), _activation),
     "head_width": (_HEADS, _head_width),
     "heads": (_HEADS, _heads),

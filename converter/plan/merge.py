@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter into the tensors of a checkpoint, before they are mapped to another layout."""
+"""Merges a LoRA adapter into the tensors of a checkpoint, before they are converted to another layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from converter.tensors.tensor_info import TensorInfo
 _ATTENTION = "is a torch.nn.MultiheadAttention, which peft does not merge as W + scale * B @ A"
 
 
-class MergedTensor(NamedTuple):
+class TensorChange(NamedTuple):
     """A change that an adapter makes to one tensor."""
 
-    key: str  # The tensor's name in the source
-    module: str  # The module's path in the adapter; of a tensor that was trained whole, its name
-    trained: Factors | TensorInfo
+    key: str  # The name of the tensor in the source
+    module: str  # The path of the module in the adapter; the name of a fully trained tensor
+    trained: Factors | TensorInfo  # The factors, or the fully trained tensor
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -32,67 +32,69 @@ class MergedTensor(NamedTuple):
         return (self.trained,) if isinstance(self.trained, TensorInfo) else (self.trained.a, self.trained.b)
 
 
-class Merged(NamedTuple):
-    """An adapter that is matched with the tensors of a checkpoint."""
+class MatchedAdapter(NamedTuple):
+    """The changes of an adapter to the tensors of a checkpoint."""
 
-    tensors: dict[str, MergedTensor]  # What it changes, by the names of the tensors
+    changes: dict[str, TensorChange]  # By tensor name
     notes: list[str]  # Remarks for the user
 
-    def under(self, prefix: str) -> dict[str, MergedTensor]:
-        """The changes of tensors whose names begin with a prefix, by their names without it."""
-        return {name[len(prefix) :]: change for name, change in self.tensors.items() if name.startswith(prefix)}
+    def changes_under(self, prefix: str) -> dict[str, TensorChange]:
+        """Return the changes of tensors whose names begin with a prefix, by names without it."""
+        return {name[len(prefix) :]: change for name, change in self.changes.items() if name.startswith(prefix)}
 
 
-def match_adapter(adapter: Adapter, detected: DetectedLayout, canonical: CanonicalLayout, source: str) -> Merged:
+def match_adapter(
+    adapter: Adapter, detected: DetectedLayout, canonical: CanonicalLayout, source: str
+) -> MatchedAdapter:
     """Match the modules of an adapter with the tensors of a checkpoint.
 
     Args:
         adapter: The adapter.
         detected: The encoder that was detected in the checkpoint.
-        canonical: The canonical layout of its family.
+        canonical: The canonical layout of the encoder.
         source: The checkpoint's name, for error messages.
 
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
     """
-    names, match = detected.all_tensors, detected.match
+    tensors, match = detected.all_tensors, detected.match
     is_outside = outside_predicate(match.layout.mapping, match.prefix, canonical, match.outer_prefix)
     targets = {f"{module}.weight": module for module in adapter.factors}
     targets |= {name: name for name in adapter.fully_trained}
-    old, new = "", ""
-    if names.keys().isdisjoint(targets):
-        encoder = {name for name in names if not is_outside(name)}
-        old, new = _prefixes(adapter, targets, encoder, match.full_prefix, source)
-    merged, absent = Merged({}, []), list[str]()
+    adapter_prefix, source_prefix = "", ""
+    if tensors.keys().isdisjoint(targets):
+        encoder = {name for name in tensors if not is_outside(name)}
+        adapter_prefix, source_prefix = _prefixes(adapter, targets, encoder, match.full_prefix, source)
+    matched, absent = MatchedAdapter({}, []), list[str]()
     for target, module in targets.items():
-        if not target.startswith(old):
+        if not target.startswith(adapter_prefix):
             continue
-        name, pair = new + target.removeprefix(old), adapter.factors.get(module)
-        if name in names:
-            merged.tensors[name] = MergedTensor(names[name].key, module, pair or adapter.fully_trained[target])
-        elif pair and f"{name.removesuffix('weight')}in_proj_weight" in names:
+        name, factors = source_prefix + target.removeprefix(adapter_prefix), adapter.factors.get(module)
+        if name in tensors:
+            matched.changes[name] = TensorChange(tensors[name].key, module, factors or adapter.fully_trained[target])
+        elif factors and f"{name.removesuffix('weight')}in_proj_weight" in tensors:
             raise LayoutError(f"{adapter.name}: {module!r} {_ATTENTION}", MERGE_IN_PEFT)
         elif not is_outside(name):
-            shapes = f" (factors A {list(pair.a.shape)}, B {list(pair.b.shape)})" if pair else ""
+            shapes = f" (factors A {list(factors.a.shape)}, B {list(factors.b.shape)})" if factors else ""
             absent.append(f"{name!r}{shapes}")
     if absent:
         what = f"{source}: lacks modules of the encoder that {adapter.name} trained: {summary(absent)}"
         raise LayoutError(what, _base_step(adapter))
-    if merged.tensors and (old, new) != ("", ""):
-        text = "the modules under {} of the adapter were taken for those under {} of the source"
-        merged.notes.append(text.format(repr(old) if old else "no prefix", repr(new) if new else "no prefix"))
-    return merged
+    if matched.changes and adapter_prefix != source_prefix:
+        old, new = (repr(prefix) if prefix else "no prefix" for prefix in (adapter_prefix, source_prefix))
+        matched.notes.append(f"the modules under {old} of the adapter were taken for those under {new} of the source")
+    return matched
 
 
 def _prefixes(adapter: Adapter, targets: Iterable[str], encoder: Set[str], prefix: str, source: str) -> tuple[str, str]:
-    """Return the prefix of the encoder's modules in an adapter, and the one that they have in the checkpoint.
+    """Return the prefixes of the encoder's modules in an adapter and in the checkpoint; two empty ones if none fit.
 
-    One of both models was part of the other; both are empty if nothing fits.
+    One model must be a part of the other: one prefix ends with the other one.
     """
-    found = dict.fromkeys(
-        target[: len(target) - len(tail)] for target in targets for tail in _tails(target) if prefix + tail in encoder
+    candidates = dict.fromkeys(
+        target.removesuffix(suffix) for target in targets for suffix in _suffixes(target) if prefix + suffix in encoder
     )
-    nested = [old for old in found if f".{prefix}".endswith(f".{old}") or f".{old}".endswith(f".{prefix}")]
+    nested = [other for other in candidates if f".{prefix}".endswith(f".{other}") or f".{other}".endswith(f".{prefix}")]
     if len(nested) > 1:
         fitting = first_names(list(map(repr, nested)))
         what = f"{adapter.name}: trains several modules that fit the encoder of {source}: {fitting}"
@@ -100,28 +102,28 @@ def _prefixes(adapter: Adapter, targets: Iterable[str], encoder: Set[str], prefi
     return (nested[0], prefix) if nested else ("", "")
 
 
-def _tails(name: str) -> Iterable[str]:
-    """Yield a name without its first segments, from none of them to all but one."""
+def _suffixes(name: str) -> Iterable[str]:
+    """Yield a name, the name without its first segment, and so on to its last segment."""
     while name:
         yield name
         name = name.partition(".")[2]
 
 
 def merge(
-    tensors: Mapping[str, LazyTensor], merged: Mapping[str, MergedTensor], adapter: Adapter
+    tensors: Mapping[str, LazyTensor], changes: Mapping[str, TensorChange], adapter: Adapter
 ) -> dict[str, LazyTensor]:
     """Return the tensors with an adapter merged into them.
 
     Args:
         tensors: The checkpoint's tensors by name.
-        merged: What the adapter changes, by the same names.
+        changes: The changes of the adapter, by the same names.
         adapter: The adapter, for error messages.
 
     Raises:
         MappingError: Factors do not fit a tensor.
     """
     result, problems = dict(tensors), []
-    for name, change in merged.items():
+    for name, change in changes.items():
         try:
             result[name] = _merge(tensors[name], change.trained)
         except ValueError as error:

@@ -25,7 +25,7 @@ from converter.tensors.lazy_tensor import (
 )
 
 if TYPE_CHECKING:
-    from converter.plan.merge import MergedTensor
+    from converter.plan.merge import TensorChange
 
 # One position per patch, and one for the class token.
 MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
@@ -35,24 +35,24 @@ MAX_POSITIONS = MAX_GRID_SIZE**2 + 1
 class Plan:
     """The plan of one conversion."""
 
-    mapping: LayoutMapping  # From the checkpoint's layout to the canonical layout
+    mapping: LayoutMapping  # The mapping from the checkpoint's layout to the canonical layout
     target: CanonicalLayout
-    outputs: dict[str, LazyTensor]  # By name, in the order of the output file
+    outputs: dict[str, LazyTensor]  # The tensors by name, in the order of the output file
     dropped: dict[str, str]  # The reason for each checkpoint tensor that is not converted
     layout: str  # The name of the layout of the outputs
-    missing: dict[str, str] = field(default_factory=dict)  # The reason for each target tensor that may be absent and is
+    missing: dict[str, str] = field(default_factory=dict)  # The reason for each optional target tensor that is absent
     generated: dict[str, str] = field(default_factory=dict)  # How each generated tensor was generated
-    sizes: Sizes = field(default_factory=dict)  # Of the model by name, from the shapes in the checkpoint
-    # The sizes that differ from DeepSeek-OCR, as pairs of the checkpoint's size and DeepSeek-OCR's
+    sizes: Sizes = field(default_factory=dict)  # The sizes of the model by name, from the shapes of the tensors
+    # The sizes that differ from DeepSeek-OCR's, each with DeepSeek-OCR's size
     unusual: dict[str, tuple[int, int]] = field(default_factory=dict)
     rules: dict[str, Rule] = field(default_factory=dict)  # The rule that produced each output, except generated ones
     # Tensors that other layouts have but the DeepEncoder does not, by canonical names
     extra_tensors: dict[str, LazyTensor] = field(default_factory=dict)
     # The tensors that the outputs are made of, by canonical names; empty if `layout` is canonical
     canonical_tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    assumptions: dict[str, Assumption] = field(default_factory=dict)  # What no tensor shows
-    remarks: list[str] = field(default_factory=list)  # For the user, such as on a config that cannot be used
-    merged: dict[str, MergedTensor] = field(default_factory=dict)  # What a LoRA adapter changes, by tensor names
+    assumptions: dict[str, Assumption] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)  # Messages for the user, such as on a config that cannot be used
+    merged: dict[str, TensorChange] = field(default_factory=dict)  # The changes of a LoRA adapter by tensor name
 
     @property
     def nbytes(self) -> int:
@@ -88,18 +88,18 @@ def make_plan(
     applied = _apply_mapping(mapping, prefix, target, tensors, where)
     if from_ggml:
         _restore_leading_ones(target, applied)
-    # By the names in the file: the names in `tensors` may lack a common prefix.
+    # The keys are names in the file: the names in `tensors` may lack a common prefix.
     dropped = {tensor.key: why for name, why in applied.dropped.items() for tensor in source_tensors(tensors[name])}
     plan = Plan(mapping, target, {}, dropped, target.name)
     plan.sizes["depth"] = depth = _depth(target, applied)
-    # Checked before names are listed for all layers: a single name can have any index.
+    # Checked before names of all layers are listed: a hostile name can have any index.
     if depth > len(applied.values):
         raise MappingError(f"{where}: layer index {depth - 1} with only {len(applied.values)} tensors")
     if image_size is not None:
         from converter.plan.resample import resample_positions
 
         plan.dropped.update(resample_positions(target, applied, depth, image_size))
-    _drop_cast_positions(plan, applied)
+    _drop_position_indices(plan, applied)
     _fit_target(plan, applied, where)
     plan.remarks += _grid_remarks(plan)
     plan.outputs = sort_outputs(plan.outputs)
@@ -112,12 +112,12 @@ def make_plan(
 def _apply_mapping(
     mapping: LayoutMapping, prefix: str, target: CanonicalLayout, tensors: Mapping[str, LazyTensor], where: str
 ) -> Applied:
-    """Apply the rules of a mapping to the tensors of the encoder, and drop those outside."""
+    """Apply the rules of a mapping to the tensors of the encoder, and drop all others."""
     is_outside = outside_predicate(mapping, prefix, target)
     has_other_rules = bool(prefix and mapping.other_rules)
-    kept = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
-    applied = apply(mapping.rules_for(prefix), kept, where, is_outside)
-    applied.dropped.update((name, mapping.drop_rest or OUTSIDE) for name in tensors if name not in kept)
+    inside = {name: value for name, value in tensors.items() if has_other_rules or not is_outside(name)}
+    applied = apply(mapping.rules_for(prefix), inside, where, is_outside)
+    applied.dropped.update((name, mapping.drop_rest or OUTSIDE) for name in tensors if name not in inside)
     return applied
 
 
@@ -139,8 +139,8 @@ def _depth(target: CanonicalLayout, applied: Applied) -> int:
     return max((int(value) + 1 for value in values if value.isdigit()), default=0)
 
 
-def _drop_cast_positions(plan: Plan, applied: Applied) -> None:
-    """Drop position indices of another type, or without the axis of the batch: they are generated."""
+def _drop_position_indices(plan: Plan, applied: Applied) -> None:
+    """Drop position indices of another type or number of dimensions, which are then generated."""
     for spec in plan.target.tensors:
         value = applied.values.get(spec.name.text) if spec.generate else None
         if value is None or (value.dtype.name == spec.dtype and len(value.shape) == len(spec.shape)):
@@ -152,6 +152,7 @@ def _drop_cast_positions(plan: Plan, applied: Applied) -> None:
 
 
 def _restore_leading_ones(target: CanonicalLayout, applied: Applied) -> None:
+    """Reshape tensors that lack the leading dimension of 1 in the canonical layout."""
     for spec in target.tensors:
         value = applied.values.get(spec.name.text)
         if value is not None and spec.shape[0] == Dim(1, None) and len(value.shape) == len(spec.shape) - 1:
@@ -161,17 +162,17 @@ def _restore_leading_ones(target: CanonicalLayout, applied: Applied) -> None:
 def _grid_remarks(plan: Plan) -> list[str]:
     """Return a warning for position embeddings of a class token and a grid that is not square."""
     names = [spec.name.text for spec in plan.target.tensors if spec.positions == "tokens"]
-    numbers = {name: plan.outputs[name].shape[0] - 1 for name in names if name in plan.outputs}
+    grid_numels = {name: plan.outputs[name].shape[0] - 1 for name in names if name in plan.outputs}
     return [
-        f"warning: {name!r} has {number} positions without the class token, which are no square: the encoder reads "
+        f"warning: {name!r} has {numel} positions without the class token, which are no square: the encoder reads "
         "them as a square grid"
-        for name, number in numbers.items()
-        if math.isqrt(number) ** 2 != number
+        for name, numel in grid_numels.items()
+        if math.isqrt(numel) ** 2 != numel
     ]
 
 
 def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
-    """Add the results of the rules to the plan; MappingError unless they are exactly the tensors of the target."""
+    """Add the results of the rules to the plan; MappingError if they do not fit the canonical layout."""
     values = dict(applied.values)
     problems: list[str] = []
     absent: list[tuple[TensorSpec, str]] = []
@@ -179,7 +180,7 @@ def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
         for name in spec.name.names(plan.sizes["depth"]):
             if name in values:
                 value = values.pop(name)
-                problems += _misfit(spec, name, value, plan.sizes)
+                problems += _mismatches(spec, name, value, plan.sizes)
                 plan.outputs[name], plan.rules[name] = value, applied.rules[name]
             else:
                 absent.append((spec, name))
@@ -198,7 +199,7 @@ def _fit_target(plan: Plan, applied: Applied, where: str) -> None:
         raise MappingError(f"{where}: {summary(problems)}")
 
 
-def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> list[str]:
+def _mismatches(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> list[str]:
     origin = _origin(value)
     if spec.dtype and value.dtype.name != spec.dtype:
         return [f"{name!r}{origin} is {value.dtype.name}; expected {spec.dtype}"]
@@ -206,14 +207,14 @@ def _misfit(spec: TensorSpec, name: str, value: LazyTensor, sizes: Sizes) -> lis
         return [f"{name!r}{origin} is {value.dtype.name}; expected a floating-point type"]
     if match_shape(spec.shape, value.shape, sizes):
         return []
-    bound = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
+    known = ", ".join(f"{dim.name} = {sizes[dim.name]}" for dim in spec.shape if dim.name in sizes)
     return [
-        f"{name!r}{origin} has shape {list(value.shape)}; expected {format_shape(spec.shape)}, where {bound or 'any'}"
+        f"{name!r}{origin} has shape {list(value.shape)}; expected {format_shape(spec.shape)}, where {known or 'any'}"
     ]
 
 
 def _origin(value: LazyTensor) -> str:
-    """The first source tensor of a value, for messages."""
+    """Return the key of the first source tensor of a value, for messages."""
     return next((f" (from {tensor.key!r})" for tensor in source_tensors(value)), "")
 
 

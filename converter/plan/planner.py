@@ -1,4 +1,4 @@
-"""Plans the conversion of an opened checkpoint: detect its layout, map it to the canonical one, then to the target."""
+"""Plans the conversion of a checkpoint: detects its layout, maps it to the canonical layout, and that to the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from converter.layouts.marks import find_extra_modules
 from converter.layouts.spec import CanonicalLayout, LayoutSpec
 from converter.options import ConvertOptions, check_choices
 from converter.plan.apply import OUTSIDE, outside_predicate
-from converter.plan.assumptions import assumed
+from converter.plan.assumptions import default_assumptions
 from converter.plan.plan import Plan, make_plan, sort_outputs
 from converter.plan.route import complete_from, retarget
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
@@ -47,8 +47,8 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
 
     Args:
         opened: The checkpoint, for error messages.
-        detected: Its tensors and layout.
-        options: The family and image size to use.
+        detected: The tensors and the layout that was detected.
+        options: The family and the image size.
 
     Raises:
         LayoutError: The encoder lacks a module of the adapter.
@@ -63,26 +63,26 @@ def plan_to_canonical(opened: Checkpoint, detected: DetectedLayout, options: Con
         from converter.plan.merge import match_adapter, merge
 
         merged = match_adapter(opened.adapter, detected, canonical, opened.name)
-        tensors = merge(tensors, merged.under(detected.match.outer_prefix), opened.adapter)
+        tensors = merge(tensors, merged.changes_under(detected.match.outer_prefix), opened.adapter)
     try:
         is_ggml, size = "GGUF" in opened.containers, options.image_size
         plan = make_plan(mapping, prefix, canonical, tensors, opened.name, size, from_ggml=is_ggml)
     except MappingError as error:
         raise _misfit_error(opened, detected, options, error) from error
     plan.dropped.update((tensor.key, mapping.drop_rest or OUTSIDE) for tensor in detected.outside.values())
-    plan.assumptions = assumed(canonical)
+    plan.assumptions = default_assumptions(canonical)
     if any(map(opened.has_config, CONFIG_NAMES)):
         from converter.plan.config_values import read_assumptions
 
         plan.assumptions, remarks = read_assumptions(opened, canonical, plan.sizes)
         plan.remarks += remarks
     if merged:
-        plan.merged, plan.remarks = merged.tensors, [*plan.remarks, *merged.notes]
+        plan.merged, plan.remarks = merged.changes, [*plan.remarks, *merged.notes]
     return plan
 
 
 def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical: CanonicalLayout) -> None:
-    """Raise LayoutError if a shard that is read alone lacks tensors of the encoder, which may be whole layers."""
+    """Raise LayoutError if tensors of the encoder are in shards that are not read."""
     match = detected.match
     is_outside = outside_predicate(match.layout.mapping, match.prefix, canonical, match.outer_prefix)
     for name in opened.in_other_shards:
@@ -93,7 +93,7 @@ def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical:
 def _misfit_error(
     opened: Checkpoint, detected: DetectedLayout, options: ConvertOptions, error: MappingError
 ) -> LayoutError | MappingError:
-    """Return the error for a checkpoint that does not fit the layout that was detected, with what its tensors show."""
+    """Return the error for a checkpoint that does not fit the detected layout, with the next step for its tensors."""
     if options.mapping is not None:
         return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
     if opened.whole_step:
@@ -141,7 +141,7 @@ def resolve(opened: Checkpoint, options: ConvertOptions, donor: Checkpoint | Non
 
 
 def record_merge(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: Iterable[LazyTensor]) -> None:
-    """Restrict each plan's `merged` to the changes that reach the outputs, and add a remark to the first plan.
+    """Remove changes that no output contains from each plan's `merged`, and add a remark to the first plan.
 
     Args:
         adapter: The adapter.
@@ -149,7 +149,7 @@ def record_merge(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: It
         outputs: The tensors of the output.
 
     Raises:
-        LayoutError: Nothing of the adapter is in the output.
+        LayoutError: No change of the adapter is in the output.
     """
     used_tensors = {tensor for value in outputs for tensor in source_tensors(value)}
     merged_modules: set[str] = set()
@@ -159,9 +159,9 @@ def record_merge(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: It
         merged_modules |= {change.module for change in plan.merged.values()}
     if not merged_modules:
         raise _no_merge_error(adapter, resolved)
-    others = [module for module in adapter.modules if module not in merged_modules]
-    rest = f"; not in the output: {len(others)} others, such as {others[0]}" if others else ""
-    resolved[0].plan.remarks.append(f"merged {len(merged_modules)} modules of the adapter {adapter.name}{rest}")
+    unused = [module for module in adapter.modules if module not in merged_modules]
+    note = f"; not in the output: {len(unused)} others, such as {unused[0]}" if unused else ""
+    resolved[0].plan.remarks.append(f"merged {len(merged_modules)} modules of the adapter {adapter.name}{note}")
 
 
 def _no_merge_error(adapter: Adapter, resolved: Sequence[ResolvedPlan]) -> LayoutError:

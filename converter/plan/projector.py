@@ -1,4 +1,4 @@
-"""The projector between encoder and language model, in a checkpoint of any of the models that have one."""
+"""Finds and reads the projector between encoder and language model, under the names of any model that has one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LLAMA_CPP = {
     "image_newline": "v.image_newline",
     "view_seperator": "v.view_seperator",
 }
-# Such tensors in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp's DeepSeek-OCR:
-# their own names (misspelling included) -> transformers' or llama.cpp's names.
+# The projector's tensors in DeepSeek-OCR, in GOT-OCR2 and Vary, and in llama.cpp: the original names (DeepSeek-OCR
+# misspells one), and the names in transformers or llama.cpp.
 _PROJECTORS = (
     {
         "projector.layers.weight": "multi_modal_projector.weight",
@@ -36,53 +36,53 @@ _PROJECTORS = (
     },
     LLAMA_CPP,
 )
-# Those of them that models lack, by the family of the last encoder.
-_ABSENT = {"qwen2": "image_newline"}
-# Vectors, which llama.cpp stores as a matrix of one row.
+# The tensor that a model's projector lacks, by the family of the last encoder.
+_NOT_IN_MODEL = {"qwen2": "image_newline"}
+# Vectors that llama.cpp stores as a matrix of one row.
 _VECTORS = ("image_newline", "view_seperator")
 
 
 def find_projector(sam: ResolvedPlan) -> dict[str, TensorInfo | None]:
-    """Return the projector's tensors next to an encoder by their own names; None for those that are missing."""
+    """Return the projector's tensors next to an encoder by original names; None for missing ones."""
     return projector_tensors(sam.detected.tensors, sam.detected.match.prefix)
 
 
 def projector_tensors(tensors: Mapping[str, TensorInfo], encoder_prefix: str) -> dict[str, TensorInfo | None]:
-    """Return the projector's tensors by their own names, weight and bias first; None for those that are missing.
+    """Return the projector's tensors by original names, weight and bias first; None for missing ones.
 
-    The projector has the prefix of the model, which is that of the encoder without its last modules.
+    The prefix of the projector is that of the model: the first modules of the encoder's prefix.
     """
     modules = encoder_prefix.split(".")[:-1]
-    bases = ["".join(f"{module}." for module in modules[:count]) for count in range(len(modules), -1, -1)]
+    prefixes = ["".join(f"{module}." for module in modules[:count]) for count in range(len(modules), -1, -1)]
     candidates = [
-        {name: tensors.get(base + name) or tensors.get(base + other) for name, other in names.items()}
-        for base in bases
+        {name: tensors.get(prefix + name) or tensors.get(prefix + new_name) for name, new_name in names.items()}
+        for prefix in prefixes
         for names in _PROJECTORS
     ]
-    # Of an mmproj, `v.image_newline` alone is also DeepSeek-OCR's name under `v.`.
-    return max(candidates, key=lambda found: sum(tensor is not None for tensor in found.values()))
+    # The most complete one: `v.image_newline` of an mmproj is also DeepSeek-OCR's name under the prefix `v.`.
+    return max(candidates, key=lambda candidate: sum(tensor is not None for tensor in candidate.values()))
 
 
 def read_projector(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> dict[str, LazyTensor]:
-    """Return the tensors of the projector; LayoutError names those that are missing."""
-    found = find_projector(next(iter(plans.values())))
-    absent = _ABSENT.get(list(plans)[-1])
-    missing = [name for name, tensor in found.items() if tensor is None and name != absent]
+    """Return the tensors of the projector; LayoutError if one is missing or quantised."""
+    tensors = find_projector(next(iter(plans.values())))
+    expected_absent = _NOT_IN_MODEL.get(list(plans)[-1])
+    missing = [name for name, tensor in tensors.items() if tensor is None and name != expected_absent]
     if missing:
         raise LayoutError(
             f"{source.name}: --with-projector: holds no {', '.join(missing)}",
             f"leave the option out; {WITHOUT_PROJECTOR}",
         )
-    for tensor in found.values():
+    for tensor in tensors.values():
         if tensor is not None and not tensor.dtype.is_float:
             raise LayoutError(
                 f"{source.name}: --with-projector: {tensor.key!r} is quantised ({tensor.dtype.name})",
                 "leave the option out, or take the projector from a checkpoint of 16 or 32 bits",
             )
-    read = {name: lazy_read(tensor) for name, tensor in found.items() if tensor}
-    return {name: as_vector(value) if name in _VECTORS else value for name, value in read.items()}
+    values = {name: lazy_read(tensor) for name, tensor in tensors.items() if tensor}
+    return {name: as_vector(value) if name in _VECTORS else value for name, value in values.items()}
 
 
 def as_vector(value: LazyTensor) -> LazyTensor:
-    """Return a matrix of one row as a vector, and other tensors as they are."""
+    """Return a matrix of one row as a vector, and other tensors unchanged."""
     return reshaped(value, value.shape[1:]) if len(value.shape) == 2 and value.shape[0] == 1 else value

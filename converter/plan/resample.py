@@ -1,4 +1,4 @@
-"""Resampling of position embeddings for images of another size (--image-size)."""
+"""Resamples position embeddings for images of another size (--image-size)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from converter.layouts.spec import CanonicalLayout
 from converter.plan.apply import Applied
 from converter.tensors.lazy_tensor import grid_size_of, resampled, source_tensors
 
-# The kind of position embeddings of layers with windows and of layers without.
+# The kind of relative position embeddings, of window attention and of global attention.
 _RELATIVE = "relative"
 
 
 def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, image_size: int) -> dict[str, str]:
     """Resample all position embeddings, and remove position indices, which are generated for the new number.
 
-    Relative positions within windows are unchanged.
+    Relative positions of window attention do not change.
 
     Args:
         target: The canonical layout.
@@ -30,7 +30,7 @@ def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, im
 
     Raises:
         UsageError: The image size is not a multiple of the patch size, or there is nothing to resample.
-        MappingError: Positions are no square grid, or layers with windows cannot be told from those without.
+        MappingError: Positions are not a square grid, or layers with window attention cannot be identified.
     """
     kinds = {spec.positions for spec in target.tensors if spec.positions}
     if not kinds:
@@ -38,23 +38,23 @@ def resample_positions(target: CanonicalLayout, applied: Applied, depth: int, im
     patch = _patch_size(target, applied)
     if image_size < patch or image_size % patch:
         raise UsageError(f"--image-size {image_size}: not a multiple of the patch size, {patch}")
-    absolute = next(_named(target, applied, kinds - {_RELATIVE}), None)
-    # Canonical layouts require absolute positions: the planner reports those that are missing.
+    absolute = next(_position_embeddings(target, applied, kinds - {_RELATIVE}), None)
+    # Canonical layouts require absolute positions: `make_plan` reports them as missing.
     if absolute is None:
         return {}
     name, kind = absolute
-    before, after = grid_size_of(kind, applied.values[name].shape), image_size // patch
-    relative = [other for other, _ in _named(target, applied, {_RELATIVE})]
-    if before == after:
+    old_size, new_size = grid_size_of(kind, applied.values[name].shape), image_size // patch
+    if old_size == new_size:
         return {}
-    for other in _global(applied, relative, before, depth, target.global_layers):
-        _resample(applied, other, _RELATIVE, after)
-    _resample(applied, name, kind, after)
+    relative = [relative_name for relative_name, _ in _position_embeddings(target, applied, {_RELATIVE})]
+    for global_name in _of_global_attention(applied, relative, old_size, depth, target.global_layers):
+        _resample(applied, global_name, _RELATIVE, new_size)
+    _resample(applied, name, kind, new_size)
     return _remove_indices(target, applied)
 
 
-def _named(target: CanonicalLayout, applied: Applied, kinds: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of position embeddings of some kinds, with their kinds."""
+def _position_embeddings(target: CanonicalLayout, applied: Applied, kinds: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the kind of each tensor of position embeddings of the kinds."""
     specs = [spec for spec in target.tensors if spec.positions in kinds]
     for name in applied.values:
         for spec in specs:
@@ -62,11 +62,13 @@ def _named(target: CanonicalLayout, applied: Applied, kinds: set[str]) -> Iterat
                 yield name, spec.positions
 
 
-def _global(applied: Applied, names: list[str], grid_size: int | None, depth: int, num_global: int) -> list[str]:
-    """Return the relative positions over the whole image, which have as many offsets as the image has patches."""
-    covering = [name for name in names if grid_size_of(_RELATIVE, applied.values[name].shape) == grid_size]
-    if len(covering) < len(names) or not names:
-        return covering
+def _of_global_attention(
+    applied: Applied, names: list[str], grid_size: int | None, depth: int, num_global: int
+) -> list[str]:
+    """Return the names of the relative positions of global attention, whose grid has the size of the image."""
+    candidates = [name for name in names if grid_size_of(_RELATIVE, applied.values[name].shape) == grid_size]
+    if len(candidates) < len(names) or not names:
+        return candidates
     # Windows are as large as the image.
     if not num_global or depth % num_global:
         raise MappingError(
@@ -74,8 +76,8 @@ def _global(applied: Applied, names: list[str], grid_size: int | None, depth: in
             f"{grid_size} patches",
             "convert without --image-size: the DeepEncoder resamples at run time",
         )
-    last = {str(layer) for layer in range(depth // num_global - 1, depth, depth // num_global)}
-    return [name for name in covering if last & set(name.split("."))]
+    global_layers = {str(layer) for layer in range(depth // num_global - 1, depth, depth // num_global)}
+    return [name for name in candidates if global_layers & set(name.split("."))]
 
 
 def _resample(applied: Applied, name: str, kind: str, grid_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Routes from one layout to another through the family's canonical layout."""
+"""Converts plans to the canonical layout into plans to other layouts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def retarget(
     full_model: bool = False,
     partial: bool = False,
 ) -> Plan:
-    """Extend a plan that leads to the canonical layout to another layout.
+    """Extend a plan to the canonical layout by the conversion to another layout.
 
     Args:
         plan: The plan to the canonical layout.
-        target: The mapping of the other layout, which is applied backwards.
+        target: The mapping of the other layout, whose inverse is applied.
         donor: A plan to the canonical layout that supplies missing tensors, or None.
         source: The checkpoint's name, for error messages.
         full_model: Whether to convert tensors outside the encoder too.
@@ -37,8 +37,8 @@ def retarget(
     """
     rules = writing_rules(target, full_model)
     generated = {spec.name.text for spec in plan.target.tensors if spec.generate}
-    values = _claimed(rules, plan, donor, generated)
-    # All optional: `missing_names` lists what is missing by name, which is clearer than the rules without a match.
+    values = _convertible(rules, plan, donor, generated)
+    # All are optional here: an error with the names from `missing_names` is clearer than one with unmatched rules.
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), values, f"{source}: to {target.name}")
     if not partial and (missing := missing_names(rules, applied.values)):
         raise MappingError(
@@ -59,50 +59,50 @@ def retarget(
     )
 
 
-def _claimed(rules: tuple[Rule, ...], plan: Plan, donor: Plan | None, generated: set[str]) -> dict[str, LazyTensor]:
-    """Return the canonical tensors that rules convert, from the checkpoint or else from the donor."""
-    own = {name: value for name, value in {**plan.outputs, **plan.extra_tensors}.items() if name not in generated}
-    available = {**donor.outputs, **donor.extra_tensors, **own} if donor else own
-    claimed = {name for parts in claim(rules, available).groups.values() for name in parts.values()} - generated
-    return {name: value for name, value in available.items() if name in claimed}
+def _convertible(rules: tuple[Rule, ...], plan: Plan, donor: Plan | None, generated: set[str]) -> dict[str, LazyTensor]:
+    """Return the canonical tensors that a rule claims, from the checkpoint or else from the donor."""
+    available = {**donor.outputs, **donor.extra_tensors} if donor else {}
+    available |= {name: value for name, value in (plan.outputs | plan.extra_tensors).items() if name not in generated}
+    unclaimed = set(claim(rules, available).unclaimed) | generated
+    return {name: value for name, value in available.items() if name not in unclaimed}
 
 
 def missing_names(rules: Sequence[Rule], produced: Collection[str]) -> list[str]:
-    """Return the names that required rules should have produced, with `*` for variables whose values are unknown.
+    """Return the names that required rules should have produced, with `*` for a variable of unknown value.
 
-    The number of layers follows from the highest index among the `produced` names.
+    The number of layers follows from the highest index in the `produced` names.
     """
     templates = [template for rule in rules if not rule.optional for template in rule.targets]
     layers = {head: _count_layers(head, produced) for head in {template.head for template in templates}}
-    expected = (name for template in templates for name in _expected(template, layers[template.head], produced))
+    expected = (name for template in templates for name in _expected_names(template, layers[template.head], produced))
     return list(dict.fromkeys(name for name in expected if name not in produced))
 
 
 def _count_layers(head: str, names: Collection[str]) -> int:
     """Return the number of layers, one more than the highest index that follows `head`."""
     indices = (name.removeprefix(head).split(".")[0] for name in names if name.startswith(head))
-    # Limited: with an index above the number of names, some names are missing anyway.
+    # A larger index than the number of names does not list more layers: some names are missing anyway.
     return max((min(int(index), len(names)) + 1 for index in indices if index.isdigit()), default=0)
 
 
-def _expected(template: Template, count: int, produced: Collection[str]) -> Iterator[str]:
-    """Return the names that a template should produce with a number of layers.
+def _expected_names(template: Template, num_layers: int, produced: Collection[str]) -> Iterator[str]:
+    """Return the names that a template should produce in a model.
 
     Args:
-        template: The template; with an open-ended variable, one produced name is enough.
-        count: The number of layers.
+        template: The template. With a variable of kind name or path, one produced name is enough.
+        num_layers: The number of layers of the model.
         produced: The names that were produced.
     """
-    unknown = [field.name for field in template.fields if not field.choices(count)]
+    unknown = [field.name for field in template.fields if not field.choices(num_layers)]
     if unknown and any(template.match(name) is not None for name in produced):
         return iter(())
     for name in unknown:
         template = template.bind(name, "*")
-    return template.names(count)
+    return template.names(num_layers)
 
 
 def complete_from(plan: Plan, donor: Plan | None) -> Plan:
-    """Complete a plan to the canonical layout with the tensors of another one, if there is one."""
+    """Add the tensors that a plan to the canonical layout lacks from the plan of a donor, if there is one."""
     if donor is None:
         return plan
     taken = {name: donor.outputs[name] for name in plan.missing if name in donor.outputs}
@@ -112,7 +112,7 @@ def complete_from(plan: Plan, donor: Plan | None) -> Plan:
 
 
 def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: dict[str, LazyTensor]) -> dict[str, str]:
-    """Return why the outputs do not contain a tensor of the checkpoint, for each such tensor."""
+    """Return the reason for each tensor of the checkpoint that is not in the outputs."""
     reasons = dict(plan.dropped)
     outside = [template for rule in target.other_rules for template in rule.targets]
     # By identity: a donor's tensor may have the same name as a dropped one.
@@ -133,7 +133,7 @@ def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: di
 
 
 def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
-    """Return the rules from canonical names to the names of a layout with the first of the prefixes."""
+    """Return the rules from canonical names to a layout's names, with the first of its prefixes."""
     prefix = target.prefixes[0]
     rules = tuple(rule.prefixed(prefix) for rule in target.rules)
     if full_model:
@@ -142,6 +142,6 @@ def writing_rules(target: LayoutMapping, full_model: bool) -> tuple[Rule, ...]:
 
 
 def target_names(rules: Iterable[Rule], name: str) -> list[str]:
-    """Return the names that rules make of one tensor."""
+    """Return the new names that rules give to one tensor."""
     matches = ((rule, source.match(name)) for rule in rules for source in rule.sources)
     return [target.fill(match) for rule, match in matches if match is not None for target in rule.targets]

@@ -50,8 +50,8 @@ def merged_by_library(
     for family, origin in expected.origins.items():
         names = origin.detected.all_tensors
         merged = match_adapter(adapter, origin.detected, registry.canonical(family), expected.name)
-        changes |= {names[name]: change.trained for name, change in merged.tensors.items()}
-        adapter_tensors += [tensor for change in merged.tensors.values() for tensor in change.tensors]
+        changes |= {names[name]: change.trained for name, change in merged.changes.items()}
+        adapter_tensors += [tensor for change in merged.changes.values() for tensor in change.tensors]
     read_adapter = open_independently(files, adapter_tensors, on_progress)
 
     def read(tensor: TensorInfo) -> Tensor:
