@@ -149,7 +149,7 @@ def _insert(
     check_output_name(host, Path(destination.path or ""))
     destination = destination._replace(format=host.format)
     insertion = plan_insertion(host, parts, destination.dtype)
-    names, target = insertion.placement.names, " + ".join(insertion.placement.layouts)
+    names, target = insertion.placement.keys, " + ".join(insertion.placement.layouts)
     record = encoder_record(parts, names, insertion.tensors, destination, sources, insertion.notes, True, target)
     return record, insertion_output(insertion)
 

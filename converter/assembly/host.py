@@ -1,4 +1,4 @@
-"""Hosts: checkpoints that an encoder is inserted into, and which of their tensors it replaces."""
+"""Hosts: checkpoints that an encoder is inserted into, and the tensors of theirs that it replaces."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Host(NamedTuple):
     """A checkpoint whose encoders are replaced."""
 
     checkpoint: Checkpoint
-    folder: Path | None  # Its folder; None for a single file
-    families: dict[str, list[DetectedLayout]]  # Its encoders by family
+    folder: Path | None  # The folder of the checkpoint; None for a single file
+    families: dict[str, list[DetectedLayout]]  # The encoders of the checkpoint by family
 
     @property
     def name(self) -> str:
@@ -44,20 +44,21 @@ class Host(NamedTuple):
 
     @property
     def format(self) -> str:
-        """The format of its files."""
+        """The format of the checkpoint's files."""
         return "gguf" if "GGUF" in self.checkpoint.containers else "safetensors"
 
     def resolve(self, family: str) -> ResolvedPlan:
         """Plan the conversion of the family's encoder to the canonical layout; LayoutError unless there is one."""
-        found, name = self.families.get(family, []), family.upper()
-        if not found:
-            text = f"--into {self.name}: has no {name}, but {_text(self.families)}"
-            raise LayoutError(text, f"leave out --{family}")
-        if len(found) > 1:
-            text = f"has {len(found)} {name} encoders, under the prefixes {first_names(list(map(_place_of, found)))}"
-            raise LayoutError(f"--into {self.name}: {text}", "insert into a checkpoint that holds one of them alone")
+        encoders, name = self.families.get(family, []), family.upper()
+        if not encoders:
+            message = f"--into {self.name}: has no {name}, but {_join_families(self.families)}"
+            raise LayoutError(message, f"leave out --{family}")
+        if len(encoders) > 1:
+            prefixes = first_names(list(map(_prefix_of, encoders)))
+            message = f"--into {self.name}: has {len(encoders)} {name} encoders, under the prefixes {prefixes}"
+            raise LayoutError(message, "insert into a checkpoint that holds one of them alone")
         try:
-            return ResolvedPlan(found[0], plan_to_canonical(self.checkpoint, found[0], ConvertOptions(family)))
+            return ResolvedPlan(encoders[0], plan_to_canonical(self.checkpoint, encoders[0], ConvertOptions(family)))
         except MappingError as error:
             step = self.checkpoint.whole_step or "insert into a checkpoint whose encoder is whole and unchanged"
             raise MappingError(f"--into {error.message}", step) from error
@@ -86,15 +87,16 @@ def open_host(path: Path, open_file: Callable[[Path], Checkpoint]) -> Host:
         )
     families = detect_families(checkpoint)
     if not families:
-        what = f"--into {checkpoint.name}: has no encoder of a known layout ({_text(registry.families())})"
+        what = f"--into {checkpoint.name}: has no encoder of a known layout ({_join_families(registry.families())})"
         if mark := find_mark(largest_state_dict(state_dicts(checkpoint.contents), checkpoint.name).tensors):
             raise mark.error(what)
         raise LayoutError(what, f"see what it holds: dsocr-convert inspect {path}")
-    return Host(checkpoint, path if path.is_dir() else path.parent if is_index(path.name) else None, families)
+    folder = path.parent if is_index(path.name) else None
+    return Host(checkpoint, path if path.is_dir() else folder, families)
 
 
 def check_output_name(host: Host, out: Path) -> None:
-    """UsageError if a folder's copy has the name of a file, or a file's copy that of another format."""
+    """Raise UsageError if the output of a folder has a file's suffix, or that of a file another format's suffix."""
     if host.folder is None and out.suffix.lower() != f".{host.format}":
         raise UsageError(f"--output {out}: the copy of a single file is a file", f"end its name in .{host.format}")
     if host.folder is not None and has_weight_suffix(out.name):
@@ -102,60 +104,59 @@ def check_output_name(host: Host, out: Path) -> None:
 
 
 def extract_shared(source: Checkpoint, host: Host, with_projector: bool, prefix: str | None) -> EncoderParts:
-    """Take those encoders out of a checkpoint whose families the host has too.
+    """Extract the encoders of a checkpoint whose families the host has too.
 
     Args:
         source: The checkpoint.
         host: The host.
-        with_projector: Whether to take the projector too.
+        with_projector: Whether to extract the projector too.
         prefix: The prefix of the encoders' names in `source`, or None.
 
     Raises:
-        LayoutError: There is none.
+        LayoutError: There are no such encoders.
     """
-    found = detect_families(source, prefix)
-    shared = [family for family in found if family in host.families]
-    if found and not shared:
-        text = f"{source.name}: has {_text(found)}, but the checkpoint of --into has {_text(host.families)}"
-        raise LayoutError(text, "give a checkpoint that has one of these")
-    # Where it has none at all, the error of the host's first family says what it is.
+    encoders = detect_families(source, prefix)
+    shared = [family for family in encoders if family in host.families]
+    if encoders and not shared:
+        families, host_families = _join_families(encoders), _join_families(host.families)
+        message = f"{source.name}: has {families}, but the checkpoint of --into has {host_families}"
+        raise LayoutError(message, "give a checkpoint that has one of these")
+    # For a source without encoders, extracting the host's first family raises an error that says what the source is.
     parts = extract_encoder(source, with_projector, prefix, shared or [*host.families][:1], partial=True)
     dropped = dict(parts.dropped)
-    for family, each in found.items():
-        if family in shared:
-            continue
+    for family in [family for family in encoders if family not in shared]:
         reason = f"the checkpoint of --into has no {family.upper()}"
-        for detected in each:
+        for detected in encoders[family]:
             inside = (tensor for name, tensor in detected.tensors.items() if name.startswith(detected.match.prefix))
             dropped |= {tensor.key: reason for tensor in inside if tensor.key in dropped}
     return replace(parts, dropped=dropped)
 
 
-def _text(families: Iterable[str]) -> str:
+def _join_families(families: Iterable[str]) -> str:
     return ", ".join(family.upper() for family in families)
 
 
-def _place_of(detected: DetectedLayout) -> str:
+def _prefix_of(detected: DetectedLayout) -> str:
     return printable(detected.match.full_prefix) or "."
 
 
 @dataclass
 class Placement:
-    """The tensors of a new encoder in a host; the lists are those of differences."""
+    """The tensors of a new encoder that replace tensors of a host, and the differences. Keys are the host's names."""
 
-    new: dict[str, LazyTensor] = field(default_factory=dict)  # By the host's keys
-    old: dict[str, TensorInfo] = field(default_factory=dict)  # The host's own, some of which they replace
-    names: dict[str, list[str]] = field(default_factory=dict)  # The host's keys of each tensor of the encoder
-    rules: dict[str, Rule] = field(default_factory=dict)  # The rules that make them, by the host's keys
-    without_place: list[str] = field(default_factory=list)  # The encoder's tensors that the host lacks
-    kept: list[str] = field(default_factory=list)  # What the host has and the encoder lacks
-    problems: list[str] = field(default_factory=list)
+    new_tensors: dict[str, LazyTensor] = field(default_factory=dict)  # The encoder's tensors by key
+    old_tensors: dict[str, TensorInfo] = field(default_factory=dict)  # All tensors of the host's encoders by key
+    keys: dict[str, list[str]] = field(default_factory=dict)  # By the encoder's names: the keys that a tensor replaces
+    rules: dict[str, Rule] = field(default_factory=dict)  # The rules that produce the new tensors, by key
+    not_in_host: list[str] = field(default_factory=list)  # Names of the encoder that the host lacks
+    kept: list[str] = field(default_factory=list)  # Keys that the encoder lacks
+    problems: list[str] = field(default_factory=list)  # Differences that prevent the replacement
     layouts: list[str] = field(default_factory=list)  # The names of the layouts of the host's encoders
-    notes: list[str] = field(default_factory=list)  # Where they are, what else they compute, what only one has
+    notes: list[str] = field(default_factory=list)  # Messages for the user
 
 
 def place(host: Host, parts: EncoderParts) -> Placement:
-    """Convert an encoder to the host's layouts.
+    """Convert an encoder to the layouts of the host's encoders.
 
     Raises:
         UsageError: Layers, shapes or types differ.
@@ -167,18 +168,20 @@ def place(host: Host, parts: EncoderParts) -> Placement:
     _place_projector(placement, host, parts)
     if host.format == "gguf":
         # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
-        for key, value in placement.new.items():
-            if [n for n in value.shape if n != 1] == [n for n in placement.old[key].shape if n != 1]:
-                placement.new[key] = reshaped(value, placement.old[key].shape)
-    placement.problems += [text for key, value in placement.new.items() if (text := _misfit(placement.old[key], value))]
+        for key, value in placement.new_tensors.items():
+            old_shape = placement.old_tensors[key].shape
+            if [n for n in value.shape if n != 1] == [n for n in old_shape if n != 1]:
+                placement.new_tensors[key] = reshaped(value, old_shape)
+    mismatches = (_mismatch(placement.old_tensors[key], value) for key, value in placement.new_tensors.items())
+    placement.problems += filter(None, mismatches)
     if placement.problems:
         raise UsageError(
             f"{host.name}: the encoder does not fit: {summary(placement.problems)}",
             "use an encoder of the same sizes: --compressor takes another compressor, and dsocr-convert FAMILY "
             "--image-size resamples positions",
         )
-    if placement.without_place:
-        placement.notes.append(f"left out {first_names(placement.without_place)}: the checkpoint has none")
+    if placement.not_in_host:
+        placement.notes.append(f"left out {first_names(placement.not_in_host)}: the checkpoint has none")
     kept = [*(f"its {family.upper()}" for family in host.families if family not in parts.plans), *placement.kept]
     if kept:
         placement.notes.append(f"kept {first_names(kept)}: the encoder has none")
@@ -186,64 +189,66 @@ def place(host: Host, parts: EncoderParts) -> Placement:
 
 
 def _describe(placement: Placement, family: str, host: ResolvedPlan, new: Plan) -> None:
-    """Note where an encoder of the host is and what else it computes; another number of layers is a problem."""
+    """Add notes on the layout and the function of a host's encoder, and a problem if the number of layers differs."""
     detected, plan, name = host.detected, host.plan, family.upper()
     placement.layouts.append(detected.match.name)
-    placement.notes.append(f"its {name}: layout {detected.match.name}, prefix {_place_of(detected)}")
+    placement.notes.append(f"its {name}: layout {detected.match.name}, prefix {_prefix_of(detected)}")
     placement.notes += _function_warning(new.assumptions, plan.assumptions)
-    depth, other_depth = plan.sizes["depth"], new.sizes["depth"]
-    if depth != other_depth:
-        placement.problems.append(f"the {name} has {other_depth} layers; the checkpoint's has {depth}")
+    depth, new_depth = plan.sizes["depth"], new.sizes["depth"]
+    if depth != new_depth:
+        placement.problems.append(f"the {name} has {new_depth} layers; the checkpoint's has {depth}")
 
 
 def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts) -> None:
-    """Convert one encoder to the host's layout."""
+    """Convert one encoder to the layout of the host's encoder."""
     detected, plan = host
     family, mapping = plan.mapping.family, detected.match.layout.mapping
-    prefix, theirs = registry.encoder_prefix(family), parts.plans[family].plan.extra_tensors
+    prefix, new_extra = registry.encoder_prefix(family), parts.plans[family].plan.extra_tensors
     rules = invert(mapping.rules_for(detected.match.prefix))
     inside = [template for rule in invert(mapping.rules) for template in rule.sources]
-    # What a layout has inside the encoder is replaced too, such as CLIP's last norm; its text tower is not.
-    extra = {name: value for name, value in plan.extra_tensors.items() if any_match(inside, name)}
-    values = parts.encoder(family) | {name: theirs[name] for name in extra if name in theirs}
+    # Extra tensors inside the encoder, such as CLIP's last norm, are replaced too; a text tower is not.
+    old_extra = {name: value for name, value in plan.extra_tensors.items() if any_match(inside, name)}
+    values = parts.encoder(family) | {name: new_extra[name] for name in old_extra if name in new_extra}
     names = {name: target_names(rules, name) for name in values}
     claimed = {name: value for name, value in values.items() if names[name]}
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), claimed, detected.match.name)
-    own = {tensor.key: tensor for value in (plan.outputs | extra).values() for tensor in source_tensors(value)}
-    keys = {name: tensor.key for name, tensor in detected.tensors.items() if tensor.key in own}
+    old_values = (plan.outputs | old_extra).values()
+    old_tensors = {tensor.key: tensor for value in old_values for tensor in source_tensors(value)}
+    keys = {name: tensor.key for name, tensor in detected.tensors.items() if tensor.key in old_tensors}
     for name, targets in names.items():
-        if found := [keys[target] for target in targets if target in keys]:
-            placement.names[prefix + name] = found
+        if target_keys := [keys[target] for target in targets if target in keys]:
+            placement.keys[prefix + name] = target_keys
         elif prefix + name not in parts.constants:
-            placement.without_place.append(prefix + name)
-    made = {keys[name]: name for name in applied.values if name in keys}
-    placement.new |= {key: applied.values[name] for key, name in made.items()}
-    placement.rules |= {key: applied.rules[name] for key, name in made.items()}
-    placement.old |= own
-    placement.kept += [key for key in own if key not in made]
+            placement.not_in_host.append(prefix + name)
+    produced = {keys[name]: name for name in applied.values if name in keys}
+    placement.new_tensors |= {key: applied.values[name] for key, name in produced.items()}
+    placement.rules |= {key: applied.rules[name] for key, name in produced.items()}
+    placement.old_tensors |= old_tensors
+    placement.kept += [key for key in old_tensors if key not in produced]
 
 
 def _function_warning(new: Assumptions, old: Assumptions) -> list[str]:
-    """Return a warning if the encoder computes another function than the one that it replaces."""
-    shared = {name: each._replace(expected=old[name].value) for name, each in new.items() if name in old}
-    theirs, ours = describe_differences(shared)
-    if not theirs:
+    """Return a warning if the encoder computes another function than the encoder that it replaces."""
+    shared = {name: value._replace(expected=old[name].value) for name, value in new.items() if name in old}
+    source, host = describe_differences(shared)
+    if not source:
         return []
-    return [f"warning: the source computes with {theirs}, the checkpoint of --into with {ours}: change its config"]
+    return [f"warning: the source computes with {source}, the checkpoint of --into with {host}: change its config"]
 
 
 def _place_projector(placement: Placement, host: Host, parts: EncoderParts) -> None:
     if not parts.projector:
         return
-    found = find_projector(host.resolve(next(iter(parts.plans))))
+    old_projector = find_projector(host.resolve(next(iter(parts.plans))))
     for name, value in parts.projector.items():
-        if old := found.get(name):
-            placement.new[old.key], placement.old[old.key], placement.names[name] = value, old, [old.key]
+        if old := old_projector.get(name):
+            placement.new_tensors[old.key], placement.old_tensors[old.key] = value, old
+            placement.keys[name] = [old.key]
         else:
-            placement.without_place.append(name)
+            placement.not_in_host.append(name)
 
 
-def _misfit(old: TensorInfo, new: LazyTensor) -> str:
+def _mismatch(old: TensorInfo, new: LazyTensor) -> str:
     if new.shape != old.shape:
         return f"{old.key!r} has shape {list(old.shape)}; the encoder's has {list(new.shape)}"
     if new.dtype != old.dtype and not (new.dtype.is_float and old.dtype.is_float):
@@ -252,7 +257,7 @@ def _misfit(old: TensorInfo, new: LazyTensor) -> str:
 
 
 def is_same(new: LazyTensor, old: TensorInfo) -> bool:
-    """Return whether both are the same tensor of the same file."""
+    """Return whether a new tensor is the old one: the same tensor of the same file, unchanged."""
     if not isinstance(new, Read) or new.tensor.key != old.key:
         return False
     return new.tensor.storage.file.identity == old.storage.file.identity

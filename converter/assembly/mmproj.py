@@ -1,7 +1,7 @@
 """llama.cpp's mmproj files: the types of the tensors, and the keys and values of the header.
 
-Both are the same as those that llama.cpp's convert_hf_to_gguf.py --mmproj writes for DeepSeek-OCR, Unlimited-OCR and
-DeepSeek-OCR-2. As in that script, sizes are taken from the configs of the checkpoint, if these state them.
+Both are what llama.cpp's convert_hf_to_gguf.py --mmproj writes for DeepSeek-OCR, Unlimited-OCR and DeepSeek-OCR-2. As
+in that script, sizes come from the configs of the checkpoint, if these state them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _MATRIX_NAME = re.compile(
     r"v\.(sam\.)?blk\.\d+\.(attn[._](qkv|q|k|v|out)|mlp\.lin\d|ffn_(gate|up|down))\.weight"
     r"|mm\.model\.fc\.weight|v\.resample_query_\d+\.weight"
 )
-# SAM's patch convolution, which is also stored in float16, but not in bfloat16.
+# SAM's patch convolution: --dtype float16 applies to it, bfloat16 does not.
 _PATCH_EMBEDDING = "v.sam.patch_embd.weight"
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 
 
-def typed(outputs: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
+def cast_to_mmproj(outputs: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
     """Cast the tensors of an mmproj; `dtype` is the type of the matrices, or "keep" for the source's type."""
     dtype = matrix_dtype(outputs) if dtype == "keep" else dtype
     return sort_outputs({name: cast(value, _dtype_of(name, dtype)) for name, value in outputs.items()})
 
 
-def as_stored(projector: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the projector's tensors in llama.cpp's shapes: view_seperator is a matrix of one row."""
+def as_mmproj_shapes(projector: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Reshape the projector's tensors as in llama.cpp, where view_seperator is a matrix of one row."""
     return {
         name: reshaped(value, (1, *value.shape)) if name == "view_seperator" else value
         for name, value in projector.items()
@@ -54,7 +54,7 @@ def _dtype_of(name: str, dtype: str) -> str:
 
 
 def matrix_dtype(outputs: Mapping[str, LazyTensor | TensorInfo]) -> str:
-    """Return the type of most matrices; float32 if llama.cpp has no such type."""
+    """Return the most frequent type of the matrices; float32 if an mmproj cannot have it."""
     dtypes = Counter(value.dtype.name for name, value in outputs.items() if _MATRIX_NAME.fullmatch(name))
     dtype = dtypes.most_common(1)[0][0] if dtypes else ""
     return dtype if dtype in _FILE_TYPES else "float32"
@@ -80,21 +80,21 @@ _CONFIG_KEYS = {
 # By the family of the second encoder. llama.cpp's feed_forward_length of CLIP is four times the number of heads.
 _VERSIONS = {
     "clip": _Version(
-        "deepseekocr",
-        "clip-l-14-224",
-        9,
-        _CONFIG_KEYS
+        projector_type="deepseekocr",
+        config_section="clip-l-14-224",
+        max_tiles=9,
+        config_keys=_CONFIG_KEYS
         | {"embedding_length": ("width", "hidden_size")}
         | {"attention.head_count": ("num_attention_heads", "num_heads", "heads")},
-        {"image_size": 224, "patch_size": 14, "embedding_length": 1024, "feed_forward_length": 64}
+        defaults={"image_size": 224, "patch_size": 14, "embedding_length": 1024, "feed_forward_length": 64}
         | {"block_count": 24, "attention.head_count": 16, "window_size": 14},
     ),
     "qwen2": _Version(
-        "deepseekocr2",
-        "qwen2-0-5b",
-        6,
-        _CONFIG_KEYS | {"embedding_length": ("dim",), "attention.head_count": ("num_attention_heads",)},
-        {"image_size": 1024, "patch_size": 16, "embedding_length": 896, "feed_forward_length": 4864}
+        projector_type="deepseekocr2",
+        config_section="qwen2-0-5b",
+        max_tiles=6,
+        config_keys=_CONFIG_KEYS | {"embedding_length": ("dim",), "attention.head_count": ("num_attention_heads",)},
+        defaults={"image_size": 1024, "patch_size": 16, "embedding_length": 896, "feed_forward_length": 4864}
         | {"block_count": 24, "attention.head_count": 14, "attention.head_count_kv": 2, "window_size": 14},
     ),
 }
@@ -105,12 +105,12 @@ _CONFIG = "config.json"
 # The files that may state the normalisation of pixels, and an object in each that may contain it. The last file counts.
 _PROCESSOR_CONFIGS = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
 _EPSILON, _HALF, _TOKENS_PER_SIDE = 1e-6, [0.5, 0.5, 0.5], 16
-_DEFAULT, _HEADER = "DeepSeek's defaults", "the source's header"
+_FROM_DEFAULTS, _FROM_HEADER = "DeepSeek's defaults", "the source's header"
 # Keys of a GGUF source's header that are not copied, as the tensors show the values.
 _NOT_COPIED = ("general.file_type", "clip.vision.projection_dim")
 
 
-# Values of the header by key without `clip.vision.`. The origin of a value is the file that states it.
+# The values of the header, by key without `clip.vision.`; the origin of a value is the file that states it.
 _Values = dict[str, Assumption]
 
 
@@ -188,67 +188,67 @@ def _sizes_of_tensors(parts: EncoderParts) -> dict[str, int]:
 
 
 def _read_sizes(version: _Version, vision: Mapping[str, Any], tensor_sizes: Mapping[str, int]) -> _Values:
-    """Return the sizes that `vision_config` states, else DeepSeek's; without a config, those of the tensors first."""
+    """Return the sizes that `vision_config` states, or DeepSeek's. Without a config, the tensors show some of them."""
     widths = object_at(vision, "width")
     second, sam = {**vision, **object_at(widths, version.config_section)}, object_at(widths, "sam_vit_b")
     heads = second.get("heads")
     if heads is not None and are_counts(heads):
         second |= {"num_heads": heads, "intermediate_size": 4 * heads}
-    found: _Values = {}
+    sizes: _Values = {}
     for key, default in {**version.defaults, **_SAM_DEFAULTS}.items():
-        section, names = (
-            (sam, _SAM_CONFIG_KEYS[key]) if key in _SAM_CONFIG_KEYS else (second, version.config_keys.get(key, ()))
-        )
+        section, names = second, version.config_keys.get(key, ())
+        if key in _SAM_CONFIG_KEYS:
+            section, names = sam, _SAM_CONFIG_KEYS[key]
         stated = next((section[name] for name in names if are_counts(section.get(name))), None)
         value: Any = default
-        origin = _DEFAULT
+        origin = _FROM_DEFAULTS
         if stated is not None:
             value, origin = stated, _CONFIG
         elif key in tensor_sizes and not vision:
             value, origin = tensor_sizes[key], "the tensors"
-        found[key] = Assumption(value, default, origin)
+        sizes[key] = Assumption(value, default, origin)
     epsilon: Any = second.get("layer_norm_eps")
-    value, origin = (epsilon, _CONFIG) if _is_like(epsilon, _EPSILON) else (_EPSILON, _DEFAULT)
-    return found | {"attention.layer_norm_epsilon": Assumption(value, _EPSILON, origin)}
+    value, origin = (epsilon, _CONFIG) if _is_valid(epsilon, _EPSILON) else (_EPSILON, _FROM_DEFAULTS)
+    return sizes | {"attention.layer_norm_epsilon": Assumption(value, _EPSILON, origin)}
 
 
 def _read_preprocessing(source: Checkpoint, remarks: list[str]) -> _Values:
     """Return the normalisation of pixels, and the number of image tokens in a row."""
-    found: _Values = {key: Assumption(_HALF, _HALF, _DEFAULT) for key in ("image_mean", "image_std")}
-    found["tokens_per_side"] = Assumption(_TOKENS_PER_SIDE, _TOKENS_PER_SIDE, _DEFAULT)
+    values: _Values = {key: Assumption(_HALF, _HALF, _FROM_DEFAULTS) for key in ("image_mean", "image_std")}
+    values["tokens_per_side"] = Assumption(_TOKENS_PER_SIDE, _TOKENS_PER_SIDE, _FROM_DEFAULTS)
     for file, nested in _PROCESSOR_CONFIGS:
         config = read_config(source, file, remarks)
         config = {**config, **object_at(config, nested)}
         for key in ("image_mean", "image_std"):
             if are_channels(config.get(key)):
-                found[key] = Assumption([float(value) for value in config[key]], _HALF, file)
+                values[key] = Assumption([float(value) for value in config[key]], _HALF, file)
         tokens = config.get("image_seq_length")
         if tokens is not None and are_counts(tokens):
-            found["tokens_per_side"] = Assumption(math.isqrt(tokens), _TOKENS_PER_SIDE, file)
-    return found
+            values["tokens_per_side"] = Assumption(math.isqrt(tokens), _TOKENS_PER_SIDE, file)
+    return values
 
 
-def _copy_header(source: Checkpoint, found: _Values, remarks: list[str]) -> dict[str, bytes]:
-    """Replace values in `found` by those of a GGUF source's header; return its other values, as they are stored."""
+def _copy_header(source: Checkpoint, values: _Values, remarks: list[str]) -> dict[str, bytes]:
+    """Replace `values` by those in the header of a GGUF source; return its other keys with their stored bytes."""
     if source.containers != ("GGUF",):
         return {}
     from converter.formats.gguf import decoded, stored_keys
 
     stored = stored_keys(source.files[0])
-    for key in [key for key in found if f"clip.vision.{key}" in stored]:
+    for key in [key for key in values if f"clip.vision.{key}" in stored]:
         value: Any = decoded(stored.pop(f"clip.vision.{key}"))
-        if _is_like(value, found[key].expected):
-            found[key] = found[key]._replace(value=value, origin=_HEADER)
+        if _is_valid(value, values[key].expected):
+            values[key] = values[key]._replace(value=value, origin=_FROM_HEADER)
         else:
-            remarks.append(f"warning: {_HEADER}: clip.vision.{key} is ignored: it is not as llama.cpp writes it")
+            remarks.append(f"warning: {_FROM_HEADER}: clip.vision.{key} is ignored: it is not as llama.cpp writes it")
     others = {key: value for key, value in stored.items() if key not in _NOT_COPIED}
     if others:
         remarks.append(f"llama.cpp's header: {len(others)} more values as in the source: {first_names([*others])}")
     return others
 
 
-def _is_like(value: object, default: object) -> bool:
-    """Return whether a value has the type and the range of a default value."""
+def _is_valid(value: object, default: object) -> bool:
+    """Return whether a value has the type of a default value, and is in the range for that type."""
     if isinstance(default, list):
         return are_channels(value)
     if isinstance(default, float):
@@ -262,10 +262,10 @@ def _max_tiles(config: Mapping[str, Any], version: _Version) -> int:
     return _MAX_TILES.get(first, version.max_tiles) if isinstance(first, str) else version.max_tiles
 
 
-def _describe_origins(found: _Values) -> str:
+def _describe_origins(assumptions: _Values) -> str:
     """Return a remark that lists the keys of the values by origin."""
     keys_by_origin: dict[str, list[str]] = {}
-    for key, assumption in found.items():
+    for key, assumption in assumptions.items():
         keys_by_origin.setdefault(assumption.origin, []).append(key)
     sources = [f"{', '.join(keys)} from {origin}" for origin, keys in keys_by_origin.items()]
     return f"llama.cpp's header: {'; '.join(sources)}"

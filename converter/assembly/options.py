@@ -10,14 +10,14 @@ from converter.errors import UsageError
 from converter.layouts.registry import MODEL_PREFIX
 from converter.options import DTYPES, DtypeName, check_choices, option
 
-# The layouts of other programs, and the formats of their files.
+# By the value of --to: the format of the output.
 FORMATS = {"mlx": "safetensors", "mmproj": "gguf"}
 _SOURCE = "SOURCE|random:SEED"
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """Options of a whole DeepEncoder; UsageError for a wrong value, and for options that contradict each other.
+    """Options of a whole DeepEncoder; UsageError for wrong values and for options that contradict each other.
 
     Attributes:
         compressor: A checkpoint with trained net_2 [2*neck, neck, 3, 3] and net_3 [width, 2*neck, 3, 3], where width is
@@ -27,11 +27,11 @@ class EncoderOptions:
             random:SEED, initialised like a new nn.Embedding. Not needed if `qwen2` has them.
         with_projector: Also extract the projector, view_seperator and, for DeepSeek-OCR, image_newline from the source;
             from GOT-OCR2 and Vary, mm_projector_vary.
-        add_prefix: The prefix of all output names. With `model.` they are those of DeepSeek-OCR's checkpoint.
+        add_prefix: The prefix of all output names; `model.`, as in DeepSeek-OCR's checkpoint, by default.
         to: "mlx" for the names and axes of mlx-vlm, "mmproj" for llama.cpp's names, types and header; by default
             DeepSeek-OCR's, or mmproj in the format gguf.
         into: A local checkpoint with encoders of known layouts (DeepSeek-OCR, Unlimited-OCR, GOT-OCR2, LLaVA), a
-            folder or a file. Shards, index, order of names, types and all other files are kept.
+            folder or a file. Its shards, index, order of names, types and other files are kept.
         dtype: keep, float32, float16 or bfloat16; of an mmproj, the type of its matrices.
     """
 

@@ -1,4 +1,4 @@
-"""A whole DeepEncoder: built from its encoders and what joins them, or extracted from a DeepSeek-OCR checkpoint."""
+"""Plans a whole DeepEncoder, combined from several checkpoints or extracted from one."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from converter.output.record import ConversionRecord, Destination, make_record
 from converter.plan.apply import OUTSIDE
 from converter.plan.planner import ResolvedPlan, resolve_to_canonical
 from converter.plan.projector import read_projector
-from converter.tensors.lazy_tensor import LazyTensor, cast, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, cast, source_tensors
 
 _Value = TypeVar("_Value")
 
-_CONSTANT = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
-_NO_PLACE = "the checkpoint of --into has no such tensor"
+_CONSTANT_REASON = "a constant that the model generates; DeepSeek-OCR's own checkpoint lacks it"
+_NOT_IN_HOST = "the checkpoint of --into has no such tensor"
 
 
 @dataclass(frozen=True)
 class EncoderParts:
     """A DeepEncoder that is planned but not yet written."""
 
-    sources: list[Checkpoint]  # The checkpoints that it is read from
+    sources: list[Checkpoint]  # The checkpoints that are read
     plans: dict[str, ResolvedPlan]  # The plan of each family, in the order of the model
-    tensors: dict[str, LazyTensor]  # Its tensors by their names in DeepSeek-OCR's model, without `model.`
-    generated: dict[str, str]  # Tensors that no source has, and their content
-    dropped: dict[str, str]  # Source tensors that are left out, and why
+    tensors: dict[str, LazyTensor]  # The tensors by names in DeepSeek-OCR's model, without `model.`
+    generated: dict[str, str]  # The content of each tensor that no source has
+    dropped: dict[str, str]  # The reason for each source tensor that is left out
 
     def encoder(self, family: str) -> dict[str, LazyTensor]:
-        """The tensors of one encoder by canonical names."""
+        """Return the tensors of one encoder by canonical names."""
         prefix = registry.encoder_prefix(family)
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
     @property
     def projector(self) -> dict[str, LazyTensor]:
-        """The tensors that belong to no encoder."""
+        """The tensors outside all encoders."""
         prefixes = tuple(map(registry.encoder_prefix, self.plans))
         return {name: value for name, value in self.tensors.items() if not name.startswith(prefixes)}
 
     @property
     def untrained(self) -> dict[str, str]:
-        """The tensors that seeds generated, by the option that has the seed."""
-        texts = {}
+        """The descriptions of tensors that a seed generated, by the option that has the seed."""
+        descriptions = {}
         for addition in ADDITIONS:
-            if found := [self.generated[name] for name in addition.full_names if name in self.generated]:
-                texts[addition.option] = min(found)
-        return texts
+            if texts := [self.generated[name] for name in addition.full_names if name in self.generated]:
+                descriptions[addition.option] = min(texts)
+        return descriptions
 
     @property
     def constants(self) -> set[str]:
-        """Names of constants (position_ids), which DeepSeek-OCR's own checkpoint lacks."""
+        """The names of constants (position_ids), which DeepSeek-OCR's checkpoint lacks."""
         return {
             registry.encoder_prefix(family) + spec.name.text
             for family in registry.families()
@@ -82,22 +82,22 @@ def encoder_record(
 
     Args:
         parts: The encoder.
-        names: The names of its tensors that are written, and the names in the output of each one or of its parts.
+        names: For each tensor of the encoder that is written, its names in the output.
         outputs: All tensors of the output.
-        destination: Where they are written.
-        sources: The checkpoints that are read, with the one that the encoder is inserted into.
+        destination: The path, format and type of the output.
+        sources: The checkpoints that are read, including one that the encoder is inserted into.
         notes: Remarks for the user.
-        inserted: Whether it replaces another encoder, which keeps what this one lacks.
+        inserted: Whether the encoder is inserted into a checkpoint, which keeps the tensors that the encoder lacks.
         target: The layout of the output.
     """
     missing, extra = dict[str, str](), dict[str, LazyTensor]()
     for family, resolved in parts.plans.items():
         missing |= _with_prefix(family, resolved.plan.missing)
-        # Such as CLIP's last norm, which only some hosts have.
+        # For example CLIP's last norm, which only some hosts have.
         extra |= _with_prefix(family, resolved.plan.extra_tensors)
-    written = [(name, new) for name, several in names.items() for new in several]
+    written = [(name, new_name) for name, new_names in names.items() for new_name in new_names]
     dropped = parts.dropped | {
-        tensor.key: _CONSTANT if name in parts.constants else _NO_PLACE
+        tensor.key: _CONSTANT_REASON if name in parts.constants else _NOT_IN_HOST
         for name, value in parts.tensors.items()
         if name not in names
         for tensor in source_tensors(value)
@@ -110,10 +110,10 @@ def encoder_record(
         destination,
         target=target,
         has_config=inserted,
-        generated={new: parts.generated[name] for name, new in written if name in parts.generated},
+        generated={new_name: parts.generated[name] for name, new_name in written if name in parts.generated},
         missing={name: reason for name, reason in missing.items() if not inserted and name not in parts.tensors},
         dropped={key: reason for key, reason in dropped.items() if key not in kept},
-        converted={new: outputs[new] for _, new in written},
+        converted={new_name: outputs[new_name] for _, new_name in written},
         notes=notes,
     )
 
@@ -125,45 +125,43 @@ def build_encoder(
     prefix: str | None = None,
     host: Mapping[str, ResolvedPlan] | None = None,
 ) -> EncoderParts:
-    """Combine the encoders of several checkpoints and what joins them.
+    """Combine the encoders of several checkpoints, with a compressor and queries.
 
     Args:
         names: The checkpoint of each family, in any layout, in the order of the model.
-        additions: By option (compressor, queries) a checkpoint with trained ones, or random:SEED. Those that are left
-            out come with the encoders.
+        additions: By option (compressor, queries), a checkpoint with trained tensors or random:SEED. Without an option,
+            the tensors of the encoders' checkpoints are used.
         open_file: Opens a checkpoint; called once for each name.
         prefix: The prefix of the encoders' names in all checkpoints, or None.
-        host: The plans of the checkpoint that they are inserted into, which may keep its compressor; or None.
+        host: The plans of the checkpoint that the encoder is inserted into, which may keep its compressor; or None.
 
     Raises:
         LayoutError: A checkpoint has no encoder of the family, an addition is missing, or its sizes differ.
     """
-    # Once, as its files identify the tensors that are used.
+    # Each is opened once, as the open files identify tensors.
     opened = {str(name): open_file(name) for name in dict.fromkeys(names.values())}
     plans = {
         family: resolve_to_canonical(opened[str(name)], ConvertOptions(family, prefix=prefix))
         for family, name in names.items()
     }
-    _expect_sizes(plans)
+    _remove_required_sizes(plans)
     encoder_tensors = _encoder_tensors(plans)
     tensors, generated, replaced = dict(encoder_tensors), dict[str, str](), dict[str, str]()
     for addition in _additions(plans):
         origin = str(additions.get(addition.option, ""))
-        new = list[LazyTensor]()
+        values = list[LazyTensor]()
         if is_seed(origin):
-            new = _seeded(addition, origin, plans, host)
-            for name, value in zip(addition.full_names, new, strict=True):
+            values = _seeded(addition, origin, plans, host)
+            for name, value in zip(addition.full_names, values, strict=True):
                 generated[name] = f"{origin}: untrained, {addition.describe_values(value.shape)}"
         elif origin:
             opened[origin] = opened.get(origin) or open_file(origin)
-            new = addition.find(opened[origin], _model(plans))
-        if new:
-            tensors |= zip(addition.full_names, new, strict=True)
-            kept = {tensor for value in new for tensor in source_tensors(value)}
+            values = addition.find(opened[origin], _model(plans))
+        if values:
+            tensors |= zip(addition.full_names, values, strict=True)
             old_values = [encoder_tensors[name] for name in addition.full_names if name in encoder_tensors]
-            old = [tensor for value in old_values for tensor in source_tensors(value)]
-            reason = f"--{addition.option} {origin} replaces it"
-            replaced |= {tensor.key: reason for tensor in old if tensor not in kept}
+            kept, reason = set(all_source_tensors(values)), f"--{addition.option} {origin} replaces it"
+            replaced |= {tensor.key: reason for tensor in all_source_tensors(old_values) if tensor not in kept}
         if host is None:
             addition.check(tensors, _sizes(plans), origin or opened[str(names[addition.family])].name, _model(plans))
     return EncoderParts(list(opened.values()), plans, tensors, generated, _dropped(plans, tensors) | replaced)
@@ -176,33 +174,33 @@ def extract_encoder(
     families: Sequence[str] = (),
     partial: bool = False,
 ) -> EncoderParts:
-    """Take both encoders out of a checkpoint.
+    """Extract both encoders from a checkpoint.
 
     Args:
         source: The checkpoint.
-        with_projector: Whether to take the projector too.
+        with_projector: Whether to extract the projector too.
         prefix: The prefix of both encoders' names, or None.
-        families: Their families; by default those of the first version that the checkpoint has.
+        families: The families of the encoders; by default those of the version that the checkpoint has.
         partial: Whether one encoder is enough, and compressor and queries may be missing.
 
     Raises:
         LayoutError: The checkpoint does not have both encoders.
     """
-    families = families or _version_in(source, prefix)
+    families = families or _detect_version(source, prefix)
     options = [ConvertOptions(family, prefix=prefix) for family in families]
     try:
         plans = {option.family: resolve_to_canonical(source, option) for option in options}
     except LayoutError as error:
         if partial:
             raise
-        # The next step of the other error would be to convert its single encoder.
+        # Without the hint of an OtherFamilyError, which is to convert the only encoder.
         message = error.message if isinstance(error, OtherFamilyError) else str(error)
         raise LayoutError(
             message,
             "SOURCE must hold both SAM and CLIP, or SAM and Qwen2; to combine two checkpoints, name them with --sam "
             "and --clip, or --sam and --qwen2",
         ) from None
-    _expect_sizes(plans)
+    _remove_required_sizes(plans)
     tensors = _encoder_tensors(plans)
     # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
     read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
@@ -218,10 +216,10 @@ def extract_encoder(
     return EncoderParts([source], plans, tensors, {}, dropped)
 
 
-def _version_in(source: Checkpoint, prefix: str | None) -> list[str]:
-    """The families of the first version of which a checkpoint has all encoders, else those of the first version."""
-    found, versions = detect_families(source, prefix), registry.versions()
-    return next((families for families in versions if found.keys() >= set(families)), versions[0])
+def _detect_version(source: Checkpoint, prefix: str | None) -> list[str]:
+    """Return the families of the first version whose encoders a checkpoint has; by default, of version 1."""
+    detected, versions = detect_families(source, prefix), registry.versions()
+    return next((families for families in versions if detected.keys() >= set(families)), versions[0])
 
 
 def _additions(plans: Mapping[str, ResolvedPlan]) -> list[Addition]:
@@ -229,7 +227,7 @@ def _additions(plans: Mapping[str, ResolvedPlan]) -> list[Addition]:
 
 
 def _model(plans: Mapping[str, ResolvedPlan]) -> str:
-    """A published model that has these encoders."""
+    """Return the name of a published model that has these encoders."""
     return registry.canonical(list(plans)[-1]).model
 
 
@@ -240,7 +238,7 @@ def _sizes(plans: Mapping[str, ResolvedPlan]) -> dict[str, Sizes]:
 def _seeded(
     addition: Addition, seed: str, plans: Mapping[str, ResolvedPlan], host: Mapping[str, ResolvedPlan] | None
 ) -> list[LazyTensor]:
-    """Return untrained tensors of the sizes of the host or else of the encoders, in the type of their encoder."""
+    """Return untrained tensors in the type of their encoder. The sizes are the host's, or without one the encoders'."""
     dtype = plans[addition.family].plan.outputs[addition.dtype_like].dtype.name
     if host is None:
         shapes = addition.shapes(_sizes(plans))
@@ -254,23 +252,23 @@ def _seeded(
 
 
 def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
-    """Source tensors that no encoder tensor is made of, and why."""
+    """Return the reason for each source tensor that no tensor of the encoder is made of."""
     used = {(tensor.storage.file, tensor.key) for value in tensors.values() for tensor in source_tensors(value)}
     dropped: dict[str, str] = {}
     for detected, plan in plans.values():
-        read = (*detected.tensors.values(), *detected.outside.values())
-        files = {tensor.key: tensor.storage.file for tensor in read}
+        available = (*detected.tensors.values(), *detected.outside.values())
+        files = {tensor.key: tensor.storage.file for tensor in available}
         for key, reason in plan.dropped.items():
             if (files.get(key), key) in used:
                 continue
-            # The other family may have a better reason.
+            # A reason of one family replaces "outside the encoder" of the other one.
             if key not in dropped or reason != (plan.mapping.drop_rest or OUTSIDE):
                 dropped[key] = reason
     return dropped
 
 
-def _expect_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
-    """Mark as usual what the next encoder requires: a compressor of 896 channels in DeepSeek-OCR-2."""
+def _remove_required_sizes(plans: Mapping[str, ResolvedPlan]) -> None:
+    """Remove the sizes that the next encoder requires from `unusual`, such as 896 channels in DeepSeek-OCR-2."""
     usual = {family: dict(registry.canonical(family).sizes) for family in plans}
     for addition in _additions(plans):
         plan = plans[addition.family].plan

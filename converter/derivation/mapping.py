@@ -240,7 +240,7 @@ def _drop_templates(names: list[str], used: set[str]) -> list[str]:
 
 
 def _modules(name: str) -> list[str]:
-    """Return the modules that contain a tensor, from the without_inner_copies, such as `blocks.` and `blocks.0.`."""
+    """Return the modules that contain a tensor, outermost first, such as `blocks.` and `blocks.0.`."""
     return [name[: dot.end()] for dot in re.finditer(r"\.", name)]
 
 
