@@ -416,8 +416,8 @@ def test_a_plot_keeps_every_mark_within_it(error: float) -> None:
 def test_html_in_a_browser(make: object, colour: tuple[int, int, int], dark: bool, tmp_path: Path) -> None:
     assert callable(make)
     found = make()
-    seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(1, 16, 8, 8)
-    found = replace(found, pictures=pictures.draw("encoder at 64 x 64", seen, reference, reference))
+    seen, reference = pictures.to_pixels(pictures.draw_page(64), 64), torch.randn(1, 16, 8, 8)
+    found = replace(found, pictures=pictures.draw_features("encoder at 64 x 64", seen, reference, reference))
     reports.write_files(found, html=tmp_path / "page.html")
     shot = tmp_path / "page.png"
     dom = browse(tmp_path, "--dump-dom", dark=dark)
@@ -475,42 +475,42 @@ def test_a_file_that_cannot_be_written_is_an_error_before_and_after(tmp_path: Pa
 
 
 def test_the_page_is_normalised_and_the_same_at_every_size() -> None:
-    small, large = (pictures.pixels(pictures.page(size), size) for size in (128, 512))
+    small, large = (pictures.to_pixels(pictures.draw_page(size), size) for size in (128, 512))
     assert small.shape == (1, 3, 128, 128) and large.shape == (1, 3, 512, 512)
     assert -1 <= large.min() < -0.6 and 0.9 < large.max() <= 1
     shrunk = torch.nn.functional.interpolate(large, size=128, mode="area")
     assert (shrunk - small).abs().mean() < 0.05
-    assert torch.equal(large, pictures.pixels(pictures.page(512), 512))
+    assert torch.equal(large, pictures.to_pixels(pictures.draw_page(512), 512))
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 8, 8), (1, 8, 8, 16), (1, 64, 16), (1, 65, 16)])
 def test_features_have_the_colours_of_the_source(shape: tuple[int, ...]) -> None:
-    seen, reference = pictures.pixels(pictures.page(64), 64), torch.randn(shape)
+    seen, reference = pictures.to_pixels(pictures.draw_page(64), 64), torch.randn(shape)
     other = reference.clone()
     other[0, -1] += 5
-    drawn = {picture.name: picture.png for picture in pictures.draw("run", seen, reference, reference)}
+    drawn = {picture.name: picture.png for picture in pictures.draw_features("run", seen, reference, reference)}
     assert list(drawn) == ["image", "source", "converted", "difference"] and drawn["source"] == drawn["converted"]
     assert Image.open(io.BytesIO(drawn["difference"])).getextrema() == ((0, 0),) * 3
-    changed = {picture.name: picture.png for picture in pictures.draw("run", seen, reference, other)}
+    changed = {picture.name: picture.png for picture in pictures.draw_features("run", seen, reference, other)}
     assert changed["source"] == drawn["source"] != changed["converted"]
     assert Image.open(io.BytesIO(changed["difference"])).getextrema()[0][1] > 200
 
 
 def test_features_without_a_grid_or_not_finite() -> None:
     seen = torch.zeros(1, 3, 32, 32)
-    assert pictures.draw("run", seen, torch.randn(1, 7, 4), torch.randn(1, 7, 4)) == []
-    assert len(pictures.draw("run", seen, torch.zeros(1, 16, 4), torch.full((1, 16, 4), math.nan))) == 4
-    assert len(pictures.draw("run", seen, torch.randn(1, 16, 2), torch.randn(1, 16, 2))) == 4
+    assert pictures.draw_features("run", seen, torch.randn(1, 7, 4), torch.randn(1, 7, 4)) == []
+    assert len(pictures.draw_features("run", seen, torch.zeros(1, 16, 4), torch.full((1, 16, 4), math.nan))) == 4
+    assert len(pictures.draw_features("run", seen, torch.randn(1, 16, 2), torch.randn(1, 16, 2))) == 4
 
 
 def test_an_image_file(tmp_path: Path) -> None:
     Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "a.png")
-    values = pictures.pixels(pictures.load(tmp_path / "a.png"), 64)
+    values = pictures.to_pixels(pictures.load_image(tmp_path / "a.png"), 64)
     assert values[0, :, 32, 32].tolist() == [1, -1, -1] and abs(float(values[0, 0, 0, 0])) < 0.01
     (tmp_path / "b.png").write_text("none")
     for name in ("b.png", "c.png"):
         with pytest.raises(ContainerError, match="cannot be read as an image"):
-            pictures.load(tmp_path / name)
+            pictures.load_image(tmp_path / name)
 
 
 # The command ------------------------------------------------------------------------------------------------------

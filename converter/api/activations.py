@@ -27,7 +27,7 @@ from converter.verification.activation_check import check_weights, compare_stage
 from converter.verification.activations import CHANNELS_FIRST, StagedEncoder, image_pixels, load_staged_encoder
 from converter.verification.inputs import open_converted
 from converter.verification.outputs import Features
-from converter.verification.pictures import load
+from converter.verification.pictures import load_image
 from converter.verification.record_check import header_metadata
 from converter.verification.result import ACTIVATIONS, FAILED, Check, Trace, Verification
 
@@ -68,7 +68,7 @@ def save_activations(
         OutputError: The output exists, or cannot be written.
     """
     path, where = Path(out), find_device(device)
-    page = load(Path(image)) if image is not None else None
+    page = load_image(Path(image)) if image is not None else None
     check_target(path, force, 0, "save-activations")
     with open_checkpoints([converted], HubOptions(**hub_options)) as [opened]:
         check_not_source(path, [opened], image, option="save-activations")
@@ -112,7 +112,7 @@ def compare_activations(
         LayoutError: The file holds no whole DeepEncoder, or the activations are in no safetensors file.
     """
     where = find_device(device)
-    page = load(Path(image)) if image is not None else None
+    page = load_image(Path(image)) if image is not None else None
     with open_checkpoints([converted, activations], HubOptions(**hub_options)) as [opened, theirs]:
         target = open_converted(opened, on_progress)
         if set(theirs.containers) != {"safetensors"}:

@@ -25,8 +25,7 @@ from converter.tensors.lazy_tensor import source_tensors
 from converter.verification.controls import strongest_controls
 from converter.verification.families import FAMILIES
 from converter.verification.inputs import Converted, Expected, open_any_layout, open_converted
-from converter.verification.pictures import draw as draw_features
-from converter.verification.pictures import load
+from converter.verification.pictures import draw_features, load_image
 from converter.verification.record_check import Record, check_record, read_record
 from converter.verification.result import PARTS, PASSED, SKIPPED, Check, Verification
 from converter.verification.runs import RunOptions, missing_requirements, run_encoders
@@ -93,7 +92,7 @@ def verify(
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
     check_choices(dtype=(dtype, DTYPES))
     where = find_device("cpu" if fast else device)
-    page = load(Path(image)) if image is not None else None
+    page = load_image(Path(image)) if image is not None else None
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
     hub, checkpoints = HubOptions(**hub_options), list[Checkpoint]()

@@ -107,9 +107,9 @@ def load_staged_encoder(target: Converted, device: torch.device) -> StagedEncode
 def image_pixels(image: Image | None, size: int) -> Tensor:
     """Return an image as pixels (1, 3, size, size); by default a drawn page with noise, so that all patches differ."""
     if image is not None:
-        return pictures.pixels(image, size)
+        return pictures.to_pixels(image, size)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
-    return pictures.pixels(pictures.page(size), size) + 0.02 * noise
+    return pictures.to_pixels(pictures.draw_page(size), size) + 0.02 * noise
 
 
 def _float32(tensor: Tensor, device: torch.device) -> Tensor:

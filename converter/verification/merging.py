@@ -1,4 +1,4 @@
-"""LoRA adapters merged by peft, or by torch in float64 where peft is not installed, as a check of our own merge."""
+"""Merges LoRA adapters with peft, or with torch in float64 if peft is not installed, to check our own merge."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, Expected
 from converter.verification.reference_readers import Reader, open_independently
 
-# Of the elements of a tensor: those that must be equal in every bit. The others may differ in the last place.
+# The fraction of elements that must be equal in every bit. The others may differ by one unit in the last place.
 _MIN_EQUAL = 0.999
-# Without peft, float32 is compared with a sum in float64, within a few roundings of the largest element.
+# Without peft, float32 is compared with a merge in float64. The tolerance is a few roundings of the largest element.
 _FLOAT32_TOLERANCE = 2.0**-22
 
 
@@ -50,8 +50,9 @@ def merged_by_library(
     for family, origin in expected.origins.items():
         names = origin.detected.all_tensors
         merged = match_adapter(adapter, origin.detected, registry.canonical(family), expected.name)
-        changes |= {names[name]: change.trained for name, change in merged.changes.items()}
-        adapter_tensors += [tensor for change in merged.changes.values() for tensor in change.tensors]
+        for name, change in merged.changes.items():
+            changes[names[name]] = change.trained
+            adapter_tensors += change.tensors
     read_adapter = open_independently(files, adapter_tensors, on_progress)
 
     def read(tensor: TensorInfo) -> Tensor:
@@ -60,11 +61,11 @@ def merged_by_library(
             return base
         if isinstance(change, TensorInfo):
             return read_adapter(change).to(base.dtype)
-        merge = _by_peft if _has_peft() else _by_torch
+        merge = _merge_with_peft if _has_peft() else _merge_with_torch
         return merge(base, read_adapter(change.a), read_adapter(change.b), change, adapter.config.use_rslora)
 
     merged_tensors = frozenset(tensor for tensor, change in changes.items() if isinstance(change, Factors))
-    rounded = _rounded_alike(read, merged_tensors, expected.outputs, target)
+    rounded = _with_same_rounding(read, merged_tensors, expected.outputs, target)
     return replace(
         expected,
         read=read,
@@ -74,12 +75,12 @@ def merged_by_library(
     )
 
 
-def _rounded_alike(
+def _with_same_rounding(
     read: Reader, merged: Set[TensorInfo], outputs: Mapping[str, LazyTensor], target: Converted
 ) -> Reader:
-    """A reader of merged tensors with the elements of the converted file where those are neighbours.
+    """Return a reader of merged tensors that takes elements from the converted file if they differ by one rounding.
 
-    The order of a sum depends on the processor. In 16 bits, a single rounding would show in the outputs.
+    The order of a sum depends on the processor, and a single rounding in 16 bits would show in the outputs.
     """
     uses: dict[TensorInfo, list[tuple[str, LazyTensor]]] = {}
     for name, value in outputs.items():
@@ -92,25 +93,25 @@ def _rounded_alike(
         for name, value in uses.get(tensor, ()):
             actual = target.read(target.tensors[name])
             if tuple(actual.shape) == value.shape and actual.is_floating_point():
-                positions = evaluate(value, partial(_positions, tensor)).flatten()
-                part = positions >= 0
-                _take_neighbours(result.view(-1), positions[part], actual.flatten()[part])
+                indices = evaluate(value, partial(_element_indices, tensor)).flatten()
+                is_merged = indices >= 0
+                _copy_neighbours(result.view(-1), indices[is_merged], actual.flatten()[is_merged])
         return result
 
     return rounded
 
 
-def _positions(wanted: TensorInfo, tensor: TensorInfo) -> Tensor:
-    """Give each element of a tensor its number; -1 if it is not the wanted one."""
+def _element_indices(merged: TensorInfo, tensor: TensorInfo) -> Tensor:
+    """Return the index of each element of `tensor` if it is the merged tensor, else -1 for each element."""
     size = math.prod(tensor.shape)
-    return (torch.arange(size) if tensor == wanted else torch.full((size,), -1)).reshape(tensor.shape)
+    return (torch.arange(size) if tensor == merged else torch.full((size,), -1)).reshape(tensor.shape)
 
 
-def _take_neighbours(merged: Tensor, positions: Tensor, actual: Tensor) -> None:
-    """Replace elements of `merged` by the `actual` ones that are at most one unit in the last place away."""
-    unit, expected = _coarser(merged.dtype, actual.dtype), merged[positions]
-    is_near = (_places(actual.to(unit)) - _places(expected.to(unit))).abs() <= 1
-    merged[positions] = torch.where(is_near, actual.to(merged.dtype), expected)
+def _copy_neighbours(merged: Tensor, indices: Tensor, actual: Tensor) -> None:
+    """Replace elements of `merged` by elements of `actual` that are at most one unit in the last place away."""
+    dtype, expected = _coarser(merged.dtype, actual.dtype), merged[indices]
+    is_near = (_ordered_integers(actual.to(dtype)) - _ordered_integers(expected.to(dtype))).abs() <= 1
+    merged[indices] = torch.where(is_near, actual.to(merged.dtype), expected)
 
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -121,7 +122,7 @@ def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def _by_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool) -> Tensor:
+def _merge_with_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool) -> Tensor:
     import peft
 
     rows, columns = base.shape[:2]
@@ -139,7 +140,7 @@ def _by_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool)
     wrapped: Any = model["layer"]
     dtype = torch.promote_types(base.dtype, torch.float32)
     for parameter in wrapped.parameters():
-        # As PeftModel.from_pretrained does with adapters of 16 bits.
+        # PeftModel.from_pretrained casts adapters of 16 bits in the same way.
         parameter.data = parameter.data if parameter is wrapped.base_layer.weight else parameter.data.to(dtype)
     name = "layer.lora_embedding_{}" if factors.is_embedding else "layer.lora_{}.weight"
     peft.set_peft_model_state_dict(model, {name.format("A"): a, name.format("B"): b})
@@ -147,33 +148,33 @@ def _by_peft(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool)
     return wrapped.base_layer.weight.data  # type: ignore[no-any-return]
 
 
-def _by_torch(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool) -> Tensor:
-    """Merge one module in float64, rounded once."""
+def _merge_with_torch(base: Tensor, a: Tensor, b: Tensor, factors: Factors, rslora: bool) -> Tensor:
+    """Merge the factors of one module in float64, and round the result once."""
     scale = factors.alpha / (factors.rank**0.5 if rslora else factors.rank)
     product: Tensor = torch.tensordot(b.double().flatten(1), a.double(), 1) * scale
-    # peft rounds the product of embeddings too.
+    # For embeddings, peft also rounds the product.
     total: Tensor = base.double() + (product.T.to(base.dtype) if factors.is_embedding else product)
     return total.to(base.dtype)
 
 
-def is_merge(actual: Tensor, expected: Tensor, base: str, by: str) -> bool:
-    """Whether two tensors may be the same merge: few elements differ, and only by a rounding.
+def is_same_merge(actual: Tensor, expected: Tensor, base_dtype: str, merged_by: str) -> bool:
+    """Return whether two tensors may be the same merge: few elements differ, and only by one rounding.
 
     Args:
         actual: The converted tensor.
-        expected: The one that the library merged.
-        base: The type of the source's weights, in which the sum was rounded.
-        by: The library.
+        expected: The tensor that the library merged.
+        base_dtype: The type of the source's weights, to which the sum was rounded.
+        merged_by: The library and its version.
     """
-    unit = _coarser(torch_dtype(base), actual.dtype)
-    actual, expected = actual.to(unit), expected.to(unit)
-    if by.startswith("torch") and unit == torch.float32:
+    dtype = _coarser(torch_dtype(base_dtype), actual.dtype)
+    actual, expected = actual.to(dtype), expected.to(dtype)
+    if merged_by.startswith("torch") and dtype == torch.float32:
         return bool((actual - expected).abs().max() <= _FLOAT32_TOLERANCE * expected.abs().max())
-    distance = (_places(actual) - _places(expected)).abs()
+    distance = (_ordered_integers(actual) - _ordered_integers(expected)).abs()
     return bool((distance <= 1).all()) and float((distance == 0).double().mean()) >= _MIN_EQUAL
 
 
-def _places(tensor: Tensor) -> Tensor:
-    """The elements as integers, of which neighbouring numbers are one apart."""
+def _ordered_integers(tensor: Tensor) -> Tensor:
+    """Return the floats as integers in the same order: floats one unit in the last place apart become neighbours."""
     bits = bit_view(tensor)
     return torch.where(bits < 0, -(bits.long() & torch.iinfo(bits.dtype).max), bits.long())

@@ -112,12 +112,11 @@ def compare(
         exact = run_in(torch.float64, reference, pixels)
         run = _run_both(precision, tested, reference, pixels, exact)
         check, trace = _judge(name, run)
+        dtype = dtype_name(precision)
         if run.hides_mistakes:
-            note = (
-                f"{name}: compared in float64, as the noise floor in {dtype_name(precision)} is {run.noise_floor:.2g}"
-            )
+            note = f"{name}: compared in float64, as the noise floor in {dtype} is {run.noise_floor:.2g}"
         elif _nearly_passed(check, trace):
-            note = f"{name}: compared in float64, as errors in {dtype_name(precision)} are near the tolerance"
+            note = f"{name}: compared in float64, as errors in {dtype} are near the tolerance"
         if note:
             _restore(originals)
             run = _run_both(torch.float64, tested, reference, pixels, exact)

@@ -1,4 +1,4 @@
-"""Encoders as they run: built without random weights, with probes where features are compared."""
+"""Runs encoders with probes that record features, and builds them without drawing random weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_u
 
 
 class Probe(NamedTuple):
-    """A module whose output is compared, or its input with `takes_input`; the same place in every implementation."""
+    """A module whose features are compared. Probes of the same name in two implementations record the same features."""
 
     name: str
     module: nn.Module
-    takes_input: bool = False
+    takes_input: bool = False  # Whether the features are the input of the module, not its output
 
 
 @dataclass(frozen=True)
 class ProbedEncoder:
-    """An encoder to run."""
+    """An encoder, its probes, and the function that runs it."""
 
-    label: str  # Library, version and class
+    label: str  # The library, its version, and the class
     model: nn.Module
-    probes: Sequence[Probe]  # Where features are recorded. One whose module does not run records nothing.
+    probes: Sequence[Probe]  # Probes whose modules do not run record nothing
     run: Callable[[Tensor], Any]  # Computes features from pixels (B, 3, H, W)
-    output: str = ""  # The probe name of what `run` returns; empty if it is not compared
+    output: str = ""  # The name under which the result of `run` is recorded; empty if it is not compared
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Leaves parameters of modules that are built inside of it uninitialised, in this thread only.
+    """Skips the random initialisation of modules that are built inside this context, in this thread only.
 
     Random weights take seconds to draw, and a checkpoint's overwrite them. Unlike construction on the meta device,
     buffers and constants get their values.
@@ -48,33 +48,33 @@ class SkipInitialization(TorchFunctionMode):
 
 
 def record_features(encoder: ProbedEncoder, pixels: Tensor) -> dict[str, Tensor]:
-    """The features at every probe, in the order of execution."""
+    """Run an encoder; return the features at every probe, in the order of execution."""
     recorded: dict[str, Tensor] = {}
-    handles = [_record(probe, recorded) for probe in encoder.probes]
+    handles = [_register_hook(probe, recorded) for probe in encoder.probes]
     try:
         with torch.inference_mode():
             output = encoder.run(pixels)
     finally:
         for handle in handles:
             handle.remove()
-    return recorded | ({encoder.output: _tensor(output).detach()} if encoder.output else {})
+    return recorded | ({encoder.output: _features_in(output).detach()} if encoder.output else {})
 
 
-def _record(probe: Probe, recorded: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
-    """Hook a probe's module to put its features into `recorded`."""
+def _register_hook(probe: Probe, recorded: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Register a forward hook that puts the features of a probe into `recorded`."""
 
     def record(features: Tensor) -> None:
         recorded[probe.name] = features.detach().clone()
 
     if not probe.takes_input:
-        return probe.module.register_forward_hook(lambda module, args, output: record(_tensor(output)))
+        return probe.module.register_forward_hook(lambda module, args, output: record(_features_in(output)))
     return probe.module.register_forward_pre_hook(
         lambda module, args, kwargs: record((args or tuple(kwargs.values()))[0]), with_kwargs=True
     )
 
 
-def _tensor(output: Any) -> Tensor:
-    """The features in a module's output: a tensor, a tuple that begins with it, or transformers' output object."""
+def _features_in(output: Any) -> Tensor:
+    """Return the tensor in a module's output, which may be a tuple or one of transformers' output objects."""
     while not isinstance(output, Tensor):
         output = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return output

@@ -1,4 +1,4 @@
-"""Results of a verification as values; the terminal table, JSON, JUnit and HTML are made from them."""
+"""Result types of a verification. The terminal table, JSON, JUnit and HTML are rendered from them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ RECORD, ACTIVATIONS, REQUIRED = "record", "activations", "required"
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a group: structure, record, bytes or outputs."""
+    """The result of one check."""
 
-    group: str
+    group: str  # One of PARTS, RECORD, ACTIVATIONS and REQUIRED
     name: str  # Unique within the group
-    verdict: str  # One that could not have failed is inconclusive, never passed
+    verdict: str  # A check that could not have failed is inconclusive, never passed
     detail: str
     tensors: Sequence[str] = ()  # The affected tensors, files or probes, the most important first
-    figures: Mapping[str, float] = field(default_factory=dict)  # Of outputs: `error`, `tolerance` and `noise_floor`
+    figures: Mapping[str, float] = field(default_factory=dict)  # Measurements, such as `error` and `tolerance`
 
 
 @dataclass(frozen=True)
 class TracePoint:
-    """Relative errors at one probe: of the conversion, and of the reference against itself in float64."""
+    """The relative errors at one probe."""
 
     probe: str
-    error: float
-    noise_floor: float
+    error: float  # Of the converted encoder against the reference
+    noise_floor: float  # Of the reference against itself in float64
     tolerance: float
 
     @property
@@ -55,7 +55,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Control:
-    """A negative control: a mistake made on purpose in one block."""
+    """A negative control: a deliberate mistake in a copy of one block."""
 
     mistake: str  # Completes the sentence "outputs cannot show ... in this checkpoint"
     block: str  # The probe at which it was measured
@@ -74,8 +74,8 @@ class Part:
 
     name: str
     state: str  # done, failed, inconclusive or not checked
-    reason: str = ""  # Why it was not done
-    qualifier: str = ""  # Limits what was done, such as `by mine.yaml`
+    reason: str = ""  # Why the part was not done
+    qualifier: str = ""  # A limit of the part that was done, such as `by mine.yaml`
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Verification:
     pictures: Sequence[Picture] = ()  # The input and the features, if they were requested
     notes: Sequence[str] = ()  # Sentences that belong to the verdict, such as what the outputs cannot show
     controls: Sequence[Control] = ()
-    # Limits of what was done by part, such as `by mine.yaml` of the bytes
+    # The limits of parts that were done, such as `by mine.yaml` for bytes
     qualifiers: Mapping[str, str] = field(default_factory=dict)
     required: Sequence[str] = ()  # The parts without which the verification is not ok
 
@@ -119,9 +119,9 @@ class Verification:
     def _part(self, name: str) -> Part:
         # The worst verdict decides: one check that failed or could not fail leaves a part undone.
         for verdict, state in ((FAILED, FAILED), (INCONCLUSIVE, INCONCLUSIVE), (PASSED, DONE), (SKIPPED, NOT_CHECKED)):
-            if check := next((c for c in self.checks if c.group == name and c.verdict == verdict), None):
+            if checks := [check for check in self.checks if check.group == name and check.verdict == verdict]:
                 if state != DONE:
-                    return Part(name, state, check.detail)
+                    return Part(name, state, checks[0].detail)
                 if name == "outputs" and self.controls and not any(control.seen for control in self.controls):
                     return Part(name, INCONCLUSIVE, "none of the mistakes made on purpose shows in them")
                 return Part(name, DONE, qualifier=self.qualifiers.get(name, ""))
@@ -129,7 +129,7 @@ class Verification:
 
     @property
     def done(self) -> list[str]:
-        """What was done, such as `structure` and `bytes by mine.yaml`; also `record` or `activations`."""
+        """The parts that were done, such as `structure` or `bytes by mine.yaml`, then `record` and `activations`."""
         done = [f"{part.name} {part.qualifier}".rstrip() for part in self.parts if part.state == DONE]
         for group in (RECORD, ACTIVATIONS):
             verdicts = {check.verdict for check in self.checks if check.group == group}
@@ -138,14 +138,14 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """`verified`, `partly verified` or `not verified`: what was done, and nothing more."""
+        """`verified` if all parts were done, `not verified` if a check failed or none passed, or `partly verified`."""
         if any(check.verdict == FAILED for check in self.checks) or not self.done:
             return NOT_VERIFIED
         return VERIFIED if all(part.state == DONE for part in self.parts) else PARTLY_VERIFIED
 
     @property
     def result(self) -> str:
-        """The verdict, with what was done if that is not all, such as `partly verified (structure, bytes)`."""
+        """The verdict, with the parts that were done if not all were, such as `partly verified (structure, bytes)`."""
         return f"{self.verdict} ({', '.join(self.done)})" if self.verdict == PARTLY_VERIFIED else self.verdict
 
     @property
@@ -160,7 +160,7 @@ class Verification:
 
     @property
     def requirements(self) -> list[Check]:
-        """A check for each required part: whether it was done."""
+        """One check for each required part, which fails unless the part was done."""
         checks = []
         for part in self.parts:
             if part.name in self.required:
@@ -182,7 +182,7 @@ class Verification:
         return [*self.notes, *left_out, *_unseen_mistakes(self.controls)]
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `--json` prints: without pictures, and null for a number that is not finite."""
+        """Return the document that `--json` prints, without pictures. NaN and infinity become null."""
         document: dict[str, Any] = {
             "verdict": self.verdict,
             "parts": {part.name: part.state for part in self.parts},
@@ -196,11 +196,11 @@ class Verification:
 
 
 def _unseen_mistakes(controls: Sequence[Control]) -> list[str]:
-    """A sentence for each mistake that no output would show, with its blocks if others would show it."""
+    """Return a sentence for each mistake that outputs would not show, with the blocks if others would show it."""
     notes = []
     for mistake in dict.fromkeys(control.mistake for control in controls):
-        made = [control for control in controls if control.mistake == mistake]
-        if unseen := [control.block for control in made if not control.seen]:
-            place = "" if len(unseen) == len(made) else f"{', '.join(unseen)} of "
-            notes.append(f"outputs cannot show {mistake} in {place}this checkpoint")
+        same_mistake = [control for control in controls if control.mistake == mistake]
+        if unseen := [control.block for control in same_mistake if not control.seen]:
+            blocks = "" if len(unseen) == len(same_mistake) else f"{', '.join(unseen)} of "
+            notes.append(f"outputs cannot show {mistake} in {blocks}this checkpoint")
     return notes

@@ -214,7 +214,7 @@ def _not_compared(name: str, error: ModuleNotFoundError) -> Comparison:
 def _pixels(options: RunOptions, size: int) -> Tensor:
     """Return the image as pixels (1, 3, size, size), with seeded noise so that blank patches differ."""
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
-    image = pictures.pixels(options.image or pictures.page(size), size)
+    image = pictures.to_pixels(options.image or pictures.draw_page(size), size)
     return (image + 0.02 * noise).to(options.device)
 
 

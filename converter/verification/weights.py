@@ -1,7 +1,7 @@
-"""Bytes: every converted tensor equals, bit by bit, what the mapping makes of its source tensors.
+"""Checks that every converted tensor equals, bit by bit, the result of the mapping for its source tensors.
 
-Both are read by the formats' own libraries. Only this check sees what outputs cannot show: k's bias, which the softmax
-cancels, and any change below the noise floor.
+Both are read by the formats' own libraries. Outputs cannot show a wrong bias of k, which the softmax cancels, nor
+changes below the noise floor. This check shows both.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from converter.storage.progress import OnProgress
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
-from converter.verification.merging import is_merge
+from converter.verification.merging import is_same_merge
 from converter.verification.reference_readers import Reader
 from converter.verification.result import FAILED, INCONCLUSIVE, PASSED, Check
 
 GROUP = "bytes"
 
-# The check of a user's mapping.
+# The name of the check of a user's mapping.
 _MAPPING = "mapping"
 
-# Differing tensors whose content is searched under other names: each search reads the whole source once more.
-_SEARCHED = 12
+# Search the content of this many differing tensors under other names. Each search reads the whole source once more.
+_MAX_SEARCHES = 12
 
 
 def differing_tensors(encoder: ConvertedEncoder, checks: Sequence[Check]) -> list[str]:
-    """The tensors of an encoder that `check_bytes` found different from the source, by canonical names."""
+    """Return the canonical names of the tensors of an encoder that `check_bytes` found different from the source."""
     failed = [check for check in checks if check.group == GROUP and check.verdict == FAILED]
     keys = {check.tensors[0] for check in failed if check.name != _MAPPING}
     names = {name for check in failed if check.name == _MAPPING for name in check.tensors}
@@ -49,17 +49,17 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
 
     Args:
         target: The converted file.
-        source: What the conversion should have written.
+        source: The expected output of the conversion.
         on_progress: Called after each tensor.
     """
     tensors, outputs = target.tensors, source.outputs
     missing = dict.fromkeys(outputs.keys() - tensors.keys(), "is missing, though the source has it")
     extra = dict.fromkeys(tensors.keys() - outputs.keys(), "is not produced from any source tensor")
-    wrong = {name: why for name, why in sorted({**missing, **extra}.items()) if name not in source.not_compared}
-    checks = [Check(GROUP, name, FAILED, f"{name} {why}", [name]) for name, why in wrong.items()]
+    problems = {name: text for name, text in sorted((missing | extra).items()) if name not in source.not_compared}
+    checks = [Check(GROUP, name, FAILED, f"{name} {problem}", [name]) for name, problem in problems.items()]
     for done, name in enumerate(outputs, 1):
         if name in tensors:
-            checks += _check_tensor(name, target.read(tensors[name]), source, len(checks) < _SEARCHED)
+            checks += _check_tensor(name, target.read(tensors[name]), source, len(checks) < _MAX_SEARCHES)
         on_progress(GROUP, done, len(outputs))
     if len(checks) > len(outputs) / 2:
         cause = "converted from a different checkpoint, or with other options, such as --lora (--source lora=ADAPTER)"
@@ -76,21 +76,20 @@ def check_bytes(target: Converted, source: Expected, on_progress: OnProgress) ->
         detail = f"{source.name} has none of {len(names)} tensors, which were not compared: {first_names(names)}"
         detail += "; give the checkpoint that supplied them: --source fill-from=CHECKPOINT"
         checks.append(Check(GROUP, "other sources", INCONCLUSIVE, detail, names))
-    origins = source.origins.values()
-    for origin in origins:
+    for origin in source.origins.values():
         if origin.builtin_plan is not None and origin.builtin_plan is not origin.plan:
             checks.append(_check_mapping(origin, origin.builtin_plan))
     return checks
 
 
 def _check_tensor(name: str, actual: Tensor, source: Expected, search: bool) -> list[Check]:
-    """No check if all bits are equal; else a failed one with a likely cause."""
+    """Return no check if all bits are equal, else a failed check with the likely cause."""
     value, names, figures = source.outputs[name], [name], dict[str, float]()
     expected = evaluate(value, source.read)
     sources = " + ".join(tensor.key for tensor in source_tensors(value)) or "generated values"
-    if _kind(actual) != _kind(expected):
-        detail = f"{name} is {_kind(actual)}, expected {_kind(expected)} from {sources}"
-    elif _same_bits(actual, expected) or _is_same_merge(actual, expected, value, source):
+    if _type_and_shape(actual) != _type_and_shape(expected):
+        detail = f"{name} is {_type_and_shape(actual)}, expected {_type_and_shape(expected)} from {sources}"
+    elif _same_bits(actual, expected) or _is_equal_merge(actual, expected, value, source):
         return []
     else:
         differing = int((bit_view(actual) != bit_view(expected)).sum())
@@ -99,71 +98,73 @@ def _check_tensor(name: str, actual: Tensor, source: Expected, search: bool) -> 
         detail += f"by at most {figures['error']:.3g}"
         if cause := _likely_cause(actual, expected, value, source.read):
             detail += f"; {cause}"
-    if search and (other := _true_name(name, actual, source)):
-        detail += f"; it has the content of {other}"
-        names.append(other)
+    if search and (duplicate := _find_content(name, actual, source)):
+        detail += f"; it has the content of {duplicate}"
+        names.append(duplicate)
     if rule := source.rules.get(name):
         detail += f"; made by {rule.location}"
     return [Check(GROUP, name, FAILED, detail, names, figures)]
 
 
-def _is_same_merge(actual: Tensor, expected: Tensor, value: LazyTensor, source: Expected) -> bool:
-    """Whether a tensor with merged parts is the library's merge but for single roundings."""
-    base = next((tensor.dtype.name for tensor in source_tensors(value) if tensor in source.merged), None)
-    return base is not None and is_merge(actual, expected, base, source.merged_by)
+def _is_equal_merge(actual: Tensor, expected: Tensor, value: LazyTensor, source: Expected) -> bool:
+    """Return whether a tensor with a merged adapter equals the library's merge, but for single roundings."""
+    base_dtype = next((tensor.dtype.name for tensor in source_tensors(value) if tensor in source.merged), None)
+    return base_dtype is not None and is_same_merge(actual, expected, base_dtype, source.merged_by)
 
 
-def _true_name(name: str, actual: Tensor, source: Expected) -> str:
-    """The name of another tensor with the same content, as in a shifted layer; empty if there is none."""
-    kind = _kind(actual)
-    for other, value in source.outputs.items():
-        if other == name or f"{value.dtype.name} {list(value.shape)}" != kind:
+def _find_content(name: str, actual: Tensor, source: Expected) -> str:
+    """Return the name of another tensor with the same content, as if layers were shifted; empty if there is none."""
+    type_and_shape = _type_and_shape(actual)
+    for candidate, value in source.outputs.items():
+        if candidate == name or f"{value.dtype.name} {list(value.shape)}" != type_and_shape:
             continue
         if torch.equal(actual, evaluate(value, source.read)):
-            return other
+            return candidate
     return ""
 
 
-def _check_mapping(origin: Origin, known: Plan) -> Check:
-    """Compare what the user's mapping makes of a source with what a known layout's mapping makes of it."""
+def _check_mapping(origin: Origin, builtin: Plan) -> Check:
+    """Compare the plan of the user's mapping for a source with the plan of the built-in mapping that fits it."""
     plan = origin.plan
-    name = Path(plan.mapping.location.file).name
-    alone = [output for output in plan.outputs if output not in known.outputs]
+    file = Path(plan.mapping.location.file).name
+    unknown = [output for output in plan.outputs if output not in builtin.outputs]
     differing = [
         output
         for output in plan.outputs
-        if output not in alone and _differ(plan.outputs[output], known.outputs[output], origin.read)
+        if output in builtin.outputs and _differ(plan.outputs[output], builtin.outputs[output], origin.read)
     ]
     if differing:
         rule = plan.rules.get(differing[0])
-        where = f", made by {rule.location}" if rule else ""
-        what = f"the source has the layout {known.mapping.name}, of which {name} makes {len(differing)} wrong tensors"
-        return Check(GROUP, _MAPPING, FAILED, f"{what}: {first_names(differing)}{where}", differing)
-    if alone:
-        return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {name} says what {first_names(alone)} is made of", alone)
-    detail = f"{name} makes the same tensors as {known.mapping.name}, which fits the source"
+        detail = (
+            f"the source has the layout {builtin.mapping.name}, of which {file} makes {len(differing)} wrong tensors"
+        )
+        detail += f": {first_names(differing)}" + (f", made by {rule.location}" if rule else "")
+        return Check(GROUP, _MAPPING, FAILED, detail, differing)
+    if unknown:
+        return Check(GROUP, _MAPPING, INCONCLUSIVE, f"only {file} says what {first_names(unknown)} is made of", unknown)
+    detail = f"{file} makes the same tensors as {builtin.mapping.name}, which fits the source"
     return Check(GROUP, _MAPPING, PASSED, detail)
 
 
-def _differ(a: LazyTensor, b: LazyTensor, load: Reader) -> bool:
-    """Whether two expressions over the same tensors have different values."""
+def _differ(a: LazyTensor, b: LazyTensor, read: Reader) -> bool:
+    """Return whether two lazy tensors have different values."""
     if a == b:
         return False
-    first, second = evaluate(a, load), evaluate(b, load)
-    return _kind(first) != _kind(second) or not _same_bits(first, second)
+    first, second = evaluate(a, read), evaluate(b, read)
+    return _type_and_shape(first) != _type_and_shape(second) or not _same_bits(first, second)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(bit_view(a), bit_view(b))
 
 
-def _kind(tensor: Tensor) -> str:
+def _type_and_shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Reader) -> str:
-    """The common mistake that gives exactly this tensor; empty if none does."""
-    if order := _order(actual, _parts(expected, value, load)):
+def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, read: Reader) -> str:
+    """Return the common mistake that gives exactly this tensor; empty if none does."""
+    if order := _concatenation_order(actual, _parts(expected, value, read)):
         return f"its parts are concatenated in the wrong order: {', '.join(str(i + 1) for i in order)}"
     if actual.dim() == 2 and actual.shape[0] == actual.shape[1] and torch.equal(actual, expected.T):
         return "it is transposed"
@@ -178,13 +179,14 @@ def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, load: Rea
     return "" if bool(actual.any()) else "it is all zero"
 
 
-def _parts(expected: Tensor, value: LazyTensor, load: Reader) -> Sequence[Tensor]:
-    """The parts that the tensor is concatenated from: q, k and v, which a source may have fused already."""
+def _parts(expected: Tensor, value: LazyTensor, read: Reader) -> Sequence[Tensor]:
+    """Return the tensors that a tensor is concatenated from, or its thirds, as the source may have q, k and v fused."""
     if isinstance(value, Concat) and value.dim == 0 and len(value.parts) <= 4:
-        return [evaluate(part, load) for part in value.parts]
+        return [evaluate(part, read) for part in value.parts]
     return expected.chunk(3) if expected.dim() and len(expected) % 3 == 0 else []
 
 
-def _order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
+def _concatenation_order(actual: Tensor, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Return the order in which `parts` concatenate to `actual`, or None."""
     orders = itertools.permutations(range(len(parts))) if parts else ()
     return next((order for order in orders if torch.equal(actual, torch.cat([parts[i] for i in order]))), None)
