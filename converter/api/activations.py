@@ -67,18 +67,19 @@ def save_activations(
         LayoutError: The file holds no whole DeepEncoder.
         OutputError: The output exists, or cannot be written.
     """
-    path, where = Path(out), find_device(device)
-    page = load_image(Path(image)) if image is not None else None
+    path, torch_device = Path(out), find_device(device)
+    picture = load_image(Path(image)) if image is not None else None
     check_target(path, force, 0, "save-activations")
     with open_checkpoints([converted], HubOptions(**hub_options)) as [opened]:
         check_not_source(path, [opened], image, option="save-activations")
         target = open_converted(opened, on_progress)
-        encoder = load_staged_encoder(target, where)
-        chosen = list(sizes or default_sizes(target, where))
+        encoder = load_staged_encoder(target, torch_device)
+        chosen = list(sizes or default_sizes(target, torch_device))
         outputs: dict[str, LazyTensor] = {}
         for done, size in enumerate(chosen, 1):
-            found = encoder.activations(image_pixels(page, size).to(where), torch.float32)
-            outputs |= {f"{size}.{name}": _stored(found[name].float().cpu()) for name in _selected(found, stages)}
+            features = encoder.activations(image_pixels(picture, size).to(torch_device), torch.float32)
+            names = _select_stages(features, stages)
+            outputs |= {f"{size}.{name}": _as_lazy(features[name].float().cpu()) for name in names}
             on_progress("activations", done, len(chosen))
         metadata = _metadata(encoder, chosen, str(Path(image).name) if image is not None else "")
         with output_errors(path), atomic_file(path, force) as fd:
@@ -111,70 +112,70 @@ def compare_activations(
     Raises:
         LayoutError: The file holds no whole DeepEncoder, or the activations are in no safetensors file.
     """
-    where = find_device(device)
-    page = load_image(Path(image)) if image is not None else None
-    with open_checkpoints([converted, activations], HubOptions(**hub_options)) as [opened, theirs]:
+    torch_device = find_device(device)
+    picture = load_image(Path(image)) if image is not None else None
+    with open_checkpoints([converted, activations], HubOptions(**hub_options)) as [opened, stored]:
         target = open_converted(opened, on_progress)
-        if set(theirs.containers) != {"safetensors"}:
-            raise LayoutError(f"{theirs.name}: expected activations in a safetensors file", "see docs/activations.md")
-        encoder, metadata = load_staged_encoder(target, where), header_metadata(theirs)
+        if set(stored.containers) != {"safetensors"}:
+            raise LayoutError(f"{stored.name}: expected activations in a safetensors file", "see docs/activations.md")
+        encoder, metadata = load_staged_encoder(target, torch_device), header_metadata(stored)
         checks, traces = [check_weights(encoder, metadata)], list[Trace]()
-        found = _by_size(theirs, encoder)
-        for done, (size, stages) in enumerate(found.items(), 1):
+        stages_by_size = _stages_by_size(stored, encoder)
+        for done, (size, stages) in enumerate(stages_by_size.items(), 1):
             tensors = _channels_first({name: read_tensor(info) for name, info in stages.items()}, metadata)
-            check, trace = compare_stages(encoder, image_pixels(page, size).to(where), tensors)
+            check, trace = compare_stages(encoder, image_pixels(picture, size).to(torch_device), tensors)
             checks.append(check)
             traces += [trace] if trace is not None else []
-            on_progress("activations", done, len(found))
-    if not found:
-        names = first_names([*theirs.contents])
-        detail = f"no stage in common: {theirs.name} has {names}; a stage is 640.sam_model.neck"
+            on_progress("activations", done, len(stages_by_size))
+    if not stages_by_size:
+        names = first_names([*stored.contents])
+        detail = f"no stage in common: {stored.name} has {names}; a stage is 640.sam_model.neck"
         checks.append(Check(ACTIVATIONS, "stages", FAILED, detail))
-    known = {f"{size}.{stage}" for size, stages in found.items() for stage in stages}
-    unknown = [name for name in theirs.contents if name not in known]
+    known = {f"{size}.{stage}" for size, stages in stages_by_size.items() for stage in stages}
+    unknown = [name for name in stored.contents if name not in known]
     return Verification(
         converted=str(converted),
         source=str(activations),
         family=target.family,
         checks=checks,
         reference=f"{type(encoder.model).__name__} of dsocr-convert {__version__}",
-        device=device_name(where),
+        device=device_name(torch_device),
         dtype="float64",
         environment=tool_versions(),
         traces=traces,
-        notes=[f"{first_names(unknown)}: no stages, not compared"] if unknown and found else [],
+        notes=[f"{first_names(unknown)}: no stages, not compared"] if unknown and stages_by_size else [],
     )
 
 
-def _by_size(theirs: Checkpoint, encoder: StagedEncoder) -> dict[int, dict[str, TensorInfo]]:
-    """The stages by size, smallest first, as far as their names are known."""
-    known, found = set(encoder.stages), dict[int, dict[str, TensorInfo]]()
-    for name, tensor in theirs.contents.items():
+def _stages_by_size(stored: Checkpoint, encoder: StagedEncoder) -> dict[int, dict[str, TensorInfo]]:
+    """Return the tensors of known stages by image size, smallest first, and by stage."""
+    known, by_size = set(encoder.stages), dict[int, dict[str, TensorInfo]]()
+    for name, tensor in stored.contents.items():
         size, _, stage = name.partition(".")
         if re.fullmatch("[1-9][0-9]{1,3}", size) and int(size) % 64 == 0 and stage in known:
-            found.setdefault(int(size), {})[stage] = cast(TensorInfo, tensor)
-    return dict(sorted(found.items()))
+            by_size.setdefault(int(size), {})[stage] = cast(TensorInfo, tensor)
+    return dict(sorted(by_size.items()))
 
 
 def _channels_first(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors with the axes of ours; metadata names those whose channels are last."""
-    marked = metadata.get("channels_last", "").split(",")
-    return {
-        name: tensor.permute(0, 3, 1, 2)
-        if name in CHANNELS_FIRST and tensor.ndim == 4 and ("all" in marked or name in marked)
-        else tensor
-        for name, tensor in tensors.items()
-    }
+    """Permute tensors that the metadata lists under `channels_last`, by name or as `all`, to channels first."""
+    channels_last = metadata.get("channels_last", "").split(",")
+    result = dict(tensors)
+    for name in CHANNELS_FIRST:
+        if name in tensors and tensors[name].ndim == 4 and ("all" in channels_last or name in channels_last):
+            result[name] = tensors[name].permute(0, 3, 1, 2)
+    return result
 
 
-def _selected(found: Features, patterns: Sequence[str]) -> list[str]:
+def _select_stages(features: Features, patterns: Sequence[str]) -> list[str]:
+    """Return the stages that match a pattern, or all without patterns; UsageError for a pattern without a match."""
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            raise UsageError(f"--stages {pattern}: matches no stage", f"stages: {', '.join(found)}")
-    return [name for name in found if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not any(fnmatchcase(name, pattern) for name in features):
+            raise UsageError(f"--stages {pattern}: matches no stage", f"stages: {', '.join(features)}")
+    return [name for name in features if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _stored(tensor: torch.Tensor) -> LazyTensor:
+def _as_lazy(tensor: torch.Tensor) -> LazyTensor:
     return Generated(FLOAT32, tuple(tensor.shape), lambda: bytes(as_bytes(tensor)))
 
 

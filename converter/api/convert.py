@@ -70,7 +70,7 @@ def convert(
         )
     files = RecordFiles(record)
     target = Path(out) if out is not None else Path(f"{convert_options.layout}.{format}")
-    with open_sources(source, convert_options, hub_options) as (opened, checkpoint, donor):
+    with open_sources(source, convert_options, hub_options) as (sources, checkpoint, donor):
         resolved = resolve(checkpoint, convert_options, donor)
         plan, documents = resolved.plan, None
         if is_folder:
@@ -78,22 +78,22 @@ def convert(
             from converter.output.pretrained_config import config_files
 
             check_folder_output(target, convert_options.layout, format)
-            # Also for a dry run, which then reports contradictory sizes.
-            normalization = read_normalization(opened[0], plan.remarks)
+            # A dry run does this too, to report contradictory sizes.
+            normalization = read_normalization(sources[0], plan.remarks)
             documents = config_files(plan, convert_options.full_model, normalization)
         destination = Destination(target, format, convert_options.dtype)
-        planned = make_plan_record(opened, resolved, destination, _donor_note(plan, donor))
-        if documents is None and is_unchanged(opened[0], plan.outputs, format):
-            return replace(planned, output=opened[0].name, unchanged=True)
+        planned = make_plan_record(sources, resolved, destination, _donor_note(plan, donor))
+        if documents is None and is_unchanged(sources[0], plan.outputs, format):
+            return replace(planned, output=sources[0].name, unchanged=True)
         if dry_run:
             return planned
         output = make_output(plan.outputs, planned, planned.metadata(), documents, convert_options.mapping)
-        return write(output, planned, opened, files, force, on_progress)
+        return write(output, planned, sources, files, force, on_progress)
 
 
 def _donor_note(plan: Plan, donor: Checkpoint | None) -> list[str]:
     if donor is None:
         return []
     files = {name: {tensor.storage.file for tensor in source_tensors(value)} for name, value in plan.outputs.items()}
-    names = [name for name, used in files.items() if not used.isdisjoint(donor.files)]
+    names = [name for name, used_files in files.items() if not used_files.isdisjoint(donor.files)]
     return [f"from {donor.name}: {first_names(names)}" if names else f"--fill-from {donor.name} was not needed"]

@@ -12,7 +12,7 @@ from converter.derivation.comparison import Comparison, TensorMatch, match_by_na
 from converter.derivation.mapping import Derived, build_mapping
 from converter.errors import LayoutError, UsageError
 from converter.layouts import registry
-from converter.layouts.detect import detect_layouts, select_state_dicts
+from converter.layouts.detect import detect_families, select_state_dicts
 from converter.options import ConvertOptions, HubOptions, check_choices
 from converter.output.target import check_not_source, check_target
 from converter.plan.plan import Plan
@@ -62,13 +62,13 @@ def derive(
     check_choices(family=(family, ("", *registry.families())))
     remove_stale(path)
     check_target(path, force, 0)
-    by_names = str(target) in registry.layout_names() and not Path(target).exists()
-    with open_checkpoints([source] if by_names else [source, target], hub) as checkpoints:
-        opened, *others = checkpoints
+    is_layout_name = str(target) in registry.layout_names() and not Path(target).exists()
+    with open_checkpoints([source] if is_layout_name else [source, target], hub) as checkpoints:
+        opened, known = checkpoints[0], str(target) if is_layout_name else checkpoints[1]
         check_not_source(path, checkpoints)
         chosen = largest_state_dict(select_state_dicts(opened, state_dict, prefix), opened.name)
-        comparison = _compare(name or path.stem, opened.name, chosen, others[0] if others else str(target), family)
-        matches = _match_values(comparison, checkpoints, on_progress) if others else match_by_names(comparison)
+        comparison = _make_comparison(name or path.stem, opened.name, chosen, known, family)
+        matches = match_by_names(comparison) if is_layout_name else _match_values(comparison, checkpoints, on_progress)
         if state_dict is None:
             _check_state_dicts(opened, chosen.path, matches)
         derived = build_mapping(comparison, matches)
@@ -79,11 +79,11 @@ def derive(
     return replace(derived, output=str(path), written=allow_partial or derived.complete)
 
 
-def _compare(layout: str, source: str, chosen: StateDict, target: Checkpoint | str, family: str) -> Comparison:
-    """Name the tensors of a state dict, and plan those of the target: a checkpoint, or the name of a layout."""
-    read = unwrapped_names({**chosen.tensors, **chosen.unselected}, source)
-    tensors = {key: lazy_read(tensor) for key, tensor in read.items()}
-    selected = {key: tensors[key] for key, tensor in read.items() if tensor.key in chosen.tensors}
+def _make_comparison(layout: str, source: str, chosen: StateDict, target: Checkpoint | str, family: str) -> Comparison:
+    """Return the tensors of a state dict and those of the target, which is a checkpoint or the name of a layout."""
+    infos = unwrapped_names({**chosen.tensors, **chosen.unselected}, source)
+    tensors = {name: lazy_read(info) for name, info in infos.items()}
+    selected = {name: tensors[name] for name, info in infos.items() if info.key in chosen.tensors}
     if isinstance(target, str):
         canonical, expected, name = registry.canonical(registry.load(target).family), {}, target
     else:
@@ -93,19 +93,18 @@ def _compare(layout: str, source: str, chosen: StateDict, target: Checkpoint | s
 
 
 def _plan_target(opened: Checkpoint, family: str) -> Plan:
-    """Return the plan to canonical names; an error unless the target contains one encoder, of `family` if given."""
-    state_dicts, families = select_state_dicts(opened, None), [family] if family else registry.families()
-    found = [found for name in families for found in detect_layouts(opened, registry.layouts(name), state_dicts)]
-    names = list(dict.fromkeys(detected.match.layout.family for detected in found))
-    if not found:
+    """Plan the conversion of the target to canonical names; an error unless it has one encoder, of `family` if set."""
+    encoders = {name: detected for name, detected in detect_families(opened).items() if family in ("", name)}
+    if not encoders:
         hint = "list the known layouts with: dsocr-convert mapping list"
         raise LayoutError(f"{opened.name}: TARGET has no known layout", hint)
-    if len(names) > 1:
-        raise UsageError(f"{opened.name}: contains {' and '.join(names)}", "choose one with --family")
-    if len(found) > 1:
-        hint = f"convert one of them to a file: dsocr-convert {names[0]} with --prefix or --state-dict"
-        raise UsageError(f"{opened.name}: TARGET holds {len(found)} {names[0].upper()} encoders", hint)
-    return plan_to_canonical(opened, found[0], ConvertOptions(names[0]))
+    if len(encoders) > 1:
+        raise UsageError(f"{opened.name}: contains {' and '.join(encoders)}", "choose one with --family")
+    ((name, detected),) = encoders.items()
+    if len(detected) > 1:
+        hint = f"convert one of them to a file: dsocr-convert {name} with --prefix or --state-dict"
+        raise UsageError(f"{opened.name}: TARGET holds {len(detected)} {name.upper()} encoders", hint)
+    return plan_to_canonical(opened, detected[0], ConvertOptions(name))
 
 
 def _match_values(comparison: Comparison, checkpoints: list[Checkpoint], on_progress: OnProgress) -> list[TensorMatch]:
@@ -119,7 +118,7 @@ def _match_values(comparison: Comparison, checkpoints: list[Checkpoint], on_prog
 
 
 def _check_state_dicts(opened: Checkpoint, path: str, matches: list[TensorMatch]) -> None:
-    """Raise LayoutError if another state dict than the one at `path` has all matched names too, such as an EMA."""
+    """Raise LayoutError if a second state dict, such as an EMA, has all matched names too."""
     names = {name for match in matches for name in match.sources}
     for other in select_state_dicts(opened, None):
         if other.path != path and names and names <= unwrapped_names(other.tensors, opened.name).keys():

@@ -53,18 +53,18 @@ def diff(
         LayoutError: A checkpoint has several state dicts of the same size.
         DsocrError: A checkpoint cannot be read, or a checksum does not match.
     """
-    paths, prefixes = _pair("--state-dict", state_dict), _pair("--prefix", prefix)
+    paths, prefixes = _split_option("--state-dict", state_dict), _split_option("--prefix", prefix)
     with open_checkpoints([a, b], HubOptions(**hub_options)) as [left, right]:
         if prefix is not None and "," not in prefix:
-            prefixes = _where_it_occurs(prefix, left, right)
+            prefixes = _prefix_of_each(prefix, left, right)
         sides = select_side(left, paths[0], prefixes[0]), select_side(right, paths[1], prefixes[1])
-        found = _compare(sides, on_progress)
+        difference = _compare(sides, on_progress)
         check_unchanged((left, right))
-    return found
+    return difference
 
 
-def _pair(option: str, value: str | None) -> tuple[str | None, str | None]:
-    """Return A's and B's value of an option: the same without a comma."""
+def _split_option(option: str, value: str | None) -> tuple[str | None, str | None]:
+    """Return the values of an option for A and B, which a comma separates; without one, the same value."""
     if value is None or "," not in value:
         return value, value
     halves = value.split(",")
@@ -73,11 +73,10 @@ def _pair(option: str, value: str | None) -> tuple[str | None, str | None]:
     return halves[0], halves[1]
 
 
-def _where_it_occurs(prefix: str, *sides: Checkpoint) -> tuple[str | None, str | None]:
-    """Return A's and B's prefix: None for the side that has no such names, unless neither has them."""
-    occurs = [any(entry.under(prefix).tensors for entry in state_dicts(side.contents)) for side in sides]
-    first, second = (prefix if here or not any(occurs) else None for here in occurs)
-    return first, second
+def _prefix_of_each(prefix: str, a: Checkpoint, b: Checkpoint) -> tuple[str | None, str | None]:
+    """Return the prefix for A and B: None for one that has no such names, if the other one has some."""
+    in_a, in_b = (any(entry.under(prefix).tensors for entry in state_dicts(side.contents)) for side in (a, b))
+    return prefix if in_a or not in_b else None, prefix if in_b or not in_a else None
 
 
 def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
@@ -85,7 +84,7 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     a, b, notes = aligned.a, aligned.b, aligned.notes
     pairs = {name: (a[name], b[name]) for name in sorted(a.keys() & b.keys(), key=natural_sort_key)}
     removed, added = _only_in_side(a, pairs, 0, notes), _only_in_side(b, pairs, 1, notes)
-    uncompared = {name: kinds for name, pair in pairs.items() if (kinds := _unreadable(pair))}
+    uncompared = {name: types for name, pair in pairs.items() if (types := _unreadable_types(pair))}
     pairs = {name: pair for name, pair in pairs.items() if name not in uncompared}
     same_shape = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     for side, named in zip(sides, (a, b), strict=True):
@@ -117,25 +116,26 @@ def _compare(sides: tuple[Side, Side], on_progress: OnProgress) -> Difference:
     )
 
 
-def _unreadable(values: Iterable[LazyTensor]) -> str:
-    """Return the kinds of the values that are not plain bytes in their files, such as "sparse"."""
+def _unreadable_types(values: Iterable[LazyTensor]) -> str:
+    """Return the types of the tensors that cannot be read, such as "sparse"."""
     return ", ".join(dict.fromkeys(value.dtype.name for value in values if not value.dtype.bits))
 
 
-def _only_in_side(named: NamedTensors, pairs: Pairs, side: int, notes: list[str]) -> list[str]:
-    """Return the names that only side 0 or 1 has; second names of tensors that both have go to `notes` instead."""
-    shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[side])}
-    found = []
+def _only_in_side(named: NamedTensors, pairs: Pairs, index: int, notes: list[str]) -> list[str]:
+    """Return the names that only A (index 0) or B (1) has. Second names of tensors that both have are noted instead."""
+    shared_names = {_location(tensor): name for name, pair in pairs.items() for tensor in source_tensors(pair[index])}
+    unpaired = []
     for name in sorted(named.keys() - pairs.keys(), key=natural_sort_key):
         aliases = {shared_names.get(_location(tensor)) for tensor in source_tensors(named[name])}
         if len(aliases) == 1 and None not in aliases:
-            notes.append(f"{'AB'[side]}'s {name} shares its bytes with {aliases.pop()}: not counted")
+            notes.append(f"{'AB'[index]}'s {name} shares its bytes with {aliases.pop()}: not counted")
         else:
-            found.append(name)
-    return found
+            unpaired.append(name)
+    return unpaired
 
 
 def _location(tensor: TensorInfo) -> tuple[object, ...]:
+    """Return a key that is equal for tensors that view the same elements."""
     return id(tensor.storage), tensor.byte_offset, tensor.shape, tensor.strides
 
 
@@ -147,12 +147,12 @@ def _unequal(same_shape: Pairs, on_progress: OnProgress) -> set[str]:
 
 
 def _renamed(removed: NamedTensors, added: NamedTensors) -> dict[str, str]:
-    """Map names only in A to names only in B whose tensors are equal in every bit; equal ones are paired in order."""
+    """Map names only in A to names only in B of bit-identical tensors. Several identical ones are paired in order."""
     # Only tensors whose type and shape occur on both sides are read.
-    kinds = [{(value.dtype, value.shape) for value in side.values() if value.dtype.bits} for side in (removed, added)]
-    shared = kinds[0] & kinds[1]
+    in_a = {(value.dtype, value.shape) for value in removed.values() if value.dtype.bits}
+    in_b = {(value.dtype, value.shape) for value in added.values() if value.dtype.bits}
     old_names, new_names = (
-        names_by_digest({name: value for name, value in side.items() if (value.dtype, value.shape) in shared})
+        names_by_digest({name: value for name, value in side.items() if (value.dtype, value.shape) in in_a & in_b})
         for side in (removed, added)
     )
     renamed: dict[str, str] = {}
@@ -162,7 +162,7 @@ def _renamed(removed: NamedTensors, added: NamedTensors) -> dict[str, str]:
 
 
 def _measure_changed_blocks(same_shape: Pairs, unequal: set[str], on_progress: OnProgress) -> dict[str, PairStatistics]:
-    """Measure all tensors of each block that changed: its change is relative to the norm of all of them."""
+    """Measure all tensors of each changed block, as its relative change needs the norm of the whole block."""
     changed = {block_of(name) for name in unequal}
     if not changed:
         return {}
@@ -190,11 +190,11 @@ def _change(name: str, pair: tuple[LazyTensor, LazyTensor], stats: PairStatistic
 
 
 def _blocks(same_shape: Pairs, unequal: set[str], stats: Mapping[str, PairStatistics]) -> list[Block]:
-    members = grouped((block_of(name), name) for name in same_shape)
+    names_by_block = grouped((block_of(name), name) for name in same_shape)
     # Only floating-point tensors: position indices and counters are not trained.
-    weights = {name: found for name, found in stats.items() if same_shape[name][0].dtype.is_float}
+    weights = {name: measured for name, measured in stats.items() if same_shape[name][0].dtype.is_float}
     blocks = []
-    for block, names in members.items():
-        whole = reduce(PairStatistics.plus, (weights[name] for name in names if name in weights), PairStatistics())
-        blocks.append(Block(block, len(names), len(unequal.intersection(names)), whole.relative, whole.maximum))
+    for block, names in names_by_block.items():
+        total = reduce(PairStatistics.plus, (weights[name] for name in names if name in weights), PairStatistics())
+        blocks.append(Block(block, len(names), len(unequal.intersection(names)), total.relative, total.maximum))
     return blocks

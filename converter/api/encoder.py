@@ -94,15 +94,15 @@ def encoder(
         check_hub_options(hub, parts.sources)
         if host is not None:
             sources = [*parts.sources, host.checkpoint]
-            made, output = _insert(parts, host, sources, destination)
+            planned, output = _insert(parts, host, sources, destination)
         else:
             sources = parts.sources
-            made, output = _new_output(parts, layout, chosen.add_prefix, destination)
-        return made if dry_run else write(output, made, sources, files, force, on_progress)
+            planned, output = _new_output(parts, layout, chosen.add_prefix, destination)
+        return planned if dry_run else write(output, planned, sources, files, force, on_progress)
 
 
 def _check_sources(source: str | Path | None, options: EncoderOptions) -> None:
-    """UsageError for options that contradict SOURCE, or need another one."""
+    """Raise UsageError for options that contradict SOURCE, or that lack the option that they need."""
     if source is not None:
         refuse("cannot be combined with SOURCE", **options.families, **options.additions)
         return
@@ -114,14 +114,14 @@ def _check_sources(source: str | Path | None, options: EncoderOptions) -> None:
 
 
 def _destination(options: EncoderOptions, out: str | Path | None, format: str | None) -> tuple[str, Destination]:
-    """The layout of another program, or an empty one, and where the output is written."""
+    """Return the layout of another program (empty for DeepSeek-OCR's), and the destination of the output."""
     if options.into is not None:
         refuse("cannot be combined with --into", format=format)
         if out is None:
             raise UsageError("--into: name the output with --output")
         return "", Destination(Path(out), "safetensors", options.dtype)
-    implied = FORMATS.get(options.to) if out is None else None
-    format = format_for(None if _is_folder(out, options.to) else out, format or implied)
+    default_format = FORMATS.get(options.to) if out is None else None
+    format = format_for(None if _is_folder(out, options.to) else out, format or default_format)
     layout = options.to or ("mmproj" if format == "gguf" else "")
     if layout and format != FORMATS[layout]:
         expected = FORMATS[layout]
@@ -133,7 +133,7 @@ def _destination(options: EncoderOptions, out: str | Path | None, format: str | 
 
 
 def _build(options: EncoderOptions, open_file: Callable[[str | Path], Checkpoint], host: Host | None) -> EncoderParts:
-    """Combine the encoders of several checkpoints; into a host, one is enough."""
+    """Combine the encoders of several checkpoints; with a host, one encoder is enough."""
     families = options.families
     if not families or (host is None and list(families) not in registry.versions()):
         raise UsageError(
@@ -146,6 +146,7 @@ def _build(options: EncoderOptions, open_file: Callable[[str | Path], Checkpoint
 def _insert(
     parts: EncoderParts, host: Host, sources: Sequence[Checkpoint], destination: Destination
 ) -> tuple[ConversionRecord, Output]:
+    """Plan a copy of a host with the encoder."""
     check_output_name(host, Path(destination.path or ""))
     destination = destination._replace(format=host.format)
     insertion = plan_insertion(host, parts, destination.dtype)
@@ -157,7 +158,7 @@ def _insert(
 def _new_output(
     parts: EncoderParts, layout: str, prefix: str, destination: Destination
 ) -> tuple[ConversionRecord, Output]:
-    """Plan a file or folder of the encoder alone; its metadata says what is untrained."""
+    """Plan a file or folder of the encoder, with metadata that says which tensors are untrained."""
     outputs, names, _ = arrange(parts, layout, prefix, destination.dtype)
     header = make_header(parts, matrix_dtype(outputs)) if layout == "mmproj" else NO_HEADER
     target = layout or "deepencoder"
@@ -168,5 +169,5 @@ def _new_output(
 
 
 def _is_folder(out: str | Path | None, layout: str) -> bool:
-    """Whether the output is a folder: other programs load their layouts from one."""
+    """Return whether the output is a folder, from which other programs load their layouts."""
     return bool(layout) and out is not None and is_folder_output(Path(out), layout)

@@ -108,9 +108,9 @@ def inspect(
     with open_checkpoints([source], HubOptions(**hub_options)) as [opened]:
         state_dicts = select_state_dicts(opened, state_dict, prefix)
         largest = max(state_dicts, key=lambda candidate: len(candidate.tensors))
-        found = _measure(opened, largest.tensors, on_progress) if values else {}
+        measured = _measure(opened, largest.tensors, on_progress) if values else {}
         files = list_folder(Path(source), [file.path for file in opened.files]) if Path(source).is_dir() else []
-        return replace(_inspect(opened, state_dicts, largest, found), folder=files)
+        return replace(_inspect(opened, state_dicts, largest, measured), folder=files)
 
 
 def _measure(opened: Checkpoint, tensors: Mapping[str, TensorInfo], on_progress: OnProgress) -> dict[str, Values]:
@@ -149,11 +149,11 @@ def _matched_layouts(opened: Checkpoint, family: str, state_dicts: list[StateDic
     by_prefix: dict[str, list[DetectedLayout]] = {}
     for detected in detect_layouts(opened, registry.layouts(family), state_dicts):
         by_prefix.setdefault(detected.match.full_prefix, []).append(detected)
-    return [_matched_layout(opened, family, found) for found in by_prefix.values()]
+    return [_matched_layout(opened, family, detected) for detected in by_prefix.values()]
 
 
 def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayout]) -> MatchedLayout:
-    """Plan the conversion of an encoder that the state dicts have under the same prefix."""
+    """Describe an encoder that one or more state dicts have under one prefix; plan the conversion of the first."""
     first = detected[0]
     layout = first.match.layout
     record, problem = None, ""
@@ -168,7 +168,7 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
         layout=layout.name,
         description=layout.description,
         prefix=first.match.full_prefix,
-        state_dicts=[each.state_dict.path or "." for each in detected],
+        state_dicts=[encoder.state_dict.path or "." for encoder in detected],
         evidence=first.match.evidence,
         record=record,
         problem=problem,
@@ -176,8 +176,8 @@ def _matched_layout(opened: Checkpoint, family: str, detected: list[DetectedLayo
 
 
 def group_layers(tensors: Mapping[str, TensorInfo], values: Mapping[str, Values]) -> list[Group]:
-    """Fold repeated layers into groups, in the order of the tensors; `values` are of those that were read."""
-    # Tensors with another number of dimensions are not layers of one kind.
+    """Fold repeated layers into groups, in the order of the tensors; `values` has the ranges of those read."""
+    # The tensors of a group have the same number of dimensions.
     groups = grouped(((*same_layer_key(name), len(tensor.shape)), name) for name, tensor in tensors.items())
     return [_group(names, [tensors[name] for name in names], values) for names in groups.values()]
 

@@ -91,8 +91,8 @@ def verify(
     if unknown := [part for part in require if part not in PARTS]:
         raise UsageError(f"--require {unknown[0]}: expected some of {', '.join(PARTS)}")
     check_choices(dtype=(dtype, DTYPES))
-    where = find_device("cpu" if fast else device)
-    page = load_image(Path(image)) if image is not None else None
+    torch_device = find_device("cpu" if fast else device)
+    picture = load_image(Path(image)) if image is not None else None
     recorded = read_record(Path(record)) if record is not None else None
     sources = dict(source) if isinstance(source, Mapping) else {"source": source} if source is not None else {}
     hub, checkpoints = HubOptions(**hub_options), list[Checkpoint]()
@@ -104,7 +104,7 @@ def verify(
 
         opened, expected = open_file(converted), None
         only_record = recorded if recorded and not recorded.canonical and not sources else None
-        target = (open_any_layout if only_record else open_converted)(opened, on_progress)
+        target = open_any_layout(opened, on_progress) if only_record else open_converted(opened, on_progress)
         if sources:
             options = ConvertOptions(
                 target.encoders[0].family,
@@ -121,8 +121,8 @@ def verify(
         if only_record:
             result = _verify_record(target, only_record, on_progress)
         else:
-            chosen = () if fast else sizes or default_sizes(target, where)
-            run_options = RunOptions(where, torch_dtype(dtype), chosen, page, draw, on_progress)
+            run_sizes = () if fast else sizes or default_sizes(target, torch_device)
+            run_options = RunOptions(torch_device, torch_dtype(dtype), run_sizes, picture, draw, on_progress)
             result = _verify(target, expected, recorded, run_options)
     return replace(
         result,
@@ -134,13 +134,13 @@ def verify(
 
 
 def default_sizes(target: Converted, device: torch.device) -> Sequence[int]:
-    """Return the sizes at which the DeepEncoder runs; on a CPU, where one takes a minute, the first alone."""
+    """Return the image sizes at which the DeepEncoder runs; on a CPU, only the first, as each takes a minute."""
     sizes = FAMILIES[target.encoders[-1].family].sizes
     return sizes if device.type == "cuda" else sizes[:1]
 
 
 def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -> Verification:
-    """Compare a file of another layout with its record, as nothing else is known of it."""
+    """Compare a file of another layout with its record."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "record"):
         checks = check_record(record, target, on_progress)
@@ -155,23 +155,23 @@ def _verify_record(target: Converted, record: Record, on_progress: OnProgress) -
     )
 
 
-def _verify(target: Converted, source: Expected | None, record: Record | None, options: RunOptions) -> Verification:
+def _verify(target: Converted, expected: Expected | None, record: Record | None, options: RunOptions) -> Verification:
     seconds: dict[str, float] = {}
     with _timed(seconds, "structure"):
         checks = check_structure(target)
-    if source is None:
+    if expected is None:
         checks.append(Check("bytes", "tensors", SKIPPED, "no --source to compare with"))
     else:
         with _timed(seconds, "bytes"):
-            checks += check_bytes(target, source, options.on_progress)
+            checks += check_bytes(target, expected, options.on_progress)
     if record is not None:
         with _timed(seconds, "record"):
             checks += check_record(record, target, options.on_progress)
     with _timed(seconds, "outputs" if options.sizes else "loading"):
-        runs = list(run_encoders(target, source, checks, options))
-    origins = source.origins.values() if source else []
+        runs = list(run_encoders(target, expected, checks, options))
+    origins = expected.origins.values() if expected else []
     user_mappings = [Path(origin.plan.mapping.location.file).name for origin in origins if origin.builtin_plan is None]
-    outputs = source.outputs if source else {}
+    outputs = expected.outputs if expected else {}
     drawn = runs if options.draw else []
     return Verification(
         converted=target.source.name,
@@ -187,7 +187,7 @@ def _verify(target: Converted, source: Expected | None, record: Record | None, o
             *(remark.removeprefix("warning: ") for origin in origins for remark in origin.reference_plan.remarks),
             *(run.note for run in runs if run.note),
         ],
-        # A comparison that shows nothing would not have shown a mistake either.
+        # Only of passed comparisons: an inconclusive one could not have shown a mistake.
         controls=strongest_controls(control for run in runs if run.check.verdict == PASSED for control in run.controls),
         qualifiers={"bytes": f"by {', '.join(user_mappings)}"} if user_mappings else {},
         seconds=seconds,

@@ -16,7 +16,7 @@ from converter.errors import LayoutError, UsageError, first_names
 from converter.tensors.tensor_info import Contents, TensorInfo
 
 _PREFIX = "base_model.model."
-# Segments of names: the factors of a module, with those of an embedding, and the layers that PEFT puts around it.
+# Segments of names in PEFT: the factors of a module or an embedding, and the wrappers of a module.
 _FACTORS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _SAVED, _ORIGINAL, _BASE = "modules_to_save", "original_module", "base_layer"
 
@@ -24,32 +24,33 @@ _SAVED, _ORIGINAL, _BASE = "modules_to_save", "original_module", "base_layer"
 class _Name(NamedTuple):
     """A tensor name of PEFT."""
 
-    kind: str  # A or B, saved for a fully trained module, original for its copy from before the training, or empty
-    tensor: str  # The name of the tensor in the model; the path of the module for factors
-    adapter: str = ""  # The adapter's name in memory, such as `default`; empty in files that PEFT wrote
+    # "A" or "B" for a factor, "saved" for a fully trained tensor, "original" for its old copy, empty for others
+    kind: str
+    tensor: str  # The name of the tensor in the model, or the path of the module for a factor
+    adapter: str = ""  # The name of the adapter in memory, such as `default`; empty in files that PEFT wrote
     is_embedding: bool = False
 
 
 def with_adapter(source: Checkpoint, files: Checkpoint, adapter_name: str | None) -> Checkpoint:
-    """Return a checkpoint with an adapter that is merged into its encoders.
+    """Return a checkpoint with an adapter to merge into its encoders.
 
     Args:
         source: The checkpoint.
-        files: The adapter. It may be the same file: a state dict of a model with its adapter.
-        adapter_name: Which adapter of a file with several, or None.
+        files: The adapter. It may be the same file, if that is the state dict of a model with its adapter.
+        adapter_name: The adapter of a file with several, or None.
 
     Raises:
         ContainerError: The adapter has no config, or a wrong one.
-        LayoutError: It is not a LoRA adapter, or it is more than W + scale * B @ A.
+        LayoutError: It is not a LoRA adapter, or merging it is more than W + scale * B @ A.
         UsageError: There are several adapters, or none of this name.
     """
-    is_same = files.name == source.name
-    contents = _unwrapped(source.contents) if is_same else source.contents
-    return replace(source, adapter=_read(files, adapter_name, is_same), contents=contents)
+    is_same_file = files.name == source.name
+    contents = _unwrapped(source.contents) if is_same_file else source.contents
+    return replace(source, adapter=_read(files, adapter_name, is_same_file), contents=contents)
 
 
 def _read(checkpoint: Checkpoint, adapter_name: str | None, with_model: bool) -> Adapter:
-    """Read an adapter; with `with_model`, from a state dict that also holds the adapter's model."""
+    """Read an adapter. With `with_model`, the state dict also contains the tensors of the model."""
     entries = state_dicts(checkpoint.contents)
     tensors = unwrapped_names(largest_state_dict(entries, checkpoint.name).tensors, checkpoint.name) if entries else {}
     if not factor_names(tensors) and base_model_of(checkpoint) is None:
@@ -58,6 +59,7 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, with_model: bool) ->
     names = {key: _parse(key) for key in tensors}
     chosen = _choose(names.values(), adapter_name, checkpoint.name)
     names = {key: parsed for key, parsed in names.items() if parsed.adapter in ("", chosen)}
+    # Other tensors in a file of the adapter were fully trained too, such as biases.
     kinds = ("saved",) if with_model else ("saved", "")
     fully_trained = {parsed.tensor: tensors[key] for key, parsed in names.items() if parsed.kind in kinds}
     factors = _factors(checkpoint.name, config, tensors, names)
@@ -65,17 +67,17 @@ def _read(checkpoint: Checkpoint, adapter_name: str | None, with_model: bool) ->
 
 
 def factor_names(names: Iterable[str]) -> list[str]:
-    """Return the names that are those of factors in PEFT."""
+    """Return the names of LoRA factors, as PEFT names them."""
     return [name for name in names if not _FACTORS.keys().isdisjoint(name.split("."))]
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Return whether a state dict is that of a model with its adapter."""
+    """Return whether the names are those of a model with its adapter, from PEFT's wrappers."""
     return any(f".{_BASE}." in name for name in names)
 
 
 def _unwrapped(contents: Contents) -> Contents:
-    """Return the model in a state dict of a model with its adapter."""
+    """Return the model's tensors from the state dict of a model with its adapter, without wrappers in the names."""
     result: Contents = {}
     for key, value in contents.items():
         if isinstance(value, dict):
@@ -88,7 +90,7 @@ def _unwrapped(contents: Contents) -> Contents:
 
 
 def _parse(key: str) -> _Name:
-    """Split a name of PEFT into its parts; names of tensors that were not wrapped stay as they are."""
+    """Parse a tensor name of PEFT; LayoutError for names of other methods than LoRA."""
     segments = [segment for segment in key.removeprefix(_PREFIX).split(".") if segment != _BASE]
     for index, segment in enumerate(segments):
         before, after = segments[:index], segments[index + 1 :]
@@ -107,30 +109,31 @@ def _parse(key: str) -> _Name:
 
 
 def _choose(names: Iterable[_Name], wanted: str | None, file: str) -> str:
-    """Return the name of the adapter to take; empty for the only one, without a name."""
-    found = list(dict.fromkeys(parsed.adapter for parsed in names if parsed.adapter))
-    if not found and wanted == PurePath(file).parent.name:
+    """Return the name of the adapter to read; empty for the only adapter of a file, which has no name."""
+    adapters = list(dict.fromkeys(parsed.adapter for parsed in names if parsed.adapter))
+    if not adapters and wanted == PurePath(file).parent.name:
         return ""  # PEFT saves each adapter in a folder of its name.
-    if wanted is not None and wanted not in found:
+    if wanted is not None and wanted not in adapters:
         raise UsageError(
-            f"--adapter-name {wanted}: not in {file}", f"it has: {first_names(found) or 'one, without a name'}"
+            f"--adapter-name {wanted}: not in {file}", f"it has: {first_names(adapters) or 'one, without a name'}"
         )
-    if wanted is None and len(found) > 1:
-        raise UsageError(f"{file}: holds {len(found)} adapters: {first_names(found)}", f"--adapter-name {found[0]}")
-    return wanted or next(iter(found), "")
+    if wanted is None and len(adapters) > 1:
+        what = f"holds {len(adapters)} adapters: {first_names(adapters)}"
+        raise UsageError(f"{file}: {what}", f"--adapter-name {adapters[0]}")
+    return wanted or next(iter(adapters), "")
 
 
 def _factors(
     file: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], names: Mapping[str, _Name]
 ) -> dict[str, Factors]:
     """Return the factors of each module; LayoutError for a factor without its pair or of another rank."""
-    halves: dict[str, dict[str, TensorInfo]] = {}
+    pairs: dict[str, dict[str, TensorInfo]] = {}
     for key, parsed in names.items():
         if parsed.kind in ("A", "B"):
-            halves.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key]
-    if not halves and not any(parsed.kind == "saved" for parsed in names.values()):
+            pairs.setdefault(parsed.tensor, {})[parsed.kind] = tensors[key]
+    if not pairs and not any(parsed.kind == "saved" for parsed in names.values()):
         raise _no_factors(file)
-    problems = [problem for module, pair in halves.items() for problem in _problems(module, pair, config)]
+    problems = [problem for module, pair in pairs.items() for problem in _problems(module, pair, config)]
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise LayoutError(
@@ -139,7 +142,7 @@ def _factors(
     embeddings = {parsed.tensor for parsed in names.values() if parsed.is_embedding}
     return {
         module: Factors(pair["A"], pair["B"], module in embeddings, *config.scale_of(module))
-        for module, pair in halves.items()
+        for module, pair in pairs.items()
     }
 
 
@@ -151,7 +154,7 @@ def _no_factors(file: str) -> LayoutError:
 
 
 def _problems(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig) -> list[str]:
-    """Return why the factors of a module are not a pair of the rank in the config; empty if they are."""
+    """Return the problems of a module's factors: one is missing, or they do not have the rank in the config."""
     if len(pair) == 1:
         kind = next(iter(pair))
         return [f"{module!r} has {kind} without {'B' if kind == 'A' else 'A'}"]

@@ -1,4 +1,4 @@
-"""Kinds of files in the folder of a training, by their names."""
+"""Recognizes files in the folder of a training by their names."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class FileKind(NamedTuple):
     """A kind of file."""
 
     patterns: str  # Patterns of names, separated by spaces
-    what: str  # What such a file holds
-    is_by_product: bool = False  # Whether trainers write it next to the weights under a name that weights could have
-    step: str = ""  # What to do with a folder of such files, which are not read
+    what: str  # The content of such a file
+    is_by_product: bool = False  # Whether trainers write it next to the weights, with a name that weights could have
+    step: str = ""  # The next step for a folder of such files, which cannot be read
 
 
 @dataclass
 class FolderFiles:
-    """Files of a folder whose names differ in numbers alone."""
+    """Files of a folder whose names differ only in numbers."""
 
-    name: str  # The path of the file in the folder; of several, with `*` for each number
+    name: str  # The path in the folder; of several files, with `*` for each number
     count: int
     nbytes: int  # The size of all files
-    what: str  # What they hold; empty if the name does not tell
-    is_read: bool  # Whether the tensors that are reported are in them
+    what: str  # The content of the files; empty if their names do not show it
+    is_read: bool  # Whether `inspect` reports the tensors in one of them
 
 
 _MAX_FILES = 10_000
@@ -101,19 +101,19 @@ KINDS = (
 def kind_of(name: str) -> FileKind | None:
     """Return the kind of a file by its name; None for other names."""
     lower = name.lower()
-    return next((kind for kind in KINDS if any(fnmatch(lower, each) for each in kind.patterns.split())), None)
+    return next((kind for kind in KINDS if any(fnmatch(lower, pattern) for pattern in kind.patterns.split())), None)
 
 
 def list_folder(folder: Path, read: Collection[str] = ()) -> list[FolderFiles]:
-    """Describe the files in a folder of this machine and in its folders.
+    """Describe the files in a local folder and in its subfolders.
 
     Args:
         folder: The folder.
-        read: The paths of the files that are read.
+        read: The paths of the files whose tensors are reported.
     """
     groups: dict[str, list[Path]] = {}
     for path in islice(_files_in(folder), _MAX_FILES):
-        # The number of a type, such as bf16, stays.
+        # The digits of an element type, such as bf16, are not replaced.
         pattern = re.sub(r"(?<![0-9])(?<!bf)(?<!fp)[0-9]+", "*", str(path.relative_to(folder)))
         groups.setdefault(pattern, []).append(path)
     listed = [
@@ -148,6 +148,6 @@ def by_product_step(path: str) -> str:
 
 
 def describe(name: str) -> str:
-    """Return what a file is by its name; empty if the name does not tell."""
+    """Return the content or format of a file by its name; empty if the name does not show it."""
     kind, known = kind_of(name), format_of_name(name)
     return kind.what if kind else known.kind if known else ""

@@ -1,4 +1,4 @@
-"""The checkpoint in a folder: a weights file, an index of shards, or all shards of a set without an index."""
+"""Chooses the checkpoint in a folder: a weights file, an index of shards, or a set of shards without an index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from converter.errors import ContainerError, DsocrError, printable
 from converter.formats.dcp_files import METADATA, SUFFIX
 from converter.formats.unrecognized import REPACK, format_of_name
 
-# The file to use in a folder is the first of these that exists, in the order of transformers and open_clip.
+# The first of these that exists in a folder is used, in the order of transformers and open_clip.
 STANDARD_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -25,12 +25,12 @@ STANDARD_NAMES = (
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 SWIFT_ENCODER = "vit.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".gguf")
-# Number of names in a message. Some repositories have hundreds of checkpoints.
+# The number of names in a message: some repositories have hundreds of checkpoints.
 MAX_SHOWN = 20
 
 
 def has_weight_suffix(name: str) -> bool:
-    """Return whether a file name ends as those of weights do, in any case."""
+    """Return whether a file name has a suffix of weights; case does not matter."""
     return name.lower().endswith(WEIGHT_SUFFIXES)
 
 
@@ -46,49 +46,49 @@ def _match_shard(name: str) -> re.Match[str] | None:
 
 
 def count_shards(name: str) -> int:
-    """Return how many shards a checkpoint has, by the name of one of them; 1 for all other names."""
+    """Return the number of shards in the name of one of them; 1 for all other names."""
     match = _match_shard(name)
     return int(match[3]) if match else 1
 
 
 def is_checkpoint(name: str) -> bool:
-    """Return whether a file name may be that of a checkpoint, and is not one that trainers write next to it."""
+    """Return whether a file may be a checkpoint by its name; False for files that trainers write next to one."""
     # macOS writes ._NAME next to a file on other file systems.
     return is_index(name) or (has_weight_suffix(name) and not is_by_product(name) and not name.startswith("._"))
 
 
 def is_dcp(names: Iterable[str]) -> bool:
-    """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and none that is preferred."""
+    """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and no file of a standard name."""
     found = set(names)
     is_part = METADATA in found or any(name.endswith(SUFFIX) for name in found)
     return is_part and not found.intersection(STANDARD_NAMES)
 
 
-def _without_ports(names: Iterable[str]) -> list[str]:
-    """Leave out files of llama.cpp, which are made of other weights: those are preferred."""
+def _without_gguf(names: Iterable[str]) -> list[str]:
+    """Leave out files of llama.cpp: the weights that they were converted from are preferred."""
     return [name for name in names if not name.lower().endswith(".gguf")]
 
 
 def holds_checkpoint(names: Collection[str]) -> bool:
-    """Return whether a folder has a checkpoint, or a part of one, by the names of its files."""
+    """Return whether a folder has a checkpoint or a part of one, by the names of its files."""
     return is_dcp(names) or any(map(is_checkpoint, names))
 
 
-def is_searched(folder: str) -> bool:
-    """Return whether a folder of this name may hold a model: not states of an optimizer, or files of git."""
+def may_hold_checkpoint(folder: str) -> bool:
+    """Return whether a folder may have a checkpoint by its name; False for optimizer states and files of git."""
     return not folder.startswith((".", "optim")) and not folder.endswith("_universal")
 
 
-def is_described(used: Sequence[str], files: Iterable[str]) -> bool:
-    """Return whether a config in a folder is that of a checkpoint.
+def config_applies(used: Sequence[str], files: Iterable[str]) -> bool:
+    """Return whether a config in a folder describes a checkpoint in the same folder.
 
-    It is if there are no others, or if transformers or open_clip give its name to the weights of a folder.
+    It does if there is no other checkpoint, or if the name is one that transformers or open_clip read with the config.
 
     Args:
-        used: The names of the checkpoint's files; first the index, if there is one.
+        used: The names of the checkpoint's files; the index, if there is one, comes first.
         files: The names of all files in the folder.
     """
-    others = [name for name in _without_ports(files) if is_checkpoint(name) and name not in used]
+    others = [name for name in _without_gguf(files) if is_checkpoint(name) and name not in used]
     names = (
         r"(open_clip_)?(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
     )
@@ -102,7 +102,7 @@ def choose_checkpoint(
 
     Args:
         files: Names of all files in the folder.
-        folders: Names of the folders in it, for messages.
+        folders: Names of the subfolders, for messages.
         where: The folder, for messages.
         error: The exception to raise if there is no checkpoint, or more than one candidate.
     """
@@ -113,14 +113,14 @@ def choose_checkpoint(
     for kind in filter(None, map(kind_of, ordered)):
         if kind.step:
             raise error(f"{where}: each file holds {kind.what}", kind.step.replace("FOLDER", where))
-    candidates = _candidates(_without_ports(ordered)) or _candidates(ordered)
+    candidates = _candidates(_without_gguf(ordered)) or _candidates(ordered)
     if not candidates:
-        raise error(*_nothing(ordered, sorted(folders), where))
+        raise error(*_no_checkpoint_message(ordered, sorted(folders), where))
     if len(candidates) > 1:
         shown = [names[0] if len(names) == 1 else re.sub(r"-\d+-of-", "-*-of-", names[0]) for names in candidates]
-        several = error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice(ordered, where))
-        single = [names[0] for names in candidates if len(names) == 1 and names[0] not in ADAPTER_NAMES]
-        several.choices = where, [f"{where}/{name}" for name in single]
+        several = error(f"{where}: contains several checkpoints: {_listed(shown)}", _choice_hint(ordered, where))
+        single_files = [names[0] for names in candidates if len(names) == 1 and names[0] not in ADAPTER_NAMES]
+        several.choices = where, [f"{where}/{name}" for name in single_files]
         raise several
     if missing := _missing_shards(candidates[0]):
         raise error(f"{where}: lacks shards: {_listed(missing)}", "download the rest of the checkpoint")
@@ -128,19 +128,21 @@ def choose_checkpoint(
 
 
 def _candidates(files: Sequence[str]) -> list[list[str]]:
-    """Return the checkpoints among the files. The shards of an index are not listed."""
+    """Return the files of each checkpoint. With an index, all shards are assumed to be its own and left out."""
     indexes = [[name] for name in files if is_index(name)]
     sets: dict[object, list[str]] = {}
     for name in files:
         if is_index(name) or not is_checkpoint(name):
             continue
         match = _match_shard(name)
-        sets.setdefault((match[1], len(match[2]), match[3], match[4]) if match else name, []).append(name)
+        # Shards of one set have the same name but for their number, which has as many digits.
+        key = (match[1], len(match[2]), match[3], match[4]) if match else name
+        sets.setdefault(key, []).append(name)
     return indexes + [names for names in sets.values() if not (indexes and _match_shard(names[0]))]
 
 
-def _choice(files: Sequence[str], where: str) -> str:
-    """Return the next step for a folder with several checkpoints; trainers write some next to a LoRA adapter."""
+def _choice_hint(files: Sequence[str], where: str) -> str:
+    """Return the next step for a folder with several checkpoints, one of which may be a LoRA adapter."""
     adapters = [name for name in files if name in ADAPTER_NAMES]
     if not adapters:
         return "give the path of one of them"
@@ -164,7 +166,7 @@ def _missing_shards(shards: Sequence[str]) -> list[str]:
     return [f"{head}-{number:0{len(digits)}}-of-{total}{tail}" for number in islice(absent, MAX_SHOWN + 1)]
 
 
-def _nothing(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[str, str]:
+def _no_checkpoint_message(files: Sequence[str], folders: Sequence[str], where: str) -> tuple[str, str]:
     """Return the message and the hint for a folder without a checkpoint."""
     unfinished = [
         name

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's files: local or on a hub, a single file, a folder or a sharded checkpoint."""
+"""Finds and opens the files of a checkpoint: a single file, a folder or a sharded checkpoint, local or on a hub."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from converter.checkpoint.folder import (
     MAX_SHOWN,
     STANDARD_NAMES,
     choose_checkpoint,
+    config_applies,
     count_shards,
     has_weight_suffix,
     holds_checkpoint,
     is_dcp,
-    is_described,
     is_index,
-    is_searched,
+    may_hold_checkpoint,
 )
 from converter.checkpoint.source_files import Files, HubFiles, LocalFiles
 from converter.errors import ContainerError, DsocrError, HubError, UsageError, first_names, natural_sort_key, printable
@@ -33,8 +33,8 @@ from converter.storage.local_file import SourceFile, exists
 if TYPE_CHECKING:
     from converter.hub.repository import Repository
 
-_MAX_LEVELS = 3  # that are searched below a folder without a checkpoint: runs/version_0/checkpoints
-_MAX_FOLDERS = 1000  # of one level
+_MAX_LEVELS = 3  # of subfolders that are searched for a checkpoint, such as runs/version_0/checkpoints
+_MAX_FOLDERS = 1000  # that are searched in one level
 _INDEX_STEP = "download it again from where its checkpoint was published"
 
 
@@ -43,14 +43,14 @@ class Located:
     """The open files of one checkpoint."""
 
     name: str  # The path or the hub address of the file, or of the index of a sharded checkpoint
-    files: tuple[SourceFile, ...]  # One, or the shards in the order of their names
+    files: tuple[SourceFile, ...]  # A single file, or the shards in the order of their names
     weight_map: dict[str, str] | None = None  # Shard names by tensor name, from the index; None without an index
     commit: str = ""  # The commit of the hub repository; empty for local files
     notes: tuple[str, ...] = ()  # Messages for the user about the files
     is_dcp: bool = False  # Whether the files are `.metadata` and the *.distcp files of a DCP folder
-    whole_step: str = ""  # How to read the whole checkpoint, if the file is one of several shards; else empty
-    in_other_shards: tuple[str, ...] = ()  # Names of the tensors in the other shards, as far as an index lists them
-    # Returns what opens the config of a name that describes the files; None if there is none
+    whole_step: str = ""  # The next step to read all shards, if the file is one of them; else empty
+    in_other_shards: tuple[str, ...] = ()  # The names of the tensors that an index lists in the other shards
+    # For the name of a config, returns a function that opens it; None if no such config describes the files
     find_config: Callable[[str], Callable[[], SourceFile] | None] = lambda name: None
 
 
@@ -110,7 +110,7 @@ def _locate_on_hub(source: str, hub_options: HubOptions) -> Located:
 def _is_complete(path: Path) -> bool:
     """Return whether a cache has a checkpoint at `path`, with all its shards.
 
-    The folders below do not count: the cache may lack the checkpoint of the folder itself.
+    Subfolders do not count: the cache may lack the checkpoint that is in the folder itself.
     """
     try:
         if path.is_dir() and not holds_checkpoint(LocalFiles().entries(path)[0]):
@@ -136,18 +136,20 @@ def _locate_in(repository: Repository, path: str, download: bool) -> Located:
 
 
 def _open_folder(files: Files, folder: PurePath) -> Located:
-    """Open the checkpoint in a folder, or in the one folder below it that has one."""
+    """Open the checkpoint in a folder, or in its only subfolder that has one."""
     names, folders = files.entries(folder)
     if is_dcp(names):
         return _open_dcp(files, folder, names)
-    below = [] if holds_checkpoint(names) else _latest(files, folder, names, folders) or _below(files, folder, folders)
-    if below:
-        return _open_below(files, folder, below)
-    listed = _shards_of_indexes(files, folder, names)
-    chosen = choose_checkpoint([name for name in names if name not in listed], folders, files.name(folder), files.error)
+    if not holds_checkpoint(names):
+        subfolders = _latest(files, folder, names, folders) or _find_checkpoint_folders(files, folder, folders)
+        if subfolders:
+            return _open_subfolder(files, folder, subfolders)
+    indexed = _shards_of_indexes(files, folder, names)
+    candidates = [name for name in names if name not in indexed]
+    chosen = choose_checkpoint(candidates, folders, files.name(folder), files.error)
     if len(chosen) > 1:
         note = f"no index: read the {len(chosen)} shards by their headers"
-        return _located(files, folder, folder, chosen, notes=(note,))
+        return _open_files(files, folder, folder, chosen, notes=(note,))
     located = _open_path(files, folder / chosen[0])
     adapters = [name for name in ADAPTER_NAMES if name in names and name not in chosen]
     notes = (f"{name} next to it, a LoRA adapter, is merged by --lora {files.name(folder)} alone" for name in adapters)
@@ -156,7 +158,7 @@ def _open_folder(files: Files, folder: PurePath) -> Located:
 
 
 def _latest(files: Files, folder: PurePath, names: Collection[str], folders: Collection[str]) -> list[PurePath]:
-    """Return the folder that DeepSpeed's file `latest` names."""
+    """Return the folder that DeepSpeed's file `latest` names; an empty list if there is none."""
     if "latest" not in names:
         return []
     with closing(files.open(folder / "latest")) as file:
@@ -164,35 +166,35 @@ def _latest(files: Files, folder: PurePath, names: Collection[str], folders: Col
     return [folder / step] if step in folders else []
 
 
-def _below(files: Files, folder: PurePath, folders: Collection[str]) -> list[PurePath]:
-    """Return the folders below a folder that have a checkpoint, except those in one that has one."""
+def _find_checkpoint_folders(files: Files, folder: PurePath, folders: Collection[str]) -> list[PurePath]:
+    """Return the subfolders that have a checkpoint. Folders within these are not searched."""
     found, level = [], [folder / name for name in folders]
     for _ in range(_MAX_LEVELS):
-        searched, level = [each for each in level if is_searched(each.name)][:_MAX_FOLDERS], []
-        for each in searched:
-            names, inner = files.entries(each)
+        searched, level = [path for path in level if may_hold_checkpoint(path.name)][:_MAX_FOLDERS], []
+        for path in searched:
+            names, inner = files.entries(path)
             if "latest" in names or holds_checkpoint(names):
-                found.append(each)
+                found.append(path)
             else:
-                level += [each / name for name in inner]
+                level += [path / name for name in inner]
     return sorted(found, key=lambda path: natural_sort_key(str(path)))
 
 
-def _open_below(files: Files, folder: PurePath, below: Sequence[PurePath]) -> Located:
-    """Open the checkpoint in a folder below; raise an error that lists them if there are several, as in a training."""
-    shown = [printable(str(path.relative_to(folder))) for path in below]
-    if len(below) > 1:
-        message = f"{files.name(folder)}: has no checkpoint itself; {len(below)} of its folders have one: "
+def _open_subfolder(files: Files, folder: PurePath, subfolders: Sequence[PurePath]) -> Located:
+    """Open the checkpoint in the only one of `subfolders`; raise an error that lists them if there are several."""
+    shown = [printable(str(path.relative_to(folder))) for path in subfolders]
+    if len(subfolders) > 1:
+        message = f"{files.name(folder)}: has no checkpoint itself; {len(subfolders)} of its folders have one: "
         error = files.error(message + first_names(shown, MAX_SHOWN), "give the path of one of them")
-        error.choices = str(folder), list(map(str, below))
+        error.choices = str(folder), list(map(str, subfolders))
         raise error
     try:
-        located = _open_folder(files, below[0])
+        located = _open_folder(files, subfolders[0])
     except DsocrError as error:
         error.choices = str(folder), error.choices[1]
         raise
-    find_below = located.find_config
-    located.find_config = lambda name: find_below(name) or _find_config(files, folder, ["latest"], name)
+    find_inside = located.find_config
+    located.find_config = lambda name: find_inside(name) or _find_config(files, folder, ["latest"], name)
     located.notes = (f"read from its folder {shown[0]}", *located.notes)
     return located
 
@@ -201,7 +203,7 @@ def _open_dcp(files: Files, folder: PurePath, names: Collection[str]) -> Located
     shown = files.name(folder)
     if METADATA in names:
         used = [METADATA, *sorted(name for name in names if name.endswith(SUFFIX))]
-        return _located(files, folder, folder, used, is_dcp=True)
+        return _open_files(files, folder, folder, used, is_dcp=True)
     if any(name.endswith(METADATA) for name in names):
         raise files.error(
             f"{shown}: each rank wrote its own metadata, without the others (use_collectives=False)",
@@ -214,13 +216,13 @@ def _open_dcp(files: Files, folder: PurePath, names: Collection[str]) -> Located
 
 
 def _shards_of_indexes(files: Files, folder: PurePath, names: Collection[str]) -> set[str]:
-    """Return the names of the shards in a folder that an index of an unusual name lists: they may have any names."""
+    """Return the names of shards that indexes in a folder list, unless the folder has a standard name to open."""
     if any(name in names for name in STANDARD_NAMES):
         return set()
-    return {shard for name in names if is_index(name) for shard in _listed(files, folder / name).values()}
+    return {shard for name in names if is_index(name) for shard in _try_weight_map(files, folder / name).values()}
 
 
-def _listed(files: Files, index: PurePath) -> dict[str, str]:
+def _try_weight_map(files: Files, index: PurePath) -> dict[str, str]:
     """Return the `weight_map` of an index; empty if it cannot be read."""
     with closing(files.open(index)) as file, suppress(ContainerError):
         return _weight_map(file, index.name)
@@ -232,15 +234,15 @@ def _open_path(files: Files, path: PurePath) -> Located:
     if is_index(path.name) or _looks_like_index(files, path):
         with closing(files.open(path)) as index:
             weight_map, shards = _read_index(index, files.name(path), lambda shard: files.exists(path.with_name(shard)))
-        return _located(files, path, path.parent, shards, weight_map=weight_map)
-    located = _located(files, path, path.parent, [path.name])
+        return _open_files(files, path, path.parent, shards, weight_map=weight_map)
+    located = _open_files(files, path, path.parent, [path.name])
     if count_shards(path.name) > 1:
         _add_whole_step(files, path, located)
     return located
 
 
 def _looks_like_index(files: Files, path: PurePath) -> bool:
-    """Return whether a JSON file of another name is an index."""
+    """Return whether a JSON file is an index by its content."""
     if path.suffix.lower() != ".json":
         return False
     with closing(files.open(path)) as file:
@@ -248,30 +250,33 @@ def _looks_like_index(files: Files, path: PurePath) -> bool:
 
 
 def _add_whole_step(files: Files, path: PurePath, located: Located) -> None:
-    """Add to a shard that is read alone how to read the whole checkpoint."""
+    """Add the next step to read all shards to a shard that is read alone."""
     indexes = [name for name in files.entries(path.parent)[0] if is_index(name)]
     step, weight_map = "give its folder", dict[str, str]()
     if len(indexes) == 1:
-        step, weight_map = f"give {printable(indexes[0])} next to it", _listed(files, path.with_name(indexes[0]))
+        step, weight_map = (
+            f"give {printable(indexes[0])} next to it",
+            _try_weight_map(files, path.with_name(indexes[0])),
+        )
     located.in_other_shards = tuple(name for name, shard in weight_map.items() if shard != path.name)
     located.whole_step = f"the file is one of several shards: {step}"
     shards = f"one of {count_shards(path.name)} shards, read alone"
     located.notes = (f"{printable(path.name)}: {shards}; for the whole, {step}",)
 
 
-def _located(files: Files, path: PurePath, folder: PurePath, names: Sequence[str], **fields: Any) -> Located:
-    """Open files of a folder as one checkpoint: `path`, which is the folder, the only file or the index."""
+def _open_files(files: Files, path: PurePath, folder: PurePath, names: Sequence[str], **fields: Any) -> Located:
+    """Open the files `names` of a folder as one checkpoint; `path` is the folder, the only file or the index."""
     with ExitStack() as stack:
         opened = [stack.enter_context(closing(_open_file(files, folder / name))) for name in names]
         stack.pop_all()
     used = names if path == folder else [path.name, *names]
-    # Cached, as each call lists the folder.
+    # Cached, because each call lists the folder.
     find_config = cache(partial(_find_config, files, folder, used))
     return Located(name=files.name(path), files=tuple(opened), find_config=find_config, **fields)
 
 
 def _open_file(files: Files, path: PurePath) -> SourceFile:
-    # aria2 gives a file its full size at once.
+    # aria2 creates a file with its full size before the download.
     if files.exists(path.with_name(f"{path.name}.aria2")):
         raise files.error(f"{files.name(path)}: an unfinished download of aria2", "finish it")
     return files.open(path)
@@ -280,7 +285,7 @@ def _open_file(files: Files, path: PurePath) -> SourceFile:
 def _find_config(files: Files, folder: PurePath, used: Sequence[str], name: str) -> Callable[[], SourceFile] | None:
     """Find the config `name` in a folder, if it describes the checkpoint that consists of the files `used`."""
     names, _ = files.entries(folder)
-    return partial(files.open, folder / name) if name in names and is_described(used, names) else None
+    return partial(files.open, folder / name) if name in names and config_applies(used, names) else None
 
 
 def _read_index(file: SourceFile, name: str, is_file: Callable[[str], bool]) -> tuple[dict[str, str], list[str]]:

@@ -1,6 +1,6 @@
-"""Configs next to a checkpoint: config.json of transformers and timm, and open_clip_config.json, in transformers' form.
+"""Reads configs next to a checkpoint: config.json of transformers and timm, and open_clip_config.json.
 
-Configs are not trusted: their size is bounded, and what cannot be used is named in a remark.
+All get transformers' keys. Configs are not trusted: their size is bounded, and remarks name what cannot be used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from converter.errors import DsocrError
 Json = dict[str, Any]
 
 _CONFIG, _OPEN_CLIP_CONFIG = CONFIG_NAMES
-# Of objects in objects; the configs of language models with a vision tower have three levels.
+# The levels of nested objects; configs of language models with a vision tower have three.
 _MAX_DEPTH = 6
-# Of open_clip's configs, most of which have 4. Larger ones would overflow.
+# The largest `mlp_ratio` of open_clip, which is usually 4: larger ones would overflow.
 _MAX_MLP_RATIO = 1000
 # The tags of timm's checkpoints that were trained with quick_gelu, though their architecture's name means gelu.
 _TIMM_QUICK_GELU = {"openai", "dfn2b", "dfn5b", "metaclip_400m", "metaclip_2pt5b"}
 
-# Sizes by model_type that transformers' configs leave out where they are the defaults.
+# The default sizes by model_type, which transformers' configs leave out.
 DEFAULT_SIZES = {
     "clip_vision_model": {"hidden_size": 768, "patch_size": 32},
     "sam_vision_model": {"hidden_size": 768, "patch_size": 16},
@@ -51,7 +51,7 @@ class ConfigSection(NamedTuple):
 
 
 def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], list[str]]:
-    """Read the configs beside a checkpoint.
+    """Read the configs next to a checkpoint.
 
     Returns:
         For each config, the objects in it, the whole config first; and remarks about files that cannot be used.
@@ -62,7 +62,7 @@ def read_configs(checkpoint: Checkpoint) -> tuple[list[list[ConfigSection]], lis
     remarks: list[str] = []
     configs = [(name, read_config(checkpoint, name, remarks)) for name in names]
     remarks += filter(None, (_other_architecture(name, config) for name, config in configs))
-    return [list(_sections(name, "", _transformers_form(config))) for name, config in configs if config], remarks
+    return [list(_sections(name, "", _to_transformers(config))) for name, config in configs if config], remarks
 
 
 def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
@@ -75,21 +75,21 @@ def read_normalization(checkpoint: Checkpoint, remarks: list[str]) -> Json:
     for file, key, prefix in candidates:
         config = read_config(checkpoint, file, remarks)
         values = object_at(config, key) if key else config
-        found = {f"image_{name}": values.get(prefix + name) for name in ("mean", "std")}
-        if all(are_channels(channels) for channels in found.values()):
-            return found
+        normalization = {f"image_{name}": values.get(prefix + name) for name in ("mean", "std")}
+        if all(map(are_channels, normalization.values())):
+            return normalization
     return {}
 
 
 def are_channels(values: object) -> bool:
-    """Return whether values are three numbers from 0 to 1."""
+    """Return whether values are a list of three numbers from 0 to 1, one for each channel."""
     if not isinstance(values, list) or len(values) != 3:
         return False
     return all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
 
 def first_value(values: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any]:
-    """Return the first of some keys whose value is not null, and the value; empty and None if there is none."""
+    """Return the first key whose value is not None, and the value; an empty key and None if there is none."""
     return next(((key, values[key]) for key in keys if values.get(key) is not None), ("", None))
 
 
@@ -99,20 +99,21 @@ def read_config(checkpoint: Checkpoint, name: str, remarks: list[str]) -> Json:
     Args:
         checkpoint: The checkpoint.
         name: The name of the config.
-        remarks: A remark about a config that cannot be used is added.
+        remarks: Remarks for the user, to which one on an unusable config is added.
     """
     try:
         return checkpoint.read_config(name) or {}
     except (ValueError, DsocrError) as error:
         remark = f"warning: {name} is ignored: {error.message if isinstance(error, DsocrError) else error}"
-        remarks += [remark] if remark not in remarks else []
+        if remark not in remarks:
+            remarks.append(remark)
         return {}
 
 
 def _sections(
     file: str, path: str, values: Json, parent: Json | None = None, depth: int = 0
 ) -> Iterator[ConfigSection]:
-    """Yield an object of a config, and all objects in it."""
+    """Yield an object of a config, and all objects nested in it."""
     kind = values.get("model_type")
     defaults = DEFAULT_SIZES.get(kind, {}) if isinstance(kind, str) else {}
     yield ConfigSection(file, path, {**defaults, **values}, parent or values)
@@ -121,23 +122,23 @@ def _sections(
             yield from _sections(file, f"{path}.{key}".lstrip("."), value, values, depth + 1)
 
 
-def _transformers_form(config: Json) -> Json:
-    """Return a config of open_clip or timm with transformers' keys, and others as they are."""
+def _to_transformers(config: Json) -> Json:
+    """Convert a config of open_clip or timm to transformers' keys; return other configs unchanged."""
     open_clip = config.get("model_cfg", config)
     if isinstance(open_clip, dict) and isinstance(open_clip.get("vision_cfg"), dict):
-        return _open_clip(open_clip)
-    return _timm(config) if isinstance(config.get("architecture"), str) else config
+        return _from_open_clip(open_clip)
+    return _from_timm(config) if isinstance(config.get("architecture"), str) else config
 
 
 def _other_architecture(name: str, config: Json) -> str:
-    """Return a warning for timm's config of another model, which may have the same tensor names; empty if none."""
+    """Return a warning if timm's config is that of another model, which may have the same tensor names; else empty."""
     architecture = config.get("architecture")
     if not isinstance(architecture, str) or re.search("_clip_|samvit", architecture):
         return ""
     return f"warning: {name}: the architecture {architecture[:100]!r} may compute something else than SAM or CLIP"
 
 
-def _open_clip(model: Json) -> Json:
+def _from_open_clip(model: Json) -> Json:
     vision, text = object_at(model, "vision_cfg"), object_at(model, "text_cfg")
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
     heads = width // head_width if are_counts(width, head_width) else None
@@ -149,21 +150,22 @@ def _open_clip(model: Json) -> Json:
 
 
 def _open_clip_tower(model: Json, tower: Json, width: Any, heads: Any) -> Json:
-    """Return the config of a tower of a model, with open_clip's defaults for absent keys."""
+    """Convert the config of one tower, with open_clip's defaults for absent keys."""
     ratio, is_tanh = tower.get("mlp_ratio", 4.0), object_at(tower, "act_kwargs").get("approximate") == "tanh"
+    gelu = "gelu_pytorch_tanh" if is_tanh else "gelu"
     has_mlp = are_counts(width) and isinstance(ratio, int | float) and 0 < ratio <= _MAX_MLP_RATIO
     return {
         "hidden_size": width,
         "intermediate_size": int(width * ratio) if has_mlp else None,
         "num_hidden_layers": tower.get("layers", 12),
         "num_attention_heads": heads,
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu_pytorch_tanh" if is_tanh else "gelu",
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else gelu,
         "layer_norm_eps": object_at(tower, "norm_kwargs").get("eps", 1e-5),
     }
 
 
-def _timm(config: Json) -> Json:
-    """Return the config of timm's vision transformers of CLIP; empty for other architectures."""
+def _from_timm(config: Json) -> Json:
+    """Convert timm's config of a vision transformer of CLIP; return an empty one for other architectures."""
     architecture, width = config["architecture"], config.get("num_features", 0)
     arguments = object_at(config, "model_args")
     patch = re.match(r"vit_[a-z0-9]+_patch([0-9]{1,3})(_plus)?_clip_", architecture)
@@ -173,7 +175,7 @@ def _timm(config: Json) -> Json:
     return {
         "hidden_size": width,
         "patch_size": int(patch[1]),
-        # Heads have 64 channels up to the large size; larger ones have 16 heads, too.
+        # Up to the large size, heads have 64 channels; larger sizes also have 16 heads.
         "num_attention_heads": arguments.get("num_heads", min(width // 64, 16) if are_counts(width) else None),
         "hidden_act": arguments.get("act_layer", "quick_gelu" if is_quick else "gelu"),
         "layer_norm_eps": 1e-5,
@@ -187,5 +189,5 @@ def object_at(config: Mapping[str, Any], key: str) -> Json:
 
 
 def are_counts(*values: Any) -> bool:
-    """Return whether values are positive integers that a size can have."""
+    """Return whether all values are positive integers below 2**32."""
     return all(type(value) is int and 0 < value < 1 << 32 for value in values)

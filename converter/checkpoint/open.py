@@ -1,4 +1,4 @@
-"""Opening a checkpoint: the files, and the tensors and other values in the files."""
+"""Opens checkpoints: their files, and the descriptions of the tensors in them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 # The model configs of transformers and timm, and of open_clip.
 CONFIG_NAMES = ("config.json", "open_clip_config.json")
-# Configs of language models with a vision tower, and of adapters that list their modules, take about 50 kB.
-_MAX_CONFIG = 1 << 20
+# The largest config. Those of language models with a vision tower have about 50 kB.
+_MAX_CONFIG_NBYTES = 1 << 20
 _SHARDS_STEP = "download the checkpoint again, shards and index"
 
 
 @dataclass(eq=False, kw_only=True)
 class Checkpoint(Located):
-    """An open checkpoint. Only metadata has been read, no tensor."""
+    """An open checkpoint. Its metadata was read, but no tensor."""
 
     containers: tuple[str, ...]  # The container format of each file
     contents: Contents  # Tensors and other values of all files, nested as in the files
@@ -48,11 +48,11 @@ class Checkpoint(Located):
         return [cast("RemoteFile", file) for file in self.files if file.identity is None]
 
     def prefetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Start to fetch tensors of remote files in the background. They can be read once, in this order."""
+        """Start to fetch tensors of remote files in the background. Each can be read once, in this order."""
         self._fetch(tensors, on_progress, keep=False)
 
     def fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress) -> None:
-        """Fetch tensors of remote files. They can be read in any order, also from `SourceFile.path`."""
+        """Fetch tensors of remote files into local files. They can be read in any order, also at `SourceFile.path`."""
         self._fetch(tensors, on_progress, keep=True)
 
     def _fetch(self, tensors: Iterable[TensorInfo], on_progress: OnProgress, keep: bool) -> None:
@@ -66,7 +66,7 @@ class Checkpoint(Located):
         total, lock = sum(file.size for file in self.files), Lock()
 
         def report() -> None:
-            """Report bytes that have been received; called by threads."""
+            """Report the bytes that were received. Threads call this."""
             with lock:
                 fetched, needed = sum(file.fetched_bytes for file in remote), sum(file.needed_bytes for file in remote)
                 spared = f"{1 - needed / total:.1%} of {total / 1e9:.2f} GB spared"
@@ -80,13 +80,13 @@ class Checkpoint(Located):
         return self.find_config(name) is not None
 
     def read_config(self, name: str) -> dict[str, Any] | None:
-        """Parse a config that describes the files; None without one, ValueError if over 1 MiB or no JSON object."""
+        """Parse a config that describes the files; None if there is none, ValueError if it cannot be used."""
         open_config = self.find_config(name)
         if open_config is None:
             return None
         with closing(open_config()) as file:
-            if file.size > _MAX_CONFIG:
-                raise ValueError(f"{file.size} bytes; the limit is {_MAX_CONFIG}")
+            if file.size > _MAX_CONFIG_NBYTES:
+                raise ValueError(f"{file.size} bytes; the limit is {_MAX_CONFIG_NBYTES}")
             config = strict_json.parse_file(file.read(0, file.size))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
@@ -115,11 +115,11 @@ def open_checkpoint(name: str | Path, hub_options: HubOptions = NO_HUB_OPTIONS) 
         is_single = len(shards) == 1 and located.weight_map is None
         contents = shards[0] if is_single else _join_shards(located, shards)
         stack.pop_all()
-    read = [each for each in shards if isinstance(each, FileContents)]
-    ignored = tuple(dict.fromkeys(name for each in read for name in each.ignored))
-    notes = [*located.notes, *dict.fromkeys(note for each in read for note in each.notes)]
+    with_notes = [contents for contents in shards if isinstance(contents, FileContents)]
+    ignored = tuple(dict.fromkeys(name for contents in with_notes for name in contents.ignored))
+    notes = [*located.notes, *dict.fromkeys(note for contents in with_notes for note in contents.notes)]
     if ignored:
-        # `inspect` lists them in full.
+        # `inspect` lists all of them.
         notes.append(f"not imported or run: {first_names(ignored, 6)}; their instances are ignored")
     fields = {**vars(located), "notes": tuple(notes)}
     return Checkpoint(**fields, containers=containers, contents=contents, ignored=ignored)
@@ -144,7 +144,7 @@ def _open_files(located: Located) -> list[tuple[str, Contents]]:
 
 
 def check_name(name: object) -> None:
-    """Raise UsageError for a source that is no path and no address, such as a dict of tensors."""
+    """Raise UsageError for a source that is neither a path nor an address, such as a dict of tensors."""
     if not isinstance(name, str | os.PathLike):
         step = "save tensors to a file first, with torch.save(tensors, PATH), and give its path"
         raise UsageError(f"a source is a path or an address, not a {type(name).__name__}", step)
@@ -160,7 +160,7 @@ def open_checkpoints(names: Sequence[str | Path], hub_options: HubOptions) -> It
 
 
 def check_hub_options(hub_options: HubOptions, opened: Iterable[Checkpoint]) -> None:
-    """Raise UsageError for hub options if all sources of a command are local."""
+    """Raise UsageError for hub options of a command whose sources are all local."""
     names = [checkpoint.name for checkpoint in opened]
     given = [name for name in ("hub", "revision", "download") if getattr(hub_options, name)]
     if given and not any(map(is_address, names)):
@@ -174,7 +174,7 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
 
 
 def _join_shards(located: Located, shards: Sequence[Contents]) -> Contents:
-    """Merge the contents of all shards; raise ContainerError if the shards disagree with the index, if there is one."""
+    """Merge the contents of all shards; ContainerError if they contradict the index or each other."""
     weight_map = located.weight_map
     joined: Contents = {}
     for file, contents in zip(located.files, shards, strict=True):
@@ -182,10 +182,10 @@ def _join_shards(located: Located, shards: Sequence[Contents]) -> Contents:
         for key, value in contents.items():
             if key in joined:
                 raise ContainerError(f"{file.name}: {key!r} is in another shard too", _SHARDS_STEP)
-            listed = shard if weight_map is None else weight_map.get(key)
-            if isinstance(value, TensorInfo) and listed != shard:
-                where = f"puts it into {listed!r}" if listed else "does not list it"
-                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {where}", _SHARDS_STEP)
+            listed_shard = shard if weight_map is None else weight_map.get(key)
+            if isinstance(value, TensorInfo) and listed_shard != shard:
+                problem = f"puts it into {listed_shard!r}" if listed_shard else "does not list it"
+                raise ContainerError(f"{file.name}: holds {key!r}, but {located.name} {problem}", _SHARDS_STEP)
             joined[key] = value
     missing = [key for key in weight_map or () if not isinstance(joined.get(key), TensorInfo)]
     if missing:

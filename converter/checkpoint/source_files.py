@@ -1,4 +1,4 @@
-"""The files that a source is chosen from: those of this machine, or of a repository on a hub."""
+"""Access to files on this machine and in a repository on a hub, under one interface."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 class LocalFiles:
     """The files of this machine."""
 
-    error: type[DsocrError] = ContainerError  # For a folder without a checkpoint
+    error: type[DsocrError] = ContainerError  # The exception for a folder without a checkpoint
 
     def name(self, path: PurePath) -> str:
-        """Return the name of a path in messages."""
+        """Return the text of a path for messages."""
         return printable(str(path))
 
     def exists(self, path: PurePath) -> bool:
@@ -38,7 +38,7 @@ class LocalFiles:
 
 
 class HubFiles:
-    """The files of a repository; those in the hub's cache are read from there."""
+    """The files of a repository. Files in the hub's cache are read from the cache."""
 
     error: type[DsocrError] = HubError
 
@@ -60,8 +60,9 @@ class HubFiles:
 
     def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
         paths = [PurePosixPath(name) for name in self._repository.files]
-        parts = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
-        return [first for first, *rest in parts if not rest], sorted({first for first, *rest in parts if rest})
+        inside = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
+        files = [parts[0] for parts in inside if len(parts) == 1]
+        return files, sorted({parts[0] for parts in inside if len(parts) > 1})
 
 
 Files = LocalFiles | HubFiles

@@ -1,4 +1,4 @@
-"""The sources of a conversion: the checkpoint, one that supplies missing tensors, and an adapter."""
+"""Opens the sources of a conversion: the checkpoint, a donor of missing tensors (--fill-from), and an adapter."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from converter.options import ConvertOptions, HubOptions
 def open_sources(
     source: str | Path, options: ConvertOptions, hub_options: HubOptions
 ) -> Iterator[tuple[list[Checkpoint], Checkpoint, Checkpoint | None]]:
-    """Open the sources of a conversion: all, the checkpoint with its adapter, the donor; close them after the block.
+    """Open all sources of a conversion: yield them, the checkpoint with its adapter, and the donor (or None).
 
     Args:
         source: The checkpoint to convert.
-        options: The checkpoint that supplies missing tensors, and the adapter to merge.
-        hub_options: How to read a hub.
+        options: The conversion options, with the donor and the adapter.
+        hub_options: The hub options.
     """
     donors = [options.fill_from] if options.fill_from is not None else []
     names = [source, *donors, *lora_files(options.lora, options.adapter_name)]
     with open_checkpoints(names, hub_options) as opened:
-        donor, first = opened[1] if donors else None, opened[0]
+        checkpoint, donor = opened[0], opened[1] if donors else None
         if options.lora is not None:
             from converter.checkpoint.adapter import with_adapter
 
-            first = with_adapter(first, opened[-1], options.adapter_name)
-        yield opened, first, donor
+            checkpoint = with_adapter(checkpoint, opened[-1], options.adapter_name)
+        yield opened, checkpoint, donor
 
 
 def lora_files(name: str | Path | None, adapter_name: str | None) -> list[str | Path]:
-    """Return what to open for an adapter: its weights in a folder, which may hold other checkpoints, or the name.
+    """Return the weights file of an adapter's folder, which may contain other checkpoints too, or `name` itself.
 
-    PEFT saves several adapters in folders of their names.
+    PEFT saves each of several adapters in a folder of its name. The list is empty without an adapter.
     """
     if name is None:
         return []

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from converter.errors import ContainerError, LayoutError, printable
 from converter.tensors.tensor_info import Contents, TensorInfo
 
-# Name segments that torch.compile and FSDP add at any depth.
+# Wrappers: name segments that torch.compile and FSDP add at any depth.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Training states nest state dicts a few levels deep.
 _MAX_DEPTH = 4
-# A model may be nested a few modules deep in another. All names are copied for each level.
+# A model may be nested a few modules deep in another one. Each level copies all names.
 _MAX_PREFIXES = 16
 
 
@@ -23,13 +23,13 @@ class StateDict(NamedTuple):
 
     path: str  # The keys of the dict in the file, joined by dots; empty for the top level
     tensors: Mapping[str, TensorInfo]  # The tensors by name
-    prefix: str | None = None  # The prefix that the user chose (--prefix), without wrappers
-    unselected: Mapping[str, TensorInfo] = MappingProxyType({})  # The tensors whose names do not begin with it
+    prefix: str | None = None  # The prefix of --prefix, without segments of wrappers
+    unselected: Mapping[str, TensorInfo] = MappingProxyType({})  # The tensors outside the prefix
 
     def under(self, prefix: str) -> StateDict:
-        """Return the state dict of the tensors whose names begin with a prefix, with or without their wrappers.
+        """Return the state dict of the tensors whose names begin with a prefix, with or without wrappers.
 
-        The prefix `.` is empty.
+        The prefix `.` means an empty one.
         """
         prefix = prefix.rstrip(".") + "." if prefix.strip(".") else ""
         selected = {
@@ -42,7 +42,7 @@ class StateDict(NamedTuple):
 
 
 def state_dicts(contents: Contents) -> list[StateDict]:
-    """Return all dicts that have named tensors, without_inner_copies first."""
+    """Return all dicts that have named tensors, outer dicts first."""
     return list(_search(contents, "", 0))
 
 
@@ -57,7 +57,7 @@ def _search(contents: Contents, path: str, depth: int) -> Iterator[StateDict]:
 
 
 def largest_state_dict(candidates: list[StateDict], source: str) -> StateDict:
-    """Return the state dict with the most tensors; LayoutError if several have that number."""
+    """Return the state dict with the most tensors; LayoutError if several have as many."""
     num_tensors = max(len(candidate.tensors) for candidate in candidates)
     largest = [candidate for candidate in candidates if len(candidate.tensors) == num_tensors]
     if len(largest) > 1:
@@ -85,7 +85,7 @@ def _without_wrappers(name: str) -> str:
 def without_common_prefixes(
     tensors: Mapping[str, TensorInfo], source: str
 ) -> Iterator[tuple[str, Mapping[str, TensorInfo]]]:
-    """Yield the removed prefix and the tensors, removing one more common leading segment each time."""
+    """Yield the tensors without 0, 1, 2, ... leading name segments that all share, and the prefix that was removed."""
     prefix = ""
     for _ in range(_MAX_PREFIXES if tensors else 0):
         yield prefix, tensors
@@ -98,7 +98,7 @@ def without_common_prefixes(
 
 
 def _renamed(tensors: Mapping[str, TensorInfo], names: dict[str, str], source: str) -> dict[str, TensorInfo]:
-    """Return the tensors by new names. `TensorInfo.key`, which messages show, is unchanged."""
+    """Return the tensors by new names. `TensorInfo.key` keeps the name in the file, for messages."""
     result: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         if names[name] in result:
