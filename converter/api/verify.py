@@ -103,7 +103,7 @@ def verify(
             return checkpoints[-1]
 
         opened, expected = open_file(converted), None
-        only_record = recorded if recorded and not recorded.canonical and not sources else None
+        only_record = recorded if recorded and not recorded.is_canonical and not sources else None
         target = open_any_layout(opened, on_progress) if only_record else open_converted(opened, on_progress)
         if sources:
             options = ConvertOptions(

@@ -1,4 +1,4 @@
-"""Record: names, shapes, types, metadata and SHA-256 of every tensor, and the config, match the conversion record."""
+"""Checks that a converted file, and the config next to it, match the conversion record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from converter.verification.result import FAILED, PASSED, Check
 
 GROUP = "record"
 
-# The record of CLIP-L has 150 kB.
+# For comparison, the record of CLIP-L has 150 kB.
 _MAX_BYTES = 64 << 20
 
 
@@ -36,19 +36,19 @@ class Record(NamedTuple):
     family: str
     layout: str
     mapping: str
-    metadata: Mapping[str, str] | None  # None if none was written
+    metadata: Mapping[str, str] | None  # None if the file's format has no metadata
     sizes: Mapping[str, int]
-    assumptions: Assumptions  # What no tensor shows, as the source's config states it
-    tensors: Mapping[str, tuple[str, str]]  # Type and shape, such as `float32 [1024]`, and SHA-256 by name
+    assumptions: Assumptions  # The values that no tensor shows, such as the activation
+    tensors: Mapping[str, tuple[str, str]]  # The type and shape, such as `float32 [1024]`, and the SHA-256 by name
 
     @property
-    def canonical(self) -> bool:
-        """Whether the file has an encoder's canonical layout: not another layout, nor a whole DeepEncoder."""
+    def is_canonical(self) -> bool:
+        """Whether the file has the canonical layout of one encoder."""
         return self.layout.startswith("deepencoder-")
 
 
 def read_record(path: Path) -> Record:
-    """Read a conversion record; ContainerError if it is none, UsageError for a model card."""
+    """Read a conversion record; ContainerError for other files, UsageError for a model card."""
     if path.suffix == ".md":
         raise UsageError(f"--record {path}: is a model card", "specify the conversion record, which ends in .json")
     try:
@@ -64,8 +64,8 @@ def read_record(path: Path) -> Record:
 
 def _parse(path: Path, document: Any) -> Record:
     if document["record"] != RECORD_FORMAT:
-        found = str(document["record"])[:20]
-        raise ContainerError(f"{path}: a record of another format, {found!r}", "update dsocr-convert")
+        version = str(document["record"])[:20]
+        raise ContainerError(f"{path}: a record of another format, {version!r}", "update dsocr-convert")
     metadata = document["metadata"]
     mappings = [str(mapping["name"]) for source in document["sources"] for mapping in source["mappings"]]
     return Record(
@@ -97,7 +97,7 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
     }
     common = [name for name in target.tensors if name in record.tensors]
     for done, name in enumerate(common, 1):
-        if problem := _problem(name, record, target):
+        if problem := _describe_difference(name, record, target):
             problems[name] = problem
         on_progress(GROUP, done, len(common))
     checks = [Check(GROUP, name, FAILED, f"{name} {problem}", [name]) for name, problem in problems.items()]
@@ -107,20 +107,20 @@ def check_record(record: Record, target: Converted, on_progress: OnProgress) -> 
         checks.insert(0, Check(GROUP, "file", FAILED, detail, [record.path.name]))
     detail = f"{len(common)} tensors have the names, shapes, types and SHA-256 digests in {record.path.name}"
     checks = checks or [Check(GROUP, "tensors", PASSED, detail)]
-    # A whole DeepEncoder has no config.
-    if not record.canonical and record.family in registry.families():
+    # Files for the DeepEncoder have no config.
+    if not record.is_canonical and record.family in registry.families():
         stated, remarks = read_assumptions(target.source, registry.canonical(record.family), record.sizes)
         checks += compare_config(GROUP, stated, remarks, record.assumptions, record.path.name)
     return checks if record.metadata is None else [*checks, _check_metadata(record.metadata, target.source)]
 
 
-def _problem(name: str, record: Record, target: Converted) -> str:
-    """How a tensor differs from its record; empty if it does not."""
-    kind, sha256 = record.tensors[name]
+def _describe_difference(name: str, record: Record, target: Converted) -> str:
+    """Return how a tensor differs from its record; empty if it does not."""
+    type_and_shape, sha256 = record.tensors[name]
     tensor = target.tensors[name]
     actual = f"{tensor.dtype.name} {list(tensor.shape)}"
-    if actual != kind:
-        return f"is {actual}, in the record {kind}"
+    if actual != type_and_shape:
+        return f"is {actual}, in the record {type_and_shape}"
     digest = hashlib.sha256(as_bytes(target.read(tensor))).hexdigest()
     return "" if digest == sha256 else f"has SHA-256 {digest}, in the record {sha256}"
 
@@ -135,7 +135,7 @@ def _check_metadata(recorded: Mapping[str, str], source: Checkpoint) -> Check:
 
 
 def header_metadata(source: Checkpoint) -> dict[str, str]:
-    """The metadata in the headers of safetensors files."""
+    """Return the metadata in the headers of a checkpoint's safetensors files."""
     metadata: dict[str, str] = {}
     for container, file in zip(source.containers, source.files, strict=True):
         if container == "safetensors":

@@ -1,8 +1,8 @@
-"""Reference implementations: the libraries' own encoders, loaded with a source's tensors.
+"""Reference implementations: the encoders of other libraries, loaded with a source's tensors.
 
-Each layout has a library whose class reads its names. Where that library is not installed, or a layout has none (OCR
-models under their authors' names), transformers' class is loaded through our own mappings, and the label says so: such
-a comparison depends on the mappings.
+Most layouts have a library whose class loads tensors under their names. If that library is not installed, or a layout
+has none (OCR models under their authors' names), transformers' class is loaded through our own mappings. The label
+says so, as such a comparison depends on the mappings.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from converter.verification.probes import ProbedEncoder, SkipInitialization
 
 
 class Reference(NamedTuple):
-    """A library's implementation of a layout."""
+    """A library's implementation of an encoder."""
 
-    module: str  # Older releases of the library may lack it
-    build: Callable[[Any, State], ProbedEncoder]  # From a config and the tensors by the layout's names
+    module: str  # The module to import. Older releases of the library may lack it.
+    build: Callable[[Any, State], ProbedEncoder]  # Called with a config and the tensors by the layout's names
 
     @property
     def installed(self) -> bool:
-        """Whether the module, and what it needs itself, can be imported."""
+        """Whether the module and its own dependencies can be imported."""
         try:
             importlib.import_module(self.module)
         except ModuleNotFoundError:
@@ -50,7 +50,7 @@ class Reference(NamedTuple):
 
 
 def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:
-    """transformers' SamVisionEncoder, which its SamVisionModel wraps from 4.52 on."""
+    """Build transformers' SamVisionEncoder, which SamVisionModel wraps since transformers 4.52."""
     from transformers import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionEncoder
 
@@ -59,7 +59,7 @@ def transformers_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
 
 def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
-    """segment-anything's ImageEncoderViT."""
+    """Build segment-anything's ImageEncoderViT."""
     from segment_anything.modeling import ImageEncoderViT
 
     model = ImageEncoderViT(out_chans=config.neck, **_sam_sizes(config))
@@ -68,7 +68,7 @@ def segment_anything_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
 
 def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
-    """timm's VisionTransformerSAM."""
+    """Build timm's VisionTransformerSAM."""
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
     model = VisionTransformerSAM(num_classes=0, neck_chans=config.neck, **_sam_sizes(config))
@@ -77,7 +77,7 @@ def timm_sam(config: SamConfig, state: State) -> ProbedEncoder:
 
 
 def got_ocr2_sam(config: SamConfig, state: State) -> ProbedEncoder:
-    """transformers' GotOcr2VisionEncoder."""
+    """Build transformers' GotOcr2VisionEncoder."""
     from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
     from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionEncoder
 
@@ -90,17 +90,17 @@ def _transformers_sam(model: Any, state: State) -> ProbedEncoder:
 
 
 def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
-    """transformers' CLIPVisionModel."""
+    """Build transformers' CLIPVisionModel."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     model = CLIPVisionModel(CLIPVisionConfig(**clip_vision_config(config)))
-    # transformers before 5 wraps the encoder in a `vision_model`, which its names begin with.
+    # Before transformers 5, the encoder is in a `vision_model`, which is also a prefix of its names.
     encoder = getattr(model, "vision_model", model)
-    parts = ("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.")
+    prefixes = ("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.")
     tensors = {
         name: tensor
         for name, tensor in without_prefix("vision_model.", state).items()
-        if name.startswith(parts) and "position_ids" not in name
+        if name.startswith(prefixes) and "position_ids" not in name
     }
     layers, patches = encoder.encoder.layers, encoder.embeddings.patch_embedding
     result = _loaded("clip", "transformers", encoder, tensors, layers, patches, ("post_layernorm.",))
@@ -108,7 +108,7 @@ def transformers_clip(config: ClipConfig, state: State) -> ProbedEncoder:
 
 
 def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
-    """open_clip's VisionTransformer."""
+    """Build open_clip's VisionTransformer."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     sizes = CLIPVisionCfg(
@@ -121,8 +121,8 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
         norm_kwargs={"eps": config.epsilon},
     )
     tensors = without_prefix("visual.", state)
-    projected = tensors["proj"].shape[1] if "proj" in tensors else config.width
-    model = _build_vision_tower(projected, sizes, quick_gelu=config.activation == "quick_gelu")
+    embed_dim = tensors["proj"].shape[1] if "proj" in tensors else config.width
+    model = _build_vision_tower(embed_dim, sizes, quick_gelu=config.activation == "quick_gelu")
     blocks, names = model.transformer.resblocks, model.state_dict().keys()
     if config.activation not in ("quick_gelu", "gelu"):
         for block in blocks:
@@ -132,7 +132,7 @@ def open_clip_clip(config: ClipConfig, state: State) -> ProbedEncoder:
 
 
 def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
-    """timm's VisionTransformer with a norm before its blocks."""
+    """Build timm's VisionTransformer with a norm before its blocks."""
     from timm.layers import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
 
@@ -146,37 +146,37 @@ def timm_clip(config: ClipConfig, state: State) -> ProbedEncoder:
 
 
 def transformers_qwen2(config: Qwen2Config, state: State) -> ProbedEncoder:
-    """transformers' Qwen2Model, with DeepSeek-OCR-2's mask in place of its own."""
+    """Build transformers' Qwen2Model, which runs with DeepSeek-OCR-2's attention mask."""
     from transformers import Qwen2Config as Config
     from transformers import Qwen2Model
 
-    model = Qwen2Model(Config(vocab_size=1, rope_theta=config.rope_theta, **qwen2_sizes(config)))
+    model = Qwen2Model(Config(vocab_size=1, rope_theta=config.rope_theta, **qwen2_config(config)))
 
     def run(x: Tensor) -> Any:
-        return model(inputs_embeds=x, attention_mask=_mask(x), use_cache=False)
+        return model(inputs_embeds=x, attention_mask=_attention_bias(x), use_cache=False)
 
     return _loaded_qwen2(model, state, run)
 
 
-def _mask(x: Tensor) -> Tensor:
-    """The mask (1, 1, N, N) to add for tokens (B, N, C), of which the first half are those of an image."""
+def _attention_bias(x: Tensor) -> Tensor:
+    """Return the mask (1, 1, N, N) to add to attention scores of (B, N, C), whose first N / 2 tokens are an image's."""
     total = x.shape[1]
-    sees = [[key <= query or max(query, key) < total // 2 for key in range(total)] for query in range(total)]
-    allowed = torch.tensor(sees, device=x.device)[None, None]
-    return torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
+    allowed = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
+    allowed[: total // 2, : total // 2] = True
+    return torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)[None, None]
 
 
 def deepseek_ocr2_qwen2(config: Qwen2Config, state: State) -> ProbedEncoder:
-    """transformers' DeepseekOcr2VisionEncoder."""
+    """Build transformers' DeepseekOcr2VisionEncoder."""
     from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2VisionEncoderConfig
     from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2VisionEncoder
 
-    model = DeepseekOcr2VisionEncoder(DeepseekOcr2VisionEncoderConfig(**qwen2_sizes(config)))
+    model = DeepseekOcr2VisionEncoder(DeepseekOcr2VisionEncoderConfig(**qwen2_config(config)))
     return _loaded_qwen2(model, state, lambda x: model(inputs_embeds=x, num_patches=x.shape[1] // 2))
 
 
-def qwen2_sizes(config: Qwen2Config) -> dict[str, Any]:
-    """The arguments of transformers' configs."""
+def qwen2_config(config: Qwen2Config) -> dict[str, Any]:
+    """Return the arguments of transformers' config classes of Qwen2."""
     return {
         "hidden_size": config.width,
         "intermediate_size": config.mlp,
@@ -190,28 +190,28 @@ def qwen2_sizes(config: Qwen2Config) -> dict[str, Any]:
 
 
 def _loaded_qwen2(model: Any, state: State, run: Callable[[Tensor], Any]) -> ProbedEncoder:
-    """A model of Qwen2's layers, with the tensors whose names end like theirs in any layout."""
+    """Load a model of Qwen2's layers with the tensors of any layout, matched by the ends of their names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         match = re.search(r"(?:^|\.)((?:layers|norm)\..+)$", name)
-        # transformers' names of DeepSeek-OCR-2 have SAM under the same prefix.
+        # In transformers' DeepSeek-OCR-2, SAM's names have the same prefix.
         if match and "sam_encoder." not in name and "inv_freq" not in name:
             tensors[match[1]] = tensor
-    keep_frequencies(model.rotary_emb)
+    keep_inv_freq_in_float32(model.rotary_emb)
     return replace(_loaded("qwen2", "transformers", model, tensors, model.layers, None, ("embed_tokens.",)), run=run)
 
 
-def keep_frequencies(rotary: Any) -> None:
-    """Keep the frequencies of rotary positions in float32, as in `from_pretrained`, when a model is cast."""
-    exact = rotary.inv_freq.clone()
+def keep_inv_freq_in_float32(rotary: Any) -> None:
+    """Keep the frequencies of rotary embeddings in float32 when a model is cast, as `from_pretrained` does."""
+    inv_freq = rotary.inv_freq.clone()
 
     def restore(module: Any, args: Any) -> None:
-        module.inv_freq = exact.to(args[0].device, torch.promote_types(args[0].dtype, torch.float32))
+        module.inv_freq = inv_freq.to(args[0].device, torch.promote_types(args[0].dtype, torch.float32))
 
     rotary.register_forward_pre_hook(restore)
 
 
-# By layout. A family's `<family>-hf` is also used for layouts without a library of their own.
+# The references by layout. Layouts that are not listed use the reference of `<family>-hf`.
 REFERENCES = {
     "sam-hf": Reference("transformers", transformers_sam),
     "sam-meta": Reference("segment_anything", segment_anything_sam),
@@ -234,8 +234,8 @@ def build_reference(mapping: LayoutMapping, config: Any, native: State, canonica
     Args:
         mapping: The mapping from the source's layout.
         config: The encoder's config.
-        native: The tensors by the names of the source's layout; empty if its library cannot load them (resampled
-            positions).
+        native: The tensors by the names of the source's layout; empty if its library cannot load them, as with
+            resampled positions.
         canonical: The same tensors by canonical names.
 
     Raises:
@@ -250,7 +250,7 @@ def build_reference(mapping: LayoutMapping, config: Any, native: State, canonica
 
 
 def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
-    """Tensors by canonical names converted to a layout, under the first of its prefixes."""
+    """Convert tensors from canonical names to a layout, under the first of its prefixes."""
     mapping = registry.load(name).mapping
     rules = tuple(rule._replace(optional=True) for rule in writing_rules(mapping, full_model=False))
     unclaimed = set(claim(rules, canonical).unclaimed)
@@ -260,20 +260,20 @@ def to_layout(name: str, canonical: State) -> dict[str, Tensor]:
 
 
 def _lazy(key: str, tensor: Tensor) -> LazyTensor:
-    """A tensor in memory as a lazy tensor: `to_layout` reads it by its key, not from a storage."""
+    """Return a lazy tensor for a tensor in memory, which `to_layout` reads by its key, not from a storage."""
     no_storage: Any = None
     dtype = BY_NAME[dtype_name(tensor.dtype)]
     return lazy_read(TensorInfo(key, dtype, tuple(tensor.shape), no_storage, 0, ()))
 
 
 class _QuickGelu(nn.Module):
-    """transformers' `quick_gelu`, for libraries without it."""
+    """The activation quick_gelu, for libraries without it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.702 * x).sigmoid()
 
 
-# Modules of activations by transformers' names.
+# Activation modules by transformers' names.
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "quick_gelu": _QuickGelu,
     "gelu": nn.GELU,
@@ -284,7 +284,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
-    """The arguments of segment-anything's and timm's classes."""
+    """Return the arguments of segment-anything's and timm's vision transformers."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch,
@@ -298,20 +298,20 @@ def _vit_sizes(config: SamConfig | ClipConfig) -> dict[str, Any]:
 
 
 def _sam_sizes(config: SamConfig) -> dict[str, Any]:
-    """The arguments of segment-anything's and timm's SAM."""
+    """Return the arguments of segment-anything's and timm's SAM."""
     attention = {"use_rel_pos": True, "window_size": config.window, "global_attn_indexes": config.global_blocks}
     return _vit_sizes(config) | attention
 
 
 def _mlp_ratio(config: SamConfig | ClipConfig) -> float:
-    """The factor from width to MLP width; libraries cut the product, and the half keeps rounding from losing one."""
+    """Return the ratio of MLP width to width. Libraries truncate the product; 0.5 more keeps it from losing 1."""
     return (config.mlp + 0.5) / config.width
 
 
 def without_prefix(prefix: str, state: State) -> State:
-    """The tensors under a prefix, without it; all tensors if none has it."""
-    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return found or state
+    """Return the tensors under a prefix, by names without it, or all tensors if no name has it."""
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return tensors or state
 
 
 def _loaded(
@@ -323,7 +323,7 @@ def _loaded(
     patches: nn.Module | None,
     unused: tuple[str, ...] = (),
 ) -> ProbedEncoder:
-    """A library's model with weights and probes. `state` may lack tensors under the prefixes `unused`."""
+    """Load a library's model and add probes. `state` may lack the tensors whose names start with one of `unused`."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith(unused)]
     if missing or unexpected:
@@ -333,5 +333,5 @@ def _loaded(
 
 
 def label(package: str, name: str) -> str:
-    """Distribution, version and class."""
+    """Return the label of a reference: distribution, version and class."""
     return f"{package} {importlib.metadata.version(package)} {name}"

@@ -1,4 +1,4 @@
-"""Checkpoints read by the libraries that define their formats, as a check of our own readers."""
+"""Reads checkpoints with the libraries that define their formats, to check our own readers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from converter.tensors.tensor_info import TensorInfo
 from converter.verification import restricted_pickle
 
 # The attributes of a torch.nn.Module that hold its tensors.
-_MODULE = {"_parameters", "_buffers", "_modules"}
-# Containers that the library reads tensor by tensor; others are read whole.
-_IN_PLACE = ("safetensors", "torch zip", "GGUF")
+_MODULE_ATTRIBUTES = {"_parameters", "_buffers", "_modules"}
+# Containers whose libraries read one tensor at a time. Files of other containers are read as a whole.
+_READ_BY_TENSOR = ("safetensors", "torch zip", "GGUF")
 
 # Reads a tensor of a checkpoint.
 Reader = Callable[[TensorInfo], Tensor]
 
 
 def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
-    """A reader by the libraries that define the formats of a checkpoint's files; they open them at its first call.
+    """Return a reader that uses the libraries of a checkpoint's formats. The files are opened at its first call.
 
     Args:
         source: The opened checkpoint.
@@ -42,10 +42,10 @@ def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_prog
         on_progress: Called as they are fetched.
 
     Raises:
-        ContainerError: A library does not read its file; raised by the returned function.
+        ContainerError: A library does not read its file. The returned reader raises it.
     """
-    opened = functools.cache(functools.partial(_open_all, source, list(needed), on_progress))
-    return lambda tensor: opened()(tensor)
+    open_once = functools.cache(functools.partial(_open_all, source, list(needed), on_progress))
+    return lambda tensor: open_once()(tensor)
 
 
 def join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
@@ -70,24 +70,24 @@ def _open_all(source: Checkpoint, needed: Iterable[TensorInfo], on_progress: OnP
     containers = dict(zip(source.files, source.containers, strict=True))
     readers: dict[SourceFile, Callable[[str, str], Tensor]] = {}
     for file, container in containers.items():
-        if isinstance(file, RemoteFile) and container not in _IN_PLACE:
+        if isinstance(file, RemoteFile) and container not in _READ_BY_TENSOR:
             if container == dcp_files.CONTAINER:
                 raise UsageError(f"{source.name}: torch reads {container} from a whole folder alone", "add --download")
             file.fetch_all([(0, file.size)])
-        with _plain_errors(container, file):
+        with _library_errors(container, file):
             readers[file] = _open(container, file, mapped=file not in deflated)
 
     def read(tensor: TensorInfo) -> Tensor:
         file = tensor.storage.file
-        with _plain_errors(containers[file], file, f": tensor {tensor.key!r}"):
+        with _library_errors(containers[file], file, f": tensor {tensor.key!r}"):
             return readers[file](paths[tensor], tensor.key).detach()
 
     return read
 
 
 @contextmanager
-def _plain_errors(container: str, file: SourceFile, where: str = "") -> Iterator[None]:
-    """Raise ContainerError for any exception of a library: a legal file may be beyond it."""
+def _library_errors(container: str, file: SourceFile, where: str = "") -> Iterator[None]:
+    """Raise ContainerError for any exception of a library, which may not support every valid file."""
     try:
         yield
     except DsocrError:
@@ -102,22 +102,22 @@ def _plain_errors(container: str, file: SourceFile, where: str = "") -> Iterator
 
 
 def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str], Tensor]:
-    """A function from the path of a state dict and a key to the tensor."""
+    """Open a file with the library of its container. Return a function from state dict path and key to the tensor."""
     if container == "safetensors":
         opened: Any = safetensors.safe_open(file.path, "pt")
         return lambda path, key: opened.get_tensor(key)
     if container == "TorchScript":
         # Our reader has refused modules with code that runs on loading.
         module = torch.jit.load(file.path, map_location="cpu")  # type: ignore[no-untyped-call]
-        # By attribute: state_dict() leaves out the buffers of torch 1.4, which does not list them.
+        # state_dict() omits the buffers of modules that torch 1.4 saved, so tensors are read as attributes.
         return lambda path, key: operator.attrgetter(key)(module)
     if container == dcp_files.CONTAINER:
         return _open_dcp(Path(file.path).parent)
     if container == "GGUF":
         return _open_gguf(file.path)
     if container in ("torch zip", "torch legacy"):
-        contents = _torch_load(file.path, mapped and container in _IN_PLACE)
-        return lambda path, key: _at(contents, path)[key]
+        contents = _torch_load(file.path, mapped and container in _READ_BY_TENSOR)
+        return lambda path, key: _state_dict_at(contents, path)[key]
     loader: Any = registry.find_plugin(container)
     if not hasattr(loader, "reference"):
         message = f"{file.name}: the loader of {container} has no `reference`, a reader by the format's own library"
@@ -128,8 +128,8 @@ def _open(container: str, file: SourceFile, mapped: bool) -> Callable[[str, str]
 
 @functools.cache
 def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
-    """A function that has torch's own planner gather one tensor of a DCP folder."""
-    # They take a second, and are not in every build of torch.
+    """Return a function that loads one tensor of a DCP folder with torch's own planner."""
+    # The import takes a second, and fails in builds of torch without distributed.
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -140,8 +140,8 @@ def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
 
     def read(path: str, key: str) -> Tensor:
         name = f"{path}.{key}" if path else key
-        found = metadata.state_dict_metadata[name]
-        tensors = {name: torch.empty(found.size, dtype=found.properties.dtype)}
+        tensor = metadata.state_dict_metadata[name]
+        tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(tensors, storage_reader=reader, no_dist=True)
@@ -151,7 +151,7 @@ def _open_dcp(folder: Path) -> Callable[[str, str], Tensor]:
 
 
 def _open_gguf(path: str) -> Callable[[str, str], Tensor]:
-    """A function from the name of a tensor in a GGUF file to the tensor, mapped into memory."""
+    """Return a function from the name of a tensor in a GGUF file to the memory-mapped tensor."""
     try:
         import gguf
     except ImportError as error:
@@ -167,43 +167,43 @@ def _open_gguf(path: str) -> Callable[[str, str], Tensor]:
 
 
 def _torch_load(path: str, mapped: bool) -> Any:
-    """The contents of a file of torch; neither way imports anything that the file names.
+    """Load a file with torch.load, without importing anything that the file names.
 
-    Compressed members cannot be mapped into memory: torch takes their bytes for weights.
+    `mapped` must be false for compressed zip members, whose bytes torch would take for weights.
     """
     load = functools.partial(torch.load, path, map_location="cpu", mmap=mapped)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")
-        # torch looks for the source text of the classes of modules.
+        # torch looks for the source code of the classes of pickled modules.
         warnings.filterwarnings("ignore", "Couldn't retrieve source code")
         try:
             return load(weights_only=True)
         except Exception:
-            # Other protocols than 2 and 3, or objects of other classes next to the weights.
+            # weights_only refuses pickle protocols other than 2 and 3, and objects of other classes in the file.
             return load(weights_only=False, pickle_module=restricted_pickle)
 
 
-def _at(contents: Any, path: str) -> Mapping[Any, Any]:
-    """The items at a dotted path, whose keys may contain dots."""
+def _state_dict_at(contents: Any, path: str) -> Mapping[Any, Any]:
+    """Return the items at a dotted path, whose keys may contain dots; empty if there is no such path."""
     if not path:
         return _items(contents)
     for key, value in _items(contents).items():
         if path == str(key):
             return _items(value)
-        if path.startswith(f"{key}.") and (found := _at(value, path[len(str(key)) + 1 :])):
+        if path.startswith(f"{key}.") and (found := _state_dict_at(value, path[len(str(key)) + 1 :])):
             return found
     return {}
 
 
 def _items(value: Any) -> Mapping[Any, Any]:
-    """The items of a dict or a list; the tensors of a module that was saved whole."""
+    """Return the items of a dict or a list, or the tensors of a module that was pickled as a whole."""
     if isinstance(value, dict):
-        return dict(_module_tensors(value)) if value.keys() >= _MODULE else value
+        return dict(_module_tensors(value)) if value.keys() >= _MODULE_ATTRIBUTES else value
     return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
 
 
 def _module_tensors(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors of a module by the names of its `state_dict()`."""
+    """Yield the tensors of a pickled module by the names of its `state_dict()`."""
     for name, tensor in {**module["_parameters"], **module["_buffers"]}.items():
         yield prefix + name, tensor
     for name, child in module["_modules"].items():

@@ -1,4 +1,4 @@
-"""Structure: names, shapes and types match the target layout, the encoder loads, and all weights are finite."""
+"""Checks names, shapes and types against the target layout, that encoders load, and that all weights are finite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from converter.errors import LayoutError, MappingError, first_names
 from converter.layouts import registry
+from converter.output.names import grouped
 from converter.plan.assumptions import Assumptions
 from converter.plan.plan import make_plan
 from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
@@ -21,15 +22,15 @@ from converter.verification.result import FAILED, PASSED, WARNING, Check
 
 GROUP = "structure"
 
-_INDICES = "embeddings.position_ids"
+_POSITION_IDS = "embeddings.position_ids"
 
 
 def check_structure(target: Converted) -> list[Check]:
-    """All checks of a converted file that run nothing."""
+    """Return the checks of a converted file that need no encoder."""
     checks = []
-    claimed = header_metadata(target.source).get("layout")
-    if claimed not in (None, target.layout):
-        detail = f"its header says {claimed}, but its tensors have the names of {target.layout}"
+    claimed_layout = header_metadata(target.source).get("layout")
+    if claimed_layout not in (None, target.layout):
+        detail = f"its header says {claimed_layout}, but its tensors have the names of {target.layout}"
         checks.append(Check(GROUP, "claim", FAILED, detail, list(target.tensors)))
     for encoder in target.encoders:
         layout = encoder.layout.name
@@ -37,24 +38,24 @@ def check_structure(target: Converted) -> list[Check]:
             checks += _check_canonical(target)
         else:
             planned = (*encoder.tensors.values(), *encoder.extra_tensors.values())
-            number = len({tensor.key for value in planned for tensor in source_tensors(value)})
-            checks.append(_check_fit(f"layout {layout}", layout, number, encoder.problem))
-    # llama.cpp stores norms and biases in float32, whatever the type of matrices.
+            num_tensors = len({tensor.key for value in planned for tensor in source_tensors(value)})
+            checks.append(_check_fit(f"layout {layout}", layout, num_tensors, encoder.problem))
+    # llama.cpp stores norms and biases in float32, whatever the type of the matrices.
     types = [] if "GGUF" in target.source.containers else _check_types(target.tensors)
     return [*checks, *types, *_check_values(target)]
 
 
-def _check_fit(name: str, layout: str, number: int, problem: str = "") -> Check:
-    """A check of names, shapes and types; `problem` has one problem a line."""
+def _check_fit(name: str, layout: str, num_tensors: int, problem: str = "") -> Check:
+    """Return a check of names, shapes and types, which fails with the lines of `problem` if there are any."""
     if problems := problem.splitlines():
         return Check(GROUP, name, FAILED, f"does not fit {layout}: {problems[0]}", problems)
-    return Check(GROUP, name, PASSED, f"{number} tensors have the names, shapes and types of {layout}")
+    return Check(GROUP, name, PASSED, f"{num_tensors} tensors have the names, shapes and types of {layout}")
 
 
 def _check_canonical(target: Converted) -> list[Check]:
-    """Check names, shapes and types against the canonical layout, by a plan that copies the file into it.
+    """Check names, shapes and types against the canonical layout, by planning a copy of the file in this layout.
 
-    Warn about tensors that a converted file may lack, as a strict load fails without them.
+    Warn about missing tensors that the layout allows to be missing, as a strict load fails without them.
     """
     layout, tensors = registry.canonical(target.family), target.tensors
     values = {key: lazy_read(tensor) for key, tensor in tensors.items()}
@@ -77,10 +78,7 @@ def _check_canonical(target: Converted) -> list[Check]:
 
 
 def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
-    by_type: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype.is_float:
-            by_type.setdefault(tensor.dtype.name, []).append(name)
+    by_type = grouped((tensor.dtype.name, name) for name, tensor in tensors.items() if tensor.dtype.is_float)
     if len(by_type) < 2:
         return []
     rarest = sorted(by_type.values(), key=len, reverse=True)[-1]
@@ -90,26 +88,26 @@ def _check_types(tensors: Mapping[str, TensorInfo]) -> list[Check]:
 
 def _check_values(target: Converted) -> list[Check]:
     """Check for NaN and infinity; warn about constant tensors, which could be exchanged without any effect."""
-    broken: dict[str, str] = {}
-    alike: dict[str, list[str]] = {"zero": [], "constant": []}
-    plain = [name for name, tensor in target.tensors.items() if tensor.dtype.bits]
-    for name in plain:
+    not_finite: dict[str, str] = {}
+    constant: dict[str, list[str]] = {"zero": [], "constant": []}
+    readable = [name for name, tensor in target.tensors.items() if tensor.dtype.bits]
+    for name in readable:
         tensor = target.read(target.tensors[name])
         if not tensor.numel():
             continue
-        # Types of one byte lack most operations.
+        # torch has few operations for types of one byte.
         tensor = tensor.float() if tensor.element_size() == 1 else tensor
         lowest, highest = map(float, torch.aminmax(tensor))
         if not (math.isfinite(lowest) and math.isfinite(highest)):
-            broken[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
+            not_finite[name] = f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} elements)"
         elif lowest == highest and tensor.numel() > 1:
-            alike["constant" if lowest else "zero"].append(name)
-    checks = [Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(plain)} tensors")]
-    if broken:
-        names = first_names(list(broken.values()))
-        detail = f"NaN or infinity in {len(broken)} of {len(plain)} tensors: {names}"
-        checks = [Check(GROUP, "finite", FAILED, detail, list(broken))]
-    for kind, tensors in alike.items():
+            constant["constant" if lowest else "zero"].append(name)
+    checks = [Check(GROUP, "finite", PASSED, f"no NaN and no infinity in {len(readable)} tensors")]
+    if not_finite:
+        names = first_names(list(not_finite.values()))
+        detail = f"NaN or infinity in {len(not_finite)} of {len(readable)} tensors: {names}"
+        checks = [Check(GROUP, "finite", FAILED, detail, list(not_finite))]
+    for kind, tensors in constant.items():
         detail = f"{'all zero' if kind == 'zero' else kind}: {first_names(tensors)}"
         detail += "; outputs cannot show whether such tensors are exchanged"
         checks += [Check(GROUP, kind, WARNING, detail, tensors)] if tensors else []
@@ -117,16 +115,16 @@ def _check_values(target: Converted) -> list[Check]:
 
 
 def check_loads(family: Family, tensors: State, assumptions: Assumptions) -> tuple[Check, Any]:
-    """Check that the encoder loads the tensors strictly; also returns the encoder, or None if it does not.
+    """Check that the encoder loads the tensors strictly. Return the check and the encoder, or None if it does not load.
 
     Args:
         family: The encoder's family.
-        tensors: Its tensors by canonical names.
-        assumptions: What no tensor shows; empty for the DeepEncoder's values.
+        tensors: The encoder's tensors by canonical names.
+        assumptions: The values that no tensor shows; empty for the DeepEncoder's values.
     """
-    if not _indices_fit(tensors):
-        detail = f"{_INDICES} has no integer type, or an index outside of its table"
-        return Check(GROUP, "loads", FAILED, detail, [_INDICES]), None
+    if not _has_valid_position_ids(tensors):
+        detail = f"{_POSITION_IDS} has no integer type, or an index outside of its table"
+        return Check(GROUP, "loads", FAILED, detail, [_POSITION_IDS]), None
     try:
         encoder = family.load(tensors, assumptions)
     except (LayoutError, RuntimeError) as error:
@@ -134,9 +132,9 @@ def check_loads(family: Family, tensors: State, assumptions: Assumptions) -> tup
     return Check(GROUP, "loads", PASSED, f"{type(encoder).__name__} loads it strictly"), encoder
 
 
-def _indices_fit(tensors: State) -> bool:
-    """Whether position_ids can be run: on a GPU, an index out of range ends the whole process."""
-    ids, table = tensors.get(_INDICES), tensors.get("embeddings.position_embedding.weight")
+def _has_valid_position_ids(tensors: State) -> bool:
+    """Return whether position_ids select rows of the table: on a GPU, an index out of range ends the whole process."""
+    ids, table = tensors.get(_POSITION_IDS), tensors.get("embeddings.position_embedding.weight")
     if ids is None or table is None or not ids.numel():
         return True
     return ids.dtype in (torch.int32, torch.int64) and int(ids.min()) >= 0 and int(ids.max()) < len(table)
@@ -145,13 +143,13 @@ def _indices_fit(tensors: State) -> bool:
 def check_sizes(
     family: Family, encoder: Any, canonical: Mapping[str, LazyTensor], assumptions: Assumptions
 ) -> list[Check]:
-    """A failed check if the encoder's config is not the one that the source's tensors show.
+    """Return a failed check if the source's tensors imply another config than the encoder's, else no check.
 
     Args:
         family: The encoder's family.
         encoder: The converted encoder.
         canonical: The source's tensors by canonical names.
-        assumptions: What no tensor shows, as the encoder was loaded with.
+        assumptions: The values that no tensor shows, with which the encoder was loaded.
     """
     layout, state = registry.canonical(family.name), encoder.state_dict()
     # A file for another library may lack tensors that only the DeepEncoder has.

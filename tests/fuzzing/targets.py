@@ -271,7 +271,7 @@ def record_file(path: Path) -> None:
     # Imports torch.
     from converter.verification.record_check import read_record
 
-    _ = read_record(path).canonical
+    _ = read_record(path).is_canonical
 
 
 TARGETS: dict[str, Target] = {
