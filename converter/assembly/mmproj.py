@@ -232,11 +232,11 @@ def _copy_header(source: Checkpoint, values: _Values, remarks: list[str]) -> dic
     """Replace `values` by those in the header of a GGUF source; return its other keys with their stored bytes."""
     if source.containers != ("GGUF",):
         return {}
-    from converter.formats.gguf import decoded, stored_keys
+    from converter.formats.gguf import decode_value, stored_keys
 
     stored = stored_keys(source.files[0])
     for key in [key for key in values if f"clip.vision.{key}" in stored]:
-        value: Any = decoded(stored.pop(f"clip.vision.{key}"))
+        value: Any = decode_value(stored.pop(f"clip.vision.{key}"))
         if _is_valid(value, values[key].expected):
             values[key] = values[key]._replace(value=value, origin=_FROM_HEADER)
         else:

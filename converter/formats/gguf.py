@@ -1,8 +1,8 @@
 """Reads and writes GGUF: a header with keys, values and descriptions of tensors, and the aligned bytes of the tensors.
 
-The format is documented at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. As llama.cpp, the reader refuses
-nested arrays, and tensors that do not follow each other in the order of the header. It also refuses bytes after the
-last tensor. Shapes are stored in reverse order.
+The format is documented at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Like llama.cpp, the reader
+refuses nested arrays, and tensors whose data is not in the order of the header. It also refuses bytes after the last
+tensor. Shapes are stored in reverse order.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from converter.tensors.tensor_info import Contents, TensorInfo, plain_tensor_inf
 CONTAINER = "GGUF"
 
 MAX_HEADER = strict_json.MAX_BYTES
-MAX_COUNT = 1 << 16  # of keys, and of tensors; models have a few thousand
+MAX_ENTRIES = 1 << 16  # of keys, and of tensors; models have a few thousand
 MAX_DIMENSIONS = 4
 _MAX_NAME = 65_535  # bytes of a key, as in the format's specification
-_MAX_SIZE = 1 << 63
+_MAX_NUMEL = 1 << 63
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
-_WINDOW = 64 << 10  # bytes of the header that are read at a time
+_WINDOW_NBYTES = 64 << 10  # bytes of the header that are read at a time
 
-# Types of values by their numbers in `struct`.
+# Types of values, and the `struct` codes of scalar types by their number.
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _UINT32: "I", 5: "i", _FLOAT32: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
-# Element types of tensors by their numbers.
+# Element types of tensors by their number.
 _PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
-# Quantised types: name, elements of a block, bytes of a block.
+# Quantised element types by their number: name, elements of a block, bytes of a block.
 _QUANTISED = {
     2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
     9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
@@ -51,7 +51,7 @@ _QUANTISED = {
 }  # fmt: skip
 _DTYPES = {number: BY_NAME[name] for number, name in _PLAIN.items()}
 _DTYPES |= {number: quantised(*described) for number, described in _QUANTISED.items()}
-_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+_TYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
 # ---- reading
 
@@ -62,17 +62,17 @@ def can_read(file: SourceFile) -> bool:
 
 def load(file: SourceFile) -> Contents:
     header = _Header(file)
-    num_tensors, num_keys = _counts(header)
-    alignment = _alignment(header, _read_keys(header, num_keys))
-    described = [_description(header) for _ in range(num_tensors)]
+    num_tensors, num_keys = _read_counts(header)
+    alignment = _read_alignment(header, _read_keys(header, num_keys))
+    entries = [_read_tensor(header) for _ in range(num_tensors)]
     tensors: dict[str, TensorInfo] = {}
-    start = pos = _aligned(header.pos, alignment)
-    for name, dtype, shape, offset in described:
+    data_start = pos = _aligned(header.pos, alignment)
+    for name, dtype, shape, offset in entries:
         if name in tensors:
             raise header.damaged(f"tensor {name!r} is there twice")
         begin = _aligned(pos, alignment)
-        if start + offset != begin:
-            raise header.damaged(f"tensor {name!r} is at byte {offset} of the data; expected {begin - start}")
+        if data_start + offset != begin:
+            raise header.damaged(f"tensor {name!r} is at byte {offset} of the data; expected {begin - data_start}")
         tensors[name] = tensor = plain_tensor_info(file, name, dtype, shape, begin)
         pos = begin + tensor.nbytes
     if not tensors:
@@ -87,15 +87,15 @@ def load(file: SourceFile) -> Contents:
 
 
 def stored_keys(file: SourceFile) -> dict[str, bytes]:
-    """Return the keys of a header but the alignment, and of each value its type and its bytes."""
+    """Return the stored bytes of the values of a header by key, each with its type, without the alignment."""
     header = _Header(file)
-    _, num_keys = _counts(header)
-    spans = _read_keys(header, num_keys).items()
-    return {key: file.read(*span) for key, span in spans if key != _ALIGNMENT_KEY}
+    _, num_keys = _read_counts(header)
+    values = _read_keys(header, num_keys).items()
+    return {key: file.read(offset, length) for key, (offset, length) in values if key != _ALIGNMENT_KEY}
 
 
-def decoded(stored: bytes) -> object:
-    """Return a value of `stored_keys`: a number, a flag or a list of such; None for texts."""
+def decode_value(stored: bytes) -> object:
+    """Decode a value of `stored_keys`: a number, a bool or a list of these; None for strings."""
     (kind,) = struct.unpack_from("<I", stored)
     if kind in _SCALARS:
         return struct.unpack_from(f"<{_SCALARS[kind]}", stored, 4)[0]
@@ -107,11 +107,11 @@ def decoded(stored: bytes) -> object:
 
 
 class _Header:
-    """Reads the header in order, at most `MAX_HEADER` bytes of it, through a small window."""
+    """Reads a header of at most `MAX_HEADER` bytes sequentially, through a small buffer."""
 
     def __init__(self, file: SourceFile) -> None:
         self.file, self.pos = file, 0
-        self._window, self._start = b"", 0
+        self._window, self._window_start = b"", 0
 
     def damaged(self, why: str) -> ContainerError:
         return damaged(f"{self.file.name}: damaged GGUF file: {why}")
@@ -126,10 +126,10 @@ class _Header:
     def read(self, length: int) -> bytes:
         begin = self.pos
         self.skip(length)
-        if not self._start <= begin <= self.pos <= self._start + len(self._window):
-            self._start = begin
-            self._window = self.file.read(begin, max(length, min(_WINDOW, self.file.size - begin)))
-        return self._window[begin - self._start : self.pos - self._start]
+        if not self._window_start <= begin <= self.pos <= self._window_start + len(self._window):
+            self._window_start = begin
+            self._window = self.file.read(begin, max(length, min(_WINDOW_NBYTES, self.file.size - begin)))
+        return self._window[begin - self._window_start : self.pos - self._window_start]
 
     def number(self, code: str) -> int:
         (value,) = struct.unpack(f"<{code}", self.read(struct.calcsize(code)))
@@ -145,8 +145,8 @@ class _Header:
             raise self.damaged(f"a name that is not UTF-8 ({error})") from None
 
 
-def _counts(header: _Header) -> tuple[int, int]:
-    """Check magic and version, and return the numbers of tensors and of keys."""
+def _read_counts(header: _Header) -> tuple[int, int]:
+    """Skip the magic, check the version, and return the number of tensors and of keys."""
     header.skip(len(_MAGIC))
     version = header.number("I")
     if version and not version & 0xFFFF:
@@ -161,13 +161,13 @@ def _counts(header: _Header) -> tuple[int, int]:
         )
     counts = header.number("Q"), header.number("Q")
     for count, what in zip(counts, ("tensors", "keys"), strict=True):
-        if count > MAX_COUNT:
-            raise header.damaged(f"{count} {what}; the limit is {MAX_COUNT}")
+        if count > MAX_ENTRIES:
+            raise header.damaged(f"{count} {what}; the limit is {MAX_ENTRIES}")
     return counts
 
 
 def _read_keys(header: _Header, count: int) -> dict[str, tuple[int, int]]:
-    """Read the keys, and skip their values; return the offset and the length of each value with its type."""
+    """Read the keys and skip the values; return the offset and the length of each value, including its type."""
     keys: dict[str, tuple[int, int]] = {}
     for _ in range(count):
         key = header.text(_MAX_NAME)
@@ -179,7 +179,7 @@ def _read_keys(header: _Header, count: int) -> dict[str, tuple[int, int]]:
     return keys
 
 
-def _alignment(header: _Header, keys: Mapping[str, tuple[int, int]]) -> int:
+def _read_alignment(header: _Header, keys: Mapping[str, tuple[int, int]]) -> int:
     """Return the alignment of the tensors."""
     if _ALIGNMENT_KEY not in keys:
         return _ALIGNMENT
@@ -204,8 +204,8 @@ def _skip_value(header: _Header, key: str) -> None:
         raise header.damaged(f"the key {key!r} has {what}")
 
 
-def _description(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
-    """Read the name, the type, the shape and the offset of a tensor."""
+def _read_tensor(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
+    """Read the entry of a tensor: its name, type, shape and offset."""
     name = header.text(_MAX_NAME)
     num_dimensions = header.number("I")
     if num_dimensions > MAX_DIMENSIONS:
@@ -218,7 +218,7 @@ def _description(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
             f"supported are {', '.join(dtype.name for dtype in _DTYPES.values())}",
         )
     dtype = _DTYPES[number]
-    if math.prod(shape) >= _MAX_SIZE:
+    if math.prod(shape) >= _MAX_NUMEL:
         raise header.damaged(f"tensor {name!r} has the impossible shape {list(shape)}")
     if dtype.block and (not shape or shape[-1] % dtype.block[0]):
         raise header.damaged(f"tensor {name!r} of shape {list(shape)} does not fill blocks of {dtype.name}")
@@ -231,8 +231,8 @@ def _aligned(pos: int, alignment: int) -> int:
 
 # ---- writing
 
-# What a key may have: a text, a flag, an unsigned integer of 32 bits, a float of 32 bits, a list of those, or type and
-# bytes of a stored value.
+# A value of a key: a string, a bool, an unsigned 32-bit integer, a 32-bit float, a list of floats, or the stored bytes
+# of a value with its type.
 Value = str | bool | int | float | list[float] | bytes
 
 
@@ -252,7 +252,7 @@ def write_gguf(
         ContainerError: A source file is damaged.
         OSError: The file cannot be written.
     """
-    header = _header_of(outputs, keys)
+    header = _make_header(outputs, keys)
     padding = [-nbytes(value) % _ALIGNMENT for value in outputs.values()]
     parts = [part for value, size in zip(outputs.values(), padding, strict=True) for part in (value, _zeros(size))]
     forward = _without_padding(on_data, map(nbytes, parts)) if on_data is not None else None
@@ -264,7 +264,7 @@ def _zeros(size: int) -> LazyTensor:
 
 
 def _without_padding(on_data: OnData, sizes: Iterable[int]) -> OnData:
-    """Return a callback that passes on tensors alone; sizes are those of a tensor, its padding, the next tensor, ..."""
+    """Return a callback that only forwards tensors; `sizes` are those of a tensor, its padding, the next tensor, ..."""
     parts = zip(sizes, cycle((True, False)), strict=False)
     left, is_tensor = 0, False
 
@@ -281,30 +281,30 @@ def _without_padding(on_data: OnData, sizes: Iterable[int]) -> OnData:
     return forward
 
 
-def _header_of(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:
+def _make_header(outputs: Outputs, keys: Mapping[str, Value]) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(outputs), len(keys))]
     for key, value in keys.items():
-        parts += [_text(key), _encoded(value)]
+        parts += [_encode_string(key), _encode_value(value)]
     offset = 0
     for name, tensor in outputs.items():
         shape = tensor.shape[::-1]
-        parts += [_text(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
-        parts.append(struct.pack("<IQ", _NUMBERS[tensor.dtype], offset))
+        parts += [_encode_string(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
+        parts.append(struct.pack("<IQ", _TYPE_NUMBERS[tensor.dtype], offset))
         offset = _aligned(offset + nbytes(tensor), _ALIGNMENT)
     return b"".join(parts)
 
 
-def _text(text: str) -> bytes:
+def _encode_string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _encoded(value: Value) -> bytes:
-    """Return the type of a value, and its bytes; bytes are such already."""
+def _encode_value(value: Value) -> bytes:
+    """Return the type and the bytes of a value; stored bytes unchanged."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
+        return struct.pack("<I", _STRING) + _encode_string(value)
     if isinstance(value, list):
         return struct.pack(f"<IIQ{len(value)}f", _ARRAY, _FLOAT32, len(value), *value)
     if isinstance(value, bool):

@@ -1,7 +1,7 @@
 """Names that only a malicious pickle has: functions that run code, read or write files, or lead to such functions.
 
-The list is a courtesy: a file that names one of them is refused as hostile. It protects nobody, as no list of names is
-complete. What protects is that the reader imports and calls nothing, whatever the names are.
+The list is a courtesy: a file with one of these names is refused as hostile. The list protects nobody, as no list of
+names is complete. The protection is that the reader imports and calls nothing, whatever the names are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODULES = frozenset(
     """.splitlines()
     for name in line.split()
 )
-# Single names of modules that have harmless ones too.
+# Names in modules that also have harmless names.
 _BUILTINS = "eval exec compile open getattr setattr delattr globals locals vars __import__ map filter input breakpoint"
 _NAMES = frozenset(
     f"{module}.{name}"

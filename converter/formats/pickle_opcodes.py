@@ -14,11 +14,11 @@ _MAX_INT_DIGITS = 2466  # the same number in decimal
 _T = TypeVar("_T")
 _MAX_SHOWN_NAME = 200  # characters of the name of a global
 
-# The module of the functions that make numpy arrays, before and after numpy 2, and from protocol 5 on.
+# A regular expression for the modules whose functions make numpy arrays, in all versions of numpy and pickle.
 ARRAYS = rb"numpy(\._?core)?\.(multiarray|numeric)"
 
-# Next steps, in this order: for weights of a kind that is not read here, for numpy arrays in files of torch.save and of
-# pickle.dump, for a pickle that is refused, and for a hostile one.
+# The next steps: for weights that cannot be read, for numpy arrays in files of torch.save and of pickle.dump, for a
+# pickle that is refused, and for a hostile pickle.
 RESAVE = (
     "where you trust the file, save its weights alone, which runs code of the file: "
     'torch.save(torch.load(PATH, map_location="cpu", weights_only=False)["state_dict"], "weights.pth"), '
@@ -44,7 +44,7 @@ def resave_step(head: bytes) -> str:
 
 
 class PickleError(ContainerError):
-    """The pickle is damaged or refused at the current opcode. `unpickle` adds the position to the message."""
+    """A pickle that is damaged or refused at the current opcode. `unpickle` adds the position to the message."""
 
 
 def hostile_error(*names: str) -> PickleError:
@@ -57,13 +57,13 @@ def full_name(module: str, name: str) -> str:
     return repr(f"{module}.{name}"[:_MAX_SHOWN_NAME])[1:-1]
 
 
-# Takes the data and the position after the opcode. Returns the argument and the position after it. Raises IndexError or
-# struct.error where the data is truncated.
+# Takes the data and the position after the opcode; returns the argument and the position after it. Raises IndexError or
+# struct.error if the data is truncated.
 ArgumentReader = Callable[[bytes, int], tuple[Any, int]]
 
 
 def _constant(value: Any) -> ArgumentReader:
-    """An opcode without an argument in the data; it always has this value."""
+    """Return a reader for opcodes whose argument is constant and not in the data."""
     return lambda data, pos: (value, pos)
 
 
@@ -83,7 +83,7 @@ def _number(format: str) -> ArgumentReader:
 
 
 def _counted(format: str, convert: Callable[[bytes], Any] = bytes, limit: int | None = None) -> ArgumentReader:
-    """Return a reader of bytes after their count; `limit` is that of the bytes of an integer."""
+    """Return a reader of bytes that follow their count; `limit` is the largest count for integers."""
     layout = struct.Struct(format)
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
@@ -99,7 +99,7 @@ def _counted(format: str, convert: Callable[[bytes], Any] = bytes, limit: int | 
 
 
 def _line(convert: Callable[[bytes], Any]) -> ArgumentReader:
-    """A value made of the bytes up to the end of the line."""
+    """Return a reader that converts the bytes up to the end of the line."""
 
     def read(data: bytes, pos: int) -> tuple[Any, int]:
         end = data.find(b"\n", pos)
@@ -111,7 +111,7 @@ def _line(convert: Callable[[bytes], Any]) -> ArgumentReader:
 
 
 def _names(data: bytes, pos: int) -> tuple[tuple[str, str], int]:
-    """A module and a name in it, one line each."""
+    """Read a module and the name of a global in it, one line each."""
     read = _line(bytes.decode)
     module, pos = read(data, pos)
     name, pos = read(data, pos)
@@ -138,7 +138,7 @@ def _little_endian(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-# By opcode; a key may hold several. Opcodes without an entry have no argument.
+# The argument readers by opcodes; a key may consist of several. Other opcodes have no argument.
 _ARGUMENTS: dict[str, ArgumentReader] = {
     "\x80": _protocol,
     "\x95": _number("<Q"),  # length of a frame
@@ -174,8 +174,8 @@ _ARGUMENTS: dict[str, ArgumentReader] = {
     "ci": _names,
 }
 
-# Bytes of memory that an opcode takes for its value and the reference to it. The smallest number also limits the time:
-# at most four million opcodes fit.
+# The bytes of memory for the value of an opcode and the reference to it. The default also limits the time: at most four
+# million opcodes fit.
 _MEMORY: dict[str, int] = {
     "FGMJIL\x8a\x8b": 40,
     "\x8cX\x8dUTVCB\x8e\x96": 64,
@@ -187,7 +187,7 @@ _MEMORY: dict[str, int] = {
 
 
 def by_opcode(table: Mapping[str, _T], default: _T) -> list[_T]:
-    """Return the values by opcode, from a table whose keys are one or more opcodes each."""
+    """Return a list of values by opcode from a table, each of whose keys consists of one or more opcodes."""
     values = [default] * 256
     for codes, value in table.items():
         for code in codes:

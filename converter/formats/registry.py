@@ -1,4 +1,4 @@
-"""Finds the loader of a file: one of the built-in modules, or one of an installed plug-in.
+"""Finds the loader of a file, which is a built-in module or an installed plug-in.
 
 A plug-in is a module that an entry point of the group `dsocr_convert.loaders` names. docs/plugins.md shows one.
 """
@@ -21,14 +21,14 @@ GROUP = "dsocr_convert.loaders"
 class Loader(Protocol):
     """A module that reads one container format.
 
-    A plug-in may also define `reference(path)`, which returns a dict of torch tensors by name, read by the format's own
-    library. dsocr-verify compares a conversion with these.
+    A plug-in may also define `reference(path)`, which returns a dict of torch tensors by name that the format's own
+    library reads. dsocr-verify compares a conversion with these tensors.
     """
 
     CONTAINER: str  # the name of the format in messages, such as "torch zip"
 
     def can_read(self, file: SourceFile) -> bool:
-        """Whether the file is of this format. Judged by its first bytes or its directory, never by its name."""
+        """Return whether the file has this format, by its first bytes or its directory, never by its name."""
 
     def load(self, file: SourceFile) -> Contents:
         """Describe the tensors of the file without reading them; ContainerError if it is damaged or hostile."""
@@ -48,12 +48,12 @@ def open_file(file: SourceFile) -> tuple[str, Contents]:
 
 
 def find_plugin(container: str) -> Loader:
-    """Return the plug-in whose format has this name."""
+    """Return the plug-in for the format of a name."""
     return next(loader for loader in plugins() if container == loader.CONTAINER)
 
 
 def plugins() -> Iterator[Loader]:
-    """Yield the loaders of installed plug-ins, each imported when it is reached; ContainerError if one cannot be."""
+    """Import and yield the loaders of installed plug-ins one by one; ContainerError if an import fails."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP):

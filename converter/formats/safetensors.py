@@ -22,7 +22,7 @@ from converter.tensors.serialize import Outputs, write_tensors
 from converter.tensors.tensor_info import MAX_DIMENSIONS, Contents, TensorInfo, are_sizes, plain_tensor_info
 
 CONTAINER = "safetensors"
-MAX_HEADER = strict_json.MAX_BYTES  # the format allows three times as much, which would take gigabytes of memory
+MAX_HEADER = strict_json.MAX_BYTES  # the format allows three times as much, which would need gigabytes of memory
 
 # ---- reading
 
@@ -31,18 +31,18 @@ def can_read(file: SourceFile) -> bool:
     if file.size < 9:
         return False
     head = file.read(0, 9)
-    # In a text file the first 8 bytes are a larger number. `load` reports a header that is too long.
+    # The first 8 bytes of a text file are a larger number. `load` raises the error for a header that is too long.
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
 
 
 def load(file: SourceFile) -> Contents:
-    header, start = _header(file)
+    header, data_start = _read_header(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(file, "__metadata__ is not an object of strings")
-    # Removed from the header one by one to limit memory.
-    tensors = {key: _tensor(file, start, key, header.pop(key)) for key in list(header)}
-    _check_cover(file, start, tensors)
+    # `pop` frees each entry of the header, which limits the memory.
+    tensors = {key: _parse_tensor(file, data_start, key, header.pop(key)) for key in list(header)}
+    _check_coverage(file, data_start, tensors)
     return dict(tensors)
 
 
@@ -50,21 +50,21 @@ def _damaged(file: SourceFile, why: str) -> ContainerError:
     return damaged(f"{file.name}: damaged safetensors file: {why}")
 
 
-def _header(file: SourceFile) -> tuple[dict[str, Any], int]:
-    """The parsed header and the offset of the tensors' bytes."""
+def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
+    """Return the parsed header, and the offset of the first tensor's bytes."""
     length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER:
         raise _damaged(file, f"a header of {length} bytes; the limit is {MAX_HEADER}")
     try:
         header = strict_json.parse(file.read(8, length))
-        # A lone surrogate in a name raises a ValueError.
+        # Raises ValueError for a lone surrogate in a name.
         "".join(header).encode()
     except ValueError as error:
         raise _damaged(file, f"its header cannot be read ({error})") from None
     return header, 8 + length
 
 
-def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> TensorInfo:
+def _parse_tensor(file: SourceFile, data_start: int, key: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(file, f"tensor {key!r} is not described by dtype, shape and data_offsets")
     code = entry["dtype"]
@@ -78,7 +78,7 @@ def _tensor(file: SourceFile, start: int, key: str, entry: Any) -> TensorInfo:
     dtype, (begin, end) = BY_CODE[code], offsets
     if math.prod(shape) * dtype.bits != (end - begin) * 8:
         raise _damaged(file, f"tensor {key!r}: {dtype.name} of shape {shape} does not take {end - begin} bytes")
-    return plain_tensor_info(file, key, dtype, shape, start + begin)
+    return plain_tensor_info(file, key, dtype, shape, data_start + begin)
 
 
 def _integers(file: SourceFile, key: str, values: Any) -> tuple[int, ...]:
@@ -87,9 +87,9 @@ def _integers(file: SourceFile, key: str, values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_cover(file: SourceFile, start: int, tensors: dict[str, TensorInfo]) -> None:
-    """Check that every byte after the header belongs to exactly one tensor."""
-    pos = start
+def _check_coverage(file: SourceFile, data_start: int, tensors: dict[str, TensorInfo]) -> None:
+    """Raise ContainerError unless every byte after the header belongs to exactly one tensor."""
+    pos = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.storage.offset, tensor.storage.length)):
         if tensor.storage.offset != pos:
             problem = "overlaps the one before it" if tensor.storage.offset < pos else "leaves a gap before it"
@@ -115,10 +115,10 @@ def write_safetensors(
         on_bytes: Called with the number of bytes of tensor data that were written.
         on_data: Called with each chunk of tensor data, in order.
     """
-    write_tensors(fd, _header_of(outputs, metadata), outputs.values(), on_bytes, on_data)
+    write_tensors(fd, _make_header(outputs, metadata), outputs.values(), on_bytes, on_data)
 
 
-def _header_of(outputs: Outputs, metadata: dict[str, str]) -> bytes:
+def _make_header(outputs: Outputs, metadata: dict[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, value in outputs.items():

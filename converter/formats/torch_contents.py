@@ -1,4 +1,4 @@
-"""The contents of a checkpoint from the value of a torch pickle: named tensors with their bytes in the file."""
+"""Makes the contents of a checkpoint from the value of a torch pickle: named tensors with their bytes in the file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from converter.storage.byte_range import Storage
 from converter.storage.local_file import SourceFile
 from converter.tensors.tensor_info import Contents, FileContents, TensorInfo, checked_tensor_info, plain_tensor_info
 
-MAX_DEPTH = 16  # of nested dicts and lists: a dict may contain itself. Deeper ones are left out
-MAX_NAME = 10_000  # characters of a key: names of nested keys repeat the outer ones
-_MAX_MODULES = 100  # nested in each other
-_MAX_ENTRIES = 200_000  # of all dicts with tensors together: a dict may occur many times
+MAX_DEPTH = 16  # of nested dicts and lists, as a dict may contain itself. Deeper ones are left out
+MAX_NAME = 10_000  # characters of a key
+_MAX_MODULE_DEPTH = 100  # of nested modules
+_MAX_ENTRIES = 200_000  # of all dicts with tensors together, as a dict may occur many times
 # Bytes by which all tensors together may exceed their storages: expand() makes a tensor of any size from one element.
-# Such a tensor is computed in memory. CLIP's token table, the largest tensor, takes 250 MB.
-_MAX_REPEATED = 1 << 30
+# Such a tensor is computed in memory. CLIP's token embedding, the largest tensor, takes 250 MB.
+_MAX_REPEATED_NBYTES = 1 << 30
 _DISTRUST = "no checkpoint needs that: do not trust this file"
 
 StorageOf = Callable[[StorageRef], Storage]  # finds the bytes of a storage in the container
@@ -35,14 +35,14 @@ class Resolver:
     def __init__(self, file: SourceFile, storage_of: StorageOf) -> None:
         self._file, self._storage_of = file, storage_of
         self._storages: dict[StorageRef, Storage] = {}
-        self._entries = 0
-        self._repeated = 0
-        # By the id of a value, which the pickle's value keeps alive.
+        self._num_entries = 0
+        self._repeated = 0  # bytes
+        # By the id of a container in the pickle's value, which keeps it alive.
         self._items: dict[int, dict[Any, Any]] = {}
         self._without_tensors: dict[int, int] = {}
 
     def tensor(self, key: str, record: TensorRecord) -> TensorInfo:
-        """The tensor with its name and storage; ContainerError where it does not fit into the storage."""
+        """Return the tensor with its name and storage; ContainerError if it does not fit into the storage."""
         if record.ref is None:
             return plain_tensor_info(self._file, key, record.dtype, record.shape, 0)
         storage = self._storages.get(record.ref)
@@ -50,47 +50,47 @@ class Resolver:
             storage = self._storages[record.ref] = self._storage_of(record.ref)
         tensor = checked_tensor_info(key, record.dtype, record.shape, storage, record.offset, record.strides)
         self._repeated += max(tensor.nbytes - storage.size, 0)
-        why = ""
+        problem = ""
         if storage.big_endian and tensor.dtype.itemsize != record.ref.itemsize:
             # torch swaps the bytes of the storage's elements, not of the tensor's.
-            why = "big-endian, with another element type than its storage"
-        elif self._repeated > _MAX_REPEATED:
-            why = f"the shape {tensor.shape} of {storage.size} bytes repeated"
-        if why:
+            problem = "big-endian, with another element type than its storage"
+        elif self._repeated > _MAX_REPEATED_NBYTES:
+            problem = f"the shape {tensor.shape} of {storage.size} bytes repeated"
+        if problem:
             step = "where you trust the file, load it with torch and save the tensors' clones: t.clone()"
-            raise ContainerError(f"{self._file.name}: tensor {key!r}: {why}", step)
+            raise ContainerError(f"{self._file.name}: tensor {key!r}: {problem}", step)
         return tensor
 
-    def count(self, entries: int, depth: int) -> None:
-        """Count the entries of a dict or module; ContainerError where too many are nested or they have too many."""
-        self._entries += entries
-        if depth > _MAX_MODULES or self._entries > _MAX_ENTRIES:
-            limits = f"nested more than {_MAX_MODULES} deep, or dicts with more than {_MAX_ENTRIES} entries"
+    def count_entries(self, num_entries: int, depth: int) -> None:
+        """Add the entries of a dict or module to the total; ContainerError for a total or a depth above the limit."""
+        self._num_entries += num_entries
+        if depth > _MAX_MODULE_DEPTH or self._num_entries > _MAX_ENTRIES:
+            limits = f"nested more than {_MAX_MODULE_DEPTH} deep, or dicts with more than {_MAX_ENTRIES} entries"
             raise ContainerError(f"{self._file.name}: modules {limits}", _DISTRUST)
 
     def checked_name(self, name: str) -> str:
-        """Return `name`; ContainerError where it is too long."""
+        """Return `name`; ContainerError if it is too long."""
         if len(name) > MAX_NAME:
             raise ContainerError(f"{self._file.name}: a name of {len(name)} characters, {name[:40]!r}...", _DISTRUST)
         return name
 
     def contents(self, value: Any, depth: int = 0) -> Contents | None:
-        """The nested dicts, lists and modules of `value` that have tensors, as dicts; None if none has any.
+        """Return the nested dicts, lists and modules of `value` that have tensors, as dicts; None if none has any.
 
         Scalars are kept, and other values become None.
         """
-        # A container without tensors is searched once, or again if it was found at a greater depth.
+        # A container without tensors is only searched again at a smaller depth, where more of it is within MAX_DEPTH.
         if depth > MAX_DEPTH or self._without_tensors.get(id(value), MAX_DEPTH + 1) <= depth:
             return None
         found = {key: self._item(key, item, depth) for key, item in self._items_of(value).items()}
         if any(type(item) in (TensorInfo, dict) for item in found.values()):
-            self.count(len(found), depth)
+            self.count_entries(len(found), depth)
             return found
         self._without_tensors[id(value)] = depth
         return None
 
     def _items_of(self, value: Any) -> dict[Any, Any]:
-        """The items of a container by key or index; of a module, its tensors by name."""
+        """Return the items of a container by key or index, or the tensors of a module by name."""
         content = value.content if type(value) is Placeholder else value
         if type(content) is dict:
             return content
@@ -104,9 +104,9 @@ class Resolver:
         return self._items[id(value)]
 
     def _module(self, module: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRecord]]:
-        """The tensors of a module's `state_dict()`."""
+        """Yield the names and tensors of a module's `state_dict()`."""
         parameters, buffers, modules = (module.state[name] for name in _MODULE)
-        self.count(len(parameters) + len(buffers) + len(modules), depth)
+        self.count_entries(len(parameters) + len(buffers) + len(modules), depth)
         unsaved = module.state.get("_non_persistent_buffers_set")
         unsaved = unsaved if type(unsaved) is set else ()
         for name, tensor in [*parameters.items(), *buffers.items()]:
@@ -129,13 +129,13 @@ class Resolver:
 
 
 def _is_module(value: Any) -> bool:
-    """Whether a value is an object of torch.nn.Module with plain dicts of parameters, buffers and modules."""
+    """Return whether a value is a torch.nn.Module with plain dicts of parameters, buffers and modules."""
     state = value.state if type(value) is Placeholder else None
     return type(state) is dict and all(type(state.get(name)) is dict for name in _MODULE)
 
 
 def _key_name(key: Any) -> str:
-    """Name of the tensor under `key`. The text of a tuple is not used: it has no bound."""
+    """Return the name of the tensor under `key`. The text of a tuple is not used, as its length has no limit."""
     if type(key) in _SCALARS:
         return str(key)
     return f"a {key.name if type(key) is Placeholder else type(key).__name__}"

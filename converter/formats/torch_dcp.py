@@ -1,9 +1,9 @@
 """Reads folders of torch.distributed.checkpoint (DCP): `.metadata`, and tensors in files `__<rank>_<number>.distcp`.
 
 `.metadata` is a pickle. It has the dtype, the shape and the chunks (blocks) of each tensor, and the file, offset and
-length of each chunk. The bytes there are a file as torch.save writes it, which holds the chunk alone.
+length of each chunk. The bytes there are a file of torch.save with the chunk as a tensor.
 
-A chunk is opened when its tensor is needed: a large checkpoint has many. Everything else is checked at once.
+A chunk is opened when its tensor is needed, as a large checkpoint has many. Everything else is checked first.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from converter.tensors.tensor_info import (
     plain_tensor_info,
 )
 
-_MAX_METADATA = 32 << 20  # bytes of `.metadata`; a chunk takes about 165
-_MAX_RATIO = 32  # of the memory of its values, as the pickle reader estimates it, to its size; real ones have 27
+_MAX_METADATA_NBYTES = 32 << 20  # a chunk takes about 165 bytes
+_MAX_RATIO = 32  # of the memory of the values, as the pickle reader estimates it, to the file's size; usually 27
 
-# The classes of `.metadata`: their modules, with the older names before torch 2.2, and their names in messages. Objects
-# of other classes are ignored.
+# The classes of `.metadata` by module, with the modules of torch before 2.2. Objects of other classes are ignored.
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
     "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
-    # Of StorageMeta.
+    # For attributes of StorageMeta.
     "pathlib": "PosixPath WindowsPath",
     "pathlib._local": "PosixPath WindowsPath",
 }
@@ -53,29 +52,29 @@ _GATHER = (
     "where you trust it, make it one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} w.pth"
 )
 
-# The files of chunks by the tensor's name and the chunk's offsets as text: a file can make many tuples of numbers with
-# one hash.
-_Places = Mapping[tuple[str, str], FileSlice]
+# The files of chunks by the tensor's name and the chunk's offsets. The offsets are text: a hostile file could have many
+# tuples of numbers with one hash.
+_ChunkFiles = Mapping[tuple[str, str], FileSlice]
 
 
 class _Chunk(NamedTuple):
-    """A block of a tensor, and the file in a *.distcp file that holds the block, as torch.save writes it."""
+    """A chunk of a tensor, and the part of a *.distcp file that is a file of torch.save with the chunk."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: FileSlice
 
 
-# A chunk, or consecutive blocks along a dimension.
+# A chunk, or a dimension and the blocks that are concatenated along it.
 _Block = _Chunk | tuple[int, list["_Block"]]
 
 
 def load(metadata: SourceFile, files: Mapping[str, SourceFile]) -> FileContents:
-    """Describe the tensors of a checkpoint, nested as its state dict was, without the states of optimizers.
+    """Describe the tensors of a checkpoint, nested as in its state dict, without the states of optimizers.
 
     Args:
         metadata: The file `.metadata`.
-        files: The other files of its folder by their names.
+        files: The other files of the folder by name.
 
     Raises:
         ContainerError: `.metadata` is damaged or hostile, or contradicts the files.
@@ -84,28 +83,28 @@ def load(metadata: SourceFile, files: Mapping[str, SourceFile]) -> FileContents:
 
 
 class _Reader:
-    """Checks the values of one `.metadata`."""
+    """Reads and checks one `.metadata`."""
 
     def __init__(self, metadata: SourceFile, files: Mapping[str, SourceFile]) -> None:
         self._metadata, self._files, self._globals = metadata, files, TorchGlobals()
 
     def contents(self) -> FileContents:
         saved = self._fields(self._unpickled(), "Metadata")
-        tensors, stored, paths = (saved.get(name) for name in ("state_dict_metadata", "storage_data", "planner_data"))
-        if type(tensors) is not dict or type(stored) is not dict:
+        tensors, storage_data, paths = map(saved.get, ("state_dict_metadata", "storage_data", "planner_data"))
+        if type(tensors) is not dict or type(storage_data) is not dict:
             raise self._damaged("no dicts of tensors and of their places")
-        places = dict(self._places(stored))
-        _check_overlaps(places.values())
+        chunk_files = dict(self._chunk_files(storage_data))
+        _check_overlaps(chunk_files.values())
         contents: Contents = {}
         num_left_out = 0
         for name, entry in tensors.items():
-            if _class(entry) == "BytesStorageMetadata":
+            if _class_name(entry) == "BytesStorageMetadata":
                 continue
             path = self._path(name, paths)
             if _is_of_optimizer(path):
                 num_left_out += 1
             else:
-                self._add(contents, path, self._tensor(name, str(path[-1]), entry, places))
+                self._add(contents, path, self._tensor(name, str(path[-1]), entry, chunk_files))
         if num_left_out and not contents:
             raise ContainerError(
                 f"{self._metadata.name}: holds states of an optimizer alone", "give the model's folder"
@@ -114,11 +113,11 @@ class _Reader:
         return FileContents(contents, self._globals.ignored, notes)
 
     def _unpickled(self) -> Any:
-        """The value of the pickle. Objects are placeholders with the names of their classes."""
+        """Return the value of the pickle, in which objects are placeholders with the names of their classes."""
         size = self._metadata.size
-        if size > _MAX_METADATA:
-            raise self._damaged(f"{size} bytes; the limit is {_MAX_METADATA}")
-        # New placeholders for each file: a pickle may set the state of any.
+        if size > _MAX_METADATA_NBYTES:
+            raise self._damaged(f"{size} bytes; the limit is {_MAX_METADATA_NBYTES}")
+        # New placeholders for each file, as a pickle may set the state of any of them.
         for module, names in _CLASSES.items():
             self._globals.update({(module, name): Placeholder(name) for name in names.split()})
         data, limit = self._metadata.read(0, size), max(MAX_MEMORY, _MAX_RATIO * size)
@@ -128,8 +127,8 @@ class _Reader:
         return damaged(f"{self._metadata.name}: {why}")
 
     def _fields(self, value: Any, name: str) -> dict[Any, Any]:
-        """The attributes of an object of the class `name`."""
-        if _class(value) != name or type(value.state) is not dict:
+        """Return the attributes of an object of the class `name`."""
+        if _class_name(value) != name or type(value.state) is not dict:
             raise self._damaged(f"expected an object of {name}")
         return value.state
 
@@ -143,19 +142,20 @@ class _Reader:
             raise self._damaged("an impossible name")
         return name
 
-    def _places(self, stored: dict[Any, Any]) -> Iterator[tuple[tuple[str, str], FileSlice]]:
-        for index, info in stored.items():
-            key, place = self._fields(index, "MetadataIndex"), self._fields(info, "_StorageInfo")
+    def _chunk_files(self, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[str, str], FileSlice]]:
+        for index, info in storage_data.items():
+            key, location = self._fields(index, "MetadataIndex"), self._fields(info, "_StorageInfo")
             name, offsets = self._name(key.get("fqn")), key.get("offset")
-            yield (name, str(offsets and self._sizes(offsets, f"offsets of {name!r}"))), self._place(name, place)
+            offsets_text = str(offsets and self._sizes(offsets, f"offsets of {name!r}"))
+            yield (name, offsets_text), self._chunk_file(name, location)
 
-    def _place(self, name: str, place: dict[Any, Any]) -> FileSlice:
-        file_name = place.get("relative_path")
-        start, length = self._sizes((place.get("offset"), place.get("length")), f"place of {name!r}")
+    def _chunk_file(self, name: str, location: dict[Any, Any]) -> FileSlice:
+        file_name = location.get("relative_path")
+        start, length = self._sizes((location.get("offset"), location.get("length")), f"place of {name!r}")
         if type(file_name) is not str or set(file_name) & set("/\\:") or not file_name.endswith(SUFFIX):
             raise self._damaged(f"{name!r} is in {str(file_name)[:MAX_NAME]!r}, not in a *{SUFFIX} file of the folder")
         where, file = f"{self._metadata.name}: {name!r}", self._files.get(file_name)
-        if place.get("transform_descriptors"):
+        if location.get("transform_descriptors"):
             step = _GATHER.format(self._metadata.name.removesuffix(METADATA))
             raise ContainerError(f"{where} is compressed by an extension of DCP", step)
         if file is None:
@@ -167,7 +167,7 @@ class _Reader:
         return FileSlice(file, start, length)
 
     def _path(self, name: Any, paths: Any) -> Sequence[Any]:
-        """The keys of a tensor in the state dict that was saved."""
+        """Return the keys of a tensor in the nested state dict that was saved."""
         path = (self._name(name),)
         if type(paths) is dict:
             path = paths.get(name, path)
@@ -185,35 +185,35 @@ class _Reader:
         if contents.setdefault(path[-1], tensor) is not tensor:
             raise self._damaged(f"two values at {'.'.join(map(str, path))!r}")
 
-    def _tensor(self, name: str, key: str, entry: Any, places: _Places) -> TensorInfo:
-        """Describe a tensor, which gets the name `key`, and check that its chunks fill it."""
+    def _tensor(self, name: str, key: str, entry: Any, chunk_files: _ChunkFiles) -> TensorInfo:
+        """Describe a tensor under the name `key`; ContainerError unless its chunks fill it."""
         fields = self._fields(entry, "TensorStorageMetadata")
         shape, dtype = self._sizes(fields.get("size"), f"shape of {name!r}"), self._dtype(name, fields)
         tensor = plain_tensor_info(self._metadata, key, dtype, shape, 0)
         if not tensor.nbytes:
             return tensor
-        chunks = list(self._chunks(name, tensor, fields.get("chunks"), places))
+        chunks = list(self._chunks(name, tensor, fields.get("chunks"), chunk_files))
         try:
-            whole = _fitted(chunks, shape)
+            block = _arrange_chunks(chunks, shape)
         except ValueError as error:
             raise self._damaged(f"{name!r}: its chunks {error}") from None
         first = chunks[0].file
         span = first.offset, first.offset + first.size
         tensor = tensor._replace(storage=tensor.storage._replace(file=first.file, span=span))
-        return tensor._replace(assemble=cache(partial(_assembled, tensor, whole)))
+        return tensor._replace(assemble=cache(partial(_assemble, tensor, block)))
 
-    def _chunks(self, name: str, tensor: TensorInfo, blocks: Any, places: _Places) -> Iterator[_Chunk]:
-        """The chunks of a tensor, without empty ones: those of ranks to which no row was left."""
-        if type(blocks) is not list:
+    def _chunks(self, name: str, tensor: TensorInfo, entries: Any, chunk_files: _ChunkFiles) -> Iterator[_Chunk]:
+        """Yield the chunks of a tensor, without the empty ones of ranks that have no rows."""
+        if type(entries) is not list:
             raise self._damaged(f"{name!r} has no list of chunks")
-        for block in blocks:
-            fields = self._fields(block, "ChunkStorageMetadata")
-            offsets, sizes = (self._sizes(fields.get(each), f"chunk of {name!r}") for each in ("offsets", "sizes"))
+        for entry in entries:
+            fields = self._fields(entry, "ChunkStorageMetadata")
+            offsets, sizes = (self._sizes(fields.get(field), f"chunk of {name!r}") for field in ("offsets", "sizes"))
             if not len(offsets) == len(sizes) == len(tensor.shape):
                 raise self._damaged(f"{name!r}: a chunk of {len(sizes)} dimensions, of {len(tensor.shape)}")
             if not math.prod(sizes):
                 continue
-            file = places.get((name, str(offsets)))
+            file = chunk_files.get((name, str(offsets)))
             if file is None:
                 raise self._damaged(f"{name!r}: the chunk at {offsets} has no place in a file")
             if tensor.dtype.nbytes(math.prod(sizes)) > file.size:
@@ -222,7 +222,7 @@ class _Reader:
 
     def _dtype(self, name: str, fields: dict[Any, Any]) -> DType:
         properties: Any = fields.get("properties")
-        state = properties.state if _class(properties) == "TensorProperties" else None
+        state = properties.state if _class_name(properties) == "TensorProperties" else None
         dtype = state[0] if type(state) is tuple and state else None
         if type(dtype) is Placeholder:  # such as torch.int4
             return unreadable(dtype.name)
@@ -231,7 +231,7 @@ class _Reader:
         return dtype
 
 
-def _class(value: Any) -> str:
+def _class_name(value: Any) -> str:
     return value.name if type(value) is Placeholder and value.arguments is not None else ""
 
 
@@ -240,12 +240,12 @@ def _is_of_optimizer(path: Sequence[Any]) -> bool:
     return any(str(key).startswith("optim") for key in keys[:2])
 
 
-def _check_overlaps(places: Iterable[FileSlice]) -> None:
-    """Check that no two chunks share bytes: a small file would expand to a large one."""
-    for one, other in pairwise(sorted(places, key=lambda place: (id(place.file), place.offset, place.size))):
-        if one.file is other.file and other.offset < one.offset + one.size:
-            _refuse_safetensors(one.file)
-            raise damaged(f"{one.file.name}: the chunks at bytes {one.offset} and {other.offset} overlap")
+def _check_overlaps(chunk_files: Iterable[FileSlice]) -> None:
+    """Raise ContainerError if chunks share bytes, so that a small file could expand to a large one."""
+    for a, b in pairwise(sorted(chunk_files, key=lambda part: (id(part.file), part.offset, part.size))):
+        if a.file is b.file and b.offset < a.offset + a.size:
+            _refuse_safetensors(a.file)
+            raise damaged(f"{a.file.name}: the chunks at bytes {a.offset} and {b.offset} overlap")
 
 
 def _refuse_safetensors(file: SourceFile) -> None:
@@ -257,8 +257,8 @@ def _refuse_safetensors(file: SourceFile) -> None:
         )
 
 
-def _fitted(chunks: list[_Chunk], shape: tuple[int, ...], dim: int = 0) -> _Block:
-    """Arrange the chunks that fill a block, from the dimension `dim` on; ValueError if they do not fill it."""
+def _arrange_chunks(chunks: list[_Chunk], shape: tuple[int, ...], dim: int = 0) -> _Block:
+    """Nest chunks by the dimensions from `dim` on; ValueError if they do not fill the shape exactly."""
     if dim == len(shape):
         if len(chunks) != 1:
             raise ValueError("overlap")
@@ -272,23 +272,23 @@ def _fitted(chunks: list[_Chunk], shape: tuple[int, ...], dim: int = 0) -> _Bloc
     for (start, size), slab in groupby(sorted(chunks, key=extent), key=extent):
         if start != end:
             raise ValueError("overlap" if start < end else "leave a gap")
-        blocks.append(_fitted(list(slab), shape, dim + 1))
+        blocks.append(_arrange_chunks(list(slab), shape, dim + 1))
         end += size
     if end != shape[dim]:
         raise ValueError("leave a gap" if end < shape[dim] else "reach beyond its shape")
     return blocks[0] if len(blocks) == 1 else (dim, blocks)
 
 
-def _assembled(tensor: TensorInfo, block: _Block) -> LazyTensor:
-    """The tensor, or a block of it, from its chunks, whose files are opened."""
+def _assemble(tensor: TensorInfo, block: _Block) -> LazyTensor:
+    """Open the chunks of a block of a tensor, and concatenate them."""
     if isinstance(block, _Chunk):
-        return lazy_read(_opened(tensor, block))
+        return lazy_read(_open_chunk(tensor, block))
     dim, blocks = block
-    return concatenated(tuple(_assembled(tensor, each) for each in blocks), dim)
+    return concatenated(tuple(_assemble(tensor, part) for part in blocks), dim)
 
 
-def _opened(tensor: TensorInfo, chunk: _Chunk) -> TensorInfo:
-    """The tensor in the file of a chunk."""
+def _open_chunk(tensor: TensorInfo, chunk: _Chunk) -> TensorInfo:
+    """Describe the tensor in the file of a chunk, by its offset in the *.distcp file."""
     file = chunk.file
     if not is_zip(file):
         _refuse_safetensors(file.file)
@@ -296,8 +296,8 @@ def _opened(tensor: TensorInfo, chunk: _Chunk) -> TensorInfo:
     found = torch_zip.load_tensor(file, tensor.key)
     storage = found.storage
     if (found.dtype, found.shape) != (tensor.dtype, chunk.sizes):
-        is_, said = f"{found.dtype.name} {list(found.shape)}", f"{tensor.dtype.name} {list(chunk.sizes)}"
-        raise damaged(f"{file.name}: {tensor.key!r} is {is_}, but {METADATA} says {said}")
+        actual, expected = f"{found.dtype.name} {list(found.shape)}", f"{tensor.dtype.name} {list(chunk.sizes)}"
+        raise damaged(f"{file.name}: {tensor.key!r} is {actual}, but {METADATA} says {expected}")
     if found.nbytes > storage.size:
         raise damaged(f"{file.name}: {tensor.key!r} repeats {storage.size} bytes")
     span = file.offset + storage.span[0], file.offset + storage.span[1]

@@ -1,8 +1,8 @@
 """Reads torch.save's format before torch 1.6, which later versions still write on request.
 
 Five pickles: a magic number, the protocol version, properties of the machine, the object, and the list of storage keys.
-Then, for each key in the order of that list, the number of elements (8 bytes) and the elements. Both are little-endian
-on every machine: torch ignores the byte order in the properties of the machine.
+Then follow, for each key in that order, the number of elements (8 bytes) and the elements. Both are always
+little-endian: torch ignores the byte order in the properties of the machine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PROTOCOL = 1001
 
 
 def can_read(file: SourceFile) -> bool:
-    # The number takes 28 bytes in protocol 0, and fewer in the others.
+    # The magic number takes 28 bytes in protocol 0, and fewer in other protocols.
     head = file.read(0, min(file.size, 64))
-    # Fast rejection of files that are not pickles.
+    # Most files that are not pickles are rejected here, which is fast.
     if head[:1] not in (b"\x80", b"L"):
         return False
     try:
@@ -49,31 +49,31 @@ def load(file: SourceFile) -> Contents:
 
 
 class _Reader:
-    """Reads consecutive pickles, whose lengths are unknown until they end."""
+    """Reads consecutive pickles. The length of each one is only known when it was read."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file, self.pos, self.refs = file, 0, StorageRefs()
 
     def pickle(self, globals_: Globals | None = None) -> Any:
         """Read the next pickle and return its value."""
-        where, rest = f"{self._file.name}: pickle at byte {self.pos}", self._file.size - self.pos
+        name, rest = f"{self._file.name}: pickle at byte {self.pos}", self._file.size - self.pos
         for limit in (256 << 10, 1 << 20, 4 << 20, MAX_PICKLE):
             data = self._file.read(self.pos, min(limit, rest))
             try:
-                value, end = unpickle(data, where, globals_, self.refs.load)
+                value, end = unpickle(data, name, globals_, self.refs.load)
             except TruncatedPickleError:
                 if limit >= rest:
                     raise
             else:
                 self.pos += end
                 return value
-        raise ContainerError(f"{where}: longer than {MAX_PICKLE} bytes", resave_step(data[:4096]))
+        raise ContainerError(f"{name}: longer than {MAX_PICKLE} bytes", resave_step(data[:4096]))
 
 
 def _storages(file: SourceFile, keys: Any, refs: StorageRefs, pos: int) -> dict[str, Storage]:
     """Locate the storages, which follow each other from byte `pos` in the order of `keys`."""
     storages: dict[str, Storage] = {}
-    # Sorted lists: duplicates and missing keys are both found.
+    # Sorted lists show both duplicate and missing keys.
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(refs):
         raise damaged(f"{file.name}: the storage list does not match the tensors")
     for key in keys:

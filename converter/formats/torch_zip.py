@@ -33,8 +33,8 @@ from converter.tensors.tensor_info import Contents, TensorInfo, contiguous_strid
 CONTAINER = "torch zip"
 
 _MAX_VERSION = 10  # kMaxSupportedFileFormatVersion of torch
-_ALIGNMENT = 64  # of the bytes of a storage, as torch.save has it; torch.load can map them
-_LOCAL_HEADER = 30  # bytes of a member's local header before its name
+_ALIGNMENT = 64  # of the bytes of a storage, as in torch.save, so that torch.load can map them
+_LOCAL_HEADER_SIZE = 30  # of a zip member, before its name
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
@@ -59,7 +59,7 @@ def load(file: SourceFile) -> Contents:
 
 
 def load_tensor(file: SourceFile, key: str) -> TensorInfo:
-    """Describe the tensor of a file that holds one tensor alone; it gets the name `key`."""
+    """Describe the tensor of a file that contains a single tensor, under the name `key`."""
     archive = Archive(file)
     record = archive.unpickled(TorchGlobals())
     if type(record) is not TensorRecord:
@@ -68,7 +68,7 @@ def load_tensor(file: SourceFile, key: str) -> TensorInfo:
 
 
 class Archive:
-    """The members that files of torch.save and of torch.jit.save have in common."""
+    """The members that archives of torch.save and of torch.jit.save both have."""
 
     def __init__(self, file: SourceFile) -> None:
         self.file = file
@@ -78,7 +78,7 @@ class Archive:
         self._big_endian = self._byteorder() == b"big"
 
     def unpickled(self, globals_: Globals) -> Any:
-        """The saved object."""
+        """Return the saved object."""
         pickle = self.members.get(f"{self.root}/data.pkl")
         if pickle is None:
             raise damaged(f"{self.file.name}: no member data.pkl")
@@ -88,7 +88,7 @@ class Archive:
         return unpickle(data, f"{self.file.name}: data.pkl", globals_, StorageRefs().load)[0]
 
     def _check_version(self) -> None:
-        """Refuse an archive that torch refuses. Files written by hand may lack the version, or a number in it."""
+        """Raise ContainerError for a version that torch refuses. Files of other programs may have no valid version."""
         version = self.members.get(f"{self.root}/version")
         text = version.read() if version and version.size < 64 else b""
         if text.strip().isdigit() and int(text) > _MAX_VERSION:
@@ -105,7 +105,7 @@ class Archive:
         return order
 
     def storage(self, ref: StorageRef) -> Storage:
-        """The member with the bytes of a storage; ContainerError where it is missing or of another size."""
+        """Return the member with the bytes of a storage; ContainerError if it is missing or has another size."""
         name = f"{self.root}/data/{ref.key}"
         storage = self.members.get(name)
         if storage is None:
@@ -141,7 +141,7 @@ class _Writer:
 
     def __init__(self, archive: zipfile.ZipFile, on_bytes: OnBytes, on_data: OnData | None) -> None:
         self._archive, self._on_data = archive, on_data
-        # One for all members: it remembers which source storages it has checked.
+        # One for all members, as it remembers which source storages it has checked.
         self._copier = Copier(self._exchange, on_bytes)
         self._member: IO[bytes]
 
@@ -159,9 +159,9 @@ class _Writer:
         info = zipfile.ZipInfo(f"archive/{name}")
         is_large = size >= zipfile.ZIP64_LIMIT
         assert self._archive.fp is not None
-        data = self._archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + (20 if is_large else 0)
-        padding = -data % _ALIGNMENT
-        # The extra field that torch.save pads with.
+        data_offset = self._archive.fp.tell() + _LOCAL_HEADER_SIZE + len(info.filename) + 4 + (20 if is_large else 0)
+        padding = -data_offset % _ALIGNMENT
+        # Padded with the same extra field as in torch.save.
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         return self._archive.open(info, "w", force_zip64=is_large)
 
@@ -174,7 +174,7 @@ class _Writer:
 
 
 def state_dict_pickle(outputs: Mapping[str, LazyTensor]) -> bytes:
-    """The content of `data.pkl`. Storages are numbered in the order of the tensors."""
+    """Return the content of `data.pkl`. Storages are numbered in the order of the tensors."""
     items = b"".join(_string(name) + _tensor(value, index) for index, (name, value) in enumerate(outputs.items()))
     return b"\x80\x02" + _EMPTY_ORDERED_DICT + b"(" + items + b"u."
 
@@ -183,7 +183,7 @@ def _tensor(value: LazyTensor, index: int) -> bytes:
     numel, version, dtype = math.prod(value.shape), b"2", b""
     storage = f"ctorch\n{value.dtype.storage}\n".encode()
     if not value.dtype.storage:
-        # An untyped storage has bytes as elements; the element type is an argument of its own.
+        # The elements of an untyped storage are bytes; the element type of the tensor is a separate argument.
         numel, version, dtype = numel * value.dtype.itemsize, b"3", f"ctorch\n{value.dtype.name}\n".encode()
         storage = b"ctorch.storage\nUntypedStorage\n"
     persistent_id = b"(" + _string("storage") + storage + _string(str(index)) + _string("cpu") + _int(numel) + b"tQ"

@@ -1,8 +1,8 @@
 """Reads TorchScript archives (torch.jit.save since torch 1.4): torch zips with code, which is never run.
 
 data.pkl contains the module tree: each module is an object of a class `__torch__.<...>`, whose state is its attributes.
-The classes are source text under <root>/code/. Two lines of each class are read as text, the lists of parameters and of
-buffers: other attributes are not in the state dict.
+The source text of the classes is under <root>/code/. Only the lists of parameters and buffers are read from it: other
+attributes are not in the state dict.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from converter.tensors.tensor_info import Contents, TensorInfo
 
 CONTAINER = "TorchScript"
 
-MAX_CODE = 4 << 20  # bytes of source text per archive; CLIP's has 200 KB
+MAX_CODE = 4 << 20  # bytes of source text in an archive; CLIP has 200 KB
 
 
 def can_read(file: SourceFile) -> bool:
@@ -51,13 +51,13 @@ def load(file: SourceFile) -> Contents:
     return tensors
 
 
-# Calls that tag a value with its type.
+# Functions that return their first argument with a type.
 _TAGS = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
 _GLOBALS = {**GLOBALS, **{("torch.jit._pickle", name): first_argument for name in _TAGS}}
 
 
 class _ScriptGlobals(dict[tuple[str, str], Any]):
-    """The table of globals, in which each `__torch__` class is a placeholder."""
+    """The table of globals, with placeholders for all `__torch__` classes."""
 
     def __missing__(self, key: tuple[str, str]) -> Placeholder:
         module, name = key
@@ -67,28 +67,27 @@ class _ScriptGlobals(dict[tuple[str, str], Any]):
         return placeholder
 
 
-# ---- from the module tree to a state dict
-
-
 class _Class(NamedTuple):
-    """Declarations in the source text of a module's class."""
+    """The declarations in the source text of a module's class."""
 
-    has_setstate: bool  # whether it restores its state by code (`__setstate__`)
+    has_setstate: bool  # whether the class defines `__setstate__`, which restores the state by code
     parameters: frozenset[str]  # the names of the parameters
-    buffers: frozenset[str] | None  # None from old versions of torch: all tensors that are no parameters
+    buffers: (
+        frozenset[str] | None
+    )  # the names of the buffers; None if they are all other tensors (old versions of torch)
 
 
 class _Flattener:
-    """Lists the tensors of a module tree in the order and with the names of its `state_dict()`."""
+    """Lists the tensors of a module tree with the names and in the order of `state_dict()`."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._resolver = Resolver(archive.file, archive.storage)
         self._modules: dict[str, dict[str, _Class]] = {}
-        self._code_left = MAX_CODE
+        self._code_nbytes_left = MAX_CODE
 
     def tensors(self, node: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[TensorInfo]:
-        """The tensors of a module and of its submodules."""
+        """Yield the tensors of a module and of its submodules."""
         class_ = self._class(node.name)
         if class_ is None:
             return
@@ -97,7 +96,7 @@ class _Flattener:
                 f"{self._archive.file.name}: {node.name!r} restores itself by code (__setstate__)",
                 "nothing of it was executed; save the module's state_dict() instead",
             )
-        self._resolver.count(len(node.state), depth)
+        self._resolver.count_entries(len(node.state), depth)
         yield from self._own_tensors(class_, node.state, prefix)
         for name, value in node.state.items():
             if type(value) is Placeholder:
@@ -112,7 +111,7 @@ class _Flattener:
                     yield self._resolver.tensor(f"{prefix}{name}", record)
 
     def _class(self, full_name: str) -> _Class | None:
-        """The declarations of a class, or None if it is not the class of a module."""
+        """Return the declarations of a class, or None if it is not the class of a module."""
         module, _, name = full_name.rpartition(".")
         if module not in self._modules:
             self._modules[module] = dict(_parse_classes(self._source(module)))
@@ -123,13 +122,13 @@ class _Flattener:
         member = self._archive.members.get(name)
         if member is None:
             raise damaged(f"{self._archive.file.name}: no member {name!r}")
-        text = read_small(member, self._code_left).decode(errors="replace")
-        self._code_left -= member.size
+        text = read_small(member, self._code_nbytes_left).decode(errors="replace")
+        self._code_nbytes_left -= member.size
         return text
 
 
 def _parse_classes(text: str) -> Iterator[tuple[str, _Class]]:
-    """The name and the declarations of each module class in a source text."""
+    """Yield the name and the declarations of each module class in a source text."""
     for head, next_head in pairwise(re.finditer(r"^\S.*|\Z", text, re.MULTILINE)):
         if match := re.fullmatch(r"class (.+)\(Module\):", head[0]):
             body = text[head.end() : next_head.start()]
@@ -139,6 +138,6 @@ def _parse_classes(text: str) -> Iterator[tuple[str, _Class]]:
 
 
 def _names(body: str, field: str) -> frozenset[str] | None:
-    """The strings in a line such as `__parameters__ = ["weight", "bias", ]`."""
+    """Return the strings in a line such as `__parameters__ = ["weight", "bias", ]`; None without such a line."""
     line = re.search(rf"^  {field} = \[(.*)\]$", body, re.MULTILINE)
     return frozenset(re.findall(r'"([^"]*)"', line[1])) if line else None

@@ -17,9 +17,9 @@ _TEXT = rb"(?:\xef\xbb\xbf)?\s*"
 _ORIGINAL = "use the PyTorch or safetensors weights that it was made from"
 _FROM_NUMPY = "torch.save({{name: torch.from_numpy(array) for name, array in {}.items()}}, 'weights.pth')"
 _TRUSTED = "where you trust the file, as loading it may run code in it:"
-# What `zip` puts into an archive is read again if data.pkl is in one folder at the top.
+# An archive that `zip` makes is read if data.pkl is in a folder at its top level.
 REPACK = "pack it again, from outside the folder that holds data.pkl: zip -0 -r weights.pth FOLDER"
-# Files in a zip archive that may be checkpoints. `unzip` takes other names for patterns.
+# Names in a zip archive that may be checkpoints, without characters that `unzip` reads as patterns.
 _WEIGHTS = r"(?!__MACOSX/|-)(?:[\w .,+=@~-]+/)*[\w.,+=@~][\w .,+=@~-]*\.(?:safetensors|pth|pth\.tar|pt|bin|ckpt)"
 _TRANSFORMERS_4 = "transformers 4 converts it: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(NEW_FOLDER)"
 
@@ -27,11 +27,11 @@ _TRANSFORMERS_4 = "transformers 4 converts it: CLIPModel.from_pretrained(FOLDER,
 class Format(NamedTuple):
     """A file format that no loader reads."""
 
-    kind: str
-    step: str  # what to do next
-    begins: bytes = b""  # a regular expression that the first bytes match
-    member: str = ""  # a regular expression that the name of a member matches, if it is a zip archive
-    suffixes: tuple[str, ...] = ()  # of file names, by which such a file is named in a folder without a checkpoint
+    kind: str  # the description in messages
+    step: str  # the next step
+    begins: bytes = b""  # a regular expression that matches the first bytes
+    member: str = ""  # a regular expression that matches the name of a member, for a zip archive
+    suffixes: tuple[str, ...] = ()  # of file names, to name such files in a folder without a checkpoint
 
 
 _ZIP = "a zip archive, but not one that torch.save or torch.jit.save wrote"
@@ -105,7 +105,7 @@ FORMATS = (
     Format("a TensorFlow Lite model", _ORIGINAL, rb"....TFL\d", suffixes=(".tflite",)),
     Format("an ExecuTorch program", _ORIGINAL, rb"....ET\d\d", suffixes=(".pte",)),
     Format("a TensorFlow SavedModel", _ORIGINAL, rb"\x08\x01\x12", suffixes=(".pb",)),
-    # ir_version, then producer_name, or the next field that is there.
+    # The field ir_version, then producer_name or a later field.
     Format(
         "an ONNX or CoreML model", _ORIGINAL, rb"\x08[\x02-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", suffixes=(".onnx",)
     ),
@@ -152,13 +152,13 @@ FORMATS = (
 
 
 def error(file: SourceFile) -> ContainerError:
-    """The error for a file that no loader reads: its kind and the next step."""
+    """Return the error for a file that no loader reads, with its kind and the next step."""
     kind, step = _identify(file)
     return ContainerError(f"{file.name}: {kind}", f"{step}\nsupported formats: safetensors, torch.save, torch.jit.save")
 
 
 def format_of_name(name: str) -> Format | None:
-    """The format that the ending of a file name belongs to, if it is one of `FORMATS`."""
+    """Return the format that has a suffix of a file name, or None."""
     return next((known for known in FORMATS if name.lower().endswith(known.suffixes)), None)
 
 
@@ -168,27 +168,27 @@ def _identify(file: SourceFile) -> tuple[str, str]:
         unfinished = f"the download or copy was not finished: {_RETRY}"
         return ("begins with zeros only" if head else "an empty file"), unfinished
     members = list(read_directory(file)) if is_zip(file) else []
-    known = _known(head, members)
+    known = _match_format(head, members)
     if known is not None:
-        return known.kind, (_unzip(members) if known.kind == _ZIP else "") or known.step
-    words = b" ".join(head[:256].split())
-    if words.isascii() and words.decode().isprintable():
-        return f"text, not weights: {words[:40].decode()!r}", f"the download probably failed: {_RETRY}"
+        return known.kind, (_unzip_step(members) if known.kind == _ZIP else "") or known.step
+    text = b" ".join(head[:256].split())
+    if text.isascii() and text.decode().isprintable():
+        return f"text, not weights: {text[:40].decode()!r}", f"the download probably failed: {_RETRY}"
     if named := format_of_name(file.name):
         return named.kind, named.step
     return f"unknown format: it begins with {head[:8].hex(' ')}", "check that this is the right file"
 
 
-def _unzip(members: Iterable[str]) -> str:
-    """Return the command that takes a checkpoint out of a zip archive; empty if none or several are there."""
-    found = [name for name in members if re.fullmatch(_WEIGHTS, name)]
-    if len(found) != 1:
-        return f"unpack it with unzip FILE, and give one of {', '.join(found[:5])}" if found else ""
-    name, file = found[0], found[0].rpartition("/")[2]
-    return f"take the checkpoint out: unzip -p FILE {shlex.quote(name)} > {shlex.quote(file)}"
+def _unzip_step(members: Iterable[str]) -> str:
+    """Return the next step to get a checkpoint out of a zip archive; empty if there is none in it."""
+    checkpoints = [name for name in members if re.fullmatch(_WEIGHTS, name)]
+    if len(checkpoints) == 1:
+        member, file_name = checkpoints[0], checkpoints[0].rpartition("/")[2]
+        return f"take the checkpoint out: unzip -p FILE {shlex.quote(member)} > {shlex.quote(file_name)}"
+    return f"unpack it with unzip FILE, and give one of {', '.join(checkpoints[:5])}" if checkpoints else ""
 
 
-def _known(head: bytes, members: Iterable[str]) -> Format | None:
+def _match_format(head: bytes, members: Iterable[str]) -> Format | None:
     for known in FORMATS:
         if known.begins and re.match(known.begins, head, re.DOTALL):
             return known

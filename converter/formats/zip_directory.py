@@ -1,7 +1,7 @@
 """Reads the directory of a zip archive, so that stored members can be read in place.
 
-Python's zipfile does not give the offset of a member's data, and accepts archives that other programs read differently:
-overlapping or duplicate members, end records or headers that disagree. Here these are errors. The format is PKWARE's
+Python's zipfile does not give the offset of a member's data, and accepts archives that programs read differently: with
+overlapping or duplicate members, or contradictory records. Here these are errors. The format is PKWARE's
 APPNOTE.TXT 6.3.10. torch stores members without compression and ends the archive with zip64 records.
 """
 
@@ -17,45 +17,45 @@ from converter.errors import ContainerError, printable
 from converter.storage.byte_range import Storage, damaged
 from converter.storage.local_file import SourceFile
 
-MAX_DIRECTORY = 8 << 20  # bytes, for 100,000 members; directories of real checkpoints take less than one MiB
-MAX_RATIO = 1032  # of inflated to deflated size: the most that deflate can reach
-# Large members of weights do not compress well; those that do are made to fill memory.
-LARGE, MAX_RATIO_LARGE = 256 << 20, 20
+MAX_DIRECTORY_SIZE = 8 << 20  # enough for 100,000 members; directories of real checkpoints take less than one MiB
+MAX_RATIO = 1032  # of decompressed to compressed size: the limit of deflate
+# Large members of weights do not compress well. One that does is meant to fill the memory.
+LARGE_SIZE, MAX_RATIO_IF_LARGE = 256 << 20, 20
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+_END_RECORD = struct.Struct("<4s4H2LH")
+_ZIP64_LOCATOR = struct.Struct("<4sLQL")
+_ZIP64_END_RECORD = struct.Struct("<4sQ2H2L4Q")
 
 _STORED, _DEFLATED = 0, 8
-_ZIP64 = 1  # id of the extra field with 64-bit sizes
-_ENCRYPTED = 0x2041  # flags: encrypted, strongly encrypted, directory masked
-_SIZES_FOLLOW = 0x8  # flag of a local header that was written before its sizes and CRC were known
-_MAX_COMMENT = 0xFFFF
+_ZIP64_ID = 1  # of the extra field with 64-bit sizes
+_ENCRYPTED_FLAGS = 0x2041  # encrypted, strongly encrypted, directory masked
+_SIZES_FOLLOW_FLAG = 0x8  # of a local header that was written before sizes and CRC were known
+_MAX_COMMENT_SIZE = 0xFFFF
 
 
 class _Member(NamedTuple):
-    """One entry of the directory. `end` is the offset of the next member or of the directory."""
+    """An entry of the directory."""
 
     raw_name: bytes
     method: int
     crc32: int
-    length: int
-    size: int
-    header: int
-    end: int
+    compressed_size: int
+    size: int  # after decompression
+    header_offset: int
+    end: int  # the offset of the next member, or of the directory
 
 
 class Directory(Mapping[str, Storage]):
     """The members of a zip archive by name.
 
-    The local header of a member is read together with its data: on a hub each read is a request.
+    The local header of a member is fetched together with its data, as each read from a hub is a request.
     """
 
     def __init__(self, file: SourceFile, members: dict[str, _Member]) -> None:
         self._file, self._members = file, members
-        # torch.serialization.set_crc32_options(False) makes torch write zeros for all members.
+        # After torch.serialization.set_crc32_options(False), torch writes zeros for all members.
         self.has_checksums = any(member.crc32 for member in members.values())
 
     def __iter__(self) -> Iterator[str]:
@@ -66,12 +66,12 @@ class Directory(Mapping[str, Storage]):
 
     def __getitem__(self, name: str) -> Storage:
         member = self._members[name]
-        # Local header with the longest possible extra field, and the data.
-        longest = _LOCAL.size + len(member.raw_name) + 0xFFFF + member.length
+        # The local header with the longest possible extra field, and the data.
+        longest = _LOCAL_HEADER.size + len(member.raw_name) + 0xFFFF + member.compressed_size
         return Storage(
             self._file,
-            (member.header, min(member.end, member.header + longest)),
-            member.length,
+            (member.header_offset, min(member.end, member.header_offset + longest)),
+            member.compressed_size,
             member.size,
             printable(name),
             member.crc32 if self.has_checksums else None,
@@ -81,7 +81,7 @@ class Directory(Mapping[str, Storage]):
 
     @property
     def root(self) -> str:
-        """The top-level folder. As in torch, that of the first member."""
+        """The top-level folder of the first member, as in torch."""
         return next(iter(self._members), "").partition("/")[0]
 
 
@@ -89,7 +89,7 @@ def is_zip(file: SourceFile) -> bool:
     return file.size > 4 and file.read(0, 4) == b"PK\x03\x04"
 
 
-# Values must not refer to the file: it would never be freed.
+# A value must not refer to its file, which would then never be freed.
 _parsed: WeakKeyDictionary[SourceFile, dict[str, _Member]] = WeakKeyDictionary()
 
 
@@ -97,17 +97,17 @@ def read_directory(file: SourceFile) -> Directory:
     """Parse the directory of a zip archive, once per file."""
     members = _parsed.get(file)
     if members is None:
-        members = _parsed[file] = _members(file, *_locate(file))
+        members = _parsed[file] = _members(file, *_find_directory(file))
     return Directory(file, members)
 
 
 def read_small(storage: Storage, limit: int, hint: str = "no checkpoint needs that: do not trust this file") -> bytes:
-    """Read a member and check its CRC-32; ContainerError if it is damaged, or has more than `limit` bytes.
+    """Read a whole member; ContainerError if it is damaged, or has more than `limit` bytes.
 
     Args:
         storage: The member.
         limit: The largest size in bytes.
-        hint: The next step where the member is larger.
+        hint: The next step for a larger member.
     """
     if storage.size > limit:
         raise ContainerError(f"{storage.file.name}: {storage.name}: {storage.size} bytes; the limit is {limit}", hint)
@@ -118,18 +118,15 @@ def _damaged(file: SourceFile, why: str) -> ContainerError:
     return damaged(f"{file.name}: a damaged zip archive: {why}")
 
 
-# ---- locating the directory
-
-
-def _locate(file: SourceFile) -> tuple[int, int, int]:
-    """Offset and length of the directory, and the number of members."""
-    end, record = _end_record(file)
-    _, disk, first_disk, *narrow, _ = _END.unpack_from(record)
-    start64 = end - _LOCATOR.size
-    locator = file.read(start64, _LOCATOR.size) if start64 >= 0 else b""
+def _find_directory(file: SourceFile) -> tuple[int, int, int]:
+    """Return the offset and the length of the directory, and the number of members."""
+    end, record = _find_end_record(file)
+    _, disk, first_disk, *narrow, _ = _END_RECORD.unpack_from(record)
+    locator_offset = end - _ZIP64_LOCATOR.size
+    locator = file.read(locator_offset, _ZIP64_LOCATOR.size) if locator_offset >= 0 else b""
     if locator[:4] == b"PK\x06\x07":
-        end, wide = _end64_record(file, locator, start64)
-        # Two programs could see two archives in one file if the end records disagreed.
+        end, wide = _read_zip64_end_record(file, locator, locator_offset)
+        # If the end records disagreed, two programs could read two different archives from one file.
         for bits, value, value64 in zip((16, 16, 32, 32), narrow, wide, strict=True):
             if value not in (value64, (1 << bits) - 1):
                 raise _damaged(file, "its two end records disagree")
@@ -139,21 +136,22 @@ def _locate(file: SourceFile) -> tuple[int, int, int]:
         raise _damaged(file, "one part of a multi-part archive")
     if offset + length != end:
         raise _damaged(file, f"the directory ends at byte {offset + length}, not at {end}")
-    if length > MAX_DIRECTORY or count * _CENTRAL.size > length:
+    if length > MAX_DIRECTORY_SIZE or count * _DIRECTORY_ENTRY.size > length:
         raise _damaged(file, f"a directory of {count} members in {length} bytes")
     return offset, length, count
 
 
-def _end_record(file: SourceFile) -> tuple[int, bytes]:
-    """Offset and bytes of the end record, which only a comment may follow."""
-    # First without a comment, as torch writes it.
-    for window in (_END.size, _END.size + _MAX_COMMENT):
+def _find_end_record(file: SourceFile) -> tuple[int, bytes]:
+    """Return the offset and the bytes of the end record, which only a comment may follow."""
+    # Without a comment first, as torch writes it.
+    for window in (_END_RECORD.size, _END_RECORD.size + _MAX_COMMENT_SIZE):
         start = max(0, file.size - window)
         tail = file.read(start, file.size - start)
         pos = tail.rfind(b"PK\x05\x06")
         while pos >= 0:
             record = tail[pos:]
-            if len(record) >= _END.size and int.from_bytes(record[20:22], "little") == len(record) - _END.size:
+            comment_size = len(record) - _END_RECORD.size
+            if comment_size >= 0 and comment_size == int.from_bytes(record[20:22], "little"):
                 return start + pos, record
             pos = tail.rfind(b"PK\x05\x06", 0, pos)
     raise ContainerError(
@@ -163,24 +161,22 @@ def _end_record(file: SourceFile) -> tuple[int, bytes]:
     )
 
 
-def _end64_record(file: SourceFile, locator: bytes, end: int) -> tuple[int, list[int]]:
-    """Offset of the zip64 end record, and its counts, length and offset of the directory."""
-    _, _, pos, _ = _LOCATOR.unpack(locator)
-    record = file.read(pos, _END64.size) if pos + _END64.size <= end else bytes(_END64.size)
-    signature, *fields = _END64.unpack(record)
+def _read_zip64_end_record(file: SourceFile, locator: bytes, end: int) -> tuple[int, list[int]]:
+    """Return the offset of the zip64 end record, and from it the counts, the length and the offset of the directory."""
+    _, _, pos, _ = _ZIP64_LOCATOR.unpack(locator)
+    size = _ZIP64_END_RECORD.size
+    record = file.read(pos, size) if pos + size <= end else bytes(size)
+    signature, *fields = _ZIP64_END_RECORD.unpack(record)
     if signature != b"PK\x06\x06":
         raise _damaged(file, "its zip64 end record is missing")
     return pos, fields[5:]
 
 
-# ---- the members
-
-
 def _members(file: SourceFile, offset: int, length: int, count: int) -> dict[str, _Member]:
     data, pos, members = file.read(offset, length), 0, {}
     for _ in range(count):
-        member, pos = _central(file, data, pos)
-        name = _text(file, member.raw_name)
+        member, pos = _parse_entry(file, data, pos)
+        name = _decode_name(file, member.raw_name)
         if name in members:
             raise _damaged(file, f"duplicate member {name!r}")
         members[name] = member
@@ -189,48 +185,49 @@ def _members(file: SourceFile, offset: int, length: int, count: int) -> dict[str
     return _without_overlap(file, members, offset)
 
 
-def _central(file: SourceFile, data: bytes, pos: int) -> tuple[_Member, int]:
-    """Parse the entry at `pos` of the directory; returns the member and the position of the next entry."""
-    start = pos + _CENTRAL.size
+def _parse_entry(file: SourceFile, data: bytes, pos: int) -> tuple[_Member, int]:
+    """Parse the entry at `pos` of the directory; return the member and the position of the next entry."""
+    start = pos + _DIRECTORY_ENTRY.size
     if start > len(data):
         raise _damaged(file, "its directory is truncated")
-    entry = _CENTRAL.unpack_from(data, pos)
-    signature, _, _, flags, method, _, _, crc32, length, size, name_length, extra_length, comment_length = entry[:13]
-    header = entry[16]
-    middle = start + name_length
-    end = middle + extra_length + comment_length
+    entry = _DIRECTORY_ENTRY.unpack_from(data, pos)
+    signature, _, _, flags, method, _, _, crc32, packed, size, name_length, extra_length, comment_length = entry[:13]
+    header_offset = entry[16]
+    extra_start = start + name_length
+    end = extra_start + extra_length + comment_length
     if signature != b"PK\x01\x02" or end > len(data):
         raise _damaged(file, "its directory is truncated")
-    name = data[start:middle]
-    if 0xFFFFFFFF in (length, size, header):
-        size, length, header = _zip64(file, data[middle : middle + extra_length], size, length, header)
-    _check_member(file, name, flags, method, length, size)
-    return _Member(name, method, crc32, length, size, header, 0), end
+    name = data[start:extra_start]
+    if 0xFFFFFFFF in (packed, size, header_offset):
+        extra = data[extra_start : extra_start + extra_length]
+        size, packed, header_offset = _zip64_fields(file, extra, size, packed, header_offset)
+    _check_member(file, name, flags, method, packed, size)
+    return _Member(name, method, crc32, packed, size, header_offset, 0), end
 
 
 def _check_member(file: SourceFile, name: bytes, flags: int, method: int, length: int, size: int) -> None:
-    where = f"{file.name}: {_text(file, name)!r}"
-    if flags & _ENCRYPTED:
+    where = f"{file.name}: {_decode_name(file, name)!r}"
+    if flags & _ENCRYPTED_FLAGS:
         raise ContainerError(f"{where}: encrypted", "unpack it with its password and pack it again without one")
     if method not in (_STORED, _DEFLATED):
         raise ContainerError(
             f"{where}: zip compression method {method}", "unpack it and pack it again with `zip -0 -r`"
         )
     if (method == _STORED and length != size) or size > (length + 1) * MAX_RATIO:
-        raise _damaged(file, f"{_text(file, name)!r}: {length} bytes cannot hold {size}")
-    if size > LARGE and size > length * MAX_RATIO_LARGE:
+        raise _damaged(file, f"{_decode_name(file, name)!r}: {length} bytes cannot hold {size}")
+    if size > LARGE_SIZE and size > length * MAX_RATIO_IF_LARGE:
         raise ContainerError(
             f"{where}: {length} bytes that inflate to {size}: made to fill memory",
             "do not trust this file; if it is your own, unpack it and pack it again with `zip -0 -r`",
         )
 
 
-def _zip64(file: SourceFile, extra: bytes, *fields: int) -> list[int]:
-    """The fields (size, length, header offset) with 64-bit values from the extra field where a field is 0xFFFFFFFF."""
+def _zip64_fields(file: SourceFile, extra: bytes, *fields: int) -> list[int]:
+    """Replace fields (size, compressed size, header offset) of 0xFFFFFFFF by the 64-bit values in the extra field."""
     pos, wide = 0, b""
     while pos + 4 <= len(extra):
         id_, length = struct.unpack_from("<2H", extra, pos)
-        if id_ == _ZIP64:
+        if id_ == _ZIP64_ID:
             wide = extra[pos + 4 : pos + 4 + length]
             break
         pos += 4 + length
@@ -240,7 +237,7 @@ def _zip64(file: SourceFile, extra: bytes, *fields: int) -> list[int]:
     return [next(values) if field == 0xFFFFFFFF else field for field in fields]
 
 
-def _text(file: SourceFile, name: bytes) -> str:
+def _decode_name(file: SourceFile, name: bytes) -> str:
     try:
         return name.decode()
     except UnicodeDecodeError:
@@ -248,26 +245,26 @@ def _text(file: SourceFile, name: bytes) -> str:
 
 
 def _without_overlap(file: SourceFile, members: dict[str, _Member], end: int) -> dict[str, _Member]:
-    """Set the ends of members. Members that overlapped would let a small file expand to a large one."""
+    """Set the ends of members; ContainerError if members overlap, so that a small file could expand to a large one."""
     ends = {}
-    for name, member in sorted(members.items(), key=lambda item: item[1].header, reverse=True):
-        if member.header + _LOCAL.size + len(member.raw_name) + member.length > end:
+    for name, member in sorted(members.items(), key=lambda item: item[1].header_offset, reverse=True):
+        if member.header_offset + _LOCAL_HEADER.size + len(member.raw_name) + member.compressed_size > end:
             raise _damaged(file, f"{name!r} overlaps the next member")
-        ends[name], end = end, member.header
+        ends[name], end = end, member.header_offset
     return {name: member._replace(end=ends[name]) for name, member in members.items()}
 
 
 def _data_offset(file: SourceFile, name: str, member: _Member) -> int:
-    """Offset of the member's data, which follows its local header. Checks that header against the directory."""
-    header = file.read(member.header, _LOCAL.size + len(member.raw_name))
-    signature, _, flags, method, _, _, *sums, name_length, extra_length = _LOCAL.unpack_from(header)
-    same = name_length == len(member.raw_name) and header[_LOCAL.size :] == member.raw_name
-    for local, central in zip(sums, (member.crc32, member.length, member.size), strict=True):
-        # 0xFFFFFFFF where the value is in a zip64 field.
-        same &= local in (central, 0xFFFFFFFF) or bool(flags & _SIZES_FOLLOW and not local)
-    if signature != b"PK\x03\x04" or not same or method != member.method or flags & _ENCRYPTED:
+    """Return the offset of a member's data; ContainerError if its local header contradicts the directory."""
+    header = file.read(member.header_offset, _LOCAL_HEADER.size + len(member.raw_name))
+    signature, _, flags, method, _, _, *sums, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+    is_same = name_length == len(member.raw_name) and header[_LOCAL_HEADER.size :] == member.raw_name
+    for local, central in zip(sums, (member.crc32, member.compressed_size, member.size), strict=True):
+        # 0xFFFFFFFF means that the value is in a zip64 field.
+        is_same &= local in (central, 0xFFFFFFFF) or bool(flags & _SIZES_FOLLOW_FLAG and not local)
+    if signature != b"PK\x03\x04" or not is_same or method != member.method or flags & _ENCRYPTED_FLAGS:
         raise _damaged(file, f"{name!r}: the directory and the member's own header disagree")
-    offset: int = member.header + len(header) + extra_length
-    if offset + member.length > member.end:
+    offset: int = member.header_offset + len(header) + extra_length
+    if offset + member.compressed_size > member.end:
         raise _damaged(file, f"{name!r} overlaps the next member")
     return offset

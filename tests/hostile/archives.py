@@ -437,7 +437,7 @@ OTHER: dict[str, tuple[Callable[[], bytes], str]] = {
     "npz": (_npz, "an .npz archive of numpy arrays"),
     "numpy": (_npy, "a numpy array"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
-    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "unknown format: it begins with 89 50 4e 47"),
+    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "an image"),
     "an error page": (lambda: b"\xef\xbb\xbf\r\n<!DOCTYPE html><title>404</title>", "a web page"),
     "a storage service's error": (lambda: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML"),
     "a hub's error": (lambda: b'{"error":"Repository not found"}', "JSON text"),
