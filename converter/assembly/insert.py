@@ -123,8 +123,8 @@ def insertion_output(insertion: Insertion) -> Output:
     required_nbytes = sum(512 * getattr(stat, "st_blocks", stat.st_size // 512 + 1) for stat in stats)
     required_nbytes += sum(map(nbytes, insertion.replaced.values()))
     folder = insertion.host.folder
-    is_folder = folder is not None
-    return Output(insertion.tensors, required_nbytes, partial(_write, insertion), is_folder, source_folder=folder)
+    write = partial(_write, insertion)
+    return Output(insertion.tensors, required_nbytes, write, folder is not None, source_folder=folder)
 
 
 def _write(insertion: Insertion, target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:

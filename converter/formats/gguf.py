@@ -53,8 +53,6 @@ _DTYPES = {number: BY_NAME[name] for number, name in _PLAIN.items()}
 _DTYPES |= {number: quantised(*described) for number, described in _QUANTISED.items()}
 _TYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
-# ---- reading
-
 
 def can_read(file: SourceFile) -> bool:
     return file.size >= len(_MAGIC) and file.read(0, len(_MAGIC)) == _MAGIC
@@ -228,8 +226,6 @@ def _read_tensor(header: _Header) -> tuple[str, DType, tuple[int, ...], int]:
 def _aligned(pos: int, alignment: int) -> int:
     return pos + -pos % alignment
 
-
-# ---- writing
 
 # A value of a key: a string, a bool, an unsigned 32-bit integer, a 32-bit float, a list of floats, or the stored bytes
 # of a value with its type.

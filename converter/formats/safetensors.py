@@ -24,8 +24,6 @@ from converter.tensors.tensor_info import MAX_DIMENSIONS, Contents, TensorInfo, 
 CONTAINER = "safetensors"
 MAX_HEADER = strict_json.MAX_BYTES  # the format allows three times as much, which would need gigabytes of memory
 
-# ---- reading
-
 
 def can_read(file: SourceFile) -> bool:
     if file.size < 9:
@@ -98,9 +96,6 @@ def _check_coverage(file: SourceFile, data_start: int, tensors: dict[str, Tensor
     if pos != file.size:
         problem = "truncated" if pos > file.size else "extra bytes at the end"
         raise _damaged(file, f"{problem}: expected {pos} bytes, found {file.size}")
-
-
-# ---- writing
 
 
 def write_safetensors(

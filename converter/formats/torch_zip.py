@@ -38,9 +38,6 @@ _LOCAL_HEADER_SIZE = 30  # of a zip member, before its name
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-# ---- reading
-
-
 def can_read(file: SourceFile) -> bool:
     if not is_zip(file):
         return False
@@ -113,9 +110,6 @@ class Archive:
         if storage.size != ref.nbytes:
             raise damaged(f"{self.file.name}: {name}: {storage.size} bytes, but data.pkl says {ref.nbytes}")
         return storage._replace(big_endian=True) if self._big_endian else storage
-
-
-# ---- writing
 
 
 def write_pth(fd: int, outputs: Outputs, on_bytes: OnBytes, on_data: OnData | None = None) -> None:

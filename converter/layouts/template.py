@@ -118,17 +118,13 @@ class Template:
         num_combinations = math.prod(map(len, words))
         if num_combinations > _MAX_COMBINATIONS:
             raise ValueError(f"{text!r} has more than {_MAX_COMBINATIONS} combinations of words in one segment")
-        if len({self._joined(chosen) for chosen in itertools.product(*words)}) < num_combinations:
+        if len({_interleaved(self.literals, chosen) for chosen in itertools.product(*words)}) < num_combinations:
             raise ValueError(f"{text!r} can match one name in two ways")
-
-    def _joined(self, values: Iterable[str]) -> str:
-        """Return the literals with values between them."""
-        return _interleaved(self.literals, values)
 
     @cached_property
     def text(self) -> str:
         """The template as text."""
-        return self._joined(field.text for field in self.fields)
+        return _interleaved(self.literals, (field.text for field in self.fields))
 
     @property
     def size(self) -> int:
@@ -168,12 +164,13 @@ class Template:
 
     def fill(self, bindings: Mapping[str, str]) -> str:
         """Return the name with these values; ValueError if an index would be negative."""
-        return self._joined(field.fill(bindings[field.name]) for field in self.fields)
+        return _interleaved(self.literals, (field.fill(bindings[field.name]) for field in self.fields))
 
     def names(self, layers: int) -> Iterator[str]:
         """Yield all names that the template can match in a model of so many layers."""
         for values in itertools.product(*(field.choices(layers) for field in self.fields)):
-            yield self._joined(field.fill(value) for field, value in zip(self.fields, values, strict=True))
+            filled = (field.fill(value) for field, value in zip(self.fields, values, strict=True))
+            yield _interleaved(self.literals, filled)
 
     def bind(self, name: str, value: str) -> Template:
         """Return the template with one variable replaced by its value."""

@@ -137,10 +137,7 @@ class Deinterleave:
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Splits dimension 0 into equal parts and reorders them: part i of the result is part `order[i]`.
-
-    The result can be copied, not computed.
-    """
+    """Splits dimension 0 into equal parts and reorders them: part i of the result is part `order[i]` of the input."""
 
     order: tuple[int, ...]
 
