@@ -1,4 +1,4 @@
-"""Values as JSON: dataclasses and named tuples become objects."""
+"""Converts values to JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def as_json(value: Any) -> Any:
-    """Converts to what `json` writes: dataclasses and named tuples to objects, NaN and infinity to null."""
+    """Convert a value for `json.dumps`: dataclasses and named tuples become objects, NaN and infinity become null."""
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     elif isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -22,7 +22,7 @@ def as_json(value: Any) -> Any:
 
 
 def canonical_json(document: dict[str, Any]) -> bytes:
-    """Canonical JSON: sorted keys, no spaces, UTF-8, one newline at the end."""
+    """Return a document as canonical JSON: with sorted keys, without spaces, in UTF-8, with a newline at the end."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     # Names may hold lone surrogates, which UTF-8 cannot encode.
     return text.encode(errors="backslashreplace") + b"\n"

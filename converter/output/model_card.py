@@ -1,4 +1,4 @@
-"""The model card of a conversion: Markdown with the YAML front matter that the hubs read."""
+"""Renders the model card of a conversion: Markdown with YAML front matter for Hugging Face and ModelScope."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from converter.output.json_document import canonical_json
 from converter.output.names import fold_key_map, fold_names, group_by_reason, overflow_warning
 from converter.output.record import ConversionRecord, RecordedSource
 
-# The library that loads a layout, by the end of the layout's name.
+# The library that loads a layout, by the suffix of the layout's name.
 _LIBRARIES = {"-hf": "transformers", "-timm": "timm", "-open_clip": "open_clip"}
 
 
@@ -28,12 +28,12 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
 
     Args:
         record: The conversion.
-        document: Its JSON document.
-        record_files: The names of the files that contain the document.
+        document: The conversion record as a JSON document.
+        record_files: The names of the JSON files of the record.
     """
     environment = Environment(
         loader=PackageLoader("converter", "output"),
-        # Markdown: names are escaped by the filters `text` and `code`.
+        # The template is Markdown, so the filters `text` and `code` escape names.
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -44,6 +44,7 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
     name = PurePath(record.output).name
     addresses = [parse_address(source.name, NO_HUB_OPTIONS) for source in record.sources if is_address(source.name)]
     repositories = list(dict.fromkeys(address.repository for address in addresses))
+    suffixes = [suffix for suffix in _LIBRARIES if record.target.endswith(suffix)]
     encoder = f"{record.family.upper()} in the layout `{record.target}`"
     return environment.get_template("model_card.md").render(
         name=name,
@@ -51,17 +52,17 @@ def model_card(record: ConversionRecord, document: dict[str, Any], record_files:
         document=document,
         digest=hashlib.sha256(canonical_json(document)).hexdigest(),
         base_model=repositories if len(repositories) > 1 else "".join(repositories),
-        library=next((library for end, library in _LIBRARIES.items() if record.target.endswith(end)), "pytorch"),
+        library=_LIBRARIES[suffixes[0]] if suffixes else "pytorch",
         tags=dict.fromkeys(("deepseek-ocr", record.family, record.target, "dsocr-convert")),
         content="A DeepEncoder" if record.family == "deepencoder" else encoder,
-        tensors=list(_tensors(record, document["tensors"])),
+        tensors=list(_tensor_rows(record, document["tensors"])),
         overflows=overflow_warning(record.overflows),
-        merged=_merged(record),
-        commands=list(_commands(record, name, record_files)),
+        merged=_count_merged(record),
+        commands=list(_verify_commands(record, name, record_files)),
     )
 
 
-def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _tensor_rows(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in fold_key_map(record.converted):
         shapes = {str(tensors[name]["shape"]) for name in row.members}
         yield {
@@ -73,8 +74,8 @@ def _tensors(record: ConversionRecord, tensors: dict[str, Any]) -> Iterator[dict
         }
 
 
-def _merged(record: ConversionRecord) -> list[str]:
-    """The number of merged modules of each kind: of a rank and alpha, or trained as a whole."""
+def _count_merged(record: ConversionRecord) -> list[str]:
+    """Return lines with the number of merged modules for each rank and alpha, and of modules trained as a whole."""
     kinds = Counter(
         "trained whole" if module.rank is None else f"rank {module.rank}, alpha {module.alpha:g}"
         for module in record.merged.values()
@@ -82,16 +83,16 @@ def _merged(record: ConversionRecord) -> list[str]:
     return [f"{number} modules of {kind}" for kind, number in kinds.items()]
 
 
-def _commands(record: ConversionRecord, name: str, record_files: Sequence[str]) -> Iterator[str]:
+def _verify_commands(record: ConversionRecord, name: str, record_files: Sequence[str]) -> Iterator[str]:
     for file in record_files:
         yield shlex.join(["dsocr-verify", name, "--record", file])
     if record.target == f"deepencoder-{record.family}":
-        adapter = ["--source", f"lora={_pinned(record.sources[-1])[0]}"] if record.merged else []
-        yield shlex.join(["dsocr-verify", name, "--source", *_pinned(record.sources[0]), *adapter])
+        adapter = ["--source", f"lora={_source_arguments(record.sources[-1])[0]}"] if record.merged else []
+        yield shlex.join(["dsocr-verify", name, "--source", *_source_arguments(record.sources[0]), *adapter])
 
 
-def _pinned(source: RecordedSource) -> list[str]:
-    """Command-line arguments that name the same files of a source again."""
+def _source_arguments(source: RecordedSource) -> list[str]:
+    """Return command-line arguments for a source, with the commit if it is on a hub."""
     if not is_address(source.name):
         return [PurePath(source.name).name]
     address = parse_address(source.name, NO_HUB_OPTIONS)
@@ -99,10 +100,10 @@ def _pinned(source: RecordedSource) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """A name as inline code; names come from untrusted files."""
+    """Format a name as inline code. Names may come from untrusted files."""
     return f"`{_text(text).replace('`', chr(0x2BB))}`" if text else ""
 
 
 def _text(text: str) -> str:
-    """Text for a table cell: control characters and cell borders escaped."""
+    """Escape control characters and cell borders in the text of a table cell."""
     return printable(text).replace("|", "\\|")

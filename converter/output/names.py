@@ -1,4 +1,4 @@
-"""Formats lists of tensor names: shortened, with repeated layers folded, or grouped by reason."""
+"""Shortens lists of tensor names: folds the names of repeated layers, and groups names by reason."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from typing import NamedTuple, TypeVar
 from converter.errors import first_names
 
 _Key = TypeVar("_Key")
-# A part of a dotted name that is a number.
+# A segment of a dotted name that is a number.
 _INDEX = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 
 
 def overflow_warning(overflows: Mapping[str, int]) -> str:
-    """Describe finite values that a cast made infinite or NaN, by the number in each tensor."""
-    total, names = sum(overflows.values()), [f"{name} ({number})" for name, number in overflows.items()]
-    what = f"warning: the cast made {total} finite values infinite or NaN: {first_names(names)}"
-    return f"{what}; bfloat16 and float32 have a larger range"
+    """Return a warning about finite values that a cast made infinite or NaN, given their number in each tensor."""
+    total, names = sum(overflows.values()), [f"{name} ({count})" for name, count in overflows.items()]
+    warning = f"warning: the cast made {total} finite values infinite or NaN: {first_names(names)}"
+    return f"{warning}; bfloat16 and float32 have a larger range"
 
 
 def fold(name: str) -> str:
-    """The name with `{}` for each layer index: `blocks.3.norm1.weight` becomes `blocks.{}.norm1.weight`."""
+    """Replace each layer index of a name by `{}`: `blocks.3.norm1.weight` becomes `blocks.{}.norm1.weight`."""
     return _INDEX.sub("{}", name)
 
 
 def layer_indices(names: Sequence[str]) -> list[str]:
-    """The layer indices of names that differ in nothing else, such as `0..23`; an entry for each index of a name."""
-    columns = zip(*(_INDEX.findall(name) for name in names), strict=True)
-    return [_format_indices(sorted(set(map(int, column)))) for column in columns]
+    """Return a range such as `0..23` for each layer index in names that differ only in layer indices."""
+    positions = zip(*(_INDEX.findall(name) for name in names), strict=True)
+    return [_format_indices(sorted({int(index) for index in indices})) for indices in positions]
 
 
-def _format_indices(numbers: list[int]) -> str:
-    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]}..{numbers[-1]}"
-    return " ".join(map(str, numbers))
+def _format_indices(indices: list[int]) -> str:
+    if len(indices) > 1 and indices[-1] - indices[0] == len(indices) - 1:
+        return f"{indices[0]}..{indices[-1]}"
+    return " ".join(map(str, indices))
 
 
 def same_layer_key(name: str) -> tuple[str, int]:
-    """A key that is equal for names that differ in layer indices alone, also if one has a literal `{}`."""
+    """Return a key that only names that differ only in layer indices share. A literal `{}` in a name is no index."""
     return fold(name), len(_INDEX.findall(name))
 
 
 def fold_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by one for all that differ in layer indices alone, such as `blocks.0..11`."""
+    """Group names that differ only in layer indices, by one name for all of them, such as `blocks.0..11`."""
     groups = grouped((same_layer_key(name), name) for name in names)
-    return {_with_indices(members): members for members in groups.values()}
+    return {_with_ranges(members): members for members in groups.values()}
 
 
-def _with_indices(names: list[str]) -> str:
-    indices = iter(layer_indices(names))
-    return _INDEX.sub(lambda _: next(indices), names[0])
+def _with_ranges(names: list[str]) -> str:
+    ranges = iter(layer_indices(names))
+    return _INDEX.sub(lambda _: next(ranges), names[0])
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """The names with repeated layers folded into one entry, such as `blocks.{}.norm1.weight (x 12)`."""
+    """Fold names that differ only in layer indices into one, such as `blocks.{}.norm1.weight (x 12)`."""
     return [
         f"{pattern} (x {len(members)})" if len(members) > 1 else members[0]
         for pattern, members in grouped((fold(name), name) for name in names).items()
@@ -70,7 +70,7 @@ class FoldedTensor(NamedTuple):
 
 
 def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:
-    """Output tensors and the source tensors they are made of, repeated layers folded."""
+    """Fold the output tensors of repeated layers, each with the source tensors that it is made of."""
     groups = grouped(((fold(name), *map(fold, sources)), name) for name, sources in key_map.items())
     return [
         FoldedTensor(pattern, sources, members)
@@ -81,12 +81,12 @@ def fold_key_map(key_map: Mapping[str, Sequence[str]]) -> list[FoldedTensor]:
 
 
 def group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Reason -> names, from name -> reason."""
+    """Return the names for each reason, given the reason for each name."""
     return grouped((reason, name) for name, reason in reasons.items())
 
 
 def grouped(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
-    """Names by their key."""
+    """Group names by key, given pairs of a key and a name."""
     groups: dict[_Key, list[str]] = {}
     for key, name in pairs:
         groups.setdefault(key, []).append(name)

@@ -1,4 +1,4 @@
-"""Folders that transformers loads with `from_pretrained`: the weights and their configuration files."""
+"""Writes folders that transformers loads with `from_pretrained`, with weights and config files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYOUTS = ("sam-hf", "clip-hf")
 
 
 def is_folder_output(out: Path, layout: str) -> bool:
-    """Return whether an output is a folder: its name has no suffix of weights, and its layout is not canonical."""
+    """Return whether an output is a folder: its name has no weight suffix, and its layout is not canonical."""
     return not has_weight_suffix(out.name) and not layout.startswith("deepencoder-")
 
 
@@ -39,7 +39,7 @@ def check_folder_output(out: Path, layout: str, format: str) -> None:
 
 @contextmanager
 def open_pretrained_folder(folder: Path, documents: Mapping[str, bytes]) -> Iterator[int]:
-    """Write `documents` to a new folder, and yield a file descriptor for the weights."""
+    """Write `documents` to a new folder, and yield a file descriptor to write the weights to."""
     for name, data in documents.items():
         with new_file(folder / name) as fd:
             write_all(fd, memoryview(data))

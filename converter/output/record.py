@@ -33,19 +33,19 @@ RECORD_FORMAT = 1
 
 
 class RecordedMapping(NamedTuple):
-    """A layout that a checkpoint was detected as."""
+    """The mapping by which an encoder of a checkpoint was converted."""
 
     family: str  # sam, clip or qwen2
     name: str
     sha256: str  # The digest of the mapping file
-    state_dict: str  # The path of the state dict in the file; empty for the top
+    state_dict: str  # The path of the state dict in the file; empty if it is the top-level object
     prefix: str  # The prefix of the encoder's names in the source; empty if the layout itself has that prefix
 
 
 class RecordedSource(NamedTuple):
     """A checkpoint that was read."""
 
-    name: str  # Its path or address
+    name: str  # The path or address of the checkpoint
     files: dict[str, int]  # File names and their sizes in bytes
     containers: list[str]  # The container formats of the files
     commit: str  # The commit on a hub; empty for a local checkpoint
@@ -55,8 +55,8 @@ class RecordedSource(NamedTuple):
 class MergedModule(NamedTuple):
     """A module of a LoRA adapter that was merged."""
 
-    tensor: str  # The source's tensor
-    rank: int | None = None  # None if the tensor was trained whole
+    tensor: str  # The name of the source tensor
+    rank: int | None = None  # None if the tensor was trained as a whole
     alpha: float | None = None
     scale: float | None = None  # The factor of B @ A
 
@@ -68,31 +68,31 @@ class ConversionRecord:
     tool: str  # This program and its version
     sources: list[RecordedSource]  # The checkpoints that were read, the main one first
     family: str  # sam, clip or qwen2; deepencoder for several
-    target: str  # The layout of the output; of a copy of another checkpoint those of its encoders, joined with ` + `
-    output: str  # Its path
+    target: str  # The layout of the output, or the layouts of its encoders, joined with ` + `
+    output: str  # The path of the output
     format: str  # safetensors, pth or gguf
-    dtype: str  # The requested type; keep for no cast
+    dtype: str  # The requested element type, or keep for no cast
     num_tensors: int
     nbytes: int  # Bytes of tensor data in the output
-    dtypes: dict[str, int]  # Element types and how many output tensors have each
-    converted: dict[str, list[str]]  # Output tensors and the source tensors they are made of, in order
-    generated: dict[str, str]  # Output tensors that no source has, and their content
+    dtypes: dict[str, int]  # The number of output tensors by element type
+    converted: dict[str, list[str]]  # Output tensors, each with the source tensors that it is made of, in order
+    generated: dict[str, str]  # Output tensors that no source has, each with its content
     missing: dict[str, str]  # Tensors of the target that the source lacks, and why they may be missing
     dropped: dict[str, str]  # Source tensors that were left out, and why
-    sizes: dict[str, int]
-    unusual: dict[str, tuple[int, int]]  # Sizes that differ from DeepSeek-OCR's, as (found, DeepSeek-OCR's)
-    assumptions: dict[str, Assumption]  # What no tensor shows, such as the activation
+    sizes: dict[str, int]  # Sizes of the encoders, such as width and depth
+    unusual: dict[str, tuple[int, int]]  # Sizes that differ from DeepSeek-OCR's, as (actual size, DeepSeek-OCR's size)
+    assumptions: dict[str, Assumption]  # Values that no tensor shows, such as the activation
     merged: dict[str, MergedModule] = field(default_factory=dict)  # Modules of a LoRA adapter, by their paths in it
     notes: list[str] = field(default_factory=list)  # Remarks for the user
     # Finite values that a cast made infinite or NaN, by output tensor
     overflows: dict[str, int] = field(default_factory=dict)
     fetched: dict[str, int] = field(default_factory=dict)  # Bytes that were fetched from a hub, by file
     written: bool = False  # False for a dry run
-    unchanged: bool = False  # Whether the source is the output already: nothing was written
+    unchanged: bool = False  # Whether nothing was written because the source is already the output
 
     @property
     def mapping(self) -> str:
-        """The names of the layouts that the sources were detected as, joined with ` + `."""
+        """The names of the sources' mappings, joined with ` + `."""
         return " + ".join(mapping.name for mapping in self._mappings)
 
     @property
@@ -101,18 +101,18 @@ class ConversionRecord:
 
     @property
     def layouts(self) -> list[LayoutSpec]:
-        """The layouts of the output: those of all encoders of a whole DeepEncoder, else one."""
+        """The layouts of the output: one for each encoder of a whole DeepEncoder, otherwise one."""
         names = self.target.split(" + ")
         if set(names) <= set(registry.layout_names()):
             return [registry.load(name) for name in names]
         name = "deepencoder-{}" if self.target == "deepencoder" else f"{{}}-{self.target}"
-        found = {mapping.family for mapping in self._mappings}
-        return [registry.load(name.format(family)) for family in registry.families() if family in found]
+        converted = {mapping.family for mapping in self._mappings}
+        return [registry.load(name.format(family)) for family in registry.families() if family in converted]
 
     def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of a safetensors file; it depends on neither time nor machine."""
+        """Return the `__metadata__` of a safetensors file, which depends on neither time nor machine."""
         metadata = {
-            # transformers refuses files that do not name their framework, and mlx-vlm reads from it who saved them.
+            # transformers refuses files that name no framework. mlx-vlm leaves tensors of files marked mlx as they are.
             "format": "mlx" if self.target.endswith("mlx") else "pt",
             "tool": self.tool,
             "layout": self.target,
@@ -125,12 +125,12 @@ class ConversionRecord:
         return metadata
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
+        """Return the document that `--json` prints."""
         return cast("dict[str, Any]", as_json(self))
 
 
 class Destination(NamedTuple):
-    """Where an output is written, and how."""
+    """The path, format and element type of an output."""
 
     path: Path | None = None  # None for a plan that is not written
     format: str = "safetensors"  # safetensors, pth or gguf
@@ -178,18 +178,18 @@ def make_record(
         sources: The checkpoints that are read, the main one first.
         plans: The plan of each family that is converted.
         outputs: All tensors of the output.
-        destination: Where they are written.
+        destination: The path, format and element type of the output.
         target: The layout of the output.
         generated: Output tensors that no source has, and their content.
         missing: Tensors of the target that no source has, and why they may be missing.
         dropped: Source tensors that are left out, and why.
-        converted: Those of `outputs` that are converted, if not all are.
-        notes: Remarks for the user, before those of the sources.
-        has_config: Whether a config in the output states what its encoders compute.
+        converted: The tensors of `outputs` that are converted; all of them by default.
+        notes: Remarks for the user, which precede the remarks on the sources.
+        has_config: Whether a config in the output states the activation and other assumptions.
     """
     has_config = has_config or (destination.path is not None and is_folder_output(destination.path, target))
-    remarks = [note for each in plans.values() for note in each.plan.remarks]
-    warnings = [note for each in plans.values() for note in function_warning(each.plan, target)]
+    family_plans = [resolved.plan for resolved in plans.values()]
+    warnings = [] if has_config else [warning for plan in family_plans for warning in function_warning(plan, target)]
     converted = outputs if converted is None else converted
     return ConversionRecord(
         tool=f"dsocr-convert {__version__}",
@@ -209,12 +209,10 @@ def make_record(
         sizes=_by_family(plans, lambda plan: plan.sizes),
         unusual=_by_family(plans, lambda plan: plan.unusual),
         assumptions=_by_family(plans, lambda plan: used_assumptions(plan.assumptions, plan.canonical_tensors)),
-        merged={
-            change.module: _merged_module(change) for each in plans.values() for change in each.plan.merged.values()
-        },
+        merged={change.module: _merged_module(change) for plan in family_plans for change in plan.merged.values()},
         notes=[
-            *remarks,
-            *(() if has_config else warnings),
+            *(remark for plan in family_plans for remark in plan.remarks),
+            *warnings,
             *notes,
             *(note for source in sources for note in source.notes),
         ],
@@ -228,7 +226,7 @@ def _merged_module(change: TensorChange) -> MergedModule:
 
 
 def function_warning(plan: Plan, target: str) -> list[str]:
-    """A warning if a layout's encoder computes another function than the source."""
+    """Return a warning if the encoder in the output computes another function than the source, else no warning."""
     theirs, ours = describe_differences(plan.assumptions)
     if not theirs:
         return []
@@ -251,7 +249,7 @@ def _recorded_source(source: Checkpoint, plans: Mapping[str, ResolvedPlan]) -> R
 
 
 def _by_family(plans: Mapping[str, ResolvedPlan], values: Callable[[Plan], Mapping[str, _T]]) -> dict[str, _T]:
-    """Values of all plans by name; with the family in front of the name if there are two, such as `sam width`."""
+    """Return values of all plans by name. With several plans, names start with the family, such as `sam width`."""
     return {
         f"{family} {name}" if len(plans) > 1 else name: value
         for family, resolved in plans.items()
@@ -260,6 +258,6 @@ def _by_family(plans: Mapping[str, ResolvedPlan], values: Callable[[Plan], Mappi
 
 
 def count_dtypes(dtypes: Iterable[DType]) -> dict[str, int]:
-    """Count equal types, in the order of the table of types."""
+    """Count the tensors of each type, in the order of `BY_NAME`."""
     counts = Counter(dtype.name for dtype in dtypes)
     return {name: counts[name] for name in (*BY_NAME, *counts) if name in counts}

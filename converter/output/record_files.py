@@ -1,4 +1,4 @@
-"""Files of a conversion's record: a JSON document with digests of the sources and of every tensor, and a model card."""
+"""Makes the files of a conversion record: a JSON document with SHA-256 digests, and a model card."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from converter.storage.progress import OnProgress, progress_counter
 from converter.tensors.lazy_tensor import LazyTensor, byte_ranges, nbytes, source_tensors
 from converter.tensors.serialize import Outputs
 
-# Fields of the record that the document has as they are.
-_COPIED = (
+# Fields of ConversionRecord that are copied to the document.
+_COPIED_FIELDS = (
     *("family", "format", "dtype", "nbytes"),
     *("dropped", "missing", "overflows", "sizes", "unusual", "assumptions"),
 )
 
 
 class TensorDigests:
-    """SHA-256 of every output tensor, computed while the tensors are written.
+    """Computes the SHA-256 of every output tensor while the tensors are written.
 
-    Call it with each chunk of tensor data, in the order of `outputs`.
+    Call the object with each chunk of tensor data, in the order of `outputs`.
     """
 
     def __init__(self, outputs: Mapping[str, LazyTensor]) -> None:
         self._hashes = {name: hashlib.sha256() for name in outputs}
-        # The tensors that are not complete, each with the number of bytes that follow.
+        # The hashes of incomplete tensors, each with the number of bytes to come.
         self._pending = deque((self._hashes[name], nbytes(value)) for name, value in outputs.items() if nbytes(value))
 
     def __call__(self, data: memoryview) -> None:
         while data:
-            digest, expected = self._pending.popleft()
-            digest.update(data[:expected])
-            if expected > len(data):
-                self._pending.appendleft((digest, expected - len(data)))
-            data = data[expected:]
+            hasher, num_bytes = self._pending.popleft()
+            hasher.update(data[:num_bytes])
+            if num_bytes > len(data):
+                self._pending.appendleft((hasher, num_bytes - len(data)))
+            data = data[num_bytes:]
 
     def hex(self, name: str) -> str:
-        """The digest of a tensor, in hexadecimal."""
+        """Return the digest of a tensor in hexadecimal."""
         return self._hashes[name].hexdigest()
 
 
 class RecordFiles:
-    """The files of a conversion's record: .json for the record, .md for a model card; UsageError for other names."""
+    """The files of a conversion record: .json for the record, .md for a model card; UsageError for other names."""
 
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -62,10 +62,10 @@ class RecordFiles:
                 raise UsageError(f"--record {path}: expected a name that ends in .json, or .md for a model card")
 
     def check_names(self, output: Path, opened: Sequence[Checkpoint], mapping: str | Path | None = None) -> None:
-        """Raise OutputError if a file would replace another one of the conversion.
+        """Raise OutputError if a file would replace another file of the conversion.
 
         Args:
-            output: The output, which the record must not be in.
+            output: The output. If it is a folder, the record must be outside it.
             opened: The sources.
             mapping: The mapping file.
         """
@@ -89,7 +89,7 @@ class RecordFiles:
         metadata: dict[str, str] | None,
         on_progress: OnProgress,
     ) -> Iterator[tuple[Path, bytes]]:
-        """Yield each file with its content. Local sources are read once more, for their digests.
+        """Yield the path and content of each file. Local sources are read once more to compute their digests.
 
         Args:
             record: The conversion.
@@ -119,7 +119,7 @@ def _document(
     metadata: dict[str, str] | None,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Make the JSON document of a record; the arguments are those of `RecordFiles.contents`."""
+    """Return the JSON document of a record. The arguments are the same as in `RecordFiles.contents`."""
     sources = _sources(record, opened, on_progress)
     index_of = {file: index for index, source in enumerate(opened) for file in source.files}
     tensors = {
@@ -127,8 +127,8 @@ def _document(
             "dtype": value.dtype.name,
             "shape": list(value.shape),
             "sha256": digests.hex(name),
-            # Each source tensor with an index into `sources`.
-            "from": [{"key": each.key, "source": index_of[each.storage.file]} for each in source_tensors(value)],
+            # `source` is an index into `sources`.
+            "from": [{"key": leaf.key, "source": index_of[leaf.storage.file]} for leaf in source_tensors(value)],
             **({"generated": record.generated[name]} if name in record.generated else {}),
         }
         for name, value in outputs.items()
@@ -141,12 +141,12 @@ def _document(
         "metadata": metadata,
         "tensors": tensors,
         **({"merged": as_json(record.merged)} if record.merged else {}),
-        **{name: as_json(getattr(record, name)) for name in _COPIED},
+        **{name: as_json(getattr(record, name)) for name in _COPIED_FIELDS},
     }
 
 
 def _tools(outputs: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """The versions of the programs that made the output's bytes: torch's only if it computed some of them."""
+    """Return the versions of the programs that computed the output; of torch only if it computed a tensor."""
     tools = {"dsocr-convert": __version__}
     if any(byte_ranges(value) is None for value in outputs.values()):
         import torch

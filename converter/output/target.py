@@ -1,4 +1,4 @@
-"""Checks before anything is read that an output can be written and does not replace an input."""
+"""Checks that an output can be written and replaces no input, before weights are read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from converter.storage.local_file import exists
 
 
 def check_target(path: Path, force: bool, needed_bytes: int, option: str = "output", is_folder: bool = False) -> None:
-    """Raise OutputError if a file or a folder cannot be written.
+    """Raise OutputError if an output cannot be written.
 
     Args:
-        path: The file or folder.
-        force: Whether an existing one is replaced. A folder with subfolders, or the current folder, never is.
-        needed_bytes: The disk space that it takes.
-        option: The option that names it.
-        is_folder: Whether it is a folder.
+        path: The output.
+        force: Whether an existing output is replaced. Folders with subfolders and the current folder never are.
+        needed_bytes: The size of the output in bytes.
+        option: The option that names the output, for messages.
+        is_folder: Whether the output is a folder.
     """
     with output_errors(path):
         if path.is_dir() and not is_folder:
@@ -31,10 +31,10 @@ def check_target(path: Path, force: bool, needed_bytes: int, option: str = "outp
             raise OutputError(f"{path}: is a device or a pipe, which --force does not replace", "give a file's path")
         _check_writable(path, force, needed_bytes, f"choose another path with --{option}")
         if is_folder and os.path.lexists(path):
-            _check_replaced(path)
+            _check_replaceable_folder(path)
 
 
-def _check_replaced(path: Path) -> None:
+def _check_replaceable_folder(path: Path) -> None:
     if not path.is_dir():
         raise OutputError(f"{path}: is a file", "give a folder's path to --output, or a name that ends in .safetensors")
     if Path.cwd().is_relative_to(path.resolve()):
@@ -66,14 +66,15 @@ def check_not_source(
 
     Args:
         target: The output.
-        opened: The sources; a folder that holds one is not replaced either.
+        opened: The sources. A folder that holds a source is not replaced either.
         other: Another input, such as a mapping file.
-        option: The option that names the output, for the message.
+        option: The option that names the output, for messages.
     """
     hint = f"choose another path with --{option}"
     with output_errors(target):
-        for file in (file for source in opened for file in source.files if file.identity and target.is_dir()):
-            # Both the folder of a symbolic link and that of its target.
+        files = [file for source in opened for file in source.files if file.identity and target.is_dir()]
+        for file in files:
+            # A source may be a symbolic link: check the folders of the link and of the file.
             if any(path.parent.samefile(target) for path in (Path(file.path), Path(file.path).resolve())):
                 raise OutputError(f"{target}: holds the source, {file.name}", hint)
     if is_source(target, opened, other):
@@ -85,7 +86,7 @@ def is_source(path: Path, opened: Sequence[Checkpoint], other: str | Path | None
 
     Args:
         path: The file to write.
-        opened: The sources; their files and shard indices are inputs.
+        opened: The sources, whose files and shard indices are inputs.
         other: Another input, such as a mapping file.
     """
     names = [name for name in (*(source.name for source in opened), other) if name is not None and exists(name)]

@@ -1,4 +1,4 @@
-"""Writes the output of all commands with its record: both are complete or absent, and never replace an input."""
+"""Writes the outputs of all commands with their records. Both are complete or absent, and never replace an input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from converter.tensors.serialize import Outputs
 if TYPE_CHECKING:
     from converter.formats.gguf import Value
 
-# The formats that are written, and the names of their containers where they are read.
+# The formats that can be written, and the names of their containers when they are read.
 _CONTAINERS = {"safetensors": "safetensors", "pth": "torch zip", "gguf": "GGUF"}
 FORMATS = tuple(_CONTAINERS)
 
@@ -36,14 +36,14 @@ class Output(NamedTuple):
     """A file or a folder to write."""
 
     tensors: Outputs  # The tensors by name, in the order in which they are written
-    nbytes: int  # The disk space in bytes that the output takes
-    # Writes the output. Called with the descriptor of a new file, or the path of a new folder, and two callbacks: one
-    # for the number of bytes copied, one (or None) for the tensors' data.
-    fill: Callable[[int | Path, OnBytes, OnData | None], None]
+    nbytes: int  # The size of the output in bytes
+    # Writes the output to a file descriptor or the path of a new folder. The callbacks are called with the number of
+    # bytes copied, and with the tensors' data.
+    write_to: Callable[[int | Path, OnBytes, OnData | None], None]
     is_folder: bool = False  # Whether the output is a folder
     metadata: dict[str, str] | None = None  # The metadata in the output's header; None if the format has none
     mapping: str | Path | None = None  # The mapping file, which the output must not replace
-    source_folder: Path | None = None  # A folder that the output must not be in
+    source_folder: Path | None = None  # A folder that must not contain the output
 
 
 def format_for(out: str | Path | None, format: str | None) -> str:
@@ -100,12 +100,12 @@ def make_output(
         keys: Keys and values for the header of a GGUF file.
     """
 
-    def fill(target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
+    def write_to(target: int | Path, on_bytes: OnBytes, on_data: OnData | None) -> None:
         with nullcontext(target) if isinstance(target, int) else open_pretrained_folder(target, documents or {}) as fd:
             if record.format == "pth":
                 write_pth(fd, tensors, on_bytes, on_data)
             elif record.format == "gguf":
-                # Few outputs need it.
+                # Imported here, as few outputs need it.
                 from converter.formats.gguf import write_gguf
 
                 write_gguf(fd, tensors, keys or {}, on_bytes, on_data)
@@ -113,7 +113,7 @@ def make_output(
                 write_safetensors(fd, tensors, metadata, on_bytes, on_data)
 
     header = metadata if record.format == "safetensors" else None
-    return Output(tensors, record.nbytes, fill, documents is not None, header, mapping)
+    return Output(tensors, record.nbytes, write_to, documents is not None, header, mapping)
 
 
 def write(
@@ -124,7 +124,7 @@ def write(
     force: bool,
     on_progress: OnProgress,
 ) -> ConversionRecord:
-    """Write an output to `record.output`, and then the files of its record.
+    """Write an output to `record.output`, then the files of its record.
 
     Args:
         output: The output.
@@ -142,12 +142,12 @@ def write(
         ContainerError: A source is damaged, or was modified meanwhile.
     """
     target = Path(record.output)
-    _check(output, target, opened, files, force)
+    _check_paths(output, target, opened, files, force)
     with AtomicOutput(force) as atomic:
         temporary = atomic.folder(target) if output.is_folder else atomic.file(target)
         fds = {path: atomic.file(path) for path in files.paths}
         digests = TensorDigests(output.tensors) if fds else None
-        output.fill(temporary, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
+        output.write_to(temporary, _start_reading(opened, output.tensors.values(), record.nbytes, on_progress), digests)
         record = replace(record, overflows=count_overflows(output.tensors))
         if digests is not None:
             for path, data in files.contents(record, output.tensors, opened, digests, output.metadata, on_progress):
@@ -158,7 +158,7 @@ def write(
     return replace(record, written=True, fetched=fetched)
 
 
-def _check(output: Output, target: Path, opened: Sequence[Checkpoint], files: RecordFiles, force: bool) -> None:
+def _check_paths(output: Output, target: Path, opened: Sequence[Checkpoint], files: RecordFiles, force: bool) -> None:
     """Raise OutputError if the output or its record cannot be written; remove temporary files of killed runs."""
     check_not_source(target, opened, output.mapping)
     files.check_names(target, opened, output.mapping)
