@@ -67,37 +67,38 @@ def encoder(
         LayoutError: A checkpoint is of another kind; compressor or queries are missing, or of another size.
         TypeError: An option is unknown.
     """
-    chosen, hub = split_options(options, EncoderOptions)
-    _check_sources(source, chosen)
-    layout, destination = _destination(chosen, out, format)
+    encoder_options, hub_options = split_options(options, EncoderOptions)
+    _check_sources(source, encoder_options)
+    layout, destination = _destination(encoder_options, out, format)
     files = RecordFiles(record)
     with ExitStack() as stack:
 
-        def open_(name: str | Path) -> Checkpoint:
-            return stack.enter_context(closing(open_checkpoint(name, hub)))
+        def open_plain(name: str | Path) -> Checkpoint:
+            return stack.enter_context(closing(open_checkpoint(name, hub_options)))
 
-        adapters = [open_(path) for path in lora_files(chosen.lora, chosen.adapter_name)]
+        adapters = [open_plain(path) for path in lora_files(encoder_options.lora, encoder_options.adapter_name)]
 
         def open_source(name: str | Path) -> Checkpoint:
-            return with_adapter(open_(name), adapters[0], chosen.adapter_name) if adapters else open_(name)
+            opened = open_plain(name)
+            return with_adapter(opened, adapters[0], encoder_options.adapter_name) if adapters else opened
 
-        host = open_host(Path(chosen.into), open_) if chosen.into is not None else None
+        host = open_host(Path(encoder_options.into), open_plain) if encoder_options.into is not None else None
         if source is None:
-            parts = _build(chosen, open_source, host)
+            parts = _build(encoder_options, open_source, host)
         elif host is None:
-            parts = extract_encoder(open_source(source), chosen.with_projector, chosen.prefix)
+            parts = extract_encoder(open_source(source), encoder_options.with_projector, encoder_options.prefix)
         else:
-            parts = extract_shared(open_source(source), host, chosen.with_projector, chosen.prefix)
+            parts = extract_shared(open_source(source), host, encoder_options.with_projector, encoder_options.prefix)
         if adapter := parts.sources[0].adapter:
             record_merge(adapter, list(parts.plans.values()), parts.tensors.values())
         parts = replace(parts, sources=[*parts.sources, *adapters])
-        check_hub_options(hub, parts.sources)
+        check_hub_options(hub_options, parts.sources)
         if host is not None:
             sources = [*parts.sources, host.checkpoint]
             planned, output = _insert(parts, host, sources, destination)
         else:
             sources = parts.sources
-            planned, output = _new_output(parts, layout, chosen.add_prefix, destination)
+            planned, output = _new_output(parts, layout, encoder_options.add_prefix, destination)
         return planned if dry_run else write(output, planned, sources, files, force, on_progress)
 
 

@@ -60,7 +60,7 @@ class Host(NamedTuple):
         try:
             return ResolvedPlan(encoders[0], plan_to_canonical(self.checkpoint, encoders[0], ConvertOptions(family)))
         except MappingError as error:
-            step = self.checkpoint.whole_step or "insert into a checkpoint whose encoder is whole and unchanged"
+            step = self.checkpoint.all_shards_step or "insert into a checkpoint whose encoder is whole and unchanged"
             raise MappingError(f"--into {error.message}", step) from error
 
     def resolve_all(self, families: Iterable[str]) -> dict[str, ResolvedPlan]:
@@ -155,7 +155,7 @@ class Placement:
     notes: list[str] = field(default_factory=list)  # Messages for the user
 
 
-def place(host: Host, parts: EncoderParts) -> Placement:
+def make_placement(host: Host, parts: EncoderParts) -> Placement:
     """Convert an encoder to the layouts of the host's encoders.
 
     Raises:

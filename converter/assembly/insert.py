@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converter.assembly.host import Host, Placement, is_same, place
+from converter.assembly.host import Host, Placement, is_same, make_placement
 from converter.assembly.parts import EncoderParts
 from converter.checkpoint.folder import has_weight_suffix, is_index
 from converter.checkpoint.open import Checkpoint
@@ -77,7 +77,7 @@ def plan_insertion(host: Host, parts: EncoderParts, dtype: str) -> Insertion:
             f"--dtype: {host.name} keeps its types, which llama.cpp needs",
             f"leave it out, and change the types of the result: encoder RESULT --with-projector --dtype {dtype}",
         )
-    placement = place(host, parts)
+    placement = make_placement(host, parts)
     replaced = dict(placement.new_tensors)
     for key, value in placement.new_tensors.items():
         if value.dtype.is_float:

@@ -59,9 +59,9 @@ def is_checkpoint(name: str) -> bool:
 
 def is_dcp(names: Iterable[str]) -> bool:
     """Return whether a folder has a checkpoint of torch.distributed.checkpoint, and no file of a standard name."""
-    found = set(names)
-    is_part = METADATA in found or any(name.endswith(SUFFIX) for name in found)
-    return is_part and not found.intersection(STANDARD_NAMES)
+    files = set(names)
+    has_dcp_files = METADATA in files or any(name.endswith(SUFFIX) for name in files)
+    return has_dcp_files and files.isdisjoint(STANDARD_NAMES)
 
 
 def _without_gguf(names: Iterable[str]) -> list[str]:
@@ -184,11 +184,11 @@ def _no_checkpoint_message(files: Sequence[str], folders: Sequence[str], where: 
         if known is not None:
             return f"{where}: contains no checkpoint; {printable(name)} is {known.kind}", known.step
     by_products = [name for name in files if has_weight_suffix(name)]
-    found = f"; {_listed(by_products)}: written by a trainer, without weights" if by_products else ""
+    remark = f"; {_listed(by_products)}: written by a trainer, without weights" if by_products else ""
     hint = f"looked for {', '.join((*STANDARD_NAMES[:4], *(f'*{suffix}' for suffix in WEIGHT_SUFFIXES)))}"
     if visible := [name for name in folders if not name.startswith(".")]:
         hint += f"\nif it is in one of its folders, give that: {_listed(visible)}"
-    return f"{where}: contains no checkpoint{found}", hint
+    return f"{where}: contains no checkpoint{remark}", hint
 
 
 def _listed(names: Sequence[str]) -> str:

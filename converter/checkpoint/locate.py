@@ -48,7 +48,7 @@ class Located:
     commit: str = ""  # The commit of the hub repository; empty for local files
     notes: tuple[str, ...] = ()  # Messages for the user about the files
     is_dcp: bool = False  # Whether the files are `.metadata` and the *.distcp files of a DCP folder
-    whole_step: str = ""  # The next step to read all shards, if the file is one of them; else empty
+    all_shards_step: str = ""  # The next step to read all shards, if the file is one of them; else empty
     in_other_shards: tuple[str, ...] = ()  # The names of the tensors that an index lists in the other shards
     # For the name of a config, returns a function that opens it; None if no such config describes the files
     find_config: Callable[[str], Callable[[], SourceFile] | None] = lambda name: None
@@ -237,7 +237,7 @@ def _open_path(files: Files, path: PurePath) -> Located:
         return _open_files(files, path, path.parent, shards, weight_map=weight_map)
     located = _open_files(files, path, path.parent, [path.name])
     if count_shards(path.name) > 1:
-        _add_whole_step(files, path, located)
+        _add_all_shards_step(files, path, located)
     return located
 
 
@@ -249,7 +249,7 @@ def _looks_like_index(files: Files, path: PurePath) -> bool:
         return b'"weight_map"' in file.read(0, min(file.size, 4096))
 
 
-def _add_whole_step(files: Files, path: PurePath, located: Located) -> None:
+def _add_all_shards_step(files: Files, path: PurePath, located: Located) -> None:
     """Add the next step to read all shards to a shard that is read alone."""
     indexes = [name for name in files.entries(path.parent)[0] if is_index(name)]
     step, weight_map = "give its folder", dict[str, str]()
@@ -259,7 +259,7 @@ def _add_whole_step(files: Files, path: PurePath, located: Located) -> None:
             _try_weight_map(files, path.with_name(indexes[0])),
         )
     located.in_other_shards = tuple(name for name, shard in weight_map.items() if shard != path.name)
-    located.whole_step = f"the file is one of several shards: {step}"
+    located.all_shards_step = f"the file is one of several shards: {step}"
     shards = f"one of {count_shards(path.name)} shards, read alone"
     located.notes = (f"{printable(path.name)}: {shards}; for the whole, {step}",)
 

@@ -82,10 +82,10 @@ class Resolver:
         # A container without tensors is only searched again at a smaller depth, where more of it is within MAX_DEPTH.
         if depth > MAX_DEPTH or self._without_tensors.get(id(value), MAX_DEPTH + 1) <= depth:
             return None
-        found = {key: self._item(key, item, depth) for key, item in self._items_of(value).items()}
-        if any(type(item) in (TensorInfo, dict) for item in found.values()):
-            self.count_entries(len(found), depth)
-            return found
+        contents = {key: self._item(key, item, depth) for key, item in self._items_of(value).items()}
+        if any(type(item) in (TensorInfo, dict) for item in contents.values()):
+            self.count_entries(len(contents), depth)
+            return contents
         self._without_tensors[id(value)] = depth
         return None
 

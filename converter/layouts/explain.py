@@ -49,7 +49,7 @@ def no_layout_error(
     """
     largest = max(candidates, key=lambda entry: len(entry.tensors))
     what = f"{source.name}: no {family.upper()} layout fits its {len(largest.tensors)} tensors"
-    if step := source.whole_step or by_product_step(source.name):
+    if step := source.all_shards_step or by_product_step(source.name):
         return LayoutError(what, step)
     tensors = unwrapped_names(largest.tensors, source.name)
     if language_models := match_layouts(tensors, layouts):
@@ -71,9 +71,10 @@ def no_layout_error(
     if mark:
         return mark.error(source.name)
     if is_absent:
-        other = others[0].layout.family
+        other_family = others[0].layout.family
         return OtherFamilyError(
-            f"{source.name}: is a {other.upper()} checkpoint, not {family.upper()}", f"run: dsocr-convert {other} ..."
+            f"{source.name}: is a {other_family.upper()} checkpoint, not {family.upper()}",
+            f"run: dsocr-convert {other_family} ...",
         )
     lines = [what]
     lines += [f"it holds {match.layout.family.upper()} ({match.full_prefix or 'no prefix'})" for match in others]

@@ -87,7 +87,7 @@ def _check_other_shards(opened: Checkpoint, detected: DetectedLayout, canonical:
     is_outside = outside_predicate(match.layout.mapping, match.prefix, canonical, match.outer_prefix)
     for name in opened.in_other_shards:
         if not is_outside(name):
-            raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.whole_step)
+            raise LayoutError(f"{opened.name}: the encoder's {name!r} is in another shard", opened.all_shards_step)
 
 
 def _misfit_error(
@@ -96,8 +96,8 @@ def _misfit_error(
     """Return the error for a checkpoint that does not fit the detected layout, with the next step for its tensors."""
     if options.mapping is not None:
         return MappingError(str(error), f"correct {options.mapping}, or omit --mapping if the layout is a known one")
-    if opened.whole_step:
-        return MappingError(str(error), opened.whole_step)
+    if opened.all_shards_step:
+        return MappingError(str(error), opened.all_shards_step)
     # Imported here, as only errors need it.
     from converter.layouts.explain import find_source_mark
 
