@@ -110,7 +110,7 @@ class Uploader:
         if not self._pinned or tensor.device.type != "cpu":
             return tensor.to(self._device)
         result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        source, target = _bytes(tensor.contiguous()), _bytes(result)
+        source, target = tensor.contiguous().view(-1).view(torch.uint8), result.view(-1).view(torch.uint8)
         for start in range(0, len(source), _BUFFER_BYTES):
             chunk = source[start : start + _BUFFER_BYTES]
             buffer, is_copied = next(self._buffers)
@@ -119,7 +119,3 @@ class Uploader:
             target[start : start + len(chunk)].copy_(buffer[: len(chunk)], non_blocking=True)
             is_copied.record()
         return result
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)

@@ -98,10 +98,9 @@ def _interpolate(encoder: Any, original: Any, **options: Any) -> None:
     """Resample position embeddings with other options of `torch.nn.functional.interpolate`."""
     embed = encoder.embed
 
-    def mistaken(patches: Tensor) -> Tensor:
+    def mistaken(patches: Tensor) -> Any:
         with _Interpolation(options):
-            features: Tensor = embed(patches)
-        return features
+            return embed(patches)
 
     encoder.embed = mistaken
 

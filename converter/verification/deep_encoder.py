@@ -182,7 +182,7 @@ class Assembled(nn.Module):
         x = F.conv2d(self.sam.neck(x), self.net_2, stride=2, padding=1)
         return F.conv2d(x, self.net_3, stride=2, padding=1)
 
-    def _clip(self, features: Tensor) -> Tensor:
+    def _clip(self, features: Tensor) -> Any:
         embeddings = self.clip.embeddings
         batch, width, h, w = features.shape
         table = embeddings.position_embedding.weight
@@ -191,8 +191,7 @@ class Assembled(nn.Module):
         positions = torch.cat((table[:1], patch_positions))
         class_token = embeddings.class_embedding.reshape(1, 1, width).expand(batch, 1, width)
         x = torch.cat((class_token, features.flatten(2).permute(0, 2, 1)), dim=1) + positions
-        output: Tensor = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(x)).last_hidden_state
-        return output
+        return self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(x)).last_hidden_state
 
 
 def _resample(positions: Tensor, h: int, w: int) -> Tensor:

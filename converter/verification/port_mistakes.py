@@ -76,10 +76,9 @@ def positions_as_llama_cpp(encoder: Any, original: Any) -> None:
     embeddings = encoder.embeddings
     forward = embeddings.forward
 
-    def mistaken(patches: Tensor) -> Tensor:
+    def mistaken(patches: Tensor) -> Any:
         if patches.shape[2] == embeddings.config.grid:
-            unchanged: Tensor = forward(patches)
-            return unchanged
+            return forward(patches)
         tokens, table = patches.flatten(2).transpose(1, 2), embeddings.position_embedding.weight
         positions = F.interpolate(table[None, None, :-1], (tokens.shape[1], table.shape[1]), mode="bicubic")[0]
         class_token = (embeddings.class_embedding + table[-1]).expand(len(patches), 1, -1)
@@ -91,13 +90,12 @@ def positions_as_llama_cpp(encoder: Any, original: Any) -> None:
 def window_padding_masked(block: Any, neighbour: Any) -> None:
     """Mask the padding of windows in attention, so that patches attend to the image only."""
 
-    def mistaken(x: Tensor) -> Tensor:
+    def mistaken(x: Tensor) -> Any:
         inside = window_partition(torch.ones_like(x[..., :1]), block.window).flatten(1) > 0
         with _MaskedKeys(inside[:, None, None]):
             windows = block.attn(window_partition(block.norm1(x), block.window))
         x = x + window_unpartition(windows, x.shape[1], x.shape[2])
-        y: Tensor = block.mlp(block.norm2(x))
-        return x + y
+        return x + block.mlp(block.norm2(x))
 
     if block.window is not None:
         block.forward = mistaken
