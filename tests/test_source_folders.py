@@ -176,6 +176,12 @@ def test_folders_without_a_checkpoint(names: tuple[str, ...], message: str, tmp_
         opened(tmp_path)
 
 
+def test_files_of_macos_do_not_count(tmp_path: Path) -> None:
+    put(tmp_path, "._x.safetensors", "._x.safetensors.index.json", "._0.distcp", "._.metadata")
+    torch.save({"a": A}, tmp_path / "x.pth")
+    assert opened(tmp_path).contents.keys() == {"a"}
+
+
 def test_latest_is_followed(tmp_path: Path) -> None:
     put(tmp_path, "training_args.bin", "global_step5/mp_rank_00_model_states.pt")
     (tmp_path / "global_step10").mkdir()

@@ -53,8 +53,7 @@ def count_shards(name: str) -> int:
 
 def is_checkpoint(name: str) -> bool:
     """Return whether a file may be a checkpoint by its name; False for files that trainers write next to one."""
-    # macOS writes ._NAME next to a file on other file systems.
-    return is_index(name) or (has_weight_suffix(name) and not is_by_product(name) and not name.startswith("._"))
+    return is_index(name) or (has_weight_suffix(name) and not is_by_product(name))
 
 
 def is_dcp(names: Iterable[str]) -> bool:
@@ -186,8 +185,8 @@ def _no_checkpoint_message(files: Sequence[str], folders: Sequence[str], where: 
     by_products = [name for name in files if has_weight_suffix(name)]
     remark = f"; {_listed(by_products)}: written by a trainer, without weights" if by_products else ""
     hint = f"looked for {', '.join((*STANDARD_NAMES[:4], *(f'*{suffix}' for suffix in WEIGHT_SUFFIXES)))}"
-    if visible := [name for name in folders if not name.startswith(".")]:
-        hint += f"\nif it is in one of its folders, give that: {_listed(visible)}"
+    if searched := list(filter(may_hold_checkpoint, folders)):
+        hint += f"\nif it is in one of its folders, give that: {_listed(searched)}"
     return f"{where}: contains no checkpoint{remark}", hint
 
 

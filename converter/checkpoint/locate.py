@@ -194,7 +194,7 @@ def _open_subfolder(files: Files, folder: PurePath, subfolders: Sequence[PurePat
         error.choices = str(folder), error.choices[1]
         raise
     find_inside = located.find_config
-    located.find_config = lambda name: find_inside(name) or _find_config(files, folder, ["latest"], name)
+    located.find_config = cache(lambda name: find_inside(name) or _find_config(files, folder, ["latest"], name))
     located.notes = (f"read from its folder {shown[0]}", *located.notes)
     return located
 

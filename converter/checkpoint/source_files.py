@@ -30,7 +30,7 @@ class LocalFiles:
     def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
         """Return the names of the files and of the folders in a folder."""
         try:
-            entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir()]
+            entries = [(path.name, path.is_dir()) for path in Path(folder).iterdir() if not _is_of_macos(path.name)]
         except OSError as error:
             raise ContainerError(f"{self.name(folder)}: cannot be read: {error.strerror}", READ_HINT) from error
         # `LocalFile` reports broken links and special files.
@@ -61,8 +61,13 @@ class HubFiles:
     def entries(self, folder: PurePath) -> tuple[list[str], list[str]]:
         paths = [PurePosixPath(name) for name in self._repository.files]
         inside = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
-        files = [parts[0] for parts in inside if len(parts) == 1]
+        files = [parts[0] for parts in inside if len(parts) == 1 and not _is_of_macos(parts[0])]
         return files, sorted({parts[0] for parts in inside if len(parts) > 1})
+
+
+def _is_of_macos(name: str) -> bool:
+    """Return whether macOS wrote a file next to another one on another file system: ._NAME is no copy of NAME."""
+    return name.startswith("._")
 
 
 Files = LocalFiles | HubFiles

@@ -143,8 +143,8 @@ class _Temporary:
     def _replace_folder(self) -> None:
         replaced = self.path.lstat()
         if not _exchange(self.name, self.path):
-            self.path.rename(temporary_path(self.path, _BACKUP))
             try:
+                self.path.rename(temporary_path(self.path, _BACKUP))
                 self.name.rename(self.path)
             finally:
                 # The next run puts back or removes what this one cannot.
