@@ -29,7 +29,7 @@ from converter.plan.planner import ResolvedPlan, plan_to_canonical, resolve_to_c
 from converter.plan.projector import LLAMA_CPP, find_projector
 from converter.plan.route import complete_from, retarget
 from converter.storage.progress import OnProgress
-from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, cast, grid_size_of, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, cast, grid_size_of
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin, native_tensors
 from converter.verification.merging import merged_by_library
@@ -117,9 +117,9 @@ def _expect_encoder(inputs: Inputs) -> Expected:
     written = _with_prefix_in_file(_plan_in_layout(resolved.plan, encoder, donor_plan, target), encoder)
     dtype = _infer_dtype(written.outputs, target.tensors)
     converted = _complete(resolved.plan, donor_plan, dtype)
-    builtin_plan = _complete(builtin.plan, donor_plan, dtype) if builtin else None
-    if builtin is resolved:
-        builtin_plan = converted
+    builtin_plan: Plan | None = converted
+    if builtin is not resolved:
+        builtin_plan = _complete(builtin.plan, donor_plan, dtype) if builtin else None
     native = native_tensors((builtin or resolved).detected) if options.image_size is None else {}
     values = [*written.outputs.values(), *(builtin_plan or converted).outputs.values()]
     read = join_readers(checkpoints, [*all_source_tensors(values), *native.values()], on_progress)
@@ -215,7 +215,7 @@ def _not_compared(encoder: ConvertedEncoder, plan: Plan, written: Plan, target: 
         for name, value in {**encoder.tensors, **encoder.extra_tensors}.items()
         if name in plan.missing or canonical.extra_reason(name) is not None
     ]
-    keys = [tensor.key for value in optional for tensor in source_tensors(value)]
+    keys = [tensor.key for tensor in all_source_tensors(optional)]
     return tuple(key for key in keys if key in target.tensors and key not in written.outputs)
 
 

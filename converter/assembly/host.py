@@ -26,7 +26,7 @@ from converter.plan.planner import ResolvedPlan, plan_to_canonical
 from converter.plan.projector import find_projector
 from converter.plan.route import target_names
 from converter.storage.local_file import exists
-from converter.tensors.lazy_tensor import LazyTensor, Read, reshaped, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, Read, all_source_tensors, reshaped
 from converter.tensors.tensor_info import TensorInfo
 
 
@@ -166,12 +166,11 @@ def make_placement(host: Host, parts: EncoderParts) -> Placement:
         _describe(placement, family, resolved, parts.plans[family].plan)
         _place_encoder(placement, resolved, parts)
     _place_projector(placement, host, parts)
-    if host.format == "gguf":
-        # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
-        for key, value in placement.new_tensors.items():
-            old_shape = placement.old_tensors[key].shape
-            if [n for n in value.shape if n != 1] == [n for n in old_shape if n != 1]:
-                placement.new_tensors[key] = reshaped(value, old_shape)
+    # llama.cpp stores a vector as a matrix of one row; ggml drops leading dimensions of 1.
+    for key, value in placement.new_tensors.items():
+        old_shape = placement.old_tensors[key].shape
+        if [n for n in value.shape if n != 1] == [n for n in old_shape if n != 1]:
+            placement.new_tensors[key] = reshaped(value, old_shape)
     mismatches = (_mismatch(placement.old_tensors[key], value) for key, value in placement.new_tensors.items())
     placement.problems += filter(None, mismatches)
     if placement.problems:
@@ -213,7 +212,7 @@ def _place_encoder(placement: Placement, host: ResolvedPlan, parts: EncoderParts
     claimed = {name: value for name, value in values.items() if names[name]}
     applied = apply(tuple(rule._replace(optional=True) for rule in rules), claimed, detected.match.name)
     old_values = (plan.outputs | old_extra).values()
-    old_tensors = {tensor.key: tensor for value in old_values for tensor in source_tensors(value)}
+    old_tensors = {tensor.key: tensor for tensor in all_source_tensors(old_values)}
     keys = {name: tensor.key for name, tensor in detected.tensors.items() if tensor.key in old_tensors}
     for name, targets in names.items():
         if target_keys := [keys[target] for target in targets if target in keys]:

@@ -16,6 +16,7 @@ from converter.assembly.parts import EncoderParts
 from converter.checkpoint.model_config import are_channels, are_counts, object_at, read_config
 from converter.checkpoint.open import Checkpoint
 from converter.errors import LayoutError, first_names
+from converter.output.names import grouped
 from converter.plan.assumptions import Assumption
 from converter.plan.plan import sort_outputs
 from converter.tensors.lazy_tensor import LazyTensor, cast, reshaped
@@ -264,8 +265,6 @@ def _max_tiles(config: Mapping[str, Any], version: _Version) -> int:
 
 def _describe_origins(assumptions: _Values) -> str:
     """Return a remark that lists the keys of the values by origin."""
-    keys_by_origin: dict[str, list[str]] = {}
-    for key, assumption in assumptions.items():
-        keys_by_origin.setdefault(assumption.origin, []).append(key)
+    keys_by_origin = grouped((assumption.origin, key) for key, assumption in assumptions.items())
     sources = [f"{', '.join(keys)} from {origin}" for origin, keys in keys_by_origin.items()]
     return f"llama.cpp's header: {'; '.join(sources)}"

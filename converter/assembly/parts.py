@@ -203,7 +203,7 @@ def extract_encoder(
     _remove_required_sizes(plans)
     tensors = _encoder_tensors(plans)
     # One encoder's convolutions may be stored as torch does, and the other's as MLX does.
-    read = {tensor.key: tensor for value in tensors.values() for tensor in source_tensors(value)}
+    read = {tensor.key: tensor for tensor in all_source_tensors(tensors.values())}
     if mark := find_mixed_convolutions(read):
         raise mark.error(source.name)
     for addition in _additions(plans) if not partial else ():
@@ -253,7 +253,7 @@ def _seeded(
 
 def _dropped(plans: dict[str, ResolvedPlan], tensors: dict[str, LazyTensor]) -> dict[str, str]:
     """Return the reason for each source tensor that no tensor of the encoder is made of."""
-    used = {(tensor.storage.file, tensor.key) for value in tensors.values() for tensor in source_tensors(value)}
+    used = {(tensor.storage.file, tensor.key) for tensor in all_source_tensors(tensors.values())}
     dropped: dict[str, str] = {}
     for detected, plan in plans.values():
         available = (*detected.tensors.values(), *detected.outside.values())

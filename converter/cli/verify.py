@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(**PROGRAM)
 
 Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A file that dsocr-convert wrote.")]
-# Options of verification that go with those on activations, those that only --save-activations takes, and others.
+# Options of verification that go with --save-activations and --activations, and options that do not.
 _SHARED = ("image", "device", "revision", "hub", "download")
 _NOT_WITH_ACTIVATIONS = ("source", "record", "mapping", "state_dict", "prefix", "fast", "require")
 

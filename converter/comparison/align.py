@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from converter.tensors.tensor_info import TensorInfo
 
 NamedTensors = dict[str, LazyTensor]
 # A prefix, and tensors under their names without it.
-_Unprefixed = tuple[str, NamedTensors]
+_Unprefixed = tuple[str, Mapping[str, TensorInfo]]
 
 
 class Side(NamedTuple):
@@ -83,14 +83,16 @@ def align(a: Side, b: Side) -> AlignedTensors:
     for name, prefix in (("A", prefix_a), ("B", prefix_b)):
         if prefix:
             notes.append(f"compared without the prefix {prefix} of {name}'s names")
-    return AlignedTensors(tensors_a, tensors_b, [], notes, {})
+    return AlignedTensors(_lazy_reads(tensors_a), _lazy_reads(tensors_b), [], notes, {})
+
+
+def _lazy_reads(tensors: Mapping[str, TensorInfo]) -> NamedTensors:
+    return {name: lazy_read(tensor) for name, tensor in tensors.items()}
 
 
 def _unprefixed(side: Side) -> Iterator[_Unprefixed]:
     """Yield each prefix that all names share, shortest first, with the tensors under names without it."""
-    unwrapped = unwrapped_names(side.state_dict.tensors, side.opened.name)
-    for prefix, tensors in without_common_prefixes(unwrapped, side.opened.name):
-        yield prefix, {name: lazy_read(tensor) for name, tensor in tensors.items()}
+    return without_common_prefixes(unwrapped_names(side.state_dict.tensors, side.opened.name), side.opened.name)
 
 
 def _num_common_names(sides: tuple[_Unprefixed, _Unprefixed]) -> int:

@@ -164,7 +164,8 @@ def _split(source: torch.Tensor, targets: list[torch.Tensor], dim: int) -> Ops |
     parts = source.chunk(len(targets), dim)
     ops = find_operations(parts[0], targets[0])
     # A rule applies the same operations to every part.
-    if ops is None or any(find_operations(part, target) != ops for part, target in zip(parts, targets, strict=True)):
+    others = zip(parts[1:], targets[1:], strict=True)
+    if ops is None or any(find_operations(part, target) != ops for part, target in others):
         return None
     return (Split(len(targets), dim), *ops)
 

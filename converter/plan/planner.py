@@ -18,7 +18,7 @@ from converter.plan.apply import OUTSIDE, outside_predicate
 from converter.plan.assumptions import default_assumptions
 from converter.plan.plan import Plan, make_plan, sort_outputs
 from converter.plan.route import complete_from, retarget
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, lazy_read
 
 if TYPE_CHECKING:
     from converter.checkpoint.lora import Adapter
@@ -151,7 +151,7 @@ def record_merge(adapter: Adapter, resolved: Sequence[ResolvedPlan], outputs: It
     Raises:
         LayoutError: No change of the adapter is in the output.
     """
-    used_tensors = {tensor for value in outputs for tensor in source_tensors(value)}
+    used_tensors = set(all_source_tensors(outputs))
     merged_modules: set[str] = set()
     for _, plan in resolved:
         changes = plan.merged.items()

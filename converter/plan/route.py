@@ -11,7 +11,7 @@ from converter.layouts.spec import LayoutMapping, Rule, invert
 from converter.layouts.template import Template, any_match
 from converter.plan.apply import apply
 from converter.plan.plan import Plan
-from converter.tensors.lazy_tensor import LazyTensor, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, source_tensors
 
 
 def retarget(
@@ -116,7 +116,7 @@ def _dropped(plan: Plan, target: LayoutMapping, generated: set[str], outputs: di
     reasons = dict(plan.dropped)
     outside = [template for rule in target.other_rules for template in rule.targets]
     # By identity: a donor's tensor may have the same name as a dropped one.
-    used = {id(tensor) for value in outputs.values() for tensor in source_tensors(value)}
+    used = {id(tensor) for tensor in all_source_tensors(outputs.values())}
     for name, value in {**plan.outputs, **plan.extra_tensors}.items():
         if name in generated:
             reason = "generated on load"

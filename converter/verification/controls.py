@@ -220,10 +220,15 @@ def mistakes_before_blocks(
         yield MistakenFeatures(name, prefix + family.block_input_probe, mistaken.embed(patches))
 
 
+def copy_sharing_tensors(module: nn.Module) -> Any:
+    """Return a copy of a module that shares all tensors with the original."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
 def _changed(module: nn.Module, neighbour: nn.Module, change: Change) -> Any:
     """Return a copy of a module with a mistake. Tensors without the mistake are shared with the original."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    changed = copy.deepcopy(module, shared)
+    changed = copy_sharing_tensors(module)
     change(changed, neighbour)
     return changed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from converter.encoders.sam import window_partition, window_unpartition
-from converter.verification.controls import MISTAKES, Change
+from converter.verification.controls import MISTAKES, Change, copy_sharing_tensors
 from converter.verification.families import FAMILIES
 
 _CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -134,8 +133,7 @@ def known_mistakes(families: Collection[str]) -> list[Mistake]:
 
 def with_mistakes(model: nn.Module, mistakes: Collection[Mistake]) -> nn.Module:
     """Return a copy of a DeepEncoder with some mistakes. Tensors without a mistake are shared with the original."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    changed = copy.deepcopy(model, shared)
+    changed: nn.Module = copy_sharing_tensors(model)
     for mistake in mistakes:
         for target, neighbour in _targets(changed, model, mistake):
             mistake.change(target, neighbour)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def open_independently(source: Checkpoint, needed: Iterable[TensorInfo], on_prog
     return lambda tensor: open_once()(tensor)
 
 
-def join_readers(sources: Iterable[Checkpoint], needed: Iterable[TensorInfo], on_progress: OnProgress) -> Reader:
+def join_readers(sources: Iterable[Checkpoint], needed: Sequence[TensorInfo], on_progress: OnProgress) -> Reader:
     """Return one reader for the tensors of several checkpoints.
 
     Args:

@@ -13,7 +13,7 @@ from converter.layouts import registry
 from converter.output.names import grouped
 from converter.plan.assumptions import Assumptions
 from converter.plan.plan import make_plan
-from converter.tensors.lazy_tensor import LazyTensor, lazy_read, source_tensors
+from converter.tensors.lazy_tensor import LazyTensor, all_source_tensors, lazy_read
 from converter.tensors.tensor_info import TensorInfo
 from converter.verification.families import Family, State
 from converter.verification.inputs import Converted
@@ -38,7 +38,7 @@ def check_structure(target: Converted) -> list[Check]:
             checks += _check_canonical(target)
         else:
             planned = (*encoder.tensors.values(), *encoder.extra_tensors.values())
-            num_tensors = len({tensor.key for value in planned for tensor in source_tensors(value)})
+            num_tensors = len({tensor.key for tensor in all_source_tensors(planned)})
             checks.append(_check_fit(f"layout {layout}", layout, num_tensors, encoder.problem))
     # llama.cpp stores norms and biases in float32, whatever the type of the matrices.
     types = [] if "GGUF" in target.source.containers else _check_types(target.tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 from converter.errors import first_names
 from converter.plan.plan import Plan
 from converter.storage.progress import OnProgress
+from converter.tensors.dtypes import dtype_name
 from converter.tensors.evaluate import bit_view, evaluate
 from converter.tensors.lazy_tensor import Concat, LazyTensor, source_tensors
 from converter.verification.inputs import Converted, ConvertedEncoder, Expected, Origin
@@ -159,7 +160,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _type_and_shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, read: Reader) -> str:
@@ -175,7 +176,7 @@ def _likely_cause(actual: Tensor, expected: Tensor, value: LazyTensor, read: Rea
             return f"its rows are shifted by {step}"
     for dtype in (torch.bfloat16, torch.float16):
         if actual.is_floating_point() and torch.equal(actual, expected.to(dtype).to(actual.dtype)):
-            return f"it was rounded to {str(dtype).removeprefix('torch.')}"
+            return f"it was rounded to {dtype_name(dtype)}"
     return "" if bool(actual.any()) else "it is all zero"
 
 
